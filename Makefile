@@ -1,0 +1,58 @@
+# `make demo` and `make test` each do all set-up on a machine that has only Python, make and the package registry.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+WHEEL  := build/wheel-env
+
+.PHONY: help setup demo test lint types doctest wheel-env tests benchmark docs clean
+
+help:
+	@echo "make demo       set up, then train DDP, local SGD and QSR on real digits and compare them (minutes)"
+	@echo "make test       set up, then run every check that CI runs"
+	@echo "make setup      only the set-up: a virtual environment in $(VENV)"
+	@echo "make benchmark  the speed figures of the strategy on this machine"
+	@echo "make docs       the documentation as HTML in docs/_build"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lightning_comm needs Python 3.10 or newer; this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing (torch is several GB; about two minutes on a fast line) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[examples,docs,dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/lightning-comm demo
+
+test: lint types tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: setup
+	$(BIN)/mypy
+
+# The tests run against the built wheel, in an environment that cannot see the source folder: it borrows the
+# dependencies of $(VENV), but not its editable install.
+wheel-env: setup
+	rm -rf build/dist $(WHEEL)
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/dist . > build-wheel.log 2>&1 || (cat build-wheel.log; exit 1)
+	rm -f build-wheel.log
+	$(BIN)/python -m venv --without-pip $(WHEEL)
+	$(BIN)/python -c 'import pathlib, sysconfig; site = next(pathlib.Path("$(WHEEL)").glob("lib/python*/site-packages")); (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")'
+	$(BIN)/python -m pip --python $(WHEEL)/bin/python install --quiet --disable-pip-version-check --no-deps build/dist/*.whl
+
+tests: wheel-env
+	cd tests && LIGHTNING_COMM_WHEEL=1 ../$(WHEEL)/bin/python -m pytest -c ../pyproject.toml --doctest-modules --pyargs lightning_comm . $(PYTEST_ARGS)
+
+benchmark: setup
+	$(BIN)/python benchmarks/local_update.py
+
+docs: setup
+	$(BIN)/sphinx-build -W -b html docs docs/_build
+
+clean:
+	rm -rf build $(VENV) docs/_build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

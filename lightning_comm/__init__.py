@@ -1,0 +1,1 @@
+"""Communication-efficient training for PyTorch Lightning."""

@@ -1,0 +1,1 @@
+"""Numbers only: standard library and numpy, never torch. What trains, simulates and advises asks these files."""

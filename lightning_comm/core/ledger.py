@@ -1,0 +1,129 @@
+"""What was sent: one record a message, and the sums that people ask for.
+
+Standard library only. The strategy writes these records, the simulator predicts them, and since both are the same
+type a prediction can be subtracted from a measurement.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class CommRecord:
+    """One message that this rank took part in.
+
+    Args:
+        kind: The collective or transfer: ``"all_reduce"``, ``"broadcast"``, ``"all_gather"``, …
+        purpose: What it was for: ``"parameters"``, ``"buffers"``, ``"gradients"``, ``"evaluation"``, …
+        payload_bytes: What was handed over on this rank.
+        wire_bytes: What this rank sends for it, on average over the ranks (:func:`wire_bytes`).
+        step: Optimizer steps done when it started.
+        start_s: When it started, in seconds on this process's monotonic clock.
+        duration_s: How long it took, in seconds. 0.0 where others time it (gradients, which DDP sends).
+
+    """
+
+    kind: str
+    purpose: str
+    payload_bytes: int
+    wire_bytes: int
+    step: int
+    start_s: float
+    duration_s: float
+
+
+@dataclass
+class _Total:
+    messages: int = 0
+    payload_bytes: int = 0
+    wire_bytes: int = 0
+    duration_s: float = 0.0
+
+
+@dataclass
+class CommLedger:
+    """The messages of a run: the last ``capacity`` of them one by one, and the sums of all.
+
+    Args:
+        capacity: How many records are kept; older ones only count in the sums.
+
+    Example:
+        >>> ledger = CommLedger()
+        >>> ledger.add(CommRecord("all_reduce", "parameters", 1000, 1500, step=8, start_s=0.0, duration_s=0.01))
+        >>> ledger.payload_bytes("parameters"), ledger.wire_bytes(), ledger.messages()
+        (1000, 1500, 1)
+
+    """
+
+    capacity: int = 10_000
+    records: deque[CommRecord] = field(init=False)
+    _totals: dict[str, _Total] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1:
+            raise ValueError(f"CommLedger: `capacity` must be >= 1; got {self.capacity!r}. It counts kept records.")
+        self.records = deque(maxlen=self.capacity)
+
+    def add(self, record: CommRecord) -> None:
+        """Write down one message."""
+        self.records.append(record)
+        total = self._totals.setdefault(record.purpose, _Total())
+        total.messages += 1
+        total.payload_bytes += record.payload_bytes
+        total.wire_bytes += record.wire_bytes
+        total.duration_s += record.duration_s
+
+    @property
+    def purposes(self) -> list[str]:
+        """Every purpose seen so far, in the order of its first message."""
+        return list(self._totals)
+
+    def messages(self, *purposes: str) -> int:
+        """Return how many messages there were, for the given purposes or for all."""
+        return sum(total.messages for total in self._select(purposes))
+
+    def payload_bytes(self, *purposes: str) -> int:
+        """Return the bytes handed over, for the given purposes or for all."""
+        return sum(total.payload_bytes for total in self._select(purposes))
+
+    def wire_bytes(self, *purposes: str) -> int:
+        """Return the bytes this rank sends, for the given purposes or for all."""
+        return sum(total.wire_bytes for total in self._select(purposes))
+
+    def duration_s(self, *purposes: str) -> float:
+        """Return the seconds spent in messages, for the given purposes or for all."""
+        return sum(total.duration_s for total in self._select(purposes))
+
+    def _select(self, purposes: tuple[str, ...]) -> Iterator[_Total]:
+        for purpose in purposes or tuple(self._totals):
+            yield self._totals.get(purpose, _Total())
+
+
+def wire_bytes(kind: str, payload_bytes: int, world_size: int) -> int:
+    """Return the bytes that one rank sends for a collective, on average over the ranks.
+
+    A ring all-reduce sends ``2(n-1)/n`` times its payload from every rank; a broadcast sends its payload ``n-1`` times
+    in all; in an all-gather each rank's part travels to ``n-1`` others.
+
+    Args:
+        kind: ``"all_reduce"``, ``"broadcast"`` or ``"all_gather"``.
+        payload_bytes: What one rank hands over.
+        world_size: The number of ranks.
+
+    Raises:
+        ValueError: If the kind is unknown.
+
+    Example:
+        >>> wire_bytes("all_reduce", 1000, world_size=4)
+        1500
+
+    """
+    others = world_size - 1
+    if kind == "all_reduce":
+        return round(2 * others * payload_bytes / world_size)
+    if kind == "broadcast":
+        return round(others * payload_bytes / world_size)
+    if kind == "all_gather":
+        return others * payload_bytes
+    raise ValueError(f"wire_bytes: `kind` must be 'all_reduce', 'broadcast' or 'all_gather'; got {kind!r}.")

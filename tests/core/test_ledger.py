@@ -1,0 +1,43 @@
+"""The ledger's sums against sums by hand."""
+
+import pytest
+
+from lightning_comm.core.ledger import CommLedger, CommRecord, wire_bytes
+
+
+def record(purpose: str, payload: int) -> CommRecord:
+    return CommRecord("all_reduce", purpose, payload, 2 * payload, step=0, start_s=0.0, duration_s=0.5)
+
+
+def test_sums_outlive_the_records_that_are_dropped():
+    ledger = CommLedger(capacity=3)
+    for k in range(10):
+        ledger.add(record("parameters" if k % 2 else "buffers", k))
+    assert len(ledger.records) == 3
+    assert ledger.payload_bytes() == 45
+    assert ledger.payload_bytes("parameters") == 25
+    assert ledger.payload_bytes("parameters", "buffers") == 45
+    assert ledger.wire_bytes("buffers") == 40
+    assert ledger.messages("parameters") == 5
+    assert ledger.duration_s() == 5.0
+    assert ledger.payload_bytes("unheard of") == 0
+    assert ledger.purposes == ["buffers", "parameters"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_wire_bytes_are_what_the_ranks_send_together_divided_by_their_number(n):
+    payload = 420 * n
+    ring_total = sum(2 * (n - 1) * (payload // n) for _ in range(n))
+    assert n * wire_bytes("all_reduce", payload, n) == ring_total
+    assert n * wire_bytes("broadcast", payload, n) == (n - 1) * payload
+    assert n * wire_bytes("all_gather", payload, n) == n * (n - 1) * payload
+
+
+def test_an_unknown_kind_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'all_reduce', 'broadcast' or 'all_gather'; got 'gossip'"):
+        wire_bytes("gossip", 1, 2)
+
+
+def test_a_ledger_must_keep_something():
+    with pytest.raises(ValueError, match=r"`capacity` must be >= 1; got 0"):
+        CommLedger(capacity=0)
