@@ -1,1 +1,1 @@
-"""data."""
+"""Loaders: torch.utils.data only, never Lightning."""
