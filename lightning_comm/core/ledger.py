@@ -6,7 +6,7 @@ type a prediction can be subtracted from a measurement.
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,19 @@ class CommLedger:
     def duration_s(self, *purposes: str) -> float:
         """Return the seconds spent in messages, for the given purposes or for all."""
         return sum(total.duration_s for total in self._select(purposes))
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """Return the sums, so that a resumed run goes on counting. The single records are not saved."""
+        return {purpose: asdict(total) for purpose, total in self._totals.items()}
+
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        """Take up the sums where ``state_dict`` left them."""
+        self._totals = {
+            purpose: _Total(
+                int(total["messages"]), int(total["payload_bytes"]), int(total["wire_bytes"]), total["duration_s"]
+            )
+            for purpose, total in state.items()
+        }
 
     def _select(self, purposes: tuple[str, ...]) -> Iterator[_Total]:
         for purpose in purposes or tuple(self._totals):

@@ -1,1 +1,1 @@
-"""transport."""
+"""Messages between ranks: torch and torch.distributed, never Lightning."""

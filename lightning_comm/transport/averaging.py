@@ -1,0 +1,210 @@
+"""Averaging tensors over the ranks, in place and in buckets."""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_comm.transport.recording import Pending, Recorder
+
+_IN_FLIGHT = 2  # buckets: one is packed or unpacked while the other travels
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """How a synchronisation is carried out.
+
+    Args:
+        bucket_mib: Size of the scratch buckets, in MiB; more than 0. Tensors are copied into buckets, and a bucket is
+            one message. Two are in use at a time. The default comes from the table that ``make benchmark`` prints: from
+            8 MiB on the size makes no difference on loopback.
+
+    Raises:
+        ValueError: If ``bucket_mib`` is not a positive number.
+
+    Example:
+        >>> Averaging(bucket_mib=0.5).bucket_bytes
+        524288
+
+    """
+
+    bucket_mib: float = 8.0
+
+    def __post_init__(self) -> None:
+        valid = isinstance(self.bucket_mib, (int, float)) and not isinstance(self.bucket_mib, bool)
+        if not valid or not (math.isfinite(self.bucket_mib) and self.bucket_bytes >= 8):
+            raise ValueError(
+                f"Averaging: `bucket_mib` is a size in MiB, so it must be a number > 0, with room for an entry of 8 "
+                f"bytes; got {self.bucket_mib!r}. 8 is a good size."
+            )
+
+    @property
+    def bucket_bytes(self) -> int:
+        """The bucket size in bytes."""
+        return int(self.bucket_mib * 2**20)
+
+
+class Drift(NamedTuple):
+    """How far this rank was from the mean, as squared norms over all averaged entries."""
+
+    distance_sq: float
+    mean_sq: float
+
+    @property
+    def relative(self) -> float:
+        """The distance as a share of the norm of the mean; 0.0 where the mean is zero."""
+        return math.sqrt(self.distance_sq / self.mean_sq) if self.mean_sq > 0 else 0.0
+
+
+def average_(tensors: Sequence[Tensor], recorder: Recorder, purpose: str, bucket_bytes: int) -> Drift:
+    """Replace every tensor by its mean over the ranks, in place.
+
+    Args:
+        tensors: Floating-point or complex tensors, in an order and of shapes that are the same on all ranks. Storage
+            stays where it is, so optimizers, views and compiled code that hold it go on working.
+        recorder: Sends and records.
+        purpose: What the records say that the messages were for.
+        bucket_bytes: Size of a bucket; at least one entry of the widest type.
+
+    Returns:
+        How far this rank's tensors were from the mean.
+
+    Note:
+        *Communication.* One all-reduce a bucket, in the order of ``tensors`` within each accumulation type. The payload
+        is 4 bytes an entry (8 for float64, and twice that for complex types), since narrower types are summed in
+        float32.
+
+        *Memory.* Two buckets, whatever the size of the model.
+
+    """
+    drift = Drift(0.0, 0.0)
+    flat = [_Flat.of(tensor) for tensor in tensors]
+    for (device, dtype), group in _by_accumulation_type(flat):
+        capacity = max(1, bucket_bytes // dtype.itemsize)
+        size = min(capacity, sum(tensor.entries.numel() for tensor in group))
+        scratch = deque(torch.empty(size, dtype=dtype, device=device) for _ in range(_IN_FLIGHT) if size)
+        travelling: deque[tuple[list[Tensor], Tensor, Pending]] = deque()
+        for pieces in _buckets([tensor.entries for tensor in group], capacity):
+            if len(travelling) == _IN_FLIGHT:
+                drift = _unpack(*travelling.popleft(), recorder.world_size, drift, scratch)
+            bucket = scratch.popleft()
+            used = _pack(pieces, bucket)
+            travelling.append((pieces, bucket, recorder.all_reduce(used, purpose)))
+        while travelling:
+            drift = _unpack(*travelling.popleft(), recorder.world_size, drift, scratch)
+    for tensor in flat:
+        tensor.write_back()
+    return drift
+
+
+def broadcast_(tensors: Iterable[Tensor], recorder: Recorder, purpose: str) -> None:
+    """Replace every tensor, of any type, by that of rank 0, in place: one message for each device.
+
+    Note:
+        *Communication.* One broadcast of all bytes for each device. *Memory.* A copy of the tensors on the way.
+
+    """
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            by_device.setdefault(tensor.device, []).append(tensor)
+    for group in by_device.values():
+        raw = torch.cat([tensor.detach().reshape(-1).view(torch.uint8) for tensor in group])
+        recorder.broadcast(raw, purpose).wait()
+        start = 0
+        for tensor in group:
+            stop = start + tensor.numel() * tensor.element_size()
+            # a clone, since a view as another type needs an aligned start
+            tensor.detach().copy_(raw[start:stop].clone().view(tensor.dtype).view(tensor.shape))
+            start = stop
+
+
+class _Flat(NamedTuple):
+    """A tensor as a row of real entries: a view where memory allows it, otherwise a copy to be written back."""
+
+    entries: Tensor
+    copied_from: Tensor | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Flat":
+        tensor = tensor.detach()
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        if _fills_its_memory(real):
+            # entries in the order of memory, so that channels_last is no special case
+            return cls(real.as_strided((real.numel(),), (1,), real.storage_offset()), None)
+        return cls(real.reshape(-1).clone(), real)
+
+    def write_back(self) -> None:
+        if self.copied_from is not None:
+            self.copied_from.copy_(self.entries.view(self.copied_from.shape))
+
+
+def _fills_its_memory(tensor: Tensor) -> bool:
+    """Whether the entries lie next to each other in memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _by_accumulation_type(flat: list[_Flat]) -> list[tuple[tuple[torch.device, torch.dtype], list[_Flat]]]:
+    groups: dict[tuple[torch.device, torch.dtype], list[_Flat]] = {}
+    for tensor in flat:
+        dtype = torch.float64 if tensor.entries.dtype == torch.float64 else torch.float32
+        groups.setdefault((tensor.entries.device, dtype), []).append(tensor)
+    return list(groups.items())
+
+
+def _buckets(rows: list[Tensor], capacity: int) -> Iterator[list[Tensor]]:
+    """Cut the rows, one after the other, into lists of views of ``capacity`` entries in all."""
+    pieces: list[Tensor] = []
+    room = capacity
+    for row in rows:
+        start = 0
+        while start < row.numel():
+            piece = row[start : start + room]
+            pieces.append(piece)
+            start += piece.numel()
+            room -= piece.numel()
+            if room == 0:
+                yield pieces
+                pieces, room = [], capacity
+    if pieces:
+        yield pieces
+
+
+def _pack(pieces: list[Tensor], bucket: Tensor) -> Tensor:
+    start = 0
+    for piece in pieces:
+        bucket[start : start + piece.numel()].copy_(piece)
+        start += piece.numel()
+    return bucket[:start]
+
+
+def _unpack(
+    pieces: list[Tensor], bucket: Tensor, pending: Pending, world_size: int, drift: Drift, scratch: deque[Tensor]
+) -> Drift:
+    pending.wait()
+    distance_sq, mean_sq = drift
+    start = 0
+    for piece in pieces:
+        mean = bucket[start : start + piece.numel()].div_(world_size)
+        start += piece.numel()
+        # The piece is overwritten below, so its place serves for the difference: no third buffer.
+        piece.sub_(mean)
+        distance_sq += _square_norm(piece)
+        mean_sq += _square_norm(mean)
+        piece.copy_(mean)
+    scratch.append(bucket)
+    return Drift(distance_sq, mean_sq)
+
+
+def _square_norm(row: Tensor) -> float:
+    return float(torch.linalg.vector_norm(row, dtype=torch.promote_types(row.dtype, torch.float32))) ** 2

@@ -1,0 +1,86 @@
+"""The one place that messages leave through: each is issued here and written to the ledger."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_comm.core.ledger import CommLedger, CommRecord, wire_bytes
+
+
+@dataclass
+class Pending:
+    """A message on its way. :meth:`wait` blocks until it has arrived and writes it down."""
+
+    work: dist.Work
+    written: Callable[[], None]
+
+    def wait(self) -> None:
+        """Block until the message has arrived, then record it."""
+        self.work.wait()
+        self.written()
+
+    def done(self) -> bool:
+        """Whether the message has arrived. Does not record it."""
+        return bool(self.work.is_completed())
+
+
+class Recorder:
+    """Issues collectives over all ranks and records each in a ledger.
+
+    Args:
+        ledger: Where the records go.
+
+    Note:
+        *Communication.* One message for each call. Every rank has to make the same calls in the same order.
+
+        *Times.* On a CPU backend a record lasts from the call to the arrival. On CUDA the host does not wait for the
+        device, so a record's duration is the host's share only.
+
+    """
+
+    def __init__(self, ledger: CommLedger) -> None:
+        self.ledger = ledger
+        self.step = 0  # optimizer steps done; whoever counts them keeps this up to date
+        self.world_size = dist.get_world_size()
+        self.rank = dist.get_rank()
+
+    def all_reduce(self, tensor: Tensor, purpose: str) -> Pending:
+        """Start summing ``tensor`` over the ranks, in place."""
+        return self._issue("all_reduce", purpose, tensor, lambda: dist.all_reduce(tensor, async_op=True))
+
+    def broadcast(self, tensor: Tensor, purpose: str, src: int = 0) -> Pending:
+        """Start replacing ``tensor`` on every rank by that of rank ``src``."""
+        return self._issue("broadcast", purpose, tensor, lambda: dist.broadcast(tensor, src=src, async_op=True))
+
+    def all_gather(self, row: Tensor, purpose: str) -> tuple[Tensor, Pending]:
+        """Start collecting ``row`` of every rank; the result has shape ``(world_size, *row.shape)``."""
+        rows = torch.empty((self.world_size, *row.shape), dtype=row.dtype, device=row.device)
+        flat = rows.view(-1)
+
+        def start() -> dist.Work | None:
+            return dist.all_gather_into_tensor(flat, row.contiguous().view(-1), async_op=True)
+
+        return rows, self._issue("all_gather", purpose, row, start)
+
+    def note(self, kind: str, purpose: str, payload_bytes: int) -> None:
+        """Record a message that somebody else sends (DDP its gradients), whose duration is not known."""
+        self._write(kind, purpose, payload_bytes, time.monotonic(), 0.0)
+
+    def _issue(self, kind: str, purpose: str, tensor: Tensor, start: Callable[[], dist.Work | None]) -> Pending:
+        started = time.monotonic()
+        payload_bytes = tensor.numel() * tensor.element_size()
+
+        def written() -> None:
+            self._write(kind, purpose, payload_bytes, started, time.monotonic() - started)
+
+        work = start()
+        assert work is not None  # `None` is for ranks outside the group, and the group is all ranks
+        return Pending(work, written)
+
+    def _write(self, kind: str, purpose: str, payload_bytes: int, start_s: float, duration_s: float) -> None:
+        sent = wire_bytes(kind, payload_bytes, self.world_size)
+        self.ledger.add(CommRecord(kind, purpose, payload_bytes, sent, self.step, start_s, duration_s))
