@@ -1,1 +1,6 @@
-"""strategies."""
+"""Strategies: thin Lightning shells that set up, ask `core` and call `transport`."""
+
+from lightning_comm.strategies.local_update import LocalUpdateStrategy
+from lightning_comm.strategies.registration import register_strategies
+
+__all__ = ["LocalUpdateStrategy", "register_strategies"]

@@ -136,6 +136,11 @@ class Agreement:
         if all(kind != wanted for wanted, _ in self._wanted):
             self._wanted.append((kind, f"rank {self._rank}: {reason}"))
 
+    def post(self) -> None:
+        """Write a pending request down now, so that ranks which meet next find it."""
+        if self._wanted and self.decision is None:
+            self._guarded(self._open_state)
+
     def poll(self, position: Position, *, force: bool = False) -> Decision | None:
         """Look for requests, at the end of an optimizer step; return what was decided, once it is.
 

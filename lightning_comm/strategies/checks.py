@@ -1,0 +1,233 @@
+"""What cannot work together is refused before training starts: where, argument, value, rule, way out."""
+
+import math
+import sys
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import LBFGS, Optimizer
+
+from lightning_comm.core.local_update import FixedPeriod, PeriodRule, RoundClock
+from lightning_comm.strategies.lightning_internals import logged_metrics, validates_by_the_clock
+from lightning_comm.strategies.local_update_run import Settings
+from lightning_comm.transport.averaging import Averaging
+
+_WHERE = "LocalUpdateStrategy"
+
+_CHOICES = {
+    "optimizer_state": ("local", "average"),
+    "buffers": ("average", "keep"),
+    "evaluate_weights": ("average", "local"),
+}
+
+# Optimizers that communicate in their `step`, by class name: some exist only in builds with distributed support.
+_COMMUNICATING = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
+_ADAM_LIKE = ("Adam", "Adan", "Adopt", "Lamb", "NAdam", "RAdam")  # with these names or names that begin so
+
+
+def checked(settings: Settings) -> Settings:
+    """Return the settings if each is in range.
+
+    Raises:
+        ValueError: If one is not.
+
+    """
+    if not isinstance(settings.period, PeriodRule):
+        raise ValueError(
+            f"{_WHERE}: `period` must be a PeriodRule; got {settings.period!r}. Give FixedPeriod(steps=8), "
+            "QuadraticPeriod(alpha=..., h_base=4), or a rule of your own that derives from PeriodRule."
+        )
+    steps = settings.gradient_steps
+    whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0
+    if not whole and not (isinstance(steps, float) and 0.0 <= steps <= 1.0):
+        raise ValueError(
+            f"{_WHERE}: `gradient_steps` must be a whole number of optimizer steps >= 0, or a share of the run from "
+            f"0.0 to 1.0; got {steps!r}. 0 averages parameters from the start."
+        )
+    RoundClock(settings.period, None, settings.warmup_steps)  # checks `warmup_steps`
+    for name, choices in _CHOICES.items():
+        if getattr(settings, name) not in choices:
+            raise ValueError(
+                f"{_WHERE}: `{name}` must be one of {', '.join(map(repr, choices))}; got {getattr(settings, name)!r}."
+            )
+    if not isinstance(settings.averaging, Averaging):
+        raise ValueError(f"{_WHERE}: `averaging` must be an Averaging or None; got {settings.averaging!r}.")
+    index = settings.counted_optimizer
+    if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+        raise ValueError(
+            f"{_WHERE}: `counted_optimizer` is an index, so it must be >= 0; got {index!r}. 0 is the first."
+        )
+    return settings
+
+
+def check_module(module: LightningModule) -> None:
+    """Refuse models whose replicas cannot be averaged, or that communicate in their forward."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.SyncBatchNorm):
+            raise MisconfigurationException(
+                f"{_WHERE}: module {name!r} is a SyncBatchNorm, which talks to all ranks in every forward, so nothing "
+                "would be saved and ranks could not run apart. Use BatchNorm; its statistics are averaged with the "
+                "weights, and BatchNormReestimation brings them up to date before evaluation."
+            )
+        if isinstance(part, DistributedDataParallel) or type(part).__name__ == "FullyShardedDataParallel":
+            raise MisconfigurationException(
+                f"{_WHERE}: module {name!r} is wrapped in {type(part).__name__}, which communicates on its own. Hand "
+                "over the plain module."
+            )
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise MisconfigurationException(
+                f"{_WHERE}: parameter {name!r} is sharded (a DTensor), and only full replicas can be averaged. Leave "
+                "out `fully_shard` and other sharding, or use FSDPStrategy, which synchronises at every step."
+            )
+
+
+def check_trainer(trainer: Trainer, sync_batchnorm: bool) -> None:
+    """Refuse settings and callbacks of the Trainer that communicate, or decide, on each rank by itself."""
+    if sync_batchnorm:
+        raise MisconfigurationException(
+            f"{_WHERE}: `Trainer(sync_batchnorm=True)` talks to all ranks in every forward, so nothing would be saved "
+            "and ranks could not run apart. Leave it out; BatchNorm statistics are averaged with the weights."
+        )
+    if validates_by_the_clock(trainer):
+        raise MisconfigurationException(
+            f"{_WHERE}: `Trainer(val_check_interval=...)` is a time, so each rank would validate when its own clock "
+            "says so, and wait there for ever for the others. Give a number of batches or a share of the epoch."
+        )
+    for callback in getattr(trainer, "callbacks", []):
+        if isinstance(callback, StochasticWeightAveraging):
+            raise MisconfigurationException(
+                f"{_WHERE}: the callback StochasticWeightAveraging averages each rank's own weights and swaps them in "
+                "at the end of the run, so ranks would end with different models. Use WeightAveraging or "
+                "EMAWeightAveraging, whose copies are averaged with the weights."
+            )
+
+
+def check_twin_callbacks(callbacks: list[Any]) -> None:
+    """Refuse callbacks of the package ``pytorch_lightning``, which the Trainer of ``lightning`` takes unnoticed."""
+    twin = sys.modules.get("pytorch_lightning")
+    for callback in callbacks:
+        if twin is not None and isinstance(callback, twin.Callback) and not isinstance(callback, Callback):
+            raise MisconfigurationException(
+                f"{_WHERE}: the callback {type(callback).__name__} comes from `pytorch_lightning`, and this Trainer "
+                "from `lightning.pytorch`: two packages with classes of their own. Import everything from one: `from "
+                "lightning.pytorch.callbacks import ...` instead of `from pytorch_lightning.callbacks import ...`."
+            )
+
+
+def check_optimizers(optimizers: list[Optimizer], settings: Settings) -> None:
+    """Refuse optimizers that communicate in their ``step``, and a ``counted_optimizer`` that is not there."""
+    for optimizer in optimizers:
+        if any(base.__name__ in _COMMUNICATING for base in type(optimizer).__mro__):
+            raise MisconfigurationException(
+                f"{_WHERE}: the optimizer {type(optimizer).__name__} communicates in its `step`, where ranks run apart."
+                " Use the plain optimizer inside it."
+            )
+        if settings.optimizer_state == "average" and isinstance(optimizer, LBFGS):
+            raise ValueError(
+                f"{_WHERE}: `optimizer_state='average'` needs states that have a mean, and LBFGS keeps a history. Use "
+                "'local', as the authors of QSR do."
+            )
+    if settings.counted_optimizer >= len(optimizers):
+        raise ValueError(
+            f"{_WHERE}: `counted_optimizer`={settings.counted_optimizer} is not there; `configure_optimizers` returned "
+            f"{len(optimizers)} optimizer(s), counted from 0."
+        )
+
+
+def total_steps(trainer: Trainer) -> int | None:
+    """Return how many optimizer steps the run has, or ``None`` where that cannot be known before."""
+    if not trainer.lightning_module.automatic_optimization:
+        return None  # the user's code decides how often to step
+    total = trainer.estimated_stepping_batches
+    return int(total) if math.isfinite(total) and total > 0 else None
+
+
+def gradient_steps(settings: Settings, total: int | None) -> int:
+    """Return the length of the gradient phase in optimizer steps."""
+    if isinstance(settings.gradient_steps, int):
+        return settings.gradient_steps
+    if settings.gradient_steps == 0:
+        return 0
+    if total is None:
+        raise ValueError(
+            f"{_WHERE}: `gradient_steps`={settings.gradient_steps!r} is a share of the run, and the length of this run "
+            "is not known before. Give a number of optimizer steps, or the Trainer a `max_steps`."
+        )
+    return round(settings.gradient_steps * total)
+
+
+def warn_at_start(trainer: Trainer, settings: Settings, total: int | None, world_size: int) -> None:
+    """Say what will run, but probably not as meant."""
+    rule = settings.period
+    grows = not isinstance(rule, FixedPeriod) and getattr(rule, "alpha", None) != 0
+    if world_size == 1:
+        rank_zero_warn(
+            f"{_WHERE}: one process only, so there is nothing to synchronise; training goes on as without the "
+            "strategy. Give the Trainer `devices=2` or more."
+        )
+    if grows and not trainer.lr_scheduler_configs:
+        rank_zero_warn(
+            f"{_WHERE}: {type(rule).__name__} follows the learning rate, and there is no learning-rate scheduler, so "
+            "the period stays constant. Return one from `configure_optimizers`, or use FixedPeriod."
+        )
+    if grows and total is None and getattr(rule, "h_max", None) is None:
+        rank_zero_warn(
+            f"{_WHERE}: the length of the run is not known before, so a round that starts at a small learning rate may "
+            "be very long. Set `h_max` on the rule, or `max_steps` on the Trainer."
+        )
+    floor = getattr(rule, "h_base", getattr(rule, "steps", None))
+    if total is not None and isinstance(floor, int) and floor > total:
+        rank_zero_warn(
+            f"{_WHERE}: the shortest period, {floor} steps, is longer than the run of {total}, so ranks are averaged "
+            "once, at the end. Give a smaller `h_base` (or `steps`), unless this is a trial run."
+        )
+
+
+def warn_of_per_step_sync(trainer: Trainer) -> None:
+    """Name what is logged with a collective on every step, which keeps ranks in step with each other."""
+    names = sorted({metric.name for metric in logged_metrics(trainer) if metric.synchronised and metric.on_step})
+    if names:
+        rank_zero_warn(
+            f"{_WHERE}: {', '.join(map(repr, names))} is logged with `sync_dist=True` on every step. That is a "
+            "collective a step, so ranks cannot run apart and most of the time saved is lost. Log it with "
+            "`on_step=False, on_epoch=True`, or without `sync_dist`."
+        )
+
+
+def optimizer_family(optimizer: Optimizer) -> str:
+    """Return ``"adam"`` or ``"sgd"``, by the name of its class or of one that it derives from; else its class name."""
+    names = [base.__name__ for base in type(optimizer).__mro__]
+    if any(name.startswith(_ADAM_LIKE) for name in names):
+        return "adam"
+    if any(name.startswith("SGD") for name in names):
+        return "sgd"
+    return type(optimizer).__name__
+
+
+def peak_lr(optimizer: Optimizer) -> float:
+    """Return the highest learning rate that the optimizer and its schedulers name, over all groups.
+
+    Schedulers of torch leave the rate before any scaling in ``initial_lr``, and OneCycleLR its peak in ``max_lr``.
+    """
+    return max(
+        float(group[key]) for group in optimizer.param_groups for key in ("lr", "initial_lr", "max_lr") if key in group
+    )
+
+
+def check_plateau_monitors(trainer: Trainer) -> None:
+    """Refuse a ReduceLROnPlateau that watches a value which differs between ranks, once that value is known."""
+    monitored = {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
+    for metric in logged_metrics(trainer):
+        if metric.name in monitored and not metric.synchronised:
+            raise MisconfigurationException(
+                f"{_WHERE}: ReduceLROnPlateau watches `monitor`={metric.name!r}, which is logged without "
+                "`sync_dist=True`, so each rank would lower its learning rate when its own value says so. Log it with "
+                f"`self.log({metric.name!r}, ..., sync_dist=True)`, or as a torchmetrics object."
+            )

@@ -1,0 +1,141 @@
+"""Stops and saves that one rank asks for while all run apart.
+
+Plain Lightning settles these with a broadcast on every batch, or leaves them to each rank. Here they become requests,
+on which the ranks agree without a collective (:mod:`lightning_comm.transport.agreement`).
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_comm.strategies import lightning_internals as internals
+from lightning_comm.strategies.local_update_run import LocalUpdateRun
+from lightning_comm.transport.agreement import Decision
+from lightning_comm.transport.random_state import random_state, set_random_state
+
+
+class Interruptions:
+    """Turns the stops of one ``fit`` into requests, and agreed requests into what Lightning does for a stop.
+
+    Args:
+        trainer: The Trainer.
+        run: Where steps are counted.
+        any_rank: Whether any rank says yes; a collective, used only where ranks have just met in another one.
+
+    """
+
+    def __init__(self, trainer: Trainer, run: LocalUpdateRun, any_rank: Callable[[bool], bool]) -> None:
+        self._trainer = trainer
+        self._run = run
+        self._any_rank = any_rank
+        self._patches = internals.Patches()
+        self._save_now = False
+        self._stop_is_agreed = False
+        self._terminating = False
+        self._validated: dict[str, object] | None = None
+        self.met = False  # whether a collective of Lightning's or of the user's ran since the last batch began
+        run.on_decision = self.carry_out
+
+    def install_signal_handlers(self) -> None:
+        """Replace what Lightning is about to register as signal handlers."""
+        self._requeue = internals.replace_signal_handlers(
+            self._trainer, self._patches, self._on_sigterm, self._on_requeue
+        )
+
+    def install(self) -> None:
+        """Take the per-batch collectives out of the loops and callbacks of this run."""
+        trainer, patches = self._trainer, self._patches
+        internals.leave_out_sigterm_broadcast(trainer, patches)
+        internals.wrap_loop_ends(trainer, patches, self._after_batch, self._after_epoch)
+        for callback in getattr(trainer, "callbacks", []):
+            if isinstance(callback, Timer):
+                internals.replace_timer_check(callback, patches, lambda why: self._run.agreement.request("stop", why))
+            elif isinstance(callback, ModelCheckpoint):
+                internals.replace_timed_checkpoint(
+                    callback,
+                    patches,
+                    on_time=lambda: self._run.agreement.request("checkpoint", "the time for a checkpoint has come"),
+                    agreed=lambda: self._save_now,
+                )
+
+    def undo(self) -> None:
+        """Leave Lightning's objects as they were."""
+        self._patches.undo()
+
+    def begin_batch(self) -> None:
+        """Forget that ranks met, and an agreed save; called before every batch."""
+        self.met = self._save_now = False
+
+    def remember_random_state(self) -> None:
+        """Note the generators when validation starts, which draws from them."""
+        self._validated = random_state()
+
+    def carry_out(self, decision: Decision) -> None:
+        """Do what all ranks agreed on; every rank is here, after the same step unless ``at_step`` is ``None``."""
+        step = self._run.clock.steps_done
+        if decision.kind == "checkpoint":
+            self._save_now = True
+            return
+        where = f"at step {step}" if decision.at_step is not None else "where each rank stands"
+        rank_zero_info(f"LocalUpdateStrategy: {decision.reason}; all ranks agreed to {decision.kind} {where}.")
+        if decision.kind == "stop":
+            self._stop_is_agreed = True
+            self._trainer.should_stop = True
+        elif decision.kind == "terminate":
+            self._save_before_termination(step)
+            internals.raise_sigterm_after_this_batch(self._trainer)
+        else:
+            self._requeue(int(decision.reason.rsplit(" ", 1)[-1]), None)
+
+    def _after_batch(self, end_of_batch: Callable[[], None]) -> None:
+        self._settle_stop()
+        before = torch.get_rng_state() if self._trainer.enable_validation else None
+        end_of_batch()
+        validated, self._validated = self._validated, None
+        if validated is not None and before is not None:
+            # Validation draws random numbers, if only to start its loader. Training goes on as if it had not been.
+            set_random_state(validated | {"torch": before})
+        self._settle_stop()
+
+    def _after_epoch(self, end_of_epoch: Callable[[], None]) -> None:
+        end_of_epoch()
+        self._settle_stop()
+
+    def _settle_stop(self) -> None:
+        """Keep a rank from leaving the loop alone because of its own ``should_stop``."""
+        if self._stop_is_agreed:
+            return
+        if self.met:
+            # All ranks have just been in some collective, validation or a checkpoint, so they can settle it here.
+            self._trainer.should_stop = self._stop_is_agreed = self._any_rank(self._trainer.should_stop)
+            self.met = False
+        elif self._trainer.should_stop:
+            self._trainer.should_stop = False
+            self._run.agreement.request("stop", "`Trainer.should_stop` was set")
+
+    def _on_sigterm(self, signum: int) -> None:
+        """Handle SIGTERM: pass it on to the processes that this one launched, once, and ask for the end."""
+        if self._terminating:
+            return
+        self._terminating = True
+        launcher = self._trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(signum)
+        self._run.agreement.request("terminate", f"received signal {int(signum)}")
+
+    def _on_requeue(self, signum: int) -> None:
+        self._run.agreement.request("requeue", f"SLURM announced the end of the job by signal {int(signum)}")
+
+    def _save_before_termination(self, step: int) -> None:
+        callback = self._trainer.checkpoint_callback
+        folder = getattr(callback, "dirpath", None)
+        if not folder or getattr(self._trainer, "fast_dev_run", False):
+            rank_zero_warn("LocalUpdateStrategy: no ModelCheckpoint is configured, so nothing is saved before the end.")
+            return
+        path = os.path.join(folder, f"last-terminated-step={step}.ckpt")
+        self._trainer.save_checkpoint(path)
+        rank_zero_info(f"LocalUpdateStrategy: saved {path}; resume with `ckpt_path={path!r}` or `ckpt_path='last'`.")

@@ -1,0 +1,208 @@
+"""Every private part of Lightning that this package touches, in one place.
+
+Lightning offers no public way to leave out the collectives that it issues on each batch. What we do instead is to
+replace a few methods on the *instances* of one run, and to put them back when the run ends. ``INTERNALS`` lists each
+name with the reason; a test looks each of them up, so a release that removes one fails by that name.
+"""
+
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from torch.nn import Module
+
+
+@dataclass(frozen=True)
+class Internal:
+    """A private name of Lightning.
+
+    Args:
+        owner: Module and class, as one dotted path.
+        name: The attribute: of the class, or set in its constructor.
+        why: What we need it for.
+
+    """
+
+    owner: str
+    name: str
+    why: str
+
+    def owner_class(self) -> type:
+        """Import and return the class."""
+        module, _, name = self.owner.rpartition(".")
+        found: type = getattr(importlib.import_module(module), name)
+        return found
+
+
+_LOOPS = "lightning.pytorch.loops"
+_EPOCH_LOOP = f"{_LOOPS}.training_epoch_loop._TrainingEpochLoop"
+_FIT_LOOP = f"{_LOOPS}.fit_loop._FitLoop"
+_SIGNALS = "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector"
+_DDP = "lightning.pytorch.strategies.DDPStrategy"
+_TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+
+INTERNALS = (
+    Internal(_EPOCH_LOOP, "_broadcast_sigterm_tensor", "a broadcast on every batch, which would couple the ranks"),
+    Internal(_EPOCH_LOOP, "on_advance_end", "the last place before a rank leaves the loop on its own `should_stop`"),
+    Internal(_FIT_LOOP, "on_advance_end", "the same at the end of an epoch"),
+    Internal(_FIT_LOOP, "_can_stop_early", "whether `should_stop` ends the run now or only after `min_steps`"),
+    Internal(_FIT_LOOP, "_load_combined_loader_states", "skipped where `configure_optimizers` loads the data first"),
+    Internal(_SIGNALS, "_sigterm_notifier_fn", "starts a broadcast inside a signal handler"),
+    Internal(_SIGNALS, "_slurm_sigusr_handler_fn", "saves inside a signal handler, which is no place for a collective"),
+    Internal(_SIGNALS, "received_sigterm", "set on all ranks at once, after the agreement"),
+    Internal(_TRAINER, "_signal_connector", "to reach the handlers before they are registered"),
+    Internal(_TRAINER, "_val_check_time_interval", "each rank's own clock starts validation, so it is refused"),
+    Internal(_TRAINER, "_results", "to find per-step `sync_dist` logs and unsynchronised monitors by name"),
+    Internal("lightning.pytorch.callbacks.Timer", "_check_time_remaining", "a broadcast on every batch"),
+    Internal("lightning.pytorch.callbacks.Timer", "_duration", "the time limit, in seconds"),
+    Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_train_time_interval", "a broadcast on every batch"),
+    Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_last_time_checked", "to make the agreed save happen"),
+    Internal("lightning.pytorch.callbacks.WeightAveraging", "_average_model", "averaged together with the weights"),
+    Internal(_DDP, "configure_ddp", "where the model is wrapped, or not"),
+    Internal(_DDP, "_ddp_kwargs", "arguments of the DDP wrapper of the gradient phase"),
+    Internal(
+        "lightning.pytorch.strategies.Strategy", "_layer_sync", "`Trainer(sync_batchnorm=True)`, which is refused"
+    ),
+)
+
+
+class Patches:
+    """Attributes replaced on instances, to be put back by :meth:`undo`."""
+
+    def __init__(self) -> None:
+        self._replaced: list[tuple[object, str, bool, Any]] = []
+
+    def set(self, owner: object, name: str, value: Any) -> Any:
+        """Replace an attribute of an instance and return what was there."""
+        before = getattr(owner, name)
+        self._replaced.append((owner, name, name in vars(owner), before))
+        setattr(owner, name, value)
+        return before
+
+    def undo(self) -> None:
+        """Put everything back as it was, last first."""
+        while self._replaced:
+            owner, name, own, before = self._replaced.pop()
+            if own:
+                setattr(owner, name, before)
+            else:
+                delattr(owner, name)
+
+
+def leave_out_sigterm_broadcast(trainer: Trainer, patches: Patches) -> None:
+    """Remove the broadcast that starts every batch."""
+    patches.set(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)
+
+
+def wrap_loop_ends(
+    trainer: Trainer,
+    patches: Patches,
+    after_batch: Callable[[Callable[[], None]], None],
+    after_epoch: Callable[[Callable[[], None]], None],
+) -> None:
+    """Hand the end of every batch (where validation runs) and of every epoch to functions that call the original."""
+
+    def batch(data_fetcher: Any) -> None:
+        after_batch(lambda: end_of_batch(data_fetcher))
+
+    def epoch() -> None:
+        after_epoch(end_of_epoch)
+
+    end_of_batch = patches.set(trainer.fit_loop.epoch_loop, "on_advance_end", batch)
+    end_of_epoch = patches.set(trainer.fit_loop, "on_advance_end", epoch)
+
+
+def replace_signal_handlers(
+    trainer: Trainer, patches: Patches, on_sigterm: Callable[[int], None], on_requeue: Callable[[int], None]
+) -> Callable[[int, Any], None]:
+    """Replace the handlers, before Lightning registers them; return the original of the requeue signal."""
+    connector = trainer._signal_connector
+    patches.set(connector, "_sigterm_notifier_fn", lambda signum, _: on_sigterm(signum))
+    original: Callable[[int, Any], None] = patches.set(
+        connector, "_slurm_sigusr_handler_fn", lambda signum, _: on_requeue(signum)
+    )
+    return original
+
+
+def raise_sigterm_after_this_batch(trainer: Trainer) -> None:
+    """Let Lightning end the run as it does after a SIGTERM."""
+    trainer._signal_connector.received_sigterm = True
+
+
+def replace_timer_check(timer: Timer, patches: Patches, on_time: Callable[[str], None]) -> None:
+    """Let a :class:`Timer` (``max_time``) report that time is up instead of broadcasting on every batch."""
+
+    def check(_: Trainer) -> None:
+        limit_s = timer._duration
+        if limit_s is not None and timer.time_elapsed() >= limit_s:
+            on_time(f"the time limit of {limit_s:g} s is reached")
+
+    patches.set(timer, "_check_time_remaining", check)
+
+
+def replace_timed_checkpoint(
+    callback: ModelCheckpoint, patches: Patches, on_time: Callable[[], None], agreed: Callable[[], bool]
+) -> None:
+    """Let a :class:`ModelCheckpoint` that saves by the clock ask for it instead of broadcasting on every batch."""
+    interval = callback._train_time_interval
+    if interval is None:
+        return
+
+    def on_train_batch_end(*args: Any, **kwargs: Any) -> None:
+        if agreed():
+            callback._last_time_checked = float("-inf")
+            original(*args, **kwargs)
+            return
+        # A copy of the callback's own test, on this rank's clock and without the broadcast of its answer.
+        now, last = time.monotonic(), callback._last_time_checked
+        if last is not None and now - last >= interval.total_seconds():
+            on_time()
+
+    original = patches.set(callback, "on_train_batch_end", on_train_batch_end)
+
+
+def load_skipped_loader_states(trainer: Trainer) -> None:
+    """Hand the saved state to stateful loaders that were built before Lightning had read it.
+
+    ``trainer.estimated_stepping_batches`` in ``configure_optimizers`` builds the loaders too early, and Lightning then
+    never restores them. Where it did restore them, nothing is pending and this does nothing.
+    """
+    trainer.fit_loop._load_combined_loader_states()
+
+
+def validates_by_the_clock(trainer: Trainer) -> bool:
+    """Whether ``val_check_interval`` is a time, so that each rank's own clock starts validation."""
+    return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
+def can_stop_now(trainer: Trainer) -> bool:
+    """Whether ``should_stop`` ends the run now; otherwise ``min_epochs`` or ``min_steps`` are still to be met."""
+    return bool(trainer.fit_loop._can_stop_early)
+
+
+def weight_average_of(callback: Callback) -> Module | None:
+    """Return the averaged model of a :class:`WeightAveraging` callback, if it is one and has one."""
+    model = callback._average_model if isinstance(callback, WeightAveraging) else None
+    return model if isinstance(model, Module) else None
+
+
+@dataclass(frozen=True)
+class LoggedMetric:
+    """One value that the user logs: its name, and whether and when it is reduced over the ranks."""
+
+    name: str
+    synchronised: bool
+    on_step: bool
+
+
+def logged_metrics(trainer: Trainer) -> Iterator[LoggedMetric]:
+    """Yield what has been logged in the current stage."""
+    results = trainer._results
+    for result in () if results is None else results.values():
+        meta = result.meta
+        # torchmetrics objects synchronise themselves when they are computed
+        yield LoggedMetric(meta.name, bool(meta.sync.should) or not result.is_tensor, bool(meta.on_step))

@@ -1,0 +1,453 @@
+"""Local updates as a Lightning strategy: a thin shell that sets up, asks `core` and calls `transport`."""
+
+import atexit
+import itertools
+import secrets
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_comm.core.ledger import CommLedger
+from lightning_comm.core.local_update import PeriodRule, QuadraticPeriod
+from lightning_comm.strategies import checks, lightning_internals, rank_files
+from lightning_comm.strategies.companion import LocalUpdateCompanion
+from lightning_comm.strategies.interruptions import Interruptions
+from lightning_comm.strategies.local_update_run import LocalUpdateRun, Round, Settings
+from lightning_comm.transport.agreement import Agreement, PeerFailure, default_store
+from lightning_comm.transport.averaging import Averaging
+from lightning_comm.transport.random_state import random_state, set_random_state
+from lightning_comm.transport.recording import Recorder
+
+_fits = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
+
+
+class LocalUpdateStrategy(DDPStrategy):
+    """Train ranks apart, and average their parameters once a round.
+
+    No gradient is sent. Every rank takes optimizer steps on its own data; when a round is over, the parameters are
+    averaged in place. How long a round is, a :class:`PeriodRule` says: a constant period is Local SGD, and
+    :class:`QuadraticPeriod` is QSR, whose rounds grow as the learning rate falls.
+
+    Registered as ``local_sgd`` (period 8), ``post_local_sgd`` (gradients for the first half of the run, then period 8)
+    and ``qsr``, each also with ``_spawn``, ``_fork`` and ``_notebook`` for the way processes are started.
+
+    Args:
+        period: How long rounds are, in optimizer steps.
+        gradient_steps: Until then gradients are averaged by DDP at every step, exactly as under ``ddp``. A number of
+            optimizer steps, or a float from 0.0 to 1.0: a share of the run.
+        warmup_steps: How long rounds keep the rule's shortest period: a number of optimizer steps, or ``"auto"``: the
+            first round, and as long as rounds start at ever higher learning rates.
+        optimizer_state: ``"local"``: every rank keeps its momenta, as the authors of QSR do; ``"average"``: they are
+            averaged with the parameters.
+        buffers: ``"average"``: floating-point buffers (BatchNorm statistics) are averaged with the parameters and
+            others taken from rank 0; ``"keep"``: every rank keeps its own.
+        evaluate_weights: What validation within ``fit`` sees in the middle of a round: ``"average"``, a temporary
+            average, or ``"local"``, each rank its own weights. Checkpoints always hold averaged weights.
+        averaging: How averages are carried out; ``None`` for the defaults of :class:`Averaging`.
+        counted_optimizer: Under manual optimization with several optimizers, the index of the one whose steps count.
+            All parameters are averaged, whichever optimizer they belong to.
+        find_unused_parameters: For DDP in the gradient phase.
+        accelerator: As in Lightning's ``DDPStrategy``, and so are the arguments below.
+        parallel_devices: Set by the Trainer.
+        cluster_environment: Where ranks and addresses come from.
+        checkpoint_io: How files are written.
+        precision_plugin: Set by the Trainer.
+        process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if left out.
+        timeout: How long a rank waits for the others in a synchronisation. Ranks of unequal speed drift apart within a
+            round, so long rounds may want more than the default half hour.
+        start_method: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Note:
+        *Communication.* In a round: none. At its end one all-reduce for each bucket of parameters, then of buffers and
+        of optimizer state where these are averaged, and one row of 8 numbers from each rank. Mid-round validation and
+        checkpoints average as well, recorded as ``"evaluation"`` and ``"checkpoint"``.
+
+        *Memory.* Two buckets of scratch while averaging. A second copy of the averaged tensors exists only while
+        averaged weights are evaluated or saved in the middle of a round.
+
+        *Where to look.* ``strategy.ledger`` has every message, ``strategy.history`` every synchronisation.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_comm import LocalUpdateStrategy, QuadraticPeriod
+        >>> strategy = LocalUpdateStrategy(QuadraticPeriod(alpha=0.0175, h_base=4, h_max=1000))
+        >>> trainer = Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False)
+
+    References:
+        X. Gu et al. `A Quadratic Synchronization Rule for Distributed Deep Learning
+        <https://arxiv.org/abs/2310.14423>`_. ICLR 2024.
+        T. Lin et al. `Don't Use Large Mini-Batches, Use Local SGD <https://arxiv.org/abs/1808.07217>`_. ICLR 2020.
+
+    """
+
+    def __init__(  # noqa: PLR0913  (the last eight are Lightning's)
+        self,
+        period: PeriodRule,
+        *,
+        gradient_steps: int | float = 0,
+        warmup_steps: int | Literal["auto"] = "auto",
+        optimizer_state: Literal["local", "average"] = "local",
+        buffers: Literal["average", "keep"] = "average",
+        evaluate_weights: Literal["average", "local"] = "average",
+        averaging: Averaging | None = None,
+        counted_optimizer: int = 0,
+        find_unused_parameters: bool = False,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+            find_unused_parameters=find_unused_parameters,
+        )
+        self.settings = checks.checked(
+            Settings(
+                period=period,
+                gradient_steps=gradient_steps,
+                warmup_steps=warmup_steps,
+                optimizer_state=optimizer_state,
+                buffers=buffers,
+                evaluate_weights=evaluate_weights,
+                averaging=averaging or Averaging(),
+                counted_optimizer=counted_optimizer,
+            )
+        )
+        self._ledger = CommLedger()
+        self._run: LocalUpdateRun | None = None
+        self._interruptions: Interruptions | None = None
+        self._trainer: Trainer | None = None
+        self._resume: rank_files.Resume | None = None
+
+    @property
+    def ledger(self) -> CommLedger:
+        """Every message of the last or current run, on this rank."""
+        return self._ledger
+
+    @property
+    def history(self) -> list[Round]:
+        """Every synchronisation of the last or current ``fit``, on this rank."""
+        return list(self._run.history) if self._run is not None else []
+
+    # ---- set-up --------------------------------------------------------------------------------------------------
+
+    @override
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        callbacks: list[Any] = getattr(model.trainer, "callbacks", [])
+        checks.check_twin_callbacks(callbacks)
+        callbacks[:] = [
+            LocalUpdateCompanion(self),
+            *(callback for callback in callbacks if not isinstance(callback, LocalUpdateCompanion)),
+        ]
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        # gloo's threads may outlive the interpreter and abort it; Lightning takes care of this for nccl alone
+        atexit.register(_destroy_process_group)
+        self._run = self._interruptions = self._resume = None
+        self._ledger = CommLedger()
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        if trainer.state.fn != TrainerFn.FITTING:
+            super().setup(trainer)
+            return
+        module = self.lightning_module
+        assert module is not None
+        checks.check_trainer(trainer, self._layer_sync is not None)
+        checks.check_module(module)
+        super().setup(trainer)
+        checks.check_optimizers(self.optimizers, self.settings)
+        agreement = Agreement(default_store(), self.global_rank, self.world_size, f"lightning_comm/{next(_fits)}")
+        settings = replace(self.settings, period=self._resolved_period())
+        recorder = Recorder(self._ledger)
+        self._run = LocalUpdateRun(
+            trainer, module, lambda: self.optimizers, settings, recorder, agreement, self._unwrap_ddp
+        )
+        if not self._starts_with_gradients:
+            self._run.replica.broadcast_start()
+        self._interruptions = Interruptions(
+            trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False)
+        )
+        self._interruptions.install_signal_handlers()
+
+    @override
+    def configure_ddp(self) -> None:
+        if self._starts_with_gradients:
+            super().configure_ddp()  # DDP gives all ranks the weights of rank 0
+
+    @property
+    def _starts_with_gradients(self) -> bool:
+        return self.settings.gradient_steps > 0
+
+    def _unwrap_ddp(self) -> None:
+        """End the gradient phase. Dropping the wrapper frees its buckets and takes its hooks off the parameters."""
+        self.model = self.lightning_module
+
+    def _resolved_period(self) -> PeriodRule:
+        period = self.settings.period
+        saved = (self._resume.shared or {}).get("run", {}).get("period", {}) if self._resume else {}
+        if not isinstance(period, QuadraticPeriod) or period.alpha != "auto":
+            return period
+        if isinstance(saved.get("alpha"), float):
+            return replace(period, alpha=saved["alpha"])
+        optimizer = self.optimizers[self.settings.counted_optimizer]
+        family, peak = checks.optimizer_family(optimizer), checks.peak_lr(optimizer)
+        resolved = period.resolve(family=family, peak_lr=peak)  # type: ignore[arg-type]
+        rank_zero_info(
+            f"QuadraticPeriod: alpha='auto' is {resolved.alpha:.4g}: the ratio to the peak learning rate ({peak:g}) "
+            f"that the authors of QSR used with an optimizer of this family ({type(optimizer).__name__}: {family}). It "
+            "may want tuning: a larger alpha communicates less."
+        )
+        return resolved
+
+    # ---- the run -------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        run, trainer = self._run, self._trainer
+        assert run is not None
+        assert trainer is not None
+        assert self._interruptions is not None
+        lightning_internals.load_skipped_loader_states(trainer)
+        batches = trainer.num_training_batches
+        run.check_start(-1.0 if batches == float("inf") else float(batches))
+        total = checks.total_steps(trainer)
+        run.clock.total_steps = total
+        run.gradient_steps = checks.gradient_steps(run.settings, total)
+        checks.warn_at_start(trainer, run.settings, total, self.world_size)
+        run.replica.begin_round()
+        own = self._take_up(run, trainer)
+        if self._starts_with_gradients and not run.in_gradient_phase:
+            self._unwrap_ddp()
+        self._interruptions.install()
+        self._resume = None
+        if own is not None:
+            set_random_state(own["random"])  # last, since what comes before may draw from the generators
+
+    def _take_up(self, run: LocalUpdateRun, trainer: Trainer) -> dict[str, Any] | None:
+        """Go on from the checkpoint, if there is one; return this rank's file if the continuation is exact."""
+        own, shared = (self._resume.own, self._resume.shared) if self._resume else (None, None)
+        if own is not None:
+            run.load_state_dict(own["run"], exact=True)
+            run.replica.load_local_state(own["weights"])
+            run.apart = own["apart"]
+        elif shared is not None:
+            run.load_state_dict(shared["run"], exact=False)
+        else:
+            run.clock.steps_done = trainer.global_step
+        return own
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._run is not None:
+            self._run.count_step(optimizer)
+        return output
+
+    def begin_batch(self) -> None:
+        """Called by the companion before every training batch."""
+        if self._run is not None and self._interruptions is not None:
+            self._interruptions.begin_batch()
+            self._run.begin_batch()
+
+    def end_batch(self) -> None:
+        """Called by the companion after every training batch and its schedulers, before any other callback."""
+        assert self._run is not None
+        assert self._trainer is not None
+        if self._run.rounds == 0:
+            checks.warn_of_per_step_sync(self._trainer)
+        self._run.end_batch()
+
+    def end_epoch(self) -> None:
+        """Called by the companion at the end of a training epoch."""
+        assert self._trainer is not None
+        checks.check_plateau_monitors(self._trainer)
+
+    def finish(self) -> None:
+        """Called by the companion when training ends, before any other callback."""
+        if self._run is not None:
+            self._run.finish()
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def begin_evaluation(self) -> None:
+        """Called by the companion when validation starts: puts averaged weights in place."""
+        run, trainer = self._run, self._trainer
+        if run is None or trainer is None or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        if self._interruptions is not None:
+            self._interruptions.remember_random_state()
+        if run.apart and run.settings.evaluate_weights == "average":
+            run.replica.enter_average("evaluation")
+            self._meeting()
+
+    def end_evaluation_epoch(self) -> None:
+        """Called by the companion when all validation batches are done and their metrics known."""
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            checks.check_plateau_monitors(self._trainer)
+
+    @override
+    def on_validation_end(self) -> None:
+        # after all callbacks, so that a checkpoint saved at the end of validation finds the averaged weights in place
+        super().on_validation_end()
+        if self._run is not None:
+            self._run.replica.leave_average()
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        run, trainer = self._run, self._trainer
+        if run is None or trainer is None or trainer.state.fn != TrainerFn.FITTING or not dist.is_initialized():
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        token, averaged, complete = "", not run.apart, False
+        if not trainer.interrupted:  # otherwise a rank has failed, and no collective would end
+            # One path and one token for all: the path holds the step, which differs where ranks stopped apart.
+            filepath, token = self.broadcast((str(filepath), secrets.token_hex(8)))
+            if run.apart and run.replica.kept is None:
+                for key in ("state_dict", "current_model_state"):  # the second is that of a WeightAveraging callback
+                    if key in checkpoint:
+                        checkpoint[key] = run.replica.average_state_dict(checkpoint[key], "checkpoint")
+            averaged = True
+            if complete := "optimizer_states" in checkpoint:
+                self._save_own_state(run, checkpoint, filepath, token)
+                self.barrier()  # so that the file that everybody looks for appears after the folder beside it
+        checkpoint[rank_files.KEY] = {
+            "version": rank_files.VERSION,
+            "token": token,
+            "world_size": self.world_size,
+            "complete": complete,
+            "averaged": averaged,
+            "run": run.state_dict(),
+        }
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _save_own_state(self, run: LocalUpdateRun, checkpoint: dict[str, Any], filepath: _PATH, token: str) -> None:
+        keys = (*rank_files.RANK_KEYS, type(self.precision_plugin).__qualname__)
+        own = {
+            "version": rank_files.VERSION,
+            "token": token,
+            "apart": run.apart,
+            "weights": run.replica.local_state() if run.apart else run.replica.local_buffers(),
+            "run": run.state_dict(),
+            "random": random_state(),
+            "checkpoint": {key: checkpoint[key] for key in keys if key in checkpoint},
+        }
+        self.checkpoint_io.save_checkpoint(own, rank_files.rank_path(filepath, self.global_rank))
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return checkpoint
+        shared = checkpoint.get(rank_files.KEY)
+        reason = rank_files.unusable(shared, self.world_size)
+        own: Any = None
+        if reason is None:
+            assert shared is not None
+            own = rank_files.read(self.checkpoint_io, checkpoint_path, self.global_rank, shared, weights_only)
+        problem = reason if reason is not None else own if isinstance(own, str) else None
+        problems: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(problems, problem)
+        first = next((text for text in problems if text is not None), None)
+        if first is not None:
+            own = None
+            rank_files.warn_new_round(checkpoint_path, first, averaged=shared is None or shared["averaged"])
+        else:
+            checkpoint.update(own["checkpoint"])
+        self._resume = rank_files.Resume(shared, own)
+        return checkpoint
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        super().remove_checkpoint(filepath)
+        if self.local_rank == 0:
+            rank_files.remove(self.checkpoint_io, filepath)
+
+    # ---- what others ask of all ranks ----------------------------------------------------------------------------
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if self._meeting():
+            super().barrier(*args, **kwargs)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return super().broadcast(obj, src) if self._meeting() else obj
+
+    @override
+    def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
+        return super().reduce(tensor, group, reduce_op) if self._meeting() else tensor
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        return super().all_gather(tensor, group, sync_grads) if self._meeting() else tensor
+
+    def _meeting(self) -> bool:
+        """Note that all ranks meet; return False once a rank has failed, when no collective would end."""
+        if self._interruptions is not None:
+            self._interruptions.met = True
+        return self._trainer is None or not self._trainer.interrupted
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    def report_failure(self, exception: BaseException) -> None:
+        """Called by the companion when this rank fails: tell the others, without a collective."""
+        if self._run is None or isinstance(exception, (PeerFailure, SIGTERMException)):
+            return
+        with suppress(RuntimeError):  # the store is gone with rank 0, and then everybody knows
+            self._run.agreement.report_failure(f"{type(exception).__name__}: {exception}")
+
+    @override
+    def teardown(self) -> None:
+        if self._interruptions is not None:
+            self._interruptions.undo()
+            self._interruptions = None
+        super().teardown()
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        # for start methods that pickle: what exists before processes start, without a run's handles
+        return {**super().__getstate__(), "_run": None, "_interruptions": None, "_trainer": None, "_resume": None}
+
+
+def _destroy_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,389 @@
+"""One ``fit`` under local updates: counts steps, synchronises, and keeps what there is to keep.
+
+`LocalUpdateStrategy` is the shell that Lightning calls; the companion callback and the strategy's hooks call this.
+
+Order of messages, on every rank alike. When a round opens: one *control* row from each rank (a few numbers), of which
+rank 0's says how long the round is. Then optimizer steps without any message. When the round is over: one control row
+from each rank, which checks that all are at the same step and carries the length of the next round; then the averages
+of the parameters, of the buffers, of weight averages and of the optimizer state, as far as they are asked for.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_comm.core.local_update import PeriodRule, RoundClock
+from lightning_comm.strategies.lightning_internals import weight_average_of
+from lightning_comm.transport.agreement import Agreement, Decision, PeerFailure, Position
+from lightning_comm.transport.averaging import Averaging
+from lightning_comm.transport.recording import Pending, Recorder
+from lightning_comm.transport.replica import Replica
+
+# Columns of a control row; float64, which holds counts and 48-bit fingerprints exactly.
+_NEXT, _LR, _STEPS, _LAYOUT, _SCALE, _URGENT, _STAND, _BATCHES = range(8)
+_UNDECIDED, _FAILED = 0, -1  # in place of a length
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose; see :class:`LocalUpdateStrategy`."""
+
+    period: PeriodRule
+    gradient_steps: int | float
+    warmup_steps: int | Literal["auto"]
+    optimizer_state: Literal["local", "average"]
+    buffers: Literal["average", "keep"]
+    evaluate_weights: Literal["average", "local"]
+    averaging: Averaging
+    counted_optimizer: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """One synchronisation, as it was.
+
+    Args:
+        index: How many there have been, this one included.
+        step: Optimizer steps done.
+        period_steps: Length of the round that it ended.
+        lr: Learning rate at the first step of that round, on rank 0.
+        drift: How far this rank was from the mean, as a share of the norm of the mean.
+        wait_s: Seconds until all ranks had arrived.
+        transfer_s: Seconds of the averages.
+
+    """
+
+    index: int
+    step: int
+    period_steps: int
+    lr: float
+    drift: float
+    wait_s: float
+    transfer_s: float
+
+
+class LocalUpdateRun:
+    """The state of one ``fit`` under local updates.
+
+    Args:
+        trainer: The Trainer.
+        module: The model.
+        optimizers: Returns the optimizers of the strategy.
+        settings: What the user chose.
+        recorder: Sends and records.
+        agreement: How single ranks ask for a stop.
+        leave_gradient_phase: Takes the DDP wrapper off the model.
+
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        optimizers: Callable[[], list[Optimizer]],
+        settings: Settings,
+        recorder: Recorder,
+        agreement: Agreement,
+        leave_gradient_phase: Callable[[], None],
+    ) -> None:
+        self.trainer = trainer
+        self.settings = settings
+        self.recorder = recorder
+        self.agreement = agreement
+        self.clock = RoundClock(settings.period, None, settings.warmup_steps)
+        self.replica = Replica(module, recorder, settings.averaging, settings.buffers, self._weight_averages)
+        self.history: deque[Round] = deque(maxlen=100_000)
+        self.rounds = 0
+        self.apart = False  # whether ranks may differ: a batch has been trained on since the last synchronisation
+        self.standing = False  # whether ranks stopped at different steps
+        self.gradient_steps = 0
+        self.on_decision: Callable[[Decision], None] = lambda decision: None
+        self._module = module
+        self._optimizers = optimizers
+        self._leave_gradient_phase = leave_gradient_phase
+        self._ticks = 0
+        self._round_lr = 0.0
+        self._step_time_s = 0.0
+        self._step_began_s = time.monotonic()
+        self._last_logged_step = -1
+        self._warned_about_lr = False
+        self._control_device = module.device
+
+    # ---- counting ------------------------------------------------------------------------------------------------
+
+    @property
+    def in_gradient_phase(self) -> bool:
+        """Whether DDP still averages gradients at every step."""
+        return self.clock.steps_done < self.gradient_steps
+
+    def begin_batch(self) -> None:
+        """Open a round if none is open; called before every batch."""
+        if self.in_gradient_phase:
+            return
+        if not self.clock.in_round:
+            self._open_round()
+        self.apart = True
+
+    def count_step(self, optimizer: Optimizer) -> None:
+        """Count an optimizer step, also one that a gradient scaler skipped on this rank alone."""
+        counted = self._optimizers()[self.settings.counted_optimizer]
+        if optimizer is counted or optimizer is getattr(counted, "_optimizer", None):
+            self._ticks += 1
+
+    def end_batch(self) -> None:
+        """Synchronise if the round is over, and carry out what ranks agreed on; called after every batch."""
+        ticks, self._ticks = self._ticks, 0
+        if ticks == 0:
+            return
+        self._measure_step(ticks)
+        was_in_gradient_phase = self.in_gradient_phase
+        over = [self.clock.tick() for _ in range(ticks)][-1]
+        self.recorder.step = self.clock.steps_done
+        if was_in_gradient_phase:
+            self._note_gradients(ticks)
+            if not self.in_gradient_phase:
+                self._leave_gradient_phase()
+        elif over:
+            self.synchronise()
+        decision = self.agreement.poll(self._position(), force=self.standing)
+        if decision is not None and (decision.at_step is None or self.clock.steps_done >= decision.at_step):
+            self._carry_out(decision)
+        self._step_began_s = time.monotonic()
+
+    # ---- synchronising -------------------------------------------------------------------------------------------
+
+    def synchronise(self) -> None:
+        """Average what is to be averaged, and begin the next round."""
+        started = time.monotonic()
+        try:
+            rows = self._meet(decide=not self.trainer.is_last_batch)
+            met = time.monotonic()
+            if rows[:, _STAND].any():
+                self.stand()
+                return
+            self._check(rows)
+            drift = self._average()
+        except RuntimeError as error:
+            # A rank that dies closes its connections, and others see only that. Its own message says more.
+            if not isinstance(error, PeerFailure):
+                self.agreement.raise_peer_failure()
+            raise
+        self._agree_on_scale(rows)
+        self._record(drift.relative, wait_s=met - started, transfer_s=time.monotonic() - met)
+        self.clock.end_round()
+        if int(rows[0, _NEXT]) != _UNDECIDED:
+            self._begin(rows)
+        if rows[:, _URGENT].any():
+            self.agreement.poll(self._position(), force=True)
+
+    def finish(self) -> None:
+        """End the run averaged, also where its length was not known."""
+        if self.in_gradient_phase or not self.apart:
+            return
+        started = time.monotonic()
+        drift = self._average()
+        self._record(drift.relative, wait_s=0.0, transfer_s=time.monotonic() - started)
+        self.clock.end_round()
+
+    def stand(self) -> None:
+        """Leave the round open: ranks stop at different steps and only their copies are averaged."""
+        self.standing = self.apart = True
+
+    def _average(self) -> Any:
+        drift = self.replica.average()
+        if self.settings.optimizer_state == "average":
+            self.replica.average_optimizer_state(self._optimizers())
+        self.apart = False
+        return drift
+
+    def _open_round(self) -> None:
+        if self.clock.round_started_at < self.clock.round_ends_at:
+            self.synchronise()  # resumed at the end of a round, in front of its synchronisation
+            if self.clock.in_round:
+                return
+        if self.clock.total_steps is not None and self.clock.steps_done >= self.clock.total_steps:
+            self.clock.total_steps = None  # the run goes on beyond its estimate; its end is averaged by `finish`
+        rows = self._meet(decide=True)
+        self._check(rows)
+        self._begin(rows)
+
+    def _begin(self, rows: Tensor) -> None:
+        self._round_lr = float(rows[0, _LR])
+        self.clock.begin(int(rows[0, _NEXT]), lr=self._round_lr)
+        self.replica.begin_round()
+
+    def _meet(self, *, decide: bool = False, stand: bool = False) -> Tensor:
+        """Exchange one control row a rank; return all of them, shape ``(world_size, columns)``."""
+        self.agreement.post()  # before the rows, so that others find the request right after them
+        error, steps = None, _UNDECIDED
+        if decide and self.recorder.rank == 0 and not self._run_is_over():
+            try:
+                steps = self.clock.decide(self.lr())
+            except ValueError as caught:
+                error, steps = caught, _FAILED
+        row = torch.zeros(8, dtype=torch.float64)
+        row[_NEXT], row[_LR], row[_STEPS] = steps, self.lr(), self.clock.steps_done
+        row[_LAYOUT], row[_SCALE] = self.replica.layout(), self._scale() or 0.0
+        row[_URGENT], row[_STAND] = self.agreement.urgent, stand
+        rows, pending = self.recorder.all_gather(row.to(self._control_device), "control")
+        self._wait(pending)
+        if error is not None:
+            raise error
+        rows = rows.cpu()
+        if int(rows[0, _NEXT]) == _FAILED:
+            raise PeerFailure("rank 0 could not choose the next period; its own message says why")
+        return rows
+
+    def _wait(self, pending: Pending) -> None:
+        """Wait for the slower ranks, and meanwhile answer requests and hear of failures."""
+        while not pending.done():
+            self.agreement.poll_while_blocked(self._position())
+            time.sleep(0.0002)
+        pending.wait()
+        self.agreement.move_on()
+
+    def _check(self, rows: Tensor) -> None:
+        steps = [int(value) for value in rows[:, _STEPS]]
+        if len(set(steps)) > 1:
+            raise RuntimeError(
+                f"LocalUpdateStrategy: ranks meet after different numbers of optimizer steps, {steps} by rank. Every "
+                "rank must take the same steps: give all the same number of batches (`limit_train_batches`, "
+                "`drop_last`), and under manual optimization step the counted optimizer on every rank alike."
+            )
+        if len(set(rows[:, _LAYOUT].tolist())) > 1:
+            raise RuntimeError(
+                "LocalUpdateStrategy: ranks would average different tensors at step "
+                f"{steps[0]}: names, shapes, memory formats, types or `requires_grad` differ. Build the model, and "
+                "freeze or unfreeze its parts, alike on all ranks."
+            )
+        lrs = rows[:, _LR].tolist()
+        if max(lrs) - min(lrs) > 1e-9 * abs(max(lrs)) and not self._warned_about_lr:
+            self._warned_about_lr = True
+            rank_zero_warn(
+                f"LocalUpdateStrategy: learning rates differ between ranks at step {steps[0]}: {lrs} by rank. The "
+                "period follows rank 0. A scheduler that watches a metric needs it logged with `sync_dist=True`."
+            )
+
+    def check_start(self, rows_value: float) -> None:
+        """Refuse ranks with different numbers of batches; ``rows_value`` is this rank's, -1 where it is not known."""
+        row = torch.zeros(8, dtype=torch.float64)
+        row[_BATCHES] = rows_value
+        rows, pending = self.recorder.all_gather(row.to(self._control_device), "control")
+        pending.wait()
+        batches = [int(value) for value in rows[:, _BATCHES]]
+        if len(set(batches)) > 1:
+            raise ValueError(
+                f"LocalUpdateStrategy: ranks have different numbers of training batches, {batches} by rank, so one "
+                "would wait for ever for the others. Give all ranks the same number: `Trainer(limit_train_batches="
+                f"{min(batches)})`, `drop_last=True`, or a DistributedSampler, which pads."
+            )
+
+    # ---- stopping ------------------------------------------------------------------------------------------------
+
+    def _carry_out(self, decision: Decision) -> None:
+        if decision.at_step is None:
+            if not self.standing:
+                self._meet(stand=True)
+                self.stand()
+        elif decision.kind != "checkpoint" and self.apart and not self.in_gradient_phase:
+            self.synchronise()
+        self.agreement.settled()
+        self.on_decision(decision)
+
+    def _position(self) -> Position:
+        return Position(self.clock.steps_done, self.trainer.current_epoch, self._step_time_s)
+
+    def _measure_step(self, ticks: int) -> None:
+        latest = (time.monotonic() - self._step_began_s) / ticks
+        self._step_time_s = latest if self._step_time_s == 0 else 0.8 * self._step_time_s + 0.2 * latest
+
+    # ---- what is asked -------------------------------------------------------------------------------------------
+
+    def lr(self) -> float:
+        """Return the largest learning rate over the groups of the counted optimizer."""
+        return max(float(group["lr"]) for group in self._optimizers()[self.settings.counted_optimizer].param_groups)
+
+    def _run_is_over(self) -> bool:
+        return self.clock.total_steps is not None and self.clock.steps_done >= self.clock.total_steps
+
+    def _weight_averages(self) -> dict[str, torch.nn.Module]:
+        models = [weight_average_of(callback) for callback in getattr(self.trainer, "callbacks", [])]
+        return {str(k): model for k, model in enumerate(model for model in models if model is not None)}
+
+    def _scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def _scale(self) -> float | None:
+        scaler = self._scaler()
+        return None if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
+
+    def _agree_on_scale(self, rows: Tensor) -> None:
+        """Take the smallest loss scale of the ranks, which each adjusts to its own gradients."""
+        smallest = float(rows[:, _SCALE].min())
+        if self._scale() is not None and smallest > 0 and self._scale() != smallest:
+            self._scaler().update(smallest)
+
+    def _note_gradients(self, ticks: int) -> None:
+        """Record what DDP sends in the gradient phase: the gradients and, before each forward, the buffers."""
+        gradients = sum(p.numel() * p.element_size() for p in self._module.parameters() if p.requires_grad)
+        buffers = sum(b.numel() * b.element_size() for b in self._module.buffers())
+        for _ in range(ticks):
+            self.recorder.note("all_reduce", "gradients", gradients)
+            if buffers:
+                self.recorder.note("broadcast", "buffers", buffers)
+
+    # ---- what is shown and saved ---------------------------------------------------------------------------------
+
+    def _record(self, drift: float, wait_s: float, transfer_s: float) -> None:
+        self.rounds += 1
+        done = Round(
+            self.rounds, self.clock.steps_done, self.clock.steps_into_round, self._round_lr, drift, wait_s, transfer_s
+        )
+        self.history.append(done)
+        every = max(1, getattr(self.trainer, "log_every_n_steps", 1))
+        if self.trainer.is_global_zero and done.step - self._last_logged_step >= every:
+            self._last_logged_step = done.step
+            ledger = self.recorder.ledger
+            metrics = {
+                "local_update/period_steps": done.period_steps,
+                "local_update/synchronisations": done.index,
+                "local_update/lr": done.lr,
+                "local_update/drift": done.drift if math.isfinite(done.drift) else -1.0,
+                "local_update/payload_bytes": ledger.payload_bytes(),
+                "local_update/wire_bytes": ledger.wire_bytes(),
+                "local_update/wait_s": done.wait_s,
+                "local_update/transfer_s": done.transfer_s,
+            }
+            for logger in self.trainer.loggers:
+                logger.log_metrics(metrics, step=self.trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs besides the weights, optimizers and random states."""
+        return {
+            "clock": self.clock.state_dict(),
+            "rounds": self.rounds,
+            "round_lr": self._round_lr,
+            "ledger": self.recorder.ledger.state_dict(),
+            "period": {"alpha": getattr(self.settings.period, "alpha", None)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, exact: bool) -> None:
+        """Take up a run; ``exact=False`` begins a new round where the old one was left."""
+        self.clock.load_state_dict(state["clock"])
+        self.rounds = int(state["rounds"])
+        self._round_lr = float(state["round_lr"])
+        self.recorder.ledger.load_state_dict(state["ledger"])
+        if not exact:
+            self.clock.end_round()
+        elif self.clock.total_steps is not None:
+            self.clock.round_ends_at = min(self.clock.round_ends_at, self.clock.total_steps)
+        self.recorder.step = self.clock.steps_done

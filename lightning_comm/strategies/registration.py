@@ -1,0 +1,59 @@
+"""The names under which the Trainer finds our strategies."""
+
+from typing import Any, NoReturn
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticPeriod
+from lightning_comm.strategies.local_update import LocalUpdateStrategy
+
+# Lightning lower-cases the flag before the look-up, so names are lower case.
+_START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
+_LOCAL_UPDATE: dict[str, tuple[PeriodRule, dict[str, Any], str]] = {
+    "local_sgd": (FixedPeriod(8), {}, "Local SGD: parameters averaged every 8 steps"),
+    "post_local_sgd": (
+        FixedPeriod(8),
+        {"gradient_steps": 0.5},
+        "post-local SGD: gradients averaged for half the run, then parameters every 8 steps",
+    ),
+    "qsr": (QuadraticPeriod(), {}, "QSR: parameters averaged ever more rarely as the learning rate falls"),
+}
+
+
+class TwinTrainerError:
+    """Stands in for our strategies in the registry of ``pytorch_lightning``, and says what to import instead."""
+
+    def __init__(self, **_: Any) -> NoReturn:
+        raise ImportError(
+            "lightning_comm: its strategies work with the Trainer of `lightning.pytorch`, and this Trainer comes from "
+            "`pytorch_lightning`: two packages with classes of their own. Write `from lightning.pytorch import "
+            "Trainer` instead of `from pytorch_lightning import Trainer`, and likewise for modules and callbacks."
+        )
+
+
+def register_strategies() -> None:
+    """Register every strategy with Lightning. Doing so again changes nothing."""
+    names: list[str] = []
+    for base, (period, arguments, description) in _LOCAL_UPDATE.items():
+        for suffix, start_method in _START_METHODS.items():
+            names.append(base + suffix)
+            StrategyRegistry.register(
+                base + suffix,
+                LocalUpdateStrategy,
+                description=f"{description}; processes started by {start_method}",
+                override=True,
+                period=period,
+                start_method=start_method,
+                **arguments,
+            )
+    _register_with_the_twin(names)
+
+
+def _register_with_the_twin(names: list[str]) -> None:
+    """Leave a message where users of the twin package will look, if it is installed (``lightning`` brings it)."""
+    try:
+        from pytorch_lightning.strategies import StrategyRegistry as TwinRegistry
+    except ImportError:
+        return
+    for name in names:
+        TwinRegistry.register(name, TwinTrainerError, description="needs `lightning.pytorch`", override=True)

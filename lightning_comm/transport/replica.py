@@ -1,0 +1,248 @@
+"""What one rank holds of the model, and what of it is averaged."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from lightning_comm.transport.averaging import Averaging, Drift, average_, broadcast_
+from lightning_comm.transport.recording import Recorder
+
+Shadows = Callable[[], Mapping[str, Module]]
+
+
+class Replica:
+    """The tensors of one rank's copy of the model, in an order that is the same on all ranks.
+
+    Args:
+        module: The model.
+        recorder: Sends and records.
+        averaging: How averages are carried out.
+        buffers: ``"average"``: floating-point buffers are averaged with the parameters and others are taken from rank
+            0; ``"keep"``: every rank keeps its own.
+        shadows: Returns further copies of the model that follow it linearly, such as an exponential moving average of
+            its weights. They are averaged with it, so they stay averages of the averaged weights.
+
+    Note:
+        *Which parameters.* Those that are trained now or were at the last synchronisation, found by their
+        ``requires_grad`` and never by whether they have a gradient, so that a parameter that one rank did not use
+        changes nothing for the others. Frozen parameters are equal on all ranks from the start and are not sent.
+
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        recorder: Recorder,
+        averaging: Averaging,
+        buffers: Literal["average", "keep"],
+        shadows: Shadows = dict,
+    ) -> None:
+        self._module = module
+        self._recorder = recorder
+        self._bucket_bytes = averaging.bucket_bytes
+        self._average_buffers = buffers == "average"
+        self._shadows = shadows
+        self._trained: set[str] = set()
+        self.kept: dict[str, Tensor] | None = None
+
+    def begin_round(self) -> None:
+        """Note which parameters are trained from here on."""
+        self._trained = {name for name, parameter in self._module.named_parameters() if parameter.requires_grad}
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the parameters that are averaged, by name."""
+        return {
+            name: parameter
+            for name, parameter in self._module.named_parameters()
+            if parameter.requires_grad or name in self._trained
+        }
+
+    def float_buffers(self) -> dict[str, Tensor]:
+        """Return the buffers that can be averaged, by name."""
+        return {name: buffer for name, buffer in self._module.named_buffers() if _is_averageable(buffer)}
+
+    def averaged(self) -> dict[str, dict[str, Tensor]]:
+        """Return all tensors that a synchronisation averages: by purpose, then by name."""
+        groups: dict[str, dict[str, Tensor]] = {"parameters": self.parameters()}
+        if self._average_buffers:
+            groups["buffers"] = self.float_buffers()
+        shadows = {
+            f"{label}.{name}": tensor
+            for label, module in self._shadows().items()
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+            if _is_averageable(tensor)
+        }
+        if shadows:
+            groups["weight_averages"] = shadows
+        return groups
+
+    def layout(self) -> int:
+        """Return a number that is equal on ranks that would average the same tensors, and only there."""
+        text = repr(
+            [
+                (purpose, name, tuple(tensor.shape), tensor.stride(), str(tensor.dtype))
+                for purpose, group in self.averaged().items()
+                for name, tensor in group.items()
+            ]
+        )
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")  # 48 bits: exact as a float64
+
+    @torch.no_grad()
+    def broadcast_start(self) -> None:
+        """Give every rank the parameters and buffers of rank 0, as ``DistributedDataParallel`` does at its start."""
+        broadcast_([*self._module.parameters(), *self._module.buffers()], self._recorder, "start")
+
+    @torch.no_grad()
+    def average(self, purpose: str | None = None) -> Drift:
+        """Replace the tensors by their means over the ranks, in place.
+
+        Args:
+            purpose: What the records say; left out, ``parameters``, ``buffers`` and ``weight_averages``, each its own.
+
+        Returns:
+            How far this rank's parameters were from the mean.
+
+        """
+        groups = self.averaged()
+        drift = Drift(0.0, 0.0)
+        for name, group in groups.items():
+            moved = average_(list(group.values()), self._recorder, purpose or name, self._bucket_bytes)
+            drift = moved if name == "parameters" else drift
+        if self._average_buffers:
+            others = [buffer for buffer in self._module.buffers() if not _is_averageable(buffer)]
+            broadcast_(others, self._recorder, purpose or "buffers")
+        return drift
+
+    @torch.no_grad()
+    def enter_average(self, purpose: str) -> None:
+        """Average in place and keep this rank's own values aside, until :meth:`leave_average`.
+
+        Note:
+            *Memory.* A second copy of the averaged tensors in between.
+
+        """
+        self.kept = {name: tensor.detach().clone() for name, tensor in self._changed_by_average().items()}
+        self.average(purpose)
+
+    @torch.no_grad()
+    def leave_average(self) -> None:
+        """Put this rank's own values back."""
+        if self.kept is not None:
+            _copy_into(self._changed_by_average(), self.kept)
+            self.kept = None
+
+    def local_state(self) -> dict[str, Tensor]:
+        """Return what this rank alone holds: its own weights and buffers, also while averaged ones are in place."""
+        now = self._changed_by_average() | {f"buffer:{name}": buffer for name, buffer in self._module.named_buffers()}
+        return {name: tensor.detach() for name, tensor in (now | (self.kept or {})).items()}
+
+    def local_buffers(self) -> dict[str, Tensor]:
+        """Return the part of :meth:`local_state` that may differ right after a synchronisation too."""
+        return {name: tensor for name, tensor in self.local_state().items() if name.startswith("buffer:")}
+
+    @torch.no_grad()
+    def load_local_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up the weights and buffers of :meth:`local_state`.
+
+        Raises:
+            ValueError: If the state is that of another model.
+
+        """
+        now = self._changed_by_average() | {f"buffer:{name}": buffer for name, buffer in self._module.named_buffers()}
+        if unknown := sorted(set(state) - set(now)):
+            raise ValueError(
+                f"LocalUpdateStrategy: this rank's file of the checkpoint has weights that the model does not have: "
+                f"{unknown[:5]}. Resume with the model that was saved, or load the checkpoint's weights alone."
+            )
+        _copy_into(now, state)
+
+    @torch.no_grad()
+    def average_state_dict(self, state: dict[str, Any], purpose: str) -> dict[str, Any]:
+        """Return a state dict of this model with averaged copies of what a synchronisation averages.
+
+        Args:
+            state: ``module.state_dict()``, or that of a weight average under the same names.
+            purpose: What the records say.
+
+        Note:
+            *Memory.* A second copy of the averaged tensors.
+
+        """
+        names = self._state_dict_names()
+        copies: dict[int, Tensor] = {}  # by address, so that tied weights stay tied in the file
+        for name, value in state.items():
+            if name in names and isinstance(value, Tensor) and value.data_ptr() not in copies:
+                copies[value.data_ptr()] = value.detach().clone()
+        average_(list(copies.values()), self._recorder, purpose, self._bucket_bytes)
+        return {
+            name: copies.get(value.data_ptr(), value) if name in names and isinstance(value, Tensor) else value
+            for name, value in state.items()
+        }
+
+    @torch.no_grad()
+    def average_optimizer_state(self, optimizers: Iterable[Optimizer]) -> None:
+        """Average the floating-point state of the optimizers (momentum, Adam's moments; no step counts), in place."""
+        average_(optimizer_tensors(optimizers), self._recorder, "optimizer_state", self._bucket_bytes)
+
+    def _changed_by_average(self) -> dict[str, Tensor]:
+        changed = {f"{purpose}:{name}": t for purpose, group in self.averaged().items() for name, t in group.items()}
+        changed = {name.replace("buffers:", "buffer:", 1): tensor for name, tensor in changed.items()}
+        if self._average_buffers:
+            changed |= {f"buffer:{name}": buffer for name, buffer in self._module.named_buffers()}
+        return changed
+
+    def _state_dict_names(self) -> set[str]:
+        """Names in a state dict that belong to averaged tensors: tied weights have several."""
+        wanted = {id(tensor) for tensor in self.parameters().values()}
+        if self._average_buffers:
+            wanted |= {id(tensor) for tensor in self.float_buffers().values()}
+        everything = [
+            *self._module.named_parameters(remove_duplicate=False),
+            *self._module.named_buffers(remove_duplicate=False),
+        ]
+        return {name for name, tensor in everything if id(tensor) in wanted}
+
+
+def optimizer_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    """Return the state tensors that can be averaged, in an order given by the parameters.
+
+    Raises:
+        ValueError: If a state is not made of floating-point tensors and counts, so that a mean has no meaning.
+
+    """
+    tensors = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter, {})
+                for key in sorted(state):
+                    value = state[key]
+                    if isinstance(value, Tensor) and value.dim() > 0:
+                        if not _is_averageable(value):
+                            raise _no_mean(optimizer, key, value.dtype)
+                        tensors.append(value)
+                    elif isinstance(value, (list, dict)):
+                        raise _no_mean(optimizer, key, type(value).__name__)
+    return tensors
+
+
+def _no_mean(optimizer: Optimizer, key: str, kind: object) -> ValueError:
+    name = type(optimizer).__name__
+    return ValueError(
+        f"LocalUpdateStrategy: `optimizer_state='average'` needs states that have a mean, and {name} keeps {key!r} as "
+        f"{kind}. Use 'local', as the authors of QSR do."
+    )
+
+
+def _is_averageable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _copy_into(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        targets[name].detach().copy_(value)
