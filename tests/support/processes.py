@@ -1,0 +1,92 @@
+"""Real processes for tests: results and tracebacks come back, and no rank can be missing unnoticed."""
+
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from queue import Empty
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def start_ranks(fn: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 90.0) -> list[Any]:
+    """Run ``fn(rank, *args)`` in processes that are joined by gloo already."""
+
+    def joined(rank: int) -> Any:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        assert dist.get_world_size() == world_size
+        return fn(rank, *args)
+
+    return launch(joined, world_size=world_size, timeout_s=timeout_s)
+
+
+def launch(fn: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 90.0) -> list[Any]:
+    """Run ``fn(rank, *args)`` in processes with the environment that torchrun and Lightning expect."""
+    answers = outcomes(fn, *args, world_size=world_size, timeout_s=timeout_s)
+    for rank, (_, error) in enumerate(answers):
+        if error is not None:
+            pytest.fail(f"rank {rank} failed:\n{error}")
+    return [answer for answer, _ in answers]
+
+
+def outcomes(
+    fn: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 90.0
+) -> list[tuple[Any, str | None]]:
+    """Like :func:`launch`, for ranks that may fail: return an answer and a traceback for each."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_run, args=(fn, rank, world_size, port, args, results), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    answers: dict[int, tuple[Any, str | None]] = {}
+    deadline = time.monotonic() + timeout_s
+    try:
+        while len(answers) < world_size:
+            try:
+                rank, answer, error = results.get(timeout=max(0.1, deadline - time.monotonic()))
+            except Empty:
+                missing = sorted(set(range(world_size)) - set(answers))
+                pytest.fail(f"no answer from ranks {missing} within {timeout_s} s; others: {answers}")
+            answers[rank] = answer, error
+    finally:
+        for process in processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+    return [answers[rank] for rank in range(world_size)]
+
+
+def _run(fn: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...], results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world_size),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+    }
+    try:
+        results.put((rank, fn(rank, *args), None))
+        # The others may still need the store that rank 0 hosts.
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
