@@ -51,6 +51,7 @@ class Interruptions:
         trainer, patches = self._trainer, self._patches
         internals.leave_out_sigterm_broadcast(trainer, patches)
         internals.wrap_loop_ends(trainer, patches, self._after_batch, self._after_epoch)
+        internals.wrap_skipped_validation(trainer, patches, _without_drawing)
         for callback in getattr(trainer, "callbacks", []):
             if isinstance(callback, Timer):
                 internals.replace_timer_check(callback, patches, lambda why: self._run.agreement.request("stop", why))
@@ -139,3 +140,9 @@ class Interruptions:
         path = os.path.join(folder, f"last-terminated-step={step}.ckpt")
         self._trainer.save_checkpoint(path)
         rank_zero_info(f"LocalUpdateStrategy: saved {path}; resume with `ckpt_path={path!r}` or `ckpt_path='last'`.")
+
+
+def _without_drawing(call: Callable[[], None]) -> None:
+    before = torch.get_rng_state()
+    call()
+    torch.set_rng_state(before)

@@ -41,6 +41,7 @@ class Internal:
 _LOOPS = "lightning.pytorch.loops"
 _EPOCH_LOOP = f"{_LOOPS}.training_epoch_loop._TrainingEpochLoop"
 _FIT_LOOP = f"{_LOOPS}.fit_loop._FitLoop"
+_EVALUATION_LOOP = f"{_LOOPS}.evaluation_loop._EvaluationLoop"
 _SIGNALS = "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector"
 _DDP = "lightning.pytorch.strategies.DDPStrategy"
 _TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
@@ -49,6 +50,9 @@ INTERNALS = (
     Internal(_EPOCH_LOOP, "_broadcast_sigterm_tensor", "a broadcast on every batch, which would couple the ranks"),
     Internal(_EPOCH_LOOP, "on_advance_end", "the last place before a rank leaves the loop on its own `should_stop`"),
     Internal(_FIT_LOOP, "on_advance_end", "the same at the end of an epoch"),
+    Internal(_EVALUATION_LOOP, "increment_progress_to_evaluation_end", "draws random numbers in a resumed run"),
+    Internal(_FIT_LOOP, "_combined_loader", "to see whether a loader has a state of its own"),
+    Internal(_FIT_LOOP, "_data_fetcher", "made before the random state is restored, so it is begun again"),
     Internal(_FIT_LOOP, "_can_stop_early", "whether `should_stop` ends the run now or only after `min_steps`"),
     Internal(_FIT_LOOP, "_load_combined_loader_states", "skipped where `configure_optimizers` loads the data first"),
     Internal(_SIGNALS, "_sigterm_notifier_fn", "starts a broadcast inside a signal handler"),
@@ -114,6 +118,27 @@ def wrap_loop_ends(
 
     end_of_batch = patches.set(trainer.fit_loop.epoch_loop, "on_advance_end", batch)
     end_of_epoch = patches.set(trainer.fit_loop, "on_advance_end", epoch)
+
+
+def wrap_skipped_validation(trainer: Trainer, patches: Patches, around: Callable[[Callable[[], None]], None]) -> None:
+    """Hand the moment at which a resumed run skips a validation to a function that calls the original."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+
+    def skip() -> None:
+        around(original)
+
+    original: Callable[[], None] = patches.set(loop, "increment_progress_to_evaluation_end", skip)
+
+
+def begin_loaders_again(trainer: Trainer) -> None:
+    """Begin the pass through the training data again, where no loader has a state that this would use up.
+
+    A loader of torch draws from the random state when a pass begins. Lightning begins the first pass before the state
+    can be restored.
+    """
+    loader, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
+    if loader is not None and fetcher is not None and not any(hasattr(each, "state_dict") for each in loader.flattened):
+        iter(fetcher)
 
 
 def replace_signal_handlers(

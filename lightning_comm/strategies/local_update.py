@@ -258,6 +258,8 @@ class LocalUpdateStrategy(DDPStrategy):
         self._resume = None
         if own is not None:
             set_random_state(own["random"])  # last, since what comes before may draw from the generators
+            if own["epoch_is_over"]:
+                lightning_internals.begin_loaders_again(trainer)
 
     def _take_up(self, run: LocalUpdateRun, trainer: Trainer) -> dict[str, Any] | None:
         """Go on from the checkpoint, if there is one; return this rank's file if the continuation is exact."""
@@ -364,6 +366,7 @@ class LocalUpdateStrategy(DDPStrategy):
             "version": rank_files.VERSION,
             "token": token,
             "apart": run.apart,
+            "epoch_is_over": run.trainer.is_last_batch,
             "weights": run.replica.local_state() if run.apart else run.replica.local_buffers(),
             "run": run.state_dict(),
             "random": random_state(),

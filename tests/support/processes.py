@@ -49,8 +49,7 @@ def outcomes(
     results = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_run, args=(fn, rank, world_size, port, args, results), daemon=True)
-        for rank in range(world_size)
+        context.Process(target=_run, args=(fn, rank, world_size, port, args, results)) for rank in range(world_size)
     ]
     for process in processes:
         process.start()

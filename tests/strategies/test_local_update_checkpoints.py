@@ -1,0 +1,307 @@
+"""A run stopped and resumed at any step goes on as the run that was never stopped, bit for bit."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from support.processes import launch
+from support.training import Regression, Samples, loader, local_update, trainer, weights
+from torch import nn
+
+from lightning_comm import FixedPeriod, QuadraticPeriod
+from lightning_comm.data.resumable import ResumableLoader
+
+STEPS_PER_EPOCH, EPOCHS = 7, 2
+
+
+def noisy_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Dropout(0.3), nn.Linear(7, 1)).double()
+
+
+class Noisy(Regression):
+    """Draws from every generator in each step, so that a random state that is not restored shows."""
+
+    def __init__(self, schedule=lambda step: 1.0):
+        super().__init__(noisy_network(), lambda p: torch.optim.AdamW(p, lr=0.02), schedule)
+
+    def training_step(self, batch, batch_idx):
+        noise = 0.01 * (random.random() + float(np.random.rand()))
+        return super().training_step(batch, batch_idx) * (1 + noise)
+
+
+class Trace(Callback):
+    """Weights, buffers and momenta of this rank after every step."""
+
+    def __init__(self):
+        self.states = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        state = [tensor.detach().clone() for tensor in pl_module.state_dict().values()]
+        for moments in trainer.optimizers[0].state.values():
+            state += [value.detach().clone() for value in moments.values()]
+        self.states[trainer.global_step] = state
+
+
+def data(rank: int, workers: int = 0) -> ResumableLoader:
+    return ResumableLoader(Samples(STEPS_PER_EPOCH * 4, rank), 4, seed=3, num_replicas=1, rank=0, num_workers=workers)
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def fit(rank, world_size, period, *, ckpt_path=None, seed=0, schedule=lambda step: 1.0, callbacks=(), workers=0, **kw):
+    seed_everything(100 * seed + rank)
+    module, trace = Noisy(schedule), Trace()
+    settings = {key: kw.pop(key) for key in ("gradient_steps", "optimizer_state", "buffers") if key in kw}
+    strategy = local_update(period, **settings)
+    runner = trainer(
+        strategy,
+        world_size,
+        max_epochs=EPOCHS,
+        callbacks=[trace, *callbacks],
+        enable_checkpointing=bool(callbacks),
+        **kw,
+    )
+    seed_everything(100 * seed + rank)
+    runner.fit(module, data(rank, workers), loader(2, rank), ckpt_path=ckpt_path)
+    return trace.states, module, runner, strategy
+
+
+def assert_equal(states, expected, after):
+    assert sorted(states) == sorted(step for step in expected if step > after)
+    for step, state in states.items():
+        for k, (ours, theirs) in enumerate(zip(state, expected[step], strict=True)):
+            assert torch.equal(ours, theirs), f"tensor {k} differs at step {step}, resumed after {after}"
+
+
+def _resume_everywhere(rank, world_size, folder, period, schedule, kw):
+    plain, *_ = fit(rank, world_size, period, schedule=schedule, limit_val_batches=0, **kw)
+    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, *_, strategy = fit(
+        rank, world_size, period, schedule=schedule, callbacks=[save], limit_val_batches=2, val_check_interval=3, **kw
+    )
+    assert_equal(whole, plain, after=0)  # neither validation nor checkpoints change the run
+    ends = [done.step for done in strategy.history]
+    for step in range(1, len(plain)):
+        path = Path(folder) / f"step={step}.ckpt"
+        resumed, *_, again = fit(
+            rank,
+            world_size,
+            period,
+            ckpt_path=path,
+            seed=9,
+            schedule=schedule,
+            limit_val_batches=2,
+            val_check_interval=3,
+            **kw,
+        )
+        assert_equal(resumed, whole, after=step)
+        assert [done.step for done in again.history] == [end for end in ends if end > step]
+        assert again.ledger.payload_bytes("parameters") == strategy.ledger.payload_bytes("parameters")
+    return ends
+
+
+def falling(step):
+    return 0.85**step
+
+
+@pytest.mark.parametrize(
+    ("period", "kw"),
+    [
+        (FixedPeriod(4), {}),
+        (QuadraticPeriod(h_base=2), {}),
+        (FixedPeriod(3), {"optimizer_state": "average", "buffers": "keep"}),
+        (FixedPeriod(3), {"gradient_steps": 5}),
+        (FixedPeriod(2), {"accumulate_grad_batches": 2}),
+    ],
+    ids=["fixed", "qsr", "optimizer-averaged", "gradient-phase", "accumulation"],
+)
+def test_a_run_resumed_at_any_step_repeats_bit_for_bit(tmp_path, period, kw):
+    for ends in launch(_resume_everywhere, 2, str(tmp_path), period, falling, kw, world_size=2, timeout_s=150):
+        assert len(ends) >= 2
+
+
+def test_three_ranks_resume_bit_for_bit_too(tmp_path):
+    launch(_resume_everywhere, 3, str(tmp_path), FixedPeriod(5), falling, {}, world_size=3, timeout_s=150)
+
+
+def _resume_with_workers(rank, world_size, folder):
+    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    whole, *_ = fit(rank, world_size, FixedPeriod(4), callbacks=[save], workers=2)
+    for step in (5, 10):
+        resumed, *_ = fit(
+            rank, world_size, FixedPeriod(4), ckpt_path=Path(folder) / f"step={step}.ckpt", seed=9, workers=2
+        )
+        assert_equal(resumed, whole, after=step)
+
+
+def test_a_run_with_loader_workers_resumes_on_the_right_sample(tmp_path):
+    launch(_resume_with_workers, 2, str(tmp_path), world_size=2)
+
+
+def _inspect_files(rank, world_size, folder):
+    class Average(Callback):
+        """Behind the companion and in front of the checkpoint: the mean over ranks, by hand."""
+
+        def on_train_batch_end(self, runner, pl_module, outputs, batch, batch_idx):
+            if runner.global_step == 6:
+                gathered = [None] * world_size
+                torch.distributed.all_gather_object(gathered, [p.detach().clone() for p in pl_module.parameters()])
+                self.mean = [torch.stack(each).sum(0) / world_size for each in zip(*gathered, strict=True)]
+                self.local = gathered[rank]
+
+    average = Average()
+    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    only = ModelCheckpoint(folder, filename="only-{step}", every_n_train_steps=5, save_top_k=-1, save_weights_only=True)
+    fit(rank, world_size, FixedPeriod(4), callbacks=[average, save, only])
+    torch.distributed.barrier()
+    return [mean.numpy() for mean in average.mean], [local.numpy() for local in average.local]
+
+
+def test_the_file_holds_averaged_weights_and_each_rank_file_its_own(tmp_path):
+    answers = launch(_inspect_files, 2, str(tmp_path), world_size=2)
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    expected = {f"step={step}.ckpt" for step in (6, 12)} | {f"only-step={step}.ckpt" for step in (5, 10)}
+    assert names == expected | {f"step={step}.ckpt.ranks/rank{rank}.pt" for step in (6, 12) for rank in range(2)}
+    main = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
+    parameters = [name for name, _ in Noisy().named_parameters()]
+    for rank, (mean, local) in enumerate(answers):
+        own = torch.load(tmp_path / f"step=6.ckpt.ranks/rank{rank}.pt", weights_only=True)
+        for name, averaged, mine in zip(
+            parameters, map(torch.from_numpy, mean), map(torch.from_numpy, local), strict=True
+        ):
+            torch.testing.assert_close(main["state_dict"][name], averaged, rtol=0, atol=1e-16)
+            assert torch.equal(own["weights"][f"parameters:{name}"], mine)
+            assert not torch.equal(mine, averaged)
+    assert (
+        torch.load(tmp_path / "only-step=5.ckpt", weights_only=True)["state_dict"].keys() == main["state_dict"].keys()
+    )
+
+
+def _load_plainly(rank, world_size, folder):
+    module = Noisy()
+    runner = trainer("ddp", world_size, max_epochs=EPOCHS)
+    runner.fit(module, data(rank), ckpt_path=Path(folder) / "step=6.ckpt")
+    return runner.global_step
+
+
+def test_plain_ddp_goes_on_from_the_file(tmp_path):
+    launch(_inspect_files, 2, str(tmp_path), world_size=2)
+    assert launch(_load_plainly, 2, str(tmp_path), world_size=2) == [14, 14]
+
+
+def _resume_and_catch(rank, world_size, path):
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _states, module, runner, strategy = fit(rank, world_size, FixedPeriod(4), ckpt_path=path)
+    torch.load(path, weights_only=True)
+    return (
+        runner.global_step,
+        [done.step for done in strategy.history],
+        weights(module),
+        [str(w.message) for w in caught],
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "world_size", "must_say"),
+    [
+        ("missing", 2, ["rank1.pt is missing"]),
+        ("foreign", 2, ["belongs to another save"]),
+        ("none", 3, ["written by 2 ranks, and there are 3 now"]),
+        ("plain", 2, ["another strategy wrote it"]),
+    ],
+)
+def test_without_the_rank_files_a_new_round_starts_from_the_averaged_weights(tmp_path, damage, world_size, must_say):
+    launch(_inspect_files, 2, str(tmp_path), world_size=2)
+    path = tmp_path / "step=6.ckpt"
+    if damage == "missing":
+        (tmp_path / "step=6.ckpt.ranks/rank1.pt").unlink()
+    elif damage == "foreign":
+        (tmp_path / "step=12.ckpt.ranks/rank0.pt").replace(tmp_path / "step=6.ckpt.ranks/rank0.pt")
+    elif damage == "plain":
+        content = torch.load(path, weights_only=True)
+        del content["lightning_comm.local_update"]
+        torch.save(content, path)
+    answers = launch(_resume_and_catch, world_size, path, world_size=world_size)
+    for steps, ends, final, _ in answers:
+        assert steps == 14
+        assert ends == [10, 14]  # a new round at step 6, not the rest of the old one
+        for mine, first in zip(final, answers[0][2], strict=True):
+            np.testing.assert_array_equal(mine, first)
+    said = [text for text in answers[0][3] if "cannot bring every rank back" in text]
+    assert len(said) == 1
+    assert [word for word in [*must_say, "new round", "ckpt_path", "ranks"] if word not in said[0]] == []
+
+
+def _prune(rank, world_size, folder):
+    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=1, save_last="link")
+    _, _, _runner, _ = fit(rank, world_size, FixedPeriod(4), callbacks=[save])
+    torch.distributed.barrier()
+    resumed, *_ = fit(rank, world_size, FixedPeriod(4), ckpt_path=Path(folder) / "last.ckpt", seed=9)
+    return sorted(resumed)
+
+
+def test_rank_files_go_with_their_checkpoint_and_are_found_through_a_link(tmp_path):
+    assert launch(_prune, 2, str(tmp_path), world_size=2) == [[13, 14]] * 2
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()}
+    assert names == {"step=12.ckpt", "last.ckpt", *(f"step=12.ckpt.ranks/rank{rank}.pt" for rank in range(2))}
+
+
+def _plain_loader(rank, world_size, folder):
+    import warnings
+
+    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    seed_everything(rank)
+    whole = Trace()
+    trainer(
+        local_update(FixedPeriod(4)), world_size, max_epochs=EPOCHS, callbacks=[whole, save], enable_checkpointing=True
+    ).fit(Noisy(), loader(STEPS_PER_EPOCH, rank))
+    said = {}
+    for step in (7, 9):
+        seed_everything(50 + rank)
+        resumed = Trace()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(local_update(FixedPeriod(4)), world_size, max_epochs=EPOCHS, callbacks=[resumed]).fit(
+                Noisy(), loader(STEPS_PER_EPOCH, rank), ckpt_path=Path(folder) / f"step={step}.ckpt"
+            )
+        said[step] = any("dataloader is not resumable" in str(w.message) for w in caught)
+        if step == 7:
+            assert_equal(resumed.states, whole.states, after=7)
+    return said
+
+
+def test_a_loader_that_cannot_resume_is_exact_at_epoch_ends_and_warned_about_elsewhere(tmp_path):
+    assert launch(_plain_loader, 2, str(tmp_path), world_size=2)[0] == {7: False, 9: True}
+
+
+def _ema(rank, world_size, folder):
+    """The moving average of each rank's weights, averaged at synchronisations, is that of the averaged weights."""
+    ema = EMAWeightAveraging(decay=0.8)
+    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    _, module, *_ = fit(rank, world_size, FixedPeriod(4), callbacks=[ema, save])
+    return weights(module), [p.detach().numpy() for p in ema._average_model.module.parameters()]
+
+
+def test_weight_averages_are_equal_on_all_ranks_in_memory_and_in_the_file(tmp_path):
+    one, two = launch(_ema, 2, str(tmp_path), world_size=2)
+    for mine, theirs, shadow in zip(one[0], two[0], one[1], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+        np.testing.assert_array_equal(mine, shadow)  # the callback copies its average over the weights at the end
+    content = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
+    averaged = [content["state_dict"][name] for name, _ in Noisy().named_parameters()]
+    current = [content["current_model_state"][name] for name, _ in Noisy().named_parameters()]
+    assert any(not torch.equal(a, c) for a, c in zip(averaged, current, strict=True))
