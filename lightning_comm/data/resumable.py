@@ -62,10 +62,11 @@ class ResumableLoader(DataLoader[T_co]):
         their seeds when a pass begins, and without workers it uses the global random state, which Lightning does not
         save. A checkpoint that is written because a step failed counts the batch of that step as done.
 
-        *Lightning's own count.* Lightning 2.6 loses count of epochs, and so repeats or leaves out samples whatever the
-        loader, in two cases: a run with ``max_steps`` is resumed from a checkpoint of ``on_train_epoch_end``, or a run
-        is resumed from a checkpoint that was written with the last batch of an epoch and then resumed once more from
-        the epoch after it. Checkpoints that are written after validation have neither trouble.
+        *Where Lightning 2.6 itself goes wrong*, whatever the loader. It drops the state if ``configure_optimizers`` has
+        asked for ``trainer.estimated_stepping_batches`` (Lightning issue 20550); ask in ``on_train_start``. And it
+        loses count of epochs if a run with ``max_steps`` is resumed from a checkpoint of ``on_train_epoch_end``, or any
+        run from a checkpoint that was written with the last batch of an epoch and then once more from the epoch after
+        it. Checkpoints that are written after validation have neither trouble.
 
         *Communication.* None. The state is the same on all ranks, so that of rank 0 serves them all.
 

@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_comm.data.resumable import ResumableLoader
 
+torch.set_num_threads(1)  # a process that has started torch's threads cannot be forked into ranks
+
 SAMPLES = 11
 
 
