@@ -3,6 +3,7 @@
 Importing this package registers its strategies, so that ``Trainer(strategy="qsr")`` finds them.
 """
 
+from lightning_comm.callbacks import BatchNormReestimation
 from lightning_comm.core.ledger import CommLedger, CommRecord
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, PowerPeriod, QuadraticPeriod, RoundClock
 from lightning_comm.strategies import LocalUpdateStrategy, register_strategies
@@ -10,6 +11,7 @@ from lightning_comm.transport.averaging import Averaging
 
 __all__ = [
     "Averaging",
+    "BatchNormReestimation",
     "CommLedger",
     "CommRecord",
     "FixedPeriod",

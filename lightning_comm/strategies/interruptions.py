@@ -50,8 +50,10 @@ class Interruptions:
         """Take the per-batch collectives out of the loops and callbacks of this run."""
         trainer, patches = self._trainer, self._patches
         internals.leave_out_sigterm_broadcast(trainer, patches)
-        internals.wrap_loop_ends(trainer, patches, self._after_batch, self._after_epoch)
+        internals.wrap_loop_ends(trainer, patches, self._after_batch, self._around_epoch)
         internals.wrap_skipped_validation(trainer, patches, _without_drawing)
+        self.met = True  # all ranks start together, so a stop that was asked for in `on_train_start` is settled now
+        self._settle_stop()
         for callback in getattr(trainer, "callbacks", []):
             if isinstance(callback, Timer):
                 internals.replace_timer_check(callback, patches, lambda why: self._run.agreement.request("stop", why))
@@ -102,8 +104,8 @@ class Interruptions:
             set_random_state(validated | {"torch": before})
         self._settle_stop()
 
-    def _after_epoch(self, end_of_epoch: Callable[[], None]) -> None:
-        end_of_epoch()
+    def _around_epoch(self, start_or_end: Callable[[], None]) -> None:
+        start_or_end()
         self._settle_stop()
 
     def _settle_stop(self) -> None:

@@ -49,6 +49,7 @@ _TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 INTERNALS = (
     Internal(_EPOCH_LOOP, "_broadcast_sigterm_tensor", "a broadcast on every batch, which would couple the ranks"),
     Internal(_EPOCH_LOOP, "on_advance_end", "the last place before a rank leaves the loop on its own `should_stop`"),
+    Internal(_FIT_LOOP, "on_advance_start", "the same at the start of an epoch"),
     Internal(_FIT_LOOP, "on_advance_end", "the same at the end of an epoch"),
     Internal(_EVALUATION_LOOP, "increment_progress_to_evaluation_end", "draws random numbers in a resumed run"),
     Internal(_FIT_LOOP, "_combined_loader", "to see whether a loader has a state of its own"),
@@ -106,18 +107,22 @@ def wrap_loop_ends(
     trainer: Trainer,
     patches: Patches,
     after_batch: Callable[[Callable[[], None]], None],
-    after_epoch: Callable[[Callable[[], None]], None],
+    around_epoch: Callable[[Callable[[], None]], None],
 ) -> None:
-    """Hand the end of every batch (where validation runs) and of every epoch to functions that call the original."""
+    """Hand the end of every batch (where validation runs) and both ends of every epoch to functions that call it."""
 
     def batch(data_fetcher: Any) -> None:
         after_batch(lambda: end_of_batch(data_fetcher))
 
-    def epoch() -> None:
-        after_epoch(end_of_epoch)
+    def epoch_start() -> None:
+        around_epoch(start_of_epoch)
 
-    end_of_batch = patches.set(trainer.fit_loop.epoch_loop, "on_advance_end", batch)
-    end_of_epoch = patches.set(trainer.fit_loop, "on_advance_end", epoch)
+    def epoch_end() -> None:
+        around_epoch(end_of_epoch)
+
+    end_of_batch: Callable[[Any], None] = patches.set(trainer.fit_loop.epoch_loop, "on_advance_end", batch)
+    start_of_epoch: Callable[[], None] = patches.set(trainer.fit_loop, "on_advance_start", epoch_start)
+    end_of_epoch: Callable[[], None] = patches.set(trainer.fit_loop, "on_advance_end", epoch_end)
 
 
 def wrap_skipped_validation(trainer: Trainer, patches: Patches, around: Callable[[Callable[[], None]], None]) -> None:

@@ -26,7 +26,7 @@ from lightning_comm.strategies.lightning_internals import weight_average_of
 from lightning_comm.transport.agreement import Agreement, Decision, PeerFailure, Position
 from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.recording import Pending, Recorder
-from lightning_comm.transport.replica import Replica
+from lightning_comm.transport.replica import Replica, optimizer_tensors
 
 # Columns of a control row; float64, which holds counts and 48-bit fingerprints exactly.
 _NEXT, _LR, _STEPS, _LAYOUT, _SCALE, _URGENT, _STAND, _BATCHES = range(8)
@@ -200,8 +200,7 @@ class LocalUpdateRun:
 
     def _average(self) -> Any:
         drift = self.replica.average()
-        if self.settings.optimizer_state == "average":
-            self.replica.average_optimizer_state(self._optimizers())
+        self.replica.average_momenta(self._momenta())
         self.apart = False
         return drift
 
@@ -232,7 +231,7 @@ class LocalUpdateRun:
                 error, steps = caught, _FAILED
         row = torch.zeros(8, dtype=torch.float64)
         row[_NEXT], row[_LR], row[_STEPS] = steps, self.lr(), self.clock.steps_done
-        row[_LAYOUT], row[_SCALE] = self.replica.layout(), self._scale() or 0.0
+        row[_LAYOUT], row[_SCALE] = self.replica.layout(self._momenta()), self._scale() or 0.0
         row[_URGENT], row[_STAND] = self.agreement.urgent, stand
         rows, pending = self.recorder.all_gather(row.to(self._control_device), "control")
         self._wait(pending)
@@ -262,8 +261,9 @@ class LocalUpdateRun:
         if len(set(rows[:, _LAYOUT].tolist())) > 1:
             raise RuntimeError(
                 "LocalUpdateStrategy: ranks would average different tensors at step "
-                f"{steps[0]}: names, shapes, memory formats, types or `requires_grad` differ. Build the model, and "
-                "freeze or unfreeze its parts, alike on all ranks."
+                f"{steps[0]}: names, shapes, memory formats, types or `requires_grad` differ, or with "
+                "`optimizer_state='average'` the optimizer state, because a parameter was not used on every rank. "
+                "Build the model, and freeze or unfreeze its parts, alike on all ranks; keep the optimizer state 'local'."
             )
         lrs = rows[:, _LR].tolist()
         if max(lrs) - min(lrs) > 1e-9 * abs(max(lrs)) and not self._warned_about_lr:
@@ -314,6 +314,9 @@ class LocalUpdateRun:
 
     def _run_is_over(self) -> bool:
         return self.clock.total_steps is not None and self.clock.steps_done >= self.clock.total_steps
+
+    def _momenta(self) -> list[Tensor]:
+        return optimizer_tensors(self._optimizers()) if self.settings.optimizer_state == "average" else []
 
     def _weight_averages(self) -> dict[str, torch.nn.Module]:
         models = [weight_average_of(callback) for callback in getattr(self.trainer, "callbacks", [])]

@@ -81,14 +81,20 @@ class Replica:
             groups["weight_averages"] = shadows
         return groups
 
-    def layout(self) -> int:
-        """Return a number that is equal on ranks that would average the same tensors, and only there."""
+    def layout(self, momenta: Iterable[Tensor] = ()) -> int:
+        """Return a number that is equal on ranks that would average the same tensors, and only there.
+
+        Args:
+            momenta: State of the optimizers, where that is averaged too.
+
+        """
         text = repr(
             [
                 (purpose, name, tuple(tensor.shape), tensor.stride(), str(tensor.dtype))
                 for purpose, group in self.averaged().items()
                 for name, tensor in group.items()
             ]
+            + [(tuple(tensor.shape), tensor.stride(), str(tensor.dtype)) for tensor in momenta]
         )
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")  # 48 bits: exact as a float64
 
@@ -185,9 +191,9 @@ class Replica:
         }
 
     @torch.no_grad()
-    def average_optimizer_state(self, optimizers: Iterable[Optimizer]) -> None:
-        """Average the floating-point state of the optimizers (momentum, Adam's moments; no step counts), in place."""
-        average_(optimizer_tensors(optimizers), self._recorder, "optimizer_state", self._bucket_bytes)
+    def average_momenta(self, momenta: list[Tensor]) -> None:
+        """Average the state of the optimizers, as :func:`optimizer_tensors` returns it, in place."""
+        average_(momenta, self._recorder, "optimizer_state", self._bucket_bytes)
 
     def _changed_by_average(self) -> dict[str, Tensor]:
         changed = {f"{purpose}:{name}": t for purpose, group in self.averaged().items() for name, t in group.items()}

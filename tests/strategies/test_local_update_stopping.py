@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from support.processes import free_port, launch, outcomes
 from support.training import Regression, Samples, loader, local_update, trainer, weights
 
@@ -53,6 +55,10 @@ def set_should_stop(trainer):
 
 def fail(trainer):
     raise ValueError("boom at step " + str(trainer.global_step))
+
+
+def terminate(trainer):
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def nothing(trainer):
@@ -104,7 +110,7 @@ def test_a_time_limit_stops_all_ranks_of_a_run_without_end():
 
 
 def _min_steps(rank, world_size):
-    return run(rank, world_size, (0.001, 0.001), 5, min_steps=400, steps=800)
+    return run(rank, world_size, (0.001, 0.001), 5, min_steps=400, min_epochs=0, steps=800)
 
 
 def test_a_stop_before_min_steps_waits_for_them_on_all_ranks():
@@ -123,7 +129,7 @@ class StopInHook(Callback):
             trainer.should_stop = True
 
 
-@pytest.mark.parametrize("hook", ["on_validation_end", "on_train_epoch_end", "on_train_epoch_start"])
+@pytest.mark.parametrize("hook", ["on_validation_end", "on_train_epoch_end", "on_train_epoch_start", "on_train_start"])
 def test_should_stop_on_one_rank_in_any_hook_stops_all(hook):
     settings = {"limit_val_batches": 2, "val_check_interval": 7, "max_epochs": 30, "steps": 20}
     answers = launch(
@@ -158,12 +164,11 @@ def test_early_stopping_ends_averaged_in_memory_and_in_the_file(tmp_path):
 
 
 def _sigterm(rank, world_size, folder, who):
-    def kill(trainer):
-        os.kill(os.getpid(), signal.SIGTERM)
-
     save = ModelCheckpoint(folder)
     try:
-        run(rank, world_size, (0.001, 0.002), 40, action=kill, who=who, callbacks=[save], enable_checkpointing=True)
+        run(
+            rank, world_size, (0.001, 0.002), 40, action=terminate, who=who, callbacks=[save], enable_checkpointing=True
+        )
     except BaseException as error:
         return type(error).__name__, time.monotonic()
     return "ended", 0.0
@@ -226,7 +231,7 @@ class Trace(Callback):
 def _stand(rank, world_size, folder, mode):
     local_update_module.Agreement = functools.partial(local_update_module.Agreement, catch_up_limit_s=0.3)
     module, trace = Paced((0.001, 0.012)[rank]), Trace()
-    stop = At(150 if mode == "stopped" else -1, set_should_stop if rank == 0 else nothing)
+    stop = At(150 if mode == "stopped" else -1, terminate if rank == 0 else nothing)
     save = ModelCheckpoint(folder, filename=mode)
     runner = trainer(
         local_update(FixedPeriod(170)),
@@ -236,7 +241,9 @@ def _stand(rank, world_size, folder, mode):
         max_steps=200,
     )
     data = ResumableLoader(Samples(200 * 4, rank), 4, num_replicas=1, rank=0)
-    runner.fit(module, data, ckpt_path=f"{folder}/stopped.ckpt" if mode == "resumed" else None)
+    path = next(Path(folder).glob("last-terminated*.ckpt")) if mode == "resumed" else None
+    with suppress(SIGTERMException):
+        runner.fit(module, data, ckpt_path=path)
     return trace.states, weights(module), runner.global_step
 
 
@@ -247,10 +254,9 @@ def test_ranks_too_far_apart_stop_where_they_stand_and_resume_from_there(tmp_pat
     assert time.monotonic() - started < 20
     assert stopped[0][2] >= 150
     assert stopped[1][2] < stopped[0][2] - 30
-    saved = torch.load(tmp_path / "stopped.ckpt", weights_only=True)["state_dict"]
+    saved = torch.load(next(tmp_path.glob("last-terminated*.ckpt")), weights_only=True)["state_dict"]
     for name, mine, theirs in zip(saved, stopped[0][1], stopped[1][1], strict=True):
-        np.testing.assert_array_equal(mine, theirs)
-        np.testing.assert_array_equal(mine, saved[name].numpy())
+        np.testing.assert_allclose(saved[name].numpy(), (mine + theirs) / 2, rtol=0, atol=1e-15)
     resumed = launch(_stand, 2, str(tmp_path), "resumed", world_size=2)
     for rank in range(2):
         assert resumed[rank][2] == 200
@@ -380,7 +386,6 @@ def test_sigterm_to_a_launched_job_saves_and_ends_every_process(tmp_path):
             break
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
-    assert process.returncode != 0
     assert "all ranks agreed to terminate at step" in output
     (path,) = (tmp_path / "saved").glob("last-terminated-step=*.ckpt")
     assert sorted(each.name for each in Path(f"{path}.ranks").iterdir()) == ["rank0.pt", "rank1.pt"]
