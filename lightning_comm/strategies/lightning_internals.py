@@ -21,8 +21,8 @@ class Internal:
     """A private name of Lightning.
 
     Args:
-        owner: Module and class, as one dotted path.
-        name: The attribute: of the class, or set in its constructor.
+        owner: Module and class, or function, as one dotted path.
+        name: The attribute: of the class, or one that its methods or the function set.
         why: What we need it for.
 
     """
@@ -31,11 +31,10 @@ class Internal:
     name: str
     why: str
 
-    def owner_class(self) -> type:
-        """Import and return the class."""
+    def find_owner(self) -> Any:
+        """Import and return the class or function."""
         module, _, name = self.owner.rpartition(".")
-        found: type = getattr(importlib.import_module(module), name)
-        return found
+        return getattr(importlib.import_module(module), name)
 
 
 _LOOPS = "lightning.pytorch.loops"
@@ -44,6 +43,7 @@ _FIT_LOOP = f"{_LOOPS}.fit_loop._FitLoop"
 _EVALUATION_LOOP = f"{_LOOPS}.evaluation_loop._EvaluationLoop"
 _SIGNALS = "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector"
 _DDP = "lightning.pytorch.strategies.DDPStrategy"
+_SETUP = "lightning.pytorch.trainer.setup._init_debugging_flags"
 _TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 
 INTERNALS = (
@@ -60,7 +60,7 @@ INTERNALS = (
     Internal(_SIGNALS, "_slurm_sigusr_handler_fn", "saves inside a signal handler, which is no place for a collective"),
     Internal(_SIGNALS, "received_sigterm", "set on all ranks at once, after the agreement"),
     Internal(_TRAINER, "_signal_connector", "to reach the handlers before they are registered"),
-    Internal(_TRAINER, "_val_check_time_interval", "each rank's own clock starts validation, so it is refused"),
+    Internal(_SETUP, "_val_check_time_interval", "each rank's own clock starts validation, so it is refused"),
     Internal(_TRAINER, "_results", "to find per-step `sync_dist` logs and unsynchronised monitors by name"),
     Internal("lightning.pytorch.callbacks.Timer", "_check_time_remaining", "a broadcast on every batch"),
     Internal("lightning.pytorch.callbacks.Timer", "_duration", "the time limit, in seconds"),
@@ -70,7 +70,9 @@ INTERNALS = (
     Internal(_DDP, "configure_ddp", "where the model is wrapped, or not"),
     Internal(_DDP, "_ddp_kwargs", "arguments of the DDP wrapper of the gradient phase"),
     Internal(
-        "lightning.pytorch.strategies.Strategy", "_layer_sync", "`Trainer(sync_batchnorm=True)`, which is refused"
+        "lightning.pytorch.strategies.ParallelStrategy",
+        "_layer_sync",
+        "`Trainer(sync_batchnorm=True)`, which is refused",
     ),
 )
 

@@ -148,6 +148,7 @@ class LocalUpdateStrategy(DDPStrategy):
         self._interruptions: Interruptions | None = None
         self._trainer: Trainer | None = None
         self._resume: rank_files.Resume | None = None
+        self._warned_of_sync = False
 
     @property
     def ledger(self) -> CommLedger:
@@ -178,6 +179,7 @@ class LocalUpdateStrategy(DDPStrategy):
         atexit.register(_destroy_process_group)
         self._run = self._interruptions = self._resume = None
         self._ledger = CommLedger()
+        self._warned_of_sync = False
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -291,14 +293,17 @@ class LocalUpdateStrategy(DDPStrategy):
         """Called by the companion after every training batch and its schedulers, before any other callback."""
         assert self._run is not None
         assert self._trainer is not None
-        if self._run.rounds == 0:
-            checks.warn_of_per_step_sync(self._trainer)
+        if self._run.rounds == 0 and not self._warned_of_sync:
+            self._warned_of_sync = checks.warn_of_per_step_sync(self._trainer)
         self._run.end_batch()
 
     def end_epoch(self) -> None:
         """Called by the companion at the end of a training epoch."""
+        assert self._run is not None
         assert self._trainer is not None
         checks.check_plateau_monitors(self._trainer)
+        if self._trainer.num_training_batches == float("inf"):
+            self._run.meet_at_epoch_end()
 
     def finish(self) -> None:
         """Called by the companion when training ends, before any other callback."""

@@ -185,6 +185,11 @@ class LocalUpdateRun:
         if rows[:, _URGENT].any():
             self.agreement.poll(self._position(), force=True)
 
+    def meet_at_epoch_end(self) -> None:
+        """Check that all ranks end the epoch after the same steps, where its length could not be compared before."""
+        if not self.in_gradient_phase:
+            self._check(self._meet())
+
     def finish(self) -> None:
         """End the run averaged, also where its length was not known."""
         if self.in_gradient_phase or not self.apart:
@@ -263,7 +268,7 @@ class LocalUpdateRun:
                 "LocalUpdateStrategy: ranks would average different tensors at step "
                 f"{steps[0]}: names, shapes, memory formats, types or `requires_grad` differ, or with "
                 "`optimizer_state='average'` the optimizer state, because a parameter was not used on every rank. "
-                "Build the model, and freeze or unfreeze its parts, alike on all ranks; keep the optimizer state 'local'."
+                "Build the model, and freeze or unfreeze its parts, alike on all ranks; keep optimizer state 'local'."
             )
         lrs = rows[:, _LR].tolist()
         if max(lrs) - min(lrs) > 1e-9 * abs(max(lrs)) and not self._warned_about_lr:

@@ -3,6 +3,7 @@
 from typing import Any, NoReturn
 
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning_utilities.core import rank_zero
 
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticPeriod
 from lightning_comm.strategies.local_update import LocalUpdateStrategy
@@ -51,9 +52,12 @@ def register_strategies() -> None:
 
 def _register_with_the_twin(names: list[str]) -> None:
     """Leave a message where users of the twin package will look, if it is installed (``lightning`` brings it)."""
+    log = rank_zero.log
     try:
         from pytorch_lightning.strategies import StrategyRegistry as TwinRegistry
     except ImportError:
         return
+    finally:
+        rank_zero.log = log  # the twin takes over the logger that both packages share
     for name in names:
         TwinRegistry.register(name, TwinTrainerError, description="needs `lightning.pytorch`", override=True)

@@ -61,7 +61,7 @@ def assert_refused(make, words, error=(MisconfigurationException, ValueError), b
     ],
 )
 def test_a_bad_argument_is_named_with_its_value_and_a_way_out(kwargs, words):
-    with pytest.raises(ValueError, match="LocalUpdateStrategy|RoundClock") as caught:
+    with pytest.raises(ValueError, match=r"LocalUpdateStrategy|RoundClock") as caught:
         LocalUpdateStrategy(**{"period": FixedPeriod(8), **kwargs})
     says(str(caught.value), words)
 
@@ -305,15 +305,16 @@ def test_no_warning_where_there_is_nothing_to_warn_of():
         (torch.optim.SGD, 4, 0.31 * 0.3),
     ],
 )
-def test_auto_alpha_follows_the_family_and_the_peak_and_is_logged(optimizer, h_base, expected, caplog):
+def test_auto_alpha_follows_the_family_and_the_peak_and_is_logged(optimizer, h_base, expected):
     def run(rank):
         import logging
 
         said = []
         handler = logging.Handler()
         handler.emit = lambda record: said.append(record.getMessage())
-        logging.getLogger("lightning.pytorch").addHandler(handler)
-        logging.getLogger("lightning_utilities.core.rank_zero").addHandler(handler)
+        for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities"):
+            logging.getLogger(name).addHandler(handler)
+            logging.getLogger(name).setLevel(logging.INFO)
         # a warm-up: the optimizer's rate starts at a third of its peak
         module = Regression(network(), lambda p: optimizer(p, lr=0.3), lambda step: min(1.0, (step + 1) / 3))
         strategy = local_update(QuadraticPeriod(h_base=h_base))
