@@ -86,16 +86,15 @@ def average_(tensors: Sequence[Tensor], recorder: Recorder, purpose: str, bucket
     for (device, dtype), group in _by_accumulation_type(flat):
         capacity = max(1, bucket_bytes // dtype.itemsize)
         size = min(capacity, sum(tensor.entries.numel() for tensor in group))
-        scratch = deque(torch.empty(size, dtype=dtype, device=device) for _ in range(_IN_FLIGHT) if size)
+        scratch = [torch.empty(size, dtype=dtype, device=device) for _ in range(_IN_FLIGHT) if size]
         travelling: deque[tuple[list[Tensor], Tensor, Pending]] = deque()
-        for pieces in _buckets([tensor.entries for tensor in group], capacity):
+        for turn, pieces in enumerate(_buckets([tensor.entries for tensor in group], capacity)):
             if len(travelling) == _IN_FLIGHT:
-                drift = _unpack(*travelling.popleft(), recorder.world_size, drift, scratch)
-            bucket = scratch.popleft()
-            used = _pack(pieces, bucket)
-            travelling.append((pieces, bucket, recorder.all_reduce(used, purpose)))
+                drift = _unpack(*travelling.popleft(), recorder.world_size, drift)
+            used = _pack(pieces, scratch[turn % _IN_FLIGHT])
+            travelling.append((pieces, used, recorder.all_reduce(used, purpose)))
         while travelling:
-            drift = _unpack(*travelling.popleft(), recorder.world_size, drift, scratch)
+            drift = _unpack(*travelling.popleft(), recorder.world_size, drift)
     for tensor in flat:
         tensor.write_back()
     return drift
@@ -181,30 +180,23 @@ def _buckets(rows: list[Tensor], capacity: int) -> Iterator[list[Tensor]]:
 
 
 def _pack(pieces: list[Tensor], bucket: Tensor) -> Tensor:
-    start = 0
-    for piece in pieces:
-        bucket[start : start + piece.numel()].copy_(piece)
-        start += piece.numel()
-    return bucket[:start]
+    used = bucket[: sum(piece.numel() for piece in pieces)]
+    torch._foreach_copy_(_like(pieces, used), pieces)
+    return used
 
 
-def _unpack(
-    pieces: list[Tensor], bucket: Tensor, pending: Pending, world_size: int, drift: Drift, scratch: deque[Tensor]
-) -> Drift:
+def _unpack(pieces: list[Tensor], used: Tensor, pending: Pending, world_size: int, drift: Drift) -> Drift:
     pending.wait()
-    distance_sq, mean_sq = drift
-    start = 0
-    for piece in pieces:
-        mean = bucket[start : start + piece.numel()].div_(world_size)
-        start += piece.numel()
-        # The piece is overwritten below, so its place serves for the difference: no third buffer.
-        piece.sub_(mean)
-        distance_sq += _square_norm(piece)
-        mean_sq += _square_norm(mean)
-        piece.copy_(mean)
-    scratch.append(bucket)
-    return Drift(distance_sq, mean_sq)
+    mean = used.div_(world_size)
+    means = _like(pieces, mean)
+    # The pieces are overwritten below, so their place serves for the difference: no third bucket.
+    torch._foreach_sub_(pieces, means)
+    distances = torch.stack(torch._foreach_norm(pieces, 2, mean.dtype))
+    torch._foreach_copy_(pieces, means)
+    mean_sq = float(torch.linalg.vector_norm(mean)) ** 2
+    return Drift(drift.distance_sq + float(distances.square().sum()), drift.mean_sq + mean_sq)
 
 
-def _square_norm(row: Tensor) -> float:
-    return float(torch.linalg.vector_norm(row, dtype=torch.promote_types(row.dtype, torch.float32))) ** 2
+def _like(pieces: list[Tensor], row: Tensor) -> list[Tensor]:
+    """Cut a row into views as long as the pieces."""
+    return list(torch.split(row, [piece.numel() for piece in pieces]))

@@ -1,0 +1,173 @@
+"""Speed of local updates on this machine: the averages, and what the strategy costs between them.
+
+    python benchmarks/local_update.py [--ranks 2] [--repeats 15]
+
+Two tables. First, averaging a 22 MB model in place, for several bucket sizes, against one bare `all_reduce` of the same
+bytes; the runs are interleaved, and each line gives the median, the quartiles and the ratio of the bare time to it.
+Second, the time of an optimizer step between synchronisations: K processes with the strategy against K processes that
+run the same loop without any strategy, interleaved as well.
+"""
+
+import argparse
+import logging
+import multiprocessing
+import os
+import platform
+import socket
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_comm import CommLedger, FixedPeriod, LocalUpdateStrategy
+from lightning_comm.transport.averaging import average_
+from lightning_comm.transport.recording import Recorder
+
+BUCKETS_MIB = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+
+
+def vit_small_shapes() -> list[tuple[int, ...]]:
+    """Shapes of a ViT with 5.5 million parameters, 22 MB in float32: large matrices and many small vectors."""
+    width, shapes = 192, [(192, 3, 16, 16), (192,), (1, 197, 192), (1, 1, 192)]
+    for _ in range(12):
+        shapes += [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
+        shapes += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return [*shapes, (width,), (width,), (100, width), (100,)]
+
+
+def run_ranks(fn: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
+    """Run ``fn(rank, *args)`` in processes with the environment that torchrun and Lightning expect."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    processes = [context.Process(target=_rank, args=(fn, rank, ranks, port, args, results)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    answers = dict(results.get(timeout=900) for _ in range(ranks))
+    for process in processes:
+        process.join()
+    return [answers[rank] for rank in range(ranks)]
+
+
+def _rank(fn: Callable[..., Any], rank: int, ranks: int, port: int, args: tuple[Any, ...], results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+    results.put((rank, fn(rank, *args)))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def time_averages(rank: int, repeats: int) -> dict[str, list[float]]:
+    """Time a bare all-reduce and our average at each bucket size, one after the other, again and again."""
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+    tensors = [torch.randn(shape) for shape in vit_small_shapes()]
+    flat = torch.randn(sum(tensor.numel() for tensor in tensors))
+    recorder = Recorder(CommLedger())
+    candidates: dict[str, Callable[[], Any]] = {"bare all_reduce": lambda: dist.all_reduce(flat)}
+    for mib in BUCKETS_MIB:
+        size = int(mib * 2**20)
+        candidates[f"average_, buckets of {mib:g} MiB"] = lambda size=size: average_(tensors, recorder, "x", size)
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(repeats + 2):
+        for name, candidate in candidates.items():
+            flat.fill_(1e-3)
+            dist.barrier()
+            started = time.perf_counter()
+            candidate()
+            if repeat >= 2:  # the first two warm up connections and memory
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+class Tiny(pl.LightningModule):
+    """A model so small that a step is nearly all overhead of the loop."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(4, 1)
+        self.steps, self.began, self.seconds = steps, 0.0, 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if batch_idx == 100:
+            self.began = time.perf_counter()
+        if batch_idx == self.steps - 10:
+            self.seconds = (time.perf_counter() - self.began) / (batch_idx - 100)
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def time_steps(rank: int, ranks: int, with_strategy: bool, steps: int) -> float:
+    """Return the seconds of a step, in the middle of one long round."""
+    if with_strategy:
+        strategy: Any = LocalUpdateStrategy(FixedPeriod(10 * steps))
+    else:
+        strategy = SingleDeviceStrategy(torch.device("cpu"))
+        for name in ("LOCAL_RANK", "WORLD_SIZE", "RANK", "NODE_RANK"):
+            os.environ.pop(name)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=ranks if with_strategy else 1, strategy=strategy, max_steps=steps, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    model = Tiny(steps)
+    trainer.fit(model, DataLoader(TensorDataset(torch.randn(steps, 4)), batch_size=1))
+    return model.seconds
+
+
+def line(name: str, values: list[float], unit: float, note: str = "") -> str:
+    """Format a median with its quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{name:32} {middle * unit:9.2f}   {low * unit:8.2f} to {high * unit:8.2f}   {note}"
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=3000)
+    options = parser.parse_args()
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    megabytes = 4 * sum(torch.Size(shape).numel() for shape in vit_small_shapes()) / 1e6
+    print(
+        f"torch {torch.__version__}, lightning {pl.__version__}, {platform.processor() or platform.machine()}, ", end=""
+    )
+    print(
+        f"{os.cpu_count()} cores, {options.ranks} ranks on loopback (gloo), 1 thread each, {options.repeats} repeats\n"
+    )
+
+    times = run_ranks(time_averages, options.ranks, options.repeats)[0]
+    print(f"Averaging {megabytes:.1f} MB, milliseconds: median, quartiles, and its rate as a share of the bare one's")
+    bare = statistics.median(times["bare all_reduce"])
+    for name, values in times.items():
+        print(line(name, values, 1e3, f"{bare / statistics.median(values):.2f}"))
+
+    print("\nOne optimizer step between synchronisations, microseconds: median and quartiles over repeats and ranks")
+    steps: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(max(5, options.repeats // 3)):
+        for with_strategy in (False, True):
+            steps[with_strategy] += run_ranks(time_steps, options.ranks, options.ranks, with_strategy, options.steps)
+    print(line(f"{options.ranks} processes without it", steps[False], 1e6))
+    print(line(f"{options.ranks} processes with it", steps[True], 1e6))
+    print(f"difference of the medians: {(statistics.median(steps[True]) - statistics.median(steps[False])) * 1e6:.1f}")
+
+
+if __name__ == "__main__":
+    main()
