@@ -1,0 +1,204 @@
+"""``lightning-comm demo``: train real digits with DDP, local SGD and QSR, and report what each sent and reached.
+
+Every run has processes of its own (:mod:`lightning_comm.cli.demo_run`), so that none can disturb the next. All figures
+and sentences of the report are computed from their results (:mod:`lightning_comm.cli.report`).
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lightning_comm.cli import report
+from lightning_comm.cli.demo_run import PROGRESS, RunSettings
+from lightning_comm.core.local_update import QuadraticPeriod
+
+METHODS = ("ddp", "local_sgd", "qsr")
+_IMAGES = 1437  # to train on, in DigitsData
+_SHOWN_OF_A_FAILURE = 40  # lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; return 0, or 1 if a run failed."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parse(argv)
+    try:
+        import matplotlib  # noqa: F401  # asked for now, not after minutes of training
+
+        import lightning_comm.examples  # noqa: F401
+    except ModuleNotFoundError as error:
+        print(
+            f"lightning-comm demo: {error.name!r} is not installed, and the demo needs it. Install it with "
+            "pip install 'lightning-comm[examples]'.",
+            file=sys.stderr,
+        )
+        return 1
+    folder = Path(arguments.out) / datetime.now().strftime("%Y-%m-%d_%H%M%S")
+    (folder / "logs").mkdir(parents=True)  # fails if it is there: no result is ever overwritten
+    results: dict[str, Any] = {
+        "command": shlex.join(["lightning-comm", "demo", *argv]),
+        "settings": _settings(arguments),
+        "environment": environment(),
+        "runs": [],
+    }
+    runs = [
+        RunSettings(method, seed, arguments.devices, arguments.epochs, arguments.lr, arguments.batch_size)
+        for seed in range(arguments.seeds)
+        for method in METHODS
+    ]
+    print(
+        f"Training a small ViT on 1,437 real handwritten digits: {arguments.devices} processes, {arguments.epochs} "
+        f"epochs, {len(runs)} runs."
+    )
+    for index, run in enumerate(runs, start=1):
+        result = run_one(run, folder, f"[{index}/{len(runs)}] {report.NAMES[run.method]}, seed {run.seed}")
+        if result is None:
+            return 1
+        results["runs"].append(result)
+        (folder / "results.json").write_text(json.dumps(results, indent=1))  # after each run, so that none is lost
+    _write_and_show(results, folder)
+    return 0
+
+
+def run_one(run: RunSettings, folder: Path, label: str) -> dict[str, Any] | None:
+    """Train in fresh processes and show how far they are; return the result, or ``None`` after showing why not."""
+    name = f"{run.method}-seed{run.seed}"
+    log, result_file = folder / "logs" / f"{name}.log", folder / f"{name}.json"
+    command = [sys.executable, "-m", "lightning_comm.cli.demo_run", json.dumps(asdict(run)), str(result_file)]
+    # One thread a process: the processes share the cores.
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    show = _progress_line(label, run.epochs)
+    try:
+        with log.open("w") as lines:
+            for line in process.stdout:
+                if line.startswith(PROGRESS):
+                    show(json.loads(line.removeprefix(PROGRESS)))
+                else:
+                    lines.write(line)
+        code = process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+    if code != 0 or not result_file.exists():
+        last = log.read_text().splitlines()[-_SHOWN_OF_A_FAILURE:]
+        print(f"\n{label} failed with exit code {code}. The end of its output ({log}):", *last, sep="\n")
+        return None
+    result: dict[str, Any] = json.loads(result_file.read_text())
+    result_file.unlink()  # it goes into results.json
+    return result
+
+
+def _progress_line(label: str, epochs: int) -> Callable[[dict[str, float]], None]:
+    on_terminal = sys.stdout.isatty()
+
+    def show(point: dict[str, float]) -> None:
+        last = point["epoch"] == epochs
+        text = (
+            f"{label}: epoch {point['epoch']:.0f} of {epochs}, accuracy {report.percent(point['accuracy'])}, "
+            f"{report.megabytes(point['training_wire_bytes'])} sent, {point['wall_s']:.0f} s"
+        )
+        if on_terminal:
+            print(f"\r{text:<100}", end="\n" if last else "", flush=True)
+        elif last:
+            print(text, flush=True)
+
+    if on_terminal:
+        print(f"\r{label}: starting ...", end="", flush=True)
+    return show
+
+
+def _write_and_show(results: dict[str, Any], folder: Path) -> None:
+    from lightning_comm.cli import figure
+
+    png = folder / "figure.png"
+    figure.draw(results, png)
+    (folder / "report.html").write_text(report.html_page(results, png.read_bytes()))
+    (folder / "report.md").write_text(report.markdown(results))
+    print()
+    print(report.text_table(*report.summary_table(results)))
+    print()
+    for sentence in report.conclusions(results):
+        print(sentence)
+    print()
+    for what, path in (("Report", "report.html"), ("Figure", "figure.png"), ("Numbers", "results.json")):
+        print(f"{what + ':':<9}{(folder / path).resolve()}")
+
+
+def environment() -> dict[str, str]:
+    """Return what the figures depend on besides the settings: versions and hardware."""
+    packages = ("lightning-comm", "torch", "lightning", "timm")
+    versions = {name: metadata.version(name) for name in packages}
+    return {
+        "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "python": platform.python_version(),
+        **versions,
+        "system": platform.platform(),
+        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "load average at the start": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "not known",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    rule = QuadraticPeriod().resolve(family="adam", peak_lr=arguments.lr)
+    chosen = {name: getattr(arguments, name) for name in ("devices", "epochs", "seeds", "lr", "batch_size")}
+    return {**chosen, "alpha": rule.alpha, "h_base": rule.h_base}
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lightning-comm demo",
+        description="Train a small ViT on real handwritten digits with DDP, local SGD and QSR, and compare them.",
+    )
+    add = parser.add_argument
+    add("--devices", type=int, default=4, help="processes, at least 2 (default: %(default)s)")
+    add("--epochs", type=int, default=60, help="passes through the training images (default: %(default)s)")
+    add("--seeds", type=int, default=1, help="paired seeds: each method trains once with each (default: %(default)s)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate, equal for all methods (default: %(default)s)")
+    add("--batch-size", type=int, default=16, help="images per batch and process (default: %(default)s)")
+    add("--out", default="demo_results", help="a new folder is made in here (default: %(default)s/)")
+    arguments = parser.parse_args(argv)
+    for name, least, meaning in (
+        ("devices", 2, "One process has nobody to talk to."),
+        ("epochs", 1, "60 take about a minute a run on 2 cores."),
+        ("seeds", 1, "5 show how much results spread."),
+        ("batch_size", 1, "The global batch is as many times larger as there are processes."),
+    ):
+        value = getattr(arguments, name)
+        if value < least:
+            parser.error(f"`--{name.replace('_', '-')}` must be >= {least}; got {value}. {meaning}")
+    if not 0 < arguments.lr < float("inf"):
+        parser.error(f"`--lr` is the peak learning rate, so it must be finite and > 0; got {arguments.lr}.")
+    if arguments.devices * arguments.batch_size > _IMAGES:
+        parser.error(
+            f"`--batch-size` {arguments.batch_size} on {arguments.devices} processes is more than the {_IMAGES} "
+            f"training images; it must be <= {_IMAGES // arguments.devices}."
+        )
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""The demo as a user runs it, small: its pages agree with its numbers, and its numbers with the formula."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from lightning_comm.cli import demo
+from lightning_comm.cli.demo_run import RunSettings
+from lightning_comm.cli.report import megabytes, percent
+
+pytestmark = pytest.mark.timeout(360)  # three runs in fresh processes, most of it imports; more where others are busy
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run of the command, with the fewest processes and epochs."""
+    out = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "lightning_comm.cli.main", "demo", "--devices", "2", "--epochs", "1"]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = out.iterdir()
+    return folder, json.loads((folder / "results.json").read_text()), done.stdout
+
+
+def runs_by_method(results):
+    return {run["method"]: run for run in results["runs"]}
+
+
+def test_every_method_trains_the_same_samples(finished):
+    _, results, _ = finished
+    assert [run["method"] for run in results["runs"]] == ["ddp", "local_sgd", "qsr"]
+    assert {(run["world_size"], run["steps"], run["samples"], run["seed"]) for run in results["runs"]} == {
+        (2, 44, 44 * 2 * 16, 0)
+    }
+    assert len({tuple(run["lrs"]) for run in results["runs"]}) == 1
+
+
+def test_bytes_equal_the_formula(finished):
+    _, results, _ = finished
+    for method, run in runs_by_method(results).items():
+        one_average = run["parameter_bytes"] * 2 * (2 - 1) / 2  # a ring of 2 ranks
+        if method == "ddp":
+            assert run["synchronisations"] == run["steps"]
+            assert run["training_wire_bytes"] == run["steps"] * one_average
+        else:
+            assert 0 < run["synchronisations"] == len(run["rounds"]) < run["steps"] / 3
+            assert run["wire_bytes"]["parameters"] == run["synchronisations"] * one_average
+            control = run["training_wire_bytes"] - run["wire_bytes"]["parameters"]
+            assert control == run["wire_bytes"]["control"]
+            assert control < 0.01 * run["training_wire_bytes"]
+
+
+def test_rounds_follow_one_another_to_the_last_step(finished):
+    _, results, _ = finished
+    for run in results["runs"][1:]:
+        lengths = [done["period_steps"] for done in run["rounds"]]
+        assert [done["end_step"] for done in run["rounds"]] == [sum(lengths[: k + 1]) for k in range(len(lengths))]
+        assert sum(lengths) == run["steps"]
+
+
+def test_the_table_shows_the_numbers_of_the_file(finished):
+    folder, results, stdout = finished
+    for method, name in (("ddp", "DDP"), ("local_sgd", "Local SGD"), ("qsr", "QSR")):
+        run = runs_by_method(results)[method]
+        share = run["training_wire_bytes"] / results["runs"][0]["training_wire_bytes"]
+        cells = [percent(run["accuracy"]), str(run["synchronisations"]), megabytes(run["training_wire_bytes"])]
+        cells += [percent(share), f"{run['wall_s']:.0f} s"]
+        (row,) = [line for line in stdout.splitlines() if re.match(rf"{name}  +\d", line)]
+        assert re.split("  +", row) == [name, *cells]
+        assert f"| {name} | {' | '.join(cells)} |" in (folder / "report.md").read_text()
+
+
+def test_the_paths_are_printed_and_the_page_needs_no_other_file(finished):
+    folder, results, stdout = finished
+    page = (folder / "report.html").read_text()
+    for name in ("report.html", "figure.png", "results.json"):
+        assert str(folder / name) in stdout
+    assert base64.b64encode((folder / "figure.png").read_bytes()).decode() in page
+    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
+    assert results["command"] in page
+    assert results["environment"]["torch"] in page
+
+
+def test_a_run_that_fails_is_named_with_the_end_of_its_output(tmp_path, capfd):
+    (tmp_path / "logs").mkdir()
+    run = RunSettings("no_such_method", seed=0, devices=2, epochs=1, lr=1e-3, batch_size=16)
+    assert demo.run_one(run, tmp_path, "[1/3] Nothing, seed 0") is None
+    said = capfd.readouterr().out
+    assert [word for word in ("[1/3] Nothing, seed 0 failed", "no_such_method", "ValueError") if word not in said] == []
+
+
+def test_a_failed_run_fails_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "run_one", lambda *_: None)
+    assert demo.main(["--out", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "must_say"),
+    [
+        (["--devices", "1"], ["--devices", ">= 2", "got 1", "nobody to talk to"]),
+        (["--seeds", "0"], ["--seeds", ">= 1", "got 0"]),
+        (["--epochs", "0"], ["--epochs", ">= 1", "got 0"]),
+        (["--lr", "-1"], ["--lr", "-1.0", "> 0"]),
+        (["--lr", "nan"], ["--lr", "nan", "> 0"]),
+        (["--batch-size", "720", "--devices", "2"], ["--batch-size", "720", "1437", "<= 718"]),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value_and_a_way_out(arguments, must_say, capsys):
+    with pytest.raises(SystemExit):
+        demo.main(arguments)
+    said = capsys.readouterr().err
+    assert [word for word in must_say if word not in said] == []
+
+
+def test_a_missing_extra_is_named_with_its_installation_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert demo.main(["--out", str(tmp_path / "results")]) == 1
+    said = capsys.readouterr().err
+    assert "matplotlib" in said
+    assert "pip install 'lightning-comm[examples]'" in said
+    assert not (tmp_path / "results").exists()
