@@ -8,8 +8,8 @@ except ModuleNotFoundError as error:
     if missing not in ("timm", "sklearn"):
         raise
     raise ModuleNotFoundError(
-        f"lightning_comm.examples: {missing!r} must be installed for the examples, and it is not. Install all that they "
-        "need with pip install 'lightning-comm[examples]'.",
+        f"lightning_comm.examples: the examples need {missing!r}, which is not installed. "
+        "pip install 'lightning-comm[examples]' installs all that they need.",
         name=missing,
     ) from error
 

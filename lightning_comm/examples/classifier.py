@@ -93,7 +93,8 @@ class TimmClassifier(LightningModule):
         # Not in `configure_optimizers`: asking there makes Lightning drop where the train loader stood in the
         # checkpoint (Lightning issue 20550). No rate is needed before but that of step 0, which is known anyway.
         self._total_steps = self.trainer.estimated_stepping_batches
-        self.lr_schedule.check_run_length(self._total_steps)
+        if not getattr(self.trainer, "fast_dev_run", False):  # a trial of a few batches may well end in the warm-up
+            self.lr_schedule.check_run_length(self._total_steps)
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR
 
@@ -112,7 +112,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused():
 
 
 def test_a_small_vision_transformer_learns_the_digits():
-    seed_everything(0)
+    torch.manual_seed(0)
     model = TimmClassifier(
         VIT, 10, {**SMALL, "embed_dim": 64, "depth": 2, "num_heads": 4}, lr=4e-3, warmup_steps=20, label_smoothing=0.1
     )
@@ -133,7 +133,7 @@ class SaveEveryBatch(Callback):
 
 def test_a_run_resumed_at_any_step_ends_with_the_weights_of_the_run_that_was_never_stopped(tmp_path):
     def run(ckpt_path=None, callbacks=()):
-        seed_everything(1)
+        torch.manual_seed(1)
         model = TimmClassifier(VIT, 10, SMALL, warmup_steps=2)
         fit(model, DigitsData(400), ckpt_path, max_epochs=2, limit_val_batches=0, callbacks=list(callbacks))
         return model.state_dict()
@@ -146,7 +146,7 @@ def test_a_run_resumed_at_any_step_ends_with_the_weights_of_the_run_that_was_nev
 
 
 def test_accuracy_and_loss_over_ranks_are_those_of_all_images_together():
-    seed_everything(2)
+    torch.manual_seed(2)
     model = TimmClassifier(VIT, 10, SMALL)
     images, labels = DigitsData(360).val_dataloader().dataset.tensors
     with torch.no_grad():
