@@ -1,0 +1,115 @@
+"""What the console command says, where it hands on, and that Lightning's part of it knows our names."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lightning_comm
+from lightning_comm.cli.main import COMMANDS, main
+from lightning_comm.cli.training import strategy_problem
+
+torch.set_num_threads(1)  # a process that has started torch's threads cannot be forked into ranks
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ONE_BATCH = [
+    "--trainer.devices=1",
+    "--trainer.strategy=auto",
+    "--trainer.limit_train_batches=1",
+    "--trainer.max_steps=30",
+]
+
+
+@pytest.fixture(autouse=True)
+def _same_environment(monkeypatch):
+    """Seeding a run sets variables that later tests would inherit; what is set here is taken back."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+
+
+def test_help_says_what_each_command_does(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert [name for name, (what, _) in COMMANDS.items() if f"  {name} " not in text or what not in text] == []
+
+
+def test_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"lightning-comm {lightning_comm.__version__}"
+
+
+def test_no_command_is_a_mistake_that_shows_the_help(capsys):
+    assert main([]) == 2
+    assert "usage: lightning-comm COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "must_say"),
+    [("ft", ["'ft'", "Did you mean fit?"]), ("validation", ["'validation'", "validate"]), ("?", ["'?'", "--help"])],
+)
+def test_an_unknown_command_is_named_with_those_near_it(name, must_say, capsys):
+    assert main([name]) == 2
+    message = capsys.readouterr().err
+    assert [word for word in must_say if word not in message] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_there(name):
+    module, _, function = COMMANDS[name][1].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize(("answer", "code"), [(None, 0), (0, 0), (3, 3)])
+def test_a_command_gets_the_words_after_its_name_and_decides_on_the_exit_code(answer, code, monkeypatch):
+    given = []
+    monkeypatch.setitem(sys.modules, "some.module", SimpleNamespace(run=lambda words: given.append(words) or answer))
+    monkeypatch.setitem(COMMANDS, "mine", ("test this", "some.module:run"))
+    assert main(["mine", "--a", "b"]) == code
+    monkeypatch.setattr(sys, "argv", ["lightning-comm", "mine", "c"])
+    assert main() == code
+    assert given == [["--a", "b"], ["c"]]
+
+
+@pytest.mark.parametrize("name", ["auto", "ddp", "qsr", "local_sgd", "post_local_sgd_fork", "QSR"])
+def test_names_that_the_trainer_would_find_are_let_through(name):
+    assert strategy_problem(name) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "must_say"),
+    [
+        ("qsrr", ["strategy", "'qsrr'", "qsr"]),
+        ("xxxxxxxx", ["strategy", "'xxxxxxxx'", "Known are auto", "local_sgd"]),
+        ("lightning_comm.LocalUpdateStrategy", ["--trainer.strategy.class_path=lightning_comm.LocalUpdateStrategy"]),
+    ],
+)
+def test_a_wrong_strategy_ends_the_command_with_one_sentence(name, must_say, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", f"--config={CONFIGS / 'ddp.yaml'}", f"--trainer.strategy={name}"])
+    assert caught.value.code == 2
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert [word for word in must_say if word not in message] == []
+
+
+def test_a_run_may_go_on_in_the_folder_where_it_began(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}", "--trainer.logger.version=0"]
+    run = ["fit", f"--config={CONFIGS / 'ddp.yaml'}", *logger, *ONE_BATCH, "--trainer.limit_val_batches=0"]
+    assert main([*run, "--trainer.max_epochs=21"]) == 0
+    folder = tmp_path / "lightning_logs" / "version_0"
+    (checkpoint,) = folder.glob("checkpoints/*.ckpt")
+    assert main([*run, "--trainer.max_epochs=22", f"--ckpt_path={checkpoint}"]) == 0
+    assert "max_epochs: 22" in (folder / "config.yaml").read_text()
+
+
+def test_the_seed_of_a_run_is_fixed_unless_it_is_chosen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seeds = []
+    for seed in ([], [], ["--seed_everything=1"]):
+        run = ["fit", f"--config={CONFIGS / 'ddp.yaml'}", "--trainer.logger=false", *ONE_BATCH]
+        main([*run, "--trainer.fast_dev_run=true", *seed])
+        seeds.append(torch.initial_seed())
+    assert seeds[0] == seeds[1] != seeds[2]
