@@ -1,0 +1,58 @@
+"""Every file in `configs/`, run by the real command in processes of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+COMMAND = Path(sys.executable).parent / "lightning-comm"
+
+
+def run(words: list[str], folder: Path) -> str:
+    """Run the command; return what it printed, or fail with it."""
+    process = subprocess.Popen(
+        [COMMAND, *words],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that its ranks can be ended together with it
+    )
+    try:
+        text, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        text, _ = process.communicate()
+        pytest.fail(f"not done after 120 s:\n{text}")
+    assert process.returncode == 0, text
+    return text
+
+
+def test_there_are_configs_to_test():
+    assert {"ddp", "local_sgd", "post_local_sgd", "qsr"} <= {config.stem for config in CONFIGS}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_the_command_trains_with_the_config(config, tmp_path):
+    text = run(["fit", f"--config={config}", "--trainer.max_epochs=1"], tmp_path)
+    assert "Starting with 2 processes" in text
+    assert "`max_epochs=1` reached" in text
+    assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt"))
+
+
+def test_the_configs_differ_in_nothing_but_the_strategy():
+    contents = [yaml.safe_load(config.read_text()) for config in CONFIGS]
+    strategies = [content["trainer"].pop("strategy") for content in contents]
+    assert all(content == contents[0] for content in contents)
+    assert all(strategies.count(strategy) == 1 for strategy in strategies)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_a_config_says_how_to_run_it(config):
+    assert f"#   lightning-comm fit --config configs/{config.name}\n" in config.read_text()
