@@ -2,18 +2,19 @@
 
 import math
 import sys
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
-from lightning_comm.core.local_update import FixedPeriod, PeriodRule, RoundClock
+from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticPeriod, RoundClock
 from lightning_comm.strategies.lightning_internals import logged_metrics, validates_by_the_clock
 from lightning_comm.strategies.local_update_run import Settings
 from lightning_comm.transport.averaging import Averaging
@@ -220,6 +221,24 @@ def peak_lr(optimizer: Optimizer) -> float:
     return max(
         float(group[key]) for group in optimizer.param_groups for key in ("lr", "initial_lr", "max_lr") if key in group
     )
+
+
+def resolved_period(settings: Settings, optimizers: list[Optimizer], saved_alpha: float | None) -> PeriodRule:
+    """Return the rule with its coefficient as a number: that of the run which is resumed, or the authors' choice."""
+    period = settings.period
+    if not isinstance(period, QuadraticPeriod) or period.alpha != "auto":
+        return period
+    if saved_alpha is not None:
+        return replace(period, alpha=saved_alpha)
+    optimizer = optimizers[settings.counted_optimizer]
+    family, peak = optimizer_family(optimizer), peak_lr(optimizer)
+    resolved = period.resolve(family=family, peak_lr=peak)  # type: ignore[arg-type]  # it names the families it knows
+    rank_zero_info(
+        f"QuadraticPeriod: alpha='auto' is {resolved.alpha:.4g}: the ratio to the peak learning rate ({peak:g}) that "
+        f"the authors of QSR used with an optimizer of this family ({type(optimizer).__name__}: {family}). It may want "
+        "tuning: a larger alpha communicates less."
+    )
+    return resolved
 
 
 def check_plateau_monitors(trainer: Trainer) -> None:

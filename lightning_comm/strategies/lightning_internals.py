@@ -54,7 +54,6 @@ INTERNALS = (
     Internal(_EVALUATION_LOOP, "increment_progress_to_evaluation_end", "draws random numbers in a resumed run"),
     Internal(_FIT_LOOP, "_combined_loader", "to see whether a loader has a state of its own"),
     Internal(_FIT_LOOP, "_data_fetcher", "made before the random state is restored, so it is begun again"),
-    Internal(_FIT_LOOP, "_can_stop_early", "whether `should_stop` ends the run now or only after `min_steps`"),
     Internal(_FIT_LOOP, "_load_combined_loader_states", "skipped where `configure_optimizers` loads the data first"),
     Internal(_SIGNALS, "_sigterm_notifier_fn", "starts a broadcast inside a signal handler"),
     Internal(_SIGNALS, "_slurm_sigusr_handler_fn", "saves inside a signal handler, which is no place for a collective"),
@@ -209,11 +208,6 @@ def load_skipped_loader_states(trainer: Trainer) -> None:
 def validates_by_the_clock(trainer: Trainer) -> bool:
     """Whether ``val_check_interval`` is a time, so that each rank's own clock starts validation."""
     return getattr(trainer, "_val_check_time_interval", None) is not None
-
-
-def can_stop_now(trainer: Trainer) -> bool:
-    """Whether ``should_stop`` ends the run now; otherwise ``min_epochs`` or ``min_steps`` are still to be met."""
-    return bool(trainer.fit_loop._can_stop_early)
 
 
 def weight_average_of(callback: Callback) -> Module | None:

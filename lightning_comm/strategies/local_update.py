@@ -18,20 +18,19 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.core.local_update import PeriodRule, QuadraticPeriod
+from lightning_comm.core.local_update import PeriodRule
 from lightning_comm.strategies import checks, lightning_internals, rank_files
 from lightning_comm.strategies.companion import LocalUpdateCompanion
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.local_update_run import LocalUpdateRun, Round, Settings
 from lightning_comm.transport.agreement import Agreement, PeerFailure, default_store
 from lightning_comm.transport.averaging import Averaging
-from lightning_comm.transport.random_state import random_state, set_random_state
+from lightning_comm.transport.random_state import set_random_state
 from lightning_comm.transport.recording import Recorder
 
 _fits = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
@@ -194,7 +193,8 @@ class LocalUpdateStrategy(DDPStrategy):
         super().setup(trainer)
         checks.check_optimizers(self.optimizers, self.settings)
         agreement = Agreement(default_store(), self.global_rank, self.world_size, f"lightning_comm/{next(_fits)}")
-        settings = replace(self.settings, period=self._resolved_period())
+        period = checks.resolved_period(self.settings, self.optimizers, rank_files.saved_alpha(self._resume))
+        settings = replace(self.settings, period=period)
         recorder = Recorder(self._ledger)
         self._run = LocalUpdateRun(
             trainer, module, lambda: self.optimizers, settings, recorder, agreement, self._unwrap_ddp
@@ -219,23 +219,6 @@ class LocalUpdateStrategy(DDPStrategy):
         """End the gradient phase. Dropping the wrapper frees its buckets and takes its hooks off the parameters."""
         self.model = self.lightning_module
 
-    def _resolved_period(self) -> PeriodRule:
-        period = self.settings.period
-        saved = (self._resume.shared or {}).get("run", {}).get("period", {}) if self._resume else {}
-        if not isinstance(period, QuadraticPeriod) or period.alpha != "auto":
-            return period
-        if isinstance(saved.get("alpha"), float):
-            return replace(period, alpha=saved["alpha"])
-        optimizer = self.optimizers[self.settings.counted_optimizer]
-        family, peak = checks.optimizer_family(optimizer), checks.peak_lr(optimizer)
-        resolved = period.resolve(family=family, peak_lr=peak)  # type: ignore[arg-type]
-        rank_zero_info(
-            f"QuadraticPeriod: alpha='auto' is {resolved.alpha:.4g}: the ratio to the peak learning rate ({peak:g}) "
-            f"that the authors of QSR used with an optimizer of this family ({type(optimizer).__name__}: {family}). It "
-            "may want tuning: a larger alpha communicates less."
-        )
-        return resolved
-
     # ---- the run -------------------------------------------------------------------------------------------------
 
     @override
@@ -246,14 +229,14 @@ class LocalUpdateStrategy(DDPStrategy):
         assert trainer is not None
         assert self._interruptions is not None
         lightning_internals.load_skipped_loader_states(trainer)
-        batches = trainer.num_training_batches
-        run.check_start(-1.0 if batches == float("inf") else float(batches))
+        run.check_start(float(trainer.num_training_batches))
         total = checks.total_steps(trainer)
         run.clock.total_steps = total
         run.gradient_steps = checks.gradient_steps(run.settings, total)
         checks.warn_at_start(trainer, run.settings, total, self.world_size)
         run.replica.begin_round()
-        own = self._take_up(run, trainer)
+        own, shared = (self._resume.own, self._resume.shared) if self._resume else (None, None)
+        run.take_up(shared, own)
         if self._starts_with_gradients and not run.in_gradient_phase:
             self._unwrap_ddp()
         self._interruptions.install()
@@ -262,19 +245,6 @@ class LocalUpdateStrategy(DDPStrategy):
             set_random_state(own["random"])  # last, since what comes before may draw from the generators
             if own["epoch_is_over"]:
                 lightning_internals.begin_loaders_again(trainer)
-
-    def _take_up(self, run: LocalUpdateRun, trainer: Trainer) -> dict[str, Any] | None:
-        """Go on from the checkpoint, if there is one; return this rank's file if the continuation is exact."""
-        own, shared = (self._resume.own, self._resume.shared) if self._resume else (None, None)
-        if own is not None:
-            run.load_state_dict(own["run"], exact=True)
-            run.replica.load_local_state(own["weights"])
-            run.apart = own["apart"]
-        elif shared is not None:
-            run.load_state_dict(shared["run"], exact=False)
-        else:
-            run.clock.steps_done = trainer.global_step
-        return own
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
@@ -347,37 +317,15 @@ class LocalUpdateStrategy(DDPStrategy):
         if not trainer.interrupted:  # otherwise a rank has failed, and no collective would end
             # One path and one token for all: the path holds the step, which differs where ranks stopped apart.
             filepath, token = self.broadcast((str(filepath), secrets.token_hex(8)))
-            if run.apart and run.replica.kept is None:
-                for key in ("state_dict", "current_model_state"):  # the second is that of a WeightAveraging callback
-                    if key in checkpoint:
-                        checkpoint[key] = run.replica.average_state_dict(checkpoint[key], "checkpoint")
+            run.average_checkpoint(checkpoint)
             averaged = True
             if complete := "optimizer_states" in checkpoint:
-                self._save_own_state(run, checkpoint, filepath, token)
+                keys = (*rank_files.RANK_KEYS, type(self.precision_plugin).__qualname__)
+                own = rank_files.own_state(run, {key: checkpoint[key] for key in keys if key in checkpoint}, token)
+                self.checkpoint_io.save_checkpoint(own, rank_files.rank_path(filepath, self.global_rank))
                 self.barrier()  # so that the file that everybody looks for appears after the folder beside it
-        checkpoint[rank_files.KEY] = {
-            "version": rank_files.VERSION,
-            "token": token,
-            "world_size": self.world_size,
-            "complete": complete,
-            "averaged": averaged,
-            "run": run.state_dict(),
-        }
+        checkpoint[rank_files.KEY] = rank_files.shared_state(run, token, complete=complete, averaged=averaged)
         super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def _save_own_state(self, run: LocalUpdateRun, checkpoint: dict[str, Any], filepath: _PATH, token: str) -> None:
-        keys = (*rank_files.RANK_KEYS, type(self.precision_plugin).__qualname__)
-        own = {
-            "version": rank_files.VERSION,
-            "token": token,
-            "apart": run.apart,
-            "epoch_is_over": run.trainer.is_last_batch,
-            "weights": run.replica.local_state() if run.apart else run.replica.local_buffers(),
-            "run": run.state_dict(),
-            "random": random_state(),
-            "checkpoint": {key: checkpoint[key] for key in keys if key in checkpoint},
-        }
-        self.checkpoint_io.save_checkpoint(own, rank_files.rank_path(filepath, self.global_rank))
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
@@ -386,20 +334,13 @@ class LocalUpdateStrategy(DDPStrategy):
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return checkpoint
         shared = checkpoint.get(rank_files.KEY)
-        reason = rank_files.unusable(shared, self.world_size)
-        own: Any = None
-        if reason is None:
-            assert shared is not None
-            own = rank_files.read(self.checkpoint_io, checkpoint_path, self.global_rank, shared, weights_only)
-        problem = reason if reason is not None else own if isinstance(own, str) else None
-        problems: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(problems, problem)
-        first = next((text for text in problems if text is not None), None)
-        if first is not None:
-            own = None
-            rank_files.warn_new_round(checkpoint_path, first, averaged=shared is None or shared["averaged"])
-        else:
+        own, problem = rank_files.read(self, checkpoint_path, shared, weights_only)
+        problem = rank_files.first_problem(self, Recorder(self._ledger), problem)
+        if problem is None and own is not None:
             checkpoint.update(own["checkpoint"])
+        else:
+            own = None
+            rank_files.warn_new_round(checkpoint_path, str(problem), averaged=shared is None or shared["averaged"])
         self._resume = rank_files.Resume(shared, own)
         return checkpoint
 

@@ -17,20 +17,17 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_comm.core.local_update import PeriodRule, RoundClock
+from lightning_comm.strategies import control
+from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.lightning_internals import weight_average_of
 from lightning_comm.transport.agreement import Agreement, Decision, PeerFailure, Position
 from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.replica import Replica, optimizer_tensors
-
-# Columns of a control row; float64, which holds counts and 48-bit fingerprints exactly.
-_NEXT, _LR, _STEPS, _LAYOUT, _SCALE, _URGENT, _STAND, _BATCHES = range(8)
-_UNDECIDED, _FAILED = 0, -1  # in place of a length
 
 
 @dataclass(frozen=True)
@@ -161,13 +158,29 @@ class LocalUpdateRun:
 
     # ---- synchronising -------------------------------------------------------------------------------------------
 
+    def check_start(self, batches: float) -> None:
+        """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
+        row = ControlRow(batches=batches if math.isfinite(batches) else -1)
+        control.check_same_batches(control.exchange(row, self.recorder, self._control_device, Pending.wait))
+
+    def take_up(self, shared: dict[str, Any] | None, own: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint: exactly with this rank's file, else with a new round, else from the step count."""
+        if own is not None:
+            self.load_state_dict(own["run"], exact=True)
+            self.replica.load_local_state(own["weights"])
+            self.apart = own["apart"]
+        elif shared is not None:
+            self.load_state_dict(shared["run"], exact=False)
+        else:
+            self.clock.steps_done = self.trainer.global_step
+
     def synchronise(self) -> None:
         """Average what is to be averaged, and begin the next round."""
         started = time.monotonic()
         try:
             rows = self._meet(decide=not self.trainer.is_last_batch)
             met = time.monotonic()
-            if rows[:, _STAND].any():
+            if any(row.stands for row in rows):
                 self.stand()
                 return
             self._check(rows)
@@ -180,9 +193,9 @@ class LocalUpdateRun:
         self._agree_on_scale(rows)
         self._record(drift.relative, wait_s=met - started, transfer_s=time.monotonic() - met)
         self.clock.end_round()
-        if int(rows[0, _NEXT]) != _UNDECIDED:
+        if rows[0].next_steps != control.UNDECIDED:
             self._begin(rows)
-        if rows[:, _URGENT].any():
+        if any(row.urgent for row in rows):
             self.agreement.poll(self._position(), force=True)
 
     def meet_at_epoch_end(self) -> None:
@@ -220,30 +233,33 @@ class LocalUpdateRun:
         self._check(rows)
         self._begin(rows)
 
-    def _begin(self, rows: Tensor) -> None:
-        self._round_lr = float(rows[0, _LR])
-        self.clock.begin(int(rows[0, _NEXT]), lr=self._round_lr)
+    def _begin(self, rows: list[ControlRow]) -> None:
+        self._round_lr = rows[0].lr
+        self.clock.begin(int(rows[0].next_steps), lr=self._round_lr)
         self.replica.begin_round()
 
-    def _meet(self, *, decide: bool = False, stand: bool = False) -> Tensor:
-        """Exchange one control row a rank; return all of them, shape ``(world_size, columns)``."""
+    def _meet(self, *, decide: bool = False, stand: bool = False) -> list[ControlRow]:
+        """Exchange one control row a rank; return all of them."""
         self.agreement.post()  # before the rows, so that others find the request right after them
-        error, steps = None, _UNDECIDED
+        error, steps = None, control.UNDECIDED
         if decide and self.recorder.rank == 0 and not self._run_is_over():
             try:
                 steps = self.clock.decide(self.lr())
             except ValueError as caught:
-                error, steps = caught, _FAILED
-        row = torch.zeros(8, dtype=torch.float64)
-        row[_NEXT], row[_LR], row[_STEPS] = steps, self.lr(), self.clock.steps_done
-        row[_LAYOUT], row[_SCALE] = self.replica.layout(self._momenta()), self._scale() or 0.0
-        row[_URGENT], row[_STAND] = self.agreement.urgent, stand
-        rows, pending = self.recorder.all_gather(row.to(self._control_device), "control")
-        self._wait(pending)
+                error, steps = caught, control.FAILED
+        row = ControlRow(
+            next_steps=steps,
+            lr=self.lr(),
+            steps_done=self.clock.steps_done,
+            layout=self.replica.layout(self._momenta()),
+            loss_scale=self._scale() or 0.0,
+            urgent=self.agreement.urgent,
+            stands=stand,
+        )
+        rows = control.exchange(row, self.recorder, self._control_device, self._wait)
         if error is not None:
             raise error
-        rows = rows.cpu()
-        if int(rows[0, _NEXT]) == _FAILED:
+        if rows[0].next_steps == control.FAILED:
             raise PeerFailure("rank 0 could not choose the next period; its own message says why")
         return rows
 
@@ -255,42 +271,9 @@ class LocalUpdateRun:
         pending.wait()
         self.agreement.move_on()
 
-    def _check(self, rows: Tensor) -> None:
-        steps = [int(value) for value in rows[:, _STEPS]]
-        if len(set(steps)) > 1:
-            raise RuntimeError(
-                f"LocalUpdateStrategy: ranks meet after different numbers of optimizer steps, {steps} by rank. Every "
-                "rank must take the same steps: give all the same number of batches (`limit_train_batches`, "
-                "`drop_last`), and under manual optimization step the counted optimizer on every rank alike."
-            )
-        if len(set(rows[:, _LAYOUT].tolist())) > 1:
-            raise RuntimeError(
-                "LocalUpdateStrategy: ranks would average different tensors at step "
-                f"{steps[0]}: names, shapes, memory formats, types or `requires_grad` differ, or with "
-                "`optimizer_state='average'` the optimizer state, because a parameter was not used on every rank. "
-                "Build the model, and freeze or unfreeze its parts, alike on all ranks; keep optimizer state 'local'."
-            )
-        lrs = rows[:, _LR].tolist()
-        if max(lrs) - min(lrs) > 1e-9 * abs(max(lrs)) and not self._warned_about_lr:
-            self._warned_about_lr = True
-            rank_zero_warn(
-                f"LocalUpdateStrategy: learning rates differ between ranks at step {steps[0]}: {lrs} by rank. The "
-                "period follows rank 0. A scheduler that watches a metric needs it logged with `sync_dist=True`."
-            )
-
-    def check_start(self, rows_value: float) -> None:
-        """Refuse ranks with different numbers of batches; ``rows_value`` is this rank's, -1 where it is not known."""
-        row = torch.zeros(8, dtype=torch.float64)
-        row[_BATCHES] = rows_value
-        rows, pending = self.recorder.all_gather(row.to(self._control_device), "control")
-        pending.wait()
-        batches = [int(value) for value in rows[:, _BATCHES]]
-        if len(set(batches)) > 1:
-            raise ValueError(
-                f"LocalUpdateStrategy: ranks have different numbers of training batches, {batches} by rank, so one "
-                "would wait for ever for the others. Give all ranks the same number: `Trainer(limit_train_batches="
-                f"{min(batches)})`, `drop_last=True`, or a DistributedSampler, which pads."
-            )
+    def _check(self, rows: list[ControlRow]) -> None:
+        control.check_same_work(rows)
+        self._warned_about_lr = self._warned_about_lr or control.warn_of_different_rates(rows)
 
     # ---- stopping ------------------------------------------------------------------------------------------------
 
@@ -334,9 +317,9 @@ class LocalUpdateRun:
         scaler = self._scaler()
         return None if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
 
-    def _agree_on_scale(self, rows: Tensor) -> None:
+    def _agree_on_scale(self, rows: list[ControlRow]) -> None:
         """Take the smallest loss scale of the ranks, which each adjusts to its own gradients."""
-        smallest = float(rows[:, _SCALE].min())
+        smallest = min(row.loss_scale for row in rows)
         if self._scale() is not None and smallest > 0 and self._scale() != smallest:
             self._scaler().update(smallest)
 
@@ -373,6 +356,14 @@ class LocalUpdateRun:
             }
             for logger in self.trainer.loggers:
                 logger.log_metrics(metrics, step=self.trainer.global_step)
+
+    def average_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put averaged copies of the weights into a checkpoint, unless averaged ones are in place anyway."""
+        if not self.apart or self.replica.kept is not None:
+            return
+        for key in ("state_dict", "current_model_state"):  # the second is that of a WeightAveraging callback
+            if key in checkpoint:
+                checkpoint[key] = self.replica.average_state_dict(checkpoint[key], "checkpoint")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the weights, optimizers and random states."""

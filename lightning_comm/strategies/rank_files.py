@@ -9,10 +9,16 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_comm.strategies.local_update_run import LocalUpdateRun
+from lightning_comm.transport.random_state import random_state
+from lightning_comm.transport.recording import Recorder
 
 KEY = "lightning_comm.local_update"
 VERSION = 1
@@ -46,22 +52,76 @@ def rank_path(filepath: _PATH, rank: int) -> str:
     return os.path.join(folder(filepath), f"rank{rank}.pt")
 
 
-def read(io: CheckpointIO, filepath: _PATH, rank: int, shared: dict[str, Any], weights_only: bool | None) -> Any:
-    """Return this rank's file if it belongs to the checkpoint, otherwise why it cannot be used, as text."""
+def shared_state(run: LocalUpdateRun, token: str, *, complete: bool, averaged: bool) -> dict[str, Any]:
+    """Return the strategy's entry of the main file.
+
+    Args:
+        run: The run.
+        token: That of the rank files of the same save; empty without them.
+        complete: Whether there are rank files.
+        averaged: Whether the file's weights are the average over the ranks.
+
+    """
+    return {
+        "version": VERSION,
+        "token": token,
+        "world_size": run.recorder.world_size,
+        "complete": complete,
+        "averaged": averaged,
+        "run": run.state_dict(),
+    }
+
+
+def own_state(run: LocalUpdateRun, lightning_state: dict[str, Any], token: str) -> dict[str, Any]:
+    """Return what only this rank knows: the content of its file."""
+    return {
+        "version": VERSION,
+        "token": token,
+        "apart": run.apart,
+        "epoch_is_over": run.trainer.is_last_batch,
+        "weights": run.replica.local_state() if run.apart else run.replica.local_buffers(),
+        "run": run.state_dict(),
+        "random": random_state(),
+        "checkpoint": lightning_state,
+    }
+
+
+def saved_alpha(resume: Resume | None) -> float | None:
+    """Return the resolved coefficient of the run that is resumed, if there is one."""
+    shared = resume.shared if resume is not None else None
+    alpha = shared["run"]["period"]["alpha"] if shared is not None else None
+    return alpha if isinstance(alpha, float) else None
+
+
+def read(
+    strategy: ParallelStrategy, filepath: _PATH, shared: dict[str, Any] | None, weights_only: bool | None
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Return this rank's file if it belongs to the checkpoint, and otherwise why it cannot be used."""
+    reason = _unusable(shared, strategy.world_size)
+    if shared is None or reason is not None:
+        return None, reason
     for candidate in (str(filepath), os.path.realpath(filepath)):  # `save_last="link"` leaves a link to the real one
-        path = rank_path(candidate, rank)
-        if not get_filesystem(path).exists(path):
-            continue
-        state = io.load_checkpoint(path, weights_only=weights_only)
-        if state.get("version") != VERSION:
-            return f"{path} has format {state.get('version')!r}, and this version reads {VERSION}"
-        if state.get("token") != shared["token"]:
-            return f"{path} belongs to another save"
-        return state
-    return f"{rank_path(filepath, rank)} is missing"
+        path = rank_path(candidate, strategy.global_rank)
+        if get_filesystem(path).exists(path):
+            state = strategy.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+            if state.get("version") != VERSION:
+                return None, f"{path} has format {state.get('version')!r}, and this version reads {VERSION}"
+            if state.get("token") != shared["token"]:
+                return None, f"{path} belongs to another save"
+            return state, None
+    return None, f"{rank_path(filepath, strategy.global_rank)} is missing"
 
 
-def unusable(shared: dict[str, Any] | None, world_size: int) -> str | None:
+def first_problem(strategy: ParallelStrategy, recorder: Recorder, problem: str | None) -> str | None:
+    """Return, on all ranks, the problem of the first rank that has one."""
+    mine = torch.tensor([problem is not None], dtype=torch.uint8, device=strategy.root_device)
+    rows, pending = recorder.all_gather(mine, "control")
+    pending.wait()
+    troubled = rows.flatten().nonzero().flatten().tolist()
+    return strategy.broadcast(problem, src=troubled[0]) if troubled else None
+
+
+def _unusable(shared: dict[str, Any] | None, world_size: int) -> str | None:
     """Return why rank files need not be looked for, or ``None`` if they should be there."""
     if shared is None:
         return "another strategy wrote it"

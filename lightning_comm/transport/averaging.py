@@ -100,26 +100,25 @@ def average_(tensors: Sequence[Tensor], recorder: Recorder, purpose: str, bucket
     return drift
 
 
-def broadcast_(tensors: Iterable[Tensor], recorder: Recorder, purpose: str) -> None:
-    """Replace every tensor, of any type, by that of rank 0, in place: one message for each device.
+def broadcast_(tensors: Iterable[Tensor], recorder: Recorder, purpose: str, bucket_bytes: int) -> None:
+    """Replace every tensor, of any type, by that of rank 0, in place.
 
     Note:
-        *Communication.* One broadcast of all bytes for each device. *Memory.* A copy of the tensors on the way.
+        *Communication.* One broadcast a bucket of bytes, on each device. *Memory.* One bucket.
 
     """
-    by_device: dict[torch.device, list[Tensor]] = {}
+    by_device: dict[torch.device, list[_Flat]] = {}
     for tensor in tensors:
-        if tensor.numel():
-            by_device.setdefault(tensor.device, []).append(tensor)
-    for group in by_device.values():
-        raw = torch.cat([tensor.detach().reshape(-1).view(torch.uint8) for tensor in group])
-        recorder.broadcast(raw, purpose).wait()
-        start = 0
-        for tensor in group:
-            stop = start + tensor.numel() * tensor.element_size()
-            # a clone, since a view as another type needs an aligned start
-            tensor.detach().copy_(raw[start:stop].clone().view(tensor.dtype).view(tensor.shape))
-            start = stop
+        by_device.setdefault(tensor.device, []).append(_Flat.of(tensor))
+    for device, group in by_device.items():
+        rows = [flat.entries.view(torch.uint8) for flat in group]
+        scratch = torch.empty(min(bucket_bytes, sum(row.numel() for row in rows)), dtype=torch.uint8, device=device)
+        for pieces in _buckets(rows, bucket_bytes):
+            used = _pack(pieces, scratch)
+            recorder.broadcast(used, purpose).wait()
+            torch._foreach_copy_(pieces, _like(pieces, used))
+        for flat in group:
+            flat.write_back()
 
 
 class _Flat(NamedTuple):

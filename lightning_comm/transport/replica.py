@@ -101,7 +101,7 @@ class Replica:
     @torch.no_grad()
     def broadcast_start(self) -> None:
         """Give every rank the parameters and buffers of rank 0, as ``DistributedDataParallel`` does at its start."""
-        broadcast_([*self._module.parameters(), *self._module.buffers()], self._recorder, "start")
+        broadcast_([*self._module.parameters(), *self._module.buffers()], self._recorder, "start", self._bucket_bytes)
 
     @torch.no_grad()
     def average(self, purpose: str | None = None) -> Drift:
@@ -121,7 +121,7 @@ class Replica:
             drift = moved if name == "parameters" else drift
         if self._average_buffers:
             others = [buffer for buffer in self._module.buffers() if not _is_averageable(buffer)]
-            broadcast_(others, self._recorder, purpose or "buffers")
+            broadcast_(others, self._recorder, purpose or "buffers", self._bucket_bytes)
         return drift
 
     @torch.no_grad()

@@ -84,7 +84,7 @@ def test_every_memory_layout_is_averaged_in_place(run_ranks):
             torch.testing.assert_close(torch.from_numpy(mine), mean, rtol=0, atol=0)
 
 
-def _broadcast(rank):
+def _broadcast(rank, bucket_bytes):
     tensors = [
         torch.full((3,), rank, dtype=torch.int64),
         torch.full((2, 2), rank == 0, dtype=torch.bool),
@@ -92,12 +92,14 @@ def _broadcast(rank):
         torch.full((5,), rank, dtype=torch.int8)[::2],
     ]
     ledger = CommLedger()
-    broadcast_(tensors, Recorder(ledger), "buffers")
-    return [tensor.tolist() for tensor in tensors], ledger.payload_bytes()
+    broadcast_(tensors, Recorder(ledger), "buffers", bucket_bytes)
+    return [tensor.tolist() for tensor in tensors], ledger.payload_bytes(), ledger.messages()
 
 
-def test_broadcast_carries_every_type_in_one_message(run_ranks):
-    for values, payload_bytes in run_ranks(_broadcast, world_size=3):
+@pytest.mark.parametrize(("bucket_bytes", "expected"), [(1000, 1), (5, 8)])
+def test_broadcast_carries_every_type(run_ranks, bucket_bytes, expected):
+    for values, payload_bytes, messages in run_ranks(_broadcast, bucket_bytes, world_size=3):
+        assert messages == expected
         assert values == [[0, 0, 0], [[True, True], [True, True]], 0.5, [0, 0, 0]]
         assert payload_bytes == 3 * 8 + 4 + 8 + 3
 

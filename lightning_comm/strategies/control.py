@@ -1,0 +1,101 @@
+"""The few numbers that ranks exchange when they meet, and what is read from them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_comm.transport.recording import Pending, Recorder
+
+UNDECIDED, FAILED = 0, -1  # in place of a number of steps
+
+
+class ControlRow(NamedTuple):
+    """What one rank says; sent as float64, which holds counts and 48-bit fingerprints exactly.
+
+    Args:
+        next_steps: Length of the round to come, which counts on rank 0; or `UNDECIDED`, or `FAILED`.
+        lr: Learning rate of the first step of that round.
+        steps_done: Optimizer steps done.
+        layout: Fingerprint of the tensors that this rank would average.
+        loss_scale: That of a gradient scaler; 0 without one.
+        urgent: Whether this rank knows of a request that is not settled.
+        stands: Whether ranks stop where they stand, so that nothing is averaged now.
+        batches: Training batches in an epoch; -1 where that is not known.
+
+    """
+
+    next_steps: float = UNDECIDED
+    lr: float = 0.0
+    steps_done: float = 0
+    layout: float = 0
+    loss_scale: float = 0.0
+    urgent: float = False
+    stands: float = False
+    batches: float = -1
+
+
+def exchange(
+    row: ControlRow, recorder: Recorder, device: torch.device, wait: Callable[[Pending], None]
+) -> list[ControlRow]:
+    """Send this rank's row and return those of all ranks, in order of rank.
+
+    Note:
+        *Communication.* One all-gather of 64 bytes a rank, recorded as ``"control"``.
+
+    """
+    rows, pending = recorder.all_gather(torch.tensor(row, dtype=torch.float64, device=device), "control")
+    wait(pending)
+    return [ControlRow(*values) for values in rows.tolist()]
+
+
+def check_same_work(rows: list[ControlRow]) -> None:
+    """Refuse ranks that meet after different steps, or that would average different tensors.
+
+    Raises:
+        RuntimeError: On every rank alike.
+
+    """
+    steps = [int(row.steps_done) for row in rows]
+    if len(set(steps)) > 1:
+        raise RuntimeError(
+            f"LocalUpdateStrategy: ranks meet after different numbers of optimizer steps, {steps} by rank. Every rank "
+            "must take the same steps: give all the same number of batches (`limit_train_batches`, `drop_last`), and "
+            "under manual optimization step the counted optimizer on every rank alike."
+        )
+    if len({row.layout for row in rows}) > 1:
+        raise RuntimeError(
+            f"LocalUpdateStrategy: ranks would average different tensors at step {steps[0]}: names, shapes, memory "
+            "formats, types or `requires_grad` differ, or with `optimizer_state='average'` the optimizer state, "
+            "because a parameter was not used on every rank. Build the model, and freeze or unfreeze its parts, alike "
+            "on all ranks; keep optimizer state 'local'."
+        )
+
+
+def check_same_batches(rows: list[ControlRow]) -> None:
+    """Refuse ranks with different numbers of training batches.
+
+    Raises:
+        ValueError: On every rank alike.
+
+    """
+    batches = [int(row.batches) for row in rows]
+    if len(set(batches)) > 1:
+        raise ValueError(
+            f"LocalUpdateStrategy: ranks have different numbers of training batches, {batches} by rank, so one would "
+            "wait for ever for the others. Give all ranks the same number: `Trainer(limit_train_batches="
+            f"{min(batches)})`, `drop_last=True`, or a DistributedSampler, which pads."
+        )
+
+
+def warn_of_different_rates(rows: list[ControlRow]) -> bool:
+    """Report learning rates that differ between ranks; return whether they do."""
+    lrs = [row.lr for row in rows]
+    differ = max(lrs) - min(lrs) > 1e-9 * abs(max(lrs))
+    if differ:
+        rank_zero_warn(
+            f"LocalUpdateStrategy: learning rates differ between ranks at step {int(rows[0].steps_done)}: {lrs} by "
+            "rank. The period follows rank 0. A scheduler that watches a metric needs it logged with `sync_dist=True`."
+        )
+    return differ
