@@ -3,9 +3,11 @@
 import os
 
 import pytest
+import torch
 from support.processes import start_ranks
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)  # torch is loaded already; processes forked while its threads exist can hang
 
 
 @pytest.fixture

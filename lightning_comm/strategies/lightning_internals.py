@@ -47,6 +47,8 @@ _SETUP = "lightning.pytorch.trainer.setup._init_debugging_flags"
 _TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
 
 INTERNALS = (
+    Internal(_FIT_LOOP, "epoch_progress", "saved half-counted at the end of an epoch, and mended before it is read"),
+    Internal(_EPOCH_LOOP, "batch_progress", "the same for the batches of that epoch"),
     Internal(_EPOCH_LOOP, "_broadcast_sigterm_tensor", "a broadcast on every batch, which would couple the ranks"),
     Internal(_EPOCH_LOOP, "on_advance_end", "the last place before a rank leaves the loop on its own `should_stop`"),
     Internal(_FIT_LOOP, "on_advance_start", "the same at the start of an epoch"),
@@ -203,6 +205,31 @@ def load_skipped_loader_states(trainer: Trainer) -> None:
     never restores them. Where it did restore them, nothing is pending and this does nothing.
     """
     trainer.fit_loop._load_combined_loader_states()
+
+
+def close_finished_epoch(loops: dict[str, Any]) -> None:
+    """Write into saved loop states that an epoch is over, where Lightning saved while it was ending.
+
+    Lightning saves in the hooks at the end of an epoch, before it has counted the epoch as completed, and reads the
+    half-counted state in ways that go wrong: with ``max_steps`` it runs an empty epoch, and after a resume from the
+    last batch of an epoch a second resume repeats batches.
+
+    Args:
+        loops: The entry ``"loops"`` of a checkpoint; changed in place.
+
+    """
+    fit = loops["fit_loop"]
+    epochs, batches = fit["epoch_progress"], fit["epoch_loop.batch_progress"]
+    processed = epochs["total"]["processed"] == epochs["total"]["started"]
+    last_batch = batches["is_last_batch"] and batches["total"]["completed"] == batches["total"]["processed"] - 1
+    if not (processed or last_batch):
+        return
+    stages = ("ready", "started", "processed", "completed")
+    for part in ("total", "current"):
+        epochs[part].update(dict.fromkeys(stages, epochs[part]["started"]))
+        batches[part].update(dict.fromkeys(stages, batches[part]["processed"]))
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] = False
 
 
 def validates_by_the_clock(trainer: Trainer) -> bool:

@@ -338,6 +338,7 @@ class LocalUpdateStrategy(DDPStrategy):
         problem = rank_files.first_problem(self, Recorder(self._ledger), problem)
         if problem is None and own is not None:
             checkpoint.update(own["checkpoint"])
+            lightning_internals.close_finished_epoch(checkpoint["loops"])
         else:
             own = None
             rank_files.warn_new_round(checkpoint_path, str(problem), averaged=shared is None or shared["averaged"])

@@ -67,10 +67,9 @@ def fit(rank, world_size, period, *, ckpt_path=None, seed=0, schedule=lambda ste
     runner = trainer(
         strategy,
         world_size,
-        max_epochs=EPOCHS,
         callbacks=[trace, *callbacks],
         enable_checkpointing=bool(callbacks),
-        **kw,
+        **{"max_epochs": EPOCHS, **kw},
     )
     seed_everything(100 * seed + rank)
     runner.fit(module, data(rank, workers), loader(2, rank), ckpt_path=ckpt_path)
@@ -133,6 +132,38 @@ def test_a_run_resumed_at_any_step_repeats_bit_for_bit(tmp_path, period, kw):
 
 def test_three_ranks_resume_bit_for_bit_too(tmp_path):
     launch(_resume_everywhere, 3, str(tmp_path), FixedPeriod(5), falling, {}, world_size=3, timeout_s=150)
+
+
+def _resume_twice(rank, world_size, folder, kw):
+    def checkpoints(name):
+        batch = ModelCheckpoint(folder, filename=name + "-{step}", every_n_train_steps=1, save_top_k=-1)
+        epoch = ModelCheckpoint(folder, filename=name + "-epoch-{step}", save_top_k=-1, save_on_train_epoch_end=True)
+        return [batch, epoch]
+
+    whole, *_ = fit(rank, world_size, FixedPeriod(4), callbacks=checkpoints("first"), **kw)
+    for first, second in (
+        ("6", "7"),
+        ("7", "9"),
+        ("7", "7"),
+        ("epoch-step=7", "epoch-step=14"),
+        ("epoch-step=7", "12"),
+    ):
+        name = f"from-{first}-{second}"
+        path = Path(folder) / (f"first-{first}.ckpt" if "epoch" in first else f"first-step={first}.ckpt")
+        once, *_ = fit(rank, world_size, FixedPeriod(4), ckpt_path=path, seed=9, callbacks=checkpoints(name), **kw)
+        assert_equal(once, whole, after=int(first.split("=")[-1]))
+        path = Path(folder) / (f"{name}-{second}.ckpt" if "epoch" in second else f"{name}-step={second}.ckpt")
+        if path.exists():  # no step 7 is saved by a run that starts there
+            twice, *_ = fit(rank, world_size, FixedPeriod(4), ckpt_path=path, seed=8, **kw)
+            assert_equal(twice, whole, after=int(second.split("=")[-1]))
+    return len(whole)
+
+
+@pytest.mark.parametrize(
+    ("kw", "steps"), [({"max_epochs": 3}, 21), ({"max_epochs": -1, "max_steps": 20}, 20)], ids=["epochs", "steps"]
+)
+def test_a_resumed_run_can_be_resumed_again_also_at_the_ends_of_epochs(tmp_path, kw, steps):
+    assert launch(_resume_twice, 2, str(tmp_path), kw, world_size=2) == [steps, steps]
 
 
 def _resume_with_workers(rank, world_size, folder):
