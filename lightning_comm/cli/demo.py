@@ -31,13 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; return 0, or 1 if a run failed."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parse(argv)
-    try:
-        import matplotlib  # noqa: F401  # asked for now, not after minutes of training
-
-        import lightning_comm.examples  # noqa: F401
-    except ModuleNotFoundError as error:
+    if (missing := _missing_package()) is not None:
         print(
-            f"lightning-comm demo: {error.name!r} is not installed, and the demo needs it. Install it with "
+            f"lightning-comm demo: {missing!r} is not installed, and the demo needs it. Install it with "
             "pip install 'lightning-comm[examples]'.",
             file=sys.stderr,
         )
@@ -160,6 +156,17 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _missing_package() -> str | None:
+    """Return what the demo lacks; asked before the training, not after minutes of it."""
+    try:
+        import matplotlib  # noqa: F401
+
+        import lightning_comm.examples  # noqa: F401
+    except ModuleNotFoundError as error:
+        return error.name
+    return None
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""Documentation that can rot is executed: code blocks, links, and the parts that each technique must have."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lightning_comm
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(path for path in ROOT.glob("docs/**/*.md") if "_build" not in path.parts)]
+CARDS = sorted(ROOT.glob("docs/techniques/*.md"))
+
+_FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_EXECUTED = re.compile(r"^<!-- executed -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def page_id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def sessions(path: Path) -> str:
+    """All ``>>>`` sessions of a page as one, so that a later one may use the names of an earlier one."""
+    return "\n".join(body for language, body in _FENCE.findall(path.read_text()) if language == "pycon")
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if sessions(path)], ids=page_id)
+def test_sessions_on_a_page_give_what_they_show(path):
+    test = doctest.DocTestParser().get_doctest(sessions(path), {}, page_id(path), str(path), 0)
+    said: list[str] = []
+    doctest.DocTestRunner().run(test, out=said.append)
+    assert "".join(said) == ""
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if _EXECUTED.search(path.read_text())], ids=page_id)
+def test_code_marked_as_executed_runs(path):
+    for block in _EXECUTED.findall(path.read_text()):
+        exec(compile(block, page_id(path), "exec"), {})
+
+
+def test_the_readme_and_the_card_have_code_that_is_executed():
+    assert _EXECUTED.search((ROOT / "README.md").read_text())
+    assert _EXECUTED.search((ROOT / "docs/techniques/local_update.md").read_text())
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_every_relative_link_leads_to_a_file(path):
+    targets = [link.split("#")[0] for link in _LINK.findall(path.read_text()) if "://" not in link]
+    assert [target for target in targets if target and not (path.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("path", CARDS, ids=page_id)
+def test_each_technique_has_every_part_under_its_stem(path):
+    front = yaml.safe_load(path.read_text().split("---")[1])
+    stem = front["stem"]
+    assert stem == path.stem
+    assert {"name", "source", "needs", "composes_with", "does_not_compose_with"} <= set(front)
+    layers = Path(lightning_comm.__file__).parent
+    assert (layers / "core" / f"{stem}.py").exists()
+    assert any((layers / layer / f"{stem}.py").exists() for layer in ("strategies", "callbacks"))
+    assert (ROOT / "tests" / "core" / f"test_{stem}.py").exists()
+    assert list((ROOT / "tests").glob(f"*/test_{stem}_*.py"))
+    assert (ROOT / "notebooks" / f"{stem}.ipynb").exists()
+    assert list((ROOT / "docs" / "results").glob(f"{stem}_*.md"))
+
+
+def test_every_technique_in_the_code_has_a_card():
+    layers = Path(lightning_comm.__file__).parent
+    in_core = {path.stem for path in (layers / "core").glob("*.py")}
+    in_shells = {path.stem for layer in ("strategies", "callbacks") for path in (layers / layer).glob("*.py")}
+    techniques = (in_core & in_shells) - {"__init__"}
+    assert techniques  # otherwise the line below proves nothing
+    assert techniques == {path.stem for path in CARDS}
+
+
+def test_the_citation_names_the_version_and_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == lightning_comm.__version__
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= set(citation)
+    assert "2310.14423" in citation["references"][0]["url"]
+
+
+def test_every_public_name_is_in_the_reference():
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    assert [name for name in lightning_comm.__all__ if f"lightning_comm.{name}\n" not in reference] == []
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results_file():
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| (DDP|Local SGD|QSR)[^|]*\| (.+ %) \|$", readme, re.MULTILINE)
+    assert [method for method, _ in rows] == ["DDP", "Local SGD", "QSR"]
+    (linked,) = {link for link in _LINK.findall(readme) if link.startswith("docs/results/") and link.endswith(".md")}
+    measured = (ROOT / linked).read_text()
+    assert [row for row in rows if f"| {row[0]} | {row[1]} |" not in measured] == []
