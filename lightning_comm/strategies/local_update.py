@@ -199,7 +199,7 @@ class LocalUpdateStrategy(DDPStrategy):
         self._run = LocalUpdateRun(
             trainer, module, lambda: self.optimizers, settings, recorder, agreement, self._unwrap_ddp
         )
-        if not self._starts_with_gradients:
+        if not self.settings.starts_with_gradients:
             self._run.replica.broadcast_start()
         self._interruptions = Interruptions(
             trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False)
@@ -208,12 +208,8 @@ class LocalUpdateStrategy(DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        if self._starts_with_gradients:
+        if self.settings.starts_with_gradients:
             super().configure_ddp()  # DDP gives all ranks the weights of rank 0
-
-    @property
-    def _starts_with_gradients(self) -> bool:
-        return self.settings.gradient_steps > 0
 
     def _unwrap_ddp(self) -> None:
         """End the gradient phase. Dropping the wrapper frees its buckets and takes its hooks off the parameters."""
@@ -237,7 +233,7 @@ class LocalUpdateStrategy(DDPStrategy):
         run.replica.begin_round()
         own, shared = (self._resume.own, self._resume.shared) if self._resume else (None, None)
         run.take_up(shared, own)
-        if self._starts_with_gradients and not run.in_gradient_phase:
+        if self.settings.starts_with_gradients and not run.in_gradient_phase:
             self._unwrap_ddp()
         self._interruptions.install()
         self._resume = None
@@ -329,6 +325,7 @@ class LocalUpdateStrategy(DDPStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        rank_files.refuse_sharded(checkpoint_path)
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:

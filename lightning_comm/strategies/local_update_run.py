@@ -43,6 +43,11 @@ class Settings:
     averaging: Averaging
     counted_optimizer: int
 
+    @property
+    def starts_with_gradients(self) -> bool:
+        """Whether DDP averages gradients at first."""
+        return self.gradient_steps > 0
+
 
 @dataclass(frozen=True)
 class Round:

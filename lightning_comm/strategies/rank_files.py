@@ -14,6 +14,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
@@ -119,6 +120,22 @@ def first_problem(strategy: ParallelStrategy, recorder: Recorder, problem: str |
     pending.wait()
     troubled = rows.flatten().nonzero().flatten().tolist()
     return strategy.broadcast(problem, src=troubled[0]) if troubled else None
+
+
+def refuse_sharded(filepath: _PATH) -> None:
+    """Refuse the checkpoint of a strategy that shards the model: a folder.
+
+    Raises:
+        MisconfigurationException: If the path is a folder.
+
+    """
+    if get_filesystem(filepath).isdir(str(filepath)):
+        raise MisconfigurationException(
+            f"LocalUpdateStrategy: `ckpt_path`={str(filepath)!r} is a folder, as sharded strategies (FSDP, DeepSpeed, "
+            "ModelParallel) write it, and every rank here needs the whole model from one file. Make one with `python "
+            "-m lightning.pytorch.utilities.consolidate_checkpoint` (DeepSpeed: "
+            "`convert_zero_checkpoint_to_fp32_state_dict`) and give its path."
+        )
 
 
 def _unusable(shared: dict[str, Any] | None, world_size: int) -> str | None:

@@ -368,6 +368,17 @@ def test_a_round_without_end_is_refused_where_the_end_is_not_known():
     says(second, ["rank 0"])
 
 
+def test_the_folder_of_a_sharded_checkpoint_is_refused(tmp_path):
+    (tmp_path / "sharded.ckpt").mkdir()
+
+    def run(rank):
+        path = tmp_path / "sharded.ckpt"
+        trainer(local_update(FixedPeriod(4)), 2).fit(Regression(), loader(6, rank), ckpt_path=path)
+
+    for _, error in outcomes(run, world_size=2):
+        says(error, ["sharded.ckpt", "is a folder", "FSDP", "consolidate_checkpoint"])
+
+
 def test_averaging_takes_no_half_set_values():
     assert Averaging() == Averaging(bucket_mib=8.0)
     assert re.search("bucket_mib", repr(Averaging()))

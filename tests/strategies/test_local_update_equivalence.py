@@ -1,9 +1,13 @@
 """What local updates must equal: plain DDP at period 1, and K copies in one process at any period."""
 
+from datetime import timedelta
+
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from support.processes import launch
 from support.training import (
     Regression,
@@ -48,8 +52,8 @@ def test_period_one_with_sgd_equals_plain_ddp_after_50_steps(world_size, dtype, 
             np.testing.assert_array_equal(ours, first)
 
 
-def reference(world_size, steps, period_ends, make_optimizer, dtype=torch.float64, lr_factor=None):
-    """K copies in one process, averaged by hand at the given steps."""
+def reference(world_size, steps, period_ends, make_optimizer, dtype=torch.float64, lr_factor=None, momenta=False):
+    """K copies in one process, averaged by hand at the given steps, with their momenta if so wanted."""
     nets = [network(dtype) for _ in range(world_size)]
     optimizers = [make_optimizer(net.parameters()) for net in nets]
     base_lrs = [group["lr"] for group in optimizers[0].param_groups]
@@ -68,6 +72,11 @@ def reference(world_size, steps, period_ends, make_optimizer, dtype=torch.float6
                     mean = torch.stack(list(same)).sum(0) / world_size
                     for parameter in same:
                         parameter.copy_(mean)
+                    states = [o.state[p] for o, p in zip(optimizers, same, strict=True)] if momenta else [{}]
+                    for key in (key for key in states[0] if key != "step"):
+                        mean = torch.stack([state[key] for state in states]).sum(0) / world_size
+                        for state in states:
+                            state[key].copy_(mean)
     return nets
 
 
@@ -113,6 +122,22 @@ def test_any_period_equals_copies_in_one_process(world_size, period, ends, bucke
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
 
 
+def _fit_momenta(rank, world_size):
+    module = Regression(network(seed=rank), adamw)
+    trainer(local_update(FixedPeriod(4), optimizer_state="average"), world_size).fit(module, loader(18, rank))
+    return weights(module)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_averaged_momenta_equal_copies_in_one_process(world_size):
+    expected = reference(world_size, 18, {4, 8, 12, 16, 18}, adamw, momenta=True)
+    without = reference(world_size, 18, {4, 8, 12, 16, 18}, adamw)
+    assert any((a != b).any() for a, b in zip(weights(expected[0]), weights(without[0]), strict=True))
+    for got in launch(_fit_momenta, world_size, world_size=world_size):
+        for ours, theirs in zip(got, weights(expected[0]), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
 class _Watch(Callback):
     """After every batch: how many collectives there have been, and the weights. Runs behind the companion."""
 
@@ -153,16 +178,26 @@ def test_gradient_steps_are_bit_for_bit_those_of_ddp(world_size):
             np.testing.assert_array_equal(a, b)
 
 
-def _count_collectives(rank, world_size):
+def _count_collectives(rank, world_size, folder):
     watch = _Watch()
     strategy = local_update(FixedPeriod(8))
-    fit = trainer(strategy, world_size, callbacks=[watch], max_epochs=2, max_time="00:01:00:00", logger=False)
+    timed = ModelCheckpoint(folder, train_time_interval=timedelta(hours=1))
+    fit = trainer(
+        strategy,
+        world_size,
+        callbacks=[watch, timed, LearningRateMonitor()],
+        enable_checkpointing=True,
+        max_epochs=2,
+        max_time="00:01:00:00",
+        logger=CSVLogger(folder),
+        log_every_n_steps=1,
+    )
     fit.fit(Regression(), loader(20, rank))
     return watch.counts, [done.step for done in strategy.history]
 
 
-def test_there_is_no_collective_within_a_round():
-    for counts, synchronised in launch(_count_collectives, 2, world_size=2):
+def test_there_is_no_collective_within_a_round(tmp_path):
+    for counts, synchronised in launch(_count_collectives, 2, str(tmp_path), world_size=2):
         assert synchronised == [8, 16, 24, 32, 40]
         issued = np.diff(counts)  # after batch b+1 minus after batch b
         for batch, n in enumerate(issued, start=2):

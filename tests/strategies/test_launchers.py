@@ -1,0 +1,48 @@
+"""Every way to start processes ends with equal weights: by name, from a plain script, as a user would."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from support.processes import free_port
+
+SCRIPT = """
+    import sys, torch
+    from torch.utils.data import DataLoader
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.demos.boring_classes import BoringModel
+    import lightning_comm
+
+    class Model(BoringModel):
+        def on_fit_end(self):
+            total = sum(parameter.double().sum().item() for parameter in self.parameters())
+            synchronised = [done.step for done in self.trainer.strategy.history]
+            with open(f"end{self.global_rank}.txt", "w") as file:  # printed lines of two processes can mix
+                print(self.trainer.world_size, repr(total), synchronised, file=file)
+
+    if __name__ == "__main__":
+        trainer = Trainer(strategy=sys.argv[1], accelerator="cpu", devices=2, max_epochs=1, limit_val_batches=0,
+                          logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        trainer.fit(Model(), DataLoader(torch.randn(80, 32), batch_size=2))
+"""
+
+
+@pytest.mark.parametrize("name", ["qsr", "local_sgd_spawn", "post_local_sgd_fork", "qsr_notebook", "torchrun"])
+def test_a_run_started_in_this_way_ends_equal(tmp_path, name):
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    own = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {key: value for key, value in os.environ.items() if key not in own} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), name]
+    if name == "torchrun":
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+        command = [sys.executable, *torchrun, str(script), "local_sgd"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ends = [path.read_text() for path in sorted(tmp_path.glob("end*.txt"))]
+    assert len(ends) == 2
+    assert ends[0] == ends[1]
+    assert ends[0].startswith("2 ")
+    assert ends[0].endswith("20]\n")
