@@ -28,7 +28,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_comm import CommLedger, FixedPeriod, LocalUpdateStrategy
-from lightning_comm.transport.averaging import average_
+from lightning_comm.transport.averaging import Averager
 from lightning_comm.transport.recording import Recorder
 
 BUCKETS_MIB = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -77,8 +77,8 @@ def time_averages(rank: int, repeats: int) -> dict[str, list[float]]:
     recorder = Recorder(CommLedger())
     candidates: dict[str, Callable[[], Any]] = {"bare all_reduce": lambda: dist.all_reduce(flat)}
     for mib in BUCKETS_MIB:
-        size = int(mib * 2**20)
-        candidates[f"average_, buckets of {mib:g} MiB"] = lambda size=size: average_(tensors, recorder, "x", size)
+        averager = Averager(recorder, int(mib * 2**20))
+        candidates[f"average_, buckets of {mib:g} MiB"] = lambda each=averager: each.average_(tensors, "x")
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(repeats + 2):
         for name, candidate in candidates.items():

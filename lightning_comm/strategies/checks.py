@@ -191,8 +191,8 @@ def warn_at_start(trainer: Trainer, settings: Settings, total: int | None, world
         )
 
 
-def warn_of_per_step_sync(trainer: Trainer) -> bool:
-    """Name what is logged with a collective on every step, which keeps ranks in step; return whether anything is."""
+def warn_of_per_step_sync(trainer: Trainer) -> None:
+    """Name what is logged with a collective on every step, which keeps ranks in step with each other."""
     names = sorted({metric.name for metric in logged_metrics(trainer) if metric.synchronised and metric.on_step})
     if names:
         rank_zero_warn(
@@ -200,7 +200,6 @@ def warn_of_per_step_sync(trainer: Trainer) -> bool:
             "collective a step, so ranks cannot run apart and most of the time saved is lost. Log it with "
             "`on_step=False, on_epoch=True`, or without `sync_dist`."
         )
-    return bool(names)
 
 
 def optimizer_family(optimizer: Optimizer) -> str:

@@ -252,6 +252,11 @@ class LoggedMetric:
     on_step: bool
 
 
+def number_of_logged_metrics(trainer: Trainer) -> int:
+    """Return how many values have been logged in the current stage."""
+    return len(trainer._results or ())
+
+
 def logged_metrics(trainer: Trainer) -> Iterator[LoggedMetric]:
     """Yield what has been logged in the current stage."""
     results = trainer._results

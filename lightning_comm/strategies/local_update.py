@@ -147,7 +147,7 @@ class LocalUpdateStrategy(DDPStrategy):
         self._interruptions: Interruptions | None = None
         self._trainer: Trainer | None = None
         self._resume: rank_files.Resume | None = None
-        self._warned_of_sync = False
+        self._logs_checked = 0
 
     @property
     def ledger(self) -> CommLedger:
@@ -178,7 +178,7 @@ class LocalUpdateStrategy(DDPStrategy):
         atexit.register(_destroy_process_group)
         self._run = self._interruptions = self._resume = None
         self._ledger = CommLedger()
-        self._warned_of_sync = False
+        self._logs_checked = 0
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -259,8 +259,10 @@ class LocalUpdateStrategy(DDPStrategy):
         """Called by the companion after every training batch and its schedulers, before any other callback."""
         assert self._run is not None
         assert self._trainer is not None
-        if self._run.rounds == 0 and not self._warned_of_sync:
-            self._warned_of_sync = checks.warn_of_per_step_sync(self._trainer)
+        logged = lightning_internals.number_of_logged_metrics(self._trainer)
+        if logged > self._logs_checked:
+            self._logs_checked = logged
+            checks.warn_of_per_step_sync(self._trainer)
         self._run.end_batch()
 
     def end_epoch(self) -> None:

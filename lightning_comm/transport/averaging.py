@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_comm.transport.recording import Pending, Recorder
 
+_SAMPLES = 2**14  # entries of a bucket from which its drift is estimated
 _IN_FLIGHT = 2  # buckets: one is packed or unpacked while the other travels
 
 
@@ -49,10 +50,18 @@ class Averaging:
 
 
 class Drift(NamedTuple):
-    """How far this rank was from the mean, as squared norms over all averaged entries."""
+    """How far this rank was from the mean, as squared norms over all averaged entries.
+
+    Both are estimated from evenly spaced entries, some 16,000 of each bucket: to read all of them twice more would cost
+    a good part of what averaging them does. Buckets that have no more are taken whole.
+    """
 
     distance_sq: float
     mean_sq: float
+
+    def plus(self, other: "Drift") -> "Drift":
+        """Return the drift over the entries of both."""
+        return Drift(self.distance_sq + other.distance_sq, self.mean_sq + other.mean_sq)
 
     @property
     def relative(self) -> float:
@@ -60,44 +69,72 @@ class Drift(NamedTuple):
         return math.sqrt(self.distance_sq / self.mean_sq) if self.mean_sq > 0 else 0.0
 
 
-def average_(tensors: Sequence[Tensor], recorder: Recorder, purpose: str, bucket_bytes: int) -> Drift:
-    """Replace every tensor by its mean over the ranks, in place.
+class Averager:
+    """Replaces tensors by their means over the ranks, in place.
 
     Args:
-        tensors: Floating-point or complex tensors, in an order and of shapes that are the same on all ranks. Storage
-            stays where it is, so optimizers, views and compiled code that hold it go on working.
         recorder: Sends and records.
-        purpose: What the records say that the messages were for.
         bucket_bytes: Size of a bucket; at least one entry of the widest type.
 
-    Returns:
-        How far this rank's tensors were from the mean.
-
     Note:
-        *Communication.* One all-reduce a bucket, in the order of ``tensors`` within each accumulation type. The payload
+        *Communication.* One all-reduce a bucket, in the order of the tensors within each accumulation type. The payload
         is 4 bytes an entry (8 for float64, and twice that for complex types), since narrower types are summed in
         float32.
 
-        *Memory.* Two buckets, whatever the size of the model.
+        *Memory.* Two buckets, whatever the size of the model. They are kept, since fresh memory costs as much time as
+        a pass over the model.
 
     """
-    drift = Drift(0.0, 0.0)
-    flat = [_Flat.of(tensor) for tensor in tensors]
-    for (device, dtype), group in _by_accumulation_type(flat):
-        capacity = max(1, bucket_bytes // dtype.itemsize)
-        size = min(capacity, sum(tensor.entries.numel() for tensor in group))
-        scratch = [torch.empty(size, dtype=dtype, device=device) for _ in range(_IN_FLIGHT) if size]
-        travelling: deque[tuple[list[Tensor], Tensor, Pending]] = deque()
-        for turn, pieces in enumerate(_buckets([tensor.entries for tensor in group], capacity)):
-            if len(travelling) == _IN_FLIGHT:
-                drift = _unpack(*travelling.popleft(), recorder.world_size, drift)
-            used = _pack(pieces, scratch[turn % _IN_FLIGHT])
-            travelling.append((pieces, used, recorder.all_reduce(used, purpose)))
-        while travelling:
-            drift = _unpack(*travelling.popleft(), recorder.world_size, drift)
-    for tensor in flat:
-        tensor.write_back()
-    return drift
+
+    def __init__(self, recorder: Recorder, bucket_bytes: int) -> None:
+        self._recorder = recorder
+        self._bucket_bytes = bucket_bytes
+        self._scratch: dict[torch.device, list[Tensor]] = {}
+
+    def average_(self, tensors: Sequence[Tensor], purpose: str) -> Drift:
+        """Replace every tensor by its mean over the ranks.
+
+        Args:
+            tensors: Floating-point or complex tensors, in an order and of shapes that are the same on all ranks.
+                Storage stays where it is, so optimizers, views and compiled code that hold it go on working.
+            purpose: What the records say that the messages were for.
+
+        Returns:
+            How far this rank's tensors were from the mean.
+
+        """
+        drift = Drift(0.0, 0.0)
+        flat = [_Flat.of(tensor) for tensor in tensors]
+        for (device, dtype), group in _by_accumulation_type(flat):
+            rows = [tensor.entries for tensor in group]
+            scratch = self._buckets_of(device, dtype, sum(row.numel() for row in rows))
+            travelling: deque[_Travelling] = deque()
+            for turn, pieces in enumerate(_buckets(rows, max(1, self._bucket_bytes // dtype.itemsize))):
+                if len(travelling) == _IN_FLIGHT:
+                    drift = drift.plus(self._unpack(travelling.popleft()))
+                used = _pack(pieces, scratch[turn % _IN_FLIGHT])
+                own = _sample(used)
+                travelling.append(_Travelling(pieces, used, own, self._recorder.all_reduce(used, purpose)))
+            while travelling:
+                drift = drift.plus(self._unpack(travelling.popleft()))
+        for tensor in flat:
+            tensor.write_back()
+        return drift
+
+    def _buckets_of(self, device: torch.device, dtype: torch.dtype, entries: int) -> list[Tensor]:
+        size = min(max(self._bucket_bytes, dtype.itemsize), entries * dtype.itemsize) // dtype.itemsize * dtype.itemsize
+        kept = self._scratch.get(device, [])
+        if not kept or kept[0].numel() < size:
+            kept = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(_IN_FLIGHT)]
+            self._scratch[device] = kept
+        return [bucket[: bucket.numel() // dtype.itemsize * dtype.itemsize].view(dtype) for bucket in kept]
+
+    def _unpack(self, bucket: "_Travelling") -> Drift:
+        bucket.pending.wait()
+        world_size = self._recorder.world_size
+        for piece, total in zip(bucket.pieces, _like(bucket.pieces, bucket.sums), strict=True):
+            torch.div(total, world_size, out=piece)
+        return _drift_of(bucket.sums.numel(), bucket.own_sample, _sample(bucket.sums).div_(world_size))
 
 
 def broadcast_(tensors: Iterable[Tensor], recorder: Recorder, purpose: str, bucket_bytes: int) -> None:
@@ -121,6 +158,15 @@ def broadcast_(tensors: Iterable[Tensor], recorder: Recorder, purpose: str, buck
             flat.write_back()
 
 
+class _Travelling(NamedTuple):
+    """A bucket on its way: where its entries come from, its sums once they are there, and a sample from before."""
+
+    pieces: list[Tensor]
+    sums: Tensor
+    own_sample: Tensor
+    pending: Pending
+
+
 class _Flat(NamedTuple):
     """A tensor as a row of real entries: a view where memory allows it, otherwise a copy to be written back."""
 
@@ -131,6 +177,8 @@ class _Flat(NamedTuple):
     def of(cls, tensor: Tensor) -> "_Flat":
         tensor = tensor.detach()
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        if real.is_contiguous():
+            return cls(real.view(-1), None)
         if _fills_its_memory(real):
             # entries in the order of memory, so that channels_last is no special case
             return cls(real.as_strided((real.numel(),), (1,), real.storage_offset()), None)
@@ -184,16 +232,15 @@ def _pack(pieces: list[Tensor], bucket: Tensor) -> Tensor:
     return used
 
 
-def _unpack(pieces: list[Tensor], used: Tensor, pending: Pending, world_size: int, drift: Drift) -> Drift:
-    pending.wait()
-    mean = used.div_(world_size)
-    means = _like(pieces, mean)
-    # The pieces are overwritten below, so their place serves for the difference: no third bucket.
-    torch._foreach_sub_(pieces, means)
-    distances = torch.stack(torch._foreach_norm(pieces, 2, mean.dtype))
-    torch._foreach_copy_(pieces, means)
-    mean_sq = float(torch.linalg.vector_norm(mean)) ** 2
-    return Drift(drift.distance_sq + float(distances.square().sum()), drift.mean_sq + mean_sq)
+def _sample(bucket: Tensor) -> Tensor:
+    return bucket[:: max(1, bucket.numel() // _SAMPLES)].clone()
+
+
+def _drift_of(bucket_entries: int, own: Tensor, mean: Tensor) -> Drift:
+    """Estimate how far this rank's part of a bucket was from the mean, from samples of both."""
+    share = bucket_entries / own.numel()
+    distance, size = torch.linalg.vector_norm(own.sub_(mean)), torch.linalg.vector_norm(mean)
+    return Drift(share * float(distance) ** 2, share * float(size) ** 2)
 
 
 def _like(pieces: list[Tensor], row: Tensor) -> list[Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_comm.transport.averaging import Averaging, Drift, average_, broadcast_
+from lightning_comm.transport.averaging import Averager, Averaging, Drift, broadcast_
 from lightning_comm.transport.recording import Recorder
 
 Shadows = Callable[[], Mapping[str, Module]]
@@ -45,6 +45,7 @@ class Replica:
         self._module = module
         self._recorder = recorder
         self._bucket_bytes = averaging.bucket_bytes
+        self._averager = Averager(recorder, averaging.bucket_bytes)
         self._average_buffers = buffers == "average"
         self._shadows = shadows
         self._trained: set[str] = set()
@@ -117,7 +118,7 @@ class Replica:
         groups = self.averaged()
         drift = Drift(0.0, 0.0)
         for name, group in groups.items():
-            moved = average_(list(group.values()), self._recorder, purpose or name, self._bucket_bytes)
+            moved = self._averager.average_(list(group.values()), purpose or name)
             drift = moved if name == "parameters" else drift
         if self._average_buffers:
             others = [buffer for buffer in self._module.buffers() if not _is_averageable(buffer)]
@@ -184,7 +185,7 @@ class Replica:
         for name, value in state.items():
             if name in names and isinstance(value, Tensor) and value.data_ptr() not in copies:
                 copies[value.data_ptr()] = value.detach().clone()
-        average_(list(copies.values()), self._recorder, purpose, self._bucket_bytes)
+        self._averager.average_(list(copies.values()), purpose)
         return {
             name: copies.get(value.data_ptr(), value) if name in names and isinstance(value, Tensor) else value
             for name, value in state.items()
@@ -193,7 +194,7 @@ class Replica:
     @torch.no_grad()
     def average_momenta(self, momenta: list[Tensor]) -> None:
         """Average the state of the optimizers, as :func:`optimizer_tensors` returns it, in place."""
-        average_(momenta, self._recorder, "optimizer_state", self._bucket_bytes)
+        self._averager.average_(momenta, "optimizer_state")
 
     def _changed_by_average(self) -> dict[str, Tensor]:
         changed = {f"{purpose}:{name}": t for purpose, group in self.averaged().items() for name, t in group.items()}

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.transport.averaging import Averaging, average_, broadcast_
+from lightning_comm.transport.averaging import Averager, Averaging, broadcast_
 from lightning_comm.transport.recording import Recorder
 
 SIZES = (3, 2, 7, 1, 0, 40)
@@ -20,7 +20,7 @@ def _average(rank, bucket_bytes, dtype):
     tensors = inputs(rank, dtype)
     pointers = [tensor.data_ptr() for tensor in tensors]
     ledger = CommLedger()
-    drift = average_(tensors, Recorder(ledger), "parameters", bucket_bytes)
+    drift = Averager(Recorder(ledger), bucket_bytes).average_(tensors, "parameters")
     assert [tensor.data_ptr() for tensor in tensors] == pointers, "averaging moved a tensor"
     return [tensor.clone().numpy() for tensor in tensors], ledger.payload_bytes(), ledger.messages(), tuple(drift)
 
@@ -50,7 +50,7 @@ def _average_large_bf16(rank):
     # 256 + 1 has no bf16, so a sum in bf16 would lose the 1 that only rank 1 adds
     tensor = torch.full((5,), 256.0 if rank == 0 else 2.0, dtype=torch.bfloat16)
     ledger = CommLedger()
-    average_([tensor], Recorder(ledger), "parameters", 1000)
+    Averager(Recorder(ledger), 1000).average_([tensor], "parameters")
     return tensor.float().tolist(), ledger.payload_bytes()
 
 
@@ -71,7 +71,7 @@ def _average_layouts(rank):
         torch.nn.Parameter(base.clone()),
     ]
     strides = [tensor.stride() for tensor in tensors]
-    average_(tensors, Recorder(CommLedger()), "parameters", 52)
+    Averager(Recorder(CommLedger()), 52).average_(tensors, "parameters")
     assert [tensor.stride() for tensor in tensors] == strides
     return [tensor.detach().clone().numpy() for tensor in tensors]
 
@@ -105,7 +105,7 @@ def test_broadcast_carries_every_type(run_ranks, bucket_bytes, expected):
 
 
 def _extra_memory(rank, bucket_bytes):
-    # counts what average_ allocates for itself
+    # counts what averaging allocates for itself, the first and the second time
     sizes = []
     real_empty = torch.empty
 
@@ -114,18 +114,37 @@ def _extra_memory(rank, bucket_bytes):
         sizes.append(tensor.numel() * tensor.element_size())
         return tensor
 
-    tensors = [torch.randn(5000), torch.randn(77)]
+    tensors = [torch.randn(5000), torch.randn(77), torch.randn(30, dtype=torch.float64)]
+    averager = Averager(Recorder(CommLedger()), bucket_bytes)
     torch.empty = counting_empty
     try:
-        average_(tensors, Recorder(CommLedger()), "parameters", bucket_bytes)
+        for _ in range(2):
+            averager.average_(tensors, "parameters")
     finally:
         torch.empty = real_empty
     return sizes
 
 
-def test_extra_memory_is_two_buckets(run_ranks):
+def test_extra_memory_is_two_buckets_kept_for_the_next_time(run_ranks):
     for sizes in run_ranks(_extra_memory, 4096, world_size=2):
         assert sizes == [4096, 4096]
+
+
+def _sampled(rank):
+    torch.manual_seed(rank)
+    tensors = [torch.randn(300, 200), torch.randn(50_000, dtype=torch.float64) * 3]
+    own = [tensor.double().clone() for tensor in tensors]
+    drift = Averager(Recorder(CommLedger()), 2**20).average_(tensors, "parameters")
+    exact = sum(float((a - b.double()).square().sum()) for a, b in zip(own, tensors, strict=True))
+    return drift.distance_sq, exact, drift.relative
+
+
+def test_the_drift_of_large_tensors_is_estimated_from_a_sample(run_ranks):
+    for estimate, exact, relative in run_ranks(_sampled, world_size=2):
+        assert estimate == pytest.approx(exact, rel=0.1)
+        assert relative == pytest.approx(
+            1.0, rel=0.1
+        )  # two independent draws are as far from their mean as it is from 0
 
 
 @pytest.mark.parametrize("bad", [0, -1, float("nan"), float("inf"), "8", None, True, 1e-9])
