@@ -12,8 +12,9 @@ from typing import Literal, TypeGuard
 ENDLESS = 2**62  # steps; longer than any run, cut by whoever knows where the run ends
 _ROUNDING_SLACK = 1e-9  # relative: far above rounding error, far below a change anyone could notice
 
-# The coefficients that the authors of QSR chose, as multiples of their peak learning rate: ViT-B with Local AdamW
-# 0.0175 / 0.008 at `h_base` 4 and 8; ResNet-152 with Local SGD 0.2 / 0.8 at `h_base` 2 and 0.25 / 0.8 at 4.
+# Coefficients of QSR as multiples of the peak learning rate. Adam: 0.0175 / 0.008, in the authors' script for ViT-B.
+# SGD: 0.2 / 0.8 and 0.25 / 0.8, as reported for the authors' ResNet-152 at `h_base` 2 and 4; their scripts have no such
+# run, so these are a start rather than a reference.
 _AUTO_RATIO_ADAM = 2.19
 _AUTO_RATIO_SGD = {2: 0.25, 4: 0.31}
 _AUTO_START_SGD = 0.14  # both SGD settings let the period grow below 14 % of the peak; this carries it to other floors
@@ -147,8 +148,9 @@ class QuadraticPeriod(PeriodRule):
 
     Args:
         alpha: The learning rate at which the quadratic term equals one step. Same unit as the optimizer's ``lr``; at
-            least 0. ``0.0`` leaves a constant period. ``"auto"`` takes the authors' coefficient for the optimizer's
-            family, scaled to the peak learning rate, once both are known (:meth:`resolve`); it may want tuning.
+            least 0. ``0.0`` leaves a constant period. ``"auto"`` takes the coefficient of the authors' runs with an
+            optimizer of this family, scaled to the peak learning rate, once both are known (:meth:`resolve`); it may
+            want tuning.
         h_base: The shortest period, in optimizer steps; at least 1. With gradient accumulation one optimizer step
             spans several batches.
         h_max: The longest period, in optimizer steps; at least ``h_base``. ``None`` sets no limit but the end of the

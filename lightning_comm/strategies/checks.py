@@ -27,6 +27,11 @@ _CHOICES = {
     "evaluate_weights": ("average", "local"),
 }
 
+_AUTO_SOURCES = {
+    "adam": "in the script of QSR's authors for ViT-B",
+    "sgd": "reported for the ResNet-152 of QSR's authors",
+}
+
 # Optimizers that communicate in their `step`, by class name: some exist only in builds with distributed support.
 _COMMUNICATING = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
 _ADAM_LIKE = ("Adam", "Adan", "Adopt", "Lamb", "NAdam", "RAdam")  # with these names or names that begin so
@@ -223,7 +228,7 @@ def peak_lr(optimizer: Optimizer) -> float:
 
 
 def resolved_period(settings: Settings, optimizers: list[Optimizer], saved_alpha: float | None) -> PeriodRule:
-    """Return the rule with its coefficient as a number: that of the run which is resumed, or the authors' choice."""
+    """Return the rule with its coefficient as a number: that of the run which is resumed, or one by the family."""
     period = settings.period
     if not isinstance(period, QuadraticPeriod) or period.alpha != "auto":
         return period
@@ -232,10 +237,11 @@ def resolved_period(settings: Settings, optimizers: list[Optimizer], saved_alpha
     optimizer = optimizers[settings.counted_optimizer]
     family, peak = optimizer_family(optimizer), peak_lr(optimizer)
     resolved = period.resolve(family=family, peak_lr=peak)  # type: ignore[arg-type]  # it names the families it knows
+    alpha = float(resolved.alpha)
     rank_zero_info(
-        f"QuadraticPeriod: alpha='auto' is {resolved.alpha:.4g}: the ratio to the peak learning rate ({peak:g}) that "
-        f"the authors of QSR used with an optimizer of this family ({type(optimizer).__name__}: {family}). It may want "
-        "tuning: a larger alpha communicates less."
+        f"QuadraticPeriod: alpha='auto' is {alpha:.4g}: {alpha / peak:.3g} times the peak learning "
+        f"rate ({peak:g}), as {_AUTO_SOURCES[family]}, chosen because the optimizer is {type(optimizer).__name__}. It "
+        "may want tuning: a larger alpha communicates less."
     )
     return resolved
 
