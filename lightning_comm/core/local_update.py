@@ -89,10 +89,10 @@ class RoundClock:
         in_warmup = self._in_warmup(lr)
         ask = self.rule.warmup_period_steps if in_warmup else self.rule.period_steps
         steps = ask(lr=lr, step=self.steps_done)
-        if steps < 1:
+        if not is_whole(steps) or steps < 1:
             raise ValueError(
-                f"{type(self.rule).__name__}: a period must be at least 1 optimizer step; got {steps!r} at step "
-                f"{self.steps_done}, learning rate {lr!r}."
+                f"{type(self.rule).__name__}: a period must be a whole number of at least 1 optimizer step; got "
+                f"{steps!r} at step {self.steps_done}, learning rate {lr!r}."
             )
         if self.total_steps is None:
             if steps >= ENDLESS:

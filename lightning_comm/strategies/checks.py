@@ -6,13 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticPeriod, RoundClock
 from lightning_comm.strategies.lightning_internals import logged_metrics, validates_by_the_clock
@@ -107,6 +109,11 @@ def check_trainer(trainer: Trainer, sync_batchnorm: bool) -> None:
             "says so, and wait there for ever for the others. Give a number of batches or a share of the epoch."
         )
     for callback in getattr(trainer, "callbacks", []):
+        if isinstance(callback, ModelPruning):
+            raise MisconfigurationException(
+                f"{_WHERE}: the callback ModelPruning chooses a mask from each rank's own weights, so ranks would "
+                "prune differently. Prune before training, alike on all ranks, or use plain DDP."
+            )
         if isinstance(callback, StochasticWeightAveraging):
             raise MisconfigurationException(
                 f"{_WHERE}: the callback StochasticWeightAveraging averages each rank's own weights and swaps them in "
@@ -188,11 +195,27 @@ def warn_at_start(trainer: Trainer, settings: Settings, total: int | None, world
             f"{_WHERE}: the length of the run is not known before, so a round that starts at a small learning rate may "
             "be very long. Set `h_max` on the rule, or `max_steps` on the Trainer."
         )
+    for optimizer in trainer.optimizers if settings.optimizer_state == "local" else []:
+        if any(word in type(optimizer).__name__ for word in ("ScheduleFree", "Lookahead")):
+            rank_zero_warn(
+                f"{_WHERE}: {type(optimizer).__name__} keeps a second copy of the weights in its state, which stays "
+                "local while the weights are averaged. Set `optimizer_state='average'`."
+            )
     floor = getattr(rule, "h_base", getattr(rule, "steps", None))
     if total is not None and isinstance(floor, int) and floor > total:
         rank_zero_warn(
             f"{_WHERE}: the shortest period, {floor} steps, is longer than the run of {total}, so ranks are averaged "
             "once, at the end. Give a smaller `h_base` (or `steps`), unless this is a trial run."
+        )
+
+
+def warn_of_uncounted_steps(steps_done: int) -> None:
+    """Say that an epoch ended without a step of the counted optimizer, so that nothing is averaged."""
+    if steps_done == 0:
+        rank_zero_warn(
+            f"{_WHERE}: no step of the counted optimizer was seen in a whole epoch, so ranks are not averaged until "
+            "the run ends. Step the optimizers that `self.optimizers()` returns, not those of "
+            "`use_pl_optimizer=False`, and look at `counted_optimizer`."
         )
 
 
@@ -217,25 +240,34 @@ def optimizer_family(optimizer: Optimizer) -> str:
     return type(optimizer).__name__
 
 
-def peak_lr(optimizer: Optimizer) -> float:
-    """Return the highest learning rate that the optimizer and its schedulers name, over all groups.
+def peak_lr(optimizer: Optimizer, configs: list[LRSchedulerConfig], trainer: Trainer, total: int | None) -> float:
+    """Return the highest learning rate that the optimizer will have, over all groups.
 
-    Schedulers of torch leave the rate before any scaling in ``initial_lr``, and OneCycleLR its peak in ``max_lr``.
+    Schedulers of torch leave the rate before any scaling in ``initial_lr``, and OneCycleLR its peak in ``max_lr``. A
+    LambdaLR may never reach ``initial_lr``, or go beyond it, so its factors are asked for.
     """
+    for config in configs:
+        scheduler = config.scheduler
+        if type(scheduler) is LambdaLR and scheduler.optimizer is optimizer and total is not None:
+            count = total if config.interval == "step" else max(1, trainer.max_epochs or 1)
+            bases, factors = scheduler.base_lrs, scheduler.lr_lambdas
+            steps = range(0, count + 1, max(1, count // 2000))
+            rates = [base * max(map(factor, steps)) for base, factor in zip(bases, factors, strict=True)]
+            return float(max(rates))
     return max(
         float(group[key]) for group in optimizer.param_groups for key in ("lr", "initial_lr", "max_lr") if key in group
     )
 
 
-def resolved_period(settings: Settings, optimizers: list[Optimizer], saved_alpha: float | None) -> PeriodRule:
+def resolved_period(trainer: Trainer, settings: Settings, total: int | None, saved_alpha: float | None) -> PeriodRule:
     """Return the rule with its coefficient as a number: that of the run which is resumed, or one by the family."""
     period = settings.period
     if not isinstance(period, QuadraticPeriod) or period.alpha != "auto":
         return period
     if saved_alpha is not None:
         return replace(period, alpha=saved_alpha)
-    optimizer = optimizers[settings.counted_optimizer]
-    family, peak = optimizer_family(optimizer), peak_lr(optimizer)
+    optimizer = trainer.strategy.optimizers[settings.counted_optimizer]
+    family, peak = optimizer_family(optimizer), peak_lr(optimizer, trainer.lr_scheduler_configs, trainer, total)
     resolved = period.resolve(family=family, peak_lr=peak)  # type: ignore[arg-type]  # it names the families it knows
     alpha = float(resolved.alpha)
     rank_zero_info(

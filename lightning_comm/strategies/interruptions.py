@@ -106,12 +106,15 @@ class Interruptions:
 
     def _around_epoch(self, start_or_end: Callable[[], None]) -> None:
         start_or_end()
+        if getattr(self._trainer, "reload_dataloaders_every_n_epochs", 0):
+            self._run.check_start(float(self._trainer.num_training_batches))
         self._settle_stop()
 
     def _settle_stop(self) -> None:
         """Keep a rank from leaving the loop alone because of its own ``should_stop``."""
-        if self._stop_is_agreed:
+        if self._stop_is_agreed and self._trainer.should_stop:
             return
+        self._stop_is_agreed = False
         if self.met:
             # All ranks have just been in some collective, validation or a checkpoint, so they can settle it here.
             self._trainer.should_stop = self._stop_is_agreed = self._any_rank(self._trainer.should_stop)

@@ -3,8 +3,7 @@
 import atexit
 import itertools
 import secrets
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -170,15 +169,16 @@ class LocalUpdateStrategy(DDPStrategy):
             LocalUpdateCompanion(self),
             *(callback for callback in callbacks if not isinstance(callback, LocalUpdateCompanion)),
         ]
+        if model.trainer.state.fn == TrainerFn.FITTING:
+            self._run = self._resume = None
+            self._ledger = CommLedger()
+            self._logs_checked = 0
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
         # gloo's threads may outlive the interpreter and abort it; Lightning takes care of this for nccl alone
         atexit.register(_destroy_process_group)
-        self._run = self._interruptions = self._resume = None
-        self._ledger = CommLedger()
-        self._logs_checked = 0
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -193,11 +193,9 @@ class LocalUpdateStrategy(DDPStrategy):
         super().setup(trainer)
         checks.check_optimizers(self.optimizers, self.settings)
         agreement = Agreement(default_store(), self.global_rank, self.world_size, f"lightning_comm/{next(_fits)}")
-        period = checks.resolved_period(self.settings, self.optimizers, rank_files.saved_alpha(self._resume))
-        settings = replace(self.settings, period=period)
         recorder = Recorder(self._ledger)
         self._run = LocalUpdateRun(
-            trainer, module, lambda: self.optimizers, settings, recorder, agreement, self._unwrap_ddp
+            trainer, module, lambda: self.optimizers, self.settings, recorder, agreement, self._unwrap_ddp
         )
         if not self.settings.starts_with_gradients:
             self._run.replica.broadcast_start()
@@ -224,10 +222,14 @@ class LocalUpdateStrategy(DDPStrategy):
         assert run is not None
         assert trainer is not None
         assert self._interruptions is not None
+        if not any(isinstance(callback, LocalUpdateCompanion) for callback in getattr(trainer, "callbacks", [])):
+            return  # a trial run of a learning-rate finder, which sets callbacks aside and undoes all that it did
         lightning_internals.load_skipped_loader_states(trainer)
         run.check_start(float(trainer.num_training_batches))
         total = checks.total_steps(trainer)
-        run.clock.total_steps = total
+        run.set_period(
+            checks.resolved_period(trainer, run.settings, total, rank_files.saved_alpha(self._resume)), total
+        )
         run.gradient_steps = checks.gradient_steps(run.settings, total)
         checks.warn_at_start(trainer, run.settings, total, self.world_size)
         run.replica.begin_round()
@@ -270,6 +272,7 @@ class LocalUpdateStrategy(DDPStrategy):
         assert self._run is not None
         assert self._trainer is not None
         checks.check_plateau_monitors(self._trainer)
+        checks.warn_of_uncounted_steps(self._run.clock.steps_done)
         if self._trainer.num_training_batches == float("inf"):
             self._run.meet_at_epoch_end()
 
@@ -287,8 +290,8 @@ class LocalUpdateStrategy(DDPStrategy):
             return
         if self._interruptions is not None:
             self._interruptions.remember_random_state()
-        if run.apart and run.settings.evaluate_weights == "average":
-            run.replica.enter_average("evaluation")
+        if run.settings.evaluate_weights == "average":
+            run.enter_average("evaluation")
             self._meeting()
 
     def end_evaluation_epoch(self) -> None:
@@ -306,16 +309,31 @@ class LocalUpdateStrategy(DDPStrategy):
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        # here, where all ranks come for a checkpoint, and before hooks that rename or move what is saved
+        state = super().lightning_module_state_dict()
+        run, trainer = self._run, self._trainer
+        if run is None or trainer is None or not self._is_fitting() or trainer.interrupted:
+            return state
+        return run.average_for_checkpoint(state)
+
+    def _is_fitting(self) -> bool:
+        """Whether ranks run under the strategy's rounds, or did in the last ``fit``; not in a tuner's trial run."""
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        return fitting and self._run is not None and self._run.active and dist.is_initialized()
+
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         run, trainer = self._run, self._trainer
-        if run is None or trainer is None or trainer.state.fn != TrainerFn.FITTING or not dist.is_initialized():
+        if run is None or trainer is None or not self._is_fitting():
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         token, averaged, complete = "", not run.apart, False
         if not trainer.interrupted:  # otherwise a rank has failed, and no collective would end
             # One path and one token for all: the path holds the step, which differs where ranks stopped apart.
             filepath, token = self.broadcast((str(filepath), secrets.token_hex(8)))
-            run.average_checkpoint(checkpoint)
+            if "current_model_state" in checkpoint:  # a WeightAveraging callback puts its own copy into the file
+                checkpoint["state_dict"] = run.average_for_checkpoint(checkpoint["state_dict"])
             averaged = True
             if complete := "optimizer_states" in checkpoint:
                 keys = (*rank_files.RANK_KEYS, type(self.precision_plugin).__qualname__)
@@ -330,8 +348,8 @@ class LocalUpdateStrategy(DDPStrategy):
         rank_files.refuse_sharded(checkpoint_path)
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
-            return checkpoint
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._run is not None:
+            return checkpoint  # not for `fit`, or a tuner within it puts back what it has changed
         shared = checkpoint.get(rank_files.KEY)
         own, problem = rank_files.read(self, checkpoint_path, shared, weights_only)
         problem = rank_files.first_problem(self, Recorder(self._ledger), problem)
@@ -355,25 +373,38 @@ class LocalUpdateStrategy(DDPStrategy):
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if self._meeting():
-            super().barrier(*args, **kwargs)
+            with self._first_error_shown():
+                super().barrier(*args, **kwargs)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return super().broadcast(obj, src) if self._meeting() else obj
+        if not self._meeting():
+            return obj
+        with self._first_error_shown():
+            return super().broadcast(obj, src)
 
     @override
     def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
-        return super().reduce(tensor, group, reduce_op) if self._meeting() else tensor
+        if not self._meeting():
+            return tensor
+        with self._first_error_shown():
+            return super().reduce(tensor, group, reduce_op)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        return super().all_gather(tensor, group, sync_grads) if self._meeting() else tensor
+        if not self._meeting():
+            return tensor
+        with self._first_error_shown():
+            return super().all_gather(tensor, group, sync_grads)
 
     def _meeting(self) -> bool:
         """Note that all ranks meet; return False once a rank has failed, when no collective would end."""
         if self._interruptions is not None:
             self._interruptions.met = True
         return self._trainer is None or not self._trainer.interrupted
+
+    def _first_error_shown(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._run is None else self._run.agreement.first_error_shown()
 
     # ---- the end -------------------------------------------------------------------------------------------------
 

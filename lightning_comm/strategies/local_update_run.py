@@ -12,11 +12,12 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -112,6 +113,7 @@ class LocalUpdateRun:
         self._module = module
         self._optimizers = optimizers
         self._leave_gradient_phase = leave_gradient_phase
+        self.active = False  # not in a trial run, such as that of a learning-rate finder
         self._ticks = 0
         self._round_lr = 0.0
         self._step_time_s = 0.0
@@ -137,7 +139,7 @@ class LocalUpdateRun:
 
     def count_step(self, optimizer: Optimizer) -> None:
         """Count an optimizer step, also one that a gradient scaler skipped on this rank alone."""
-        counted = self._optimizers()[self.settings.counted_optimizer]
+        counted = self._optimizers()[self.settings.counted_optimizer] if self.active else None
         if optimizer is counted or optimizer is getattr(counted, "_optimizer", None):
             self._ticks += 1
 
@@ -166,42 +168,68 @@ class LocalUpdateRun:
     def check_start(self, batches: float) -> None:
         """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
         row = ControlRow(batches=batches if math.isfinite(batches) else -1)
-        control.check_same_batches(control.exchange(row, self.recorder, self._control_device, Pending.wait))
+        with self.agreement.first_error_shown():
+            control.check_same_batches(control.exchange(row, self.recorder, self._control_device, Pending.wait))
+
+    def set_period(self, rule: PeriodRule, total_steps: int | None) -> None:
+        """Begin to count, with a rule whose coefficient is known and the length of the run, if that is."""
+        self.settings = replace(self.settings, period=rule)
+        self.clock.rule, self.clock.total_steps = rule, total_steps
+        self.active = True
 
     def take_up(self, shared: dict[str, Any] | None, own: dict[str, Any] | None) -> None:
         """Go on from a checkpoint: exactly with this rank's file, else with a new round, else from the step count."""
         if own is not None:
-            self.load_state_dict(own["run"], exact=True)
-            self.replica.load_local_state(own["weights"])
-            self.apart = own["apart"]
+            apart = own["apart"] and own["run"]["clock"]["steps_done"] >= self.gradient_steps
+            self.load_state_dict(own["run"], exact=apart or not own["apart"])
+            if apart == own["apart"]:
+                self.replica.load_local_state(own["weights"])
+            else:
+                self.replica.broadcast_momenta(optimizer_tensors(self._optimizers()))
+                rank_zero_warn(
+                    "LocalUpdateStrategy: the run is resumed in the middle of a round, and `gradient_steps`="
+                    f"{self.gradient_steps} says that gradients are averaged there, for which weights must be equal. "
+                    "It goes on from the averaged weights and the optimizer state of rank 0. Keep `gradient_steps` as it was for an exact continuation."
+                )
+            self.apart = apart
         elif shared is not None:
             self.load_state_dict(shared["run"], exact=False)
         else:
             self.clock.steps_done = self.trainer.global_step
 
-    def synchronise(self) -> None:
-        """Average what is to be averaged, and begin the next round."""
+    def synchronise(self, *, answering: bool = True) -> None:
+        """Average what is to be averaged, and begin the next round.
+
+        Args:
+            answering: Whether requests may be agreed on here; only at the end of a step.
+
+        """
         started = time.monotonic()
-        try:
-            rows = self._meet(decide=not self.trainer.is_last_batch)
+        with self.agreement.first_error_shown():
+            rows = self._meet(decide=not self.trainer.is_last_batch, answering=answering)
             met = time.monotonic()
             if any(row.stands for row in rows):
                 self.stand()
                 return
             self._check(rows)
             drift = self._average()
-        except RuntimeError as error:
-            # A rank that dies closes its connections, and others see only that. Its own message says more.
-            if not isinstance(error, PeerFailure):
-                self.agreement.raise_peer_failure()
-            raise
         self._agree_on_scale(rows)
         self._record(drift.relative, wait_s=met - started, transfer_s=time.monotonic() - met)
         self.clock.end_round()
         if rows[0].next_steps != control.UNDECIDED:
             self._begin(rows)
-        if any(row.urgent for row in rows):
+        if answering and any(row.urgent for row in rows):
             self.agreement.poll(self._position(), force=True)
+
+    def enter_average(self, purpose: str) -> None:
+        """Put averaged weights in place for an evaluation, after checking that all ranks are here for it."""
+        if not self.apart:
+            return
+        with self.agreement.first_error_shown():
+            rows = self._meet()
+            if not self.standing:
+                self._check(rows)
+            self.replica.enter_average(purpose)
 
     def meet_at_epoch_end(self) -> None:
         """Check that all ranks end the epoch after the same steps, where its length could not be compared before."""
@@ -213,7 +241,8 @@ class LocalUpdateRun:
         if self.in_gradient_phase or not self.apart:
             return
         started = time.monotonic()
-        drift = self._average()
+        with self.agreement.first_error_shown():
+            drift = self._average()
         self._record(drift.relative, wait_s=0.0, transfer_s=time.monotonic() - started)
         self.clock.end_round()
 
@@ -229,7 +258,7 @@ class LocalUpdateRun:
 
     def _open_round(self) -> None:
         if self.clock.round_started_at < self.clock.round_ends_at:
-            self.synchronise()  # resumed at the end of a round, in front of its synchronisation
+            self.synchronise(answering=False)  # resumed at the end of a round, in front of its synchronisation
             if self.clock.in_round:
                 return
         if self.clock.total_steps is not None and self.clock.steps_done >= self.clock.total_steps:
@@ -243,8 +272,16 @@ class LocalUpdateRun:
         self.clock.begin(int(rows[0].next_steps), lr=self._round_lr)
         self.replica.begin_round()
 
-    def _meet(self, *, decide: bool = False, stand: bool = False) -> list[ControlRow]:
-        """Exchange one control row a rank; return all of them."""
+    def _meet(self, *, decide: bool = False, stand: bool = False, answering: bool = False) -> list[ControlRow]:
+        """Exchange one control row a rank; return all of them.
+
+        Args:
+            decide: Whether rank 0 chooses the length of the next round.
+            stand: Whether to say that ranks stop where they stand.
+            answering: Whether this rank agrees to requests while it waits. Only at the end of a step, where it can
+                still carry them out at that step.
+
+        """
         self.agreement.post()  # before the rows, so that others find the request right after them
         error, steps = None, control.UNDECIDED
         if decide and self.recorder.rank == 0 and not self._run_is_over():
@@ -261,7 +298,8 @@ class LocalUpdateRun:
             urgent=self.agreement.urgent,
             stands=stand,
         )
-        rows = control.exchange(row, self.recorder, self._control_device, self._wait)
+        wait = self._wait_answering if answering else self._wait
+        rows = control.exchange(row, self.recorder, self._control_device, wait)
         if error is not None:
             raise error
         if rows[0].next_steps == control.FAILED:
@@ -269,6 +307,13 @@ class LocalUpdateRun:
         return rows
 
     def _wait(self, pending: Pending) -> None:
+        """Wait for the slower ranks, and meanwhile hear of failures."""
+        while not pending.done():
+            self.agreement.listen()
+            time.sleep(0.0002)
+        pending.wait()
+
+    def _wait_answering(self, pending: Pending) -> None:
         """Wait for the slower ranks, and meanwhile answer requests and hear of failures."""
         while not pending.done():
             self.agreement.poll_while_blocked(self._position())
@@ -297,7 +342,9 @@ class LocalUpdateRun:
 
     def _measure_step(self, ticks: int) -> None:
         latest = (time.monotonic() - self._step_began_s) / ticks
-        self._step_time_s = latest if self._step_time_s == 0 else 0.8 * self._step_time_s + 0.2 * latest
+        if self._step_time_s > 0:  # a single slow step may be a pause of another rank's
+            latest = 0.8 * self._step_time_s + 0.2 * min(latest, 4 * self._step_time_s)
+        self._step_time_s = latest
 
     # ---- what is asked -------------------------------------------------------------------------------------------
 
@@ -345,8 +392,8 @@ class LocalUpdateRun:
             self.rounds, self.clock.steps_done, self.clock.steps_into_round, self._round_lr, drift, wait_s, transfer_s
         )
         self.history.append(done)
-        every = max(1, getattr(self.trainer, "log_every_n_steps", 1))
-        if self.trainer.is_global_zero and done.step - self._last_logged_step >= every:
+        every = getattr(self.trainer, "log_every_n_steps", 1)
+        if self.trainer.is_global_zero and every > 0 and done.step - self._last_logged_step >= every:
             self._last_logged_step = done.step
             ledger = self.recorder.ledger
             metrics = {
@@ -362,13 +409,12 @@ class LocalUpdateRun:
             for logger in self.trainer.loggers:
                 logger.log_metrics(metrics, step=self.trainer.global_step)
 
-    def average_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put averaged copies of the weights into a checkpoint, unless averaged ones are in place anyway."""
+    def average_for_checkpoint(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a state dict with averaged copies of the weights, unless averaged ones are in place anyway."""
         if not self.apart or self.replica.kept is not None:
-            return
-        for key in ("state_dict", "current_model_state"):  # the second is that of a WeightAveraging callback
-            if key in checkpoint:
-                checkpoint[key] = self.replica.average_state_dict(checkpoint[key], "checkpoint")
+            return state_dict
+        with self.agreement.first_error_shown():
+            return self.replica.average_state_dict(state_dict, "checkpoint")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the weights, optimizers and random states."""

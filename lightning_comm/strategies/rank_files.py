@@ -145,7 +145,8 @@ def _unusable(shared: dict[str, Any] | None, world_size: int) -> str | None:
     if shared.get("version") != VERSION:
         return f"its format is {shared.get('version')!r}, and this version reads {VERSION}"
     if not shared["complete"]:
-        return "it was written while a rank had failed, by one rank alone"
+        weights_only = "it was saved with `save_weights_only=True`"
+        return weights_only if shared["averaged"] else "it was written while a rank had failed, by one rank alone"
     if shared["world_size"] != world_size:
         return f"it was written by {shared['world_size']} ranks, and there are {world_size} now"
     return None

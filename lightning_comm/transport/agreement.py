@@ -13,7 +13,8 @@ pass a step that another one decided on.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol, TypeVar
 
@@ -122,6 +123,7 @@ class Agreement:
         self._generation = 0  # one for each decision carried out
         self._wanted: list[tuple[Kind, str]] = []
         self._published = False
+        self._stride = 1
         self._pause_at = 0
         self._next_poll_s = 0.0
         self.decision: Decision | None = None
@@ -162,7 +164,8 @@ class Agreement:
         if state is None:
             return None
         if not self._pause_at:
-            self._pause_at = self._next_pause(position, first=True)
+            self._stride = _stride(position.step_time_s, 2 * self._poll_interval_s)
+            self._pause_at = position.step if self._stride == 1 else self._next_pause(position.step)
         if force or position.step >= self._pause_at:
             self._guarded(lambda: self._negotiate(position, state))
         return self.decision
@@ -180,6 +183,13 @@ class Agreement:
             self._guarded(lambda: self._publish(position))
             self._guarded(lambda: self._try_to_decide(state))
         return self.decision
+
+    def listen(self) -> None:
+        """Hear of failures, for a rank that waits where it cannot carry out a decision any more, or not yet."""
+        now = time.monotonic()
+        if now >= self._next_poll_s:
+            self._next_poll_s = now + self._poll_interval_s
+            self.raise_peer_failure()
 
     def move_on(self) -> None:
         """Take this rank's position back, before it takes another step. Does nothing if none was published."""
@@ -203,6 +213,17 @@ class Agreement:
         """Raise :class:`PeerFailure` if another rank reported one."""
         self._guarded(self._raise_peer_failure)
 
+    @contextmanager
+    def first_error_shown(self) -> Iterator[None]:
+        """Turn the loss of a connection into the error of the rank that failed, if that rank has reported one."""
+        try:
+            yield
+        except PeerFailure:
+            raise
+        except RuntimeError:
+            self.raise_peer_failure()
+            raise
+
     def _raise_peer_failure(self) -> None:
         key = self._key("failed", shared=True)
         if self._store.check([key]):
@@ -224,21 +245,19 @@ class Agreement:
             self._raise_peer_failure()
             if time.monotonic() > deadline:
                 self._retract()
-                self._pause_at = self._next_pause(position)
+                self._pause_at = self._next_pause(position.step)
                 return
             time.sleep(0.002)
             state = self._store.get(self._key("state")).decode()
 
-    def _next_pause(self, position: Position, first: bool = False) -> int:
-        """Return a step number at which other ranks pause too: a multiple of a power of two, half a second away.
+    def _next_pause(self, step: int) -> int:
+        """Return the next step at which other ranks pause too: a multiple of a power of two, about half a second away.
 
         Ranks that a collective of the user's keeps in step see a request at different steps, and whoever paused at once
-        would hold the others up before they have seen it.
+        would hold the others up before they have seen it. The stride is fixed when a rank first sees the request, since
+        pauses make later steps look slow.
         """
-        stride = 1
-        while 2 * stride * position.step_time_s <= 2 * self._poll_interval_s:
-            stride *= 2
-        return position.step if first and stride == 1 else (position.step // stride + 1) * stride
+        return (step // self._stride + 1) * self._stride
 
     def _publish(self, position: Position) -> None:
         if not self._published:
@@ -291,6 +310,14 @@ class Agreement:
                 "The store of the process group does not answer, so rank 0, which hosts it, has ended. Look for the "
                 "first error in its output."
             ) from error
+
+
+def _stride(step_time_s: float, within_s: float) -> int:
+    """Return the largest power of two of steps that fit into a time; at least 1."""
+    stride = 1
+    while 2 * stride * step_time_s <= within_s and stride < 2**20:
+        stride *= 2
+    return stride
 
 
 def meeting_step(positions: list[Position], catch_up_limit_s: float, *, may_stand: bool) -> int | None:

@@ -30,7 +30,9 @@ class Replica:
     Note:
         *Which parameters.* Those that are trained now or were at the last synchronisation, found by their
         ``requires_grad`` and never by whether they have a gradient, so that a parameter that one rank did not use
-        changes nothing for the others. Frozen parameters are equal on all ranks from the start and are not sent.
+        changes nothing for the others. Frozen parameters are equal on all ranks from the start and are not sent,
+        unless they have changed since the last synchronisation, as those of a teacher that follows its student do;
+        that is seen from a few entries of each.
 
     """
 
@@ -49,19 +51,25 @@ class Replica:
         self._average_buffers = buffers == "average"
         self._shadows = shadows
         self._trained: set[str] = set()
+        self._frozen: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] | None = None
 
     def begin_round(self) -> None:
         """Note which parameters are trained from here on."""
-        self._trained = {name for name, parameter in self._module.named_parameters() if parameter.requires_grad}
+        parameters = dict(self._module.named_parameters())
+        self._trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        self._frozen = {name: _few_entries(p) for name, p in parameters.items() if name not in self._trained}
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the parameters that are averaged, by name."""
         return {
             name: parameter
             for name, parameter in self._module.named_parameters()
-            if parameter.requires_grad or name in self._trained
+            if parameter.requires_grad or name in self._trained or self._has_moved(name, parameter)
         }
+
+    def _has_moved(self, name: str, parameter: Tensor) -> bool:
+        return name in self._frozen and not torch.equal(self._frozen[name], _few_entries(parameter))
 
     def float_buffers(self) -> dict[str, Tensor]:
         """Return the buffers that can be averaged, by name."""
@@ -161,6 +169,7 @@ class Replica:
 
         """
         now = self._changed_by_average() | {f"buffer:{name}": buffer for name, buffer in self._module.named_buffers()}
+        now |= {f"parameters:{name}": parameter for name, parameter in self._module.named_parameters()}
         if unknown := sorted(set(state) - set(now)):
             raise ValueError(
                 f"LocalUpdateStrategy: this rank's file of the checkpoint has weights that the model does not have: "
@@ -190,6 +199,11 @@ class Replica:
             name: copies.get(value.data_ptr(), value) if name in names and isinstance(value, Tensor) else value
             for name, value in state.items()
         }
+
+    @torch.no_grad()
+    def broadcast_momenta(self, momenta: list[Tensor]) -> None:
+        """Give every rank the optimizer state of rank 0."""
+        broadcast_(momenta, self._recorder, "start", self._bucket_bytes)
 
     @torch.no_grad()
     def average_momenta(self, momenta: list[Tensor]) -> None:
@@ -244,6 +258,10 @@ def _no_mean(optimizer: Optimizer, key: str, kind: object) -> ValueError:
         f"LocalUpdateStrategy: `optimizer_state='average'` needs states that have a mean, and {name} keeps {key!r} as "
         f"{kind}. Use 'local', as the authors of QSR do."
     )
+
+
+def _few_entries(tensor: Tensor) -> Tensor:
+    return tensor.detach().flatten()[:: max(1, tensor.numel() // 16)].clone()
 
 
 def _is_averageable(tensor: Tensor) -> bool:

@@ -238,14 +238,19 @@ def test_rules_are_frozen_values():
     assert pickle.loads(pickle.dumps(rule)) == rule
 
 
-class _Zero(PeriodRule):
+@dataclasses.dataclass(frozen=True)
+class _Odd(PeriodRule):
+    answer: object
+
     def period_steps(self, *, lr, step):
-        return 0
+        return self.answer
 
 
-def test_a_rule_of_ones_own_that_answers_nonsense_is_named():
-    with pytest.raises(ValueError, match="_Zero: a period must be at least 1 optimizer step; got 0 at step 0"):
-        RoundClock(_Zero()).decide(0.1)
+@pytest.mark.parametrize("answer", [0, -1, 2.5, float("nan"), "4", None])
+def test_a_rule_of_ones_own_that_answers_nonsense_is_named(answer):
+    with pytest.raises(ValueError, match="_Odd: a period must be a whole number of at least 1") as caught:
+        RoundClock(_Odd(answer)).decide(0.1)
+    assert f"got {answer!r} at step 0" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,31 @@ def test_should_stop_on_one_rank_stops_all_at_one_step(step_times):
         assert answers[0][0] <= 10
 
 
+def _lockstep(rank, world_size, step_time_s, phase):
+    class Reducing(Paced):
+        """A collective of the user's own in every step, of which the strategy knows nothing."""
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if phase == "own collective":
+                torch.distributed.all_reduce(loss.detach().clone())
+            return loss
+
+    callback = At(30, set_should_stop if rank == 1 else nothing)
+    strategy = local_update(FixedPeriod(100_000), gradient_steps=100_000 if phase == "gradient phase" else 0)
+    runner = trainer(strategy, world_size, callbacks=[callback])
+    runner.fit(Reducing(step_time_s), loader(3000, rank))
+    return runner.global_step, time.monotonic() - callback.acted_at
+
+
+@pytest.mark.parametrize("step_time_s", [0.0, 0.002, 0.05])
+@pytest.mark.parametrize("phase", ["gradient phase", "own collective"])
+def test_ranks_kept_in_step_stop_within_ten_seconds(step_time_s, phase):
+    one, two = launch(_lockstep, 2, step_time_s, phase, world_size=2)
+    assert one[0] == two[0] < 3000
+    assert max(one[1], two[1]) < 10
+
+
 def test_should_stop_on_one_of_three_ranks_stops_all():
     assert_ended_together(launch(run, 3, (0.001, 0.002, 0.004), 30, world_size=3))
 

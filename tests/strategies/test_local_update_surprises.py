@@ -1,0 +1,290 @@
+"""What users' models, hooks and callbacks do behind a strategy's back, each once found to go wrong."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, ModelCheckpoint, ModelPruning
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from support.processes import launch, outcomes
+from support.training import Regression, Samples, loader, local_update, network, trainer, weights
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_comm import FixedPeriod, QuadraticPeriod
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=0.01)
+
+
+def _finder(rank, folder, gradient_steps):
+    class Tunable(Regression):
+        lr = 0.01
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1000)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    strategy = local_update(FixedPeriod(4), gradient_steps=gradient_steps)
+    finder = LearningRateFinder(num_training_steps=12, early_stop_threshold=None)
+    runner = trainer(strategy, 2, callbacks=[finder], default_root_dir=folder, max_steps=20, max_epochs=-1)
+    module = Tunable()
+    runner.fit(module, loader(40, rank))
+    ledger = strategy.ledger
+    return [done.step for done in strategy.history], runner.global_step, weights(module), ledger.messages("gradients")
+
+
+@pytest.mark.parametrize(("gradient_steps", "ends"), [(0, [4, 8, 12, 16, 20]), (8, [12, 16, 20])])
+def test_the_trial_run_of_a_learning_rate_finder_does_not_count(tmp_path, gradient_steps, ends):
+    one, two = launch(_finder, str(tmp_path), gradient_steps, world_size=2)
+    assert one[:2] == two[:2] == (ends, 20)
+    assert one[3] == gradient_steps
+    for mine, theirs in zip(one[2], two[2], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+class Teacher(Regression):
+    """A frozen copy that follows the trained weights, as in mean-teacher and target networks."""
+
+    def __init__(self):
+        super().__init__(network(), adamw)
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    def on_train_batch_end(self, *args):
+        with torch.no_grad():
+            for slow, fast in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                slow.mul_(0.9).add_(fast, alpha=0.1)
+
+
+def _teacher(rank, folder):
+    module = Teacher()
+    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    runner = trainer(local_update(FixedPeriod(4)), 2, callbacks=[save], enable_checkpointing=True)
+    runner.fit(module, loader(18, rank))
+    module.on_train_batch_end()  # after the last synchronisation it followed equal weights, and does so again
+    return weights(module.teacher), weights(module.net)
+
+
+def test_frozen_parameters_that_follow_the_trained_ones_end_equal(tmp_path):
+    answers = launch(_teacher, str(tmp_path), world_size=2)
+    for part in range(2):
+        for mine, theirs in zip(answers[0][part], answers[1][part], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+class Renaming(Regression):
+    def on_save_checkpoint(self, checkpoint):
+        self.own = [p.detach().clone().numpy() for p in self.net.parameters()]
+        checkpoint["state_dict"] = {f"renamed.{key}": value for key, value in checkpoint["state_dict"].items()}
+        self.drop(checkpoint)
+
+    @rank_zero_only
+    def drop(self, checkpoint):
+        del checkpoint["state_dict"]["renamed.net.0.bias"]
+
+
+def _renaming(rank, folder):
+    module = Renaming()
+    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    trainer(local_update(FixedPeriod(4)), 2, callbacks=[save], enable_checkpointing=True, max_steps=7).fit(
+        module, loader(18, rank)
+    )
+    return module.own
+
+
+def test_a_hook_that_renames_what_is_saved_finds_averages(tmp_path):
+    one, two = launch(_renaming, str(tmp_path), world_size=2)
+    saved = torch.load(tmp_path / "step=6.ckpt", weights_only=True)["state_dict"]
+    assert "renamed.net.0.bias" not in saved
+    np.testing.assert_allclose(saved["renamed.net.0.weight"].numpy(), (one[0] + two[0]) / 2, rtol=0, atol=1e-15)
+    assert (one[0] != two[0]).any()
+
+
+class Stream(IterableDataset):
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return (self.samples[index] for index in range(len(self.samples)))
+
+
+def test_uneven_data_of_unknown_length_is_named_also_when_validation_comes_first():
+    def run(rank):
+        data = DataLoader(Stream(Samples(4 * (10 - 2 * rank), rank)), batch_size=4)
+        runner = trainer(local_update(FixedPeriod(9)), 2, limit_val_batches=1)
+        runner.fit(Regression(), data, loader(1, rank))
+
+    for _, error in outcomes(run, world_size=2, timeout_s=40):
+        assert "different numbers of optimizer steps, [9, 8] by rank" in error
+
+
+def test_loaders_that_become_unequal_on_reload_are_refused():
+    class Reloading(Regression):
+        def train_dataloader(self):
+            return loader(6 + self.current_epoch * self.global_rank, self.global_rank)
+
+    def run(rank):
+        trainer(local_update(FixedPeriod(4)), 2, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(Reloading())
+
+    for _, error in outcomes(run, world_size=2, timeout_s=40):
+        assert "different numbers of training batches, [6, 7] by rank" in error
+
+
+def test_pruning_within_the_run_is_refused():
+    def run(rank):
+        with pytest.raises(MisconfigurationException, match=r"ModelPruning chooses a mask.*Prune before training"):
+            trainer(local_update(FixedPeriod(4)), 1, callbacks=[ModelPruning("l1_unstructured", amount=0.5)]).fit(
+                Regression(), loader(4, rank)
+            )
+
+    launch(run, world_size=1)
+
+
+def _longer_gradient_phase(rank, folder):
+    def fit(gradient_steps, **kwargs):
+        module = Regression(network(), adamw)
+        save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+        strategy = local_update(FixedPeriod(4), gradient_steps=gradient_steps)
+        runner = trainer(strategy, 2, callbacks=[save, Watch()], enable_checkpointing=True, max_epochs=2)
+        runner.fit(module, loader(9, rank), **kwargs)
+        return runner.callbacks
+
+    class Watch(Callback):
+        def __init__(self):
+            self.seen = {}
+
+        def on_train_batch_end(self, runner, module, *args):
+            self.seen[runner.global_step] = weights(module)
+
+    fit(2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callbacks = fit(12, ckpt_path=f"{folder}/step=6.ckpt")
+    (watch,) = (callback for callback in callbacks if type(callback).__name__ == "Watch")
+    return watch.seen, [str(w.message) for w in caught if "gradient_steps" in str(w.message)]
+
+
+def test_a_run_resumed_into_a_gradient_phase_goes_on_from_equal_weights(tmp_path):
+    (one, said), (two, _) = launch(_longer_gradient_phase, str(tmp_path), world_size=2)
+    assert min(one) == 7
+    for step in range(7, 13):
+        for mine, theirs in zip(one[step], two[step], strict=True):
+            np.testing.assert_array_equal(mine, theirs, err_msg=f"step {step}")
+    assert len(said) == 1
+    assert "`gradient_steps`=12" in said[0]
+
+
+def test_auto_alpha_takes_the_peak_that_a_schedule_of_factors_reaches():
+    def run(rank):
+        module = Regression(
+            network(), lambda p: torch.optim.AdamW(p, lr=1.0), lambda step: 0.01 * min((step + 1) / 4, (10 - step) / 7)
+        )
+        strategy = local_update(QuadraticPeriod())
+        trainer(strategy, 1).fit(module, loader(9, rank))
+        return strategy._run.settings.period.alpha
+
+    assert launch(run, world_size=1)[0] == pytest.approx(2.19 * 0.01)
+
+
+class Raw(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.net = network()
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(self.net(batch[0]), batch[1]).backward()
+        optimizer.step()
+
+    def configure_optimizers(self):
+        return adamw(self.parameters())
+
+
+def test_steps_that_cannot_be_counted_are_warned_of():
+    def run(rank):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            module = Raw()
+            trainer(local_update(FixedPeriod(4)), 2).fit(module, loader(9, rank))
+        return [str(w.message) for w in caught if "no step of the counted optimizer" in str(w.message)], weights(module)
+
+    (said, one), (_, two) = launch(run, world_size=2)
+    assert len(said) == 1
+    assert "use_pl_optimizer=False" in said[0]
+    for mine, theirs in zip(one, two, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+class Finetuned(Regression):
+    def __init__(self):
+        super().__init__(network(), lambda p: torch.optim.AdamW([x for x in p if x.requires_grad], lr=0.01))
+        self.backbone = self.net[0]
+
+
+def _finetuning(rank, folder, resume):
+    runner = trainer(
+        local_update(FixedPeriod(4)),
+        2,
+        callbacks=[
+            BackboneFinetuning(1, backbone_initial_lr=0.01, verbose=False),
+            ModelCheckpoint(folder, filename="{step}", every_n_train_steps=10, save_top_k=-1),
+        ],
+        enable_checkpointing=True,
+        max_epochs=3,
+    )
+    module = Finetuned()
+    runner.fit(module, loader(6, rank), ckpt_path=f"{folder}/step=10.ckpt" if resume else None)
+    return runner.global_step, weights(module)
+
+
+def test_a_run_with_a_backbone_unfrozen_on_the_way_resumes_in_mid_round(tmp_path):
+    launch(_finetuning, str(tmp_path), False, world_size=2)
+    one, two = launch(_finetuning, str(tmp_path), True, world_size=2)
+    assert one[0] == two[0] == 18
+    for mine, theirs in zip(one[1], two[1], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_ledger_and_history_of_a_fit_outlive_a_later_validation():
+    def run(rank):
+        strategy = local_update(FixedPeriod(4))
+        runner = trainer(strategy, 2, limit_val_batches=1)
+        module = Regression()
+        runner.fit(module, loader(9, rank), loader(1, rank))
+        before = len(strategy.history), strategy.ledger.payload_bytes("parameters")
+        runner.validate(module, loader(1, rank), verbose=False)
+        return before, (len(strategy.history), strategy.ledger.payload_bytes("parameters"))
+
+    for before, after in launch(run, world_size=2):
+        assert before == after
+        assert before[0] == 3
+
+
+@pytest.mark.parametrize("where", ["on_validation_epoch_end", "on_validation_start", "validation_step"])
+def test_an_error_around_validation_is_shown_on_the_other_ranks(where):
+    class Failing(Regression):
+        pass
+
+    def fail(self, *args):
+        if self.global_rank == 1 and not self.trainer.sanity_checking:
+            raise ValueError("boom in validation")
+        if where == "validation_step":
+            Regression.validation_step(self, *args)
+
+    setattr(Failing, where, fail)
+
+    def run(rank):
+        runner = trainer(local_update(FixedPeriod(4)), 2, limit_val_batches=2, val_check_interval=6)
+        runner.fit(Failing(), loader(12, rank), loader(2, rank))
+
+    (_, first), (_, second) = outcomes(run, world_size=2, timeout_s=40)
+    assert "ValueError: boom in validation" in second
+    assert "rank 1 failed: ValueError: boom in validation" in first
