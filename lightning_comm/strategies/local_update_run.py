@@ -180,18 +180,21 @@ class LocalUpdateRun:
     def take_up(self, shared: dict[str, Any] | None, own: dict[str, Any] | None) -> None:
         """Go on from a checkpoint: exactly with this rank's file, else with a new round, else from the step count."""
         if own is not None:
-            apart = own["apart"] and own["run"]["clock"]["steps_done"] >= self.gradient_steps
-            self.load_state_dict(own["run"], exact=apart or not own["apart"])
-            if apart == own["apart"]:
+            saved = own["run"]
+            # gradients are averaged again where ranks ran apart before, and that needs equal weights and momenta
+            back = saved["gradient_steps"] <= saved["clock"]["steps_done"] < self.gradient_steps
+            self.load_state_dict(saved, exact=not back)
+            if not back:
                 self.replica.load_local_state(own["weights"])
-            else:
-                self.replica.broadcast_momenta(optimizer_tensors(self._optimizers()))
-                rank_zero_warn(
-                    "LocalUpdateStrategy: the run is resumed in the middle of a round, and `gradient_steps`="
-                    f"{self.gradient_steps} says that gradients are averaged there, for which weights must be equal. "
-                    "It goes on from the averaged weights and the optimizer state of rank 0. Keep `gradient_steps` as it was for an exact continuation."
-                )
-            self.apart = apart
+                self.apart = own["apart"]
+                return
+            self.replica.broadcast_momenta(optimizer_tensors(self._optimizers()))
+            rank_zero_warn(
+                f"LocalUpdateStrategy: `gradient_steps`={self.gradient_steps} says that gradients are averaged at step "
+                f"{saved['clock']['steps_done']}, where the run is resumed and ranks ran apart before. It goes on from "
+                "the averaged weights and the optimizer state of rank 0. Keep `gradient_steps` as it was for an exact "
+                "continuation."
+            )
         elif shared is not None:
             self.load_state_dict(shared["run"], exact=False)
         else:
@@ -423,6 +426,7 @@ class LocalUpdateRun:
             "rounds": self.rounds,
             "round_lr": self._round_lr,
             "ledger": self.recorder.ledger.state_dict(),
+            "gradient_steps": self.gradient_steps,
             "period": {"alpha": getattr(self.settings.period, "alpha", None)},
         }
 

@@ -146,10 +146,10 @@ def test_pruning_within_the_run_is_refused():
     launch(run, world_size=1)
 
 
-def _longer_gradient_phase(rank, folder):
+def _longer_gradient_phase(rank, folder, step):
     def fit(gradient_steps, **kwargs):
         module = Regression(network(), adamw)
-        save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+        save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=step, save_top_k=-1)
         strategy = local_update(FixedPeriod(4), gradient_steps=gradient_steps)
         runner = trainer(strategy, 2, callbacks=[save, Watch()], enable_checkpointing=True, max_epochs=2)
         runner.fit(module, loader(9, rank), **kwargs)
@@ -165,15 +165,16 @@ def _longer_gradient_phase(rank, folder):
     fit(2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        callbacks = fit(12, ckpt_path=f"{folder}/step=6.ckpt")
+        callbacks = fit(12, ckpt_path=f"{folder}/step={step}.ckpt")
     (watch,) = (callback for callback in callbacks if type(callback).__name__ == "Watch")
     return watch.seen, [str(w.message) for w in caught if "gradient_steps" in str(w.message)]
 
 
-def test_a_run_resumed_into_a_gradient_phase_goes_on_from_equal_weights(tmp_path):
-    (one, said), (two, _) = launch(_longer_gradient_phase, str(tmp_path), world_size=2)
-    assert min(one) == 7
-    for step in range(7, 13):
+@pytest.mark.parametrize("stopped_at", [6, 7], ids=["synchronised", "mid-round"])
+def test_a_run_resumed_into_a_gradient_phase_goes_on_from_equal_weights(tmp_path, stopped_at):
+    (one, said), (two, _) = launch(_longer_gradient_phase, str(tmp_path), stopped_at, world_size=2)
+    assert min(one) == stopped_at + 1
+    for step in range(stopped_at + 1, 13):
         for mine, theirs in zip(one[step], two[step], strict=True):
             np.testing.assert_array_equal(mine, theirs, err_msg=f"step {step}")
     assert len(said) == 1
