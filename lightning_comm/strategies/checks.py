@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticPeriod, RoundClock
 from lightning_comm.strategies.lightning_internals import logged_metrics, validates_by_the_clock
-from lightning_comm.strategies.local_update_run import Settings
+from lightning_comm.strategies.settings import Settings
 from lightning_comm.transport.averaging import Averaging
 
 _WHERE = "LocalUpdateStrategy"

@@ -2,10 +2,10 @@
 
 import atexit
 import itertools
-import secrets
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,12 +26,14 @@ from lightning_comm.core.local_update import PeriodRule
 from lightning_comm.strategies import checks, lightning_internals, rank_files
 from lightning_comm.strategies.companion import LocalUpdateCompanion
 from lightning_comm.strategies.interruptions import Interruptions
-from lightning_comm.strategies.local_update_run import LocalUpdateRun, Round, Settings
+from lightning_comm.strategies.local_update_run import LocalUpdateRun
+from lightning_comm.strategies.settings import Round, Settings
 from lightning_comm.transport.agreement import Agreement, PeerFailure, default_store
 from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.random_state import set_random_state
 from lightning_comm.transport.recording import Recorder
 
+_T = TypeVar("_T")
 _fits = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
 
 
@@ -251,9 +253,10 @@ class LocalUpdateStrategy(DDPStrategy):
             self._run.count_step(optimizer)
         return output
 
-    def begin_batch(self) -> None:
-        """Called by the companion before every training batch."""
-        if self._run is not None and self._interruptions is not None:
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # behind all callbacks and the module, so that a learning rate set there counts for the round that begins
+        if self._run is not None and self._interruptions is not None and self._run.active:
             self._interruptions.begin_batch()
             self._run.begin_batch()
 
@@ -290,9 +293,9 @@ class LocalUpdateStrategy(DDPStrategy):
             return
         if self._interruptions is not None:
             self._interruptions.remember_random_state()
+            self._interruptions.met |= run.apart and run.settings.evaluate_weights == "average"
         if run.settings.evaluate_weights == "average":
             run.enter_average("evaluation")
-            self._meeting()
 
     def end_evaluation_epoch(self) -> None:
         """Called by the companion when all validation batches are done and their metrics known."""
@@ -328,19 +331,10 @@ class LocalUpdateStrategy(DDPStrategy):
         if run is None or trainer is None or not self._is_fitting():
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        token, averaged, complete = "", not run.apart, False
-        if not trainer.interrupted:  # otherwise a rank has failed, and no collective would end
-            # One path and one token for all: the path holds the step, which differs where ranks stopped apart.
-            filepath, token = self.broadcast((str(filepath), secrets.token_hex(8)))
-            if "current_model_state" in checkpoint:  # a WeightAveraging callback puts its own copy into the file
-                checkpoint["state_dict"] = run.average_for_checkpoint(checkpoint["state_dict"])
-            averaged = True
-            if complete := "optimizer_states" in checkpoint:
-                keys = (*rank_files.RANK_KEYS, type(self.precision_plugin).__qualname__)
-                own = rank_files.own_state(run, {key: checkpoint[key] for key in keys if key in checkpoint}, token)
-                self.checkpoint_io.save_checkpoint(own, rank_files.rank_path(filepath, self.global_rank))
-                self.barrier()  # so that the file that everybody looks for appears after the folder beside it
-        checkpoint[rank_files.KEY] = rank_files.shared_state(run, token, complete=complete, averaged=averaged)
+        if trainer.interrupted:  # a rank has failed, and no collective would end
+            checkpoint[rank_files.KEY] = rank_files.shared_state(run, "", complete=False, averaged=not run.apart)
+        else:
+            filepath = rank_files.write(self, run, checkpoint, filepath)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
@@ -350,16 +344,7 @@ class LocalUpdateStrategy(DDPStrategy):
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._run is not None:
             return checkpoint  # not for `fit`, or a tuner within it puts back what it has changed
-        shared = checkpoint.get(rank_files.KEY)
-        own, problem = rank_files.read(self, checkpoint_path, shared, weights_only)
-        problem = rank_files.first_problem(self, Recorder(self._ledger), problem)
-        if problem is None and own is not None:
-            checkpoint.update(own["checkpoint"])
-            lightning_internals.close_finished_epoch(checkpoint["loops"])
-        else:
-            own = None
-            rank_files.warn_new_round(checkpoint_path, str(problem), averaged=shared is None or shared["averaged"])
-        self._resume = rank_files.Resume(shared, own)
+        self._resume = rank_files.load(self, Recorder(self._ledger), checkpoint, checkpoint_path, weights_only)
         return checkpoint
 
     @override
@@ -372,39 +357,30 @@ class LocalUpdateStrategy(DDPStrategy):
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        if self._meeting():
-            with self._first_error_shown():
-                super().barrier(*args, **kwargs)
+        self._together(lambda: DDPStrategy.barrier(self, *args, **kwargs), None)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not self._meeting():
-            return obj
-        with self._first_error_shown():
-            return super().broadcast(obj, src)
+        return self._together(lambda: DDPStrategy.broadcast(self, obj, src), obj)
 
     @override
     def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
-        if not self._meeting():
-            return tensor
-        with self._first_error_shown():
-            return super().reduce(tensor, group, reduce_op)
+        return self._together(lambda: DDPStrategy.reduce(self, tensor, group, reduce_op), tensor)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        if not self._meeting():
-            return tensor
-        with self._first_error_shown():
-            return super().all_gather(tensor, group, sync_grads)
+        return self._together(lambda: DDPStrategy.all_gather(self, tensor, group, sync_grads), tensor)
 
-    def _meeting(self) -> bool:
-        """Note that all ranks meet; return False once a rank has failed, when no collective would end."""
+    def _together(self, collective: Callable[[], _T], alone: _T) -> _T:
+        """Note that all ranks meet; once a rank has failed, when no collective would end, do without."""
         if self._interruptions is not None:
             self._interruptions.met = True
-        return self._trainer is None or not self._trainer.interrupted
-
-    def _first_error_shown(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._run is None else self._run.agreement.first_error_shown()
+        if self._trainer is not None and self._trainer.interrupted:
+            return alone
+        if self._run is None:
+            return collective()
+        with self._run.agreement.first_error_shown():
+            return collective()
 
     # ---- the end -------------------------------------------------------------------------------------------------
 

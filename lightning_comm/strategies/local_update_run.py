@@ -12,8 +12,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -25,53 +25,10 @@ from lightning_comm.core.local_update import PeriodRule, RoundClock
 from lightning_comm.strategies import control
 from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.lightning_internals import weight_average_of
+from lightning_comm.strategies.settings import Round, Settings
 from lightning_comm.transport.agreement import Agreement, Decision, PeerFailure, Position
-from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.replica import Replica, optimizer_tensors
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user chose; see :class:`LocalUpdateStrategy`."""
-
-    period: PeriodRule
-    gradient_steps: int | float
-    warmup_steps: int | Literal["auto"]
-    optimizer_state: Literal["local", "average"]
-    buffers: Literal["average", "keep"]
-    evaluate_weights: Literal["average", "local"]
-    averaging: Averaging
-    counted_optimizer: int
-
-    @property
-    def starts_with_gradients(self) -> bool:
-        """Whether DDP averages gradients at first."""
-        return self.gradient_steps > 0
-
-
-@dataclass(frozen=True)
-class Round:
-    """One synchronisation, as it was.
-
-    Args:
-        index: How many there have been, this one included.
-        step: Optimizer steps done.
-        period_steps: Length of the round that it ended.
-        lr: Learning rate at the first step of that round, on rank 0.
-        drift: How far this rank was from the mean, as a share of the norm of the mean.
-        wait_s: Seconds until all ranks had arrived.
-        transfer_s: Seconds of the averages.
-
-    """
-
-    index: int
-    step: int
-    period_steps: int
-    lr: float
-    drift: float
-    wait_s: float
-    transfer_s: float
 
 
 class LocalUpdateRun:

@@ -6,6 +6,7 @@ Both carry the same token, so a rank file of another save is never mistaken for 
 """
 
 import os
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_comm.strategies.lightning_internals import close_finished_epoch
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
 from lightning_comm.transport.random_state import random_state
 from lightning_comm.transport.recording import Recorder
@@ -87,6 +89,46 @@ def own_state(run: LocalUpdateRun, lightning_state: dict[str, Any], token: str) 
     }
 
 
+def write(strategy: ParallelStrategy, run: LocalUpdateRun, checkpoint: dict[str, Any], filepath: _PATH) -> _PATH:
+    """Write this rank's file, and the strategy's entry into the checkpoint; every rank calls this.
+
+    Returns:
+        The path for the main file: that of rank 0 on all ranks, since it may hold the step, which differs where ranks
+        stopped apart.
+
+    """
+    filepath, token = strategy.broadcast((str(filepath), secrets.token_hex(8)))
+    if "current_model_state" in checkpoint:  # a WeightAveraging callback has put its own copy into the file
+        checkpoint["state_dict"] = run.average_for_checkpoint(checkpoint["state_dict"])
+    complete = "optimizer_states" in checkpoint  # not with `save_weights_only`
+    if complete:
+        keys = (*RANK_KEYS, type(strategy.precision_plugin).__qualname__)
+        own = own_state(run, {key: checkpoint[key] for key in keys if key in checkpoint}, token)
+        strategy.checkpoint_io.save_checkpoint(own, rank_path(filepath, strategy.global_rank))
+        strategy.barrier()  # so that the file that everybody looks for appears after the folder beside it
+    checkpoint[KEY] = shared_state(run, token, complete=complete, averaged=True)
+    return filepath
+
+
+def load(
+    strategy: ParallelStrategy,
+    recorder: Recorder,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+    weights_only: bool | None,
+) -> Resume:
+    """Put this rank's own state into a checkpoint that was read, if all ranks have theirs; every rank calls this."""
+    shared = checkpoint.get(KEY)
+    own, problem = _read(strategy, filepath, shared, weights_only)
+    problem = _first_problem(strategy, recorder, problem)
+    if problem is not None or own is None:
+        _warn_new_round(filepath, str(problem), averaged=shared is None or shared["averaged"])
+        return Resume(shared, None)
+    checkpoint.update(own["checkpoint"])
+    close_finished_epoch(checkpoint["loops"])
+    return Resume(shared, own)
+
+
 def saved_alpha(resume: Resume | None) -> float | None:
     """Return the resolved coefficient of the run that is resumed, if there is one."""
     shared = resume.shared if resume is not None else None
@@ -94,7 +136,7 @@ def saved_alpha(resume: Resume | None) -> float | None:
     return alpha if isinstance(alpha, float) else None
 
 
-def read(
+def _read(
     strategy: ParallelStrategy, filepath: _PATH, shared: dict[str, Any] | None, weights_only: bool | None
 ) -> tuple[dict[str, Any] | None, str | None]:
     """Return this rank's file if it belongs to the checkpoint, and otherwise why it cannot be used."""
@@ -113,7 +155,7 @@ def read(
     return None, f"{rank_path(filepath, strategy.global_rank)} is missing"
 
 
-def first_problem(strategy: ParallelStrategy, recorder: Recorder, problem: str | None) -> str | None:
+def _first_problem(strategy: ParallelStrategy, recorder: Recorder, problem: str | None) -> str | None:
     """Return, on all ranks, the problem of the first rank that has one."""
     mine = torch.tensor([problem is not None], dtype=torch.uint8, device=strategy.root_device)
     rows, pending = recorder.all_gather(mine, "control")
@@ -152,7 +194,7 @@ def _unusable(shared: dict[str, Any] | None, world_size: int) -> str | None:
     return None
 
 
-def warn_new_round(filepath: _PATH, reason: str, averaged: bool) -> None:
+def _warn_new_round(filepath: _PATH, reason: str, averaged: bool) -> None:
     """Say that a run goes on from the averaged state, not from where each rank was."""
     weights = "averaged weights" if averaged else "the weights of the rank that wrote it"
     rank_zero_warn(

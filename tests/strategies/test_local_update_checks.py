@@ -380,5 +380,5 @@ def test_the_folder_of_a_sharded_checkpoint_is_refused(tmp_path):
 
 
 def test_averaging_takes_no_half_set_values():
-    assert Averaging() == Averaging(bucket_mib=8.0)
+    assert Averaging() == Averaging(bucket_mib=16.0)
     assert re.search("bucket_mib", repr(Averaging()))

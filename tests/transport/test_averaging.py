@@ -152,7 +152,7 @@ def test_a_bad_bucket_size_is_named_with_its_value(bad):
     with pytest.raises(ValueError, match="`bucket_mib`") as caught:
         Averaging(bucket_mib=bad)
     assert repr(bad) in str(caught.value)
-    assert "8 is a good size" in str(caught.value)
+    assert "16 is a good size" in str(caught.value)
 
 
 def test_the_number_of_ranks_is_what_it_seems(run_ranks):
