@@ -1,16 +1,15 @@
 """``lightning-comm fit``, ``validate``, ``test`` and ``predict``: Lightning's command line, which knows our names."""
 
-import atexit
 import difflib
 import sys
 from collections.abc import Sequence
 
-import torch.distributed as dist
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
 import lightning_comm  # noqa: F401  # registers the strategies
+from lightning_comm.transport.recording import leave_group_at_exit
 
 
 def fit(args: Sequence[str]) -> None:
@@ -61,7 +60,7 @@ def strategy_problem(name: str) -> str | None:
 
 def _run(subcommand: str, args: Sequence[str]) -> None:
     line = [subcommand, *args]
-    atexit.register(_leave_process_group)
+    leave_group_at_exit()
     CommandLine(
         # Lightning warns of words that differ from those of the process, so where they are the same it reads them.
         args=None if line == sys.argv[1:] else line,
@@ -69,9 +68,3 @@ def _run(subcommand: str, args: Sequence[str]) -> None:
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
     )
-
-
-def _leave_process_group() -> None:
-    # Lightning leaves it open with gloo, and then some runs that went well abort while Python shuts down.
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()

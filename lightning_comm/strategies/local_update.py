@@ -1,6 +1,5 @@
 """Local updates as a Lightning strategy: a thin shell that sets up, asks `core` and calls `transport`."""
 
-import atexit
 import itertools
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,7 +30,7 @@ from lightning_comm.strategies.settings import Round, Settings
 from lightning_comm.transport.agreement import Agreement, PeerFailure, default_store
 from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.random_state import set_random_state
-from lightning_comm.transport.recording import Recorder
+from lightning_comm.transport.recording import Recorder, leave_group_at_exit
 
 _T = TypeVar("_T")
 _fits = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
@@ -179,8 +178,7 @@ class LocalUpdateStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        # gloo's threads may outlive the interpreter and abort it; Lightning takes care of this for nccl alone
-        atexit.register(_destroy_process_group)
+        leave_group_at_exit()
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -402,8 +400,3 @@ class LocalUpdateStrategy(DDPStrategy):
     def __getstate__(self) -> dict[str, Any]:
         # for start methods that pickle: what exists before processes start, without a run's handles
         return {**super().__getstate__(), "_run": None, "_interruptions": None, "_trainer": None, "_resume": None}
-
-
-def _destroy_process_group() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

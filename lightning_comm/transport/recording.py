@@ -1,5 +1,6 @@
 """The one place that messages leave through: each is issued here and written to the ledger."""
 
+import atexit
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,3 +85,16 @@ class Recorder:
     def _write(self, kind: str, purpose: str, payload_bytes: int, start_s: float, duration_s: float) -> None:
         sent = wire_bytes(kind, payload_bytes, self.world_size)
         self.ledger.add(CommRecord(kind, purpose, payload_bytes, sent, self.step, start_s, duration_s))
+
+
+def leave_group_at_exit() -> None:
+    """Leave the process group before Python shuts down.
+
+    Threads of gloo may outlive the interpreter and abort a run that went well; Lightning sees to this for nccl alone.
+    """
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
