@@ -282,8 +282,6 @@ class LocalUpdateStrategy(DDPStrategy):
         if self._run is not None:
             self._run.finish()
 
-    # ---- evaluation ----------------------------------------------------------------------------------------------
-
     def begin_evaluation(self) -> None:
         """Called by the companion when validation starts: puts averaged weights in place."""
         run, trainer = self._run, self._trainer
