@@ -73,6 +73,21 @@ def check_same_work(rows: list[ControlRow]) -> None:
         )
 
 
+def check_same_model(rows: list[ControlRow]) -> None:
+    """Refuse ranks that have built different models.
+
+    Raises:
+        ValueError: On every rank alike.
+
+    """
+    different = [rank for rank, row in enumerate(rows) if row.layout != rows[0].layout]
+    if different:
+        raise ValueError(
+            f"LocalUpdateStrategy: the model on ranks {different} differs from that of rank 0 in names, shapes, memory "
+            "formats or types of parameters or buffers. Build it alike on all ranks."
+        )
+
+
 def check_same_batches(rows: list[ControlRow]) -> None:
     """Refuse ranks with different numbers of training batches.
 

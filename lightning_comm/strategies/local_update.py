@@ -22,15 +22,16 @@ from typing_extensions import override
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update import PeriodRule
-from lightning_comm.strategies import checks, lightning_internals, rank_files
+from lightning_comm.strategies import checks, control, lightning_internals, rank_files
 from lightning_comm.strategies.companion import LocalUpdateCompanion
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
 from lightning_comm.strategies.settings import Round, Settings
 from lightning_comm.transport.agreement import Agreement, PeerFailure, default_store
-from lightning_comm.transport.averaging import Averaging
+from lightning_comm.transport.averaging import Averaging, broadcast_
 from lightning_comm.transport.random_state import set_random_state
-from lightning_comm.transport.recording import Recorder, leave_group_at_exit
+from lightning_comm.transport.recording import Pending, Recorder, leave_group_at_exit
+from lightning_comm.transport.replica import fingerprint
 
 _T = TypeVar("_T")
 _fits = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
@@ -159,8 +160,6 @@ class LocalUpdateStrategy(DDPStrategy):
         """Every synchronisation of the last or current ``fit``, on this rank."""
         return list(self._run.history) if self._run is not None else []
 
-    # ---- set-up --------------------------------------------------------------------------------------------------
-
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
@@ -197,8 +196,6 @@ class LocalUpdateStrategy(DDPStrategy):
         self._run = LocalUpdateRun(
             trainer, module, lambda: self.optimizers, self.settings, recorder, agreement, self._unwrap_ddp
         )
-        if not self.settings.starts_with_gradients:
-            self._run.replica.broadcast_start()
         self._interruptions = Interruptions(
             trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False)
         )
@@ -207,13 +204,19 @@ class LocalUpdateStrategy(DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         if self.settings.starts_with_gradients:
-            super().configure_ddp()  # DDP gives all ranks the weights of rank 0
+            super().configure_ddp()  # DDP compares the models and gives all ranks the weights of rank 0
+            return
+        assert self.model is not None
+        recorder = Recorder(self._ledger)
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        row = control.ControlRow(layout=fingerprint(named))
+        control.check_same_model(control.exchange(row, recorder, self.root_device, Pending.wait))
+        with torch.no_grad():
+            broadcast_([tensor for _, tensor in named], recorder, "start", self.settings.averaging.bucket_bytes)
 
     def _unwrap_ddp(self) -> None:
         """End the gradient phase. Dropping the wrapper frees its buckets and takes its hooks off the parameters."""
         self.model = self.lightning_module
-
-    # ---- the run -------------------------------------------------------------------------------------------------
 
     @override
     def on_train_start(self) -> None:
@@ -305,8 +308,6 @@ class LocalUpdateStrategy(DDPStrategy):
         if self._run is not None:
             self._run.replica.leave_average()
 
-    # ---- checkpoints ---------------------------------------------------------------------------------------------
-
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         # here, where all ranks come for a checkpoint, and before hooks that rename or move what is saved
@@ -349,8 +350,6 @@ class LocalUpdateStrategy(DDPStrategy):
         if self.local_rank == 0:
             rank_files.remove(self.checkpoint_io, filepath)
 
-    # ---- what others ask of all ranks ----------------------------------------------------------------------------
-
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         self._together(lambda: DDPStrategy.barrier(self, *args, **kwargs), None)
@@ -377,8 +376,6 @@ class LocalUpdateStrategy(DDPStrategy):
             return collective()
         with self._run.agreement.first_error_shown():
             return collective()
-
-    # ---- the end -------------------------------------------------------------------------------------------------
 
     def report_failure(self, exception: BaseException) -> None:
         """Called by the companion when this rank fails: tell the others, without a collective."""

@@ -97,20 +97,9 @@ class Replica:
             momenta: State of the optimizers, where that is averaged too.
 
         """
-        text = repr(
-            [
-                (purpose, name, tuple(tensor.shape), tensor.stride(), str(tensor.dtype))
-                for purpose, group in self.averaged().items()
-                for name, tensor in group.items()
-            ]
-            + [(tuple(tensor.shape), tensor.stride(), str(tensor.dtype)) for tensor in momenta]
-        )
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")  # 48 bits: exact as a float64
-
-    @torch.no_grad()
-    def broadcast_start(self) -> None:
-        """Give every rank the parameters and buffers of rank 0, as ``DistributedDataParallel`` does at its start."""
-        broadcast_([*self._module.parameters(), *self._module.buffers()], self._recorder, "start", self._bucket_bytes)
+        groups = self.averaged().items()
+        named = [(f"{purpose}:{name}", tensor) for purpose, group in groups for name, tensor in group.items()]
+        return fingerprint([*named, *(("momentum", tensor) for tensor in momenta)])
 
     @torch.no_grad()
     def average(self, purpose: str | None = None) -> Drift:
@@ -227,6 +216,20 @@ class Replica:
             *self._module.named_buffers(remove_duplicate=False),
         ]
         return {name for name, tensor in everything if id(tensor) in wanted}
+
+
+def fingerprint(named: Iterable[tuple[str, Tensor]]) -> int:
+    """Return a number for names, shapes, memory formats and types: 48 bits, which a float64 holds exactly.
+
+    Example:
+        >>> fingerprint([("a", torch.zeros(2, 3))]) == fingerprint([("a", torch.ones(2, 3))])
+        True
+        >>> fingerprint([("a", torch.zeros(2, 3))]) == fingerprint([("a", torch.zeros(3, 2))])
+        False
+
+    """
+    text = repr([(name, tuple(tensor.shape), tensor.stride(), str(tensor.dtype)) for name, tensor in named])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
 def optimizer_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:

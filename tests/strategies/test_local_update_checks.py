@@ -210,6 +210,19 @@ def test_iterable_data_that_ends_early_on_one_rank_ends_all_with_a_message():
         says(error, ["different numbers of optimizer steps", "[9, 1", "limit_train_batches"])
 
 
+@pytest.mark.parametrize("gradient_steps", [0, 4])
+def test_ranks_with_models_of_different_shapes_are_refused(gradient_steps):
+    def run(rank):
+        net = nn.Sequential(nn.Linear(5, 3 + rank), nn.Linear(3 + rank, 1)).double()
+        trainer(local_update(FixedPeriod(4), gradient_steps=gradient_steps), 2).fit(Regression(net), loader(6, rank))
+
+    errors = [error for _, error in outcomes(run, world_size=2)]
+    assert all(errors)
+    if gradient_steps == 0:
+        for error in errors:
+            says(error, ["the model on ranks [1] differs from that of rank 0", "shapes", "alike"])
+
+
 def test_ranks_with_different_models_are_refused():
     def run(rank):
         module = Regression()
