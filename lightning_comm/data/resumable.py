@@ -66,7 +66,7 @@ class ResumableLoader(DataLoader[T_co]):
         asked for ``trainer.estimated_stepping_batches`` (Lightning issue 20550); ask in ``on_train_start``. And it
         loses count of epochs if a run with ``max_steps`` is resumed from a checkpoint of ``on_train_epoch_end``, or any
         run from a checkpoint that was written with the last batch of an epoch and then once more from the epoch after
-        it. Checkpoints that are written after validation have neither trouble.
+        it. Checkpoints that are written after validation have neither trouble. ``LocalUpdateStrategy`` mends all three.
 
         *Communication.* None. The state is the same on all ranks, so that of rank 0 serves them all.
 
