@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -244,7 +244,8 @@ def peak_lr(optimizer: Optimizer, configs: list[LRSchedulerConfig], trainer: Tra
     """Return the highest learning rate that the optimizer will have, over all groups.
 
     Schedulers of torch leave the rate before any scaling in ``initial_lr``, and OneCycleLR its peak in ``max_lr``. A
-    LambdaLR may never reach ``initial_lr``, or go beyond it, so its factors are asked for.
+    LambdaLR may never reach ``initial_lr``, or go beyond it, so its factors are asked for. A learning-rate finder
+    changes ``lr`` and leaves the others as they were.
     """
     for config in configs:
         scheduler = config.scheduler
@@ -254,9 +255,9 @@ def peak_lr(optimizer: Optimizer, configs: list[LRSchedulerConfig], trainer: Tra
             steps = range(0, count + 1, max(1, count // 2000))
             rates = [base * max(map(factor, steps)) for base, factor in zip(bases, factors, strict=True)]
             return float(max(rates))
-    return max(
-        float(group[key]) for group in optimizer.param_groups for key in ("lr", "initial_lr", "max_lr") if key in group
-    )
+    found = any(isinstance(callback, LearningRateFinder) for callback in getattr(trainer, "callbacks", []))
+    keys = ("lr",) if found else ("lr", "initial_lr", "max_lr")
+    return max(float(group[key]) for group in optimizer.param_groups for key in keys if key in group)
 
 
 def resolved_period(trainer: Trainer, settings: Settings, total: int | None, saved_alpha: float | None) -> PeriodRule:

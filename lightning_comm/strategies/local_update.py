@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -230,9 +230,8 @@ class LocalUpdateStrategy(DDPStrategy):
         lightning_internals.load_skipped_loader_states(trainer)
         run.check_start(float(trainer.num_training_batches))
         total = checks.total_steps(trainer)
-        run.set_period(
-            checks.resolved_period(trainer, run.settings, total, rank_files.saved_alpha(self._resume)), total
-        )
+        alpha = rank_files.saved_alpha(self._resume)
+        run.set_period(checks.resolved_period(trainer, run.settings, total, alpha), total)
         run.gradient_steps = checks.gradient_steps(run.settings, total)
         checks.warn_at_start(trainer, run.settings, total, self.world_size)
         run.replica.begin_round()
@@ -249,9 +248,13 @@ class LocalUpdateStrategy(DDPStrategy):
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self._run is not None:
-            self._run.count_step(optimizer)
+        run = self._run
+        if run is None:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        # in the gradient phase the backward in the closure waits for other ranks
+        with run.agreement.first_error_shown() if run.in_gradient_phase else nullcontext():
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        run.count_step(optimizer)
         return output
 
     @override

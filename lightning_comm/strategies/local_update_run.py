@@ -27,6 +27,7 @@ from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.lightning_internals import weight_average_of
 from lightning_comm.strategies.settings import Round, Settings
 from lightning_comm.transport.agreement import Agreement, Decision, PeerFailure, Position
+from lightning_comm.transport.averaging import Drift
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.replica import Replica, optimizer_tensors
 
@@ -210,10 +211,10 @@ class LocalUpdateRun:
         """Leave the round open: ranks stop at different steps and only their copies are averaged."""
         self.standing = self.apart = True
 
-    def _average(self) -> Any:
+    def _average(self) -> Drift:
         drift = self.replica.average()
         self.replica.average_momenta(self._momenta())
-        self.apart = False
+        self.apart = self.standing = False
         return drift
 
     def _open_round(self) -> None:
@@ -305,8 +306,6 @@ class LocalUpdateRun:
         if self._step_time_s > 0:  # a single slow step may be a pause of another rank's
             latest = 0.8 * self._step_time_s + 0.2 * min(latest, 4 * self._step_time_s)
         self._step_time_s = latest
-
-    # ---- what is asked -------------------------------------------------------------------------------------------
 
     def lr(self) -> float:
         """Return the largest learning rate over the groups of the counted optimizer."""

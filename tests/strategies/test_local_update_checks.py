@@ -1,6 +1,5 @@
 """What cannot work is refused before training, with where, argument, value, rule and way out; the rest is warned of."""
 
-import re
 import warnings
 from datetime import timedelta
 
@@ -13,7 +12,7 @@ from support.processes import launch, outcomes
 from support.training import Regression, loader, local_update, network, trainer
 from torch import nn
 
-from lightning_comm import Averaging, BatchNormReestimation, FixedPeriod, LocalUpdateStrategy, QuadraticPeriod
+from lightning_comm import BatchNormReestimation, FixedPeriod, LocalUpdateStrategy, QuadraticPeriod
 
 
 def adamw(parameters):
@@ -390,8 +389,3 @@ def test_the_folder_of_a_sharded_checkpoint_is_refused(tmp_path):
 
     for _, error in outcomes(run, world_size=2):
         says(error, ["sharded.ckpt", "is a folder", "FSDP", "consolidate_checkpoint"])
-
-
-def test_averaging_takes_no_half_set_values():
-    assert Averaging() == Averaging(bucket_mib=16.0)
-    assert re.search("bucket_mib", repr(Averaging()))

@@ -317,6 +317,26 @@ def test_an_exception_on_one_rank_ends_all_with_the_first_error_shown(tmp_path, 
     assert seconds < 15
 
 
+def _failing_in_gradient_phase(rank, world_size, who):
+    class Failing(Regression):
+        def training_step(self, batch, batch_idx):
+            if rank == who and batch_idx == 20:
+                raise ValueError("boom in step 20")
+            return super().training_step(batch, batch_idx)
+
+    trainer(local_update(FixedPeriod(8), gradient_steps=1.0), world_size).fit(Failing(), loader(100, rank))
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_an_exception_in_the_gradient_phase_names_the_rank_on_the_others(who):
+    answers = outcomes(_failing_in_gradient_phase, 2, who, world_size=2, timeout_s=30)
+    assert "ValueError: boom in step 20" in answers[who][1]
+    # Others wait in DDP's backward until the connection is lost, and then rank 0 may have taken the store with it.
+    expected = f"rank {who} failed: ValueError: boom in step 20"
+    gone = "rank 0, which hosts it, has ended"
+    assert expected in answers[1 - who][1] or (who == 0 and gone in answers[1 - who][1])
+
+
 def _nan_rank(rank, world_size):
     class Nan(Regression):
         def training_step(self, batch, batch_idx):

@@ -49,6 +49,27 @@ def test_the_trial_run_of_a_learning_rate_finder_does_not_count(tmp_path, gradie
         np.testing.assert_array_equal(mine, theirs)
 
 
+def _found_rate(rank, folder):
+    class Tunable(Regression):
+        lr = 0.01
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1000)]
+
+    strategy = local_update(QuadraticPeriod())
+    finder = LearningRateFinder(num_training_steps=30, early_stop_threshold=None)
+    module = Tunable()
+    trainer(strategy, 2, callbacks=[finder], default_root_dir=folder).fit(module, loader(40, rank))
+    return module.lr, strategy._run.settings.period.alpha
+
+
+def test_auto_alpha_follows_the_rate_that_a_finder_found(tmp_path):
+    for lr, alpha in launch(_found_rate, str(tmp_path), world_size=2):
+        assert lr != 0.01
+        assert alpha == pytest.approx(2.19 * lr)
+
+
 class Teacher(Regression):
     """A frozen copy that follows the trained weights, as in mean-teacher and target networks."""
 

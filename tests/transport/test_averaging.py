@@ -47,17 +47,20 @@ def test_drift_is_the_distance_from_the_mean(run_ranks):
 
 
 def _average_large_bf16(rank):
-    # 256 + 1 has no bf16, so a sum in bf16 would lose the 1 that only rank 1 adds
-    tensor = torch.full((5,), 256.0 if rank == 0 else 2.0, dtype=torch.bfloat16)
+    # 256 + 1 has no bf16, so a sum in bf16 loses every 1 that meets the 256 before the other 1
+    values = [256.0 if k % 3 == rank else 1.0 for k in range(30)]
+    tensor = torch.tensor(values, dtype=torch.bfloat16)
     ledger = CommLedger()
     Averager(Recorder(ledger), 1000).average_([tensor], "parameters")
     return tensor.float().tolist(), ledger.payload_bytes()
 
 
 def test_narrow_types_are_summed_in_float32(run_ranks):
-    for values, payload_bytes in run_ranks(_average_large_bf16, world_size=2):
-        assert values == [129.0] * 5  # (256 + 2) / 2; 256 + 2 is 258 in float32 and 256 or 260 by way of bf16 halves
-        assert payload_bytes == 4 * 5
+    small, large = torch.tensor([1.0, 256.0], dtype=torch.bfloat16)
+    assert large + small + small != large + 2 * small  # or the test would prove nothing
+    for values, payload_bytes in run_ranks(_average_large_bf16, world_size=3):
+        assert values == [86.0] * 30
+        assert payload_bytes == 4 * 30
 
 
 def _average_layouts(rank):
