@@ -21,6 +21,7 @@ from typing import Any
 from lightning_comm.cli import report
 from lightning_comm.cli.demo_run import PROGRESS, RunSettings
 from lightning_comm.core.local_update import QuadraticPeriod
+from lightning_comm.planning.report import megabytes, percent, text_table
 
 METHODS = ("ddp", "local_sgd", "qsr")
 _IMAGES = 1437  # to train on, in DigitsData
@@ -106,8 +107,8 @@ def _progress_line(label: str, epochs: int) -> Callable[[dict[str, float]], None
     def show(point: dict[str, float]) -> None:
         last = point["epoch"] == epochs
         text = (
-            f"{label}: epoch {point['epoch']:.0f} of {epochs}, accuracy {report.percent(point['accuracy'])}, "
-            f"{report.megabytes(point['training_wire_bytes'])} sent, {point['wall_s']:.0f} s"
+            f"{label}: epoch {point['epoch']:.0f} of {epochs}, accuracy {percent(point['accuracy'])}, "
+            f"{megabytes(point['training_wire_bytes'])} sent, {point['wall_s']:.0f} s"
         )
         if on_terminal:
             print(f"\r{text:<100}", end="\n" if last else "", flush=True)
@@ -127,7 +128,7 @@ def _write_and_show(results: dict[str, Any], folder: Path) -> None:
     (folder / "report.html").write_text(report.html_page(results, png.read_bytes()))
     (folder / "report.md").write_text(report.markdown(results))
     print()
-    print(report.text_table(*report.summary_table(results)))
+    print(text_table(*report.summary_table(results)))
     print()
     for sentence in report.conclusions(results):
         print(sentence)

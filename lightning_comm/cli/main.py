@@ -11,6 +11,9 @@ COMMANDS = {
     "validate": ("measure a trained model on the validation data", "lightning_comm.cli.training:validate"),
     "test": ("measure a trained model on the test data", "lightning_comm.cli.training:test"),
     "predict": ("let a trained model answer", "lightning_comm.cli.training:predict"),
+    "lab": ("run a command on emulated hosts, joined by links of a stated speed", "lightning_comm.cli.lab:main"),
+    "probe": ("measure the link between the ranks of a job", "lightning_comm.cli.probe:main"),
+    "pilot": ("try strategies on your own config for a few steps, and compare them", "lightning_comm.cli.pilot:main"),
     "demo": ("train real digits with DDP, local SGD and QSR, and compare them", "lightning_comm.cli.demo:main"),
 }
 

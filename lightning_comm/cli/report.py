@@ -2,9 +2,10 @@
 
 import base64
 import html
-from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
+
+from lightning_comm.planning.report import html_table, markdown_table, megabytes, page, percent
 
 NAMES = {"ddp": "DDP", "local_sgd": "Local SGD", "qsr": "QSR"}
 _HELD_OUT = 360  # images, in DigitsData
@@ -126,28 +127,17 @@ def how_measured(results: dict[str, Any]) -> list[str]:
     return [trained, _WHAT_IS_COUNTED.format(evaluation=", ".join(extra)), _WHAT_TIME_SAYS]
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table for the terminal; the first column is flush left, the others right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = cells
-        return "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
-
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
-
-
 def markdown(results: dict[str, Any]) -> str:
     """Return the report as Markdown, without the figure."""
     parts = [
-        _markdown_table(*summary_table(results)),
+        markdown_table(*summary_table(results)),
         "\n".join(f"- {sentence}" for sentence in conclusions(results)),
         "## Every seed\n\nAccuracy on the held-out digits after the last step; differences in percentage points.",
-        _markdown_table(*seeds_table(results)),
+        markdown_table(*seeds_table(results)),
         "## How this was measured",
         "\n\n".join(how_measured(results)),
         f"    {results['command']}",
-        _markdown_table(["", ""], [[name, value] for name, value in results["environment"].items()]),
+        markdown_table(["", ""], [[name, value] for name, value in results["environment"].items()]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -157,43 +147,17 @@ def html_page(results: dict[str, Any], png: bytes) -> str:
     image = base64.b64encode(png).decode()
     sentences = "".join(f"<p>{html.escape(text)}</p>" for text in conclusions(results))
     measured = "".join(f"<p>{html.escape(text)}</p>" for text in how_measured(results))
-    seeds = "<h2>Every seed</h2>" + _html_table(*seeds_table(results)) if results["settings"]["seeds"] > 1 else ""
-    environment = _html_table(["", ""], [[name, value] for name, value in results["environment"].items()])
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>lightning-comm demo</title><style>'
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-        "table{border-collapse:collapse;margin:1rem 0}th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;"
-        "text-align:right}th:first-child,td:first-child{text-align:left}img{max-width:100%}"
-        "code{background:#f3f3f3;padding:.2rem .4rem}</style></head><body>"
+    seeds = "<h2>Every seed</h2>" + html_table(*seeds_table(results)) if results["settings"]["seeds"] > 1 else ""
+    environment = html_table(["", ""], [[name, value] for name, value in results["environment"].items()])
+    return page(
+        "lightning-comm demo",
         "<h1>DDP, local SGD and QSR on real digits</h1>"
-        f'{_html_table(*summary_table(results))}{sentences}<img alt="Learning rate and period over the steps of the '
+        f'{html_table(*summary_table(results))}{sentences}<img alt="Learning rate and period over the steps of the '
         f'run, and accuracy against bytes sent" src="data:image/png;base64,{image}">{seeds}'
-        f"<h2>How this was measured</h2>{measured}<p><code>{html.escape(results['command'])}</code></p>{environment}"
-        "</body></html>\n"
+        f"<h2>How this was measured</h2>{measured}<p><code>{html.escape(results['command'])}</code></p>{environment}",
     )
-
-
-def megabytes(count: float) -> str:
-    """Return a number of bytes in MB, of 10**6 bytes."""
-    return f"{count / 1e6:,.1f} MB"
-
-
-def percent(share: float) -> str:
-    """Return a share of 1 in percent."""
-    return f"{100 * share:.1f} %"
 
 
 def _with_spread(shares: list[float]) -> str:
     spread = f" ± {100 * stdev(shares):.1f}" if len(shares) > 1 else ""
     return f"{100 * mean(shares):.1f}{spread} %"
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
-
-
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"

@@ -3,6 +3,7 @@
 import pytest
 
 from lightning_comm.cli import figure, report
+from lightning_comm.planning.report import text_table
 
 
 def run(method, seed, accuracy, wire_bytes):
@@ -69,7 +70,7 @@ def test_the_tables_have_a_row_for_each_method_and_each_seed():
 
 
 def test_a_text_table_is_as_wide_in_every_row():
-    text = report.text_table(["method", "sent"], [["DDP", "1,601.3 MB"], ["Local SGD", "2 MB"]])
+    text = text_table(["method", "sent"], [["DDP", "1,601.3 MB"], ["Local SGD", "2 MB"]])
     assert len({len(line) for line in text.splitlines()}) == 1
 
 

@@ -1,0 +1,1 @@
+"""Emulated hosts, links and devices on one Linux machine."""

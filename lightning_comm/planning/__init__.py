@@ -1,0 +1,1 @@
+"""What measurements say: projections, verdicts and the pages that show them. Never torch."""

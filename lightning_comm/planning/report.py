@@ -1,0 +1,53 @@
+"""Pieces of reports: tables for terminal, Markdown and HTML, numbers as people read them, and a page in one file."""
+
+import html
+from collections.abc import Sequence
+
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0}th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;"
+    "text-align:right}th:first-child,td:first-child{text-align:left}img{max-width:100%}"
+    "code{background:#f3f3f3;padding:.2rem .4rem}"
+)
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table for the terminal; the first column is flush left, the others right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = cells
+        return "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown; the first column is flush left, the others right."""
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in HTML, its text escaped."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def megabytes(count: float) -> str:
+    """Return a number of bytes in MB, of 10**6 bytes."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def percent(share: float) -> str:
+    """Return a share of 1 in percent."""
+    return f"{100 * share:.1f} %"
+
+
+def page(title: str, body: str) -> str:
+    """Return an HTML page that needs no other file, from a plain title and a body in HTML."""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body>{body}</body></html>\n"
+    )
