@@ -81,7 +81,7 @@ class LocalUpdateStrategy(DDPStrategy):
         of optimizer state where these are averaged, and one row of 8 numbers from each rank. Mid-round validation and
         checkpoints average as well, recorded as ``"evaluation"`` and ``"checkpoint"``.
 
-        *Memory.* Two buckets of scratch while averaging. A second copy of the averaged tensors exists only while
+        *Memory.* Three buckets of scratch, which are kept. A second copy of the averaged tensors exists only while
         averaged weights are evaluated or saved in the middle of a round.
 
         *Where to look.* ``strategy.ledger`` has every message, ``strategy.history`` every synchronisation.
