@@ -1,0 +1,176 @@
+"""Measured times of a kind of message by size: interpolated, fitted with two numbers, and how well each predicts.
+
+Standard library only. Seconds, and bytes per second.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from math import exp, inf, isfinite, log
+from typing import NamedTuple
+
+from lightning_comm.core.collectives import collective_s, schedule
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long messages of one size took.
+
+    Args:
+        payload_bytes: What one rank hands over.
+        repeats: How many samples there are.
+        median_s: Median, in seconds, of the slowest rank's time.
+        lower_s: Lower quartile.
+        upper_s: Upper quartile.
+
+    """
+
+    payload_bytes: int
+    repeats: int
+    median_s: float
+    lower_s: float
+    upper_s: float
+
+
+@dataclass(frozen=True)
+class LinkFit:
+    """Two numbers in place of a curve.
+
+    Args:
+        latency_s: Seconds that one message takes however small it is; a collective has several (:func:`schedule`).
+        bytes_per_s: Wire bytes per second; infinite where the sizes were too small to show it.
+
+    """
+
+    latency_s: float
+    bytes_per_s: float
+
+    def time_s(self, kind: str, payload_bytes: float, world_size: int) -> float:
+        """Return the seconds that a message takes by these two numbers."""
+        return collective_s(kind, payload_bytes, world_size, self.latency_s, self.bytes_per_s)
+
+
+class FitErrors(NamedTuple):
+    """Mean relative errors when each measured size but the ends is predicted from all others."""
+
+    curve: float
+    fit: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Times of one kind of message by size, as measured.
+
+    Args:
+        kind: ``"all_reduce"``, ``"all_gather"`` or ``"send"``.
+        world_size: The number of ranks that took part.
+        points: By rising size; at least one.
+        not_measured: Sizes that were asked for and left out, since time or memory did not suffice.
+
+    Raises:
+        ValueError: If there is no point, or sizes do not rise.
+
+    Note:
+        *Communication.* None.
+
+    Example:
+        >>> from lightning_comm.core.collectives import ring_all_reduce_s
+        >>> points = [Timing(size, 5, *[ring_all_reduce_s(size, 4, 1e-3, 1e6)] * 3) for size in (4, 4_000, 4_000_000)]
+        >>> curve = Curve("all_reduce", 4, tuple(points))
+        >>> round(curve.fit.latency_s, 9), round(curve.fit.bytes_per_s)
+        (0.001, 1000000)
+        >>> round(curve.time_s(40_000_000), 3), curve.extrapolates(40_000_000)
+        (60.006, True)
+
+    """
+
+    kind: str
+    world_size: int
+    points: tuple[Timing, ...]
+    not_measured: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        schedule(self.kind, self.world_size)
+        sizes = [point.payload_bytes for point in self.points]
+        if not sizes or sizes != sorted(set(sizes)) or sizes[0] < 1:
+            raise ValueError(f"Curve: `points` must be at least one, of rising sizes above 0; got sizes {sizes!r}.")
+        if not all(isfinite(point.median_s) and point.median_s > 0 for point in self.points):
+            raise ValueError(f"Curve: every median must be a number of seconds above 0; got {self.points!r}.")
+
+    @property
+    def fit(self) -> LinkFit:
+        """Latency and bandwidth that have the least relative squared error; neither is negative."""
+        return fit_link(self.kind, self.world_size, self.points)
+
+    @property
+    def error(self) -> FitErrors | None:
+        """How well sizes are predicted that were not measured; ``None`` below three sizes."""
+        misses = []
+        for left_out in range(1, len(self.points) - 1):
+            point = self.points[left_out]
+            rest = Curve(self.kind, self.world_size, self.points[:left_out] + self.points[left_out + 1 :])
+            fitted = rest.fit.time_s(self.kind, point.payload_bytes, self.world_size)
+            misses.append((rest.time_s(point.payload_bytes) / point.median_s, fitted / point.median_s))
+        if not misses:
+            return None
+        curve, fit = (sum(abs(ratio - 1) for ratio in ratios) / len(misses) for ratios in zip(*misses, strict=True))
+        return FitErrors(curve, fit)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Wire bytes per second (bus bandwidth) of the largest size; buffers on the way flatter smaller ones."""
+        return self.bus_bytes_per_s(self.points[-1])
+
+    def bus_bytes_per_s(self, point: Timing) -> float:
+        """Return the wire bytes per second of one size: its payload times the schedule's share, by its time."""
+        return schedule(self.kind, self.world_size).wire_share * point.payload_bytes / point.median_s
+
+    def extrapolates(self, payload_bytes: float) -> bool:
+        """Whether a size lies outside of those that were measured."""
+        return not self.points[0].payload_bytes <= payload_bytes <= self.points[-1].payload_bytes
+
+    def time_s(self, payload_bytes: float) -> float:
+        """Return the seconds for a size: interpolated between measured ones, on logarithmic scales.
+
+        Outside, the fit says how the nearest measured time goes on, so that there is no step where the curve ends.
+        """
+        sizes = [point.payload_bytes for point in self.points]
+        if self.extrapolates(payload_bytes):
+            end = self.points[0 if payload_bytes < sizes[0] else -1]
+            fit = self.fit
+            at_end = fit.time_s(self.kind, end.payload_bytes, self.world_size)
+            return end.median_s * fit.time_s(self.kind, payload_bytes, self.world_size) / at_end
+        after = bisect_left(sizes, payload_bytes)
+        right = self.points[after]
+        if right.payload_bytes == payload_bytes:
+            return right.median_s
+        left = self.points[after - 1]
+        position = log(payload_bytes / left.payload_bytes) / log(right.payload_bytes / left.payload_bytes)
+        return exp(log(left.median_s) * (1 - position) + log(right.median_s) * position)
+
+
+def fit_link(kind: str, world_size: int, points: tuple[Timing, ...]) -> LinkFit:
+    """Return latency and bandwidth of the straight line through medians that has the least relative squared error.
+
+    Relative, since otherwise the largest message alone would decide. Where the best line would need a negative latency
+    or bandwidth, that of zero latency, or of infinite bandwidth, is the best that is possible.
+
+    Note:
+        *Communication.* None.
+
+    """
+    # Least squares for `start + slope * size = median`, each equation divided by its median.
+    a = [1 / point.median_s for point in points]
+    b = [point.payload_bytes / point.median_s for point in points]
+    aa, bb = sum(x * x for x in a), sum(y * y for y in b)
+    ab = sum(x * y for x, y in zip(a, b, strict=True))
+    determinant = aa * bb - ab * ab
+    start = (sum(a) * bb - sum(b) * ab) / determinant if len(points) > 1 else 0.0
+    slope = (sum(b) * aa - sum(a) * ab) / determinant if len(points) > 1 else sum(b) / bb
+    if start < 0:
+        start, slope = 0.0, sum(b) / bb
+    elif slope <= 0:
+        start, slope = sum(a) / aa, 0.0
+    messages, wire_share = schedule(kind, world_size)
+    if not messages:
+        return LinkFit(0.0, inf)
+    return LinkFit(start / messages, wire_share / slope if slope else inf)
