@@ -5,6 +5,7 @@ Standard library only. Seconds, and bytes per second.
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 from math import exp, inf, isfinite, log
 from typing import NamedTuple
 
@@ -96,7 +97,7 @@ class Curve:
         if not all(isfinite(point.median_s) and point.median_s > 0 for point in self.points):
             raise ValueError(f"Curve: every median must be a number of seconds above 0; got {self.points!r}.")
 
-    @property
+    @cached_property
     def fit(self) -> LinkFit:
         """Latency and bandwidth that have the least relative squared error; neither is negative."""
         return fit_link(self.kind, self.world_size, self.points)
