@@ -5,7 +5,7 @@ type a prediction can be subtracted from a measurement.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 
@@ -14,13 +14,14 @@ class CommRecord:
     """One message that this rank took part in.
 
     Args:
-        kind: The collective or transfer: ``"all_reduce"``, ``"broadcast"``, ``"all_gather"``, …
+        kind: The collective or transfer, one of those of :func:`wire_bytes`.
         purpose: What it was for: ``"parameters"``, ``"buffers"``, ``"gradients"``, ``"evaluation"``, …
         payload_bytes: What was handed over on this rank.
         wire_bytes: What this rank sends for it, on average over the ranks (:func:`wire_bytes`).
         step: Optimizer steps done when it started.
         start_s: When it started, in seconds on this process's monotonic clock.
         duration_s: How long it took, in seconds. 0.0 where others time it (gradients, which DDP sends).
+        hidden_s: How much of that compute went on beside it. 0.0 where the sender waits until it has arrived.
 
     """
 
@@ -31,6 +32,7 @@ class CommRecord:
     step: int
     start_s: float
     duration_s: float
+    hidden_s: float = 0.0
 
 
 @dataclass
@@ -113,30 +115,42 @@ class CommLedger:
             yield self._totals.get(purpose, _Total())
 
 
+# Bytes that one rank sends for a payload of 1, on average over n ranks.
+_SENT: dict[str, Callable[[int], float]] = {
+    "all_reduce": lambda n: 2 * (n - 1) / n,  # a ring
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "all_gather": lambda n: n - 1,  # each rank's part travels to all others
+    "all_to_all": lambda n: (n - 1) / n,  # all but the part that stays
+    "broadcast": lambda n: (n - 1) / n,  # n-1 copies in all
+    "reduce": lambda n: (n - 1) / n,
+    "gather": lambda n: (n - 1) / n,
+    "scatter": lambda n: (n - 1) / n,
+    "send": lambda n: 1.0,
+    "receive": lambda n: 0.0,  # counted where it is sent
+    "barrier": lambda n: 0.0,  # a few bytes that nobody hands over
+}
+
+
 def wire_bytes(kind: str, payload_bytes: int, world_size: int) -> int:
     """Return the bytes that one rank sends for a collective, on average over the ranks.
 
-    A ring all-reduce sends ``2(n-1)/n`` times its payload from every rank; a broadcast sends its payload ``n-1`` times
-    in all; in an all-gather each rank's part travels to ``n-1`` others.
+    A ring all-reduce sends ``2(n-1)/n`` times its payload from every rank, a reduce-scatter half of that; a broadcast
+    sends its payload ``n-1`` times in all; in an all-gather each rank's part travels to ``n-1`` others.
 
     Args:
-        kind: ``"all_reduce"``, ``"broadcast"`` or ``"all_gather"``.
-        payload_bytes: What one rank hands over.
+        kind: ``"all_reduce"``, ``"reduce_scatter"``, ``"all_gather"``, ``"all_to_all"``, ``"broadcast"``, ``"reduce"``,
+            ``"gather"``, ``"scatter"``, ``"send"``, ``"receive"`` or ``"barrier"``.
+        payload_bytes: What one rank hands over: its whole input. For ``"scatter"`` its own part.
         world_size: The number of ranks.
 
     Raises:
         ValueError: If the kind is unknown.
 
     Example:
-        >>> wire_bytes("all_reduce", 1000, world_size=4)
-        1500
+        >>> wire_bytes("all_reduce", 1000, world_size=4), wire_bytes("reduce_scatter", 1000, world_size=4)
+        (1500, 750)
 
     """
-    others = world_size - 1
-    if kind == "all_reduce":
-        return round(2 * others * payload_bytes / world_size)
-    if kind == "broadcast":
-        return round(others * payload_bytes / world_size)
-    if kind == "all_gather":
-        return others * payload_bytes
-    raise ValueError(f"wire_bytes: `kind` must be 'all_reduce', 'broadcast' or 'all_gather'; got {kind!r}.")
+    if kind not in _SENT:
+        raise ValueError(f"wire_bytes: `kind` must be one of {', '.join(map(repr, _SENT))}; got {kind!r}.")
+    return round(payload_bytes * _SENT[kind](world_size))

@@ -1,8 +1,10 @@
 """The one place that messages leave through: each is issued here and written to the ledger."""
 
 import atexit
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,35 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_comm.core.ledger import CommLedger, CommRecord, wire_bytes
+
+_observers: list[Callable[[CommRecord], None]] = []
+_nesting = threading.local()
+
+
+def observe(observer: Callable[[CommRecord], None]) -> Callable[[], None]:
+    """Show every record to a function as it is written, whichever ledger it goes to; return what ends that."""
+    _observers.append(observer)
+
+    def end() -> None:
+        if observer in _observers:
+            _observers.remove(observer)
+
+    return end
+
+
+@contextmanager
+def counted_elsewhere() -> Iterator[None]:
+    """Let whoever watches the calls of ``torch.distributed`` look away: what is sent in here is counted already."""
+    _nesting.depth = getattr(_nesting, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _nesting.depth -= 1
+
+
+def is_counted_elsewhere() -> bool:
+    """Whether this thread is within :func:`counted_elsewhere`."""
+    return getattr(_nesting, "depth", 0) > 0
 
 
 @dataclass
@@ -78,13 +109,17 @@ class Recorder:
         def written() -> None:
             self._write(kind, purpose, payload_bytes, started, time.monotonic() - started)
 
-        work = start()
+        with counted_elsewhere():
+            work = start()
         assert work is not None  # `None` is for ranks outside the group, and the group is all ranks
         return Pending(work, written)
 
     def _write(self, kind: str, purpose: str, payload_bytes: int, start_s: float, duration_s: float) -> None:
         sent = wire_bytes(kind, payload_bytes, self.world_size)
-        self.ledger.add(CommRecord(kind, purpose, payload_bytes, sent, self.step, start_s, duration_s))
+        record = CommRecord(kind, purpose, payload_bytes, sent, self.step, start_s, duration_s)
+        self.ledger.add(record)
+        for observer in tuple(_observers):
+            observer(record)
 
 
 def leave_group_at_exit() -> None:

@@ -31,10 +31,16 @@ def test_wire_bytes_are_what_the_ranks_send_together_divided_by_their_number(n):
     assert n * wire_bytes("all_reduce", payload, n) == ring_total
     assert n * wire_bytes("broadcast", payload, n) == (n - 1) * payload
     assert n * wire_bytes("all_gather", payload, n) == n * (n - 1) * payload
+    assert n * wire_bytes("reduce_scatter", payload, n) + n * wire_bytes("all_gather", payload // n, n) == ring_total
+    assert n * wire_bytes("all_to_all", payload, n) == n * (n - 1) * (payload // n)
+    assert n * wire_bytes("reduce", payload, n) == n * wire_bytes("gather", payload, n) == (n - 1) * payload
+    assert n * wire_bytes("scatter", payload, n) == (n - 1) * payload
+    assert wire_bytes("send", payload, n) + wire_bytes("receive", payload, n) == payload
+    assert wire_bytes("barrier", 0, n) == 0
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'all_reduce', 'broadcast' or 'all_gather'; got 'gossip'"):
+    with pytest.raises(ValueError, match=r"'all_reduce', 'reduce_scatter', 'all_gather', .*; got 'gossip'"):
         wire_bytes("gossip", 1, 2)
 
 

@@ -1,0 +1,82 @@
+"""Compares this process's clock with rank 0's, and gathers what ranks have to say at the end: outside of training."""
+
+import json
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_comm.core.rank_profile import ClockPoint
+from lightning_comm.transport.recording import counted_elsewhere
+
+_ROUND_TRIPS = 8
+
+
+def compare_clocks(device: torch.device) -> ClockPoint:
+    """Return how far rank 0's monotonic clock is ahead of this rank's. Every rank has to call it.
+
+    Each rank in turn asks rank 0 for the time, a few times. The answer of the shortest round trip counts: rank 0 read
+    its clock somewhere within it, so half of it bounds the error.
+
+    Args:
+        device: Where the process group wants its tensors.
+
+    Note:
+        *Communication.* 8 round trips of 8 bytes between each rank and rank 0, one rank after the other.
+
+    """
+    with counted_elsewhere():
+        note = torch.zeros(1, dtype=torch.float64, device=device)
+        rank = dist.get_rank()
+        if rank == 0:
+            for other in range(1, dist.get_world_size()):
+                for _ in range(_ROUND_TRIPS):
+                    dist.recv(note, src=other)
+                    dist.send(note.fill_(time.monotonic()), dst=other)
+            return ClockPoint(time.monotonic(), 0.0, 0.0)
+        return min((_ask(note) for _ in range(_ROUND_TRIPS)), key=lambda point: point.error_s)
+
+
+def _ask(note: torch.Tensor) -> ClockPoint:
+    started = time.monotonic()
+    dist.send(note, dst=0)
+    dist.recv(note, src=0)
+    there = float(note)
+    ended = time.monotonic()
+    middle = (started + ended) / 2
+    return ClockPoint(middle, there - middle, (ended - started) / 2)
+
+
+def number_from_rank_0(number: int, device: torch.device) -> int:
+    """Return rank 0's number on all ranks. *Communication*: one broadcast of 8 bytes."""
+    with counted_elsewhere():
+        row = torch.tensor([number], dtype=torch.int64, device=device)
+        dist.broadcast(row, src=0)
+        return int(row)
+
+
+def gather_json(value: Any, device: torch.device) -> list[Any]:
+    """Return the value of every rank, in order of rank. Every rank has to call it.
+
+    Note:
+        *Communication.* Two all-gathers: 8 bytes a rank, then the longest value from each.
+
+    """
+    text = bytearray(json.dumps(value).encode())
+    with counted_elsewhere():
+        world_size = dist.get_world_size()
+        lengths = torch.empty(world_size, dtype=torch.int64, device=device)
+        dist.all_gather_into_tensor(lengths, torch.tensor([len(text)], dtype=torch.int64, device=device))
+        longest = int(lengths.max())
+        row = torch.zeros(longest, dtype=torch.uint8)
+        row[: len(text)] = torch.frombuffer(text, dtype=torch.uint8)
+        rows = torch.empty(world_size * longest, dtype=torch.uint8, device=device)
+        dist.all_gather_into_tensor(rows, row.to(device))
+    everything = rows.cpu().view(world_size, longest)
+    return [json.loads(bytes(each[: int(length)].numpy())) for each, length in zip(everything, lengths, strict=True)]
+
+
+def device_of_group(preferred: torch.device) -> torch.device:
+    """Return a device from which the default process group sends: the CPU if it can."""
+    return torch.device("cpu") if "gloo" in str(dist.get_backend_config()) else preferred

@@ -1,0 +1,118 @@
+"""What torch's DistributedDataParallel measures of its own gradient all-reduces: a prototype API, kept in this file.
+
+DDP notes in each iteration when the forward and the backward began, when the backward's compute ended, and when the
+first all-reduce began and the last one ended. ``INTERNALS`` and ``FIELDS`` list each name that is read; a test looks
+each of them up, so a release of torch that removes one fails by that name.
+
+The reducer counts an *iteration* for each backward that communicates; accumulation under ``no_sync`` is none. Its
+numbers are set when the next forward begins, so on CPU they are asked for as soon as the backward is over. On CUDA that
+would make the host wait for the device; there they are read one iteration late, of every tenth iteration.
+"""
+
+import time
+from typing import Any, NamedTuple
+
+from torch.nn.parallel import DistributedDataParallel
+
+INTERNALS = (
+    "_get_ddp_logging_data",
+    "_set_ddp_runtime_logging_sample_rate",
+    "logger",
+    "logger.set_runtime_stats_and_log",
+)
+FIELDS = (
+    "iteration",
+    "backward_comm_time",
+    "backward_compute_comm_overlap_time",
+    "backward_comm_time_start",
+    "total_parameter_size_bytes",
+    "num_parameter_tensors",
+    "find_unused_parameters",
+)
+_EVERY_ITERATION, _ON_CUDA, _TORCHS_DEFAULT = 1, 10, 100  # sample rates; there is no way to ask for the one in force
+_NANO = 1e-9
+
+
+class GradientTime(NamedTuple):
+    """The all-reduces of one backward.
+
+    Args:
+        start_s: When the first one began, in seconds on the monotonic clock.
+        duration_s: Until the last one ended, and the gaps between them.
+        hidden_s: The part of it during which the backward still computed.
+        payload_bytes: What this rank handed over; 0 where a hook sends, whose calls are counted one by one.
+
+    """
+
+    start_s: float
+    duration_s: float
+    hidden_s: float
+    payload_bytes: int
+
+
+class DdpTiming:
+    """Reads what DDP has measured, once for each backward that communicates.
+
+    Args:
+        ddp: The wrapped model.
+
+    Note:
+        *Communication.* None.
+
+    """
+
+    def __init__(self, ddp: DistributedDataParallel) -> None:
+        self._ddp = ddp
+        self._on_cuda = next(ddp.parameters()).is_cuda
+        self._set_rate(_ON_CUDA if self._on_cuda else _EVERY_ITERATION)
+        self._iteration = int(self._read()["iteration"])
+
+    def reads(self, model: object) -> bool:
+        """Whether this is the wrapper that is read here."""
+        return model is self._ddp
+
+    def after_backward(self) -> GradientTime | None:
+        """Return what the backward that has just ended sent, or ``None`` if it sent nothing that is known here."""
+        ddp = self._ddp
+        if not ddp.require_backward_grad_sync:
+            return None
+        if not self._on_cuda:
+            assert ddp.logger is not None
+            ddp.logger.set_runtime_stats_and_log()
+        data = self._read()
+        payload_bytes = _payload_bytes(data)
+        if data["iteration"] == self._iteration:
+            return GradientTime(0.0, 0.0, 0.0, payload_bytes) if self._on_cuda else None
+        self._iteration = int(data["iteration"])
+        comm_ns = max(0, int(data["backward_comm_time"]))
+        hidden_ns = min(comm_ns, max(0, int(data["backward_compute_comm_overlap_time"])))
+        behind_s = time.time() - time.monotonic()  # DDP reads the wall clock
+        start_s = data["backward_comm_time_start"] * _NANO - behind_s
+        return GradientTime(start_s, comm_ns * _NANO, hidden_ns * _NANO, payload_bytes)
+
+    def end(self) -> None:
+        """Let DDP measure as rarely as it does by default."""
+        self._set_rate(_TORCHS_DEFAULT)
+
+    def _read(self) -> dict[str, Any]:
+        data: dict[str, Any] = self._ddp._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+        return data
+
+    def _set_rate(self, every: int) -> None:
+        self._ddp._set_ddp_runtime_logging_sample_rate(every)  # type: ignore[no-untyped-call]
+
+
+def _payload_bytes(data: dict[str, Any]) -> int:
+    """Return what DDP itself hands over in an iteration, from its settings.
+
+    Every bucket is sent in full, also for parameters without a gradient. With ``find_unused_parameters`` one 4-byte
+    flag a parameter comes on top.
+    """
+    size = int(data["total_parameter_size_bytes"])
+    flags = 4 * int(data["num_parameter_tensors"]) * bool(data["find_unused_parameters"])
+    hook = str(data.get("comm_hook", ""))
+    if not hook or hook.endswith("BuiltinCommHookType.ALLREDUCE"):
+        return size + flags
+    if hook.endswith("BuiltinCommHookType.FP16_COMPRESS"):
+        return size // 2 + flags
+    return flags

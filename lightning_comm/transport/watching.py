@@ -1,0 +1,184 @@
+"""Watches what Python code sends through ``torch.distributed``, without changing it.
+
+For as long as a :class:`Watcher` is on, the functions of ``torch.distributed`` are wrapped; afterwards they are as
+before. A call is counted once: what our own `Recorder` sends is recorded there, and a function that calls another of
+them (``broadcast_object_list`` calls ``broadcast``) is counted by what it calls.
+
+Not seen are calls from C++ (DDP's own all-reduce of gradients, which `ddp_timing` measures), calls through a name that
+was imported before (``from torch.distributed import all_reduce``), calls inside a graph of ``torch.compile``, and
+single calls of ``isend`` and ``irecv``, which torch compares by identity so that they cannot be wrapped.
+"""
+
+import functools
+import inspect
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from lightning_comm.core.ledger import CommRecord, wire_bytes
+from lightning_comm.transport.recording import counted_elsewhere, is_counted_elsewhere
+
+# function: kind of message, and the argument that this rank hands over
+FUNCTIONS: dict[str, tuple[str, str | None]] = {
+    "all_reduce": ("all_reduce", "tensor"),
+    "all_reduce_coalesced": ("all_reduce", "tensors"),
+    "broadcast": ("broadcast", "tensor"),
+    "reduce": ("reduce", "tensor"),
+    "all_gather": ("all_gather", "tensor"),
+    "all_gather_into_tensor": ("all_gather", "input_tensor"),
+    "all_gather_coalesced": ("all_gather", "input_tensor_list"),
+    "gather": ("gather", "tensor"),
+    "scatter": ("scatter", "tensor"),
+    "reduce_scatter": ("reduce_scatter", "input_list"),
+    "reduce_scatter_tensor": ("reduce_scatter", "input"),
+    "all_to_all": ("all_to_all", "input_tensor_list"),
+    "all_to_all_single": ("all_to_all", "input"),
+    "send": ("send", "tensor"),
+    "recv": ("receive", "tensor"),
+    "batch_isend_irecv": ("send", "p2p_op_list"),
+    "barrier": ("barrier", None),
+    "monitored_barrier": ("barrier", None),
+}
+COALESCED = "_broadcast_coalesced"  # private; DDP broadcasts buffers with it before a forward
+
+# who asked for a call: the first module on the stack, outside of torch but for these parts of it
+_PARTS_OF_TORCH = {
+    "torch.distributed.algorithms.ddp_comm_hooks": "gradients",
+    "torch.distributed.algorithms.model_averaging": "parameters",
+    "torch.distributed.fsdp": "parameters",
+    "torch.nn.modules._functions": "batch_norm",
+}
+_PACKAGES = {
+    "lightning": "lightning",
+    "pytorch_lightning": "lightning",
+    "lightning_fabric": "lightning",
+    "torchmetrics": "metrics",
+}
+_LOOKED_THROUGH = ("torch", "contextlib", "functools")
+
+
+class Watcher:
+    """Reports each call of a collective as a record.
+
+    Args:
+        report: Called with each record.
+        step: Returns the optimizer steps done.
+        safely: Calls what it is given, and lets no exception of it into the code that is watched.
+
+    Note:
+        *Communication.* None of its own.
+
+        *Times.* A record lasts as long as the call. An asynchronous call is over before its message has arrived, so
+        its duration is 0.0, which means not known.
+
+    """
+
+    def __init__(
+        self,
+        report: Callable[[CommRecord], None],
+        step: Callable[[], int],
+        safely: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self.in_backward = False  # set by whoever is told; calls in there are a hook's, whatever thread makes them
+        self._report = report
+        self._step = step
+        self._safely = safely
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
+
+    def install(self) -> None:
+        """Wrap the functions."""
+        for name, (kind, argument) in FUNCTIONS.items():
+            original = getattr(dist, name)
+            wrapper = self._wrapped(original, kind, _reader(original, argument))
+            for owner in (dist, distributed_c10d):
+                self._replace(owner, name, wrapper)
+        self._replace(dist, COALESCED, self._wrapped_coalesced(getattr(dist, COALESCED)))
+
+    def remove(self) -> None:
+        """Put the functions back, but for those that somebody else has wrapped since."""
+        while self._replaced:
+            owner, name, original, wrapper = self._replaced.pop()
+            if getattr(owner, name) is wrapper:
+                setattr(owner, name, original)
+
+    def _replace(self, owner: Any, name: str, wrapper: Any) -> None:
+        self._replaced.append((owner, name, getattr(owner, name), wrapper))
+        setattr(owner, name, wrapper)
+
+    def _wrapped(
+        self, original: Callable[..., Any], kind: str, read: Callable[..., tuple[int, Any]]
+    ) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not self._replaced or is_counted_elsewhere():
+                return original(*args, **kwargs)
+            started = time.monotonic()
+            with counted_elsewhere():
+                result = original(*args, **kwargs)
+            # a call that returns a handle is not over yet
+            duration_s = time.monotonic() - started if result is None else 0.0
+            frame = sys._getframe(1)
+            self._safely(lambda: self._note(kind, self._purpose(frame), *read(args, kwargs), (started, duration_s)))
+            return result
+
+        return call
+
+    def _wrapped_coalesced(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def call(group: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            started = time.monotonic()
+            result = original(group, tensors, *args, **kwargs)
+            times = started, time.monotonic() - started
+            if self._replaced:
+                self._safely(lambda: self._note("broadcast", "buffers", _size(tensors), group, times))
+            return result
+
+        return call
+
+    def _note(self, kind: str, purpose: str, payload_bytes: int, group: Any, times: tuple[float, float]) -> None:
+        world_size = dist.get_world_size(group)
+        if world_size > 1:  # -1 where this rank is not in the group
+            sent = wire_bytes(kind, payload_bytes, world_size)
+            self._report(CommRecord(kind, purpose, payload_bytes, sent, self._step(), *times))
+
+    def _purpose(self, frame: Any) -> str:
+        while frame is not None:
+            module = str(frame.f_globals.get("__name__", ""))
+            for part, purpose in _PARTS_OF_TORCH.items():
+                if module.startswith(part):
+                    return purpose
+            package = module.partition(".")[0]
+            if package not in _LOOKED_THROUGH:
+                return "gradients" if self.in_backward else _PACKAGES.get(package, "user")
+            frame = frame.f_back
+        return "gradients"  # nothing but torch on the stack: one of its threads, which runs a hook
+
+
+def _reader(function: Callable[..., Any], argument: str | None) -> Callable[..., tuple[int, Any]]:
+    """Return what finds, in the arguments of a call, the bytes handed over and the group."""
+    names = list(inspect.signature(function).parameters)
+    at = {name: names.index(name) for name in (argument, "group") if name in names}
+
+    def find(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        return args[at[name]] if name in at and at[name] < len(args) else None
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, Any]:
+        handed_over = find(argument, args, kwargs) if argument else None
+        if argument == "p2p_op_list" and handed_over:
+            return _size(each.tensor for each in handed_over if each.op is dist.isend), handed_over[0].group
+        return _size(handed_over), find("group", args, kwargs)
+
+    return read
+
+
+def _size(handed_over: Tensor | Iterable[Any] | None) -> int:
+    if isinstance(handed_over, Tensor):
+        return handed_over.numel() * handed_over.element_size()
+    return sum(_size(each) for each in handed_over or ())
