@@ -1,5 +1,7 @@
 """Callbacks for runs with communication-efficient strategies."""
 
 from lightning_comm.callbacks.batch_norm import BatchNormReestimation
+from lightning_comm.callbacks.comm_profiler import CommProfiler
+from lightning_comm.callbacks.emulated_device import EmulatedDevice
 
-__all__ = ["BatchNormReestimation"]
+__all__ = ["BatchNormReestimation", "CommProfiler", "EmulatedDevice"]

@@ -1,0 +1,121 @@
+"""A rank that trains at the pace of a device of a stated speed, whatever it really runs on."""
+
+import logging
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_comm.lab.device import DevicePacer, check_device
+
+_log = logging.getLogger(__name__)
+
+
+class EmulatedDevice(Callback):
+    """Make forward and backward of every training batch take as long as on a device of a stated speed.
+
+    For the lab, in which several hosts share one machine: it gives each a device of its own that is as fast as is said,
+    so that overlap, stragglers and more ranks than cores can be studied. Layers take their share of the time and
+    gradients are ready when they would be; weights and losses are those of a run without it. See
+    :class:`lightning_comm.lab.device.DevicePacer` for how, and for what is not paced.
+
+    Every batch is a step of its own, also under gradient accumulation, and takes time in proportion to its samples,
+    which are counted as ``self.log`` counts them. Validation is not paced.
+
+    A run says at its end that its device was emulated, and every rank says if its real compute was too slow to keep
+    the pace. :meth:`summary` has the same text, for reports.
+
+    Args:
+        step_s: Seconds that a batch of ``batch_size`` samples takes on a device of speed 1; more than 0.
+        batch_size: Samples of a batch on one device, at least 1.
+        forward_share: The forward pass's share of that time; more than 0, less than 1.
+        speed: Divides the time; ``None`` takes the environment variable ``LIGHTNING_COMM_SPEED``, which
+            ``lightning-comm lab --speed`` sets for each host, or 1.0 without it.
+
+    Raises:
+        ValueError: If an argument is out of range, or, when training starts, the model is not on the CPU or compiled.
+        MisconfigurationException: In training, if the number of samples cannot be seen in a batch.
+
+    Note:
+        *Communication.* None.
+
+    Example:
+        >>> EmulatedDevice(step_s=0.25, batch_size=32, speed=0.5).summary()
+        'Emulated device: 32 samples take 0.5 s (step_s=0.25, speed=0.5); not run yet.'
+
+    """
+
+    def __init__(
+        self, step_s: float, batch_size: int, forward_share: float = 1 / 3, speed: float | None = None
+    ) -> None:
+        check_device("EmulatedDevice", step_s=step_s, batch_size=batch_size, forward_share=forward_share, speed=speed)
+        self.step_s = step_s
+        self.batch_size = batch_size
+        self.forward_share = forward_share
+        self.speed = speed
+        self.pacer: DevicePacer | None = None  # of the last or current fit
+
+    def summary(self) -> str:
+        """Say that the device is emulated, how fast it is, and whether the last run kept its pace."""
+        if self.pacer is not None:
+            return self.pacer.summary()
+        speed = 1.0 if self.speed is None else self.speed
+        return (
+            f"Emulated device: {self.batch_size} samples take {self.step_s / speed:g} s (step_s={self.step_s:g}, "
+            f"speed={speed:g}); not run yet."
+        )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if getattr(pl_module, "_compiler_ctx", None) is not None:
+            raise ValueError(
+                "EmulatedDevice: the model must not be compiled, since it then runs as one piece; got one from "
+                "torch.compile. Leave torch.compile out where devices are emulated."
+            )
+        self.pacer = DevicePacer(
+            pl_module,
+            step_s=self.step_s,
+            batch_size=self.batch_size,
+            forward_share=self.forward_share,
+            speed=self.speed,
+        )
+        self.pacer.attach()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.pacer is not None:
+            self.pacer.begin_step(_samples(batch))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.pacer is not None:
+            self.pacer.end_step()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.pacer is None:
+            return
+        self.pacer.detach()
+        rank_zero_info(self.pacer.summary())
+        if self.pacer.overruns:
+            _log.warning("Rank %d: %s", trainer.global_rank, self.pacer.summary())
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.pacer is not None:
+            self.pacer.detach()
+
+
+def _samples(batch: Any) -> int:
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException as error:
+        raise MisconfigurationException(
+            f"EmulatedDevice: the batch must hold a tensor whose first dimension counts the samples; got "
+            f"{type(batch).__name__} without one. Let the loader return tensors, or lists, tuples or dicts of them."
+        ) from error
