@@ -109,7 +109,8 @@ class RankProfile:
     """What is known of one rank: sums of all steps, a bounded number of single ones, and a few steps to draw.
 
     Args:
-        header: Who and where: ``rank``, ``world_size``, ``host``, ``warmup_steps``, ``environment``, …
+        header: Who and where: ``rank``, ``world_size``, ``host``, ``warmup_steps``, ``environment``, and
+            ``link_bytes_per_s`` if a probe measured that.
         keep: How many single steps are kept at most. When there are more, every second one is dropped: those whose
             number is a multiple of a power of two stay, so all ranks keep the same ones.
 
@@ -232,12 +233,11 @@ def with_waits(steps: Iterable[StepFigures], waits: Mapping[int, float]) -> list
     return [replace(step, wait_s=waits[step.batch]) if step.batch in waits else step for step in steps]
 
 
-def combine(profiles: Sequence[RankProfile], link_bytes_per_s: float | None = None) -> RunFigures:
+def combine(profiles: Sequence[RankProfile]) -> RunFigures:
     """Return the figures of a run from those of its ranks.
 
     Args:
         profiles: Those of all ranks, or of the ranks whose files are left.
-        link_bytes_per_s: What a probe measured for a large all-reduce.
 
     Raises:
         ValueError: If there is no profile.
@@ -271,7 +271,7 @@ def combine(profiles: Sequence[RankProfile], link_bytes_per_s: float | None = No
         other_s=mean(rank.other_s for _, rank in used),
         untimed_steps=max(profile.sums.steps - profile.sums.timed_steps for profile in profiles),
         bandwidth_bytes_per_s=timed_bytes / sending_s if sending_s > 0 and timed_bytes > 0 else None,
-        link_bytes_per_s=link_bytes_per_s,
+        link_bytes_per_s=next(filter(None, (each.header.get("link_bytes_per_s") for each in profiles)), None),
         total_payload_bytes=_mean_counts([profile.payload_bytes for profile in profiles]),
         total_wire_bytes=_mean_counts([profile.wire_bytes for profile in profiles]),
         beside_wire_bytes=_mean_counts([profile.beside_wire_bytes for profile in profiles]),

@@ -1,0 +1,333 @@
+"""The key figures of a run, measured while it trains: a thin shell that hands Lightning's hooks to a session."""
+
+import functools
+import logging
+import platform
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import lightning
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_comm.callbacks.comm_profiler_session import Session
+from lightning_comm.callbacks.comm_profiler_window import Window
+from lightning_comm.core.costs import LinkProfile
+from lightning_comm.core.key_figures import RunFigures, StepFigures
+from lightning_comm.core.ledger import wire_bytes
+from lightning_comm.core.rank_profile import RankProfile, combine, inferred_waits, with_waits
+from lightning_comm.planning.profile_files import Profile, RankFile, next_run, run_folder
+from lightning_comm.planning.profile_text import summary
+from lightning_comm.transport.clocks import compare_clocks, device_of_group, gather_json, number_from_rank_0
+
+_log = logging.getLogger(__name__)
+_Hook = TypeVar("_Hook", bound=Callable[..., None])
+_STEPS_OF_ALL_RANKS = 64_000  # are gathered at most; with 64 ranks or fewer, 1,000 of each
+_DEFAULT_FOLDER = "comm_profile"
+
+
+def _never_ends_training(hook: _Hook) -> _Hook:
+    """Let no exception of a hook's body reach the Trainer."""
+
+    @functools.wraps(hook)
+    def guarded(self: "CommProfiler", *args: Any, **kwargs: Any) -> None:
+        self._safely(lambda: hook(self, *args, **kwargs))
+
+    return cast(_Hook, guarded)
+
+
+class CommProfiler(Callback):
+    """Measure what a run sends, how long that takes, and how much of it training stands still for.
+
+    Works with plain ``ddp``, with every strategy of this package, and with one process, on CPU and CUDA. Nothing about
+    the run changes: no message is added between the start and the end of training.
+
+    After ``fit``, :attr:`figures` has the key figures of the run, the same on all ranks, and :attr:`steps` the single
+    steps of this rank. Rank 0 prints a summary. While the run goes on, the Trainer's loggers get ``comm/bytes_sent``,
+    ``comm/bytes_dense``, ``comm/time_s``, ``comm/exposed_s``, ``comm/share_busy``, ``comm/share_exposed``,
+    ``comm/lightning_s``, ``comm/bandwidth`` and, where ranks meet in rounds, ``comm/wait_s``: means of the
+    steps since the last time, on rank 0. Every rank writes ``rank_<r>.jsonl``, a line a step, which
+    :func:`load_profile` reads, also of a run that was killed. Rank 0 writes ``profile.html``, one page to look at.
+
+    Args:
+        folder: Where files go: each ``fit`` makes ``run_<n>`` in it. ``None``: ``comm_profile`` in the Trainer's
+            ``default_root_dir``.
+        probe: A file that ``lightning-comm probe`` saved; the bandwidth that the run achieves is then compared with it.
+        timeline_steps: How many steps the page draws, by rank; at least 0. They are taken early in the run, around a
+            step that communicates.
+        warmup_steps: How many training batches at the start are left out of times and shares; at least 0. Their bytes
+            are counted.
+        page: Whether to write the HTML page.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Note:
+        *Communication.* None within training. Before it, 8 round trips of 8 bytes between each rank and rank 0, to
+        compare clocks, and 8 bytes from rank 0; after it, the same again and one row of figures from each rank: at
+        most 1,000 steps, some 400 KB.
+
+        *Cost.* Below 1 % of a step of 50 ms; ``benchmarks/profiler.py`` measures it. *Memory.* About 1 MB.
+
+        *Faults.* Where the profiler fails (the disk is full, a private name of torch is gone), it says so once, stops
+        measuring on that rank, and training goes on.
+
+        *CUDA.* The host does not wait for the device, so DDP is asked for times at every tenth iteration only, and
+        they are known one step late. Not yet run on a GPU.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_comm import CommProfiler
+        >>> profiler = CommProfiler(warmup_steps=10)
+        >>> trainer = Trainer(callbacks=[profiler], accelerator="cpu", devices=2, strategy="ddp", logger=False)
+
+    """
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        probe: str | None = None,
+        timeline_steps: int = 5,
+        warmup_steps: int = 3,
+        page: bool = True,
+    ) -> None:
+        for name, value in (("timeline_steps", timeline_steps), ("warmup_steps", warmup_steps)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(
+                    f"CommProfiler: `{name}` counts training batches, so it must be a whole number >= 0; got "
+                    f"{value!r}. Leave it out for a good one."
+                )
+        self.folder = folder
+        self.probe = probe
+        self.timeline_steps = timeline_steps
+        self.warmup_steps = warmup_steps
+        self.page = page
+        self.figures: RunFigures | None = None
+        self.steps: list[StepFigures] = []
+        self.run_folder: Path | None = None
+        self._session: Session | None = None
+        self._header: dict[str, Any] = {}
+        self._link_bytes_per_s: float | None = None
+        self._window = Window()
+        self._stopped: str | None = None
+        self._all_met = False
+
+    # ---- the one place where failures end ------------------------------------------------------------------------
+
+    def _safely(self, body: Callable[[], None]) -> None:
+        try:
+            body()
+        except Exception as error:  # whatever it is, training is worth more than its profile
+            self._stop(error)
+
+    def _stop(self, error: Exception) -> None:
+        if self._stopped is not None:
+            return
+        self._stopped = f"{type(error).__name__}: {error}"
+        session, self._session = self._session, None
+        if session is not None:
+            session.end_measuring()
+            session.abandon_file()
+        _log.warning(
+            "CommProfiler on rank %s stops measuring, and training goes on. The cause: %s",
+            self._header.get("rank", "?"),
+            self._stopped,
+            exc_info=_log.isEnabledFor(logging.DEBUG),
+        )
+
+    # ---- the start -----------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self.figures, self.steps, self.run_folder = None, [], None
+        self._session, self._header, self._stopped, self._all_met = None, {}, None, False
+        self._window = Window()
+        if self.probe is not None and trainer.is_global_zero:
+            self._link_bytes_per_s = _probed_bytes_per_s(self.probe)
+
+    @override
+    @_never_ends_training
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(self.folder or Path(trainer.default_root_dir) / _DEFAULT_FOLDER)
+        clock, number = [], _next_run(folder)
+        if _several_ranks():
+            # every rank comes here, whatever its disk is like: what can fail on one alone comes afterwards
+            device = device_of_group(trainer.strategy.root_device)
+            clock = [compare_clocks(device)]
+            number = number_from_rank_0(number, device)
+            self._all_met = True
+        self._header = _header(trainer, self.warmup_steps, self._link_bytes_per_s)
+        self.run_folder = run_folder(folder, number)
+        file = RankFile(self.run_folder / f"rank_{trainer.global_rank}.jsonl", self._header)
+        for point in clock:
+            file.clock(point)
+        keep = max(50, min(1000, _STEPS_OF_ALL_RANKS // trainer.world_size))
+        profile = RankProfile(self._header, keep=keep, clock=clock)
+        self._session = Session(profile, file, self.timeline_steps, lambda: trainer.global_step, self._safely)
+        self._session.begin_measuring()
+        if trainer.world_size == 1:
+            rank_zero_info("CommProfiler: one process, so nothing is sent; it measures the time of steps.")
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    @override
+    @_never_ends_training
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None:  # here, since parameters may be frozen and unfrozen between epochs
+            dense = 4 * sum(each.numel() for each in pl_module.parameters() if each.requires_grad)
+            self._session.dense_bytes = wire_bytes("all_reduce", dense, trainer.world_size)
+
+    @override
+    @_never_ends_training
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._session is not None:
+            self._session.begin_step(trainer.strategy.model)
+            self._show(trainer, self._session.take_latest())
+
+    @override
+    @_never_ends_training
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        if self._session is not None:
+            self._session.begin_backward()
+
+    @override
+    @_never_ends_training
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None:
+            self._session.end_backward()
+
+    @override
+    @_never_ends_training
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._session is not None:
+            self._session.end_batch()
+
+    @override
+    @_never_ends_training
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None:
+            self._session.leave_training()
+
+    @override
+    @_never_ends_training
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None:
+            self._session.leave_training()
+
+    def _show(self, trainer: Trainer, step: StepFigures | None) -> None:
+        """Hand the loggers the means of the steps since the last time, where Lightning would log."""
+        if step is None or not trainer.is_global_zero:
+            return
+        self._window.add(step)
+        every = getattr(trainer, "log_every_n_steps", 0)
+        if every > 0 and step.optimizer_steps and (step.step + 1) % every == 0:
+            metrics = self._window.take()
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    @override
+    @_never_ends_training
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rows = [self._own_row()]
+        if self._all_met:
+            # every rank comes here, also one whose profiler has stopped
+            device = device_of_group(trainer.strategy.root_device)
+            clock = compare_clocks(device)
+            if rows[0] is not None:
+                rows[0]["clock"].append(clock)
+            rows = gather_json(rows[0], device)
+        self._safely(lambda: self._conclude(trainer, [RankProfile.from_dict(row) for row in rows if row is not None]))
+
+    def _own_row(self) -> dict[str, Any] | None:
+        """Return what this rank has to say, in plain types: what was measured, or that it was not, or nothing."""
+        if self._session is not None:
+            self._safely(self._session.finish)
+        if self._session is not None:
+            return self._session.profile.to_dict()
+        return RankProfile(self._header, stopped=self._stopped).to_dict() if self._header else None
+
+    def _conclude(self, trainer: Trainer, ranks: list[RankProfile]) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.close_file()
+        self.figures = combine(ranks)
+        own = next((rank for rank in ranks if rank.rank == trainer.global_rank), None)
+        if own is not None:
+            self.steps = with_waits(own.kept, inferred_waits(ranks).get(own.rank, {}))
+        if trainer.is_global_zero:
+            rank_zero_info(summary(self.figures))
+            if self.page and self.run_folder is not None:
+                path = self.run_folder / "profile.html"
+                path.write_text(Profile(ranks).page(), encoding="utf-8")
+                rank_zero_info(f"The page: {path}")
+
+    @override
+    @_never_ends_training
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    @override
+    @_never_ends_training
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """End measuring without a word to other ranks, who may not be there any more. What is in the file stays."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.end_measuring()
+            session.abandon_file()
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _next_run(folder: Path) -> int:
+    try:
+        return next_run(folder)
+    except OSError:  # a folder that cannot be read cannot be written either, and that is reported
+        return 0
+
+
+def _header(trainer: Trainer, warmup_steps: int, link_bytes_per_s: float | None) -> dict[str, Any]:
+    return {
+        "rank": trainer.global_rank,
+        "world_size": trainer.world_size,
+        "host": socket.gethostname(),
+        "warmup_steps": warmup_steps,
+        "started_unix_s": time.time(),
+        "link_bytes_per_s": link_bytes_per_s,
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "system": platform.platform(),
+            "device": str(trainer.strategy.root_device),
+            "backend": str(dist.get_backend_config()) if _several_ranks() else "none",
+            "strategy": type(trainer.strategy).__name__,
+            "callbacks": [type(callback).__name__ for callback in getattr(trainer, "callbacks", [])],
+        },
+    }
+
+
+def _probed_bytes_per_s(path: str) -> float:
+    try:
+        return LinkProfile.load(path).bytes_per_s
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"CommProfiler: `probe` must be a file that `lightning-comm probe` has saved; got {path!r}: {error}. Leave "
+            "it out to measure without a comparison."
+        ) from error

@@ -1,0 +1,90 @@
+"""What a profile says, in words and rows, for the terminal and for the page."""
+
+from lightning_comm.core.key_figures import RunFigures
+from lightning_comm.planning.report import megabytes, percent, text_table
+
+Row = tuple[str, str, str]
+
+
+def milliseconds(seconds: float) -> str:
+    """Return a time in ms."""
+    return f"{1e3 * seconds:,.2f} ms"
+
+
+def rate(bytes_per_s: float | None) -> str:
+    """Return a rate in Mbit/s, as networks are sold."""
+    return "unknown" if bytes_per_s is None else f"{8 * bytes_per_s / 1e6:,.0f} Mbit/s"
+
+
+def figure_rows(run: RunFigures) -> list[Row]:
+    """Return the key figures of a run: what, how much, and what share of a step or of what."""
+    rows = [
+        ("step", milliseconds(run.step_s), ""),
+        ("communication under way", milliseconds(run.comm_s), percent(run.share_busy)),
+        ("exposed communication", milliseconds(run.exposed_s), percent(run.share_exposed)),
+        ("  of it transfer", milliseconds(run.transfer_s), _of_step(run, run.transfer_s)),
+        ("  of it waiting for slower ranks", milliseconds(run.wait_s), _of_step(run, run.wait_s)),
+        ("Lightning's own collectives", milliseconds(run.lightning_s), _of_step(run, run.lightning_s)),
+        ("metrics and your own collectives", milliseconds(run.other_s), _of_step(run, run.other_s)),
+        ("sent per rank and step", megabytes(run.sent_bytes), _of_dense(run)),
+        ("achieved while sending", rate(run.bandwidth_bytes_per_s), _of_link(run)),
+    ]
+    if run.link_bytes_per_s is not None:
+        rows.append(("the link, as probed", rate(run.link_bytes_per_s), ""))
+    return rows
+
+
+def _of_step(run: RunFigures, seconds: float) -> str:
+    return percent(seconds / run.step_s) if run.step_s > 0 else ""
+
+
+def _of_dense(run: RunFigures) -> str:
+    return f"{percent(run.sent_bytes / run.dense_bytes)} of dense fp32" if run.dense_bytes > 0 else ""
+
+
+def _of_link(run: RunFigures) -> str:
+    if run.bandwidth_bytes_per_s is None or not run.link_bytes_per_s:
+        return ""
+    return f"{percent(run.bandwidth_bytes_per_s / run.link_bytes_per_s)} of the link"
+
+
+def sentences(run: RunFigures) -> list[str]:
+    """Return what the figures mean, one finding a sentence."""
+    if run.world_size == 1:
+        return ["One process: nothing is sent, so there is nothing to save."]
+    said = [f"The profiler stopped on rank {rank}: {reason}" for rank, reason in run.stopped.items()]
+    if run.steps == 0:
+        return [*said, "No step was measured."]
+    said.append(
+        f"Training stood still for communication {percent(run.share_exposed)} of the time: that is the most that any "
+        "technique which communicates less can win."
+    )
+    if run.exposed_s > 0 and run.wait_s > run.exposed_s / 2:
+        said.append("Most of it is waiting for slower ranks, which a faster network would not mend.")
+    if run.slow_rank is not None:
+        host = next(rank.host for rank in run.ranks if rank.rank == run.slow_rank)
+        if run.slower_by >= 0.05:
+            said.append(
+                f"Rank {run.slow_rank} on {host} is the slow one: it is busy by itself {percent(run.slower_by)} longer "
+                "than the others (median)."
+            )
+        else:
+            said.append(f"No rank stands out: the slowest is {percent(run.slower_by)} behind the others (median).")
+    if run.untimed_steps:
+        said.append(
+            f"In {run.untimed_steps:,} of {run.steps:,} steps the times of communication are not known; means of them "
+            "leave these steps out."
+        )
+    return said
+
+
+def summary(run: RunFigures) -> str:
+    """Return the summary for the terminal."""
+    if run.steps == 0:
+        return " ".join(["CommProfiler:", *sentences(run)])
+    head = (
+        f"CommProfiler: {run.steps:,} steps on {run.world_size} ranks"
+        f"{f', after {run.warmup_steps} of warm-up' if run.warmup_steps else ''}; means of a step and rank"
+    )
+    table = text_table(["", "per step", "share"], [list(row) for row in figure_rows(run)])
+    return "\n".join([head, table, *sentences(run)])
