@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_comm.core.key_figures import StepFigures, StepFrame, measure_step
 from lightning_comm.core.ledger import CommRecord, wire_bytes
-from lightning_comm.core.rank_profile import RankProfile, TimelineStep, belongs_to_step, beside, draw
+from lightning_comm.core.rank_profile import RankProfile, belongs_to_step, beside
+from lightning_comm.core.step_timeline import TimelineStep, draw
 from lightning_comm.planning.profile_files import RankFile
 from lightning_comm.transport import recording
 from lightning_comm.transport.ddp_timing import DdpTiming

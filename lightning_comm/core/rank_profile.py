@@ -10,18 +10,13 @@ from typing import Any, NamedTuple
 
 from lightning_comm.core.key_figures import (
     BESIDE_TRAINING,
-    LIGHTNING,
-    MEETING,
-    OTHERS,
     RankFigures,
     RunFigures,
     StepFigures,
-    StepFrame,
     by_purpose,
-    intervals,
-    of_technique,
 )
 from lightning_comm.core.ledger import CommRecord
+from lightning_comm.core.step_timeline import TimelineStep
 
 SCHEMA = "lightning_comm.profile/1"
 
@@ -32,40 +27,6 @@ class ClockPoint(NamedTuple):
     local_s: float
     offset_s: float
     error_s: float
-
-
-class Span(NamedTuple):
-    """A stretch of a step: ``"hidden"``, ``"exposed"``, ``"wait"``, ``"lightning"`` or ``"other"``; the rest is own."""
-
-    name: str
-    start_s: float
-    end_s: float
-
-
-class TimelineStep(NamedTuple):
-    """A step as it is drawn."""
-
-    batch: int
-    start_s: float
-    end_s: float
-    spans: list[Span]
-
-
-def draw(frame: StepFrame, records: Sequence[CommRecord]) -> TimelineStep:
-    """Return how a step is drawn, from the messages in it."""
-    spans = [Span("wait", *each) for each in intervals(record for record in records if record.purpose == MEETING)]
-    spans += [Span(LIGHTNING, *each) for each in intervals(r for r in records if r.purpose == LIGHTNING)]
-    spans += [Span("other", *each) for each in intervals(r for r in records if r.purpose in OTHERS)]
-    technique = [record for record in records if of_technique(record.purpose) and record.purpose != MEETING]
-    for record in technique:
-        if record.hidden_s > 0:
-            spans.append(Span("hidden", record.start_s, record.start_s + record.hidden_s))
-    shown = [
-        replace(record, start_s=record.start_s + record.hidden_s, duration_s=record.duration_s - record.hidden_s)
-        for record in technique
-    ]
-    spans += [Span("exposed", *each) for each in intervals(shown)]
-    return TimelineStep(frame.batch, frame.start_s, frame.end_s, sorted(spans, key=lambda span: span.start_s))
 
 
 @dataclass
@@ -189,14 +150,9 @@ class RankProfile:
         profile = cls(**{each.name: saved[each.name] for each in fields(cls)})
         profile.kept = [StepFigures(**step) for step in saved["kept"]]
         profile.early, profile.counted = Sums(**saved["early"]), Sums(**saved["counted"])
-        profile.timeline = [timeline_step(row) for row in saved["timeline"]]
+        profile.timeline = [TimelineStep.from_row(row) for row in saved["timeline"]]
         profile.clock = [ClockPoint(*point) for point in saved["clock"]]
         return profile
-
-
-def timeline_step(row: Sequence[Any]) -> TimelineStep:
-    """Return a step to draw from plain lists."""
-    return TimelineStep(row[0], row[1], row[2], [Span(*span) for span in row[3]])
 
 
 def beside(records: Iterable[CommRecord]) -> dict[str, int]:

@@ -13,10 +13,9 @@ from lightning_comm.core.rank_profile import (
     SCHEMA,
     ClockPoint,
     RankProfile,
-    TimelineStep,
     combine,
-    timeline_step,
 )
+from lightning_comm.core.step_timeline import TimelineStep
 from lightning_comm.planning.profile_page import profile_page
 
 _FLUSH_EVERY_S = 1.0
@@ -148,7 +147,7 @@ def _load_rank(path: Path) -> RankProfile:
         elif "beside" in line:
             profile.add_beside(line["beside"])
         elif "timeline" in line:
-            profile.timeline = [timeline_step(row) for row in line["timeline"]]
+            profile.timeline = [TimelineStep.from_row(row) for row in line["timeline"]]
         elif "clock" in line:
             profile.clock.append(ClockPoint(*line["clock"]))
     return profile

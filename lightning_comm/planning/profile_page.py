@@ -1,20 +1,133 @@
-"""The page of a profile: one HTML file that needs no other."""
+"""The page of a profile: one HTML file that needs no other, for whoever pays for the cluster."""
 
+import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 
+from lightning_comm.core.key_figures import RunFigures
 from lightning_comm.core.rank_profile import RankProfile, combine
-from lightning_comm.planning.profile_text import figure_rows, milliseconds, sentences
-from lightning_comm.planning.report import html_table, page
+from lightning_comm.planning import profile_figures
+from lightning_comm.planning.profile_text import figure_rows, how_measured, milliseconds, rate, sentences
+from lightning_comm.planning.report import html_table, megabytes, page, percent
+
+_CARD = (
+    "display:inline-block;vertical-align:top;width:11.5rem;margin:0 .8rem .8rem 0;padding:.8rem 1rem;"
+    "border:1px solid #ddd;border-radius:.5rem"
+)
+_NO_FIGURES = (
+    "The figures are left out because matplotlib is not installed. <code>pip install matplotlib</code>, then "
+    "<code>lightning_comm.load_profile(folder).page()</code> makes the page again, with them."
+)
 
 
 def profile_page(ranks: Sequence[RankProfile]) -> str:
-    """Return the page of a run."""
+    """Return the page of a run.
+
+    Args:
+        ranks: What is known of each rank.
+
+    Raises:
+        ValueError: If there is none.
+
+    """
     run = combine(ranks)
-    said = "".join(f"<p>{html.escape(text)}</p>" for text in sentences(run))
-    rows = [[str(r.rank), r.host, milliseconds(r.step_s), milliseconds(r.own_s)] for r in run.ranks]
-    return page(
-        "Communication profile",
-        f"<h1>Communication profile</h1>{said}{html_table(['', 'per step', 'share'], figure_rows(run))}"
-        f"{html_table(['rank', 'host', 'step', 'own'], rows)}",
+    body = [f"<h1>Is communication the bottleneck?</h1><p>{html.escape(_about(run, ranks[0]))}</p>"]
+    body.append(_cards(run))
+    body += [f"<p>{html.escape(text)}</p>" for text in sentences(run)]
+    body += _figures(run, ranks) if run.steps else []
+    body.append("<h2>Key figures</h2>" + html_table(["mean of a step and rank", "", "share"], figure_rows(run)))
+    body.append("<h2>By rank</h2>" + _by_rank(run))
+    body.append("<h2>What was sent</h2>" + _by_purpose(run))
+    body.append("<h2>How this was measured</h2>" + "".join(f"<p>{html.escape(text)}</p>" for text in how_measured(run)))
+    environment = [[name, str(value)] for name, value in run.environment.items()]
+    return page("Communication profile", "".join(body) + html_table(["", ""], environment))
+
+
+def _about(run: RunFigures, rank: RankProfile) -> str:
+    hosts = len({each.host for each in run.ranks})
+    warmup = f" after {run.warmup_steps} of warm-up" if run.warmup_steps else ""
+    started = float(rank.header.get("started_unix_s", 0.0))
+    day = f"{datetime.fromtimestamp(started, timezone.utc):%d %B %Y, %H:%M} UTC. " if started else ""
+    return (
+        f"{day}{run.environment.get('strategy', 'Training')} on {run.world_size} "
+        f"rank{'s' if run.world_size > 1 else ''} and {hosts} host{'s' if hosts > 1 else ''}; "
+        f"{run.steps:,} steps{warmup}."
     )
+
+
+def _cards(run: RunFigures) -> str:
+    saved = f"{percent(run.sent_bytes / run.dense_bytes)} of dense fp32" if run.dense_bytes else "nothing is sent"
+    link = "no probe to compare with"
+    if run.link_bytes_per_s and run.bandwidth_bytes_per_s:
+        link = f"{percent(run.bandwidth_bytes_per_s / run.link_bytes_per_s)} of the probed link"
+    cards = [
+        (percent(run.share_exposed), "of the time, training stood still for communication"),
+        (milliseconds(run.step_s), f"a step, {milliseconds(run.exposed_s)} of it exposed communication"),
+        (megabytes(run.sent_bytes), f"sent per rank and step: {saved}"),
+        (rate(run.bandwidth_bytes_per_s), f"while sending: {link}"),
+    ]
+    return "".join(
+        f'<div style="{_CARD}"><div style="font-size:1.6rem">{html.escape(value)}</div>{html.escape(label)}</div>'
+        for value, label in cards
+    )
+
+
+def _figures(run: RunFigures, ranks: Sequence[RankProfile]) -> list[str]:
+    if not profile_figures.can_draw():
+        return [f"<p>{_NO_FIGURES}</p>"]
+    parts = [
+        _figure("Where the time of a step goes", "", profile_figures.step_by_rank(run)),
+    ]
+    if any(rank.timeline for rank in ranks):
+        clocks = (
+            "All ranks on rank 0's clock, which is right to "
+            f"{milliseconds(run.clock_error_s)} (half the shortest round trip). "
+            if run.world_size > 1
+            else ""
+        )
+        said = f"{clocks}A dark line begins a step. Green: messages under way while the rank goes on computing."
+        parts.append(_figure("A few steps, rank by rank", said, profile_figures.timeline(ranks)))
+    with_steps = [rank for rank in ranks if rank.kept]
+    said = f"Rank {with_steps[0].rank}. Ranks of one strategy send alike."
+    if with_steps[0].stride > 1:
+        said += f" Every {with_steps[0].stride}th step is shown."
+    parts.append(_figure("Bytes per step", said, profile_figures.bytes_per_step(with_steps[0])))
+    if any(step.timed for rank in with_steps for step in rank.kept):
+        parts.append(_figure("Share of communication over the run", "", profile_figures.shares(with_steps)))
+    return parts
+
+
+def _figure(title: str, said: str, svg: bytes) -> str:
+    image = base64.b64encode(svg).decode()
+    return (
+        f"<h2>{html.escape(title)}</h2><p>{html.escape(said)}</p>"
+        f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{image}">'
+    )
+
+
+def _by_rank(run: RunFigures) -> str:
+    header = ["rank", "host", "step", "busy by itself", "exposed", "of it waiting", "Lightning", "clock error"]
+    rows = [
+        [
+            str(rank.rank),
+            rank.host,
+            *map(milliseconds, (rank.step_s, rank.own_s, rank.exposed_s, rank.wait_s, rank.lightning_s)),
+            milliseconds(rank.clock_error_s),
+        ]
+        for rank in run.ranks
+    ]
+    return html_table(header, rows)
+
+
+def _by_purpose(run: RunFigures) -> str:
+    rows = [
+        [purpose, _count(run.total_payload_bytes, purpose), _count(run.total_wire_bytes, purpose)]
+        for purpose in run.total_payload_bytes
+    ]
+    rows += [[f"{purpose}, outside of steps", "", megabytes(count)] for purpose, count in run.beside_wire_bytes.items()]
+    return html_table(["whole run, mean of the ranks", "handed over", "sent"], rows)
+
+
+def _count(counts: Mapping[str, float], purpose: str) -> str:
+    return megabytes(counts.get(purpose, 0.0))

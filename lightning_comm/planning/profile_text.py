@@ -88,3 +88,23 @@ def summary(run: RunFigures) -> str:
     )
     table = text_table(["", "per step", "share"], [list(row) for row in figure_rows(run)])
     return "\n".join([head, table, *sentences(run)])
+
+
+def how_measured(run: RunFigures) -> list[str]:
+    """Return what the figures are and are not."""
+    said = [
+        "A step is a training batch, from its start to the start of the next: loading, forward, backward, optimizer "
+        "and callbacks are in, validation is not. Bytes are those that a ring all-reduce, or the like for other messages, "
+        "sends from each rank on average.",
+        "Messages of this package's strategies are timed one by one. For gradients that DDP sends, torch measures from "
+        "the first all-reduce of a backward to the end of the last, and how long compute went on beside it.",
+        "Waiting: in rounds, the time until all ranks had met. Under DDP, what a rank stood still beyond the rank that "
+        "stood still least in that step, which came last. The rest is transfer. Gaps between the messages of a "
+        "backward count as sending, so the achieved rate is a lower bound where compute sets the pace.",
+    ]
+    if run.world_size > 1:
+        agree = milliseconds(run.clock_error_s)
+        said.append(f"Clocks were compared with rank 0's before and after training; they agree to {agree}.")
+    if "EmulatedDevice" in run.environment.get("callbacks", ()):
+        said.append("Devices were emulated: their speed is a setting, not a measurement.")
+    return said
