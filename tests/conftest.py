@@ -1,10 +1,13 @@
 """Settings that all tests share."""
 
 import os
+from contextlib import ExitStack
 
 import pytest
 import torch
 from support.processes import start_ranks
+
+from lightning_comm.lab.cluster import Lab, unavailable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)  # torch is loaded already; processes forked while its threads exist can hang
@@ -14,3 +17,26 @@ torch.set_num_threads(1)  # torch is loaded already; processes forked while its 
 def run_ranks():
     """Run ``fn(rank, *args)`` in ``world_size`` processes joined by gloo; return the answers in order of rank."""
     return start_ranks
+
+
+@pytest.fixture(scope="session")
+def _labs_can_be_made():
+    return unavailable()
+
+
+@pytest.fixture
+def lab(_labs_can_be_made):
+    """Make emulated hosts, as ``Lab`` does, that are gone when the test ends."""
+    if _labs_can_be_made is not None:
+        pytest.skip(_labs_can_be_made)
+    with ExitStack() as open_labs:
+        yield lambda *args, **kwargs: open_labs.enter_context(Lab(*args, **kwargs))
+
+
+@pytest.fixture(scope="module")
+def module_lab(_labs_can_be_made):
+    """The same for a whole module, whose tests share the hosts."""
+    if _labs_can_be_made is not None:
+        pytest.skip(_labs_can_be_made)
+    with ExitStack() as open_labs:
+        yield lambda *args, **kwargs: open_labs.enter_context(Lab(*args, **kwargs))

@@ -1,0 +1,300 @@
+"""An emulated cluster: several hosts on one Linux machine, joined by links of stated rates."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from lightning_comm.core.rates import parse_rate
+from lightning_comm.lab import namespaces
+from lightning_comm.lab.device import SPEED_VARIABLE
+from lightning_comm.lab.job import Job, LabResult
+from lightning_comm.lab.namespaces import INTERFACE, LabError, Namespace, unavailable
+
+__all__ = ["Lab", "LabError", "LabResult", "unavailable"]
+
+LAB_VARIABLE = "LIGHTNING_COMM_LAB"  # says to commands on the hosts that they are in a lab, and in which
+_MOST_HOSTS = 64
+_PORT = 29500  # on host 0; hosts have networks of their own, so nobody else can have it
+
+
+class Lab:
+    """Hosts on this machine, each with a network and processes of its own, joined by a switch.
+
+    Every link is shaped in both directions. All of it lives in unnamed kernel namespaces, so nothing appears in the
+    machine's own network, two labs never meet, and everything vanishes when the lab is closed or its process ends, also
+    by ``kill -9``. Works as root and, where the kernel allows user namespaces, without root.
+
+    Args:
+        hosts: How many hosts; 1 to 64.
+        link: The rate of every link, such as ``"100mbit"``, or one rate for each host.
+        speeds: For each host, the speed of its emulated device (see :class:`DevicePacer`), handed on in the environment
+            variable ``LIGHTNING_COMM_SPEED``.
+        devices_per_host: How many processes of a job each host is to have; at least 1.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        LabError: If namespaces cannot be had; :func:`unavailable` says why.
+
+    Note:
+        *Environment* of commands on the hosts: what Lightning, torchrun and ``init_process_group`` read
+        (``MASTER_ADDR``, ``MASTER_PORT``, ``NODE_RANK``, ``GROUP_RANK``, ``NNODES``, and with one device a host
+        ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``LOCAL_WORLD_SIZE``), the interface for gloo and NCCL, one thread a
+        process unless ``OMP_NUM_THREADS`` is set, and ``LIGHTNING_COMM_LAB``, which describes the lab as JSON.
+
+        *What is not emulated*: latency (the kernel adds some 0.05 ms), loss, and contention in the switch. Hosts share
+        the machine's processors and disk.
+
+    Example:
+        >>> with Lab(2, "100mbit") as lab:  # doctest: +SKIP
+        ...     lab.run(["lightning-comm", "fit", "--config", "configs/qsr.yaml"], timeout_s=600).returncode
+        0
+
+    """
+
+    def __init__(
+        self,
+        hosts: int,
+        link: str | Sequence[str] = "1gbit",
+        *,
+        speeds: Sequence[float] | None = None,
+        devices_per_host: int = 1,
+    ) -> None:
+        self.links = _checked_links(hosts, link)
+        self.speeds = _checked_speeds(hosts, speeds)
+        if not _is_count(devices_per_host):
+            raise ValueError(
+                f"Lab: `devices_per_host` counts processes, so it must be a whole number >= 1; got "
+                f"{devices_per_host!r}. 1 stands for hosts with one device."
+            )
+        self.devices_per_host = devices_per_host
+        self._switch: Namespace | None = None
+        self._hosts: list[Namespace] = []
+        self._processes: list[list[subprocess.Popen[Any]]] = [[] for _ in self.links]
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def hosts(self) -> int:
+        """The number of hosts."""
+        return len(self.links)
+
+    def address(self, host: int) -> str:
+        """Return a host's address in the lab's network."""
+        return f"10.77.0.{self._checked(host) + 1}"
+
+    # ---- commands ------------------------------------------------------------------------------------------------
+
+    def environment(self, host: int) -> dict[str, str]:
+        """Return what the lab adds to the environment of commands on a host."""
+        world = {"hosts": self.hosts, "devices_per_host": self.devices_per_host, "links": self.links}
+        variables = {
+            "MASTER_ADDR": self.address(0),
+            "MASTER_PORT": str(_PORT),
+            "NODE_RANK": str(host),
+            "GROUP_RANK": str(host),
+            "NNODES": str(self.hosts),
+            "GLOO_SOCKET_IFNAME": INTERFACE,
+            "NCCL_SOCKET_IFNAME": INTERFACE,
+            "TP_SOCKET_IFNAME": INTERFACE,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            LAB_VARIABLE: json.dumps(world),
+        }
+        if self.devices_per_host == 1:
+            # with more, a launcher on the host sets them; LOCAL_RANK would tell Lightning that somebody else has
+            variables |= {"RANK": str(host), "LOCAL_RANK": "0", "WORLD_SIZE": str(self.hosts), "LOCAL_WORLD_SIZE": "1"}
+        if self.speeds is not None:
+            variables[SPEED_VARIABLE] = f"{self.speeds[host]:g}"
+        return variables
+
+    def start(
+        self, host: int, command: Sequence[str], *, env: Mapping[str, str] | None = None, **popen: Any
+    ) -> "subprocess.Popen[Any]":
+        """Start a command on a host, as ``subprocess.Popen`` would.
+
+        To end it, use :meth:`end` or :meth:`kill`: a signal to the returned process does not reach the host.
+
+        Args:
+            host: Which host, from 0.
+            command: The program and its arguments.
+            env: Replaces the environment that the lab's variables are added to, which is otherwise this process's.
+            **popen: As in ``subprocess.Popen``.
+
+        """
+        self._checked(host)
+        outside = dict(os.environ if env is None else env)
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", SPEED_VARIABLE):
+            outside.pop(name, None)  # of a job that this process belongs to
+        process: subprocess.Popen[Any] = subprocess.Popen(
+            namespaces.command_line(self._hosts[host], command),
+            env=outside | self.environment(host),
+            start_new_session=True,  # a Ctrl-C in the terminal is the lab's to handle
+            **popen,
+        )
+        self._processes[host].append(process)
+        return process
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        env: Mapping[str, str] | None = None,
+        on_line: Callable[[int, str, bool], None] | None = None,
+    ) -> LabResult:
+        """Run a command once on every host; when one fails, end the others.
+
+        Args:
+            command: The program and its arguments, the same on every host.
+            timeout_s: After so many seconds all are ended; ``None`` for no limit.
+            env: As in :meth:`start`.
+            on_line: Called with host, line and whether it came from standard error, while the job runs.
+
+        """
+        return Job(self, command, env, on_line).run(timeout_s)
+
+    def end(self, host: int, grace_s: float = 5.0) -> None:
+        """End the commands on a host: by SIGTERM and, what is left after ``grace_s`` seconds, by SIGKILL."""
+        running = [process for process in self._processes[self._checked(host)] if process.poll() is None]
+        if not running:
+            return
+        self._hosts[host].tell("terminate")
+        self.resume(host)  # what is stopped could not hear it
+        for process in running:
+            try:
+                process.wait(grace_s)
+            except subprocess.TimeoutExpired:
+                self._hosts[host].tell("kill")
+                process.wait(5)
+
+    # ---- faults --------------------------------------------------------------------------------------------------
+
+    def set_link(self, host: int, rate: str, *, down: str | None = None) -> None:
+        """Change the rate of a host's link while it is in use.
+
+        Args:
+            host: Which host, from 0.
+            rate: The new rate, both ways; upwards alone where ``down`` is given.
+            down: The rate towards the host.
+
+        """
+        self._checked(host)
+        for each in (rate, down or rate):
+            parse_rate(each)
+        namespaces.shape(self._hosts[host], INTERFACE, rate)
+        namespaces.shape(self._the_switch, f"p{host}", down or rate)
+        self.links[host] = rate if down is None else f"{rate} up, {down} down"
+
+    def cut(self, host: int) -> None:
+        """Pull the host's cable out of the switch."""
+        self._the_switch.run("ip", "link", "set", f"p{self._checked(host)}", "down")
+
+    def restore(self, host: int) -> None:
+        """Put the host's cable back."""
+        self._the_switch.run("ip", "link", "set", f"p{self._checked(host)}", "up")
+
+    def stop(self, host: int) -> None:
+        """Freeze every process on a host (SIGSTOP), as a machine that hangs."""
+        self._hosts[self._checked(host)].tell("stop")
+
+    def resume(self, host: int) -> None:
+        """Let a frozen host go on (SIGCONT)."""
+        self._hosts[self._checked(host)].tell("resume")
+        for process in self._processes[host]:
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)  # nsenter stops itself beside the command that it started
+
+    def kill(self, host: int) -> None:
+        """Let a host die at once, with all its processes and its network, as in a power cut."""
+        self._hosts[self._checked(host)].close()
+        for process in self._processes[host]:
+            process.wait()
+
+    # ---- counters ------------------------------------------------------------------------------------------------
+
+    def sent_bytes(self, host: int) -> int:
+        """Return the bytes that a host's interface has sent, with the headers of Ethernet, IP and TCP."""
+        return namespaces.counters(self._hosts[self._checked(host)])[0]
+
+    def received_bytes(self, host: int) -> int:
+        """Return the bytes that a host's interface has received, headers included."""
+        return namespaces.counters(self._hosts[self._checked(host)])[1]
+
+    # ---- beginning and end ---------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Take the lab down: processes, links and hosts. Doing so again changes nothing."""
+        hosts, self._hosts = self._hosts, []
+        for host in hosts:
+            host.close()
+        if self._switch is not None:
+            self._switch.close()
+            self._switch = None
+        for process in (each for processes in self._processes for each in processes):
+            process.wait()
+
+    def __enter__(self) -> "Lab":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _build(self) -> None:
+        self._switch = Namespace()
+        self._switch.run("ip", "link", "add", "br0", "type", "bridge")
+        self._switch.run("ip", "link", "set", "br0", "up")
+        for index, rate in enumerate(self.links):
+            self._hosts.append(Namespace(self._switch))
+            namespaces.connect(self._switch, self._hosts[index], index, f"{self.address(index)}/24", rate)
+
+    @property
+    def _the_switch(self) -> Namespace:
+        if self._switch is None:
+            raise LabError("Lab: it is closed, and its hosts are gone. Make a new one.")
+        return self._switch
+
+    def _checked(self, host: int) -> int:
+        if not 0 <= host < self.hosts:
+            raise ValueError(f"Lab: `host` must be from 0 to {self.hosts - 1}; got {host!r}. Hosts count from 0.")
+        return host
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _checked_links(hosts: int, link: str | Sequence[str]) -> list[str]:
+    if not _is_count(hosts) or hosts > _MOST_HOSTS:
+        raise ValueError(
+            f"Lab: `hosts` must be a whole number from 1 to {_MOST_HOSTS}; got {hosts!r}. All of them share this "
+            "machine's processors and memory: a few show what a network does, and a simulation is for more."
+        )
+    links = [link] * hosts if isinstance(link, str) else list(link)
+    if len(links) != hosts:
+        raise ValueError(
+            f"Lab: `link` must be one rate, or one for each of the {hosts} hosts; got {len(links)}: {links!r}. "
+            "'100mbit' is a rate."
+        )
+    for each in links:
+        parse_rate(each)
+    return links
+
+
+def _checked_speeds(hosts: int, speeds: Sequence[float] | None) -> list[float] | None:
+    if speeds is None:
+        return None
+    if len(speeds) != hosts or not all(math.isfinite(speed) and speed > 0 for speed in speeds):
+        raise ValueError(
+            f"Lab: `speeds` must be one number > 0 for each of the {hosts} hosts; got {list(speeds)!r}. 1 is the "
+            "speed that the emulated device states, 0.5 half of it."
+        )
+    return list(speeds)

@@ -1,0 +1,150 @@
+"""One command on every host of a lab: its output, its end, and who failed first."""
+
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_comm.lab.cluster import Lab
+
+TIMED_OUT = 124  # as `timeout` of coreutils exits
+_READ_BYTES = 65_536
+
+
+@dataclass
+class LabResult:
+    """How a command ended.
+
+    Args:
+        returncode: 0, or how the first host that failed ended: its exit code, 128 plus the number of a signal, or 124
+            when time was up.
+        host: The first host that failed; ``None`` where all went well, or time was up.
+        why: That in words; empty where all went well.
+        output: What each host printed, standard error included, in the order in which it came.
+
+    """
+
+    returncode: int = 0
+    host: int | None = None
+    why: str = ""
+    output: list[str] = field(default_factory=list)
+
+
+class Job:
+    """Runs a command on every host of a lab.
+
+    Args:
+        lab: The lab.
+        command: The program and its arguments.
+        env: As in :meth:`Lab.start`.
+        on_line: Called with host, line and whether it came from standard error; one call at a time.
+
+    """
+
+    def __init__(
+        self,
+        lab: "Lab",
+        command: Sequence[str],
+        env: Mapping[str, str] | None,
+        on_line: Callable[[int, str, bool], None] | None,
+    ) -> None:
+        self._lab = lab
+        self._command = command
+        self._env = env
+        self._on_line = on_line
+        self._lines: list[list[str]] = [[] for _ in range(lab.hosts)]
+        self._turn = threading.Lock()
+
+    def run(self, timeout_s: float | None) -> LabResult:
+        """Run it to its end, or until time is up, and return how it ended."""
+        processes: list[subprocess.Popen[Any]] = []
+        readers: list[threading.Thread] = []
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            for host in range(self._lab.hosts):
+                processes.append(
+                    self._lab.start(
+                        host,
+                        self._command,
+                        env=self._env,
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE,
+                    )
+                )
+                readers += self._readers(host, processes[-1])
+            result = self._wait(processes, deadline)
+        finally:
+            self._end_all()
+            for reader in readers:
+                reader.join(5)
+        result.output = ["".join(lines) for lines in self._lines]
+        return result
+
+    def _wait(self, processes: "list[subprocess.Popen[Any]]", deadline: float | None) -> LabResult:
+        ends: queue.Queue[tuple[int, int]] = queue.Queue()  # in the order in which they came
+        for host, process in enumerate(processes):
+            threading.Thread(target=_report_end, args=(host, process, ends), daemon=True).start()
+        running = set(range(len(processes)))
+        while running:
+            rest_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                host, code = ends.get(timeout=rest_s)
+            except queue.Empty:
+                return LabResult(TIMED_OUT, None, f"time was up while hosts {sorted(running)} were still running")
+            if code != 0:
+                return LabResult(code if code > 0 else 128 - code, host, f"host {host} {_ending(code)}")
+            running.remove(host)
+        return LabResult()
+
+    def _end_all(self) -> None:
+        """End what still runs, on all hosts at once."""
+        enders = [threading.Thread(target=self._lab.end, args=(host,)) for host in range(self._lab.hosts)]
+        for ender in enders:
+            ender.start()
+        for ender in enders:
+            ender.join()
+
+    def _readers(self, host: int, process: "subprocess.Popen[Any]") -> list[threading.Thread]:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        readers = [
+            threading.Thread(target=self._read, args=(host, pipe, is_error), daemon=True)
+            for pipe, is_error in ((process.stdout, False), (process.stderr, True))
+        ]
+        for reader in readers:
+            reader.start()
+        return readers
+
+    def _read(self, host: int, pipe: IO[bytes], is_error: bool) -> None:
+        """Pass on whole lines; a progress bar's carriage return ends one too."""
+        rest = b""
+        with pipe:
+            while chunk := pipe.read1(_READ_BYTES):  # type: ignore[attr-defined]
+                *lines, rest = (rest + chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")).split(b"\n")
+                for line in lines:
+                    self._say(host, line, is_error)
+        if rest:
+            self._say(host, rest, is_error)
+
+    def _say(self, host: int, line: bytes, is_error: bool) -> None:
+        text = line.decode(errors="replace")
+        with self._turn:
+            self._lines[host].append(text + "\n")
+            if self._on_line is not None:
+                self._on_line(host, text, is_error)
+
+
+def _report_end(host: int, process: "subprocess.Popen[Any]", ends: "queue.Queue[tuple[int, int]]") -> None:
+    ends.put((host, process.wait()))
+
+
+def _ending(code: int) -> str:
+    if code > 0:
+        return f"ended with exit code {code}"
+    return f"was ended by {signal.Signals(-code).name}"

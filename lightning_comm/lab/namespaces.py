@@ -1,0 +1,188 @@
+"""Hosts and a switch between them, as namespaces of the Linux kernel without a name.
+
+A named namespace (``ip netns add``) is an entry in a folder, and stays when its maker is killed. These exist only as
+long as their first process does (:mod:`lightning_comm.lab.host_init`), which ends with the one that started it.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_comm.core.rates import parse_rate
+
+INTERFACE = "eth0"  # of every host
+_INIT = Path(__file__).with_name("host_init.py")
+_TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
+_QUEUE_S = 0.05  # what waits longer than this in a shaped queue is dropped
+_FRAME_BYTES = 1514  # Ethernet, with the usual 1,500 bytes of IP
+_MOST_BURST_BYTES, _LEAST_BURST_BYTES = 512 * 1024, 8 * 1024
+_BURST_S = 0.004  # a timer tick of a slow kernel: a bucket refilled more rarely than it empties would lose rate
+
+
+def unavailable() -> str | None:
+    """Return one line that says why hosts cannot be emulated here, or ``None`` if they can be."""
+    if platform.system() != "Linux":
+        return f"the lab needs network namespaces, which only Linux has; this is {platform.system()}"
+    if missing := sorted({package for tool, package in _TOOLS.items() if shutil.which(tool) is None}):
+        return (
+            f"the lab needs the programs of {' and '.join(missing)}; install them (apt-get install {' '.join(missing)})"
+        )
+    try:
+        with Namespace() as switch:
+            switch.run("ip", "link", "add", "br0", "type", "bridge")
+            switch.run("ip", "link", "add", "p0", "type", "veth", "peer", "name", "p1")
+            shape(switch, "p0", "100mbit")
+    except LabError as error:
+        return f"the lab cannot make network namespaces here: {error}"
+    return None
+
+
+class LabError(RuntimeError):
+    """Something about the emulated hosts went wrong; the message says what."""
+
+
+class Namespace:
+    """A network and a set of processes of its own, held by one process.
+
+    Args:
+        beside: Another namespace, whose user namespace this one is made in; ``None`` makes one where that is needed,
+            which is when this is not root.
+
+    Raises:
+        LabError: If the kernel does not allow it.
+
+    """
+
+    def __init__(self, beside: "Namespace | None" = None) -> None:
+        self.needs_user = beside.needs_user if beside else os.geteuid() != 0
+        new = ["unshare", "--net", "--pid", "--fork", "--kill-child"]
+        if beside is not None:
+            new = [*beside.enter(network=False, processes=False), *new]
+        elif self.needs_user:
+            new += ["--user", "--map-root-user"]
+        self._process = subprocess.Popen(
+            [*new, sys.executable, "-I", "-S", str(_INIT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # out of reach of a Ctrl-C in the terminal
+        )
+        assert self._process.stdout is not None
+        said = self._process.stdout.readline().strip()
+        if not said.isdigit():
+            _, error = self._process.communicate()
+            raise LabError(error.strip() or "unshare ended without a word")
+        self.pid = int(said)
+
+    def enter(self, *, network: bool = True, processes: bool = True) -> list[str]:
+        """Return the words that put a command into this namespace."""
+        words = ["nsenter", "--target", str(self.pid)]
+        words += ["--user", "--preserve-credentials"] if self.needs_user else []
+        words += ["--net"] if network else []
+        words += ["--pid"] if processes else []
+        return words if len(words) > 3 else []
+
+    def run(self, *command: str) -> str:
+        """Run a short command in this network and return what it printed.
+
+        Raises:
+            LabError: If it fails.
+
+        """
+        done = subprocess.run([*self.enter(processes=False), *command], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise LabError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+        return done.stdout
+
+    @property
+    def alive(self) -> bool:
+        """Whether the namespace still exists."""
+        return self._process.poll() is None
+
+    def tell(self, word: str) -> None:
+        """Signal every process in here: ``stop``, ``resume``, ``terminate`` or ``kill``."""
+        if not self.alive:
+            return
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(word, file=self._process.stdin, flush=True)
+            self._process.stdout.readline()
+        except BrokenPipeError:
+            return  # it ended in between, and with it all processes
+
+    def close(self) -> None:
+        """End every process in here, and the namespace with them."""
+        assert self._process.stdin is not None
+        if self.alive:
+            try:
+                print("exit", file=self._process.stdin, flush=True)
+            except BrokenPipeError:
+                self._process.kill()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    continue
+
+    def __enter__(self) -> "Namespace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def shape(where: Namespace, interface: str, rate: str) -> None:
+    """Let an interface send at no more than a rate: a token bucket that counts whole Ethernet frames.
+
+    Raises:
+        ValueError: If the rate is not one.
+
+    """
+    bytes_per_s = parse_rate(rate)
+    burst = round(min(_MOST_BURST_BYTES, max(_LEAST_BURST_BYTES, 2 * _FRAME_BYTES, bytes_per_s * _BURST_S)))
+    where.run(
+        "tc", "qdisc", "replace", "dev", interface, "root", "tbf",
+        "rate", f"{8 * bytes_per_s:.0f}bit", "burst", f"{burst}b", "limit", f"{round(burst + _QUEUE_S * bytes_per_s)}b",
+    )  # fmt: skip
+
+
+def connect(switch: Namespace, host: Namespace, index: int, address: str, rate: str) -> None:
+    """Join a host to the switch by a link that is shaped both ways."""
+    port = f"p{index}"
+    switch.run(
+        "ip", "link", "add", port, "type", "veth", "peer", "name", INTERFACE, "netns", str(host.pid)
+    )  # made in there, so that nothing of it appears in the machine's own network
+    switch.run("ip", "link", "set", port, "master", "br0", "up")
+    host.run("ip", "addr", "add", address, "dev", INTERFACE)
+    host.run("ip", "link", "set", "lo", "up")
+    host.run("ip", "link", "set", INTERFACE, "up")
+    shape(host, INTERFACE, rate)
+    shape(switch, port, rate)
+
+
+def counters(host: Namespace) -> tuple[int, int]:
+    """Return the bytes that a host's interface has sent and received, counted in whole frames."""
+    text = Path(f"/proc/{host.pid}/net/dev").read_text()
+    for line in text.splitlines():
+        name, _, figures = line.partition(":")
+        if name.strip() == INTERFACE:
+            received, sent = figures.split()[0], figures.split()[8]
+            return int(sent), int(received)
+    raise LabError(f"the host of process {host.pid} has no interface {INTERFACE}")
+
+
+def command_line(host: Namespace, command: Sequence[str]) -> list[str]:
+    """Return the words that run a command on a host, as one of its processes."""
+    return [*host.enter(), "--", *command]
