@@ -4,9 +4,11 @@ Standard library only. Seconds, and bytes per second.
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import exp, inf, isfinite, log
+from statistics import quantiles
 from typing import NamedTuple
 
 from lightning_comm.core.collectives import collective_s, schedule
@@ -30,6 +32,26 @@ class Timing:
     median_s: float
     lower_s: float
     upper_s: float
+
+    @classmethod
+    def of(cls, payload_bytes: int, samples: Sequence[float]) -> "Timing":
+        """Return median and quartiles of samples in seconds."""
+        lower, median, upper = quartiles(samples)
+        return cls(payload_bytes, len(samples), median, lower, upper)
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Return lower quartile, median and upper quartile; of five samples the second, third and fourth.
+
+    Example:
+        >>> quartiles([5.0, 1.0, 2.0, 4.0, 3.0]), quartiles([7.0])
+        ((2.0, 3.0, 4.0), (7.0, 7.0, 7.0))
+
+    """
+    if len(samples) == 1:
+        return (samples[0],) * 3
+    lower, median, upper = quantiles(samples, n=4, method="inclusive")
+    return lower, median, upper
 
 
 @dataclass(frozen=True)

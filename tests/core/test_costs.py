@@ -206,6 +206,6 @@ def test_a_file_that_is_no_profile_is_named_with_what_is_wrong_and_a_way_out(tex
     ],
 )
 def test_a_bad_argument_is_named_with_its_value_and_the_rule(call, must_say):
-    with pytest.raises(ValueError, match="^(costs|Curve|LinkProfile): ") as caught:
+    with pytest.raises(ValueError, match=r"^(costs|Curve|LinkProfile): ") as caught:
         call()
     assert [word for word in must_say if word not in str(caught.value)] == []
