@@ -1,0 +1,126 @@
+"""What a probe measures, and when it has to stop: sizes, repeats and a budget of time. Standard library only."""
+
+from dataclasses import dataclass
+from math import ceil, isfinite
+
+MIN_BYTES = 4  # one float32, which messages are made of
+MAX_BYTES = 64 * 2**20
+STEP = 4  # each size is so many times the one before
+
+# The share of the budget that is used up when each part has to be done. What one leaves over is the next one's.
+_DONE_BY = {"all_reduce": 0.45, "all_gather": 0.65, "links": 0.85, "send": 1.0}
+
+_SAMPLE_S = 0.005  # a sample repeats its message until it lasts about so long, since clocks and ranks are not exact
+_MOST_CALLS = 20  # in one sample
+
+
+@dataclass(frozen=True)
+class ProbePlan:
+    """Sizes to measure, samples of each, and the seconds that all of it may take.
+
+    Args:
+        sizes: Payload bytes by rising size, each a multiple of 4 (a float32).
+        repeats: Samples of each size; at least 1. Quartiles want 5 and more.
+        seconds: The budget. A size whose samples would not fit is left out, and the greater ones with it.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Note:
+        *Communication.* None: decisions are made from numbers that the ranks have agreed on.
+
+    Example:
+        >>> plan = ProbePlan(sizes=sizes_between(4, 64), repeats=5, seconds=10.0)
+        >>> plan.sizes
+        (4, 16, 64)
+        >>> plan.affords("all_reduce", elapsed_s=1.0, calls=5, call_s=0.5)  # 1.0 + 5 * 0.5 is within 45 % of 10 s
+        True
+        >>> plan.affords("all_reduce", elapsed_s=1.0, calls=5, call_s=0.8)
+        False
+
+    """
+
+    sizes: tuple[int, ...]
+    repeats: int = 5
+    seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not self.sizes or list(self.sizes) != sorted(set(self.sizes)):
+            raise ValueError(f"probe: `sizes` must be at least one, rising; got {self.sizes!r}. Write 4,1KiB,1MiB.")
+        for size in self.sizes:
+            check_size("sizes", size)
+        if self.repeats < 1:
+            raise ValueError(
+                f"probe: `repeats` counts samples of each size, so it must be >= 1; got {self.repeats!r}. 5 gives "
+                "quartiles."
+            )
+        if not (isfinite(self.seconds) and self.seconds > 0):
+            raise ValueError(f"probe: `seconds` is a budget of time, so it must be > 0; got {self.seconds!r}. Try 10.")
+
+    def affords(self, part: str, *, elapsed_s: float, calls: int, call_s: float) -> bool:
+        """Whether so many calls of so many seconds can be made before this part has to be done.
+
+        Args:
+            part: ``"all_reduce"``, ``"all_gather"``, ``"links"`` or ``"send"``, in this order.
+            elapsed_s: Since the probe began, on the slowest rank.
+            calls: How many are to be made.
+            call_s: How long one takes on the slowest rank.
+
+        """
+        return elapsed_s + calls * call_s <= _DONE_BY[part] * self.seconds
+
+    @staticmethod
+    def calls_in_a_sample(call_s: float) -> int:
+        """Return how often a message that takes so long is sent in one sample."""
+        return max(1, min(_MOST_CALLS, ceil(_SAMPLE_S / call_s))) if call_s > 0 else _MOST_CALLS
+
+
+def check_size(where: str, size: int) -> None:
+    """Raise a ValueError if a message cannot have this size."""
+    if size < MIN_BYTES or size % MIN_BYTES:
+        raise ValueError(
+            f"probe: `{where}` must be multiples of 4 bytes, which is one float32, and at least that; got {size!r}. "
+            f"The next one is {max(MIN_BYTES, -(-size // MIN_BYTES) * MIN_BYTES)}."
+        )
+
+
+def sizes_between(min_bytes: int, max_bytes: int) -> tuple[int, ...]:
+    """Return sizes from ``min_bytes`` in factors of 4, and ``max_bytes`` as the last.
+
+    Raises:
+        ValueError: If a size is no multiple of 4 or the bounds are the wrong way round.
+
+    Example:
+        >>> sizes_between(4, 100)
+        (4, 16, 64, 100)
+
+    """
+    check_size("min_bytes", min_bytes)
+    check_size("max_bytes", max_bytes)
+    if min_bytes > max_bytes:
+        raise ValueError(
+            f"probe: `min_bytes` must not be above `max_bytes`; got {min_bytes!r} and {max_bytes!r}. Swap them."
+        )
+    sizes = []
+    size = min_bytes
+    while size < max_bytes:
+        sizes.append(size)
+        size *= STEP
+    return (*sizes, max_bytes)
+
+
+def pairs(members: int) -> list[tuple[int, int]]:
+    """Return which members exchange messages: each with the two before and the two after it in a ring, both ways.
+
+    Up to five members, that is everyone with everyone. Two neighbours on each side instead of one, so that a host
+    between two slow ones is not taken for slow.
+
+    Example:
+        >>> pairs(3)
+        [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
+        >>> len(pairs(100))
+        400
+
+    """
+    near = {(a, (a + by) % members) for a in range(members) for by in (1, 2)}
+    return sorted({pair for a, b in near if a != b for pair in ((a, b), (b, a))})
