@@ -1,0 +1,251 @@
+"""``lightning-comm probe``: measures the link between the ranks of a job, says what it is like, and saves it.
+
+Processes are started, and torchrun and SLURM recognised, by Lightning; what is measured is in
+:mod:`lightning_comm.transport.probe`.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import re
+import shlex
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.strategies import DDPStrategy
+
+from lightning_comm.core.costs import LinkProfile
+from lightning_comm.core.probe_plan import MAX_BYTES, MIN_BYTES, ProbePlan, sizes_between
+from lightning_comm.planning.link_report import describe_link
+from lightning_comm.transport.nccl_log import ways_taken
+from lightning_comm.transport.probe import probe_link
+from lightning_comm.transport.recording import leave_group_at_exit
+
+_PATIENCE_S = 120  # beyond the budget, for other hosts to start and for a rank that died
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_ALONE = (
+    "lightning-comm probe: this job is one process, so there is no link to measure. Start two here with "
+    "`lightning-comm probe --devices 2`, or the same command on several hosts with torchrun, srun or "
+    "`lightning-comm lab`."
+)
+
+
+def main(args: Sequence[str]) -> int:
+    """Measure the link and print what it is like; return 0, 1 if it failed, or 2 if nothing could be measured.
+
+    Args:
+        args: The words after ``lightning-comm probe``.
+
+    Note:
+        *Communication.* On every rank the same messages, for about ``--seconds``.
+
+    """
+    options = _parse(args)
+    for name in ("lightning.fabric", "lightning.pytorch"):  # one of them greets
+        logging.getLogger(name).setLevel(logging.WARNING)
+    leave_group_at_exit()
+    with tempfile.TemporaryDirectory(prefix="lightning-comm-probe-") as logs:
+        if torch.cuda.is_available():
+            _have_nccl_log(logs)
+        try:
+            fabric = _fabric(options)
+            if fabric.world_size == 1:
+                print(_ALONE, file=sys.stderr)
+                return 2
+            fabric.launch()
+        except (ValueError, RuntimeError) as error:
+            print(f"lightning-comm probe: the job could not be started. {error}", file=sys.stderr)
+            return 2
+        return _measure(fabric, options, args)
+
+
+def _measure(fabric: Fabric, options: argparse.Namespace, args: Sequence[str]) -> int:
+    # Rank 0 will write the file, so it finds out whether it can, and all give up together before anything is measured.
+    problem = fabric.broadcast(_problem_with(options.out) if fabric.is_global_zero else None)
+    if problem is not None:
+        if fabric.is_global_zero:
+            print(problem, file=sys.stderr)
+        return 2
+    try:
+        profile = probe_link(
+            options.plan,
+            host=_host(fabric.node_rank),
+            node=fabric.node_rank,
+            device=fabric.device,
+            environment=_environment(args),
+        )
+        profile = _with_transport(profile, fabric)
+        fabric.barrier()
+    except ValueError as error:  # on all ranks alike
+        if fabric.is_global_zero:
+            print(f"lightning-comm {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"lightning-comm probe: rank {fabric.global_rank} lost the others. {error}", file=sys.stderr)
+        return 1
+    return _report(profile, options.out) if fabric.is_global_zero else 0
+
+
+def _report(profile: LinkProfile, out: Path) -> int:
+    print(describe_link(profile))
+    try:
+        profile.save(out)
+    except OSError as error:
+        print(f"lightning-comm probe: `--out` could not be written after all. {error}", file=sys.stderr)
+        return 1
+    print(f"\nSaved in {out}. Profiler and planner read it.", flush=True)
+    return 0
+
+
+def _parse(args: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lightning-comm probe",
+        description="Measure the link between the ranks of a job: alone with --devices, or under torchrun, srun or "
+        "`lightning-comm lab`, once on every rank.",
+    )
+    parser.add_argument("--devices", type=int, help="processes on each host (default: what the launcher says)")
+    parser.add_argument("--num-nodes", type=int, help="hosts (default: what the launcher says)")
+    parser.add_argument("--accelerator", default="auto", help="as in the Trainer: auto, cpu, gpu (default: auto)")
+    parser.add_argument("--backend", help="of the process group: gloo, nccl (default: that of the accelerator)")
+    parser.add_argument("--sizes", type=_sizes, metavar="A,B,...", help="payloads to measure: 4,64KiB,16MiB")
+    parser.add_argument("--min-bytes", type=_bytes, metavar="SIZE", help="least payload (default: 4)")
+    parser.add_argument("--max-bytes", type=_bytes, metavar="SIZE", help="greatest payload (default: 64MiB)")
+    parser.add_argument("--repeats", type=int, default=5, help="samples of each size (default: 5)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time it may take, start apart (default: 10)")
+    parser.add_argument("--out", type=Path, default=Path("probe.json"), metavar="FILE", help="default: probe.json")
+    options = parser.parse_args(args)
+    if options.sizes and (options.min_bytes or options.max_bytes):
+        parser.error("`--sizes` names all payloads, so `--min-bytes` and `--max-bytes` cannot stand beside it.")
+    try:
+        sizes = options.sizes or sizes_between(
+            MIN_BYTES if options.min_bytes is None else options.min_bytes,
+            MAX_BYTES if options.max_bytes is None else options.max_bytes,
+        )
+        options.plan = ProbePlan(sizes, options.repeats, options.seconds)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"a size is a whole number and B, KiB, MiB, GiB, kB, MB or GB; got {text!r}")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(sorted({_bytes(part) for part in text.split(",")}))
+
+
+def _fabric(options: argparse.Namespace) -> Fabric:
+    devices, num_nodes = shape_of_job(os.environ)
+    in_lab = "LIGHTNING_COMM_LAB" in os.environ
+    return Fabric(
+        accelerator="cpu" if in_lab and options.accelerator == "auto" else options.accelerator,
+        devices=next((number for number in (options.devices, devices) if number is not None), "auto"),
+        num_nodes=next((number for number in (options.num_nodes, num_nodes) if number is not None), 1),
+        strategy=DDPStrategy(
+            process_group_backend=options.backend,
+            timeout=timedelta(seconds=_PATIENCE_S + options.plan.seconds),
+        ),
+    )
+
+
+def shape_of_job(environ: Mapping[str, str]) -> tuple[int | None, int | None]:
+    """Return processes a host, and hosts, as the launcher has them in the environment; ``None`` where it says nothing.
+
+    Lightning wants both numbers told, and checks them against the launcher's.
+
+    Example:
+        >>> shape_of_job({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"})
+        (4, 2)
+
+    """
+    if "LIGHTNING_COMM_LAB" in environ:
+        lab = json.loads(environ["LIGHTNING_COMM_LAB"])
+        return int(lab["devices_per_host"]), int(lab["hosts"])
+    if "WORLD_SIZE" in environ and "LOCAL_WORLD_SIZE" in environ:
+        local = int(environ["LOCAL_WORLD_SIZE"])
+        return local, int(environ["WORLD_SIZE"]) // local
+    if "SLURM_NTASKS" in environ and SLURMEnvironment.detect():
+        return int(environ.get("SLURM_NTASKS_PER_NODE", "1")), int(environ.get("SLURM_NNODES", "1"))
+    return None, None
+
+
+def _host(node: int) -> str:
+    # All of a lab's hosts have the machine's name.
+    return f"host {node}" if "LIGHTNING_COMM_LAB" in os.environ else socket.gethostname()
+
+
+def _problem_with(out: Path) -> str | None:
+    """Say why a file cannot be written, or return ``None``. A file that is there is left as it is."""
+    try:
+        if out.is_dir():
+            raise IsADirectoryError(f"It is a folder: {str(out)!r}")
+        if out.exists():
+            with out.open("r+b"):
+                return None
+        with tempfile.TemporaryFile(dir=out.parent):
+            return None
+    except OSError as error:
+        return (
+            f"lightning-comm probe: `--out` must be a file that can be written; got {str(out)!r}. {error}. Name a file "
+            "in a folder that exists and is yours. Nothing was measured."
+        )
+
+
+def _environment(args: Sequence[str]) -> dict[str, str]:
+    lab = os.environ.get("LIGHTNING_COMM_LAB")
+    return {
+        "command": shlex.join(["lightning-comm", "probe", *args]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "torch": torch.__version__,
+        "lightning": metadata.version("lightning"),
+        "lightning-comm": metadata.version("lightning-comm"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **({"emulated": lab} if lab else {}),
+    }
+
+
+def _have_nccl_log(folder: str) -> None:
+    """Let NCCL write down which way it takes, unless the user has it write already."""
+    if "NCCL_DEBUG" not in os.environ and "NCCL_DEBUG_FILE" not in os.environ:
+        os.environ |= {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": f"{folder}/%h.%p"}  # children inherit it
+
+
+def _with_transport(profile: LinkProfile, fabric: Fabric) -> LinkProfile:
+    """Add what carried the messages, from all ranks."""
+    own = _nccl_ways() if profile.backend == "nccl" else [_gloo_interface()]
+    seen: list[list[str]] = [[] for _ in range(profile.world_size)]
+    dist.all_gather_object(seen, own)
+    ways = sorted({way for ways in seen for way in ways})
+    return replace(profile, transport=", ".join(ways))
+
+
+def _gloo_interface() -> str:
+    if name := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return f"TCP on {name}"
+    try:
+        return f"TCP on {socket.gethostbyname(socket.gethostname())}"
+    except OSError:
+        return "TCP"
+
+
+def _nccl_ways() -> list[str]:
+    name = os.environ.get("NCCL_DEBUG_FILE", "")
+    path = Path(name.replace("%h", socket.gethostname().partition(".")[0]).replace("%p", str(os.getpid())))
+    return ways_taken(path.read_text(errors="replace")) if path.is_file() else []
