@@ -69,7 +69,7 @@ class CommProfiler(Callback):
         ValueError: If an argument is out of range.
 
     Note:
-        *Communication.* None within training. Before it, 8 round trips of 8 bytes between each rank and rank 0, to
+        *Communication.* None within training. Before it, 16 round trips of 8 bytes between each rank and rank 0, to
         compare clocks, and 8 bytes from rank 0; after it, the same again and one row of figures from each rank: at
         most 1,000 steps, some 400 KB.
 

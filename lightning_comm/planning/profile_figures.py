@@ -30,7 +30,7 @@ NAMES = {
     "other": "metrics' and your own collectives",
 }
 _MOST_LANES = 16  # ranks drawn one by one
-_POINTS = 60  # of a curve over the run
+_WINDOWS = 15  # of neighbouring steps whose mean is drawn fit into the run
 
 
 def can_draw() -> bool:
@@ -120,7 +120,10 @@ def bytes_per_step(rank: RankProfile) -> bytes:
 def shares(ranks: Sequence[RankProfile]) -> bytes:
     """Return the shares of communication over the run, means of neighbouring steps and of the ranks."""
     figure, axes = _figure(2.6)
-    steps = [[step for step in rank.kept if step.timed and step.duration_s > 0] for rank in ranks]
+    steps = [
+        [step for step in rank.kept if step.timed and step.duration_s > 0 and step.batch >= rank.warmup_steps]
+        for rank in ranks
+    ]
     _curve(axes, steps, lambda step: step.comm_s, ("#3f8f6b", "communication under way"))
     _curve(axes, steps, lambda step: step.exposed_s, ("#c8374a", "exposed"))
     axes.set_ylabel("% of the step")
@@ -133,12 +136,12 @@ def _curve(
     axes: "Axes", ranks: Sequence[list[StepFigures]], of: Callable[[StepFigures], float], style: tuple[str, str]
 ) -> None:
     longest = max(len(steps) for steps in ranks)
-    size = max(1, -(-longest // _POINTS))
+    window = max(1, longest // _WINDOWS)
     points = []
-    for start in range(0, longest, size):
-        chunk = [step for steps in ranks for step in steps[start : start + size]]
-        share = sum(map(of, chunk)) / sum(step.duration_s for step in chunk)
-        points.append((mean(step.batch for step in chunk), 100 * share))
+    for start in range(longest - window + 1):
+        within = [step for steps in ranks for step in steps[start : start + window]]
+        share = sum(map(of, within)) / sum(step.duration_s for step in within)
+        points.append((mean(step.batch for step in within), 100 * share))
     axes.plot(*zip(*points, strict=True), color=style[0], label=style[1], linewidth=1.8)
 
 

@@ -93,8 +93,9 @@ def _figures(run: RunFigures, ranks: Sequence[RankProfile]) -> list[str]:
     if with_steps[0].stride > 1:
         said += f" Every {with_steps[0].stride}th step is shown."
     parts.append(_figure("Bytes per step", said, profile_figures.bytes_per_step(with_steps[0])))
-    if any(step.timed for rank in with_steps for step in rank.kept):
-        parts.append(_figure("Share of communication over the run", "", profile_figures.shares(with_steps)))
+    if run.untimed_steps < run.steps:
+        said = "Means of neighbouring steps, a fifteenth of the run, over all ranks."
+        parts.append(_figure("Share of communication over the run", said, profile_figures.shares(with_steps)))
     return parts
 
 

@@ -4,6 +4,7 @@ from lightning_comm.core.key_figures import RunFigures
 from lightning_comm.planning.report import megabytes, percent, text_table
 
 Row = tuple[str, str, str]
+_LITTLE = 0.05  # a share below which nothing is made of it
 
 
 def milliseconds(seconds: float) -> str:
@@ -56,14 +57,17 @@ def sentences(run: RunFigures) -> list[str]:
     if run.steps == 0:
         return [*said, "No step was measured."]
     said.append(
-        f"Training stood still for communication {percent(run.share_exposed)} of the time: that is the most that any "
-        "technique which communicates less can win."
+        f"Training stood still for communication {percent(run.share_exposed)} of the time: "
+        f"{_of_step(run, run.transfer_s)} in transfer, which is the most that sending less can win, and "
+        f"{_of_step(run, run.wait_s)} in waiting for slower ranks."
     )
-    if run.exposed_s > 0 and run.wait_s > run.exposed_s / 2:
-        said.append("Most of it is waiting for slower ranks, which a faster network would not mend.")
+    if run.share_exposed < _LITTLE:
+        said.append("Communication is not the bottleneck of this run.")
+    elif run.wait_s > run.transfer_s:
+        said.append("Most of it is waiting, which a faster network would not mend: look at the slow rank.")
     if run.slow_rank is not None:
         host = next(rank.host for rank in run.ranks if rank.rank == run.slow_rank)
-        if run.slower_by >= 0.05:
+        if run.slower_by >= _LITTLE:
             said.append(
                 f"Rank {run.slow_rank} on {host} is the slow one: it is busy by itself {percent(run.slower_by)} longer "
                 "than the others (median)."
@@ -94,8 +98,8 @@ def how_measured(run: RunFigures) -> list[str]:
     """Return what the figures are and are not."""
     said = [
         "A step is a training batch, from its start to the start of the next: loading, forward, backward, optimizer "
-        "and callbacks are in, validation is not. Bytes are those that a ring all-reduce, or the like for other messages, "
-        "sends from each rank on average.",
+        "and callbacks are in, validation is not. Bytes are those that a ring all-reduce, or the like for other "
+        "messages, sends from each rank on average.",
         "Messages of this package's strategies are timed one by one. For gradients that DDP sends, torch measures from "
         "the first all-reduce of a backward to the end of the last, and how long compute went on beside it.",
         "Waiting: in rounds, the time until all ranks had met. Under DDP, what a rank stood still beyond the rank that "

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning_comm.core.rank_profile import ClockPoint
 from lightning_comm.transport.recording import counted_elsewhere
 
-_ROUND_TRIPS = 8
+_ROUND_TRIPS = 16
 
 
 def compare_clocks(device: torch.device) -> ClockPoint:
@@ -23,7 +23,7 @@ def compare_clocks(device: torch.device) -> ClockPoint:
         device: Where the process group wants its tensors.
 
     Note:
-        *Communication.* 8 round trips of 8 bytes between each rank and rank 0, one rank after the other.
+        *Communication.* 16 round trips of 8 bytes between each rank and rank 0, one rank after the other.
 
     """
     with counted_elsewhere():

@@ -106,10 +106,11 @@ def _payload_bytes(data: dict[str, Any]) -> int:
     """Return what DDP itself hands over in an iteration, from its settings.
 
     Every bucket is sent in full, also for parameters without a gradient. With ``find_unused_parameters`` one 4-byte
-    flag a parameter comes on top.
+    flag a parameter comes on top. (A few indices that are sent once, when buckets are rebuilt, are left out.)
     """
     size = int(data["total_parameter_size_bytes"])
-    flags = 4 * int(data["num_parameter_tensors"]) * bool(data["find_unused_parameters"])
+    flagged = data["find_unused_parameters"] and not data.get("static_graph")
+    flags = 4 * int(data["num_parameter_tensors"]) if flagged else 0
     hook = str(data.get("comm_hook", ""))
     if not hook or hook.endswith("BuiltinCommHookType.ALLREDUCE"):
         return size + flags

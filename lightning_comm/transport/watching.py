@@ -44,6 +44,11 @@ FUNCTIONS: dict[str, tuple[str, str | None]] = {
     "barrier": ("barrier", None),
     "monitored_barrier": ("barrier", None),
 }
+NEWER = {  # names that releases of torch after 2.6 have added, and through which they pass the older ones
+    "all_gather_single": ("all_gather", "input_tensor"),
+    "gather_single": ("gather", "tensor"),
+    "reduce_scatter_single": ("reduce_scatter", "input"),
+}
 COALESCED = "_broadcast_coalesced"  # private; DDP broadcasts buffers with it before a forward
 
 # who asked for a call: the first module on the stack, outside of torch but for these parts of it
@@ -92,7 +97,8 @@ class Watcher:
 
     def install(self) -> None:
         """Wrap the functions."""
-        for name, (kind, argument) in FUNCTIONS.items():
+        there = {name: entry for name, entry in NEWER.items() if hasattr(dist, name)}
+        for name, (kind, argument) in {**FUNCTIONS, **there}.items():
             original = getattr(dist, name)
             wrapper = self._wrapped(original, kind, _reader(original, argument))
             for owner in (dist, distributed_c10d):
@@ -120,8 +126,8 @@ class Watcher:
             started = time.monotonic()
             with counted_elsewhere():
                 result = original(*args, **kwargs)
-            # a call that returns a handle is not over yet
-            duration_s = time.monotonic() - started if result is None else 0.0
+            is_over = not isinstance(result, (dist.Work, list))
+            duration_s = time.monotonic() - started if is_over else 0.0
             frame = sys._getframe(1)
             self._safely(lambda: self._note(kind, self._purpose(frame), *read(args, kwargs), (started, duration_s)))
             return result

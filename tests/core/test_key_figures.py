@@ -1,0 +1,184 @@
+"""Key figures against hand arithmetic and brute force."""
+
+import random
+
+import pytest
+
+from lightning_comm.core.key_figures import StepFigures, StepFrame, measure_step, union_s
+from lightning_comm.core.ledger import CommRecord
+from lightning_comm.core.rank_profile import ClockPoint, RankProfile, combine, inferred_waits, with_waits
+from lightning_comm.core.step_timeline import aligned, draw
+
+
+def record(purpose: str, start_ms: float, length_ms: float, payload: int = 0, hidden_ms: float = 0.0) -> CommRecord:
+    return CommRecord(
+        "all_reduce", purpose, payload, 2 * payload, 0, start_ms / 1000, length_ms / 1000, hidden_ms / 1000
+    )
+
+
+def step(batch: int, **kwargs) -> StepFigures:
+    defaults = {
+        "step": batch,
+        "optimizer_steps": 1,
+        "start_s": float(batch),
+        "duration_s": 0.1,
+        "payload_bytes": {},
+        "wire_bytes": {},
+        "dense_bytes": 100,
+        "comm_s": 0.0,
+        "exposed_s": 0.0,
+        "wait_s": 0.0,
+        "lightning_s": 0.0,
+        "other_s": 0.0,
+    }
+    return StepFigures(batch, **{**defaults, **kwargs})
+
+
+def profile(rank: int, steps, world_size: int = 2, warmup: int = 0, **kwargs) -> RankProfile:
+    made = RankProfile({"rank": rank, "world_size": world_size, "warmup_steps": warmup, "host": f"h{rank}"}, **kwargs)
+    for each in steps:
+        made.add_step(each)
+    return made
+
+
+def test_the_union_of_messages_is_that_of_a_count_millisecond_by_millisecond():
+    rng = random.Random(0)
+    for _ in range(200):
+        records = [record("gradients", rng.randrange(100), rng.randrange(30)) for _ in range(rng.randrange(8))]
+        busy = {ms for r in records for ms in range(round(1000 * r.start_s), round(1000 * (r.start_s + r.duration_s)))}
+        assert union_s(records) == pytest.approx(len(busy) / 1000)
+
+
+def test_a_step_keeps_hidden_exposed_waiting_lightning_and_others_apart():
+    records = [
+        record("control", 10, 5, payload=64),
+        record("parameters", 15, 10, payload=1000),
+        record("parameters", 20, 10, payload=500),
+        record("gradients", 40, 20, payload=300, hidden_ms=15),
+        record("lightning", 70, 4, payload=8),
+        record("metrics", 80, 2),
+        record("user", 81, 3),
+    ]
+    figures = measure_step(StepFrame(3, 2, 1, start_s=0.0, end_s=0.1, dense_bytes=900), records)
+    assert figures.comm_s == pytest.approx(0.040)
+    assert figures.exposed_s == pytest.approx(0.025)
+    assert figures.wait_s == pytest.approx(0.005)
+    assert figures.lightning_s == pytest.approx(0.004)
+    assert figures.other_s == pytest.approx(0.004)
+    assert figures.own_s == pytest.approx(0.1 - 0.025 - 0.008)
+    assert figures.payload_bytes["parameters"] == 1500
+    assert figures.sent_bytes == 2 * (64 + 1500 + 300)
+    assert (figures.timed, figures.met) == (True, True)
+
+
+def test_bytes_without_a_time_make_a_step_untimed_unless_another_record_has_the_time():
+    frame = StepFrame(0, 0, 1, 0.0, 0.1, 0)
+    assert not measure_step(frame, [record("gradients", 0, 0, payload=8)]).timed
+    assert measure_step(frame, [record("gradients", 0, 0, payload=8), record("gradients", 0, 9)]).timed
+
+
+def test_all_ranks_keep_the_same_steps_however_many_there_are():
+    kept = [[s.batch for s in profile(rank, map(step, range(5000)), keep=100).kept] for rank in range(2)]
+    assert kept[0] == kept[1]
+    assert 50 < len(kept[0]) <= 100
+    assert kept[0][0] == 0
+    assert {b - a for a, b in zip(kept[0], kept[0][1:], strict=False)} == {64}
+
+
+def test_the_rank_that_stands_still_least_came_last_and_the_others_waited():
+    exposed = {0: (0.030, 0.010), 1: (0.012, 0.025), 2: (0.010, 0.010)}
+    profiles = [
+        profile(rank, [step(b, exposed_s=s, comm_s=s) for b, s in enumerate(row)], world_size=3)
+        for rank, row in exposed.items()
+    ]
+    waits = inferred_waits(profiles)
+    assert waits[0] == pytest.approx({0: 0.020, 1: 0.0})
+    assert waits[1] == pytest.approx({0: 0.002, 1: 0.015})
+    assert waits[2] == pytest.approx({0: 0.0, 1: 0.0})
+    run = combine(profiles)
+    assert [rank.wait_s for rank in run.ranks] == pytest.approx([0.010, 0.0085, 0.0])
+    assert run.wait_s == pytest.approx((0.020 + 0.017) / 6)
+    assert [s.wait_s for s in with_waits(profiles[0].kept, waits[0])] == pytest.approx([0.020, 0.0])
+
+
+def test_measured_waiting_is_left_as_it_was_measured():
+    profiles = [profile(r, [step(0, exposed_s=0.02, comm_s=0.02, wait_s=0.01 * r, met=True)]) for r in range(2)]
+    assert inferred_waits(profiles) == {0: {}, 1: {}}
+    assert [rank.wait_s for rank in combine(profiles).ranks] == [0.0, 0.01]
+
+
+def test_figures_of_a_run_by_hand():
+    def steps(own_s: float):
+        for batch in range(10):
+            sends = batch % 2
+            yield step(
+                batch,
+                duration_s=0.1,
+                comm_s=0.05 * sends,
+                exposed_s=(0.1 - own_s) * 2 * sends,
+                payload_bytes={"gradients": 500 * sends, "lightning": 8},
+                wire_bytes={"gradients": 500 * sends, "lightning": 4},
+                dense_bytes=100,
+            )
+
+    profiles = [profile(0, steps(0.09), warmup=2), profile(1, steps(0.08), warmup=2)]
+    profiles[0].header["link_bytes_per_s"] = 2e4
+    run = combine(profiles[::-1])
+    assert (run.steps, run.warmup_steps, run.total_steps, run.total_optimizer_steps) == (8, 2, 10, 10)
+    assert run.step_s == pytest.approx(0.1)
+    assert run.sent_bytes == pytest.approx(250)
+    assert run.dense_bytes == pytest.approx(100)
+    assert run.share_busy == pytest.approx(0.25)
+    assert run.share_exposed == pytest.approx((0.1 + 0.2) / 2)
+    assert run.ranks[1].wait_s == pytest.approx(0.01)
+    assert run.transfer_s == pytest.approx(0.015 - 0.005)
+    assert run.bandwidth_bytes_per_s == pytest.approx(2 * 250 / (0.025 + 0.015))
+    assert run.link_bytes_per_s == 2e4
+    assert (run.slow_rank, run.slower_by) == (0, pytest.approx(0.09 / 0.08 - 1))
+    assert run.total_wire_bytes == {"gradients": 2500, "lightning": 40}
+
+
+def test_a_run_no_longer_than_its_warm_up_is_counted_whole():
+    run = combine([profile(0, [step(0), step(1)], world_size=1, warmup=3)])
+    assert (run.steps, run.warmup_steps) == (2, 0)
+
+
+def test_untimed_steps_count_in_bytes_but_in_no_mean_of_times():
+    steps = [step(0, comm_s=0.04, exposed_s=0.04), step(1, timed=False, wire_bytes={"gradients": 10})]
+    run = combine([profile(0, steps, world_size=1)])
+    assert (run.comm_s, run.untimed_steps, run.sent_bytes) == (0.04, 1, 5)
+
+
+def test_a_rank_that_stopped_is_named_and_does_not_hide_the_others():
+    run = combine([profile(0, [step(0)]), profile(1, [], stopped="OSError: full")])
+    assert run.stopped == {1: "OSError: full"}
+    assert run.step_s == pytest.approx(0.1)
+    with pytest.raises(ValueError, match=r"`profiles` must hold at least one rank; got none"):
+        combine([])
+
+
+def test_clocks_drift_evenly_between_two_comparisons():
+    one = profile(0, [], clock=[ClockPoint(100.0, 5.0, 0.001), ClockPoint(200.0, 7.0, 0.002)])
+    assert [one.on_rank_0(t) for t in (100.0, 150.0, 200.0)] == [105.0, 156.0, 207.0]
+    assert profile(0, []).on_rank_0(3.0) == 3.0
+    assert combine([one]).clock_error_s == 0.002
+
+
+def test_a_profile_survives_the_journey_through_plain_types():
+    frame = StepFrame(0, 0, 1, 0.0, 0.1, 7)
+    records = [record("control", 1, 2, payload=64), record("gradients", 5, 20, payload=10, hidden_ms=5)]
+    made = profile(0, [measure_step(frame, records)], clock=[ClockPoint(1.0, 2.0, 0.1)])
+    made.timeline = [draw(frame, records)]
+    made.add_beside({"evaluation": 5})
+    again = RankProfile.from_dict(made.to_dict())
+    assert again == made
+    assert [span.name for span in again.timeline[0].spans] == ["wait", "hidden", "exposed"]
+
+
+def test_what_is_drawn_has_the_lengths_that_were_measured():
+    frame = StepFrame(4, 4, 1, 0.0, 0.1, 0)
+    records = [record("gradients", 20, 40, payload=8, hidden_ms=25), record("lightning", 80, 5)]
+    [shown] = aligned([draw(frame, records)], {4: 0.006}, lambda t: t + 1)
+    lengths = {span.name: span.end_s - span.start_s for span in shown.spans}
+    assert lengths == pytest.approx({"hidden": 0.025, "wait": 0.006, "exposed": 0.009, "lightning": 0.005})
+    assert (shown.start_s, shown.end_s) == (1.0, 1.1)
