@@ -15,7 +15,7 @@ from lightning_comm.lab.device import SPEED_VARIABLE
 from lightning_comm.lab.job import Job, LabResult
 from lightning_comm.lab.namespaces import INTERFACE, LabError, Namespace, unavailable
 
-__all__ = ["Lab", "LabError", "LabResult", "unavailable"]
+__all__ = ["Lab", "LabError", "LabResult", "check_arguments", "unavailable"]
 
 LAB_VARIABLE = "LIGHTNING_COMM_LAB"  # says to commands on the hosts that they are in a lab, and in which
 _MOST_HOSTS = 64
@@ -64,13 +64,9 @@ class Lab:
         speeds: Sequence[float] | None = None,
         devices_per_host: int = 1,
     ) -> None:
-        self.links = _checked_links(hosts, link)
-        self.speeds = _checked_speeds(hosts, speeds)
-        if not _is_count(devices_per_host):
-            raise ValueError(
-                f"Lab: `devices_per_host` counts processes, so it must be a whole number >= 1; got "
-                f"{devices_per_host!r}. 1 stands for hosts with one device."
-            )
+        check_arguments(hosts, link, speeds, devices_per_host)
+        self.links = [link] * hosts if isinstance(link, str) else list(link)
+        self.speeds = None if speeds is None else list(speeds)
         self.devices_per_host = devices_per_host
         self._switch: Namespace | None = None
         self._hosts: list[Namespace] = []
@@ -272,11 +268,19 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _checked_links(hosts: int, link: str | Sequence[str]) -> list[str]:
+def check_arguments(
+    hosts: int, link: str | Sequence[str], speeds: Sequence[float] | None, devices_per_host: int
+) -> None:
+    """Refuse arguments that describe no :class:`Lab`.
+
+    Raises:
+        ValueError: If one is out of range.
+
+    """
     if not _is_count(hosts) or hosts > _MOST_HOSTS:
         raise ValueError(
             f"Lab: `hosts` must be a whole number from 1 to {_MOST_HOSTS}; got {hosts!r}. All of them share this "
-            "machine's processors and memory: a few show what a network does, and a simulation is for more."
+            "machine's processors and memory: a few show what a network does."
         )
     links = [link] * hosts if isinstance(link, str) else list(link)
     if len(links) != hosts:
@@ -286,15 +290,13 @@ def _checked_links(hosts: int, link: str | Sequence[str]) -> list[str]:
         )
     for each in links:
         parse_rate(each)
-    return links
-
-
-def _checked_speeds(hosts: int, speeds: Sequence[float] | None) -> list[float] | None:
-    if speeds is None:
-        return None
-    if len(speeds) != hosts or not all(math.isfinite(speed) and speed > 0 for speed in speeds):
+    if speeds is not None and (len(speeds) != hosts or not all(math.isfinite(each) and each > 0 for each in speeds)):
         raise ValueError(
             f"Lab: `speeds` must be one number > 0 for each of the {hosts} hosts; got {list(speeds)!r}. 1 is the "
             "speed that the emulated device states, 0.5 half of it."
         )
-    return list(speeds)
+    if not _is_count(devices_per_host):
+        raise ValueError(
+            f"Lab: `devices_per_host` counts processes, so it must be a whole number >= 1; got {devices_per_host!r}. 1 "
+            "stands for hosts with one device."
+        )

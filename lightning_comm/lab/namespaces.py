@@ -58,7 +58,7 @@ class Namespace:
     """
 
     def __init__(self, beside: "Namespace | None" = None) -> None:
-        self.needs_user = beside.needs_user if beside else os.geteuid() != 0
+        self.needs_user: bool = beside.needs_user if beside else os.geteuid() != 0
         new = ["unshare", "--net", "--pid", "--fork", "--kill-child"]
         if beside is not None:
             new = [*beside.enter(network=False, processes=False), *new]

@@ -1,0 +1,205 @@
+"""``lightning-comm lab``: run a command once on each of several emulated hosts, joined by links of stated rates."""
+
+import argparse
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn
+
+from lightning_comm.core.rates import parse_rate
+from lightning_comm.lab.cluster import Lab, LabError, LabResult, check_arguments, unavailable
+
+_INTERRUPTED, _NOT_AVAILABLE = 130, 1
+_EPILOG = """\
+examples:
+  lightning-comm lab --hosts 4 --link 100mbit -- lightning-comm fit --config configs/qsr.yaml
+  lightning-comm lab --hosts 3 --link 1gbit,1gbit,100mbit -- lightning-comm probe
+  lightning-comm lab --hosts 2 --link 1gbit --fault '5s cut 1' --fault '8s restore 1' -- python train.py
+
+On the hosts the command finds the environment that Lightning, torchrun and init_process_group read.
+`lightning-comm fit` takes the number of hosts and devices from the lab; a script of your own says
+Trainer(num_nodes=HOSTS, devices=1).
+"""
+
+
+class _Ended(Exception):
+    """SIGTERM or Ctrl-C; carries the exit status."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.status = 128 + number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status, or that of the first host on which it failed."""
+    options, command = _parse(sys.argv[1:] if argv is None else list(argv))
+    if (missing := unavailable()) is not None:
+        print(f"lightning-comm lab: {missing}.", file=sys.stderr)
+        return _NOT_AVAILABLE
+    before = {number: signal.signal(number, _end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with Lab(options.hosts, options.link, speeds=options.speed, devices_per_host=options.devices_per_host) as lab:
+            _plan_faults(lab, options.fault)
+            return _report(lab.run(command, timeout_s=options.timeout, on_line=_show(options.hosts)))
+    except _Ended as ended:
+        print("lightning-comm lab: interrupted; every host has been ended.", file=sys.stderr)
+        return ended.status
+    except (LabError, OSError) as error:
+        print(f"lightning-comm lab: {error}.", file=sys.stderr)
+        return _NOT_AVAILABLE
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # the clean-up is under way, and is quick
+    raise _Ended(number)
+
+
+def _show(hosts: int) -> Callable[[int, str, bool], None]:
+    width = len(str(hosts - 1))
+
+    def show(host: int, line: str, is_error: bool) -> None:
+        print(f"[host {host:>{width}}] {line}", file=sys.stderr if is_error else sys.stdout, flush=True)
+
+    return show
+
+
+def _report(result: LabResult) -> int:
+    if result.returncode != 0:
+        print(f"lightning-comm lab: {result.why}; the other hosts were ended.", file=sys.stderr)
+    return result.returncode
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is to happen to a host while the job runs.
+
+    Args:
+        after_s: Seconds after the start of the job.
+        what: ``cut``, ``restore``, ``stop``, ``resume``, ``kill`` or ``link``.
+        host: Which host.
+        rate: For ``link``, the new rate.
+
+    """
+
+    after_s: float
+    what: str
+    host: int
+    rate: str = ""
+
+    def happen(self, lab: Lab) -> None:
+        """Let it happen."""
+        if self.what == "link":
+            lab.set_link(self.host, self.rate)
+        else:
+            getattr(lab, self.what)(self.host)
+
+
+_FAULT = re.compile(
+    r"(?P<after>\d+(?:\.\d+)?)s "
+    r"(?:(?P<what>cut|restore|stop|resume|kill) (?P<host>\d+)|link (?P<of>\d+) (?P<rate>\S+))"
+)
+
+
+def _fault(text: str) -> Fault:
+    match = _FAULT.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            "a fault must be a time, one of cut, restore, stop, resume and kill, and a host; or a time, link, a host and "
+            f"a rate; got {text!r}. '5s cut 1' and '5s link 1 10mbit' are faults"
+        )
+    if match["rate"]:
+        parse_rate(match["rate"])
+        return Fault(float(match["after"]), "link", int(match["of"]), match["rate"])
+    return Fault(float(match["after"]), match["what"], int(match["host"]))
+
+
+def _plan_faults(lab: Lab, faults: Sequence[Fault]) -> None:
+    """Let each fault happen when its time has come, beside the job."""
+
+    def happen() -> None:
+        began = time.monotonic()
+        for fault in sorted(faults, key=lambda fault: fault.after_s):
+            time.sleep(max(0.0, began + fault.after_s - time.monotonic()))
+            try:
+                fault.happen(lab)
+            except (LabError, ValueError) as error:
+                print(f"lightning-comm lab: {fault.what} {fault.host} failed: {error}.", file=sys.stderr, flush=True)
+            else:
+                said = f"{fault.what} {fault.host} {fault.rate}".strip()
+                print(f"lightning-comm lab: {said}, after {fault.after_s:g} s.", file=sys.stderr, flush=True)
+
+    if faults:
+        threading.Thread(target=happen, daemon=True).start()
+
+
+def _rates(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _speeds(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"speeds must be numbers with commas between them; got {text!r}. '1,1,0.5' is three hosts' speeds"
+        ) from None
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    own, command = list(argv), []
+    if "--" in own:
+        at = own.index("--")
+        own, command = own[:at], own[at + 1 :]
+    parser = argparse.ArgumentParser(
+        prog="lightning-comm lab",
+        usage="lightning-comm lab [options] -- COMMAND ...",
+        description="Run a command once on each of several emulated hosts on this Linux machine.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--hosts", type=int, default=2, help="how many hosts (default: %(default)s)")
+    add("--link", type=_rates, default=["1gbit"], metavar="RATE[,RATE...]",
+        help="rate of every link, or one for each host: 100mbit, 1gbit (default: 1gbit)")  # fmt: skip
+    add("--speed", type=_speeds, metavar="SPEED,...", help="speed of each host's emulated device (EmulatedDevice)")
+    add("--devices-per-host", type=int, default=1, help="processes of the job on each host (default: %(default)s)")
+    add("--timeout", type=float, metavar="SECONDS", help="end the job after so long, with exit status 124")
+    add("--fault", type=_fault, action="append", default=[], metavar="'5s cut 1'",
+        help="let something happen while the job runs: cut, restore, stop, resume or kill a host, or "
+        "'5s link 1 10mbit'; may be repeated")  # fmt: skip
+    options = parser.parse_args(own)
+    if not command:
+        parser.error("the command is missing. Write it behind `--`: lightning-comm lab --hosts 2 -- python train.py")
+    if shutil.which(command[0]) is None:
+        parser.error(
+            f"the command must be a program that is found on the PATH; got {command[0]!r}. Give its full path."
+        )
+    if options.timeout is not None and not options.timeout > 0:
+        parser.error(
+            f"`--timeout` is a time in seconds, so it must be > 0; got {options.timeout}. Leave it out for none."
+        )
+    options.link = options.link[0] if len(options.link) == 1 else options.link
+    try:
+        check_arguments(options.hosts, options.link, options.speed, options.devices_per_host)
+    except ValueError as error:
+        parser.error(str(error))
+    for fault in options.fault:
+        if fault.host >= options.hosts:
+            parser.error(
+                f"`--fault` names host {fault.host}, and hosts are 0 to {options.hosts - 1}; they count from 0."
+            )
+    return options, command
+
+
+if __name__ == "__main__":
+    sys.exit(main())
