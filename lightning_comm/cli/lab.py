@@ -114,7 +114,7 @@ def _fault(text: str) -> Fault:
     match = _FAULT.fullmatch(text.strip())
     if match is None:
         raise argparse.ArgumentTypeError(
-            "a fault must be a time, one of cut, restore, stop, resume and kill, and a host; or a time, link, a host and "
+            "a fault must be a time, one of cut, restore, stop, resume, kill, and a host; or a time, link, a host and "
             f"a rate; got {text!r}. '5s cut 1' and '5s link 1 10mbit' are faults"
         )
     if match["rate"]:

@@ -1,14 +1,18 @@
 """``lightning-comm fit``, ``validate``, ``test`` and ``predict``: Lightning's command line, which knows our names."""
 
 import difflib
+import json
+import os
 import sys
 from collections.abc import Sequence
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
 import lightning_comm  # noqa: F401  # registers the strategies
+from lightning_comm.lab.cluster import LAB_VARIABLE
 from lightning_comm.transport.recording import leave_group_at_exit
 
 
@@ -40,6 +44,21 @@ class CommandLine(LightningCLI):
         strategy = self.config[self.subcommand].trainer.strategy
         if isinstance(strategy, str) and (problem := strategy_problem(strategy)):
             self.parser.error(problem)
+        follow_lab(self.config[self.subcommand].trainer)
+
+
+def follow_lab(trainer: Namespace) -> None:
+    """On an emulated host, let the Trainer's arguments fit the lab, and say so: one run over all of its hosts."""
+    if (text := os.environ.get(LAB_VARIABLE)) is None:
+        return
+    lab = json.loads(text)
+    wanted = {"num_nodes": lab["hosts"], "devices": lab["devices_per_host"], "accelerator": "cpu"}
+    changed = {name: value for name, value in wanted.items() if trainer[name] != value}
+    for name, value in changed.items():
+        trainer[name] = value
+    if changed and os.environ.get("NODE_RANK", "0") == "0" and os.environ.get("LOCAL_RANK", "0") == "0":
+        said = ", ".join(f"{name}={value}" for name, value in changed.items())
+        print(f"In the lab: trainer {said}.", file=sys.stderr)
 
 
 def strategy_problem(name: str) -> str | None:
