@@ -123,7 +123,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--min-bytes", type=_bytes, metavar="SIZE", help="least payload (default: 4)")
     parser.add_argument("--max-bytes", type=_bytes, metavar="SIZE", help="greatest payload (default: 64MiB)")
     parser.add_argument("--repeats", type=int, default=5, help="samples of each size (default: 5)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="time it may take, start apart (default: 10)")
+    parser.add_argument("--seconds", type=float, default=12.0, help="time it may take, start apart (default: 12)")
     parser.add_argument("--out", type=Path, default=Path("probe.json"), metavar="FILE", help="default: probe.json")
     options = parser.parse_args(args)
     if options.sizes and (options.min_bytes or options.max_bytes):

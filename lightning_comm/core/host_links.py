@@ -10,6 +10,7 @@ from lightning_comm.core.costs import HostLink
 from lightning_comm.core.rates import format_rate
 
 FACTOR = 1.5  # a link is called slow, or asymmetric, from this ratio on; quartiles must not overlap either
+_COMPARED_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def find_faults(links: Sequence[HostLink], factor: float = FACTOR) -> list[Findi
 
 
 def slowest(links: Sequence[HostLink]) -> HostLink:
-    """Return the link that a ring has to wait for: the one that takes longest for a message of the measured size."""
-    return max(links, key=lambda link: link.latency_s + link.payload_bytes / link.bytes_per_s)
+    """Return the link that a ring has to wait for: the one on which 1 MiB takes longest."""
+    return max(links, key=lambda link: link.latency_s + _COMPARED_BYTES / link.bytes_per_s)
 
 
 def _best(links: Iterable[HostLink], end: Callable[[HostLink], str]) -> dict[str, HostLink]:

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from lightning_comm.core.costs import Curve, HostLink, LinkProfile, Timing
 from lightning_comm.core.host_links import slowest
 from lightning_comm.core.link_curve import quartiles
-from lightning_comm.core.probe_plan import MAX_BYTES, MIN_BYTES, ProbePlan, pairs, sizes_between
+from lightning_comm.core.probe_plan import MAX_BYTES, MIN_BYTES, STEP, ProbePlan, pairs, sizes_between
 
-_LINK_BYTES = 64 * 2**10  # the least size that says something of a rate
+_WARM_UP_BYTES = 64 * 2**10
 _WARM_UP_CALLS = 3
 
 Sample = Callable[[int, int], list[float]]  # payload bytes, calls -> own seconds of a call, for one or more ways
@@ -117,7 +117,7 @@ class _Bench:
     def warm_up(self) -> None:
         """Open connections and fill caches; the budget begins afterwards."""
         for _ in range(_WARM_UP_CALLS):
-            self._all_reduce(_LINK_BYTES, 1)
+            self._all_reduce(_WARM_UP_BYTES, 1)
             self._all_gather(MIN_BYTES, 1)
         self._began_s = time.monotonic()
 
@@ -140,28 +140,48 @@ class _Bench:
         return self._curve("send", self._plan.sizes, both_ways, answer_s=quartiles(answers)[1] / 2)
 
     def links(self, ends: Mapping[str, int]) -> list[HostLink]:
-        """Measure both directions of each pair, one at a time, with the largest size that the budget allows."""
+        """Measure both directions of each pair, one at a time, each with the size that its share of time allows."""
         names, ranks = list(ends), list(ends.values())
         ways = pairs(len(ends))
 
-        def one_by_one(size: int, calls: int) -> list[float]:
-            return [self._round_trip(ranks[a], ranks[b], size, calls) for a, b in ways]
+        def one_by_one(sizes: Sequence[int]) -> list[float]:
+            """Return own seconds of a round trip on each way; a size of 0 leaves a way out."""
+            trips = zip(ways, sizes, strict=True)
+            return [self._round_trip(ranks[a], ranks[b], size, 1) if size else 0.0 for (a, b), size in trips]
 
-        self._agree(one_by_one(MIN_BYTES, 1))  # opens connections
-        size, round_s = MIN_BYTES, sum(self._agree(one_by_one(MIN_BYTES, 1)))
-        for larger in (candidate for candidate in self._plan.sizes if candidate >= _LINK_BYTES):
-            reached_s = self._climb("links", one_by_one, size, round_s, larger)
-            if reached_s is None:
-                break
-            size, round_s = larger, reached_s
-        if size == MIN_BYTES:
+        def samples(sizes: Sequence[int]) -> list[list[float]]:
+            return self._samples(lambda *_: one_by_one(sizes), 0, 1)
+
+        smallest = [MIN_BYTES] * len(ways)
+        self._agree(one_by_one(smallest))  # opens connections
+        empty_s = self._agree(one_by_one(smallest))
+        share_s = self._plan.left_s("links", self.elapsed_s) / len(ways) / (self._plan.repeats + 2)
+        sizes, full_s = self._grow(one_by_one, smallest, empty_s, share_s)
+        if not self._affords("links", self._plan.repeats, sum(full_s) + sum(empty_s)):
             return []
-        latencies = self._samples(one_by_one, MIN_BYTES, 1)
-        trips = self._samples(one_by_one, size, 1)
-        return [
-            _link(names[a], names[b], size, [row[way] for row in latencies], [row[way] for row in trips])
+        empty, full = samples(smallest), samples(sizes)
+        links = [
+            _link(names[a], names[b], sizes[way], [row[way] for row in empty], [row[way] for row in full])
             for way, (a, b) in enumerate(ways)
         ]
+        return [link for link in links if link is not None]
+
+    def _grow(
+        self, one_by_one: Callable[[Sequence[int]], list[float]], sizes: list[int], took_s: list[float], share_s: float
+    ) -> tuple[list[int], list[float]]:
+        """Return for each way the largest size whose round trip lasts no longer than ``share_s``, and how long."""
+        sizes, took_s = list(sizes), list(took_s)
+        while True:
+            factors = [
+                next((f for f in (STEP**2, STEP) if s * f <= share_s and size * f <= self._largest), 0)
+                for s, size in zip(took_s, sizes, strict=True)
+            ]
+            if not any(factors):
+                return sizes, took_s
+            larger = [size * factor for size, factor in zip(sizes, factors, strict=True)]
+            for way, seconds in enumerate(self._agree(one_by_one(larger))):
+                if larger[way]:
+                    sizes[way], took_s[way] = larger[way], seconds
 
     def _curve(self, kind: str, sizes: Sequence[int], sample: Sample, answer_s: float = 0.0) -> Curve | None:
         points: list[Timing] = []
@@ -252,9 +272,10 @@ class _Bench:
             torch.cuda.synchronize(self._device)
 
 
-def _link(source: str, target: str, size: int, empty: Sequence[float], full: Sequence[float]) -> HostLink:
-    """Make a link of round trips without and with a payload."""
+def _link(source: str, target: str, size: int, empty: Sequence[float], full: Sequence[float]) -> HostLink | None:
+    """Make a link of round trips without and with a payload, or ``None`` where the payload does not show in them."""
     round_trip_s = quartiles(empty)[1]
-    rates = [size / max(seconds - round_trip_s, seconds / 100) for seconds in full]  # noise must not make one infinite
-    lower, median, upper = quartiles(rates)
+    if min(full) < 2 * round_trip_s:
+        return None
+    lower, median, upper = quartiles([size / (seconds - round_trip_s) for seconds in full])
     return HostLink(source, target, size, round_trip_s / 2, median, lower, upper)

@@ -23,8 +23,8 @@ def test_parts_of_the_budget_end_one_after_the_other():
 
 def test_what_one_part_leaves_over_is_the_next_ones():
     plan = ProbePlan((4,), seconds=10.0)
-    assert not plan.affords("all_reduce", elapsed_s=0.0, calls=5, call_s=1.0)
-    assert plan.affords("all_gather", elapsed_s=0.0, calls=5, call_s=1.0)
+    assert not plan.affords("all_reduce", elapsed_s=0.0, calls=6, call_s=1.0)
+    assert plan.affords("all_gather", elapsed_s=0.0, calls=6, call_s=1.0)
 
 
 def test_a_short_message_is_repeated_within_a_sample_and_a_long_one_is_not():
@@ -50,7 +50,7 @@ def test_everyone_exchanges_messages_with_the_two_on_each_side_in_both_direction
         (lambda: ProbePlan((6,)), ["sizes", "got 6", "multiples of 4", "next one is 8"]),
         (lambda: ProbePlan((0, 4)), ["sizes", "got 0", "next one is 4"]),
         (lambda: ProbePlan((4,), repeats=0), ["repeats", "got 0", ">= 1", "5"]),
-        (lambda: ProbePlan((4,), seconds=0.0), ["seconds", "got 0.0", "> 0", "Try 10"]),
+        (lambda: ProbePlan((4,), seconds=0.0), ["seconds", "got 0.0", "> 0", "Try 12"]),
         (lambda: ProbePlan((4,), seconds=float("inf")), ["seconds", "got inf"]),
         (lambda: sizes_between(2, 8), ["min_bytes", "got 2", "next one is 4"]),
         (lambda: sizes_between(4, 9), ["max_bytes", "got 9", "next one is 12"]),

@@ -54,10 +54,9 @@ def test_larger_messages_take_longer(of_three):
         assert curve.points[-1].median_s > curve.points[0].median_s
 
 
-def test_both_directions_of_every_pair_are_measured_at_one_size(of_three):
+def test_both_directions_of_every_pair_are_measured(of_three):
     links = of_three[0].links
     assert {(link.source, link.target) for link in links} == {("abc"[a], "abc"[b]) for a, b in pairs(3)}
-    assert {link.payload_bytes for link in links} == {2**20}
     for link in links:
         assert link.latency_s > 0
         assert 0 < link.lower_bytes_per_s <= link.bytes_per_s <= link.upper_bytes_per_s
@@ -103,7 +102,7 @@ def _slow_probe(rank: int, plan: ProbePlan) -> tuple[LinkProfile, float, int]:
 
 
 def test_sizes_that_would_break_the_budget_are_left_out_and_named_on_all_ranks(run_ranks):
-    # 256 KiB take 0.26 s, so three samples fit into 45 % of 4 s; 1 MiB take 1.05 s, and three of them do not.
+    # 256 KiB take 0.26 s, so three samples fit into half of 4 s; 1 MiB take 1.05 s, and three of them do not.
     plan = ProbePlan((4, 2**16, 2**18, 2**20, 2**22), repeats=3, seconds=4.0)
     outcomes = run_ranks(_slow_probe, plan, world_size=2)
     assert outcomes[0][0].curves == outcomes[1][0].curves
