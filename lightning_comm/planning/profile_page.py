@@ -8,8 +8,8 @@ from datetime import datetime, timezone
 from lightning_comm.core.key_figures import RunFigures
 from lightning_comm.core.rank_profile import RankProfile, combine
 from lightning_comm.planning import profile_figures
-from lightning_comm.planning.profile_text import figure_rows, how_measured, milliseconds, rate, sentences
-from lightning_comm.planning.report import html_table, megabytes, page, percent
+from lightning_comm.planning.profile_text import figure_rows, how_measured, milliseconds, rate, sentences, size
+from lightning_comm.planning.report import html_table, page, percent
 
 _CARD = (
     "display:inline-block;vertical-align:top;width:11.5rem;margin:0 .8rem .8rem 0;padding:.8rem 1rem;"
@@ -64,7 +64,7 @@ def _cards(run: RunFigures) -> str:
     cards = [
         (percent(run.share_exposed), "of the time, training stood still for communication"),
         (milliseconds(run.step_s), f"a step, {milliseconds(run.exposed_s)} of it exposed communication"),
-        (megabytes(run.sent_bytes), f"sent per rank and step: {saved}"),
+        (size(run.sent_bytes), f"sent per rank and step: {saved}"),
         (rate(run.bandwidth_bytes_per_s), f"while sending: {link}"),
     ]
     return "".join(
@@ -126,9 +126,9 @@ def _by_purpose(run: RunFigures) -> str:
         [purpose, _count(run.total_payload_bytes, purpose), _count(run.total_wire_bytes, purpose)]
         for purpose in run.total_payload_bytes
     ]
-    rows += [[f"{purpose}, outside of steps", "", megabytes(count)] for purpose, count in run.beside_wire_bytes.items()]
+    rows += [[f"{purpose}, outside of steps", "", size(count)] for purpose, count in run.beside_wire_bytes.items()]
     return html_table(["whole run, mean of the ranks", "handed over", "sent"], rows)
 
 
 def _count(counts: Mapping[str, float], purpose: str) -> str:
-    return megabytes(counts.get(purpose, 0.0))
+    return size(counts.get(purpose, 0.0))

@@ -14,7 +14,15 @@ def milliseconds(seconds: float) -> str:
 
 def rate(bytes_per_s: float | None) -> str:
     """Return a rate in Mbit/s, as networks are sold."""
-    return "unknown" if bytes_per_s is None else f"{8 * bytes_per_s / 1e6:,.0f} Mbit/s"
+    if bytes_per_s is None:
+        return "unknown"
+    megabits = 8 * bytes_per_s / 1e6
+    return f"{megabits:,.0f} Mbit/s" if megabits >= 10 else f"{megabits:,.2f} Mbit/s"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as people read it, in units of powers of 10."""
+    return megabytes(count) if count >= 1e5 or count == 0 else f"{count / 1e3:,.1f} kB"
 
 
 def figure_rows(run: RunFigures) -> list[Row]:
@@ -27,7 +35,7 @@ def figure_rows(run: RunFigures) -> list[Row]:
         ("  of it waiting for slower ranks", milliseconds(run.wait_s), _of_step(run, run.wait_s)),
         ("Lightning's own collectives", milliseconds(run.lightning_s), _of_step(run, run.lightning_s)),
         ("metrics and your own collectives", milliseconds(run.other_s), _of_step(run, run.other_s)),
-        ("sent per rank and step", megabytes(run.sent_bytes), _of_dense(run)),
+        ("sent per rank and step", size(run.sent_bytes), _of_dense(run)),
         ("achieved while sending", rate(run.bandwidth_bytes_per_s), _of_link(run)),
     ]
     if run.link_bytes_per_s is not None:

@@ -1,11 +1,11 @@
 """What DDP says of itself: every name is still there, and its bytes are those of torch's flight recorder."""
 
-import os
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
+from support.flight_recorder import flight_recorder, recording_flights
 from support.processes import start_ranks
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -47,8 +47,6 @@ def _wrapped(kind, builtin=None, hook=None, **kwargs):
 
 
 def _backwards(rank):
-    from transport.test_watching import flight_recorder
-
     answers = {}
     for kind, options in VARIANTS.items():
         ddp = _wrapped(kind, **options)
@@ -78,11 +76,8 @@ def _backwards(rank):
 
 @pytest.fixture(scope="module")
 def answers():
-    os.environ["TORCH_FR_BUFFER_SIZE"] = "2000"
-    try:
+    with recording_flights():
         return start_ranks(_backwards, world_size=2)
-    finally:
-        del os.environ["TORCH_FR_BUFFER_SIZE"]
 
 
 @pytest.mark.parametrize("name", INTERNALS)

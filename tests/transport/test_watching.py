@@ -1,12 +1,11 @@
 """What is seen of torch.distributed, against torch's own flight recorder, in real processes."""
 
-import json
-import os
 import types
 
 import pytest
 import torch
 import torch.distributed as dist
+from support.flight_recorder import flight_recorder, recording_flights
 from support.processes import start_ranks
 from torch.distributed import distributed_c10d
 
@@ -15,7 +14,6 @@ from lightning_comm.transport import watching
 from lightning_comm.transport.recording import Recorder, observe
 from lightning_comm.transport.watching import FUNCTIONS, Watcher
 
-_BYTES = {"Float": 4, "Double": 8, "Long": 8, "Int": 4, "Byte": 1, "BFloat16": 2, "Half": 2}
 CALLS = {
     "all_reduce": lambda t, n: dist.all_reduce(t),
     "broadcast": lambda t, n: dist.broadcast(t, src=1),
@@ -30,21 +28,6 @@ CALLS = {
     "objects": lambda t, n: dist.broadcast_object_list([{"some": "thing"}], src=0),
     "gathered objects": lambda t, n: dist.all_gather_object([None] * n, "word"),
 }
-
-
-def flight_recorder() -> list[dict]:
-    """What gloo was asked to do, as torch itself writes it down."""
-    entries = json.loads(torch._C._distributed_c10d._dump_fr_trace_json()).get("entries", [])
-    return [
-        {
-            "kind": entry["profiling_name"].split(":")[-1].replace("_base", ""),
-            "bytes": sum(
-                _BYTES[dtype] * torch.Size(size).numel()
-                for dtype, size in zip(entry["input_dtypes"], entry["input_sizes"], strict=True)
-            ),
-        }
-        for entry in entries
-    ]
 
 
 def _calls(rank):
@@ -84,12 +67,8 @@ def _calls(rank):
 
 @pytest.fixture(scope="module")
 def answers():
-    # read by torch when the process group is made, in the processes to come
-    os.environ["TORCH_FR_BUFFER_SIZE"] = "2000"
-    try:
+    with recording_flights():
         return start_ranks(_calls, world_size=2)
-    finally:
-        del os.environ["TORCH_FR_BUFFER_SIZE"]
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -1,0 +1,35 @@
+"""torch's flight recorder, which writes down what gloo was asked to do: an oracle that shares no code with ours."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_BYTES = {"Float": 4, "Double": 8, "Long": 8, "Int": 4, "Byte": 1, "BFloat16": 2, "Half": 2}
+
+
+@contextmanager
+def recording_flights() -> Iterator[None]:
+    """Let processes that are forked in here write down what they send. torch reads this when a group is made."""
+    os.environ["TORCH_FR_BUFFER_SIZE"] = "2000"
+    try:
+        yield
+    finally:
+        del os.environ["TORCH_FR_BUFFER_SIZE"]
+
+
+def flight_recorder() -> list[dict]:
+    """What gloo was asked to do, as torch itself writes it down."""
+    entries = json.loads(torch._C._distributed_c10d._dump_fr_trace_json()).get("entries", [])
+    return [
+        {
+            "kind": entry["profiling_name"].split(":")[-1].replace("_base", ""),
+            "bytes": sum(
+                _BYTES[dtype] * torch.Size(size).numel()
+                for dtype, size in zip(entry["input_dtypes"], entry["input_sizes"], strict=True)
+            ),
+        }
+        for entry in entries
+    ]
