@@ -151,17 +151,30 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _fabric(options: argparse.Namespace) -> Fabric:
-    devices, num_nodes = shape_of_job(os.environ)
+    launched = shape_of_job(os.environ)
+    devices, num_nodes = (
+        _settle(name, asked, found)
+        for name, asked, found in zip(
+            ("--devices", "--num-nodes"), (options.devices, options.num_nodes), launched, strict=True
+        )
+    )
     in_lab = "LIGHTNING_COMM_LAB" in os.environ
     return Fabric(
         accelerator="cpu" if in_lab and options.accelerator == "auto" else options.accelerator,
-        devices=next((number for number in (options.devices, devices) if number is not None), "auto"),
-        num_nodes=next((number for number in (options.num_nodes, num_nodes) if number is not None), 1),
+        devices="auto" if devices is None else devices,
+        num_nodes=1 if num_nodes is None else num_nodes,
         strategy=DDPStrategy(
             process_group_backend=options.backend,
             timeout=timedelta(seconds=_PATIENCE_S + options.plan.seconds),
         ),
     )
+
+
+def _settle(name: str, asked: int | None, found: int | None) -> int | None:
+    if asked is not None and found is not None and asked != found:
+        # All would wait for ranks that nobody starts.
+        raise ValueError(f"`{name}` must be what the launcher has, {found}; got {asked}. Leave it away.")
+    return found if asked is None else asked
 
 
 def shape_of_job(environ: Mapping[str, str]) -> tuple[int | None, int | None]:

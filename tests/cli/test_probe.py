@@ -138,6 +138,13 @@ def test_a_bad_option_ends_the_command_with_its_name_value_and_a_way_out(words, 
     assert [word for word in must_say if word not in message] == []
 
 
+def test_numbers_that_contradict_the_launcher_are_refused_before_anyone_waits(monkeypatch, capsys):
+    monkeypatch.setenv("LIGHTNING_COMM_LAB", '{"hosts": 4, "devices_per_host": 1, "links": []}')
+    assert main(["probe", "--devices=2"]) == 2
+    message = capsys.readouterr().err
+    assert [word for word in ["--devices", "launcher has, 1", "got 2", "Leave it away"] if word not in message] == []
+
+
 def test_devices_that_the_machine_has_not_are_refused_in_a_sentence(capsys):
     assert main(["probe", "--accelerator=nonsense"]) == 2
     message = capsys.readouterr().err
