@@ -35,9 +35,9 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def megabytes(count: float) -> str:
+def megabytes(count: float, digits: int = 1) -> str:
     """Return a number of bytes in MB, of 10**6 bytes."""
-    return f"{count / 1e6:,.1f} MB"
+    return f"{count / 1e6:,.{digits}f} MB"
 
 
 def percent(share: float) -> str:

@@ -51,6 +51,7 @@ INTERNALS = (
     Internal(_EPOCH_LOOP, "batch_progress", "the same for the batches of that epoch"),
     Internal(_EPOCH_LOOP, "_broadcast_sigterm_tensor", "a broadcast on every batch, which would couple the ranks"),
     Internal(_EPOCH_LOOP, "on_advance_end", "the last place before a rank leaves the loop on its own `should_stop`"),
+    Internal(_EPOCH_LOOP, "max_steps", "a pilot ends a run early, whose schedule must stay that of the whole run"),
     Internal(_FIT_LOOP, "on_advance_start", "the same at the start of an epoch"),
     Internal(_FIT_LOOP, "on_advance_end", "the same at the end of an epoch"),
     Internal(_EVALUATION_LOOP, "increment_progress_to_evaluation_end", "draws random numbers in a resumed run"),
@@ -136,6 +137,11 @@ def wrap_skipped_validation(trainer: Trainer, patches: Patches, around: Callable
         around(original)
 
     original: Callable[[], None] = patches.set(loop, "increment_progress_to_evaluation_end", skip)
+
+
+def end_after_this_step(trainer: Trainer) -> None:
+    """Let training end as if ``max_steps`` were reached, which until now kept the value that schedules rest on."""
+    trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
 
 
 def begin_loaders_again(trainer: Trainer) -> None:

@@ -1,0 +1,291 @@
+"""One rank of a pilot: ``python -m lightning_comm.cli.pilot_run JOB`` runs trial after trial in one process.
+
+``JOB`` is a :class:`Job` as JSON. What happens is told in lines of JSON on the standard output, marked by ``EVENT``;
+all else that is printed there is the user's. Starting a process takes longer than a trial, so all trials of a rank
+share one process and one process group; each has a model, data and a Trainer of its own, built from the config as
+``fit`` would.
+"""
+
+import gc
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch.distributed as dist
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Checkpoint,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelSummary,
+    ProgressBar,
+    Timer,
+)
+from lightning.pytorch.loggers.logger import DummyLogger
+from typing_extensions import override
+
+from lightning_comm.callbacks import CommProfiler, EmulatedDevice
+from lightning_comm.cli.pilot_watch import Rehearsal, Watch
+from lightning_comm.cli.training import CommandLine
+from lightning_comm.core.local_update import FixedPeriod
+from lightning_comm.planning.pilot import BASELINE, LIMIT
+from lightning_comm.planning.projection import round_ends
+from lightning_comm.strategies import LocalUpdateStrategy
+from lightning_comm.transport.recording import leave_group_at_exit
+
+EVENT = "@pilot "
+OWN = "config"  # the strategy that the user's config has
+_LEFT_OUT = (
+    Checkpoint,
+    EarlyStopping,
+    ProgressBar,
+    ModelSummary,
+    Timer,
+    LearningRateFinder,
+    BatchSizeFinder,
+    CommProfiler,
+)
+_NOT_IN_A_PILOT = {
+    "logger": False,
+    "fast_dev_run": False,
+    "profiler": None,
+    "max_time": None,
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+}
+_LONGER_THAN_ANY_RUN = 10**9  # steps
+_SAME_RATE = 1e-6  # relative
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a rank has to do.
+
+    Args:
+        args: The user's words for ``lightning-comm fit``.
+        trials: Repeat and strategy of each trial, in order.
+        steps: Optimizer steps of a trial.
+        warmup_steps: How many of them are not counted.
+        device_s: Seconds that a batch takes on the emulated device; ``None`` for the real one.
+        trainer: Arguments of the Trainer that the place of the run decides on: the number of devices and hosts.
+
+    """
+
+    args: Sequence[str]
+    trials: Sequence[tuple[int, str]]
+    steps: int
+    warmup_steps: int
+    device_s: float | None
+    trainer: dict[str, Any]
+
+
+class TrialLine(CommandLine):
+    """``lightning-comm fit`` for one trial: the user's model, data and Trainer, without what only a real run needs."""
+
+    def __init__(self, job: Job, strategy: str, callbacks: list[Callback]) -> None:
+        self._job, self._strategy, self._own_callbacks = job, strategy, callbacks
+        super().__init__(args=["fit", *job.args], seed_everything_default=0, save_config_callback=None)
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        config = self.config.fit
+        config.ckpt_path = None
+        for name, value in {**_NOT_IN_A_PILOT, **self._job.trainer}.items():
+            config.trainer[name] = value
+        own = config.trainer.strategy
+        if self._strategy != OWN:
+            config.trainer.strategy = "auto" if self._strategy == LIMIT else without_start_method(self._strategy)
+        elif isinstance(own, str):
+            config.trainer.strategy = without_start_method(own)
+        elif isinstance(own, Namespace) and "start_method" in own.get("init_args", {}):
+            own.init_args.start_method = "popen"
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self._strategy == LIMIT:
+            kwargs["strategy"] = LocalUpdateStrategy(FixedPeriod(_LONGER_THAN_ANY_RUN))
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Called by Lightning before ``fit``: takes out the callbacks of a real run, also those of the model."""
+        callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])  # a list that Lightning does not declare
+        callbacks[:] = [*_kept(callbacks), *self._own_callbacks]
+        self.trainer.loggers = [DummyLogger()]  # for code that calls its logger
+        model, configure_callbacks = self.model, self.model.configure_callbacks
+
+        def configure() -> list[Callback]:
+            own = configure_callbacks()
+            return _kept(own if isinstance(own, Sequence) else [own])
+
+        model.configure_callbacks = configure
+
+
+def without_start_method(name: str) -> str:
+    """Return the strategy for processes that are started already, as those of a pilot are."""
+    for suffix in ("_spawn", "_forkserver", "_fork", "_notebook"):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _kept(callbacks: Sequence[Callback]) -> list[Callback]:
+    return [callback for callback in callbacks if not isinstance(callback, _LEFT_OUT)]
+
+
+def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
+    """Run all trials on this rank; rank 0 tells of each.
+
+    The limit, "the same job with communication removed", is a local update whose only round is longer than the run:
+    forward, backward, optimizer, data and callbacks are the user's, on as many ranks, and within a round nothing is
+    sent. What DDP does to have gradients averaged (buckets, hooks) goes with the communication, since it exists for it.
+
+    Args:
+        job: What to do.
+        emit: Takes events on rank 0.
+
+    """
+    rehearsal = Rehearsal()
+    line = TrialLine(job, BASELINE, [rehearsal])
+    ranks = line.trainer.world_size
+    batch_size = max(_gather(rehearsal.batch_size or 0))
+    if job.device_s is not None and batch_size == 0:
+        raise ValueError("pilot: `--device-ms` paces batches by their samples, and this one has none that can be seen.")
+    if line.trainer.is_global_zero:
+        emit(
+            {
+                "event": "rehearsed",
+                "world_size": ranks,
+                "batch_size": batch_size or None,
+                "parameters": rehearsal.parameters,
+                "device": str(line.trainer.strategy.root_device),
+                "total_steps": len(rehearsal.rates) if rehearsal.rates else None,
+                "problem": rehearsal.problem,
+            }
+        )
+    del line
+    for repeat, strategy in job.trials:
+        gc.collect()
+        emit({"event": "begin", "repeat": repeat, "strategy": strategy})
+        record = _trial(job, strategy, batch_size, rehearsal)
+        if record is not None:
+            emit({"event": "trial", "repeat": repeat, **record})
+
+
+def _trial(job: Job, strategy: str, batch_size: int, rehearsal: Rehearsal) -> dict[str, Any] | None:
+    """Train a few steps; return what was measured on rank 0, and ``None`` on the others."""
+    watch = Watch(job.steps, job.warmup_steps, is_limit=strategy == LIMIT)
+    device = [EmulatedDevice(job.device_s, batch_size)] if job.device_s is not None else []
+    with TemporaryDirectory() as folder:  # its figures are kept, not its files
+        profiler = CommProfiler(folder, timeline_steps=0, page=False)
+        line = TrialLine(job, strategy, [*device, profiler, watch])
+    sent, exposed = _per_step(profiler, job)
+    callbacks: list[Callback] = getattr(line.trainer, "callbacks", [])  # a list that Lightning does not declare
+    own = {
+        "step_s": watch.step_s,
+        "samples": watch.samples,
+        "sent_bytes": sent,
+        "exposed_s": exposed,
+        "loss": mean(watch.losses) if watch.losses else None,
+        "devices": [_paced(each) for each in callbacks if isinstance(each, EmulatedDevice)],
+    }
+    ranks = _gather(own)
+    if not line.trainer.is_global_zero:
+        return None
+    return {
+        "strategy": strategy,
+        "warmup_steps": job.warmup_steps,
+        "gradient_steps": watch.gradient_steps,
+        "sync_steps": watch.sync_steps,
+        "step_s": [[round(seconds, 6) for seconds in rank["step_s"]] for rank in ranks],
+        "samples": _over_ranks([rank["samples"] for rank in ranks], sum),
+        "sent_bytes": _over_ranks([rank["sent_bytes"] for rank in ranks], mean),
+        "exposed_s": _over_ranks([rank["exposed_s"] for rank in ranks], mean),
+        "loss": mean(rank["loss"] for rank in ranks) if all(rank["loss"] is not None for rank in ranks) else None,
+        "devices": [device for rank in ranks for device in rank["devices"]],
+        **_plan(strategy, watch, rehearsal),
+    }
+
+
+def _paced(device: EmulatedDevice) -> dict[str, float]:
+    """Return what the report says of an emulated device, the user's or the pilot's."""
+    pacer = device.pacer
+    assert pacer is not None  # it has trained
+    step_s = pacer.step_s / pacer.speed
+    return {"step_s": step_s, "batch_size": pacer.batch_size, "steps": pacer.steps, "overruns": pacer.overruns}
+
+
+def _plan(strategy: str, watch: Watch, rehearsal: Rehearsal) -> dict[str, Any]:
+    """Return what the whole run will do under the strategy, or the reason why that is not known."""
+    rates = rehearsal.rates
+    if rates is None:
+        return {"problem": rehearsal.problem}
+    if any(abs(seen - known) > _SAME_RATE * abs(known) for seen, known in zip(watch.rates, rates, strict=False)):
+        return {"problem": "the rates of the first steps were not those of the schedule, so something else sets them"}
+    total, run_ = len(rates), watch.local_update
+    if strategy == LIMIT or run_ is None:
+        return {"plan": {"total_steps": total, "gradient_steps": 0 if strategy == LIMIT else total, "round_ends": []}}
+    gradient_steps = min(total, watch.planned_gradient_steps or 0)
+    warmup = run_.settings.warmup_steps
+    ends = round_ends(run_.settings.period, rates, gradient_steps=gradient_steps, warmup_steps=warmup)
+    return {"plan": {"total_steps": total, "gradient_steps": gradient_steps, "round_ends": list(ends)}}
+
+
+def _per_step(profiler: CommProfiler, job: Job) -> tuple[list[float] | None, list[float] | None]:
+    """Return bytes sent and exposed seconds of every optimizer step on this rank, as far as the profiler knows them."""
+    sent, exposed, timed = [0.0], [0.0], True
+    for step in profiler.steps:
+        sent[-1] += step.sent_bytes
+        exposed[-1] += step.exposed_s
+        timed = timed and (step.timed or len(sent) <= job.warmup_steps)
+        if step.optimizer_steps:
+            sent.append(0.0)
+            exposed.append(0.0)
+    if len(sent) <= job.steps:
+        return None, None  # the profiler stopped
+    return sent[: job.steps], exposed[: job.steps] if timed else None
+
+
+def _over_ranks(rows: list[Any], combine: Callable[[list[float]], float]) -> list[float] | None:
+    if any(row is None or None in row for row in rows):
+        return None
+    return [combine(list(values)) for values in zip(*rows, strict=True)]
+
+
+def _gather(own: Any) -> list[Any]:
+    """Return what each rank has, on all of them."""
+    if not dist.is_initialized():
+        return [own]
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, own)
+    return answers
+
+
+def main(job: Job) -> int:
+    """Run a rank and tell of it on the standard output."""
+
+    def emit(event: dict[str, Any]) -> None:
+        print(f"\n{EVENT}{json.dumps(event)}", flush=True)
+
+    leave_group_at_exit()
+    try:
+        run(job, emit)
+    except BaseException as error:
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        traceback.print_exc()
+        emit({"event": "failed", "error": text})
+        return 1
+    emit({"event": "done"})
+    return 0
+
+
+if __name__ == "__main__":
+    _job = Job(**json.loads(sys.argv[1]))
+    del sys.argv[1:]  # Lightning's command line warns of words that it is not given
+    sys.exit(main(_job))
