@@ -20,23 +20,24 @@ def run_ranks():
 
 
 @pytest.fixture(scope="session")
-def _labs_can_be_made():
+def labs_can_be_made():
+    """`None`, or one line that says why emulated hosts cannot be had here."""
     return unavailable()
 
 
 @pytest.fixture
-def lab(_labs_can_be_made):
+def lab(labs_can_be_made):
     """Make emulated hosts, as ``Lab`` does, that are gone when the test ends."""
-    if _labs_can_be_made is not None:
-        pytest.skip(_labs_can_be_made)
+    if labs_can_be_made is not None:
+        pytest.skip(labs_can_be_made)
     with ExitStack() as open_labs:
         yield lambda *args, **kwargs: open_labs.enter_context(Lab(*args, **kwargs))
 
 
 @pytest.fixture(scope="module")
-def module_lab(_labs_can_be_made):
+def module_lab(labs_can_be_made):
     """The same for a whole module, whose tests share the hosts."""
-    if _labs_can_be_made is not None:
-        pytest.skip(_labs_can_be_made)
+    if labs_can_be_made is not None:
+        pytest.skip(labs_can_be_made)
     with ExitStack() as open_labs:
         yield lambda *args, **kwargs: open_labs.enter_context(Lab(*args, **kwargs))

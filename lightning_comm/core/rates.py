@@ -4,7 +4,7 @@ import math
 import re
 
 _BITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-_RATE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]+)(?:/s|ps)?\s*", re.IGNORECASE)
+_RATE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]+?)(?:/s|ps)?\s*", re.IGNORECASE)
 
 
 def parse_rate(text: str) -> float:

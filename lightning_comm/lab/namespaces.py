@@ -15,6 +15,7 @@ from pathlib import Path
 from lightning_comm.core.rates import parse_rate
 
 INTERFACE = "eth0"  # of every host
+_NEW = ("unshare", "--net", "--pid", "--fork", "--kill-child")
 _INIT = Path(__file__).with_name("host_init.py")
 _TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
 _QUEUE_S = 0.05  # what waits longer than this in a shaped queue is dropped
@@ -59,7 +60,7 @@ class Namespace:
 
     def __init__(self, beside: "Namespace | None" = None) -> None:
         self.needs_user: bool = beside.needs_user if beside else os.geteuid() != 0
-        new = ["unshare", "--net", "--pid", "--fork", "--kill-child"]
+        new = list(_NEW)
         if beside is not None:
             new = [*beside.enter(network=False, processes=False), *new]
         elif self.needs_user:
