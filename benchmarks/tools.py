@@ -120,7 +120,8 @@ def _error_of(done: LabResult) -> str:
     if done.returncode == 0:
         return ""
     said = done.output[done.host or 0].strip().splitlines()
-    return "\n".join([*[line for line in said if not line.startswith(("AT ", "PROGRESS ", "RESULT "))][-4:], done.why])
+    told = [line for line in said if "[W" not in line and not line.startswith(("AT ", "PROGRESS ", "RESULT "))]
+    return "\n".join([*told[-4:], done.why])
 
 
 def _write(report: dict[str, Any], out: Path) -> None:
@@ -158,7 +159,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", default="vit_tiny_patch16_224")
     parser.add_argument("--image", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--step-s", type=float, default=0.2)
+    parser.add_argument("--step-s", type=float, default=0.15)
     parser.add_argument("--period", type=int, default=8)
     parser.add_argument("--out", help="the Markdown file; docs/results/tools_<date>.md by default")
     options = parser.parse_args()

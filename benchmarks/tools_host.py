@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ import torch.distributed as dist
 from tools_methods import BEST, TIMEOUT, TOOLS, Job, Segment, Timed, Tool, ddp
 from tools_report import OURS, PLAIN
 
-_SEGMENT_S = 3.0  # what tools that communicate in every step are to be timed for, at least 2 steps and at most 8
+_SEGMENT_S = 2.0  # what tools that communicate in every step are to be timed for, at least 2 steps and at most 4
+_TRIAL_STEP_S = 0.02  # so that a trial has many steps in little time
 _BUCKETS_MB = (0.5, 1.0, 2.5, 8.0, 25.0)  # the last is DDP's own default
 
 
@@ -37,8 +38,7 @@ def main() -> None:
     job = Job(*(options[name] for name in ("model", "image", "batch", "step_s", "period")))
     dist.init_process_group("gloo", timeout=TIMEOUT)
     if options["trial"]:
-        TOOLS[options["trial"]].make(job)(2 * job.period)
-        say("PROGRESS", f"{options['trial']} runs")
+        TOOLS[options["trial"]].make(replace(job, step_s=_TRIAL_STEP_S))(5 * job.period)
     else:
         compare(job, options["tools"], options["repeats"])
     for close in job.closing:
@@ -57,7 +57,7 @@ def compare(job: Job, names: list[str], repeats: int) -> None:
         tools[name] = TOOLS[name]
         if name == PLAIN:
             tools[BEST] = Tool(f"DDP, best `bucket_cap_mb` ({best:g})", lambda job: ddp(job, best), every_step=True)
-    every = max(2, min(8, round(_SEGMENT_S / steps_s[_BUCKETS_MB[-1]])))
+    every = max(2, min(4, round(_SEGMENT_S / steps_s[_BUCKETS_MB[-1]])))
     say("RESULT", json.dumps({"payload_bytes": payload_bytes, "bucket_sweep_s": steps_s, "steps": every}))
     segments: dict[str, Segment] = {}
     for name, tool in tools.items():
@@ -92,17 +92,13 @@ def sweep_buckets(job: Job) -> dict[float, float]:
 
 
 def bare_all_reduce(payload_bytes: int) -> float:
-    """Return the seconds of one all-reduce of the model's bytes in one piece: the median of three."""
+    """Return the seconds of one all-reduce of the model's bytes in one piece."""
     flat = torch.full((payload_bytes // 4,), 1e-3)
-    times = []
-    for _ in range(3):
-        dist.barrier()
-        started = time.perf_counter()
-        dist.all_reduce(flat)
-        times.append(time.perf_counter() - started)
-        flat.fill_(1e-3)
+    dist.barrier()
+    started = time.perf_counter()
+    dist.all_reduce(flat)
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, statistics.median(times))
+    dist.all_gather_object(gathered, time.perf_counter() - started)
     return max(gathered)
 
 
