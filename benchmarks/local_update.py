@@ -1,20 +1,23 @@
 """Speed of local updates on this machine: the averages, and what the strategy costs between them.
 
-    python benchmarks/local_update.py [--ranks 2] [--repeats 15]
+    python benchmarks/local_update.py [--ranks 2] [--hosts 4 --link 1gbit] [--repeats 15]
 
-Two tables. First, averaging a 22 MB model in place, for several bucket sizes, against one bare `all_reduce` of the same
-bytes; the runs are interleaved, and each line gives the median, the quartiles and the ratio of the bare time to it.
-Second, the time of an optimizer step between synchronisations: K processes with the strategy against K processes that
-run the same loop without any strategy, interleaved as well.
+Three tables. First, averaging a 22 MB model in place, for several bucket sizes, against one bare `all_reduce` of the
+same bytes; the runs are interleaved, and each line gives the median, the quartiles and the ratio of the bare time to
+it. Second, the same between emulated hosts on a shaped link. Third, the time of an optimizer step between
+synchronisations: K processes with the strategy against K processes that run the same loop without any strategy,
+interleaved as well.
 """
 
 import argparse
+import json
 import logging
 import multiprocessing
 import os
 import platform
 import socket
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -28,6 +31,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_comm import CommLedger, FixedPeriod, LocalUpdateStrategy
+from lightning_comm.lab.cluster import Lab, unavailable
 from lightning_comm.transport.averaging import Averager
 from lightning_comm.transport.recording import Recorder
 
@@ -91,6 +95,23 @@ def time_averages(rank: int, repeats: int) -> dict[str, list[float]]:
     return times
 
 
+def time_averages_in_the_lab(hosts: int, link: str, repeats: int) -> dict[str, list[float]]:
+    """Like :func:`time_averages`, with one rank on each of the emulated hosts; seconds as rank 0 saw them."""
+    with Lab(hosts, link) as lab:
+        done = lab.run([sys.executable, __file__, "--as-host", "--repeats", str(repeats)], timeout_s=1800)
+    if done.returncode != 0:
+        raise RuntimeError(f"host {done.host} failed:\n{done.output[done.host]}")
+    times: dict[str, list[float]] = json.loads(done.output[0].strip().splitlines()[-1])
+    return times
+
+
+def show_averages(times: dict[str, list[float]]) -> None:
+    """Print a line for each way to average, with its rate as a share of that of the bare all-reduce."""
+    bare = statistics.median(times["bare all_reduce"])
+    for name, values in times.items():
+        print(line(name, values, 1e3, f"{bare / statistics.median(values):.3f}"))
+
+
 class Tiny(pl.LightningModule):
     """A model so small that a step is nearly all overhead of the loop."""
 
@@ -138,9 +159,19 @@ def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--hosts", type=int, default=4, help="emulated hosts for the second table")
+    parser.add_argument("--link", default="1gbit", help="rate of their links")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--as-host", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.as_host:  # this process is one of the emulated hosts
+        torch.set_num_threads(1)
+        times = time_averages(int(os.environ["RANK"]), options.repeats)
+        dist.barrier()
+        dist.destroy_process_group()
+        print(json.dumps(times))
+        return
     logging.getLogger("lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
@@ -155,9 +186,12 @@ def main() -> None:
 
     times = run_ranks(time_averages, options.ranks, options.repeats)[0]
     print(f"Averaging {megabytes:.1f} MB, milliseconds: median, quartiles, and its rate as a share of the bare one's")
-    bare = statistics.median(times["bare all_reduce"])
-    for name, values in times.items():
-        print(line(name, values, 1e3, f"{bare / statistics.median(values):.2f}"))
+    show_averages(times)
+    print(f"\nThe same on {options.hosts} emulated hosts with links of {options.link}")
+    if (missing := unavailable()) is None:
+        show_averages(time_averages_in_the_lab(options.hosts, options.link, max(5, options.repeats // 3)))
+    else:
+        print(f"left out: {missing}")
 
     print("\nOne optimizer step between synchronisations, microseconds: median and quartiles over repeats and ranks")
     steps: dict[bool, list[float]] = {True: [], False: []}
