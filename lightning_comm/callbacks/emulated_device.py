@@ -101,9 +101,10 @@ class EmulatedDevice(Callback):
         if self.pacer is None:
             return
         self.pacer.detach()
-        rank_zero_info(self.pacer.summary())
-        if self.pacer.overruns:
+        if self.pacer.overruns or self.pacer.unpaced_batches:
             _log.warning("Rank %d: %s", trainer.global_rank, self.pacer.summary())
+        else:
+            rank_zero_info(self.pacer.summary())
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

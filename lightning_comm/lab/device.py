@@ -6,8 +6,6 @@ communicate, so several devices can share a few cores and communication overlaps
 """
 
 import functools
-import math
-import os
 import time
 from typing import Any, Literal
 
@@ -15,66 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_comm.lab.device_settings import SPEED_VARIABLE, check_device, emulated_speed
 from lightning_comm.lab.layer_times import Pass, PassPlan, plan_step
 from lightning_comm.lab.layers import PassRecorder, check_can_be_paced, first_tensor, weights_of
 from lightning_comm.lab.pace import PaceClock
 
-SPEED_VARIABLE = "LIGHTNING_COMM_SPEED"  # set by the lab; the one variable that is read outside the command line
-
-
-def emulated_speed() -> float:
-    """Return this host's emulated speed: the variable ``LIGHTNING_COMM_SPEED``, or 1.0 where it is not set.
-
-    Raises:
-        ValueError: If the variable is not a positive number.
-
-    """
-    text = os.environ.get(SPEED_VARIABLE)
-    if text is None:
-        return 1.0
-    try:
-        speed = float(text)
-    except ValueError:
-        speed = math.nan
-    if not (math.isfinite(speed) and speed > 0):
-        raise ValueError(
-            f"emulated_speed: the environment variable {SPEED_VARIABLE} must be a number > 0; got {text!r}. 0.5 is "
-            "half as fast as 1; unset it for 1."
-        )
-    return speed
-
-
-def check_device(where: str, *, step_s: float, batch_size: int, forward_share: float, speed: float | None) -> None:
-    """Refuse arguments that describe no device.
-
-    Raises:
-        ValueError: If one is out of range; the message begins with ``where``.
-
-    """
-    if not (_is_number(step_s) and step_s > 0):
-        raise ValueError(
-            f"{where}: `step_s` is the time of a batch in seconds, so it must be a finite number > 0; got {step_s!r}. "
-            "0.25 is a quarter of a second."
-        )
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(
-            f"{where}: `batch_size` counts the samples that take `step_s`, so it must be a whole number >= 1; got "
-            f"{batch_size!r}. It is the batch size of one device."
-        )
-    if not (_is_number(forward_share) and 0 < forward_share < 1):
-        raise ValueError(
-            f"{where}: `forward_share` is the forward pass's share of the time, so it must be > 0 and < 1; got "
-            f"{forward_share!r}. A third is usual, since backward computes about twice as much."
-        )
-    if speed is not None and not (_is_number(speed) and speed > 0):
-        raise ValueError(
-            f"{where}: `speed` divides the time, so it must be a finite number > 0; got {speed!r}. 0.5 is half as fast "
-            f"as 1; None takes it from {SPEED_VARIABLE}."
-        )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+__all__ = ["SPEED_VARIABLE", "DevicePacer", "check_device", "emulated_speed"]
 
 
 class DevicePacer:
@@ -87,7 +31,8 @@ class DevicePacer:
     layer takes nothing from those behind it as long as there is slack.
 
     The first step after :meth:`attach`, and after a parameter begins to require gradients, finds out which layers run;
-    it is lengthened as a whole. A step that is late by more than 1 % is an overrun, and :meth:`summary` reports it.
+    it is lengthened as a whole. A step that is late by more than 1 % of its time, and by more than 1 ms, is an overrun,
+    and :meth:`summary` reports it.
 
     What is not paced: the optimizer; the loss, between the last layer and the start of backward; whatever runs outside
     of a step, such as validation; forward passes without a backward, beyond those of the first step; a second backward
@@ -137,7 +82,9 @@ class DevicePacer:
         self.module = module
         self.step_s, self.batch_size, self.forward_share = step_s, batch_size, forward_share
         self.speed = emulated_speed() if speed is None else speed
+        self.unpaced_batches = 0  # in which no layer ran forward and backward
         self._clock = PaceClock()
+        self._attached = False
         self._handles: list[RemovableHandle] = []
         self._hooked: set[str] = set()  # parameters
         self._plan: list[PassPlan] | None = None  # for each pass of a step; None until a step has shown its layers
@@ -157,6 +104,7 @@ class DevicePacer:
         """
         self.detach()
         check_can_be_paced(self.module)
+        self._attached = True
         for name, layer in self.module.named_modules():
             if any(True for _ in layer.parameters(recurse=False)):
                 self._handles += [
@@ -172,11 +120,22 @@ class DevicePacer:
         self._handles.clear()
         self._hooked.clear()
         self._plan = None
+        self._attached = False
 
     def begin_step(self, samples: int) -> None:
-        """Begin a batch: until the next one, forward and backward are paced for so many samples; 0 take no time."""
+        """Begin a batch: until the next one, forward and backward are paced for so many samples; 0 take no time.
+
+        Raises:
+            ValueError: If the number is negative.
+            RuntimeError: Before :meth:`attach`.
+
+        """
         if samples < 0:
             raise ValueError(f"DevicePacer: `samples` must be >= 0; got {samples!r}. It counts a batch's samples.")
+        if not self._attached:
+            raise RuntimeError(
+                "DevicePacer: `begin_step` paces nothing before `attach`, or after `detach`. Attach it first."
+            )
         self.end_step()
         self._hook_parameters()
         self._step_s = self.step_s / self.speed * samples / self.batch_size
@@ -188,9 +147,11 @@ class DevicePacer:
         if self._phase == "off":
             return
         self._phase = "off"
-        if self._plan is None:
-            self._plan = plan_step(self._seen, weights_of(self.module)) if self._seen else None
-        elif self._seen:
+        if not self._seen:
+            self.unpaced_batches += 1
+        elif self._plan is None:
+            self._plan = plan_step(self._seen, weights_of(self.module))
+        else:
             self._clock.end_step(self._step_s)
 
     @property
@@ -215,6 +176,11 @@ class DevicePacer:
             f"Emulated device: {self.batch_size} samples take {self.step_s / self.speed:g} s (step_s={self.step_s:g}, "
             f"speed={self.speed:g}); real compute was {100 * self.real_share:.0f} % of the time of {self.steps} steps."
         )
+        if self.unpaced_batches:
+            text += (
+                f" {self.unpaced_batches} batches were NOT paced, since no layer with parameters ran forward and "
+                "backward in them; only what is called as a module can be paced."
+            )
         if not self.overruns:
             return f"{text} No step overran."
         return (

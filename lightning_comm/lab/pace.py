@@ -2,7 +2,8 @@
 
 import time
 
-TOLERANCE = 0.01  # of a step's time, by which it may be late before it counts as an overrun
+TOLERANCE = 0.01  # of a step's time, by which it may be late before it counts as an overrun,
+TOLERANCE_S = 0.001  # or this long, which is less than a busy machine takes to wake a process
 
 
 class PaceClock:
@@ -50,7 +51,7 @@ class PaceClock:
     def end_step(self, length_s: float) -> None:
         """End a step whose passes were to take so many seconds in all."""
         self.steps += 1
-        if self._step_late_s > TOLERANCE * length_s:
+        if self._step_late_s > max(TOLERANCE * length_s, TOLERANCE_S):
             self.overruns += 1
             self.late_s += self._step_late_s
             self.worst_late_s = max(self.worst_late_s, self._step_late_s)

@@ -1,0 +1,62 @@
+"""What describes an emulated device, and what does not."""
+
+import math
+import os
+from typing import Any
+
+SPEED_VARIABLE = "LIGHTNING_COMM_SPEED"  # set by the lab; the one variable that is read outside the command line
+
+
+def emulated_speed() -> float:
+    """Return this host's emulated speed: the variable ``LIGHTNING_COMM_SPEED``, or 1.0 where it is not set.
+
+    Raises:
+        ValueError: If the variable is not a positive number.
+
+    """
+    text = os.environ.get(SPEED_VARIABLE)
+    if text is None:
+        return 1.0
+    try:
+        speed = float(text)
+    except ValueError:
+        speed = math.nan
+    if not (math.isfinite(speed) and speed > 0):
+        raise ValueError(
+            f"emulated_speed: the environment variable {SPEED_VARIABLE} must be a number > 0; got {text!r}. 0.5 is "
+            "half as fast as 1; unset it for 1."
+        )
+    return speed
+
+
+def check_device(where: str, *, step_s: float, batch_size: int, forward_share: float, speed: float | None) -> None:
+    """Refuse arguments that describe no device.
+
+    Raises:
+        ValueError: If one is out of range; the message begins with ``where``.
+
+    """
+    if not (_is_number(step_s) and step_s > 0):
+        raise ValueError(
+            f"{where}: `step_s` is the time of a batch in seconds, so it must be a finite number > 0; got {step_s!r}. "
+            "0.25 is a quarter of a second."
+        )
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(
+            f"{where}: `batch_size` counts the samples that take `step_s`, so it must be a whole number >= 1; got "
+            f"{batch_size!r}. It is the batch size of one device."
+        )
+    if not (_is_number(forward_share) and 0 < forward_share < 1):
+        raise ValueError(
+            f"{where}: `forward_share` is the forward pass's share of the time, so it must be > 0 and < 1; got "
+            f"{forward_share!r}. A third is usual, since backward computes about twice as much."
+        )
+    if speed is not None and not (_is_number(speed) and speed > 0):
+        raise ValueError(
+            f"{where}: `speed` divides the time, so it must be a finite number > 0; got {speed!r}. 0.5 is half as fast "
+            f"as 1; None takes it from {SPEED_VARIABLE}."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
