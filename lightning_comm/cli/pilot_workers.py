@@ -136,7 +136,9 @@ def run_workers(job: Job, place: Place, logs: Path, timeout_s: float) -> Iterato
                 ) from None
             if event is None:
                 running -= 1
-            if (event or {}).get("event") == "failed" or _failed(workers):
+            # in the order in which they came: what was measured before a failure is measured
+            failed = workers[rank].process.returncode != 0 if event is None else event["event"] == "failed"
+            if failed:
                 _wait_for_others(workers)
                 raise WorkerFailed(_first_error(workers, rank))
             if event is not None:
@@ -174,10 +176,6 @@ def _listen(worker: _Worker, heard: "queue.Queue[tuple[int, str | None]]", logs:
         with suppress(OSError):
             log.close()
     heard.put((worker.rank, None))
-
-
-def _failed(workers: list[_Worker]) -> bool:
-    return any(worker.error is not None or worker.process.poll() not in (None, 0) for worker in workers)
 
 
 def _wait_for_others(workers: list[_Worker]) -> None:

@@ -13,7 +13,8 @@ Table = tuple[list[str], list[list[str]]]
 
 _LIMIT_NAME = "without communication"
 _STYLE = (
-    "<style>body{max-width:66rem}table{font-size:.9rem}td{white-space:nowrap}th{vertical-align:bottom}.answer{border-left:.5rem solid;padding:.6rem 1.2rem;font-size:1.25rem;background:#f7f7f7}"
+    "<style>body{max-width:66rem}table{font-size:.9rem}td{white-space:nowrap}th{vertical-align:bottom}"
+    ".answer{border-left:.5rem solid;padding:.6rem 1.2rem;font-size:1.25rem;background:#f7f7f7}"
     ".yes{border-color:#c0392b}.no{border-color:#2e7d32}.open{border-color:#999}"
     ".note{background:#fff6e0;padding:.6rem 1.2rem}dl.facts{display:flex;flex-wrap:wrap;gap:1rem 2.5rem}"
     ".facts dt{color:#666;font-size:.9rem}.facts dd{margin:0;font-size:1.5rem}</style>"

@@ -1,0 +1,223 @@
+"""The pilot as a user runs it, small: what it measures is there, and what it projects is what a whole run does."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.processes import launch
+
+from lightning_comm.cli import pilot
+from lightning_comm.cli.pilot_arguments import Refused, parse
+from lightning_comm.cli.training import CommandLine
+from lightning_comm.core.ledger import wire_bytes
+
+pytestmark = pytest.mark.timeout(360)  # fresh processes, most of it imports; more where others are busy
+
+CONFIG = Path(__file__).parents[2] / "configs" / "qsr.yaml"
+COMMAND = Path(sys.executable).parent / "lightning-comm"
+RATE = "--model.init_args.lr=0.004"
+STEPS, WARMUP, REPEATS = 48, 5, 2  # more steps than an epoch has, and than the run
+STRATEGIES = ("ddp", "local_sgd", "post_local_sgd", "config")
+
+
+def run(words, folder, timeout_s=300):
+    command = [COMMAND, "pilot", f"--config={CONFIG}", *words, "--out", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run of the command: two ranks, four strategies and the limit, two repeats."""
+    out = tmp_path_factory.mktemp("pilot")
+    words = ["--trainer.max_epochs=2", RATE, "--strategies", "local_sgd,post_local_sgd_fork,config"]
+    words += ["--steps", str(STEPS), "--warmup-steps", str(WARMUP), "--repeats", str(REPEATS)]
+    done = run(words, out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = out.iterdir()
+    return folder, json.loads((folder / "pilot.json").read_text()), done.stdout
+
+
+def by_strategy(results):
+    return {name: [t for t in results["trials"] if t["strategy"] == name] for name in (*STRATEGIES, "limit")}
+
+
+def test_strategies_take_turns_and_every_repeat_begins_with_another(finished):
+    _, results, _ = finished
+    repeats = [[t["strategy"] for t in results["trials"] if t["repeat"] == repeat] for repeat in range(REPEATS)]
+    assert repeats[0] == [*STRATEGIES, "limit"]
+    assert repeats[1] == [*STRATEGIES[1:], "limit", "ddp"]
+
+
+def test_all_trials_take_the_same_steps_on_two_ranks_over_more_than_an_epoch(finished):
+    _, results, _ = finished
+    assert {(len(t["step_s"]), *map(len, t["step_s"])) for t in results["trials"]} == {(2, STEPS, STEPS)}
+    assert {sum(t["samples"]) for t in results["trials"]} == {STEPS * 2 * 16}
+    assert results["job"]["total_steps"] == 88
+
+
+def test_strategies_synchronise_where_they_do_in_a_real_run(finished):
+    _, results, _ = finished
+    found = by_strategy(results)
+    for trial in found["local_sgd"]:
+        assert trial["sync_steps"] == [8, 16, 24, 32, 40, 48]
+    for trial in found["post_local_sgd"]:  # its gradient phase is shortened to half of the pilot
+        assert (trial["gradient_steps"], trial["sync_steps"]) == (24, [32, 40, 48])
+    for name in ("ddp", "limit"):
+        assert {tuple(trial["sync_steps"]) for trial in found[name]} == {()}
+
+
+def test_the_projection_has_the_rounds_of_a_whole_run(finished):
+    """A run of the user's config to its end, by the real command line, is the judge."""
+    _, results, _ = finished
+
+    def train(rank):
+        sys.argv[1:] = []
+        words = [f"--config={CONFIG}", "--trainer.max_epochs=2", RATE, "--trainer.logger=false"]
+        words += ["--trainer.enable_checkpointing=false", "--trainer.limit_val_batches=0"]
+        line = CommandLine(args=["fit", *words], seed_everything_default=0, save_config_callback=None)
+        return [done.step for done in line.trainer.strategy.history]
+
+    ends, other = launch(train, world_size=2)
+    assert results["plans"]["config"] == {"total_steps": 88, "gradient_steps": 0, "round_ends": ends}
+    assert ends == other
+    assert len({b - a for a, b in zip(ends, ends[1:], strict=False)}) > 1  # the period grew
+    assert results["plans"]["ddp"] == {"total_steps": 88, "gradient_steps": 88, "round_ends": []}
+    assert results["plans"]["post_local_sgd"]["gradient_steps"] == 44
+    assert results["plans"]["post_local_sgd"]["round_ends"] == [52, 60, 68, 76, 84, 88]
+    assert results["plans"]["limit"]["round_ends"] == []
+
+
+def test_bytes_are_those_of_the_formula_and_the_limit_sends_none(finished):
+    _, results, _ = finished
+    payload = 4 * results["job"]["parameters"]
+    average = wire_bytes("all_reduce", payload, world_size=2)
+    found = by_strategy(results)
+    for trial in found["ddp"]:
+        assert trial["sent_bytes"] == pytest.approx([average] * STEPS)
+    for trial in found["local_sgd"]:
+        sent = {step: count for step, count in enumerate(trial["sent_bytes"], start=1) if count > 1000}
+        assert sorted(sent) == trial["sync_steps"]
+        assert list(sent.values()) == pytest.approx([average] * len(sent), rel=0.01)
+    for trial in found["limit"]:
+        assert max(trial["sent_bytes"][WARMUP:]) < 1000
+
+
+def test_every_repeat_of_a_strategy_ends_with_the_same_loss(finished):
+    _, results, _ = finished
+    for trials in by_strategy(results).values():
+        assert trials[0]["loss"] == pytest.approx(trials[1]["loss"], rel=1e-3)
+        assert 0 < trials[0]["loss"] < 3
+
+
+def test_terminal_and_page_show_the_numbers_and_the_page_needs_no_other_file(finished):
+    folder, results, stdout = finished
+    page = (folder / "pilot.html").read_text()
+    for name in ("pilot.html", "pilot.json"):
+        assert str(folder / name) in stdout
+    for name in (*STRATEGIES, "without communication"):
+        assert len(re.findall(rf"^{name}  +\S", stdout, re.MULTILINE)) == 2
+        assert f"<td>{name}</td>" in page
+    assert f"[10/10] ddp, repeat {REPEATS} of {REPEATS}" in stdout
+    assert "sanity check" in page
+    assert 'src="data:image/svg+xml;base64,' in page
+    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
+    assert results["command"] in page.replace("&#x27;", "'")
+    assert "Emulated" not in page
+
+
+def test_nothing_of_a_real_run_is_left_on_the_disk(finished):
+    folder, _, _ = finished
+    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == [
+        "pilot.html",
+        "pilot.json",
+        "rank0.log",
+        "rank1.log",
+    ]
+
+
+@pytest.fixture
+def same_environment(monkeypatch):
+    """Reading a config seeds, which sets variables that later tests would inherit."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+@pytest.mark.usefixtures("same_environment")
+def test_what_fails_is_named_with_its_first_error_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    words = [f"--config={CONFIG}", "--trainer.callbacks=support.pilot_faults.FailsOnRank1", "--out", str(tmp_path)]
+    assert pilot.main([*words, "--strategies=local_sgd", "--steps=20", "--warmup-steps=2", "--repeats=1"]) == 1
+    said = capsys.readouterr().out
+    assert "`local_sgd` failed in repeat 1: rank 1: ArithmeticError: a callback of the user's gave up\n" in said
+    assert "The others go on without it." in said
+    (folder,) = tmp_path.iterdir()
+    results = json.loads((folder / "pilot.json").read_text())
+    assert [trial["strategy"] for trial in results["trials"]] == ["ddp", "limit"]
+    assert list(results["failures"]) == ["local_sgd"]
+    assert "<h2>What failed</h2>" in (folder / "pilot.html").read_text()
+
+
+BAD_WORDS = [
+    ([], ["--config", "got none", "lightning-comm fit"]),
+    (["--config=x", "--strategies=qsrr"], ["--strategies", "'qsrr'", "Near it are qsr"]),
+    (["--config=x", "--strategies=,"], ["--strategies", "','", "ddp,local_sgd,qsr"]),
+    (["--config=x", "--repeats=0"], ["--repeats", ">= 1", "got 0", "spread"]),
+    (["--config=x", "--steps=1"], ["--steps", ">= 2", "got 1"]),
+    (["--config=x", "--steps=10"], ["--steps", "10 that are not counted", "got 10", "--warmup-steps"]),
+    (["--config=x", "--device-ms=0"], ["--device-ms", "> 0", "got 0.0", "Leave it out"]),
+    (["--config=x", "--cost-per-hour=nan"], ["--cost-per-hour", "nan", "> 0"]),
+]
+
+
+@pytest.mark.parametrize(("words", "must_say"), BAD_WORDS)
+def test_a_bad_option_is_named_with_its_value_and_a_way_out(words, must_say, capsys):
+    assert pilot.main(words) == 2
+    said = capsys.readouterr().err
+    assert [word for word in ("lightning-comm pilot: error:", *must_say) if word not in said] == []
+
+
+@pytest.mark.usefixtures("same_environment")
+@pytest.mark.parametrize(
+    ("words", "must_say"),
+    [
+        (["--trainer.devices=1"], ["one rank", "trainer.devices='1'", "--trainer.devices 2", "--hosts 2"]),
+        (["--trainer.num_nodes=2"], ["trainer.num_nodes", "is 2", "torchrun", "--hosts"]),
+        (["--trainer.strategy=auto", "--strategies=config"], ["`config`", "'auto'", "Leave `config` out"]),
+        (["--out", "/dev/null/results"], ["--out", "'/dev/null/results'", "Not a directory", "another one"]),
+    ],
+)
+def test_a_place_or_config_that_makes_no_sense_is_refused_before_anything_is_measured(words, must_say, capsys):
+    assert pilot.main([f"--config={CONFIG}", *words]) == 2
+    said = capsys.readouterr().err
+    assert [word for word in must_say if word not in said] == []
+
+
+@pytest.mark.usefixtures("same_environment")
+def test_a_config_that_does_not_parse_is_shown_as_fit_shows_it(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("trainer:\n  max_epoch: 3\n")
+    with pytest.raises(SystemExit) as caught:
+        pilot.main([f"--config={tmp_path / 'bad.yaml'}"])
+    assert caught.value.code == 2
+    assert "max_epoch" in capsys.readouterr().err
+
+
+def test_hosts_without_permission_are_refused_with_what_is_missing(monkeypatch):
+    from lightning_comm.cli import pilot_arguments
+
+    monkeypatch.setattr(pilot_arguments, "unavailable", lambda: "the kernel forbids user namespaces")
+    with pytest.raises(Refused) as caught:
+        parse(["--config=x", "--hosts=4"])
+    said = str(caught.value)
+    assert [word for word in ("--hosts", "forbids user namespaces", "Leave it out") if word not in said] == []
+
+
+def test_plain_ddp_is_always_tried_and_names_are_those_without_a_start_method():
+    options, words = parse(["--config", "a.yaml", "-c", "b.yaml", "--strategies", "QSR_fork, qsr,config", "--x", "1"])
+    assert options.strategies == ("ddp", "qsr", "config")
+    assert words == ["--config=a.yaml", "--config=b.yaml", "--x", "1"]

@@ -1,0 +1,126 @@
+"""The ranks of a pilot are heard, a first error is told from what it caused, and none is left behind."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lightning_comm.cli import pilot
+from lightning_comm.cli.pilot_results import Results
+from lightning_comm.cli.pilot_run import Job
+from lightning_comm.cli.pilot_workers import WorkerFailed, run_workers
+
+JOB = Job(args=[], trials=[], steps=4, warmup_steps=1, device_s=None, trainer={})
+SAYS = "import json, os, sys, time\ndef say(**event): print('@pilot ' + json.dumps(event), flush=True)\n"
+SLEEPS = "time.sleep(60)"
+
+
+class Scripts:
+    """A place whose ranks run a few lines of Python instead of a training."""
+
+    def __init__(self, *scripts):
+        self.ranks, self.scripts, self.processes = len(scripts), scripts, []
+
+    def start(self, command, rank):
+        words = [sys.executable, "-S", "-c", SAYS + self.scripts[rank]]
+        self.processes.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return self.processes[-1]
+
+    def end(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def failure(tmp_path, *scripts, timeout_s=30.0):
+    place = Scripts(*scripts)
+    with pytest.raises(WorkerFailed) as caught:
+        list(run_workers(JOB, place, tmp_path, timeout_s))
+    assert all(process.poll() is not None for process in place.processes)
+    return str(caught.value)
+
+
+def test_events_are_passed_on_in_order_and_all_else_is_logged(tmp_path):
+    place = Scripts("print('loading')\nsay(event='a')\nprint('x')\nsay(event='b', n=1)", "print('of rank 1')")
+    assert list(run_workers(JOB, place, tmp_path, 30.0)) == [{"event": "a"}, {"event": "b", "n": 1}]
+    assert (tmp_path / "rank0.log").read_text() == "loading\nx\n"
+    assert (tmp_path / "rank1.log").read_text() == "of rank 1\n"
+
+
+def test_the_first_error_is_shown_and_the_others_are_ended(tmp_path):
+    began = time.monotonic()
+    said = failure(tmp_path, SLEEPS, "say(event='failed', error='ValueError: no such layer')\nsys.exit(1)")
+    assert said == "rank 1: ValueError: no such layer"
+    assert time.monotonic() - began < 30
+
+
+def test_a_rank_that_was_killed_is_the_cause_and_not_the_one_that_lost_its_connection(tmp_path):
+    lost = "time.sleep(0.3)\nsay(event='failed', error='RuntimeError: Connection closed by peer')\nsys.exit(1)"
+    said = failure(tmp_path, lost, "print('step 7', flush=True)\nos.kill(os.getpid(), 9)")
+    assert said.startswith("rank 1 was ended by SIGKILL. Was the memory used up? The end of its output:")
+    assert said.endswith("step 7")
+
+
+def test_a_rank_that_ends_without_a_word_is_shown_with_the_end_of_its_output(tmp_path):
+    said = failure(tmp_path, SLEEPS, "print('error: a bad value')\nsys.exit(2)")
+    assert said == "rank 1 ended with exit code 2. The end of its output:\nerror: a bad value"
+
+
+def test_silence_ends_with_the_time_out_and_a_way_to_allow_more(tmp_path):
+    said = failure(tmp_path, SLEEPS, SLEEPS, timeout_s=0.5)
+    assert [word for word in ("0.5 s", "`--timeout`", str(tmp_path)) if word not in said] == []
+
+
+def results(tmp_path):
+    (tmp_path / "logs").mkdir()
+    return Results(tmp_path, {"settings": {"strategies": ["ddp", "qsr"]}})
+
+
+TRIAL = """say(event='rehearsed')
+say(event='begin', repeat=0, strategy='ddp')
+say(event='trial', repeat=0, strategy='ddp', warmup_steps=1, gradient_steps=3, sync_steps=[], step_s=[[1, 1, 1]])
+say(event='begin', repeat=0, strategy='qsr')
+"""
+
+
+def test_a_strategy_that_fails_is_named_and_the_others_go_on_in_new_processes(tmp_path, capsys):
+    class Restarted(Scripts):
+        def start(self, command, rank):
+            self.scripts = [TRIAL + "say(event='failed', error='MemoryError')", "say(event='rehearsed')"][
+                len(self.asked) :
+            ]
+            self.asked.append(command[-1])
+            return super().start(command, 0)
+
+    place = Restarted("")
+    place.asked = []
+    found = results(tmp_path)
+    pilot._measure(Job([], [(0, "ddp"), (0, "qsr"), (0, "limit")], 3, 1, None, {}), found, place, 30.0)
+    assert found.data["failures"] == {"qsr": {"repeat": 0, "error": "rank 0: MemoryError"}}
+    assert [trial["strategy"] for trial in found.data["trials"]] == ["ddp"]
+    assert '"trials": [[0, "limit"]]' in place.asked[1]
+    assert "`qsr` failed in repeat 1: rank 0: MemoryError\nThe others go on without it." in capsys.readouterr().out
+
+
+def test_a_config_that_does_not_train_at_all_ends_the_pilot_with_its_error(tmp_path):
+    with pytest.raises(WorkerFailed) as caught:
+        pilot._measure(
+            Job([], [(0, "ddp")], 3, 1, None, {}),
+            results(tmp_path),
+            Scripts("say(event='failed', error='FileNotFoundError: my/data')"),
+            30.0,
+        )
+    said = str(caught.value)
+    assert [word for word in ("rehearsal", "`ddp`", "rank 0: FileNotFoundError: my/data") if word not in said] == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here to stand for a full disk")
+def test_a_full_disk_is_met_and_the_file_of_before_stays_whole(tmp_path):
+    found = results(tmp_path)
+    before = (tmp_path / "pilot.json").read_text()
+    (tmp_path / "pilot.json.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        found.rehearsed({"event": "rehearsed", "world_size": 2})
+    assert (tmp_path / "pilot.json").read_text() == before

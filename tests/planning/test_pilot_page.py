@@ -1,0 +1,109 @@
+"""The pilot's page and tables say what the results file holds, and nothing that it does not."""
+
+import re
+from dataclasses import asdict
+
+from support.pilot_trials import ddp, trial
+
+from lightning_comm.planning import pilot_page
+from lightning_comm.planning.pilot import LIMIT
+from lightning_comm.planning.pilot_advice import advise
+
+
+def results(**changes):
+    trials = [ddp(repeat, step_s=0.2, loss=1.5) for repeat in range(2)]
+    trials += [trial(LIMIT, repeat, step_s=0.1, ranks=1, loss=1.5) for repeat in range(2)]
+    trials += [trial("qsr", repeat, step_s=0.1, sync_s=0.2, period=4, ranks=1, loss=1.5) for repeat in range(2)]
+    rounds = {"ddp": [], LIMIT: [], "qsr": [18000, 36000]}
+    return {
+        "command": "lightning-comm pilot --config <mine>.yaml",
+        "settings": {
+            "strategies": ["ddp", "qsr"],
+            "steps": 20,
+            "warmup_steps": 4,
+            "repeats": 2,
+            "cost_per_hour": None,
+            "lab": None,
+        },
+        "environment": {"torch": "2.15"},
+        "job": {"world_size": 2, "total_steps": 36000},
+        "plans": {
+            name: {"total_steps": 36000, "gradient_steps": 36000 if name == "ddp" else 0, "round_ends": ends}
+            for name, ends in rounds.items()
+        },
+        "problems": {},
+        "trials": [asdict(one) for one in trials],
+        "failures": {},
+        **changes,
+    }
+
+
+def page(of):
+    return pilot_page.html_page(of, advise(pilot_page.read(of)), None)
+
+
+def rows(table):
+    return {row[0]: row[1:] for row in table[1]}
+
+
+def test_the_whole_run_is_told_in_hours_and_what_is_saved():
+    table = pilot_page.run_table(pilot_page.read(results()), None)
+    assert table[0][:4] == ["whole run", "time", "saved against ddp", "synchronisations"]
+    assert rows(table)["ddp"] == ["2.0 h", "-", "36,000", "-", "1.500"]
+    assert rows(table)["qsr"] == ["60 min", "60 min", "2", "-", "1.500"]
+    assert list(rows(table)) == ["ddp", "qsr", "without communication"]
+
+
+def test_money_is_told_where_a_price_is_given():
+    found = results(settings={**results()["settings"], "cost_per_hour": 30.0})
+    table = pilot_page.run_table(pilot_page.read(found), 30.0)
+    assert table[0][3] == "cost saved"
+    assert rows(table)["qsr"][2] == "30.00"
+    assert "<dd>30.00</dd>" in page(found)
+    assert "cost saved" not in page(results())
+
+
+def test_measured_figures_are_medians_with_the_range_where_there_is_one():
+    found = results()
+    found["trials"][1]["step_s"] = [[0.3] * 20]
+    assert rows(pilot_page.measured_table(pilot_page.read(found)))["ddp"][0] == "250.0 (200.0-300.0)"
+    assert rows(pilot_page.measured_table(pilot_page.read(found)))["qsr"][:3] == ["100.0", "200.0", "100.0"]
+
+
+def test_without_a_schedule_nothing_is_projected_and_the_reason_is_given():
+    found = results(plans={}, problems={"qsr": "a ReduceLROnPlateau decides"})
+    assert pilot_page.run_table(pilot_page.read(found), None) is None
+    assert "The whole run of <code>qsr</code> is not known: a ReduceLROnPlateau decides." in page(found)
+    assert "The whole run</h2>" not in page(found)
+
+
+def test_a_strategy_that_failed_is_in_no_table_and_is_named_with_its_error():
+    found = results(failures={"qsr": {"repeat": 1, "error": "rank 1: ValueError: no"}})
+    assert "qsr" not in pilot_page.read(found)
+    assert "<code>qsr</code> failed in repeat 2: rank 1: ValueError: no" in page(found)
+
+
+def test_what_was_emulated_is_said_and_only_then():
+    assert pilot_page.emulated(results()) == []
+    assert "Emulated" not in page(results())
+    lab = {"hosts": 4, "devices_per_host": 1, "links": ["100 Mbit/s"] * 4}
+    found = results(settings={**results()["settings"], "lab": lab})
+    found["trials"][0]["devices"] = [{"step_s": 0.05, "batch_size": 16, "steps": 40, "overruns": 10}]
+    hosts, device, overruns = pilot_page.emulated(found)
+    assert "4 hosts with 1 rank(s) each on one machine, joined by links of 100 Mbit/s." in hosts
+    assert "16 samples take 50.0 ms" in device
+    assert overruns.startswith("25.0 % of the steps overran")
+    assert "<b>Emulated.</b>" in page(found)
+
+
+def test_the_page_warns_of_the_loss_and_needs_no_other_file():
+    said = page(results())
+    assert "sanity check" in said
+    assert re.findall(r'(?:src|href)="(?!data:)', said) == []
+    assert "&lt;mine&gt;.yaml" in said
+    assert "<mine>" not in said
+
+
+def test_the_chance_that_the_range_holds_the_median_is_that_of_the_sign_test():
+    said = " ".join(pilot_page.how_sure(results(settings={**results()["settings"], "repeats": 5}), {}))
+    assert "93.8 %" in said  # both ends on one side of the median: 2 * (1/2)**5
