@@ -45,7 +45,7 @@ def test_both_phases_of_post_local_updates_are_seen():
 
 
 def test_too_few_steps_for_a_round_are_refused():
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="pilot: ") as caught:
         window(trial("local_sgd", step_s=0.1, period=18))
     said = str(caught.value)
     assert [

@@ -1,5 +1,6 @@
 """The projection of a whole run against a count that knows neither the clock nor the rules."""
 
+import itertools
 import math
 import random
 from fractions import Fraction
@@ -38,7 +39,7 @@ def test_rounds_end_where_a_count_in_rational_numbers_says(total, warmup, gradie
     rates = cosine(total, warmup, peak=0.002)
     ends = round_ends(QuadraticPeriod(alpha=0.00438, h_base=4), rates, gradient_steps=gradient_steps)
     assert list(ends) == counted(0.00438, 4, rates, gradient_steps)
-    periods = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    periods = [b - a for a, b in itertools.pairwise(ends)]
     assert max(periods) > 4 * min(periods)  # the period grew, or nothing was shown
 
 
@@ -76,6 +77,6 @@ def test_time_and_bytes_are_the_sum_over_all_steps():
     ],
 )
 def test_a_plan_that_does_not_add_up_is_refused(arguments, must_say):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="RunPlan: ") as caught:
         RunPlan(*arguments)
     assert [word for word in must_say if word not in str(caught.value)] == []
