@@ -1,5 +1,6 @@
 """What a probe measures, and when it has to stop: sizes, repeats and a budget of time. Standard library only."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite
 
@@ -8,7 +9,7 @@ MAX_BYTES = 64 * 2**20
 STEP = 4  # each size is so many times the one before
 
 # The share of the budget that is used up when each part has to be done. What one leaves over is the next one's.
-_DONE_BY = {"all_reduce": 0.5, "all_gather": 0.65, "links": 0.85, "send": 1.0}
+_DONE_BY = {"all_reduce": 0.5, "all_gather": 0.62, "links": 0.9, "send": 1.0}
 
 _SAMPLE_S = 0.005  # a sample repeats its message until it lasts about so long, since clocks and ranks are not exact
 _MOST_CALLS = 20  # in one sample
@@ -128,3 +129,19 @@ def pairs(members: int) -> list[tuple[int, int]]:
     """
     near = {(a, (a + by) % members) for a in range(members) for by in (1, 2)}
     return sorted({pair for a, b in near if a != b for pair in ((a, b), (b, a))})
+
+
+def growth(took_s: Sequence[float], share_s: float) -> list[int]:
+    """Return how many times larger the next message on each link may be: 16, 4, or 0 for a link that is done.
+
+    A link is done when four times as large a message could last longer than ``share_s``. Links that are only somewhat
+    slower than one that goes on go on with it: equal links are to be compared by messages of equal size.
+
+    Example:
+        >>> growth([0.001, 0.02, 0.03, 0.9], share_s=0.1)
+        [16, 4, 4, 0]
+
+    """
+    goes_on = any(seconds * STEP <= share_s for seconds in took_s)
+    limits = ((STEP**2, share_s), (STEP, 2 * share_s if goes_on else share_s))
+    return [next((factor for factor, limit in limits if s * factor <= limit), 0) for s in took_s]

@@ -6,6 +6,7 @@ a decision rests on is the maximum over the ranks, so all ranks decide alike and
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 
 import torch
 import torch.distributed as dist
@@ -13,10 +14,11 @@ import torch.distributed as dist
 from lightning_comm.core.costs import Curve, HostLink, LinkProfile, Timing
 from lightning_comm.core.host_links import slowest
 from lightning_comm.core.link_curve import quartiles
-from lightning_comm.core.probe_plan import MAX_BYTES, MIN_BYTES, STEP, ProbePlan, pairs, sizes_between
+from lightning_comm.core.probe_plan import MAX_BYTES, MIN_BYTES, STEP, ProbePlan, growth, pairs, sizes_between
 
 _WARM_UP_BYTES = 64 * 2**10
 _WARM_UP_CALLS = 3
+_LARGEST_ON_A_LINK = 16 * 2**20  # bytes: 37 µs at 450 GB/s, which still is more than latency
 
 Sample = Callable[[int, int], list[float]]  # payload bytes, calls -> own seconds of a call, for one or more ways
 
@@ -154,34 +156,34 @@ class _Bench:
 
         smallest = [MIN_BYTES] * len(ways)
         self._agree(one_by_one(smallest))  # opens connections
+        began_s = self.elapsed_s
         empty_s = self._agree(one_by_one(smallest))
-        share_s = self._plan.left_s("links", self.elapsed_s) / len(ways) / (self._plan.repeats + 2)
-        sizes, full_s = self._grow(one_by_one, smallest, empty_s, share_s)
-        if not self._affords("links", self._plan.repeats, sum(full_s) + sum(empty_s)):
+        meeting_s = self.elapsed_s - began_s  # of all, once for every way, which takes time as well
+        rounds = self._plan.repeats * (1 + 1 / STEP) + 2
+        share_s = (self._plan.left_s("links", self.elapsed_s) / rounds - 3 * meeting_s) / len(ways)
+        if share_s <= 0:
             return []
-        empty, full = samples(smallest), samples(sizes)
+        sizes = self._grow(one_by_one, smallest, empty_s, share_s)
+        parts = [max(MIN_BYTES, size // STEP) for size in sizes]
+        trips = [list(zip(*samples(each), strict=True)) for each in (smallest, parts, sizes)]  # by size, way and sample
         links = [
-            _link(names[a], names[b], sizes[way], [row[way] for row in empty], [row[way] for row in full])
+            _link(names[a], names[b], sizes[way], *(of_size[way] for of_size in trips))
             for way, (a, b) in enumerate(ways)
         ]
         return [link for link in links if link is not None]
 
     def _grow(
         self, one_by_one: Callable[[Sequence[int]], list[float]], sizes: list[int], took_s: list[float], share_s: float
-    ) -> tuple[list[int], list[float]]:
-        """Return for each way the largest size whose round trip lasts no longer than ``share_s``, and how long."""
-        sizes, took_s = list(sizes), list(took_s)
+    ) -> list[int]:
+        """Return for each way about the largest size whose round trip lasts no longer than ``share_s``."""
         while True:
-            factors = [
-                next((f for f in (STEP**2, STEP) if s * f <= share_s and size * f <= self._largest), 0)
-                for s, size in zip(took_s, sizes, strict=True)
-            ]
-            if not any(factors):
-                return sizes, took_s
-            larger = [size * factor for size, factor in zip(sizes, factors, strict=True)]
-            for way, seconds in enumerate(self._agree(one_by_one(larger))):
-                if larger[way]:
-                    sizes[way], took_s[way] = larger[way], seconds
+            factors = growth(took_s, share_s)
+            larger = [size * f * (size * f <= _LARGEST_ON_A_LINK) for size, f in zip(sizes, factors, strict=True)]
+            if not any(larger):
+                return sizes
+            tries = [self._agree(one_by_one(larger)) for _ in range(2)]  # noise only adds
+            sizes = [new or old for new, old in zip(larger, sizes, strict=True)]
+            took_s = [min(both) or inf for both in zip(*tries, strict=True)]
 
     def _curve(self, kind: str, sizes: Sequence[int], sample: Sample, answer_s: float = 0.0) -> Curve | None:
         points: list[Timing] = []
@@ -272,10 +274,18 @@ class _Bench:
             torch.cuda.synchronize(self._device)
 
 
-def _link(source: str, target: str, size: int, empty: Sequence[float], full: Sequence[float]) -> HostLink | None:
-    """Make a link of round trips without and with a payload, or ``None`` where the payload does not show in them."""
-    round_trip_s = quartiles(empty)[1]
-    if min(full) < 2 * round_trip_s:
+def _link(
+    source: str, target: str, size: int, empty: Sequence[float], part: Sequence[float], full: Sequence[float]
+) -> HostLink | None:
+    """Make a link of round trips with 4 bytes, with a quarter of a size, and with all of it.
+
+    The rate is that of the last three quarters, since shapers and buffers let the beginning of a message pass at once.
+    ``None`` stands for a payload that does not show in the time.
+    """
+    begun_s = quartiles(part)[1]
+    if quartiles(full)[1] < 2 * begun_s:
         return None
-    lower, median, upper = quartiles([size / (seconds - round_trip_s) for seconds in full])
-    return HostLink(source, target, size, round_trip_s / 2, median, lower, upper)
+    rest = size - size // STEP
+    # of a single sample, noise must not make the rate infinite
+    lower, median, upper = quartiles([rest / max(seconds - begun_s, seconds / 2) for seconds in full])
+    return HostLink(source, target, size, quartiles(empty)[1] / 2, median, lower, upper)

@@ -15,7 +15,7 @@ from lightning_comm.cli.main import main
 from lightning_comm.cli.probe import shape_of_job
 from lightning_comm.core.costs import LinkProfile
 
-QUICK = ["--sizes=4,64KiB,1MiB", "--repeats=3", "--seconds=4"]
+QUICK = ["--sizes=4,64KiB,1MiB", "--repeats=3", "--seconds=6"]
 PROBE = [sys.executable, "-m", "lightning_comm.cli.main", "probe", "--accelerator=cpu", *QUICK]
 LAUNCHERS = (
     "LOCAL_RANK",
@@ -100,13 +100,13 @@ def test_in_the_lab_the_host_with_the_narrow_link_is_named(lab, tmp_path):
     profile = LinkProfile.load(tmp_path / "lab.json")
     assert (profile.world_size, set(profile.hosts)) == (3, {"host 0", "host 1", "host 2"})
     assert json.loads(profile.environment["emulated"])["hosts"] == 3
-    assert "Warning: host 1's link is slower than the others'" in done.output[0]
-    assert "host 0's" not in done.output[0]
-    assert "host 2's" not in done.output[0]
-    # a ring waits for the narrow link, which lets 2.5 MB/s through
-    assert 0.5 * 2.5e6 < profile.bytes_per_s < 1.2 * 2.5e6
-    # and 1 MiB of the three ranks, four thirds of it on the wire, takes more than half a second
-    assert 0.4 < profile.time_s("all_reduce", 2**20) < 2
+    assert "Warning: host 1's link is slower than the others': it sends at" in done.output[0]
+    # 20 and 200 Mbit/s are 2.5 and 25 MB/s; below that there is no bound on a machine that does other work as well
+    assert min(link.bytes_per_s for link in profile.links) < 1.2 * 2.5e6
+    assert 5e6 < max(link.bytes_per_s for link in profile.links) < 1.2 * 25e6
+    # a ring waits for the narrow link, and lets four thirds of 1 MiB pass it
+    assert 0.2 * 2.5e6 < profile.bytes_per_s < 1.2 * 2.5e6
+    assert 0.4 < profile.time_s("all_reduce", 2**20) < 5
 
 
 def test_one_process_alone_is_told_how_to_start_two(tmp_path, capsys, monkeypatch):

@@ -81,6 +81,15 @@ def test_the_message_names_the_host_and_its_figures():
     assert [word for word in must_say if word not in fault.message] == []
 
 
+@pytest.mark.parametrize("hosts", [2, 3, 4])
+def test_links_that_could_not_be_measured_are_no_reason_to_complain_or_to_fail(hosts):
+    every = links([100.0] * hosts, [100.0] * hosts)
+    for missing in range(len(every)):
+        assert find_faults(every[:missing] + every[missing + 1 :]) == []
+    assert find_faults(every[:1]) == []
+    assert find_faults([]) == []
+
+
 def test_the_slowest_link_is_the_one_that_a_message_takes_longest_on():
     far = HostLink("a", "b", 2**20, 0.5, 1e8, 1e8, 1e8)
     narrow = HostLink("b", "c", 2**20, 1e-4, 1e7, 1e7, 1e7)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_comm.core.probe_plan import ProbePlan, pairs, sizes_between
+from lightning_comm.core.probe_plan import ProbePlan, growth, pairs, sizes_between
 
 
 def test_sizes_go_up_in_factors_of_four_and_end_with_the_greatest():
@@ -40,6 +40,15 @@ def test_everyone_exchanges_messages_with_the_two_on_each_side_in_both_direction
     assert len(ways) == len(set(ways)) == members * min(4, members - 1)
     if members <= 5:
         assert ways == [(a, b) for a in range(members) for b in range(members) if a != b]
+
+
+def test_a_link_grows_until_its_share_of_time_is_used_and_equal_links_grow_together():
+    assert growth([0.006, 0.007, 0.02, 0.06], share_s=0.1) == [16, 4, 4, 0]
+    # noise around the limit of 25 ms: one could go on, so those like it do as well
+    assert growth([0.024, 0.026, 0.049], share_s=0.1) == [4, 4, 4]
+    assert growth([0.026, 0.049], share_s=0.1) == [0, 0]
+    # a link that is many times slower is done
+    assert growth([0.024, 0.24], share_s=0.1) == [4, 0]
 
 
 @pytest.mark.parametrize(
