@@ -19,9 +19,11 @@ _NEW = ("unshare", "--net", "--pid", "--fork", "--kill-child")
 _INIT = Path(__file__).with_name("host_init.py")
 _TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
 _QUEUE_S = 0.05  # what waits longer than this in a shaped queue is dropped
-_FRAME_BYTES = 1514  # Ethernet, with the usual 1,500 bytes of IP
-_MOST_BURST_BYTES, _LEAST_BURST_BYTES = 512 * 1024, 8 * 1024
-_BURST_S = 0.004  # a timer tick of a slow kernel: a bucket refilled more rarely than it empties would lose rate
+_FRAME_BYTES, _PAYLOAD_BYTES = 1514, 1448  # Ethernet with 1,500 bytes of IP, and what of them is TCP's payload
+# TCP hands data over in pieces of many frames. A piece that is larger than the bucket is cut up, which costs processor
+# time and rate; a large bucket lets messages pass unshaped after a pause. So pieces are short where links are slow.
+_PIECE_S, _LEAST_PIECE_BYTES, _MOST_PIECE_BYTES = 0.0013, 8 * 1024, 64 * 1024
+_LATE_S, _LEAST_LATE_BYTES = 0.00025, 16 * 1024  # what a timer that fires late lets gather in the bucket
 
 
 def unavailable() -> str | None:
@@ -152,7 +154,9 @@ def shape(where: Namespace, interface: str, rate: str) -> None:
 
     """
     bytes_per_s = parse_rate(rate)
-    burst = round(min(_MOST_BURST_BYTES, max(_LEAST_BURST_BYTES, 2 * _FRAME_BYTES, bytes_per_s * _BURST_S)))
+    piece = round(min(_MOST_PIECE_BYTES, max(_LEAST_PIECE_BYTES, bytes_per_s * _PIECE_S)))
+    burst = round(piece * _FRAME_BYTES / _PAYLOAD_BYTES + max(_LEAST_LATE_BYTES, bytes_per_s * _LATE_S))
+    where.run("ip", "link", "set", interface, "gso_max_size", str(piece))
     where.run(
         "tc", "qdisc", "replace", "dev", interface, "root", "tbf",
         "rate", f"{8 * bytes_per_s:.0f}bit", "burst", f"{burst}b", "limit", f"{round(burst + _QUEUE_S * bytes_per_s)}b",
