@@ -1,25 +1,25 @@
 """``lightning-comm demo``: train real digits with DDP, local SGD and QSR, and report what each sent and reached.
 
-Every run has processes of its own (:mod:`lightning_comm.cli.demo_run`), so that none can disturb the next. All figures
+Every run has processes of its own (:mod:`lightning_comm.cli.demo_run`), so that none can disturb the next. What each
+method takes in time is then measured by a pilot on emulated hosts (:mod:`lightning_comm.cli.demo_pilot`). All figures
 and sentences of the report are computed from their results (:mod:`lightning_comm.cli.report`).
 """
 
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from lightning_comm.cli import report
 from lightning_comm.cli.demo_run import PROGRESS, RunSettings
+from lightning_comm.cli.environment import environment
 from lightning_comm.core.local_update import QuadraticPeriod
 from lightning_comm.planning.report import megabytes, percent, text_table
 
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "settings": _settings(arguments),
         "environment": environment(),
         "runs": [],
+        "pilot": None,
     }
     runs = [
         RunSettings(method, seed, arguments.devices, arguments.epochs, arguments.lr, arguments.batch_size)
@@ -62,8 +63,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         results["runs"].append(result)
         (folder / "results.json").write_text(json.dumps(results, indent=1))  # after each run, so that none is lost
+    failed = arguments.pilot_repeats > 0 and not _compare_times(results, runs[0], arguments.pilot_repeats, folder)
     _write_and_show(results, folder)
-    return 0
+    return 1 if failed else 0
+
+
+def _compare_times(results: dict[str, Any], run: RunSettings, repeats: int, folder: Path) -> bool:
+    """Add the pilot's results, or say in one line why there are none; return whether that is as it should be."""
+    from lightning_comm.cli import demo_pilot  # it loads torch, which the training before can do without here
+
+    print(f"\nTimes on {run.devices} emulated hosts, joined by links of {demo_pilot.LINK}:")
+    found = demo_pilot.compare(METHODS, run, repeats, folder)
+    if isinstance(found, str):
+        print(found)
+        return found.startswith("Times")
+    results["pilot"] = found
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    return True
 
 
 def run_one(run: RunSettings, folder: Path, label: str) -> dict[str, Any] | None:
@@ -137,28 +153,6 @@ def _write_and_show(results: dict[str, Any], folder: Path) -> None:
         print(f"{what + ':':<9}{(folder / path).resolve()}")
 
 
-def environment() -> dict[str, str]:
-    """Return what the figures depend on besides the settings: versions and hardware."""
-    packages = ("lightning-comm", "torch", "lightning", "timm")
-    versions = {name: metadata.version(name) for name in packages}
-    return {
-        "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        "python": platform.python_version(),
-        **versions,
-        "system": platform.platform(),
-        "processor": f"{_processor()}, {os.cpu_count()} cores",
-        "load average at the start": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "not known",
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def _missing_package() -> str | None:
     """Return what the demo lacks; asked before the training, not after minutes of it."""
     try:
@@ -187,6 +181,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--seeds", type=int, default=1, help="paired seeds: each method trains once with each (default: %(default)s)")
     add("--lr", type=float, default=2e-3, help="peak learning rate, equal for all methods (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="images per batch and process (default: %(default)s)")
+    add("--pilot-repeats", type=int, default=3, help="of each method on slow links; 0: none (default: %(default)s)")
     add("--out", default="demo_results", help="a new folder is made in here (default: %(default)s/)")
     arguments = parser.parse_args(argv)
     for name, least, meaning in (
@@ -194,6 +189,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         ("epochs", 1, "60 take about a minute a run on 2 cores."),
         ("seeds", 1, "5 show how much results spread."),
         ("batch_size", 1, "The global batch is as many times larger as there are processes."),
+        ("pilot_repeats", 0, "0 leaves the times on slow links out."),
     ):
         value = getattr(arguments, name)
         if value < least:

@@ -20,7 +20,7 @@ from lightning_comm.cli.pilot_report import write_report
 from lightning_comm.cli.pilot_results import Progress, Results
 from lightning_comm.cli.pilot_run import Job, run
 from lightning_comm.cli.pilot_workers import LabHosts, Place, ThisMachine, WorkerFailed, run_workers
-from lightning_comm.lab.cluster import Lab
+from lightning_comm.lab.cluster import Lab, LabError
 from lightning_comm.planning.pilot import BASELINE, LIMIT, Trial, window
 from lightning_comm.transport.recording import leave_group_at_exit
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             with _place(options, own) as place:
                 _measure(_job(options, own, words), results, place, options.timeout_s)
-    except WorkerFailed as failed:
+    except (WorkerFailed, LabError) as failed:
         print(f"\nlightning-comm pilot: {failed}", file=sys.stderr)
         return 1
     except OSError as error:  # what was measured before is on the disk

@@ -21,7 +21,7 @@ from typing_extensions import override
 from lightning_comm.cli.pilot_run import OWN, without_start_method
 from lightning_comm.cli.training import CommandLine
 from lightning_comm.core.rates import format_rate, parse_rate
-from lightning_comm.lab.cluster import unavailable
+from lightning_comm.lab.cluster import check_arguments, unavailable
 from lightning_comm.planning.pilot import BASELINE
 
 _DESCRIPTION = (
@@ -144,6 +144,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
         timeout_s=known.timeout,
         out=known.out,
     )
+    _check_hosts(options)
     return options, [*(f"--config={file}" for file in known.config), *words]
 
 
@@ -169,10 +170,19 @@ def _check(known: argparse.Namespace) -> None:
         if value is not None and not (math.isfinite(value) and value > 0):
             option = "--" + name.replace("_", "-")
             raise Refused(f"`{option}` is {unit}, so it must be finite and > 0; got {value}. Leave it out for none.")
-    if known.hosts is not None and (problem := unavailable()) is not None:
+
+
+def _check_hosts(options: Options) -> None:
+    if options.hosts is None:
+        return
+    if (missing := unavailable()) is not None:
         raise Refused(
-            f"`--hosts` needs emulated hosts, and here are none: {problem}. Leave it out to use this machine."
+            f"`--hosts` needs emulated hosts, and here are none: {missing}. Leave it out to use this machine."
         )
+    try:
+        check_arguments(options.hosts, options.link, None, options.devices_per_host)
+    except ValueError as error:
+        raise Refused(f"`--hosts` and `--link` describe no lab. {error}") from error
 
 
 def _strategies(text: str) -> tuple[str, ...]:
@@ -240,12 +250,7 @@ def _lab(options: Options) -> dict[str, Any] | None:
         told = os.environ.get("LIGHTNING_COMM_LAB")
         return None if told is None else dict(json.loads(told))
     links = [options.link] * options.hosts if isinstance(options.link, str) else [*options.link]
-    if len(links) != options.hosts:
-        raise Refused(f"`--link` must be one rate, or one for each of the {options.hosts} hosts; got {len(links)}.")
-    try:
-        rates = [format_rate(parse_rate(link)) for link in links]
-    except ValueError as error:
-        raise Refused(f"`--link`: {error}") from error
+    rates = [format_rate(parse_rate(link)) for link in links]
     return {"hosts": options.hosts, "devices_per_host": options.devices_per_host, "links": rates}
 
 

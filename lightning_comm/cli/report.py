@@ -5,8 +5,11 @@ import html
 from statistics import mean, stdev
 from typing import Any
 
+from lightning_comm.planning.pilot_advice import advise
+from lightning_comm.planning.pilot_page import emulated, measured_table, read, run_table
 from lightning_comm.planning.report import html_table, markdown_table, megabytes, page, percent
 
+_TIMES = "Time on a slow network"
 NAMES = {"ddp": "DDP", "local_sgd": "Local SGD", "qsr": "QSR"}
 _HELD_OUT = 360  # images, in DigitsData
 
@@ -18,8 +21,8 @@ _WHAT_IS_COUNTED = (
     "that every method sends once at the start are left out."
 )
 _WHAT_TIME_SAYS = (
-    "All processes ran on one machine and shared its cores, so messages crossed no network. The wall times say little "
-    "about a cluster; the bytes are what a slow network would have had to carry."
+    "All processes of the training ran on one machine and shared its cores, so messages crossed no network. Their wall "
+    "times say little about a cluster; the bytes are what a slow network would have had to carry."
 )
 
 
@@ -108,6 +111,23 @@ def _conclusion(name: str, runs: list[dict[str, Any]], ddp: list[dict[str, Any]]
     )
 
 
+def times(results: dict[str, Any]) -> list[str]:
+    """Return what the pilot on slow links found, sentence by sentence; nothing where it could not run."""
+    if results.get("pilot") is None:
+        return []
+    advice = advise(read(results["pilot"]))
+    return [*emulated(results["pilot"]), *advice.reasons, f"The pilot's advice there: {advice.headline}"]
+
+
+def time_tables(results: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+    """Return the pilot's tables: what was measured, and the whole run."""
+    if results.get("pilot") is None:
+        return []
+    summaries = read(results["pilot"])
+    run = run_table(summaries, None)
+    return [measured_table(summaries), *([run] if run else [])]
+
+
 def how_measured(results: dict[str, Any]) -> list[str]:
     """Return what was trained, what is counted, and what the times are worth."""
     settings, run = results["settings"], results["runs"][0]
@@ -132,6 +152,7 @@ def markdown(results: dict[str, Any]) -> str:
     parts = [
         markdown_table(*summary_table(results)),
         "\n".join(f"- {sentence}" for sentence in conclusions(results)),
+        *_times_in_markdown(results),
         "## Every seed\n\nAccuracy on the held-out digits after the last step; differences in percentage points.",
         markdown_table(*seeds_table(results)),
         "## How this was measured",
@@ -142,18 +163,27 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _times_in_markdown(results: dict[str, Any]) -> list[str]:
+    tables = [markdown_table(*table) for table in time_tables(results)]
+    said = [f"- {sentence}" for sentence in times(results)]
+    return [f"## {_TIMES}", *tables, "\n".join(said)] if tables else []
+
+
 def html_page(results: dict[str, Any], png: bytes) -> str:
     """Return the report as one page that needs no other file."""
     image = base64.b64encode(png).decode()
     sentences = "".join(f"<p>{html.escape(text)}</p>" for text in conclusions(results))
     measured = "".join(f"<p>{html.escape(text)}</p>" for text in how_measured(results))
     seeds = "<h2>Every seed</h2>" + html_table(*seeds_table(results)) if results["settings"]["seeds"] > 1 else ""
+    tables = "".join(html_table(*table) for table in time_tables(results))
+    slow = "".join(f"<p>{html.escape(text)}</p>" for text in times(results))
+    timed = f"<h2>{_TIMES}</h2>{tables}{slow}" if tables else ""
     environment = html_table(["", ""], [[name, value] for name, value in results["environment"].items()])
     return page(
         "lightning-comm demo",
         "<h1>DDP, local SGD and QSR on real digits</h1>"
         f'{html_table(*summary_table(results))}{sentences}<img alt="Learning rate and period over the steps of the '
-        f'run, and accuracy against bytes sent" src="data:image/png;base64,{image}">{seeds}'
+        f'run, and accuracy against bytes sent" src="data:image/png;base64,{image}">{timed}{seeds}'
         f"<h2>How this was measured</h2>{measured}<p><code>{html.escape(results['command'])}</code></p>{environment}",
     )
 

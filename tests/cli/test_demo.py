@@ -10,6 +10,7 @@ import pytest
 
 from lightning_comm.cli import demo
 from lightning_comm.cli.demo_run import RunSettings
+from lightning_comm.planning.pilot import Trial, costs
 from lightning_comm.planning.report import megabytes, percent
 
 pytestmark = pytest.mark.timeout(360)  # three runs in fresh processes, most of it imports; more where others are busy
@@ -20,6 +21,7 @@ def finished(tmp_path_factory):
     """One run of the command, with the fewest processes and epochs."""
     out = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "lightning_comm.cli.main", "demo", "--devices", "2", "--epochs", "1"]
+    command += ["--pilot-repeats", "1"]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = out.iterdir()
@@ -85,6 +87,25 @@ def test_the_paths_are_printed_and_the_page_needs_no_other_file(finished):
     assert results["environment"]["torch"] in page
 
 
+def test_times_are_measured_on_shaped_links_where_the_machine_can(finished, labs_can_be_made):
+    folder, results, stdout = finished
+    if labs_can_be_made is not None:
+        assert f"Times on a slow link are left out: emulated hosts cannot be had here ({labs_can_be_made})." in stdout
+        assert results["pilot"] is None
+        return
+    pilot = results["pilot"]
+    assert pilot["settings"]["lab"] == {"hosts": 2, "devices_per_host": 1, "links": ["100 Mbit/s"] * 2}
+    assert [trial["strategy"] for trial in pilot["trials"]] == ["ddp", "local_sgd", "qsr", "limit"]
+    ddp, local_sgd, *_ = (costs(Trial.read(trial)) for trial in pilot["trials"])
+    link_s = results["runs"][0]["parameter_bytes"] / 12.5e6  # a ring of two ranks sends each byte once
+    assert ddp.gradient_step_bytes == pytest.approx(results["runs"][0]["parameter_bytes"])
+    assert min(ddp.gradient_step_s, local_sgd.sync_s) > 0.7 * link_s  # a shaper lets the first bytes pass at once
+    assert pilot["plans"]["qsr"]["round_ends"] == [end["end_step"] for end in runs_by_method(results)["qsr"]["rounds"]]
+    for text in ("Time on a slow network", "Hosts and links were emulated: 2 hosts"):
+        assert text in (folder / "report.html").read_text()
+        assert text in (folder / "report.md").read_text()
+
+
 def test_a_run_that_fails_is_named_with_the_end_of_its_output(tmp_path, capfd):
     (tmp_path / "logs").mkdir()
     run = RunSettings("no_such_method", seed=0, devices=2, epochs=1, lr=1e-3, batch_size=16)
@@ -106,6 +127,7 @@ def test_a_failed_run_fails_the_command(tmp_path, monkeypatch):
         (["--epochs", "0"], ["--epochs", ">= 1", "got 0"]),
         (["--lr", "-1"], ["--lr", "-1.0", "> 0"]),
         (["--lr", "nan"], ["--lr", "nan", "> 0"]),
+        (["--pilot-repeats", "-1"], ["--pilot-repeats", ">= 0", "got -1", "leaves"]),
         (["--batch-size", "720", "--devices", "2"], ["--batch-size", "720", "1437", "<= 718"]),
     ],
 )

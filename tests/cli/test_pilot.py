@@ -218,6 +218,23 @@ def test_hosts_without_permission_are_refused_with_what_is_missing(monkeypatch):
     assert [word for word in ("--hosts", "forbids user namespaces", "Leave it out") if word not in said] == []
 
 
+@pytest.mark.parametrize(
+    ("words", "must_say"),
+    [
+        (["--hosts=1000"], ["`hosts`", "got 1000", "64"]),
+        (["--hosts=2", "--link=1parsec"], ["--link", "'1parsec'", "mbit"]),
+        (["--hosts=3", "--link=1gbit,100mbit"], ["--link", "3 hosts", "got 2"]),
+    ],
+)
+def test_a_lab_that_cannot_be_is_refused_in_the_words_of_the_lab(words, must_say, monkeypatch):
+    from lightning_comm.cli import pilot_arguments
+
+    monkeypatch.setattr(pilot_arguments, "unavailable", lambda: None)
+    with pytest.raises(Refused) as caught:
+        parse(["--config=x", *words])
+    assert [word for word in must_say if word not in str(caught.value)] == []
+
+
 def test_plain_ddp_is_always_tried_and_names_are_those_without_a_start_method():
     options, words = parse(["--config", "a.yaml", "-c", "b.yaml", "--strategies", "QSR_fork, qsr,config", "--x", "1"])
     assert options.strategies == ("ddp", "qsr", "config")
