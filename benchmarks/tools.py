@@ -26,6 +26,7 @@ from tools_report import LIMIT, OURS, PLAIN, page
 from lightning_comm.lab.cluster import Lab, LabResult, unavailable
 
 _HERE = Path(__file__).resolve().parent
+_TRIAL_TIMEOUT_S, _TIMEOUT_S = 60, 1800
 _PACKAGES = ("torch", "lightning", "timm", "lightning-comm", "accelerate", "torchft")
 
 
@@ -69,7 +70,7 @@ def _usable(names: list[str], hosts: int, settings: dict[str, Any], report: dict
 def _trial(name: str, hosts: int, settings: dict[str, Any]) -> str:
     print(f"{hosts} hosts: trying {TOOLS[name].label}", flush=True)
     with Lab(hosts, "1gbit") as lab:
-        return _error_of(lab.run(_command({**settings, "trial": name}), timeout_s=120))
+        return _error_of(lab.run(_command({**settings, "trial": name}), timeout_s=_TRIAL_TIMEOUT_S))
 
 
 def _leave_out(name: str, hosts: int, error: str, report: dict[str, Any]) -> None:
@@ -102,7 +103,7 @@ def _compare(hosts: int, link: str, options: dict[str, Any], report: dict[str, A
             _write(report, out)
 
     with Lab(hosts, link) as lab:
-        found["error"] = _error_of(lab.run(_command(options), timeout_s=1800, on_line=on_line))
+        found["error"] = _error_of(lab.run(_command(options), timeout_s=_TIMEOUT_S, on_line=on_line))
     broken = at if found["error"] and at in TOOLS and TOOLS[at].risky else ""
     if broken:
         report["configurations"].remove(found)
