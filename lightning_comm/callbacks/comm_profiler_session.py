@@ -170,7 +170,8 @@ class Session:
         self._latest = step
         if self._file is not None:
             self._file.step(step)
-        self._keep_to_draw(draw(frame, within), step)
+        if not self._drawn:
+            self._keep_to_draw(draw(frame, within))
 
     def _put_beside(self) -> None:
         records, self._records = self._records, []
@@ -180,10 +181,8 @@ class Session:
             if self._file is not None:
                 self._file.beside(counts)
 
-    def _keep_to_draw(self, drawn: TimelineStep, step: StepFigures) -> None:
+    def _keep_to_draw(self, drawn: TimelineStep) -> None:
         """Keep the first steps after the warm-up, one before the last of which has communicated."""
-        if self._drawn:
-            return
         full = len(self._recent) == self._recent.maxlen
         if full and self._recent[0].batch >= self.profile.header["warmup_steps"] and self._shows_communication():
             self._draw()

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class RankFile:
 
     def step(self, step: StepFigures) -> None:
         """Write the figures of a step."""
-        self._write({"step": {name: _short(value) for name, value in asdict(step).items()}})
+        self._write({"step": {name: _short(value) for name, value in vars(step).items()}})
         if time.monotonic() - self._flushed_s > _FLUSH_EVERY_S:
             self._file.flush()
             self._flushed_s = time.monotonic()

@@ -14,6 +14,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch.distributed as dist
@@ -64,6 +65,7 @@ _PACKAGES = {
     "lightning_fabric": "lightning",
     "torchmetrics": "metrics",
 }
+_NBYTES = attrgetter("nbytes")
 _LOOKED_THROUGH = ("torch", "contextlib", "functools")
 
 
@@ -141,7 +143,7 @@ class Watcher:
             result = original(group, tensors, *args, **kwargs)
             times = started, time.monotonic() - started
             if self._replaced:
-                self._safely(lambda: self._note("broadcast", "buffers", _size(tensors), group, times))
+                self._safely(lambda: self._note("broadcast", "buffers", sum(map(_NBYTES, tensors)), group, times))
             return result
 
         return call
@@ -186,5 +188,5 @@ def _reader(function: Callable[..., Any], argument: str | None) -> Callable[...,
 
 def _size(handed_over: Tensor | Iterable[Any] | None) -> int:
     if isinstance(handed_over, Tensor):
-        return handed_over.numel() * handed_over.element_size()
-    return sum(_size(each) for each in handed_over or ())
+        return handed_over.nbytes
+    return sum(each.nbytes if isinstance(each, Tensor) else _size(each) for each in handed_over or ())
