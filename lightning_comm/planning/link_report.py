@@ -95,8 +95,9 @@ def _summary(profile: LinkProfile) -> str:
         ", going by the fit beyond the measured sizes" if profile.extrapolates("all_reduce", _EXAMPLE_BYTES) else ""
     )
     lines = [
-        f"Latency {seconds(fit.latency_s)} a message, {rate}: the all-reduce of a model of {megabytes(_EXAMPLE_BYTES)} "
-        f"on {profile.world_size} ranks takes about {seconds(whole_s)}{beyond}."
+        f"Latency {seconds(fit.latency_s)} a message, {rate} (the largest all-reduce reached "
+        f"{format_rate(profile.bytes_per_s)}): the all-reduce of a model of {megabytes(_EXAMPLE_BYTES)} on "
+        f"{profile.world_size} ranks takes about {seconds(whole_s)}{beyond}."
     ]
     curve = profile.curve("all_reduce")
     if curve and (error := curve.error):
