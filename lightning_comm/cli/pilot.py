@@ -5,6 +5,7 @@ or the lab, where ranks exist already, each of them is one. What the numbers mea
 :mod:`lightning_comm.planning.pilot`.
 """
 
+import logging
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, words = parse(argv)
         own = read_run(options, words)
+        if own.started_externally:
+            sys.argv = sys.argv[:1]  # Lightning's command line warns of words that it is not given
+            for part in ("pytorch", "fabric"):  # what they say of each trial
+                logging.getLogger(f"lightning.{part}").setLevel(logging.WARNING)
         if own.started_externally and own.rank > 0:
+            leave_group_at_exit()
             run(_job(options, own, words), lambda event: None)
             return 0
         results = _open(options, own, argv)

@@ -21,7 +21,7 @@ from typing_extensions import override
 from lightning_comm.cli.pilot_run import OWN, without_start_method
 from lightning_comm.cli.training import CommandLine
 from lightning_comm.core.rates import format_rate, parse_rate
-from lightning_comm.lab.cluster import check_arguments, unavailable
+from lightning_comm.lab.cluster import LAB_VARIABLE, check_arguments, unavailable
 from lightning_comm.planning.pilot import BASELINE
 
 _DESCRIPTION = (
@@ -247,11 +247,12 @@ def read_run(options: Options, words: Sequence[str]) -> UserRun:
 
 def _lab(options: Options) -> dict[str, Any] | None:
     if options.hosts is None:
-        told = os.environ.get("LIGHTNING_COMM_LAB")
-        return None if told is None else dict(json.loads(told))
-    links = [options.link] * options.hosts if isinstance(options.link, str) else [*options.link]
-    rates = [format_rate(parse_rate(link)) for link in links]
-    return {"hosts": options.hosts, "devices_per_host": options.devices_per_host, "links": rates}
+        told = os.environ.get(LAB_VARIABLE)
+        lab = None if told is None else dict(json.loads(told))
+    else:
+        links = [options.link] * options.hosts if isinstance(options.link, str) else [*options.link]
+        lab = {"hosts": options.hosts, "devices_per_host": options.devices_per_host, "links": links}
+    return lab and {**lab, "links": [format_rate(parse_rate(link)) for link in lab["links"]]}
 
 
 @contextmanager

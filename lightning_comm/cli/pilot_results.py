@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning_comm.planning.pilot_page import duration
+from lightning_comm.planning.report import duration
 
 
 class Results:

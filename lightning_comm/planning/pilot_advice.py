@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_comm.planning.pilot import BASELINE, LIMIT, Spread, Summary
-from lightning_comm.planning.report import percent
+from lightning_comm.planning.report import duration, percent
 
 LIMIT_SPREAD = 0.02  # where the limit itself spreads more, differences are noise
 WORTH = 0.05  # of the run's time; a smaller saving does not pay for a change of method
@@ -31,9 +31,10 @@ class Advice:
 def advise(summaries: Mapping[str, Summary]) -> Advice:
     """Return the advice that the measurements support.
 
-    In this order: without DDP or the limit there is nothing to compare with; where the limit spreads more than 2 % the
-    result is inconclusive; where even the limit saves less than 5 % communication is not the bottleneck; where no
-    strategy saves 5 %, or not in every repeat, plain DDP stays; else the one that saves most is named.
+    In this order: without DDP or the limit there is nothing to compare with; with one repeat, or where the limit
+    spreads more than 2 %, the result is inconclusive; where even the limit saves less than 5 % communication is not the
+    bottleneck; where no strategy saves 5 %, or some repeat saves nothing, plain DDP stays; else the one that saves most
+    is named.
     """
     missing = [name for name in (BASELINE, LIMIT) if name not in summaries]
     if missing:
@@ -47,15 +48,8 @@ def advise(summaries: Mapping[str, Summary]) -> Advice:
     )
     reasons = [_communication(share, limit), *(_saving(one) for one in ranked)]
     bottleneck = share >= WORTH
-    if limit.run_step_s.relative > LIMIT_SPREAD:
-        return Advice(
-            f"Inconclusive: without any communication the step already spreads by {percent(limit.run_step_s.relative)} "
-            f"between repeats, more than the {LIMIT_SPREAD:.0%} up to which differences mean something. Measure again "
-            "on a quieter machine, with more steps or more repeats.",
-            tuple(reasons),
-            None,
-            None,
-        )
+    if (doubt := _doubt(limit.run_step_s)) is not None:
+        return Advice(f"Inconclusive: {doubt}", tuple(reasons), None, None)
     if not bottleneck:
         return Advice(
             "Not communication-bound: keep plain DDP. Removing all communication would save "
@@ -68,17 +62,41 @@ def advise(summaries: Mapping[str, Summary]) -> Advice:
     if best is None or 1 - _middle(best) < WORTH or _certain(best) >= 1:
         return Advice(
             f"Keep plain DDP: communication costs {percent(share)} of its time, but none of the strategies tried saves "
-            f"{WORTH:.0%} of it, and in every repeat.",
+            f"{percent(WORTH)} of it or more, and something in every repeat.",
             tuple(reasons),
             True,
             None,
         )
     return Advice(
-        f"Try `{best.strategy}`: it takes {percent(1 - _middle(best))} off the time of plain DDP.",
+        f"Try `{best.strategy}`: it takes {percent(1 - _middle(best))} off the time of plain DDP"
+        f"{_of_the_run(best, summaries[BASELINE])}.",
         (*reasons, *_equals(ranked)),
         True,
         best.strategy,
     )
+
+
+def _doubt(limit_s: Spread) -> str | None:
+    """Return why differences may be noise, or ``None``."""
+    if len(limit_s.values) == 1:
+        return "one repeat does not show how much figures spread. Measure again with --repeats 5."
+    if limit_s.relative > LIMIT_SPREAD:
+        return (
+            f"without any communication the step already spreads by {percent(limit_s.relative)} between repeats, more "
+            f"than the {percent(LIMIT_SPREAD)} up to which differences mean something. Measure again on a quieter "
+            "machine, with more steps or more repeats."
+        )
+    return None
+
+
+def _of_the_run(best: Summary, base: Summary) -> str:
+    if base.run_s is None or best.run_s is None:
+        return ""
+    return f", {duration((1 - _middle(best)) * base.run_s.median)} of {duration(base.run_s.median)}"
+
+
+def _range(low: float, high: float) -> str:
+    return "" if low == high else f" ({percent(low)} to {percent(high)} in the repeats)"
 
 
 def _middle(one: Summary) -> float:
@@ -96,9 +114,8 @@ def _share(limit_to_baseline: Spread | None) -> float:
 def _communication(share: float, limit: Summary) -> str:
     low, high = limit.to_baseline.range if limit.to_baseline else (1.0, 1.0)
     return (
-        f"Communication that compute does not hide costs plain DDP {percent(share)} of its time "
-        f"({percent(1 - high)} to {percent(1 - low)} in the repeats): that is what the same job without communication "
-        "saves."
+        f"Communication that compute does not hide costs plain DDP {percent(share)} of its time"
+        f"{_range(1 - high, 1 - low)}: that is what the same job without communication saves."
     )
 
 
@@ -107,10 +124,7 @@ def _saving(one: Summary) -> str:
         return f"`{one.strategy}` has no repeat in common with DDP."
     low, high = one.to_baseline.range
     of = "the whole run" if one.plan else "the measured steps"
-    return (
-        f"`{one.strategy}` takes {percent(one.to_baseline.median)} of DDP's time over {of} ({percent(low)} to "
-        f"{percent(high)} in the repeats)."
-    )
+    return f"`{one.strategy}` takes {percent(one.to_baseline.median)} of DDP's time over {of}{_range(low, high)}."
 
 
 def _equals(ranked: list[Summary]) -> list[str]:

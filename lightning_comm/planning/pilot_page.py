@@ -7,7 +7,7 @@ from typing import Any
 from lightning_comm.planning.pilot import BASELINE, LIMIT, Spread, Summary, Trial, summarise
 from lightning_comm.planning.pilot_advice import LIMIT_SPREAD, Advice
 from lightning_comm.planning.projection import RunPlan
-from lightning_comm.planning.report import html_table, megabytes, page, percent
+from lightning_comm.planning.report import duration, html_table, megabytes, page, percent
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -23,25 +23,6 @@ _SANITY = (
     "The loss after so few steps is a sanity check and nothing more: it shows that every strategy trains. Which "
     "accuracy a strategy reaches is seen in a whole run only."
 )
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it.
-
-    Example:
-        >>> [duration(seconds) for seconds in (0.0123, 5.04, 61, 3000, 8000, 200000)]
-        ['12.3 ms', '5.0 s', '61 s', '50 min', '2.2 h', '55.6 h']
-
-    """
-    if seconds < 1:
-        return f"{1000 * seconds:.1f} ms"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def read(results: Mapping[str, Any]) -> dict[str, Summary]:
@@ -156,7 +137,7 @@ def how_sure(results: Mapping[str, Any], summaries: Mapping[str, Summary]) -> li
         spread = summaries[LIMIT].run_step_s.relative
         said.append(
             f"Without communication the middle half of the repeats spreads by {percent(spread)} of the median; above "
-            f"{LIMIT_SPREAD:.0%} the pilot calls its result inconclusive."
+            f"{percent(LIMIT_SPREAD)} the pilot calls its result inconclusive."
         )
     if any(one.plan for one in summaries.values()):
         said.append(

@@ -40,6 +40,25 @@ def megabytes(count: float, digits: int = 1) -> str:
     return f"{count / 1e6:,.{digits}f} MB"
 
 
+def duration(seconds: float) -> str:
+    """Return a time as people say it.
+
+    Example:
+        >>> [duration(seconds) for seconds in (0.0123, 5.04, 61, 3000, 8000, 200000)]
+        ['12.3 ms', '5.0 s', '61 s', '50 min', '2.2 h', '55.6 h']
+
+    """
+    if seconds < 1:
+        return f"{1000 * seconds:.1f} ms"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
 def percent(share: float) -> str:
     """Return a share of 1 in percent."""
     return f"{100 * share:.1f} %"

@@ -5,6 +5,7 @@ from support.pilot_trials import ddp, trial
 
 from lightning_comm.planning.pilot import LIMIT, summarise
 from lightning_comm.planning.pilot_advice import advise
+from lightning_comm.planning.projection import RunPlan
 
 
 def advice(ddp_s, limit_s, **others):
@@ -49,6 +50,21 @@ def test_a_limit_that_spreads_makes_the_result_inconclusive():
     assert said.headline.startswith("Inconclusive")
     assert "3.0 %" in said.headline
     assert any("`qsr` takes 60.0 %" in reason for reason in said.reasons)  # the numbers are shown all the same
+
+
+def test_one_repeat_is_inconclusive():
+    said = advice([0.2], [0.1], qsr=[0.12])
+    assert (said.best, said.bottleneck) == (None, None)
+    assert said.headline.startswith("Inconclusive: one repeat")
+    assert "--repeats 5" in said.headline
+
+
+def test_the_time_saved_of_the_whole_run_is_named():
+    trials = [ddp(0, step_s=2.0), ddp(1, step_s=2.0), *(trial(LIMIT, r, step_s=1.0, ranks=1) for r in range(2))]
+    trials += [trial("qsr", repeat, step_s=1.0, sync_s=0.0, period=4, ranks=1) for repeat in range(2)]
+    plans = {"ddp": RunPlan(7200, 7200), "qsr": RunPlan(7200, 0, (7200,))}
+    said = advise(summarise(trials, plans))
+    assert said.headline == "Try `qsr`: it takes 50.0 % off the time of plain DDP, 2.0 h of 4.0 h."
 
 
 def test_strategies_that_the_repeats_do_not_tell_apart_are_named():
