@@ -70,11 +70,12 @@ def _usable(names: list[str], hosts: int, settings: dict[str, Any], report: dict
 def _trial(name: str, hosts: int, settings: dict[str, Any]) -> str:
     print(f"{hosts} hosts: trying {TOOLS[name].label}", flush=True)
     with Lab(hosts, "1gbit") as lab:
-        return _error_of(lab.run(_command({**settings, "trial": name}), timeout_s=_TRIAL_TIMEOUT_S))
+        error = _error_of(lab.run(_command({**settings, "trial": name}), timeout_s=_TRIAL_TIMEOUT_S))
+    return f"{error}\nin a trial of {5 * settings['period']} steps and at most {_TRIAL_TIMEOUT_S} s" if error else ""
 
 
 def _leave_out(name: str, hosts: int, error: str, report: dict[str, Any]) -> None:
-    print(f"  left out: {TOOLS[name].label}: {error.strip().splitlines()[-1]}", flush=True)
+    print(f"  left out: {TOOLS[name].label}: {'; '.join(error.strip().splitlines()[-2:])}", flush=True)
     report["could_not_run"].append({"tool": name, "label": TOOLS[name].label, "hosts": hosts, "error": error})
 
 
