@@ -11,9 +11,11 @@ from lightning_comm.planning.report import duration, html_table, megabytes, page
 
 Table = tuple[list[str], list[list[str]]]
 
+_UNITS = ((7200, 3600, "h"), (120, 60, "min"), (1, 1, "s"), (0, 0.001, "ms"))  # from which time on each is used
 _LIMIT_NAME = "without communication"
 _STYLE = (
-    "<style>body{max-width:66rem}table{font-size:.9rem}td{white-space:nowrap}th{vertical-align:bottom}"
+    "<style>body{max-width:66rem}table{font-size:.85rem;display:block;overflow-x:auto}"
+    "td{white-space:nowrap}th,td{padding:.3rem .6rem}th{vertical-align:bottom}"
     ".answer{border-left:.5rem solid;padding:.6rem 1.2rem;font-size:1.25rem;background:#f7f7f7}"
     ".yes{border-color:#c0392b}.no{border-color:#2e7d32}.open{border-color:#999}"
     ".note{background:#fff6e0;padding:.6rem 1.2rem}dl.facts{display:flex;flex-wrap:wrap;gap:1rem 2.5rem}"
@@ -70,8 +72,8 @@ def run_table(summaries: Mapping[str, Summary], cost_per_hour: float | None) -> 
         saved = None if base is None else saved_s(one, base)
         row = [
             shown_name(one.strategy),
-            _interval(one.run_s, duration),
-            "-" if saved is None or one is base else _interval(saved, _signed_duration),
+            _time(one.run_s),
+            "-" if saved is None or one is base else _time(saved),
             f"{one.plan.synchronisations:,}",
             "-" if one.run_bytes is None else megabytes(one.run_bytes.median),
             _number(one.loss, 1, 3),
@@ -193,7 +195,7 @@ def _facts(summaries: Mapping[str, Summary], advice: Advice, cost_per_hour: floa
         best = summaries.get(advice.best or "")
         if best is not None and best.run_s is not None and (saved := saved_s(best, base)) is not None:
             facts.append((f"the whole run with {best.strategy}", duration(best.run_s.median)))
-            facts.append(("saved", _interval(saved, _signed_duration)))
+            facts.append(("saved", _time(saved)))
             if cost_per_hour is not None:
                 facts.append(("cost saved", f"{cost_per_hour * saved.median / 3600:,.2f}"))
     shown = "".join(f"<div><dd>{value}</dd><dt>{html.escape(name)}</dt></div>" for name, value in facts)
@@ -235,11 +237,12 @@ def _number(spread: Spread | None, factor: float, digits: int = 1) -> str:
     return median if low_text == high_text else f"{median} ({low_text}-{high_text})"
 
 
-def _interval(spread: Spread, shown: Any) -> str:
+def _time(spread: Spread) -> str:
+    """Return a time and the range of the repeats, in one unit."""
+    largest = max(abs(value) for value in spread.values)
+    unit_s, unit = next((size, name) for least, size, name in _UNITS if largest >= least)
     low, high = spread.range
-    median: str = shown(spread.median)
-    return median if shown(low) == shown(high) else f"{median} ({shown(low)} to {shown(high)})"
-
-
-def _signed_duration(seconds: float) -> str:
-    return f"-{duration(-seconds)}" if seconds < 0 else duration(seconds)
+    median, low_text, high_text = (f"{value / unit_s:.1f}" for value in (spread.median, low, high))
+    if low_text == high_text:
+        return f"{median} {unit}"
+    return f"{median} ({low_text}{' to ' if low < 0 else '-'}{high_text}) {unit}"

@@ -44,8 +44,8 @@ def duration(seconds: float) -> str:
     """Return a time as people say it.
 
     Example:
-        >>> [duration(seconds) for seconds in (0.0123, 5.04, 61, 3000, 8000, 200000)]
-        ['12.3 ms', '5.0 s', '61 s', '50 min', '2.2 h', '55.6 h']
+        >>> [duration(seconds) for seconds in (0.0123, 5.04, 61, 530, 3000, 8000, 200000)]
+        ['12.3 ms', '5.0 s', '61 s', '8.8 min', '50 min', '2.2 h', '55.6 h']
 
     """
     if seconds < 1:
@@ -55,7 +55,7 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
+        return f"{seconds / 60:.{1 if seconds < 1200 else 0}f} min"
     return f"{seconds / 3600:.1f} h"
 
 

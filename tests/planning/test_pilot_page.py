@@ -50,8 +50,15 @@ def test_the_whole_run_is_told_in_hours_and_what_is_saved():
     table = pilot_page.run_table(pilot_page.read(results()), None)
     assert table[0][:4] == ["whole run", "time", "saved against ddp", "synchronisations"]
     assert rows(table)["ddp"] == ["2.0 h", "-", "36,000", "-", "1.500"]
-    assert rows(table)["qsr"] == ["60 min", "60 min", "2", "-", "1.500"]
+    assert rows(table)["qsr"] == ["60.0 min", "60.0 min", "2", "-", "1.500"]
     assert list(rows(table)) == ["ddp", "qsr", "without communication"]
+
+
+def test_a_range_has_the_unit_of_its_figure_and_a_loss_its_sign():
+    found = results()
+    found["trials"][-1]["step_s"] = [[0.5] * 20]
+    table = rows(pilot_page.run_table(pilot_page.read(found), None))
+    assert table["qsr"][:2] == ["3.0 (1.0-5.0) h", "-1.0 (-3.0 to 1.0) h"]
 
 
 def test_money_is_told_where_a_price_is_given():
