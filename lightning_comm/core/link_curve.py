@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from lightning_comm.core.collectives import collective_s, schedule
 
+_FIT_STEPS = 50  # far more than it takes to settle
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -121,7 +123,7 @@ class Curve:
 
     @cached_property
     def fit(self) -> LinkFit:
-        """Latency and bandwidth that have the least relative squared error; neither is negative."""
+        """Latency and bandwidth that fit best in proportion (:func:`fit_link`); neither is negative."""
         return fit_link(self.kind, self.world_size, self.points)
 
     @property
@@ -172,28 +174,64 @@ class Curve:
 
 
 def fit_link(kind: str, world_size: int, points: tuple[Timing, ...]) -> LinkFit:
-    """Return latency and bandwidth of the straight line through medians that has the least relative squared error.
+    """Return latency and bandwidth of the straight line that fits the medians best in proportion.
 
-    Relative, since otherwise the largest message alone would decide. Where the best line would need a negative latency
-    or bandwidth, that of zero latency, or of infinite bandwidth, is the best that is possible.
+    What is least is the sum of squared logarithms of predicted by measured time. Proportion, since otherwise the
+    largest message alone would decide; logarithms, so that twice and half as long count alike: with plain relative
+    errors, one message that passed a shaper unhindered outweighs all that did not. Where the best line would need a
+    negative latency or bandwidth, that of zero latency, or of infinite bandwidth, is the best that is possible.
 
     Note:
         *Communication.* None.
 
     """
-    # Least squares for `start + slope * size = median`, each equation divided by its median.
-    a = [1 / point.median_s for point in points]
-    b = [point.payload_bytes / point.median_s for point in points]
-    aa, bb = sum(x * x for x in a), sum(y * y for y in b)
-    ab = sum(x * y for x, y in zip(a, b, strict=True))
-    determinant = aa * bb - ab * ab
-    start = (sum(a) * bb - sum(b) * ab) / determinant if len(points) > 1 else 0.0
-    slope = (sum(b) * aa - sum(a) * ab) / determinant if len(points) > 1 else sum(b) / bb
-    if start < 0:
-        start, slope = 0.0, sum(b) / bb
-    elif slope <= 0:
-        start, slope = sum(a) / aa, 0.0
+    sizes = [float(point.payload_bytes) for point in points]
+    times = [point.median_s for point in points]
+    line = _least_squares(sizes, times, [1.0] * len(points))
+    for _ in range(_FIT_STEPS):  # Gauss-Newton: the logarithm is taken as straight near the line so far
+        fitted = line.at(sizes)
+        target = _least_squares(sizes, fitted, [1 + log(t / f) for t, f in zip(times, fitted, strict=True)])
+        shorter = (line.towards(target, 0.5**halvings) for halvings in range(_FIT_STEPS))
+        better = next((new for new in shorter if new.misfit(sizes, times) < line.misfit(sizes, times)), None)
+        if better is None:
+            break
+        line = better
     messages, wire_share = schedule(kind, world_size)
     if not messages:
         return LinkFit(0.0, inf)
-    return LinkFit(start / messages, wire_share / slope if slope else inf)
+    return LinkFit(line.start_s / messages, wire_share / line.s_per_byte if line.s_per_byte else inf)
+
+
+class _Line(NamedTuple):
+    """Seconds at no byte, and seconds a byte."""
+
+    start_s: float
+    s_per_byte: float
+
+    def at(self, sizes: Sequence[float]) -> list[float]:
+        return [self.start_s + self.s_per_byte * size for size in sizes]
+
+    def towards(self, other: "_Line", share: float) -> "_Line":
+        return _Line(*(mine + share * (its - mine) for mine, its in zip(self, other, strict=True)))
+
+    def misfit(self, sizes: Sequence[float], times: Sequence[float]) -> float:
+        fitted = self.at(sizes)
+        return sum(log(f / t) ** 2 for f, t in zip(fitted, times, strict=True)) if min(fitted) > 0 else inf
+
+
+def _least_squares(sizes: Sequence[float], units: Sequence[float], targets: Sequence[float]) -> _Line:
+    """Return the line, nowhere negative, whose value in the given unit at each size is nearest to the target."""
+    a = [1 / unit for unit in units]
+    b = [size / unit for size, unit in zip(sizes, units, strict=True)]
+    aa, ab, bb = _dot(a, a), _dot(a, b), _dot(b, b)
+    at, bt = _dot(a, targets), _dot(b, targets)
+    determinant = aa * bb - ab * ab
+    if len(sizes) == 1 or at * bb < bt * ab:
+        return _Line(0.0, max(0.0, bt / bb))
+    if bt * aa <= at * ab:
+        return _Line(max(0.0, at / aa), 0.0)
+    return _Line((at * bb - bt * ab) / determinant, (bt * aa - at * ab) / determinant)
+
+
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    return sum(x * y for x, y in zip(left, right, strict=True))
