@@ -306,7 +306,7 @@ def _header(trainer: Trainer, warmup_steps: int, link_bytes_per_s: float | None)
     return {
         "rank": trainer.global_rank,
         "world_size": trainer.world_size,
-        "host": socket.gethostname(),
+        "host": socket.gethostname() + (f", node {trainer.node_rank}" if trainer.num_nodes > 1 else ""),
         "warmup_steps": warmup_steps,
         "started_unix_s": time.time(),
         "link_bytes_per_s": link_bytes_per_s,

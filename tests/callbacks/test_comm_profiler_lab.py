@@ -41,7 +41,7 @@ def run(strategy):
     net = torch.nn.Sequential(
         torch.nn.Linear(5, 900), torch.nn.Tanh(), torch.nn.Linear(900, 900), torch.nn.Tanh(), torch.nn.Linear(900, 1)
     )
-    profiler, counted = CommProfiler("profile", page=False), Counted()
+    profiler, counted = CommProfiler("FOLDER", page=False), Counted()
     runner = trainer(strategy, 1, num_nodes=3, callbacks=[counted, profiler])
     runner.fit(Regression(net), loader(16, runner.global_rank, dtype=torch.float32))
     within = [step for step in profiler.steps if 4 <= step.batch < 12]
@@ -51,6 +51,7 @@ def run(strategy):
         "payload": sum(step.payload_bytes.get(name, 0) for step in within for name in ("gradients", "parameters")),
         "bandwidth": profiler.figures.bandwidth_bytes_per_s,
         "exposed_s": profiler.figures.exposed_s,
+        "hosts": [rank.host for rank in profiler.figures.ranks],
         "clock_error_s": profiler.figures.clock_error_s,
     }
 
@@ -63,7 +64,7 @@ print("ANSWER", json.dumps([run(DDPStrategy(timeout=timeout)), run(local_update(
 def answers(module_lab, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     script = folder / "train.py"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT.replace("FOLDER", str(folder / "profile")))
     cluster = module_lab(3, "500mbit")
     result = cluster.run(
         [sys.executable, str(script)],
@@ -94,3 +95,4 @@ def test_a_shaped_link_is_seen_as_the_bottleneck_that_it_is(answers):
     assert 0.3 < ddp["bandwidth"] / (500e6 / 8) < 1.05
     assert ddp["exposed_s"] > 2 * local["exposed_s"]
     assert ddp["clock_error_s"] < 0.1
+    assert len(set(ddp["hosts"])) == 3, "hosts of one name are told apart by their node"
