@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_comm.planning.pilot import LIMIT, Spread, Summary
 from lightning_comm.planning.pilot_advice import advise
-from lightning_comm.planning.pilot_page import emulated, html_page, measured_table, read, run_table, saved_s, shown_name
+from lightning_comm.planning.pilot_page import (
+    emulated,
+    html_page,
+    measured_table,
+    not_projected,
+    read,
+    run_table,
+    saved_s,
+    shown_name,
+)
 from lightning_comm.planning.report import percent, text_table
 
 if TYPE_CHECKING:
@@ -31,10 +40,8 @@ def write_report(results: dict[str, Any], folder: Path) -> int:
         print()
         print(text_table(*run))
     print()
-    for sentence in (*advice.reasons, *emulated(results)):
+    for sentence in (*advice.reasons, *not_projected(results), *emulated(results)):
         print(sentence)
-    for name, why in results["problems"].items():
-        print(f"The whole run of `{name}` is not known: {why}.")
     print(f"\n{advice.headline}\n")
     figure = _figure_source(summaries)
     if figure is None:

@@ -165,7 +165,7 @@ def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
                 "batch_size": batch_size or None,
                 "parameters": rehearsal.parameters,
                 "device": str(line.trainer.strategy.root_device),
-                "total_steps": len(rehearsal.rates) if rehearsal.rates else None,
+                "total_steps": rehearsal.total_steps,
                 "problem": rehearsal.problem,
             }
         )
@@ -223,14 +223,17 @@ def _paced(device: EmulatedDevice) -> dict[str, float]:
 
 def _plan(strategy: str, watch: Watch, rehearsal: Rehearsal) -> dict[str, Any]:
     """Return what the whole run will do under the strategy, or the reason why that is not known."""
-    rates = rehearsal.rates
-    if rates is None:
+    total, rates, run_ = rehearsal.total_steps, rehearsal.rates, watch.local_update
+    if total is None:
         return {"problem": rehearsal.problem}
-    if any(abs(seen - known) > _SAME_RATE * abs(known) for seen, known in zip(watch.rates, rates, strict=False)):
-        return {"problem": "the rates of the first steps were not those of the schedule, so something else sets them"}
-    total, run_ = len(rates), watch.local_update
     if strategy == LIMIT or run_ is None:
         return {"plan": {"total_steps": total, "gradient_steps": 0 if strategy == LIMIT else total, "round_ends": []}}
+    if isinstance(run_.settings.period, FixedPeriod):
+        rates = [0.0] * total  # whatever they are
+    elif rates is None:
+        return {"problem": rehearsal.problem}
+    elif any(abs(seen - known) > _SAME_RATE * abs(known) for seen, known in zip(watch.rates, rates, strict=False)):
+        return {"problem": "the rates of the first steps were not those of the schedule, so something else sets them"}
     gradient_steps = min(total, watch.planned_gradient_steps or 0)
     warmup = run_.settings.warmup_steps
     ends = round_ends(run_.settings.period, rates, gradient_steps=gradient_steps, warmup_steps=warmup)

@@ -14,21 +14,25 @@ class ScheduleUnknown(Exception):
     """The learning rates of the run cannot be known before it; the message says why."""
 
 
-def use_up_schedule(trainer: Trainer, module: LightningModule) -> list[float]:
+def use_up_schedule(trainer: Trainer, module: LightningModule, total: int) -> list[float]:
     """Return the learning rate of every optimizer step of the run: the largest over the parameter groups.
 
     Lightning's own order of calls is followed, so a scheduler moves after as many batches or epochs as it would. The
     Trainer's schedulers are used up by this and then taken away, so call it in a run whose weights nobody wants, before
     its first step. Optimizers take no step.
 
+    Args:
+        trainer: In front of its first batch.
+        module: The model.
+        total: Optimizer steps of the run (:func:`run_length`).
+
     Raises:
-        ScheduleUnknown: If the rates depend on what training will bring, or the run has no known length.
+        ScheduleUnknown: If the rates depend on what training will bring.
 
     Note:
         *Communication.* None. *Time.* About 10 µs a step of the run.
 
     """
-    total = _total_steps(trainer, module)
     _check_schedulers(trainer, module)
     epoch_batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
     groups = trainer.optimizers[0].param_groups
@@ -64,7 +68,13 @@ def _check_schedulers(trainer: Trainer, module: LightningModule) -> None:
         raise ScheduleUnknown("a scheduler moves once an epoch, and the length of an epoch is not known")
 
 
-def _total_steps(trainer: Trainer, module: LightningModule) -> int:
+def run_length(trainer: Trainer, module: LightningModule) -> int:
+    """Return how many optimizer steps the user's run takes.
+
+    Raises:
+        ScheduleUnknown: If that cannot be known before it.
+
+    """
     if not module.automatic_optimization:
         raise ScheduleUnknown("the model optimizes by hand, so only its code knows how many steps the run takes")
     try:

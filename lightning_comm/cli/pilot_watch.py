@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_comm.cli.pilot_schedule import ScheduleUnknown, use_up_schedule
+from lightning_comm.cli.pilot_schedule import ScheduleUnknown, run_length, use_up_schedule
 from lightning_comm.planning.pilot import first_whole_round
 from lightning_comm.strategies import LocalUpdateStrategy
 from lightning_comm.strategies.lightning_internals import end_after_this_step
@@ -25,6 +25,7 @@ class Rehearsal(Callback):
     def __init__(self) -> None:
         self.batch_size: int | None = None
         self.parameters = 0
+        self.total_steps: int | None = None
         self.rates: list[float] | None = None
         self.problem: str | None = None  # why the rates are not known
 
@@ -35,7 +36,8 @@ class Rehearsal(Callback):
         self.batch_size = samples_of(batch)
         self.parameters = sum(each.numel() for each in pl_module.parameters())
         try:
-            self.rates = use_up_schedule(trainer, pl_module)
+            self.total_steps = run_length(trainer, pl_module)
+            self.rates = use_up_schedule(trainer, pl_module, self.total_steps)
         except ScheduleUnknown as unknown:
             self.problem = str(unknown)
             trainer.lr_scheduler_configs.clear()  # so that none asks for a metric of this run

@@ -14,7 +14,7 @@ Table = tuple[list[str], list[list[str]]]
 _UNITS = ((7200, 3600, "h"), (120, 60, "min"), (1, 1, "s"), (0, 0.001, "ms"))  # from which time on each is used
 _LIMIT_NAME = "without communication"
 _STYLE = (
-    "<style>body{max-width:66rem}table{font-size:.85rem;display:block;overflow-x:auto}"
+    "<style>body{max-width:76rem}table{font-size:.85rem;display:block;overflow-x:auto}"
     "td{white-space:nowrap}th,td{padding:.3rem .6rem}th{vertical-align:bottom}"
     ".answer{border-left:.5rem solid;padding:.6rem 1.2rem;font-size:1.25rem;background:#f7f7f7}"
     ".yes{border-color:#c0392b}.no{border-color:#2e7d32}.open{border-color:#999}"
@@ -123,6 +123,14 @@ def emulated(results: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def not_projected(results: Mapping[str, Any]) -> list[str]:
+    """Return why the whole run is not known, one sentence a reason."""
+    problems: dict[str, list[str]] = {}
+    for name, why in results["problems"].items():
+        problems.setdefault(why, []).append(f"`{name}`")
+    return [f"The whole run of {', '.join(names)} is not known: {why}." for why, names in problems.items()]
+
+
 def how_sure(results: Mapping[str, Any], summaries: Mapping[str, Summary]) -> list[str]:
     """Return how far the figures can be trusted, one sentence each."""
     settings, repeats = results["settings"], results["settings"]["repeats"]
@@ -146,7 +154,7 @@ def how_sure(results: Mapping[str, Any], summaries: Mapping[str, Summary]) -> li
             "The whole run is projected: measured seconds of a step and of a synchronisation, times how often the "
             "run's own learning-rate schedule makes it take them. Validation, checkpoints and start-up are not in it."
         )
-    said += [f"The whole run of `{name}` is not known: {why}." for name, why in results["problems"].items()]
+    said += not_projected(results)
     said.append(_SANITY)
     return said
 

@@ -6,7 +6,7 @@ from lightning.pytorch import Callback
 from support.training import Regression, loader, trainer
 from torch.optim import lr_scheduler
 
-from lightning_comm.cli.pilot_schedule import ScheduleUnknown, use_up_schedule
+from lightning_comm.cli.pilot_schedule import ScheduleUnknown, run_length, use_up_schedule
 
 STEPS_IN_EPOCH = 10
 
@@ -31,7 +31,7 @@ class ReadFirst(Callback):
         before = torch.get_rng_state()
         weights = [parameter.detach().clone() for parameter in pl_module.parameters()]
         try:
-            self.read = use_up_schedule(trainer, pl_module)
+            self.read = use_up_schedule(trainer, pl_module, run_length(trainer, pl_module))
         except ScheduleUnknown as unknown:
             self.unknown = str(unknown)
         assert torch.equal(before, torch.get_rng_state())
