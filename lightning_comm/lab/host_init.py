@@ -1,16 +1,23 @@
 """The first process of an emulated host: everything on the host lives and dies with it.
 
 Run by file path, with the standard library alone, so that a host starts in milliseconds. As process 1 of a PID
-namespace it takes up orphans, and signals reach every process of the host and no other. It obeys one word a line. When
-its standard input ends, because the lab has closed it or was killed, it ends too; the kernel then kills what still runs
-on the host and takes its network away. So nothing can be left behind, whatever happened to the lab.
+namespace it takes up orphans, and signals reach every process of the host and no other. It obeys one word a line, and
+answers whether anything runs on the host. It ends when its standard input does, or the process that owns the lab,
+because the lab was closed or killed; the kernel then kills what still runs on the host and takes its network away. So
+nothing can be left behind, whatever happened to the lab.
+
+Words: the number of an open file that tells when the lab's process ends (``pidfd_open``), or -1 where there is none. A
+child of that process, forked while the lab is open, holds the other end of the standard input too; this one does not.
 """
 
 import os
+import select
 import signal
 import sys
+from collections.abc import Iterator
 
 SIGNALS = {
+    "look": 0,  # signals nothing, and answers
     "stop": signal.SIGSTOP,
     "resume": signal.SIGCONT,
     "terminate": signal.SIGTERM,
@@ -26,26 +33,40 @@ def _take_up_orphans(*_: object) -> None:
         return
 
 
-def _tell_all(number: int) -> None:
+def _tell_all(number: int) -> bool:
     try:
         os.kill(-1, number)  # every process of this namespace but this one
     except ProcessLookupError:
-        return  # nothing runs on the host
+        return False  # nothing runs on the host
+    return True
 
 
-def main() -> None:
-    """Say which process this is outside of the host, then obey until there is nobody to command."""
+def _words(owner: int) -> Iterator[str]:
+    """Yield the lab's words until there is nobody to say any."""
+    poll = select.poll()
+    for each in (0, owner):
+        if each >= 0:
+            poll.register(each, select.POLLIN)
+    begun = b""
+    while True:
+        ready = [each for each, _ in poll.poll()]
+        if owner in ready or not (chunk := os.read(0, 4096)):
+            return
+        *lines, begun = (begun + chunk).split(b"\n")
+        yield from (line.decode() for line in lines)
+
+
+def main(owner: int) -> None:
+    """Say which process this is outside of the host, then obey."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a Ctrl-C reaches the whole terminal; the lab decides what it means
     signal.signal(signal.SIGCHLD, _take_up_orphans)
     print(os.readlink("/proc/self"), flush=True)
-    for line in sys.stdin:
-        word = line.strip()
+    for word in _words(owner):
         if word == "exit":
             return
-        _tell_all(SIGNALS[word])
-        print("done", flush=True)
+        print("some" if _tell_all(SIGNALS[word]) else "none", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

@@ -6,18 +6,23 @@ long as their first process does (:mod:`lightning_comm.lab.host_init`), which en
 
 import os
 import platform
+import select
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_comm.core.rates import parse_rate
 
 INTERFACE = "eth0"  # of every host
 _NEW = ("unshare", "--net", "--pid", "--fork", "--kill-child")
 _INIT = Path(__file__).with_name("host_init.py")
+_ENTER = Path(__file__).with_name("host_enter.py")
 _TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
+_START_S = 10.0  # far longer than it takes to start a command
 _QUEUE_S = 0.05  # what waits longer than this in a shaped queue is dropped
 _FRAME_BYTES, _PAYLOAD_BYTES = 1514, 1448  # Ethernet with 1,500 bytes of IP, and what of them is TCP's payload
 # TCP hands data over in pieces of many frames. A piece that is larger than the bucket is cut up, which costs processor
@@ -61,20 +66,27 @@ class Namespace:
     """
 
     def __init__(self, beside: "Namespace | None" = None) -> None:
-        self.needs_user: bool = beside.needs_user if beside else os.geteuid() != 0
+        self.needs_user: bool = beside.needs_user if beside else not _may_administer()
+        self._turn = threading.Lock()  # a fault and the end of a job may come at once
         new = list(_NEW)
         if beside is not None:
-            new = [*beside.enter(network=False, processes=False), *new]
+            new = [*beside.enter(network=False), *new]
         elif self.needs_user:
             new += ["--user", "--map-root-user"]
-        self._process = subprocess.Popen(
-            [*new, sys.executable, "-I", "-S", str(_INIT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # out of reach of a Ctrl-C in the terminal
-        )
+        owner = _own_pidfd()
+        try:
+            self._process = subprocess.Popen(
+                [*new, sys.executable, "-I", "-S", str(_INIT), str(owner)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # out of reach of a Ctrl-C in the terminal
+                pass_fds=[owner] if owner >= 0 else [],
+            )
+        finally:
+            if owner >= 0:
+                os.close(owner)
         assert self._process.stdout is not None
         said = self._process.stdout.readline().strip()
         if not said.isdigit():
@@ -82,13 +94,11 @@ class Namespace:
             raise LabError(error.strip() or "unshare ended without a word")
         self.pid = int(said)
 
-    def enter(self, *, network: bool = True, processes: bool = True) -> list[str]:
-        """Return the words that put a command into this namespace."""
-        words = ["nsenter", "--target", str(self.pid)]
-        words += ["--user", "--preserve-credentials"] if self.needs_user else []
+    def enter(self, *, network: bool = True) -> list[str]:
+        """Return the words that put a short command into this network, or only among its users."""
+        words = ["--user", "--preserve-credentials"] if self.needs_user else []
         words += ["--net"] if network else []
-        words += ["--pid"] if processes else []
-        return words if len(words) > 3 else []
+        return ["nsenter", "--target", str(self.pid), *words] if words else []
 
     def run(self, *command: str) -> str:
         """Run a short command in this network and return what it printed.
@@ -97,7 +107,7 @@ class Namespace:
             LabError: If it fails.
 
         """
-        done = subprocess.run([*self.enter(processes=False), *command], capture_output=True, text=True)
+        done = subprocess.run([*self.enter(), *command], capture_output=True, text=True)
         if done.returncode != 0:
             raise LabError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
@@ -107,17 +117,23 @@ class Namespace:
         """Whether the namespace still exists."""
         return self._process.poll() is None
 
-    def tell(self, word: str) -> None:
-        """Signal every process in here: ``stop``, ``resume``, ``terminate`` or ``kill``."""
-        if not self.alive:
-            return
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            print(word, file=self._process.stdin, flush=True)
-            self._process.stdout.readline()
-        except BrokenPipeError:
-            return  # it ended in between, and with it all processes
+    def tell(self, word: str) -> bool:
+        """Signal every process in here, and return whether there was any.
+
+        Args:
+            word: ``stop``, ``resume``, ``terminate`` or ``kill``; ``look`` signals nothing.
+
+        """
+        with self._turn:
+            if not self.alive:
+                return False
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            try:
+                print(word, file=self._process.stdin, flush=True)
+                return self._process.stdout.readline() == "some\n"
+            except BrokenPipeError:
+                return False  # it ended in between, and with it all processes
 
     def close(self) -> None:
         """End every process in here, and the namespace with them."""
@@ -178,16 +194,47 @@ def connect(switch: Namespace, host: Namespace, index: int, address: str, rate: 
 
 
 def counters(host: Namespace) -> tuple[int, int]:
-    """Return the bytes that a host's interface has sent and received, counted in whole frames."""
+    """Return the bytes that a host's interface has sent and received."""
     text = Path(f"/proc/{host.pid}/net/dev").read_text()
-    for line in text.splitlines():
-        name, _, figures = line.partition(":")
-        if name.strip() == INTERFACE:
-            received, sent = figures.split()[0], figures.split()[8]
-            return int(sent), int(received)
-    raise LabError(f"the host of process {host.pid} has no interface {INTERFACE}")
+    figures = next(line for line in text.splitlines() if line.strip().startswith(INTERFACE)).partition(":")[2].split()
+    return int(figures[8]), int(figures[0])
 
 
-def command_line(host: Namespace, command: Sequence[str]) -> list[str]:
-    """Return the words that run a command on a host, as one of its processes."""
-    return [*host.enter(), "--", *command]
+def start(host: Namespace, command: Sequence[str], **popen: Any) -> "subprocess.Popen[Any]":
+    """Start a command on a host and return once it is one of the host's processes, so that faults hit it.
+
+    Args:
+        host: The host.
+        command: The program and its arguments.
+        **popen: As in ``subprocess.Popen``.
+
+    """
+    seen, started = os.pipe()
+    try:
+        words = [str(host.pid), "user" if host.needs_user else "root", str(started)]
+        process: subprocess.Popen[Any] = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_ENTER), *words, *command],
+            pass_fds=[started, *popen.pop("pass_fds", ())],
+            **popen,
+        )
+        os.close(started)
+        started = -1
+        select.select([seen], [], [], _START_S)  # until it is closed at the other end too
+    finally:
+        for each in (seen, started):
+            if each >= 0:
+                os.close(each)
+    return process
+
+
+def _may_administer() -> bool:
+    """Whether this process may make namespaces by itself, as root may outside of most containers."""
+    return os.geteuid() == 0 and subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode == 0
+
+
+def _own_pidfd() -> int:
+    """Return an open file that tells when this process ends, or -1 where the kernel is too old (before 5.3)."""
+    try:
+        return os.pidfd_open(os.getpid())
+    except OSError:
+        return -1
