@@ -1,6 +1,7 @@
 """``lightning-comm lab``: run a command once on each of several emulated hosts, joined by links of stated rates."""
 
 import argparse
+import os
 import re
 import shutil
 import signal
@@ -15,7 +16,8 @@ from typing import NoReturn
 from lightning_comm.core.rates import parse_rate
 from lightning_comm.lab.cluster import Lab, LabError, LabResult, check_arguments, unavailable
 
-_INTERRUPTED, _NOT_AVAILABLE = 130, 1
+_NOT_AVAILABLE, _NOBODY_READS = 1, 128 + signal.SIGPIPE
+_LAST_LINES = 5  # of the host that failed, shown again behind what the others said while they were ended
 _EPILOG = """\
 examples:
   lightning-comm lab --hosts 4 --link 100mbit -- lightning-comm fit --config configs/qsr.yaml
@@ -50,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Ended as ended:
         print("lightning-comm lab: interrupted; every host has been ended.", file=sys.stderr)
         return ended.status
+    except BrokenPipeError:  # as where `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which is flushed once more at the very end
+        return _NOBODY_READS
     except (LabError, OSError) as error:
         print(f"lightning-comm lab: {error}.", file=sys.stderr)
         return _NOT_AVAILABLE
@@ -64,18 +69,24 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     raise _Ended(number)
 
 
-def _show(hosts: int) -> Callable[[int, str, bool], None]:
-    width = len(str(hosts - 1))
+def _prefix(host: int, hosts: int) -> str:
+    return f"[host {host:>{len(str(hosts - 1))}}]"
 
+
+def _show(hosts: int) -> Callable[[int, str, bool], None]:
     def show(host: int, line: str, is_error: bool) -> None:
-        print(f"[host {host:>{width}}] {line}", file=sys.stderr if is_error else sys.stdout, flush=True)
+        print(f"{_prefix(host, hosts)} {line}", file=sys.stderr if is_error else sys.stdout, flush=True)
 
     return show
 
 
 def _report(result: LabResult) -> int:
+    if result.host is not None and (last := result.output[result.host].splitlines()[-_LAST_LINES:]):
+        prefix = _prefix(result.host, len(result.output))
+        print(f"The end of the output of host {result.host}, which failed first:", file=sys.stderr)
+        print(*(f"{prefix} {line}" for line in last), sep="\n", file=sys.stderr)
     if result.returncode != 0:
-        print(f"lightning-comm lab: {result.why}; the other hosts were ended.", file=sys.stderr)
+        print(f"lightning-comm lab: {result.why}; the others were ended.", file=sys.stderr)
     return result.returncode
 
 
@@ -130,13 +141,12 @@ def _plan_faults(lab: Lab, faults: Sequence[Fault]) -> None:
         began = time.monotonic()
         for fault in sorted(faults, key=lambda fault: fault.after_s):
             time.sleep(max(0.0, began + fault.after_s - time.monotonic()))
+            said = f"{fault.what} {fault.host} {fault.rate}".strip()
+            print(f"lightning-comm lab: {said}, after {fault.after_s:g} s.", file=sys.stderr, flush=True)
             try:
                 fault.happen(lab)
             except (LabError, ValueError) as error:
-                print(f"lightning-comm lab: {fault.what} {fault.host} failed: {error}.", file=sys.stderr, flush=True)
-            else:
-                said = f"{fault.what} {fault.host} {fault.rate}".strip()
-                print(f"lightning-comm lab: {said}, after {fault.after_s:g} s.", file=sys.stderr, flush=True)
+                print(f"lightning-comm lab: {said} failed: {error}", file=sys.stderr, flush=True)
 
     if faults:
         threading.Thread(target=happen, daemon=True).start()

@@ -52,7 +52,9 @@ def follow_lab(trainer: Namespace) -> None:
     if (text := os.environ.get(LAB_VARIABLE)) is None:
         return
     lab = json.loads(text)
-    wanted = {"num_nodes": lab["hosts"], "devices": lab["devices_per_host"], "accelerator": "cpu"}
+    wanted = {"num_nodes": lab["hosts"], "devices": lab["devices_per_host"]}
+    if trainer["accelerator"] == "auto":
+        wanted["accelerator"] = "cpu"  # hosts share what this machine has
     changed = {name: value for name, value in wanted.items() if trainer[name] != value}
     for name, value in changed.items():
         trainer[name] = value

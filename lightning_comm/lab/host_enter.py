@@ -27,9 +27,10 @@ def _enter(libc: ctypes.CDLL, pid: str, name: str) -> None:
             raise OSError(ctypes.get_errno(), f"cannot enter the {name} namespace of process {pid}")
 
 
-def _become(libc: ctypes.CDLL, command: list[str]) -> int:
+def _become(libc: ctypes.CDLL, command: list[str], started: int) -> int:
     """Run the command in place of this process; return an exit code where that cannot be done."""
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # when the one that stands for it is killed
+    os.close(started)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)  # Python ignores them, and an ignored signal stays so
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
@@ -64,9 +65,9 @@ def main(pid: str, user: str, started: int, *command: str) -> int:
         return _CANNOT_RUN
     signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until there is somebody to pass them on to
     child = os.fork()
-    os.close(started)
     if child == 0:
-        os._exit(_become(libc, list(command)))
+        os._exit(_become(libc, list(command), started))
+    os.close(started)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has just ended

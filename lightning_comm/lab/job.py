@@ -5,15 +5,20 @@ import signal
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
+
+from lightning_comm.lab.lines import LineSplitter
 
 if TYPE_CHECKING:
     from lightning_comm.lab.cluster import Lab
 
 TIMED_OUT = 124  # as `timeout` of coreutils exits
 _READ_BYTES = 65_536
+_NOT_SHOWN = 1  # ends a job whose lines could not be passed on
+_KEPT_LINES = 100_000  # of each host
 
 
 @dataclass
@@ -25,7 +30,7 @@ class LabResult:
             when time was up.
         host: The first host that failed; ``None`` where all went well, or time was up.
         why: That in words; empty where all went well.
-        output: What each host printed, standard error included, in the order in which it came.
+        output: What each host printed, standard error included, in the order in which it came; the last 100,000 lines.
 
     """
 
@@ -42,7 +47,8 @@ class Job:
         lab: The lab.
         command: The program and its arguments.
         env: As in :meth:`Lab.start`.
-        on_line: Called with host, line and whether it came from standard error; one call at a time.
+        on_line: Called with host, line and whether it came from standard error; one call at a time. An error in it
+            ends the job and is raised.
 
     """
 
@@ -57,8 +63,10 @@ class Job:
         self._command = command
         self._env = env
         self._on_line = on_line
-        self._lines: list[list[str]] = [[] for _ in range(lab.hosts)]
+        self._lines = [deque[str](maxlen=_KEPT_LINES) for _ in range(lab.hosts)]
         self._turn = threading.Lock()
+        self._ends: queue.Queue[tuple[int, int]] = queue.Queue()  # in the order in which they came
+        self._error: Exception | None = None  # of `on_line`
 
     def run(self, timeout_s: float | None) -> LabResult:
         """Run it to its end, or until time is up, and return how it ended."""
@@ -83,18 +91,19 @@ class Job:
             self._end_all()
             for reader in readers:
                 reader.join(5)
+        if self._error is not None:
+            raise self._error
         result.output = ["".join(lines) for lines in self._lines]
         return result
 
     def _wait(self, processes: "list[subprocess.Popen[Any]]", deadline: float | None) -> LabResult:
-        ends: queue.Queue[tuple[int, int]] = queue.Queue()  # in the order in which they came
         for host, process in enumerate(processes):
-            threading.Thread(target=_report_end, args=(host, process, ends), daemon=True).start()
+            threading.Thread(target=_report_end, args=(host, process, self._ends), daemon=True).start()
         running = set(range(len(processes)))
         while running:
-            rest_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            rest_s = None if deadline is None else min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
             try:
-                host, code = ends.get(timeout=rest_s)
+                host, code = self._ends.get(timeout=rest_s)
             except queue.Empty:
                 return LabResult(TIMED_OUT, None, f"time was up while hosts {sorted(running)} were still running")
             if code != 0:
@@ -122,22 +131,23 @@ class Job:
         return readers
 
     def _read(self, host: int, pipe: IO[bytes], is_error: bool) -> None:
-        """Pass on whole lines; a progress bar's carriage return ends one too."""
-        rest = b""
+        splitter = LineSplitter()
         with pipe:
             while chunk := pipe.read1(_READ_BYTES):  # type: ignore[attr-defined]
-                *lines, rest = (rest + chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")).split(b"\n")
-                for line in lines:
-                    self._say(host, line, is_error)
-        if rest:
-            self._say(host, rest, is_error)
+                self._say(host, splitter.feed(chunk), is_error)
+        self._say(host, splitter.end(), is_error)
 
-    def _say(self, host: int, line: bytes, is_error: bool) -> None:
-        text = line.decode(errors="replace")
+    def _say(self, host: int, lines: list[str], is_error: bool) -> None:
         with self._turn:
-            self._lines[host].append(text + "\n")
-            if self._on_line is not None:
-                self._on_line(host, text, is_error)
+            for line in lines:
+                self._lines[host].append(line + "\n")
+                if self._on_line is None or self._error is not None:
+                    continue
+                try:
+                    self._on_line(host, line, is_error)
+                except Exception as error:  # read on all the same: a host whose output nobody reads would stand still
+                    self._error = error
+                    self._ends.put((host, _NOT_SHOWN))
 
 
 def _report_end(host: int, process: "subprocess.Popen[Any]", ends: "queue.Queue[tuple[int, int]]") -> None:
@@ -147,4 +157,5 @@ def _report_end(host: int, process: "subprocess.Popen[Any]", ends: "queue.Queue[
 def _ending(code: int) -> str:
     if code > 0:
         return f"ended with exit code {code}"
-    return f"was ended by {signal.Signals(-code).name}"
+    known = [each.name for each in signal.Signals if each == -code]
+    return f"was ended by {known[0] if known else f'signal {-code}'}"

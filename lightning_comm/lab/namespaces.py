@@ -27,7 +27,7 @@ _QUEUE_S = 0.05  # what waits longer than this in a shaped queue is dropped
 _FRAME_BYTES, _PAYLOAD_BYTES = 1514, 1448  # Ethernet with 1,500 bytes of IP, and what of them is TCP's payload
 # TCP hands data over in pieces of many frames. A piece that is larger than the bucket is cut up, which costs processor
 # time and rate; a large bucket lets messages pass unshaped after a pause. So pieces are short where links are slow.
-_PIECE_S, _LEAST_PIECE_BYTES, _MOST_PIECE_BYTES = 0.0013, 8 * 1024, 64 * 1024
+_PIECE_S, _LEAST_PIECE_BYTES, _MOST_PIECE_BYTES = 0.0026, 8 * 1024, 64 * 1024
 _LATE_S, _LEAST_LATE_BYTES = 0.00025, 16 * 1024  # what a timer that fires late lets gather in the bucket
 
 
