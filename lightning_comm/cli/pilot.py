@@ -7,6 +7,7 @@ or the lab, where ranks exist already, each of them is one. What the numbers mea
 
 import logging
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if own.started_externally:
             _measure_in_this_job(_job(options, own, words), results)
         else:
-            with _place(options, own) as place:
+            with _ended_by_sigterm(), _place(options, own) as place:
                 _measure(_job(options, own, words), results, place, options.timeout_s)
     except (WorkerFailed, LabError) as failed:
         print(f"\nlightning-comm pilot: {failed}", file=sys.stderr)
@@ -105,6 +106,16 @@ def _open(options: Options, own: UserRun, argv: Sequence[str]) -> Results:
             f"`--out` must be a folder that can be written to; got {options.out!r}: {error.strerror or error}. Give "
             "another one."
         ) from error
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does, so that no rank is left behind."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -141,6 +141,23 @@ def test_nothing_of_a_real_run_is_left_on_the_disk(finished):
     ]
 
 
+def test_a_pilot_that_is_ended_leaves_no_rank_behind(tmp_path):
+    command = [COMMAND, "pilot", f"--config={CONFIG}", "--repeats=50", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("[1/"):
+            break
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.terminate()
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, rest
+    assert "What was measured is in" in rest
+    assert len(ranks) == 2
+    assert [rank for rank in ranks if Path(f"/proc/{rank}").exists()] == []
+    (folder,) = tmp_path.iterdir()
+    assert json.loads((folder / "pilot.json").read_text())["trials"]
+
+
 @pytest.fixture
 def same_environment(monkeypatch):
     """Reading a config seeds, which sets variables that later tests would inherit."""
