@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from lightning_comm.core.rates import parse_rate
 from lightning_comm.lab import namespaces
 from lightning_comm.lab.device import SPEED_VARIABLE
 from lightning_comm.lab.job import Job, LabResult
@@ -43,9 +42,12 @@ class Lab:
 
     Note:
         *Environment* of commands on the hosts: what Lightning, torchrun and ``init_process_group`` read
-        (``MASTER_ADDR``, ``MASTER_PORT``, ``NODE_RANK``, ``GROUP_RANK``, ``NNODES``, and with one device a host
-        ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``LOCAL_WORLD_SIZE``), the interface for gloo and NCCL, one thread a
-        process unless ``OMP_NUM_THREADS`` is set, and ``LIGHTNING_COMM_LAB``, which describes the lab as JSON.
+        (``MASTER_ADDR``, ``MASTER_PORT``, ``NODE_RANK``, ``GROUP_RANK``, ``NNODES``, torchrun's options as ``PET_…``,
+        and with one device a host ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``LOCAL_WORLD_SIZE``), the interface for
+        gloo and NCCL, one thread a process unless ``OMP_NUM_THREADS`` is set, and ``LIGHTNING_COMM_LAB``, which
+        describes the lab as JSON.
+
+        *Communication.* None of its own: only what the commands send crosses the links.
 
         *What is not emulated*: latency (the kernel adds some 0.05 ms), loss, and contention in the switch. Hosts share
         the machine's processors and disk.
@@ -104,6 +106,9 @@ class Lab:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             LAB_VARIABLE: json.dumps(world),
         }
+        for name in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            variables[f"PET_{name}"] = variables[name]  # what torchrun reads for its options
+        variables["PET_NPROC_PER_NODE"] = str(self.devices_per_host)
         if self.devices_per_host == 1:
             # with more, a launcher on the host sets them; LOCAL_RANK would tell Lightning that somebody else has
             variables |= {"RANK": str(host), "LOCAL_RANK": "0", "WORLD_SIZE": str(self.hosts), "LOCAL_WORLD_SIZE": "1"}
@@ -188,7 +193,7 @@ class Lab:
         """
         namespace = self._alive(host)
         for each in (rate, down or rate):
-            parse_rate(each)
+            namespaces.check_rate(each)
         namespaces.shape(namespace, INTERFACE, rate)
         namespaces.shape(self._the_switch, f"p{host}", down or rate)
         self.links[host] = rate if down is None else f"{rate} up, {down} down"
@@ -312,7 +317,7 @@ def check_arguments(
             "'100mbit' is a rate."
         )
     for each in links:
-        parse_rate(each)
+        namespaces.check_rate(each)
     if speeds is not None and (len(speeds) != hosts or not all(math.isfinite(each) and each > 0 for each in speeds)):
         raise ValueError(
             f"Lab: `speeds` must be one number > 0 for each of the {hosts} hosts; got {list(speeds)!r}. 1 is the "

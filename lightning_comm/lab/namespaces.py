@@ -23,6 +23,7 @@ _INIT = Path(__file__).with_name("host_init.py")
 _ENTER = Path(__file__).with_name("host_enter.py")
 _TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
 _START_S = 10.0  # far longer than it takes to start a command
+_LEAST_RATE, _MOST_RATE = "1kbit", "100gbit"
 _QUEUE_S = 0.05  # what waits longer than this in a shaped queue is dropped
 _FRAME_BYTES, _PAYLOAD_BYTES = 1514, 1448  # Ethernet with 1,500 bytes of IP, and what of them is TCP's payload
 # TCP hands data over in pieces of many frames. A piece that is larger than the bucket is cut up, which costs processor
@@ -160,6 +161,20 @@ class Namespace:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_rate(rate: str) -> None:
+    """Refuse what is no rate, or none that links can be given here.
+
+    Raises:
+        ValueError: If it is not a rate, or out of range.
+
+    """
+    if not parse_rate(_LEAST_RATE) <= parse_rate(rate) <= parse_rate(_MOST_RATE):
+        raise ValueError(
+            f"Lab: a link's rate must be from {_LEAST_RATE} to {_MOST_RATE}; got {rate!r}. Beyond some 10gbit this "
+            "machine's processors are the limit."
+        )
 
 
 def shape(where: Namespace, interface: str, rate: str) -> None:

@@ -292,6 +292,8 @@ def test_where_something_is_missing_one_line_says_what(monkeypatch):
         ({"hosts": 0}, ["`hosts`", "from 1 to 64", "got 0"]),
         ({"hosts": 65}, ["`hosts`", "from 1 to 64", "got 65", "share this machine"]),
         ({"hosts": 2, "link": "100"}, ["'100'", "mbit", "100mbit"]),
+        ({"hosts": 2, "link": "1bit"}, ["rate", "1kbit to 100gbit", "'1bit'"]),
+        ({"hosts": 2, "link": ["1gbit", "1e9gbit"]}, ["rate", "'1e9gbit'", "processors"]),
         ({"hosts": 3, "link": ["1gbit", "1gbit"]}, ["`link`", "one for each of the 3 hosts", "got 2"]),
         ({"hosts": 2, "speeds": [1]}, ["`speeds`", "each of the 2 hosts", "[1]"]),
         ({"hosts": 2, "speeds": [1, 0]}, ["`speeds`", "> 0", "[1, 0]"]),
