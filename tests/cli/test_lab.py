@@ -105,6 +105,17 @@ def test_a_reader_that_has_seen_enough_ends_the_hosts(run_lab, monkeypatch):
     assert status == 128 + signal.SIGPIPE
 
 
+def test_a_disk_that_is_full_ends_the_hosts_and_is_named(run_lab, monkeypatch):
+    full = open("/dev/full", "w")  # noqa: SIM115  # closing it fails as writing to it does
+    monkeypatch.setattr(sys, "stdout", full)
+    status, _, err = run_lab("--hosts", "2", "--", "sh", "-c", "while :; do echo more; sleep 0.01; done")
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+    assert status == 1
+    assert err == ["lightning-comm lab: [Errno 28] No space left on device."]
+
+
 @pytest.mark.parametrize(
     ("words", "must_say"),
     [

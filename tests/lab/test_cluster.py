@@ -277,12 +277,14 @@ def test_where_something_is_missing_one_line_says_what(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(namespaces.shutil, "which", lambda name: None if name in ("ip", "tc") else name)
     assert "apt-get install iproute2" in namespaces.unavailable()
+    with pytest.raises(LabError, match="programs of iproute2"):
+        Lab(2)
     monkeypatch.undo()
-    monkeypatch.setattr(namespaces, "_NEW", ["sh", "-c", "echo unshare: no, you may not >&2; exit 1"])
+    monkeypatch.setattr(namespaces, "_NEW", ["sh", "-c", "echo unshare: no, you >&2; echo may not >&2; exit 1"])
     said = namespaces.unavailable()
-    assert "no, you may not" in said
+    assert said.endswith("lets users make namespaces; here unshare: no, you; may not")
     assert "\n" not in said
-    with pytest.raises(LabError, match="no, you may not"):
+    with pytest.raises(LabError, match="no, you; may not"):
         Lab(2)
 
 
