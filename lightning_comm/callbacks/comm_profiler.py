@@ -184,6 +184,7 @@ class CommProfiler(Callback):
         if self._session is not None:  # here, since parameters may be frozen and unfrozen between epochs
             dense = 4 * sum(each.numel() for each in pl_module.parameters() if each.requires_grad)
             self._session.dense_bytes = wire_bytes("all_reduce", dense, trainer.world_size)
+            self._session.automatic = pl_module.automatic_optimization
 
     @override
     @_never_ends_training
@@ -225,12 +226,12 @@ class CommProfiler(Callback):
             self._session.leave_training()
 
     def _show(self, trainer: Trainer, step: StepFigures | None) -> None:
-        """Hand the loggers the means of the steps since the last time, where Lightning would log."""
+        """Hand the loggers the means of the steps since the last time, every ``log_every_n_steps`` optimizer steps."""
         if step is None or not trainer.is_global_zero:
             return
         self._window.add(step)
         every = getattr(trainer, "log_every_n_steps", 0)
-        if every > 0 and step.optimizer_steps and (step.step + 1) % every == 0:
+        if every > 0 and (step.step + step.optimizer_steps) // every > step.step // every:
             metrics = self._window.take()
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)

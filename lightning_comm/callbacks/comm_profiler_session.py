@@ -45,13 +45,15 @@ class Session:
         safely: Callable[[Callable[[], None]], None],
     ) -> None:
         self.profile = profile
-        self.dense_bytes = 0  # of one optimizer step; whoever knows the parameters sets it
+        self.dense_bytes = 0  # of one backward that communicates; whoever knows the parameters sets it
+        self.automatic = True  # optimization, so a batch without an optimizer step accumulates; set along with it
         self._latest: StepFigures | None = None
         self._file = file
         self._steps_done = steps_done
         self._safely = safely
         self._records: list[CommRecord] = []
         self._batch = 0
+        self._backwards = 0  # in the open step
         self._began: tuple[int, float] | None = None  # optimizer steps done and time, while a step is open
         self._batch_ended_s: float | None = None
         self._timing: DdpTiming | None = None
@@ -96,7 +98,7 @@ class Session:
         now = time.monotonic()
         self._close_step(now)
         self._put_beside()
-        self._began, self._batch_ended_s = (self._steps_done(), now), None
+        self._began, self._batch_ended_s, self._backwards = (self._steps_done(), now), None, 0
         if self._timing is not None and not self._timing.reads(model):
             self._timing.end()
             self._timing = None
@@ -110,6 +112,7 @@ class Session:
     def end_backward(self) -> None:
         """A backward is over, and so are DDP's all-reduces."""
         self._watcher.in_backward = False
+        self._backwards += 1
         time_of = self._timing.after_backward() if self._timing is not None else None
         if time_of is not None:
             sent = wire_bytes("all_reduce", time_of.payload_bytes, int(self.profile.header["world_size"]))
@@ -159,8 +162,9 @@ class Session:
             return  # no step, or one that was skipped before it was trained on
         steps_done, start_s = self._began
         self._began = None
-        stepped = int(self._steps_done() > steps_done)
-        frame = StepFrame(self._batch, steps_done, stepped, start_s, end_s, stepped * self.dense_bytes)
+        stepped = self._steps_done() - steps_done
+        backwards = 0 if self.automatic and not stepped else self._backwards
+        frame = StepFrame(self._batch, steps_done, stepped, start_s, end_s, backwards * self.dense_bytes)
         self._batch += 1
         records, self._records = self._records, []
         within = [record for record in records if record.start_s <= end_s and belongs_to_step(record)]

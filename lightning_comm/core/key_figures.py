@@ -28,12 +28,14 @@ class StepFigures:
     Args:
         batch: Training batches before it in this ``fit``.
         step: Optimizer steps before it.
-        optimizer_steps: Whether it ended with an optimizer step (1) or only accumulated gradients (0).
+        optimizer_steps: Optimizer steps in it: 0 where it only accumulated gradients, more than one where the module
+            optimizes manually and steps several optimizers.
         start_s: When it began, in seconds on this process's monotonic clock.
         duration_s: Its length in seconds: loading, forward, backward, optimizer, callbacks; without validation.
         payload_bytes: What this rank handed over, by purpose.
         wire_bytes: What this rank sent for it, on average over the ranks, by purpose.
-        dense_bytes: What it would have sent for an all-reduce of all gradients in float32.
+        dense_bytes: What it would have sent for an all-reduce of all gradients in float32 after each backward, as DDP
+            sends them: also after one for some of the parameters only. Backwards that accumulate count for nothing.
         comm_s: Seconds in which a message of the technique was under way.
         exposed_s: The part of ``comm_s`` that compute did not hide, waiting included.
         wait_s: The part of ``exposed_s`` that passed in waiting for slower ranks; the rest is transfer.
@@ -195,7 +197,7 @@ class RunFigures:
         warmup_steps: How many steps before are left out of times and shares. They are in the totals of bytes.
         step_s: Seconds a step took.
         sent_bytes: What the technique sent.
-        dense_bytes: What an all-reduce of all gradients in float32 would have sent.
+        dense_bytes: What all-reduces of all gradients in float32 would have sent, as in :class:`StepFigures`.
         comm_s: Seconds in communication of the technique.
         exposed_s: The part that compute did not hide, waiting included.
         wait_s: The part of ``exposed_s`` that was waiting for slower ranks.

@@ -4,9 +4,13 @@ DDP notes in each iteration when the forward and the backward began, when the ba
 first all-reduce began and the last one ended. ``INTERNALS`` and ``FIELDS`` list each name that is read; a test looks
 each of them up, so a release of torch that removes one fails by that name.
 
-The reducer counts an *iteration* for each backward that communicates; accumulation under ``no_sync`` is none. Its
-numbers are set when the next forward begins, so on CPU they are asked for as soon as the backward is over. On CUDA that
-would make the host wait for the device; there they are read one iteration late, of every tenth iteration.
+The reducer counts an *iteration* for each forward through the wrapper. Under manual optimization Lightning prepares the
+reducer again for every backward, so an iteration may have several that communicate, and only the moment at which the
+first all-reduce began tells a new one from that before. Accumulation under ``no_sync`` communicates nothing.
+
+The numbers are set when the next forward begins, so on CPU they are asked for as soon as the backward is over. On CUDA
+that would make the host wait for the device; there they are read one iteration late, of every tenth iteration, and only
+of its last backward: an iteration with several has no time.
 """
 
 import time
@@ -21,7 +25,6 @@ INTERNALS = (
     "logger.set_runtime_stats_and_log",
 )
 FIELDS = (
-    "iteration",
     "backward_comm_time",
     "backward_compute_comm_overlap_time",
     "backward_comm_time_start",
@@ -65,14 +68,18 @@ class DdpTiming:
         self._ddp = ddp
         self._on_cuda = next(ddp.parameters()).is_cuda
         self._set_rate(_ON_CUDA if self._on_cuda else _EVERY_ITERATION)
-        self._iteration = int(self._read()["iteration"])
+        self._began = _began(self._read())
+        self._backwards = 0  # that have communicated since a time was last read
 
     def reads(self, model: object) -> bool:
         """Whether this is the wrapper that is read here."""
         return model is self._ddp
 
     def after_backward(self) -> GradientTime | None:
-        """Return what the backward that has just ended sent, or ``None`` if it sent nothing that is known here."""
+        """Return what the backward that has just ended sent, or ``None`` if it sent nothing.
+
+        Where its time is not known, or not yet, that is 0.0.
+        """
         ddp = self._ddp
         if not ddp.require_backward_grad_sync:
             return None
@@ -81,13 +88,17 @@ class DdpTiming:
             ddp.logger.set_runtime_stats_and_log()
         data = self._read()
         payload_bytes = _payload_bytes(data)
-        if data["iteration"] == self._iteration:
-            return GradientTime(0.0, 0.0, 0.0, payload_bytes) if self._on_cuda else None
-        self._iteration = int(data["iteration"])
+        began, before = _began(data), self._backwards
+        is_new, self._began = began != self._began, began
+        self._backwards = 1 if is_new else before + 1
+        if not self._on_cuda and not is_new:
+            return None  # the loss depends on no parameter
+        if self._on_cuda and (not is_new or before > 1):
+            return GradientTime(0.0, 0.0, 0.0, payload_bytes)
         comm_ns = max(0, int(data["backward_comm_time"]))
         hidden_ns = min(comm_ns, max(0, int(data["backward_compute_comm_overlap_time"])))
         behind_s = time.time() - time.monotonic()  # DDP reads the wall clock
-        start_s = data["backward_comm_time_start"] * _NANO - behind_s
+        start_s = began * _NANO - behind_s
         return GradientTime(start_s, comm_ns * _NANO, hidden_ns * _NANO, payload_bytes)
 
     def end(self) -> None:
@@ -100,6 +111,11 @@ class DdpTiming:
 
     def _set_rate(self, every: int) -> None:
         self._ddp._set_ddp_runtime_logging_sample_rate(every)  # type: ignore[no-untyped-call]
+
+
+def _began(data: dict[str, Any]) -> int:
+    """Return when the last all-reduce of gradients began, in ns of the wall clock; 0 before the first one."""
+    return int(data.get("backward_comm_time_start", 0))
 
 
 def _payload_bytes(data: dict[str, Any]) -> int:

@@ -57,6 +57,27 @@ class Chatty(Regression):
         return loss
 
 
+class Alternating(Regression):
+    """Optimizes manually, as in adversarial training: two backwards a batch, for one optimizer or for two in turn."""
+
+    def __init__(self, optimizers):
+        super().__init__(network(norm=True))
+        self.automatic_optimization = False
+        self.optimizers_made = optimizers
+
+    def training_step(self, batch, batch_idx):
+        made = self.optimizers()
+        for optimizer in made if isinstance(made, list) else [None, made]:
+            self.manual_backward(self.loss(batch))
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        layers = (self.net[0], self.net[3]) if self.optimizers_made == 2 else (self.net,)
+        return [torch.optim.SGD(layer.parameters(), 0.05) for layer in layers]
+
+
 class Slow(Regression):
     """Computes longer on rank 1."""
 
@@ -138,6 +159,16 @@ def _scenarios(rank, root):
         )
     )
     found["bf16"] = outcome(fit(Bf16DDP(), rank, root / "bf16"))
+    for optimizers in (1, 2):
+        recorded, name = Recorded(), f"alternating {optimizers}"
+        options = {"logger": CSVLogger(root / name), "log_every_n_steps": 4}
+        module = Alternating(optimizers)
+        found[name] = outcome(
+            fit(DDPStrategy(), rank, root / name, module=module, steps=6, callbacks=[recorded], **options)
+        )
+        found[name]["oracle"] = recorded.entries
+    local = local_update(FixedPeriod(4))
+    found["alternating local"] = outcome(fit(local, rank, root / "alternating local", module=Alternating(2), steps=8))
     sequence = Sequence()
     found["local"] = outcome(fit(local_update(FixedPeriod(4)), rank, root / "local", callbacks=[sequence]))
     found["local"]["counts"] = sequence.counts
@@ -230,6 +261,24 @@ def test_batches_that_accumulate_send_no_gradients_and_owe_none(answers):
         assert rank["figures"].total_optimizer_steps == 4
 
 
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_each_of_several_backwards_in_a_batch_sends_all_gradients(answers, optimizers):
+    for rank in of(answers, f"alternating {optimizers}"):
+        reduced = sum(entry["bytes"] for entry in rank["oracle"] if entry["kind"] == "all_reduce")
+        assert [step.payload_bytes["gradients"] for step in rank["steps"]] == [2 * 8 * PARAMETERS] * 6
+        assert sum_of(rank["steps"], "gradients") == reduced
+        assert [step.dense_bytes for step in rank["steps"]] == [2 * 4 * PARAMETERS] * 6
+        assert [step.optimizer_steps for step in rank["steps"]] == [optimizers] * 6
+        assert rank["figures"].total_optimizer_steps == optimizers * 6
+        assert rank["figures"].untimed_steps == 0
+
+
+def test_local_updates_of_two_optimizers_are_compared_with_two_all_reduces(answers):
+    for rank in of(answers, "alternating local"):
+        assert [step.dense_bytes for step in rank["steps"]] == [2 * 4 * PARAMETERS] * 8
+        assert rank["figures"].total_optimizer_steps == 16
+
+
 def test_torchs_bf16_hook_halves_the_bytes_and_its_time_is_known(answers):
     for rank in of(answers, "bf16"):
         # float64 parameters, so two bytes in place of eight
@@ -319,15 +368,24 @@ def test_the_slow_rank_is_named_and_the_other_one_waits(answers, name):
 
 
 def test_loggers_get_the_means_of_the_steps_since_the_last_time(answers):
-    logs = next(Path(of(answers, "accumulated")[0]["folder"]).parents[1].glob("logs/**/metrics.csv"))
-    rows = [line.split(",") for line in logs.read_text().splitlines()]
-    logged = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
-    logged = [row for row in logged if row.get("comm/bytes_sent")]
+    logged = logged_rows(Path(of(answers, "accumulated")[0]["folder"]).parents[1] / "logs")
     assert len(logged) == 1  # every second of four steps; the last one ends with the run
     assert float(logged[0]["comm/bytes_dense"]) == pytest.approx(2 / 6 * 4 * PARAMETERS)
     assert 0 < float(logged[0]["comm/share_exposed"]) <= float(logged[0]["comm/share_busy"]) < 1
     assert float(logged[0]["comm/time_s"]) > 0
     assert float(logged[0]["comm/bandwidth"]) > 0
+
+
+def test_loggers_are_not_forgotten_where_a_batch_has_two_optimizer_steps(answers):
+    logged = logged_rows(Path(of(answers, "alternating 2")[0]["folder"]).parent)
+    assert [float(row["step"]) for row in logged] == [4, 8]  # the last of twelve ends with the run
+
+
+def logged_rows(folder):
+    [logs] = folder.glob("**/metrics.csv")
+    rows = [line.split(",") for line in logs.read_text().splitlines()]
+    logged = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    return [row for row in logged if row.get("comm/bytes_sent")]
 
 
 @pytest.mark.parametrize("name", ["ddp", "local", "slow_ddp"])

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.overrides.distributed import prepare_for_backward
 from support.flight_recorder import flight_recorder, recording_flights
 from support.processes import start_ranks
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -46,8 +47,39 @@ def _wrapped(kind, builtin=None, hook=None, **kwargs):
     return ddp
 
 
+def _several_backwards(rank):
+    """Forwards through the wrapper with three, one, and one backward in them, as Lightning optimizes manually."""
+    ddp = _wrapped("plain")
+    timing, lazy = DdpTiming(ddp), DdpTiming(ddp)
+    lazy._on_cuda = True  # there the numbers are left as they are until the next forward
+    rows, lazily = [], []
+
+    def training_step(x, lateness, timed):
+        for late_s in lateness:
+            earlier = len(flight_recorder())
+            loss = forward(x).sum()
+            prepare_for_backward(ddp, loss)
+            if rank == 1:
+                time.sleep(late_s)
+            loss.backward()
+            lazily.append(lazy.after_backward())
+            if timed:
+                rows.append((timing.after_backward(), flight_recorder()[earlier:]))
+        ddp.require_backward_grad_sync = False  # so that the wrapper does not prepare for yet another backward
+        return torch.zeros(1)
+
+    forward, ddp.module.forward = ddp.module.forward, training_step
+    for timed in (True, False):
+        for lateness in ([0.0, 0.15, 0.0], [0.0], [0.0]):
+            ddp(torch.randn(8, 400), lateness, timed)
+            ddp.require_backward_grad_sync = True
+    timing.after_backward()
+    torch.ones(1, requires_grad=True).sum().backward()
+    return rows, lazily[5:], timing.after_backward()
+
+
 def _backwards(rank):
-    answers = {}
+    answers = {"several": _several_backwards(rank)}
     for kind, options in VARIANTS.items():
         ddp = _wrapped(kind, **options)
         seen = []
@@ -78,6 +110,28 @@ def _backwards(rank):
 def answers():
     with recording_flights():
         return start_ranks(_backwards, world_size=2)
+
+
+def test_each_of_several_backwards_in_one_forward_has_its_bytes_and_its_time(answers):
+    for rank in answers:
+        rows, _, unrelated = rank["several"]
+        for time_of, oracle in rows:
+            reduced = sum(entry["bytes"] for entry in oracle if entry["kind"] == "all_reduce")
+            assert time_of.payload_bytes == reduced == 4 * (2 * (400 * 400 + 400) + 800)
+        starts = [time_of.start_s for time_of, _ in rows]
+        assert starts == sorted(set(starts))
+        assert all(time_of.duration_s > 0 for time_of, _ in rows)
+        assert unrelated is None, "a backward that reaches no parameter sends nothing"
+    early, late = (rank["several"][0][1][0] for rank in answers)
+    assert (early.duration_s - early.hidden_s) - (late.duration_s - late.hidden_s) > 0.07
+
+
+def test_read_one_forward_late_only_a_backward_that_was_alone_has_a_time(answers):
+    for rank in answers:
+        lazily = rank["several"][1]
+        assert {time_of.payload_bytes for time_of in lazily} == {4 * (2 * (400 * 400 + 400) + 800)}
+        # the times of: a single one before, two of the same iteration, three together, a single one
+        assert [time_of.duration_s > 0 for time_of in lazily] == [True, False, False, False, True]
 
 
 @pytest.mark.parametrize("name", INTERNALS)
