@@ -206,9 +206,11 @@ class RunFigures:
         untimed_steps: Steps whose times of communication are not known, and which count in no mean of them.
         bandwidth_bytes_per_s: What the technique sent, by the seconds in which it was sending and not waiting.
         link_bytes_per_s: What a probe measured for a large all-reduce, if there was one.
-        total_payload_bytes: Handed over in all steps, warm-up included, by purpose; mean of the ranks.
-        total_wire_bytes: Sent in all steps, warm-up included, by purpose; mean of the ranks.
-        beside_wire_bytes: Sent outside of steps (validation, checkpoints), by purpose; mean of the ranks.
+        total_payload_bytes: Handed over in all steps, warm-up included, by purpose; mean of ``total_ranks``.
+        total_wire_bytes: Sent in all steps, warm-up included, by purpose; mean of ``total_ranks``.
+        beside_wire_bytes: Sent outside of steps (validation, checkpoints), by purpose; mean of ``total_ranks``.
+        total_ranks: How many ranks have measured all steps. Fewer than ``world_size`` where the profiler stopped on a
+            rank, or files are missing or cut off; their totals are left out, for they are those of a part of the run.
         total_steps: All steps, warm-up included.
         total_optimizer_steps: The optimizer steps in them.
         ranks: The figures of each rank.
@@ -235,6 +237,7 @@ class RunFigures:
     total_payload_bytes: Mapping[str, float]
     total_wire_bytes: Mapping[str, float]
     beside_wire_bytes: Mapping[str, float]
+    total_ranks: int
     total_steps: int
     total_optimizer_steps: int
     ranks: tuple[RankFigures, ...]

@@ -104,6 +104,11 @@ class RankProfile:
         return int(self.header["rank"])
 
     @property
+    def all_steps(self) -> int:
+        """How many steps were measured, those of the warm-up included."""
+        return self.early.steps + self.counted.steps
+
+    @property
     def warmup_steps(self) -> int:
         """How many steps are not counted in times: none in a run that has no others."""
         return int(self.header["warmup_steps"]) if self.counted.steps else 0
@@ -213,10 +218,12 @@ def combine(profiles: Sequence[RankProfile]) -> RunFigures:
     sending_s = sum(sums.comm_s - rank.wait_s * sums.timed_steps for sums, rank in used)
     timed_bytes = sum(sums.timed_sent_bytes for sums, _ in used)
     slow, slower_by = _slowest([rank for _, rank in used])
+    total_steps = max(profile.all_steps for profile in profiles)
+    whole = [profile for profile in profiles if profile.all_steps == total_steps]  # ranks train in step
     return RunFigures(
         world_size=int(profiles[0].header["world_size"]),
         steps=max(rank.steps for rank in ranks),
-        warmup_steps=profiles[0].warmup_steps,
+        warmup_steps=whole[0].warmup_steps,
         step_s=mean(rank.step_s for _, rank in used),
         sent_bytes=mean(sums.sent_bytes / sums.steps for sums, _ in used),
         dense_bytes=mean(sums.dense_bytes / sums.steps for sums, _ in used),
@@ -228,10 +235,11 @@ def combine(profiles: Sequence[RankProfile]) -> RunFigures:
         untimed_steps=max(profile.sums.steps - profile.sums.timed_steps for profile in profiles),
         bandwidth_bytes_per_s=timed_bytes / sending_s if sending_s > 0 and timed_bytes > 0 else None,
         link_bytes_per_s=next(filter(None, (each.header.get("link_bytes_per_s") for each in profiles)), None),
-        total_payload_bytes=_mean_counts([profile.payload_bytes for profile in profiles]),
-        total_wire_bytes=_mean_counts([profile.wire_bytes for profile in profiles]),
-        beside_wire_bytes=_mean_counts([profile.beside_wire_bytes for profile in profiles]),
-        total_steps=max(profile.early.steps + profile.counted.steps for profile in profiles),
+        total_payload_bytes=_mean_counts([profile.payload_bytes for profile in whole]),
+        total_wire_bytes=_mean_counts([profile.wire_bytes for profile in whole]),
+        beside_wire_bytes=_mean_counts([profile.beside_wire_bytes for profile in whole]),
+        total_ranks=len(whole) if total_steps else 0,
+        total_steps=total_steps,
         total_optimizer_steps=max(profile.optimizer_steps for profile in profiles),
         ranks=ranks,
         slow_rank=slow,

@@ -127,7 +127,8 @@ def _by_purpose(run: RunFigures) -> str:
         for purpose in run.total_payload_bytes
     ]
     rows += [[f"{purpose}, outside of steps", "", size(count)] for purpose, count in run.beside_wire_bytes.items()]
-    return html_table(["whole run, mean of the ranks", "handed over", "sent"], rows)
+    ranks = "the ranks" if run.total_ranks == run.world_size else f"{run.total_ranks} of {run.world_size} ranks"
+    return html_table([f"whole run, mean of {ranks}", "handed over", "sent"], rows)
 
 
 def _count(counts: Mapping[str, float], purpose: str) -> str:

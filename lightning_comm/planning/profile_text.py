@@ -87,6 +87,8 @@ def sentences(run: RunFigures) -> list[str]:
             f"In {run.untimed_steps:,} of {run.steps:,} steps the times of communication are not known; means of them "
             "leave these steps out."
         )
+    if run.total_ranks < run.world_size:
+        said.append(f"Totals are means of {run.total_ranks} of {run.world_size} ranks, which have measured all steps.")
     return said
 
 

@@ -444,6 +444,10 @@ def test_a_profiler_that_fails_on_one_rank_says_so_and_all_go_on_together(answer
         assert list(found["figures"].stopped) == [1]
         assert cause in found["figures"].stopped[1]
         assert found["figures"].total_steps == 12  # training went on, and rank 0 measured all of it
+        assert found["figures"].total_ranks == 1
+        whole = "ddp" if name == "broken" else "local"  # the same run, measured on both ranks
+        assert found["figures"].total_payload_bytes == of(answers, whole)[0]["figures"].total_payload_bytes
+        assert found["figures"].total_wire_bytes == of(answers, whole)[0]["figures"].total_wire_bytes
     assert len(of(answers, name)[0]["steps"]) == 12
     assert of(answers, name)[1]["steps"] == []
 

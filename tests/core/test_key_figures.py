@@ -8,6 +8,7 @@ from lightning_comm.core.key_figures import StepFigures, StepFrame, measure_step
 from lightning_comm.core.ledger import CommRecord
 from lightning_comm.core.rank_profile import ClockPoint, RankProfile, combine, inferred_waits, with_waits
 from lightning_comm.core.step_timeline import aligned, draw
+from lightning_comm.planning.profile_text import sentences
 
 
 def record(purpose: str, start_ms: float, length_ms: float, payload: int = 0, hidden_ms: float = 0.0) -> CommRecord:
@@ -155,6 +156,26 @@ def test_a_rank_that_stopped_is_named_and_does_not_hide_the_others():
     assert run.step_s == pytest.approx(0.1)
     with pytest.raises(ValueError, match=r"`profiles` must hold at least one rank; got none"):
         combine([])
+
+
+def test_totals_are_those_of_ranks_that_measured_all_steps():
+    def steps(count):
+        return [step(b, payload_bytes={"gradients": 10}, wire_bytes={"gradients": 20}) for b in range(count)]
+
+    profiles = [
+        profile(0, [], world_size=5, warmup=3, stopped="OSError: full"),
+        profile(1, steps(8), world_size=5, warmup=3),
+        profile(2, steps(8), world_size=5, warmup=3),
+        profile(3, steps(5), world_size=5, warmup=3),  # its file ends early
+    ]
+    for each in profiles[1:]:
+        each.add_beside({"evaluation": 6})
+    run = combine(profiles)
+    assert run.total_payload_bytes == {"gradients": 80}
+    assert run.total_wire_bytes == {"gradients": 160}
+    assert run.beside_wire_bytes == {"evaluation": 6}
+    assert (run.total_ranks, run.total_steps, run.warmup_steps) == (2, 8, 3)
+    assert "Totals are means of 2 of 5 ranks, which have measured all steps." in sentences(run)
 
 
 def test_clocks_drift_evenly_between_two_comparisons():
