@@ -86,7 +86,8 @@ def _report(result: LabResult) -> int:
         print(f"The end of the output of host {result.host}, which failed first:", file=sys.stderr)
         print(*(f"{prefix} {line}" for line in last), sep="\n", file=sys.stderr)
     if result.returncode != 0:
-        print(f"lightning-comm lab: {result.why}; the others were ended.", file=sys.stderr)
+        ended = "all" if result.host is None else "the others"
+        print(f"lightning-comm lab: {result.why}; {ended} were ended.", file=sys.stderr)
     return result.returncode
 
 
@@ -129,7 +130,10 @@ def _fault(text: str) -> Fault:
             f"a rate; got {text!r}. '5s cut 1' and '5s link 1 10mbit' are faults"
         )
     if match["rate"]:
-        parse_rate(match["rate"])
+        try:
+            parse_rate(match["rate"])
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
         return Fault(float(match["after"]), "link", int(match["of"]), match["rate"])
     return Fault(float(match["after"]), match["what"], int(match["host"]))
 
@@ -191,9 +195,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if not command:
         parser.error("the command is missing. Write it behind `--`: lightning-comm lab --hosts 2 -- python train.py")
     if shutil.which(command[0]) is None:
-        parser.error(
-            f"the command must be a program that is found on the PATH; got {command[0]!r}. Give its full path."
-        )
+        found = os.path.exists(command[0])
+        way_out = "It is there, but cannot be executed." if found else "Give its full path."
+        parser.error(f"the command must be a program that is found on the PATH; got {command[0]!r}. {way_out}")
     if options.timeout is not None and not options.timeout > 0:
         parser.error(
             f"`--timeout` is a time in seconds, so it must be > 0; got {options.timeout}. Leave it out for none."

@@ -230,7 +230,7 @@ class Lab:
 
         The interface counts headers, 66 bytes of Ethernet, IP and TCP, once for each piece of up to 64 KiB that TCP
         hands to it; the shaper counts them for each frame of 1,514 bytes. So what is counted here is more than the
-        payload by 0.2 % at 1 Gbit/s and 1 % at 100 Mbit/s, and what the link is busy with is more by 4.6 %.
+        payload by 0.2 % at 1 Gbit/s and 0.5 % at 100 Mbit/s, and what the link is busy with is more by 4.6 %.
 
         """
         return namespaces.counters(self._alive(host))[0]

@@ -170,11 +170,18 @@ class DevicePacer:
         clock = self._clock
         return 1 - clock.slept_s / clock.paced_s if clock.paced_s else 0.0
 
+    @property
+    def excess(self) -> float:
+        """How much longer the paced steps took than stated, as a share: overruns, and sleeps that ended late."""
+        clock = self._clock
+        return clock.paced_s / clock.stated_s - 1 if clock.stated_s else 0.0
+
     def summary(self) -> str:
         """Say in one sentence or two that the device is emulated, how fast it is, and whether it kept its pace."""
         text = (
             f"Emulated device: {self.batch_size} samples take {self.step_s / self.speed:g} s (step_s={self.step_s:g}, "
-            f"speed={self.speed:g}); real compute was {100 * self.real_share:.0f} % of the time of {self.steps} steps."
+            f"speed={self.speed:g}). {self.steps} steps took {100 * self.excess:.1f} % longer than that; "
+            f"{100 * self.real_share:.0f} % of the time was real compute."
         )
         if self.unpaced_batches:
             text += (

@@ -24,6 +24,7 @@ class PaceClock:
     def __init__(self) -> None:
         self.steps = 0
         self.paced_s = 0.0
+        self.stated_s = 0.0  # what the paced steps were to take
         self.slept_s = 0.0
         self.overruns = 0  # steps that were late by more than the tolerance
         self.late_s = 0.0  # by how much these were late, together
@@ -51,6 +52,7 @@ class PaceClock:
     def end_step(self, length_s: float) -> None:
         """End a step whose passes were to take so many seconds in all."""
         self.steps += 1
+        self.stated_s += length_s
         if self._step_late_s > max(TOLERANCE * length_s, TOLERANCE_S):
             self.overruns += 1
             self.late_s += self._step_late_s

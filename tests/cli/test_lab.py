@@ -124,6 +124,8 @@ def test_a_disk_that_is_full_ends_the_hosts_and_is_named(run_lab, monkeypatch):
         (["--hosts", "0", "--", "true"], ["`hosts`", "from 1 to 64", "got 0"]),
         (["--hosts", "1000", "--", "true"], ["`hosts`", "from 1 to 64", "got 1000"]),
         (["--hosts", "many", "--", "true"], ["--hosts", "'many'"]),
+        (["--fault", "5s link 1 10foo", "--", "true"], ["'10foo'", "bit, kbit, mbit, gbit"]),
+        (["--", "/etc/passwd"], ["'/etc/passwd'", "cannot be executed"]),
         (["--link", "7parsec", "--", "true"], ["'7parsec'", "bit, kbit, mbit, gbit", "100mbit"]),
         (["--link", "0mbit", "--", "true"], ["'0mbit'", "> 0"]),
         (["--hosts", "3", "--link", "1gbit,1gbit", "--", "true"], ["`link`", "each of the 3 hosts", "got 2"]),

@@ -181,6 +181,17 @@ def test_a_late_layer_takes_nothing_from_later_ones_while_there_is_slack():
         assert pacer.overruns < 3
 
 
+def test_sleeps_that_end_late_are_in_the_excess(monkeypatch):
+    sleep = time.sleep
+    monkeypatch.setattr("lightning_comm.lab.pace.time.sleep", lambda seconds: sleep(seconds + 0.01))
+    with paced(stack(), step_s=0.2) as pacer:
+        for _ in range(3):
+            pacer.begin_step(8)
+            step(pacer.module)
+    assert 0.01 < pacer.excess < 0.5
+    assert f"took {100 * pacer.excess:.1f} % longer" in pacer.summary()
+
+
 def test_compute_that_is_too_slow_is_counted_with_how_much():
     module = nn.Sequential(*stack(), Slow(WIDTH, WIDTH))
     with paced(module, step_s=0.03) as pacer:
@@ -190,6 +201,7 @@ def test_compute_that_is_too_slow_is_counted_with_how_much():
     assert pacer.overruns == 3  # the first step, which finds the layers, is not counted
     late_ms = float(pacer.summary().split("ms on average")[0].split()[-1])
     assert 20 <= late_ms < 100  # the forward has 10 ms and takes 30
+    assert 0.6 < pacer.excess < 3  # 20 ms of 30
     assert "3 steps overran" in pacer.summary()
     assert "larger step_s" in pacer.summary()
 
