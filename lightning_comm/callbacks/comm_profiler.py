@@ -13,7 +13,7 @@ import lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_comm.callbacks.comm_profiler_session import Session
@@ -78,6 +78,8 @@ class CommProfiler(Callback):
         *Faults.* Where the profiler fails (the disk is full, a private name of torch is gone), it says so once, stops
         measuring on that rank, and training goes on.
 
+        *Two of them.* Only the first one of the Trainer's callbacks measures; the others say so and do nothing.
+
         *CUDA.* The host does not wait for the device, so DDP is asked for times at every tenth iteration only, and
         they are known one step late. Not yet run on a GPU.
 
@@ -117,6 +119,7 @@ class CommProfiler(Callback):
         self._window = Window()
         self._stopped: str | None = None
         self._all_met = False
+        self._is_the_first = True
 
     # ---- the one place where failures end ------------------------------------------------------------------------
 
@@ -150,12 +153,22 @@ class CommProfiler(Callback):
         self.figures, self.steps, self.run_folder = None, [], None
         self._session, self._header, self._stopped, self._all_met = None, {}, None, False
         self._window = Window()
+        profilers = [each for each in getattr(trainer, "callbacks", []) if isinstance(each, CommProfiler)]
+        self._is_the_first = profilers[:1] in ([self], [])
+        if not self._is_the_first:
+            rank_zero_warn(
+                "CommProfiler: only one can measure a `fit`, so the first one of the Trainer's `callbacks` does, and "
+                "this one measures nothing. Remove one of the two, from the config or the command line."
+            )
+            return
         if self.probe is not None and trainer.is_global_zero:
             self._link_bytes_per_s = _probed_bytes_per_s(self.probe)
 
     @override
     @_never_ends_training
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_the_first:
+            return
         folder = Path(self.folder or Path(trainer.default_root_dir) / _DEFAULT_FOLDER)
         clock, number = [], _next_run(folder)
         if _several_ranks():
@@ -241,6 +254,8 @@ class CommProfiler(Callback):
     @override
     @_never_ends_training
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_the_first:
+            return
         rows = [self._own_row()]
         if self._all_met:
             # every rank comes here, also one whose profiler has stopped

@@ -8,6 +8,7 @@ import pickle
 import resource
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -204,7 +205,30 @@ def _faults(rank, root):
         (root / "file").write_text("in the way")
         folder = root / "file"
     found["unwritable"] = outcome(fit(local_update(FixedPeriod(4)), rank, folder))
+    second, said = CommProfiler(str(root / "second"), page=False), Ear()
+    with said:
+        first = fit(DDPStrategy(), rank, root / "first", callbacks=[second], module=Chatty())
+    found["twice"] = outcome(first)
+    found["twice"] |= {"second": (second.figures, second.steps, (root / "second").exists()), "said": said.heard}
     return found
+
+
+class Ear:
+    """Hears what is said to the user: warnings, and what the package logs."""
+
+    def __enter__(self):
+        self.heard = []
+        self.handler = logging.Handler()
+        self.handler.emit = lambda record: self.heard.append(record.getMessage())
+        logging.getLogger("lightning_comm").addHandler(self.handler)
+        self.warnings = warnings.catch_warnings(record=True)
+        self.caught = self.warnings.__enter__()
+        warnings.simplefilter("always")
+
+    def __exit__(self, *error):
+        self.warnings.__exit__(*error)
+        logging.getLogger("lightning_comm").removeHandler(self.handler)
+        self.heard += [str(each.message) for each in self.caught]
 
 
 def _break(profiler, hook, runner, module):
@@ -450,6 +474,17 @@ def test_a_profiler_that_fails_on_one_rank_says_so_and_all_go_on_together(answer
         assert found["figures"].total_wire_bytes == of(answers, whole)[0]["figures"].total_wire_bytes
     assert len(of(answers, name)[0]["steps"]) == 12
     assert of(answers, name)[1]["steps"] == []
+
+
+def test_of_two_profilers_the_first_measures_and_the_second_says_that_it_does_not(answers):
+    for found, alone in zip(of(answers, "twice"), of(answers, "chatty"), strict=True):
+        assert found["untouched"]
+        assert found["figures"].total_payload_bytes == alone["figures"].total_payload_bytes
+        assert found["second"] == (None, [], False)
+    said = [[text for text in found["said"] if "CommProfiler" in text] for found in of(answers, "twice")]
+    assert [len(texts) for texts in said] == [1, 0]
+    assert "only one can measure" in said[0][0]
+    assert "Remove one of the two" in said[0][0]
 
 
 def _alone(rank, folder, steps, sizes):
