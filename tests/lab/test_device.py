@@ -338,3 +338,7 @@ def test_a_compiled_part_is_refused():
     module = nn.Sequential(torch.compile(stack()))
     with pytest.raises(ValueError, match=r"compiled '0'.*Leave torch.compile out"):
         DevicePacer(module, step_s=0.1, batch_size=1, speed=1.0).attach()
+
+
+def test_the_private_name_of_torch_that_ends_a_paced_backward_is_there():
+    assert callable(torch.autograd.Variable._execution_engine.queue_callback)
