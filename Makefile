@@ -4,13 +4,14 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 WHEEL  := build/wheel-env
 
-.PHONY: help setup demo test lint types doctest wheel-env tests benchmark docs clean
+.PHONY: help setup demo test lint types doctest wheel-env tests benchmark benchmark-tools docs clean
 
 help:
-	@echo "make demo       set up, then train DDP, local SGD and QSR on real digits and compare them (minutes)"
+	@echo "make demo       set up, then train DDP, local SGD and QSR on real digits, and compare accuracy, bytes and times"
 	@echo "make test       set up, then run every check that CI runs"
 	@echo "make setup      only the set-up: a virtual environment in $(VENV)"
-	@echo "make benchmark  the speed figures of the strategy on this machine"
+	@echo "make benchmark  the speed of the lab's links, of the averages, and what strategy and profiler cost, on this machine"
+	@echo "make benchmark-tools  step times of other tools and ours on emulated hosts (half an hour)"
 	@echo "make docs       the documentation as HTML in docs/_build"
 
 setup: $(VENV)/.ready
@@ -49,7 +50,14 @@ tests: wheel-env
 	cd tests && LIGHTNING_COMM_WHEEL=1 ../$(WHEEL)/bin/python -m pytest -c ../pyproject.toml --doctest-modules --pyargs lightning_comm . $(PYTEST_ARGS)
 
 benchmark: setup
+	$(BIN)/python benchmarks/lab.py
 	$(BIN)/python benchmarks/local_update.py
+	$(BIN)/python benchmarks/profiler.py
+
+# Half an hour, on a quiet machine; brings accelerate and torchft, to compare with.
+benchmark-tools: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[benchmark]"
+	$(BIN)/python benchmarks/tools.py
 
 docs: setup
 	$(BIN)/sphinx-build -W -b html docs docs/_build
