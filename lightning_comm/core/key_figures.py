@@ -160,7 +160,7 @@ class RankFigures:
         host: The name of its host.
         steps: How many steps are counted.
         step_s: Seconds a step took.
-        own_s: Seconds of it that the rank was busy by itself; the largest is that of the slowest rank.
+        own_s: Seconds of it that the rank was busy by itself.
         comm_s: As in :class:`StepFigures`, and so are the next four.
         exposed_s: As above.
         wait_s: As above; under DDP inferred from all ranks together.
@@ -214,8 +214,10 @@ class RunFigures:
         total_steps: All steps, warm-up included.
         total_optimizer_steps: The optimizer steps in them.
         ranks: The figures of each rank.
-        slow_rank: The rank that is longest busy by itself; ``None`` with one rank.
-        slower_by: By how much, as a share of the median of the others.
+        slow_rank: The rank that stands out as slow: by 5 % or more, and step by step. It is busy by itself longer than
+            the others (median) in three quarters of the steps, and of fewer than 36 steps in so many more that chance
+            is left out (three standard deviations; at least 9 steps). ``None`` if there is no such rank.
+        slower_by: By how much, as a share of what the others need for the same step; the median of the steps.
         environment: Versions, backend, device.
 
     """

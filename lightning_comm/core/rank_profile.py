@@ -3,6 +3,7 @@
 Standard library only. The same code adds up a run while it goes on and one that is read back from files.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import median
@@ -19,6 +20,8 @@ from lightning_comm.core.ledger import CommRecord
 from lightning_comm.core.step_timeline import TimelineStep
 
 SCHEMA = "lightning_comm.profile/1"
+FEWEST_TO_COMPARE = 9  # steps, before a rank can stand out: 3 sqrt(9) = 9 of 9
+_LITTLE = 0.05  # a share by which a rank may be slower before anything is made of it
 
 
 class ClockPoint(NamedTuple):
@@ -217,7 +220,7 @@ def combine(profiles: Sequence[RankProfile]) -> RunFigures:
 
     sending_s = sum(sums.comm_s - rank.wait_s * sums.timed_steps for sums, rank in used)
     timed_bytes = sum(sums.timed_sent_bytes for sums, _ in used)
-    slow, slower_by = _slowest([rank for _, rank in used])
+    slow, slower_by = _slow_rank(profiles)
     total_steps = max(profile.all_steps for profile in profiles)
     whole = [profile for profile in profiles if profile.all_steps == total_steps]  # ranks train in step
     return RunFigures(
@@ -269,12 +272,28 @@ def _rank_figures(profile: RankProfile, waits: Mapping[int, float]) -> RankFigur
     )
 
 
-def _slowest(ranks: Sequence[RankFigures]) -> tuple[int | None, float]:
-    if len(ranks) < 2:
+def _slow_rank(profiles: Sequence[RankProfile]) -> tuple[int | None, float]:
+    """Return the rank that is slow step by step, and by how much, as a share; ``None`` if no rank stands out.
+
+    A few long steps, or some short ones on a busy machine, make no slow rank, so means are not asked: steps are. In
+    most of them the rank must have been busy longer than the others, and in more than chance would bring about.
+    """
+    own = [
+        {s.batch: s.own_s for s in profile.kept if s.timed and s.batch >= profile.warmup_steps}
+        for profile in profiles
+        if profile.kept
+    ]
+    ranks = [profile.rank for profile in profiles if profile.kept]
+    shared = sorted(set.intersection(*map(set, own))) if len(own) > 1 else []
+    if not shared:
         return None, 0.0
-    slow = max(ranks, key=lambda rank: rank.own_s)
-    others = median(rank.own_s for rank in ranks if rank is not slow)
-    return slow.rank, slow.own_s / others - 1 if others > 0 else 0.0
+    slow = max(range(len(own)), key=lambda k: median(own[k][batch] for batch in shared))
+    others_s = [median(steps[batch] for k, steps in enumerate(own) if k != slow) for batch in shared]
+    longer = [own[slow][batch] / other_s - 1 for batch, other_s in zip(shared, others_s, strict=True) if other_s > 0]
+    ahead = 2 * sum(share > 0 for share in longer) - len(shared)  # steps in which it was slower, less the others
+    by = median(longer) if longer else 0.0
+    stands_out = by >= _LITTLE and ahead >= max(len(shared) / 2, 3 * math.sqrt(len(shared)))
+    return (ranks[slow], by) if stands_out else (None, 0.0)
 
 
 def _mean_counts(counts: Sequence[Mapping[str, int]]) -> dict[str, float]:

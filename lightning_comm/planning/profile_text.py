@@ -1,6 +1,7 @@
 """What a profile says, in words and rows, for the terminal and for the page."""
 
 from lightning_comm.core.key_figures import RunFigures
+from lightning_comm.core.rank_profile import FEWEST_TO_COMPARE
 from lightning_comm.planning.report import megabytes, percent, text_table
 
 Row = tuple[str, str, str]
@@ -72,16 +73,18 @@ def sentences(run: RunFigures) -> list[str]:
     if run.share_exposed < _LITTLE:
         said.append("Communication is not the bottleneck of this run.")
     elif run.wait_s > run.transfer_s:
-        said.append("Most of it is waiting, which a faster network would not mend: look at the slow rank.")
-    if run.slow_rank is not None:
+        look = ": look at the slow rank" if run.slow_rank is not None else ""
+        said.append(f"Most of it is waiting, which a faster network would not mend{look}.")
+    if run.slow_rank is None and run.steps < FEWEST_TO_COMPARE:
+        said.append(f"No rank is named as the slow one: {run.steps} steps are too few, {FEWEST_TO_COMPARE} are needed.")
+    elif run.slow_rank is None:
+        said.append("No rank stands out: none is busy by itself longer than the others, step by step.")
+    else:
         host = next(rank.host for rank in run.ranks if rank.rank == run.slow_rank)
-        if run.slower_by >= _LITTLE:
-            said.append(
-                f"Rank {run.slow_rank} on {host} is the slow one: it is busy by itself {percent(run.slower_by)} longer "
-                "than the others (median)."
-            )
-        else:
-            said.append(f"No rank stands out: the slowest is {percent(run.slower_by)} behind the others (median).")
+        said.append(
+            f"Rank {run.slow_rank} on {host} is the slow one: it is busy by itself {percent(run.slower_by)} longer "
+            "than the others (median)."
+        )
     if run.untimed_steps:
         said.append(
             f"In {run.untimed_steps:,} of {run.steps:,} steps the times of communication are not known; means of them "

@@ -178,8 +178,8 @@ def _scenarios(rank, root):
     found["local"]["plain"] = plain.counts
     found["post_local"] = outcome(fit(local_update(FixedPeriod(4), gradient_steps=4), rank, root / "post"))
     found["chatty"] = outcome(fit(DDPStrategy(), rank, root / "chatty", module=Chatty()))
-    found["slow_ddp"] = outcome(fit(DDPStrategy(), rank, root / "slow", module=Slow()))
-    found["slow_local"] = outcome(fit(local_update(FixedPeriod(4)), rank, root / "slow", module=Slow()))
+    found["slow_ddp"] = outcome(fit(DDPStrategy(), rank, root / "slow", module=Slow(), steps=24))
+    found["slow_local"] = outcome(fit(local_update(FixedPeriod(4)), rank, root / "slow", module=Slow(), steps=24))
     found |= _faults(rank, root)
     return found
 

@@ -135,7 +135,7 @@ def test_figures_of_a_run_by_hand():
     assert run.transfer_s == pytest.approx(0.015 - 0.005)
     assert run.bandwidth_bytes_per_s == pytest.approx(2 * 250 / (0.025 + 0.015))
     assert run.link_bytes_per_s == 2e4
-    assert (run.slow_rank, run.slower_by) == (0, pytest.approx(0.09 / 0.08 - 1))
+    assert run.slow_rank is None, "every second step is as long on the other rank"
     assert run.total_wire_bytes == {"gradients": 2500, "lightning": 40}
 
 
@@ -176,6 +176,53 @@ def test_totals_are_those_of_ranks_that_measured_all_steps():
     assert run.beside_wire_bytes == {"evaluation": 6}
     assert (run.total_ranks, run.total_steps, run.warmup_steps) == (2, 8, 3)
     assert "Totals are means of 2 of 5 ranks, which have measured all steps." in sentences(run)
+
+
+def slow_rank_of(own_s: list[list[float]]):
+    """Who is named where ranks are busy by themselves for so long, step by step."""
+    ranks = [
+        profile(rank, [step(b, duration_s=s) for b, s in enumerate(steps)], world_size=len(own_s), warmup=1)
+        for rank, steps in enumerate(own_s)
+    ]
+    run = combine(ranks)
+    return run.slow_rank, run.slower_by, sentences(run)
+
+
+def test_a_rank_that_is_slow_step_by_step_is_named_though_another_has_the_longest_steps():
+    rng = random.Random(0)
+    together = [rng.choice((0.05, 0.1, 0.4)) for _ in range(40)]  # batches differ, for all ranks alike
+    slow = [1.3 * s for s in together]
+    slow[7] = slow[21] = 0.01  # now and then another one is
+    pausing = list(together)
+    pausing[20] = 100.0
+    rank, slower_by, said = slow_rank_of([pausing, slow, together])
+    assert (rank, slower_by) == (1, pytest.approx(0.3))
+    assert "Rank 1 on h1 is the slow one: it is busy by itself 30.0 % longer than the others (median)." in said
+
+
+@pytest.mark.parametrize("steps", [2, 5, 9, 17, 27, 100])
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_of_ranks_alike_none_is_named_on_a_noisy_machine(ranks, steps):
+    rng = random.Random(1)
+    noisy = [[[rng.lognormvariate(-5, 0.7) for _ in range(1 + steps)] for _ in range(ranks)] for _ in range(200)]
+    named = sum(slow_rank_of(own_s)[0] is not None for own_s in noisy)
+    assert named <= 4, "of 200 runs"
+    _, _, said = slow_rank_of(noisy[0])
+    expected = "No rank stands out: none is busy by itself longer than the others, step by step."
+    too_few = f"No rank is named as the slow one: {steps} steps are too few, 9 are needed."
+    assert [text for text in said if text.startswith("No rank")] == [too_few if steps < 9 else expected]
+    slow = [[2.0] * (1 + steps), *[[1.0] * (1 + steps)] * (ranks - 1)]
+    assert slow_rank_of(slow)[0] == (0 if steps >= 9 else None)
+
+
+def test_a_pause_now_and_then_makes_no_slow_rank():
+    pausing = [0.01 + 0.3 * (batch % 5 == 0) for batch in range(40)]
+    assert slow_rank_of([[0.01] * 40, pausing])[:2] == (None, 0.0)
+
+
+def test_a_rank_that_is_always_a_little_slower_is_not_named():
+    assert slow_rank_of([[0.100] * 40, [0.104] * 40])[:2] == (None, 0.0)
+    assert slow_rank_of([[0.100] * 40, [0.106] * 40])[0] == 1
 
 
 def test_clocks_drift_evenly_between_two_comparisons():
