@@ -59,6 +59,7 @@ class CommProfiler(Callback):
         folder: Where files go: each ``fit`` makes ``run_<n>`` in it. ``None``: ``comm_profile`` in the Trainer's
             ``default_root_dir``.
         probe: A file that ``lightning-comm probe`` saved; the bandwidth that the run achieves is then compared with it.
+            Only rank 0 reads it, so it need not be on the other hosts.
         timeline_steps: How many steps the page draws, by rank; at least 0. They are taken early in the run, around a
             step that communicates.
         warmup_steps: How many training batches at the start are left out of times and shares; at least 0. Their bytes
@@ -66,12 +67,13 @@ class CommProfiler(Callback):
         page: Whether to write the HTML page.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range; when ``fit`` begins, on all ranks alike, if rank 0 cannot read
+            ``probe``.
 
     Note:
         *Communication.* None within training. Before it, 16 round trips of 8 bytes between each rank and rank 0, to
-        compare clocks, and 8 bytes from rank 0; after it, the same again and one row of figures from each rank: at
-        most 1,000 steps, some 400 KB.
+        compare clocks, and 8 bytes from rank 0, with ``probe`` one object more; after it, the same again and one row of
+        figures from each rank: at most 1,000 steps, some 400 KB.
 
         *Cost.* Below 1 % of a step of 50 ms; ``benchmarks/profiler.py`` measures it. *Memory.* About 1 MB.
 
@@ -161,8 +163,8 @@ class CommProfiler(Callback):
                 "this one measures nothing. Remove one of the two, from the config or the command line."
             )
             return
-        if self.probe is not None and trainer.is_global_zero:
-            self._link_bytes_per_s = _probed_bytes_per_s(self.probe)
+        if self.probe is not None:
+            self._link_bytes_per_s = _probed_bytes_per_s(self.probe, trainer)
 
     @override
     @_never_ends_training
@@ -339,11 +341,18 @@ def _header(trainer: Trainer, warmup_steps: int, link_bytes_per_s: float | None)
     }
 
 
-def _probed_bytes_per_s(path: str) -> float:
-    try:
-        return LinkProfile.load(path).bytes_per_s
-    except (OSError, ValueError) as error:
+def _probed_bytes_per_s(path: str, trainer: Trainer) -> float:
+    """Return what rank 0 reads. Other hosts may lack the file, so all ranks learn of it, and all refuse it alike."""
+    bytes_per_s, problem = 0.0, ""
+    if trainer.is_global_zero:
+        try:
+            bytes_per_s = LinkProfile.load(path).bytes_per_s
+        except Exception as error:  # whatever it is, the others wait for word of it
+            problem = f"got {path!r}: {error}"
+    bytes_per_s, problem = trainer.strategy.broadcast((bytes_per_s, problem))
+    if problem:
         raise ValueError(
-            f"CommProfiler: `probe` must be a file that `lightning-comm probe` has saved; got {path!r}: {error}. Leave "
+            f"CommProfiler: `probe` must be a file that `lightning-comm probe` has saved, on rank 0; {problem}. Leave "
             "it out to measure without a comparison."
-        ) from error
+        )
+    return bytes_per_s

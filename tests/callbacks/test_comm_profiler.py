@@ -25,12 +25,14 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torchmetrics import MeanMetric
 
 from lightning_comm import CommProfiler, FixedPeriod, load_profile
+from lightning_comm.core.costs import Curve, LinkProfile, Timing
 from lightning_comm.planning import profile_figures
 from lightning_comm.transport import recording
 
 PARAMETERS = 5 * 7 + 7 + 7 + 7 + 7 + 1  # of `network(norm=True)`, in entries of 8 bytes
 BUFFERS = 2 * 7 * 8 + 8
 CONTROL = 64
+PROBE = LinkProfile(2, "gloo", (Curve("all_reduce", 2, (Timing(2**20, 3, 0.1, 0.09, 0.11),)),))
 
 
 class Bf16DDP(DDPStrategy):
@@ -210,7 +212,23 @@ def _faults(rank, root):
         first = fit(DDPStrategy(), rank, root / "first", callbacks=[second], module=Chatty())
     found["twice"] = outcome(first)
     found["twice"] |= {"second": (second.figures, second.steps, (root / "second").exists()), "said": said.heard}
+    found["probes"] = [
+        _with_probe(rank, root / "probed", [str(root / "probe.json"), str(root / "missing.json")][::order])
+        for order in (1, -1)
+    ]
     return found
+
+
+def _with_probe(rank, folder, paths):
+    """Measure with the path that is this rank's; the first one is a probe's file."""
+    if rank == 0:
+        PROBE.save(folder.with_name("probe.json"))
+    profiler = CommProfiler(str(folder), probe=paths[rank], page=False)
+    try:
+        fit(DDPStrategy(), rank, None, profiler=profiler, steps=2)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None, profiler.figures.link_bytes_per_s
 
 
 class Ear:
@@ -545,6 +563,14 @@ def test_a_bad_argument_is_named_with_its_value_and_a_way_out(kwargs, must_say):
     with pytest.raises(ValueError, match="Leave it out") as caught:
         CommProfiler(**kwargs)
     assert [word for word in must_say if word not in str(caught.value)] == []
+
+
+def test_a_probe_is_read_on_rank_0_only_and_refused_on_all_ranks_alike(answers):
+    for read, refused in of(answers, "probes"):
+        assert read == (None, PROBE.bytes_per_s)
+        assert refused[0] == "ValueError"
+        assert "missing.json" in refused[1]
+        assert "Leave it out" in refused[1]
 
 
 def test_a_probe_that_is_none_is_refused_before_training(tmp_path):
