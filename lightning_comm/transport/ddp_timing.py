@@ -25,6 +25,7 @@ INTERNALS = (
     "logger.set_runtime_stats_and_log",
 )
 FIELDS = (
+    "iteration",
     "backward_comm_time",
     "backward_compute_comm_overlap_time",
     "backward_comm_time_start",
@@ -68,8 +69,9 @@ class DdpTiming:
         self._ddp = ddp
         self._on_cuda = next(ddp.parameters()).is_cuda
         self._set_rate(_ON_CUDA if self._on_cuda else _EVERY_ITERATION)
-        self._began = _began(self._read())
-        self._backwards = 0  # that have communicated since a time was last read
+        data = self._read()
+        self._iteration, self._began = int(data["iteration"]), _began(data)
+        self._backwards = 0  # that have communicated since numbers were new
 
     def reads(self, model: object) -> bool:
         """Whether this is the wrapper that is read here."""
@@ -88,18 +90,26 @@ class DdpTiming:
             ddp.logger.set_runtime_stats_and_log()
         data = self._read()
         payload_bytes = _payload_bytes(data)
-        began, before = _began(data), self._backwards
+        began = _began(data)
         is_new, self._began = began != self._began, began
-        self._backwards = 1 if is_new else before + 1
         if not self._on_cuda and not is_new:
             return None  # the loss depends on no parameter
-        if self._on_cuda and (not is_new or before > 1):
+        if self._on_cuda and not self._is_known(int(data["iteration"]), is_new):
             return GradientTime(0.0, 0.0, 0.0, payload_bytes)
         comm_ns = max(0, int(data["backward_comm_time"]))
         hidden_ns = min(comm_ns, max(0, int(data["backward_compute_comm_overlap_time"])))
         behind_s = time.time() - time.monotonic()  # DDP reads the wall clock
         start_s = began * _NANO - behind_s
         return GradientTime(start_s, comm_ns * _NANO, hidden_ns * _NANO, payload_bytes)
+
+    def _is_known(self, iteration: int, is_new: bool) -> bool:
+        """Whether a time that was read late is that of a backward which was alone in its iteration."""
+        if not is_new:
+            self._backwards += 1
+            return False
+        was_alone = self._backwards == iteration - self._iteration
+        self._iteration, self._backwards = iteration, 1
+        return was_alone
 
     def end(self) -> None:
         """Let DDP measure as rarely as it does by default."""

@@ -73,6 +73,10 @@ def _several_backwards(rank):
         for lateness in ([0.0, 0.15, 0.0], [0.0], [0.0]):
             ddp(torch.randn(8, 400), lateness, timed)
             ddp.require_backward_grad_sync = True
+    lazy._set_rate(10)
+    for _ in range(16):
+        ddp(torch.randn(8, 400), [0.0], False)
+        ddp.require_backward_grad_sync = True
     timing.after_backward()
     torch.ones(1, requires_grad=True).sum().backward()
     return rows, lazily[5:], timing.after_backward()
@@ -131,7 +135,10 @@ def test_read_one_forward_late_only_a_backward_that_was_alone_has_a_time(answers
         lazily = rank["several"][1]
         assert {time_of.payload_bytes for time_of in lazily} == {4 * (2 * (400 * 400 + 400) + 800)}
         # the times of: a single one before, two of the same iteration, three together, a single one
-        assert [time_of.duration_s > 0 for time_of in lazily] == [True, False, False, False, True]
+        known = [time_of.duration_s > 0 for time_of in lazily]
+        assert known[:5] == [True, False, False, False, True]
+        # iterations 7 to 22: the first ten are all measured, then every tenth, and read in the one that follows
+        assert [k for k, is_known in enumerate(known[5:], start=7) if is_known] == [7, 8, 9, 10, 11, 21]
 
 
 @pytest.mark.parametrize("name", INTERNALS)
