@@ -77,9 +77,9 @@ def sentences(run: RunFigures) -> list[str]:
         said.append(f"Most of it is waiting, which a faster network would not mend{look}.")
     if run.slow_rank is None and run.steps < FEWEST_TO_COMPARE:
         said.append(f"No rank is named as the slow one: {run.steps} steps are too few, {FEWEST_TO_COMPARE} are needed.")
-    elif run.slow_rank is None:
+    elif run.slow_rank is None and sum(rank.steps > 0 for rank in run.ranks) > 1:
         said.append("No rank stands out: none is busy by itself longer than the others, step by step.")
-    else:
+    elif run.slow_rank is not None:
         host = next(rank.host for rank in run.ranks if rank.rank == run.slow_rank)
         said.append(
             f"Rank {run.slow_rank} on {host} is the slow one: it is busy by itself {percent(run.slower_by)} longer "

@@ -151,7 +151,8 @@ def test_untimed_steps_count_in_bytes_but_in_no_mean_of_times():
 
 
 def test_a_rank_that_stopped_is_named_and_does_not_hide_the_others():
-    run = combine([profile(0, [step(0)]), profile(1, [], stopped="OSError: full")])
+    run = combine([profile(0, map(step, range(20))), profile(1, [], stopped="OSError: full")])
+    assert not any("stands out" in text for text in sentences(run)), "one rank alone is compared with none"
     assert run.stopped == {1: "OSError: full"}
     assert run.step_s == pytest.approx(0.1)
     with pytest.raises(ValueError, match=r"`profiles` must hold at least one rank; got none"):
