@@ -89,10 +89,22 @@ def test_every_public_name_is_in_the_reference():
     assert [name for name in lightning_comm.__all__ if f"lightning_comm.{name}\n" not in reference] == []
 
 
+def results_linked_from(readme, stem):
+    (linked,) = {link for link in _LINK.findall(readme) if re.fullmatch(rf"docs/results/{stem}_[-\d]+\.md", link)}
+    return (ROOT / linked).read_text()
+
+
 def test_the_figures_of_the_readme_are_those_of_the_results_file():
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| (DDP|Local SGD|QSR)[^|]*\| (.+ %) \|$", readme, re.MULTILINE)
     assert [method for method, _ in rows] == ["DDP", "Local SGD", "QSR"]
-    (linked,) = {link for link in _LINK.findall(readme) if link.startswith("docs/results/") and link.endswith(".md")}
-    measured = (ROOT / linked).read_text()
+    measured = results_linked_from(readme, "local_update_digits")
     assert [row for row in rows if f"| {row[0]} | {row[1]} |" not in measured] == []
+
+
+def test_the_step_times_of_the_readme_are_those_of_the_comparison_of_tools():
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+) ms \| ([\d.]+ to [\d.]+) \| ([\d.]+) \|$", readme, re.MULTILINE)
+    assert len(rows) >= 5
+    section = results_linked_from(readme, "tools").split("## 4 hosts, 500mbit")[1].split("\n## ")[0]
+    assert [row for row in rows if f"| {' | '.join(row)} |" not in section] == []
