@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,6 +66,7 @@ class Recorder:
 
     Args:
         ledger: Where the records go.
+        group: The ranks that take part; ``None`` for all of them in the default group.
 
     Note:
         *Communication.* One message for each call. Every rank has to make the same calls in the same order.
@@ -74,27 +76,39 @@ class Recorder:
 
     """
 
-    def __init__(self, ledger: CommLedger) -> None:
+    def __init__(self, ledger: CommLedger, group: dist.ProcessGroup | None = None) -> None:
         self.ledger = ledger
         self.step = 0  # optimizer steps done; whoever counts them keeps this up to date
-        self.world_size = dist.get_world_size()
-        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        self._group = group
 
-    def all_reduce(self, tensor: Tensor, purpose: str) -> Pending:
-        """Start summing ``tensor`` over the ranks, in place."""
-        return self._issue("all_reduce", purpose, tensor, lambda: dist.all_reduce(tensor, async_op=True))
+    def all_reduce(self, tensor: Tensor, purpose: str, op: Any = dist.ReduceOp.SUM) -> Pending:
+        """Start summing ``tensor`` over the ranks, or reducing it otherwise, in place."""
+        group = self._group
+        return self._issue("all_reduce", purpose, tensor, lambda: dist.all_reduce(tensor, op, group, async_op=True))
+
+    def all_to_all(self, rows: Tensor, purpose: str) -> tuple[Tensor, Pending]:
+        """Start sending row ``i`` to rank ``i``; row ``i`` of the result is what rank ``i`` sent here."""
+        arrived, group = torch.empty_like(rows), self._group
+
+        def start() -> dist.Work | None:
+            return dist.all_to_all_single(arrived, rows, group=group, async_op=True)
+
+        return arrived, self._issue("all_to_all", purpose, rows, start)
 
     def broadcast(self, tensor: Tensor, purpose: str, src: int = 0) -> Pending:
         """Start replacing ``tensor`` on every rank by that of rank ``src``."""
-        return self._issue("broadcast", purpose, tensor, lambda: dist.broadcast(tensor, src=src, async_op=True))
+        group = self._group
+        return self._issue("broadcast", purpose, tensor, lambda: dist.broadcast(tensor, src, group, async_op=True))
 
     def all_gather(self, row: Tensor, purpose: str) -> tuple[Tensor, Pending]:
         """Start collecting ``row`` of every rank; the result has shape ``(world_size, *row.shape)``."""
         rows = torch.empty((self.world_size, *row.shape), dtype=row.dtype, device=row.device)
-        flat = rows.view(-1)
+        flat, group = rows.view(-1), self._group
 
         def start() -> dist.Work | None:
-            return dist.all_gather_into_tensor(flat, row.contiguous().view(-1), async_op=True)
+            return dist.all_gather_into_tensor(flat, row.contiguous().view(-1), group, async_op=True)
 
         return rows, self._issue("all_gather", purpose, row, start)
 

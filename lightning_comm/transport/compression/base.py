@@ -1,0 +1,178 @@
+"""What a compression is: the settings that a user writes, and the codec that works by them during a run.
+
+A codec works on a *flat bucket*: one row of entries, laid out as :class:`Layout` says. It replaces the entries by the
+mean over the ranks of what each of them sent, and it talks while it does so: :meth:`Codec.mean` is a generator that
+starts a message, yields it, and is resumed when the message has arrived. Whoever runs it (:mod:`.conversations`)
+decides *when* it is resumed, always in an order that is the same on all ranks, and never from a callback of another
+message, where gloo aborts as soon as two buckets are on their way.
+
+Nothing that a codec computes may depend on how parameters are cut into buckets, since DDP cuts them anew after its
+first steps and after a resume. Scales, counts and random numbers belong to a parameter, by its name.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_comm.transport.recording import Pending, Recorder
+
+
+class Message(NamedTuple):
+    """A message that has been started.
+
+    Args:
+        pending: Waits for it.
+        more: Whether another one follows, which needs what this one brings.
+
+    """
+
+    pending: Pending
+    more: bool = False
+
+
+Conversation = Generator[Message, None, None]
+
+
+class Slot(NamedTuple):
+    """Where a parameter lies in a bucket.
+
+    Args:
+        name: The parameter's name in the model, without a wrapper's prefix.
+        numel: How many entries it has there.
+        shape: Its shape; entries follow each other in the order in which the parameter lies in memory.
+
+    """
+
+    name: str
+    numel: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What lies in a flat bucket, one parameter after the other.
+
+    Example:
+        >>> layout = Layout((Slot("weight", 6, (2, 3)), Slot("bias", 2, (2,))))
+        >>> layout.numel, [row.tolist() for row in layout.split(torch.arange(8))]
+        (8, [[0, 1, 2, 3, 4, 5], [6, 7]])
+
+    """
+
+    slots: tuple[Slot, ...]
+    _sizes: list[int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_sizes", [slot.numel for slot in self.slots])
+
+    @property
+    def numel(self) -> int:
+        """Entries in the bucket."""
+        return sum(self._sizes)
+
+    def split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """Return a view of each parameter's entries."""
+        return tuple(torch.split(flat, self._sizes))
+
+
+@dataclass(frozen=True)
+class Compression(ABC):
+    """What to send instead of every entry in full: a frozen value, from which each run makes its own codec."""
+
+    @abstractmethod
+    def codec(self, context: "Context") -> "Codec":
+        """Return what does the work in one run."""
+
+
+@dataclass
+class Context:
+    """What a codec needs of the run that it works for.
+
+    Args:
+        recorder: Sends and records.
+        purpose: What the records say that the messages were for.
+        seed: Random numbers depend on it, on the step, on the rank and on the parameter's name, and on nothing else.
+        feedback: Whether what a method drops is kept and added to the next step's entries, where the method needs it.
+            Local updates keep it in the weights and have it off.
+
+    """
+
+    recorder: Recorder
+    purpose: str
+    seed: int = 0
+    feedback: bool = True
+
+    def generator(self, name: str, step: int, device: torch.device, *, shared: bool = False) -> torch.Generator:
+        """Return random numbers for one parameter at one step, this rank's own or the same on all ranks."""
+        text = f"{self.seed}/{step}/{'all' if shared else self.recorder.rank}/{name}"
+        generator = torch.Generator(device=device)
+        generator.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
+        return generator
+
+
+class Codec(ABC):
+    """The working side of a compression, with its state, in one run.
+
+    Attributes:
+        exact: Whether the result is the mean of the ranks' entries, but for rounding of the sums.
+        step: How often all parameters have been synchronised; whoever runs the codec counts it up.
+
+    """
+
+    exact: bool = False
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.step = 0
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks, asked for anew at each call, since a resumed run may have another."""
+        return self.context.recorder.world_size
+
+    @abstractmethod
+    def payload_bytes(self, layout: Layout) -> int:
+        """Return how many bytes this rank hands over for a bucket, over all messages."""
+
+    @abstractmethod
+    def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
+        """Replace the entries by the mean over the ranks of what each sent, in place.
+
+        Args:
+            values: The bucket: one row of floating-point entries.
+            layout: What lies in it.
+            sent: If given, a row of the same length that takes what this rank sent, as the others decode it.
+
+        Yields:
+            Each message, once it has started. Resume when it has arrived.
+
+        """
+
+    def begin_step(self) -> None:  # noqa: B027  (most have nothing to do)
+        """Called before the first bucket of a step, on all ranks alike."""
+
+    def end_step(self) -> None:
+        """Called after the last bucket of a step has arrived, on all ranks alike."""
+        self.step += 1
+
+    def rescale(self, factor: float) -> None:  # noqa: B027  (only what keeps residuals has something to scale)
+        """Follow a change of the loss scale, in which kept residuals are measured."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, by parameter name. Tensors belong to this rank alone."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+        self.step = int(state["step"])
+
+
+def run_alone(conversation: Conversation) -> None:
+    """Carry a conversation through, waiting for each message; for one bucket at a time."""
+    for message in conversation:
+        message.pending.wait()

@@ -1,0 +1,140 @@
+"""A codec as the communication hook of torch's DistributedDataParallel.
+
+DDP hands over its buckets one by one, in an order that is the same on all ranks, and while a bucket's messages travel
+the backward goes on. Everything here happens in the hook's body, in that order: nothing is done in a callback, so that
+no message is ever started from a thread of the backend, where two buckets would cross each other. For each bucket in
+turn: its first message is started; then those before it that need what a first message brought get their second one.
+With the last bucket of a backward all that is still under way is waited for, decoded, and handed back.
+
+DDP cuts its buckets anew after the first steps. What belongs to a parameter is therefore found by the parameters that
+lie in a bucket, never by the bucket's number.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+from torch.nn import Parameter
+
+from lightning_comm.transport.compression.base import Codec, Conversation, Layout, Message, Slot
+from lightning_comm.transport.recording import Recorder
+
+
+class _Bucket:
+    """A bucket whose messages are under way."""
+
+    def __init__(self, conversation: Conversation, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self.arrived: torch.futures.Future[Tensor] = torch.futures.Future(
+            devices=[buffer.device] if buffer.is_cuda else []
+        )
+        self._conversation = conversation
+        self._message: Message | None = None
+        self.go_on()
+
+    @property
+    def more(self) -> bool:
+        """Whether another message must be started once the one under way has arrived."""
+        return self._message is not None and self._message.more
+
+    def go_on(self) -> None:
+        """Wait for the message under way and start the next one, if there is one."""
+        if self._message is not None:
+            self._message.pending.wait()
+        self._message = next(self._conversation, None)
+
+    def finish(self) -> None:
+        """Wait for all that is under way and hand the bucket back."""
+        while self._message is not None:
+            self.go_on()
+        self.arrived.set_result(self.buffer)
+
+
+class GradientSync:
+    """Replaces the gradients of DDP's buckets by their mean over the ranks, as a codec sends them.
+
+    Args:
+        codec: Does the work.
+        recorder: Sends what a codec cannot take: gradients that are sparse tensors, or complex.
+        named_parameters: The parameters of the model, with the names that state is kept by.
+        loss_scale: Returns the factor by which gradients are scaled at the moment.
+
+    Note:
+        *Communication.* What the codec sends, once a bucket.
+
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        recorder: Recorder,
+        named_parameters: Iterable[tuple[str, Parameter]],
+        loss_scale: Callable[[], float] = lambda: 1.0,
+    ) -> None:
+        self.codec = codec
+        self._recorder = recorder
+        self._names = {id(parameter): name for name, parameter in named_parameters}
+        self._loss_scale = loss_scale
+        self._scale: float | None = None
+        self._under_way: deque[_Bucket] = deque()
+        self._layouts: dict[tuple[int, ...], Layout] = {}
+
+    def hook(self, state: object, bucket: GradBucket | tuple[Any, ...]) -> torch.futures.Future[torch.Tensor]:
+        """Take a bucket; what DDP registers."""
+        if isinstance(bucket, tuple):
+            raise RuntimeError(
+                "CompressedDDPStrategy: the reducer of `torch.compile` (`python_reducer`) hands over single gradients, "
+                "and a compression works on buckets. Leave `torch._dynamo.config.optimize_ddp` at its default."
+            )
+        if bucket.index() == 0:
+            self._begin_step()
+        buffer = bucket.buffer()
+        begun = _Bucket(self._conversation(bucket, buffer), buffer)
+        for earlier in self._under_way:
+            if earlier.more:
+                earlier.go_on()
+        self._under_way.append(begun)
+        if bucket.is_last():
+            self._end_step()
+        return begun.arrived
+
+    def _conversation(self, bucket: GradBucket, buffer: Tensor) -> Conversation:
+        if buffer.layout != torch.strided or buffer.is_complex():
+            return self._in_full(buffer)
+        return self.codec.mean(buffer, self._layout_of(bucket.parameters()))
+
+    def _in_full(self, buffer: Tensor) -> Conversation:
+        yield Message(self._recorder.all_reduce(buffer.mul_(1 / self._recorder.world_size), "gradients"))
+
+    def _layout_of(self, parameters: list[Tensor]) -> Layout:
+        key = tuple(map(id, parameters))
+        layout = self._layouts.get(key)
+        if layout is None:
+            slots = (Slot(self._names[id(each)], each.numel(), tuple(each.shape)) for each in parameters)
+            layout = self._layouts[key] = Layout(tuple(slots))
+        return layout
+
+    def _begin_step(self) -> None:
+        self._under_way.clear()  # what a backward that failed has left
+        scale = self._loss_scale()
+        if self._scale is not None and scale != self._scale:
+            self.codec.rescale(scale / self._scale)
+        self._scale = scale
+        self.codec.begin_step()
+
+    def _end_step(self) -> None:
+        while self._under_way:
+            self._under_way.popleft().finish()
+        self.codec.end_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, by parameter name. Tensors belong to this rank alone."""
+        return {"codec": self.codec.state_dict(), "loss_scale": self._scale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+        self.codec.load_state_dict(state["codec"])
+        self._scale = state["loss_scale"]
