@@ -6,6 +6,7 @@ import platform
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -287,9 +288,7 @@ class CommProfiler(Callback):
         if trainer.is_global_zero:
             rank_zero_info(summary(self.figures))
             if self.page and self.run_folder is not None:
-                path = self.run_folder / "profile.html"
-                path.write_text(Profile(ranks).page(), encoding="utf-8")
-                rank_zero_info(f"The page: {path}")
+                _write_page(self.run_folder / "profile.html", Profile(ranks))
 
     @override
     @_never_ends_training
@@ -307,6 +306,21 @@ class CommProfiler(Callback):
         if session is not None:
             session.end_measuring()
             session.abandon_file()
+
+
+def _write_page(path: Path, profile: Profile) -> None:
+    page = profile.page()
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # a part of a page shows nothing
+        _log.warning(
+            f"CommProfiler: the page {path} cannot be written: {error}. Where there is room, "
+            f"`load_profile({str(path.parent)!r}).page()` returns it, from what the ranks' files hold."
+        )
+        return
+    rank_zero_info(f"The page: {path}")
 
 
 def _several_ranks() -> bool:

@@ -50,7 +50,10 @@ class Results:
         """Write everything. The file is whole at any time, also if the disk is full."""
         text = json.dumps(self.data)
         partial = self.folder / "pilot.json.partial"
-        partial.write_text(text)
+        try:
+            partial.write_text(text)
+        except OSError as error:  # which names no file where it is the disk that is full
+            raise OSError(error.errno, error.strerror, str(partial)) from error
         os.replace(partial, self.folder / "pilot.json")
 
 

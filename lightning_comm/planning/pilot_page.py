@@ -127,7 +127,7 @@ def not_projected(results: Mapping[str, Any]) -> list[str]:
     """Return why the whole run is not known, one sentence a reason."""
     problems: dict[str, list[str]] = {}
     for name, why in results["problems"].items():
-        problems.setdefault(why, []).append(f"`{name}`")
+        problems.setdefault(why, []).append(f"the job {_LIMIT_NAME}" if name == LIMIT else f"`{name}`")
     return [f"The whole run of {', '.join(names)} is not known: {why}." for why, names in problems.items()]
 
 

@@ -533,6 +533,17 @@ def test_a_full_disk_ends_the_profile_and_not_the_training(tmp_path):
     assert load_profile(tmp_path / "run_0").figures.total_steps >= 5
 
 
+def test_where_only_the_page_finds_no_room_it_is_named_and_nothing_else_is_lost(tmp_path):
+    [(figures, _, said)] = launch(_alone, str(tmp_path), 0, 40_000, world_size=1)
+    assert (figures.steps, figures.stopped) == (60, {})
+    (missing,) = [text for text in said if "cannot be written" in text]
+    assert str(tmp_path / "run_0" / "profile.html") in missing
+    assert "File too large" in missing
+    assert "load_profile(" in missing
+    assert [path.name for path in (tmp_path / "run_0").iterdir()] == ["rank_0.jsonl"]
+    assert load_profile(tmp_path / "run_0").figures.total_steps == 60
+
+
 def test_what_a_killed_run_had_measured_can_be_read(tmp_path):
     import multiprocessing
 

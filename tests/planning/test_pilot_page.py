@@ -84,6 +84,11 @@ def test_without_a_schedule_nothing_is_projected_and_the_reason_is_given():
     assert "The whole run</h2>" not in page(found)
 
 
+def test_the_limit_has_the_same_name_in_sentences_as_in_tables():
+    said = pilot_page.not_projected({"problems": {"qsr": "no length", "limit": "no length"}})
+    assert said == ["The whole run of `qsr`, the job without communication is not known: no length."]
+
+
 def test_a_strategy_that_failed_is_in_no_table_and_is_named_with_its_error():
     found = results(failures={"qsr": {"repeat": 1, "error": "rank 1: ValueError: no"}})
     assert "qsr" not in pilot_page.read(found)
