@@ -64,9 +64,8 @@ def sentences(run: RunFigures) -> list[str]:
         return ["One process: nothing is sent, so there is nothing to save."]
     said = [f"The profiler stopped on rank {rank}: {reason}" for rank, reason in run.stopped.items()]
     if run.steps == 0:
-        if said:
-            return [*said, "`load_profile` reads what the ranks' files hold from before."]
-        return ["No step was measured."]
+        before = "`load_profile` reads what the ranks' files hold from before."
+        return [*said, before if said else "No step was measured."]
     said.append(
         f"Training stood still for communication {percent(run.share_exposed)} of the time: "
         f"{_of_step(run, run.transfer_s)} in transfer, which is the most that sending less can win, and "
