@@ -41,11 +41,11 @@ class _Ended(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status, or that of the first host on which it failed."""
     options, command = _parse(sys.argv[1:] if argv is None else list(argv))
-    if (missing := unavailable()) is not None:
-        print(f"lightning-comm lab: {missing}.", file=sys.stderr)
-        return _NOT_AVAILABLE
     before = {number: signal.signal(number, _end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        if (missing := unavailable()) is not None:
+            print(f"lightning-comm lab: {missing}.", file=sys.stderr)
+            return _NOT_AVAILABLE
         with Lab(options.hosts, options.link, speeds=options.speed, devices_per_host=options.devices_per_host) as lab:
             _plan_faults(lab, options.fault)
             return _report(lab.run(command, timeout_s=options.timeout, on_line=_show(options.hosts)))

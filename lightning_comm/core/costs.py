@@ -5,6 +5,7 @@ it, with their sources, are in :mod:`lightning_comm.core.collectives` and can be
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite
@@ -163,8 +164,28 @@ class LinkProfile:
         return curve
 
     def save(self, path: str | Path) -> None:
-        """Write the profile as JSON, with fits and errors added for those who read it without this package."""
-        Path(path).write_text(json.dumps(self._as_json(), indent=1) + "\n", encoding="utf-8")
+        """Write the profile as JSON, with fits and errors added for those who read it without this package.
+
+        A file that is there already stays as it is until the new one is whole.
+
+        Raises:
+            OSError: If the file cannot be written.
+
+        """
+        target = Path(path)
+        if target.exists() and not target.is_file():
+            target.write_text(self._text(), encoding="utf-8")  # a device or a pipe cannot be replaced
+            return
+        partial = target.with_name(target.name + ".partial")
+        try:
+            partial.write_text(self._text(), encoding="utf-8")
+            os.replace(partial, target)
+        except OSError as error:  # which names no file where it is the disk that is full
+            partial.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(target)) from error
+
+    def _text(self) -> str:
+        return json.dumps(self._as_json(), indent=1) + "\n"
 
     def _as_json(self) -> dict[str, Any]:
         data = {"format": FORMAT, "schema": SCHEMA, **asdict(self), "environment": dict(self.environment)}

@@ -33,13 +33,15 @@ _MOST_LANES = 16  # ranks drawn one by one
 _WINDOWS = 15  # of neighbouring steps whose mean is drawn fit into the run
 
 
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
+def cannot_draw() -> str | None:
+    """Return why no figure can be drawn, or ``None`` if they can be."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        return False
-    return True
+        return "matplotlib is not installed, and `pip install matplotlib` gets it"
+    except Exception as error:  # a broken installation raises whatever it likes
+        return f"matplotlib cannot be imported ({type(error).__name__}: {error})"
+    return None
 
 
 def step_by_rank(run: RunFigures) -> bytes:

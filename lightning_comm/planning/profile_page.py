@@ -16,8 +16,8 @@ _CARD = (
     "border:1px solid #ddd;border-radius:.5rem"
 )
 _NO_FIGURES = (
-    "The figures are left out because matplotlib is not installed. <code>pip install matplotlib</code>, then "
-    "<code>lightning_comm.load_profile(folder).page()</code> makes the page again, with them."
+    "The figures are left out: {}. Once that is mended, <code>lightning_comm.load_profile(folder).page()</code> makes "
+    "the page again, with them."
 )
 
 
@@ -74,8 +74,8 @@ def _cards(run: RunFigures) -> str:
 
 
 def _figures(run: RunFigures, ranks: Sequence[RankProfile]) -> list[str]:
-    if not profile_figures.can_draw():
-        return [f"<p>{_NO_FIGURES}</p>"]
+    if (why := profile_figures.cannot_draw()) is not None:
+        return [f"<p>{_NO_FIGURES.format(html.escape(why))}</p>"]
     parts = [
         _figure("Where the time of a step goes", "", profile_figures.step_by_rank(run)),
     ]

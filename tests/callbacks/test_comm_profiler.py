@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import signal
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -451,11 +452,25 @@ def test_the_page_is_one_file_with_figures(answers):
 
 
 def test_without_matplotlib_the_page_has_tables_and_says_how_to_get_figures(answers, monkeypatch):
-    monkeypatch.setattr(profile_figures, "can_draw", lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     text = load_profile(of(answers, "ddp")[0]["folder"]).page()
     assert "<img" not in text
     assert "pip install matplotlib" in text
     assert "exposed communication" in text
+
+
+def test_a_broken_matplotlib_costs_the_figures_alone_and_is_named(answers, monkeypatch):
+    class Broken:
+        def find_spec(self, name, *_):
+            if name == "matplotlib":
+                raise RuntimeError("broken install")
+
+    monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    assert profile_figures.cannot_draw() == "matplotlib cannot be imported (RuntimeError: broken install)"
+    text = load_profile(of(answers, "ddp")[0]["folder"]).page()
+    assert "<img" not in text
+    assert "RuntimeError: broken install" in text
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------

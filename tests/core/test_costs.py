@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+import signal
 from dataclasses import replace
 
 import pytest
@@ -167,6 +169,23 @@ def test_the_bandwidth_of_a_profile_is_that_of_its_largest_all_reduce():
     # 64 KiB pass a shaper's bucket at once, and say nothing about the link
     times = {2**16: 1e-3, 2**20: 0.126}
     assert LinkProfile(4, "gloo", (curve("all_reduce", 4, times),)).bytes_per_s == pytest.approx(1.5 * 2**20 / 0.126)
+
+
+def test_a_disk_that_is_full_leaves_the_profile_that_is_there(tmp_path):
+    path, before = tmp_path / "probe.json", resource.getrlimit(resource.RLIMIT_FSIZE)
+    profile().save(path)
+    kept = path.read_text()
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*probe\.json") as caught:
+            profile().save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.filename == str(path)
+    assert path.read_text() == kept
+    assert [each.name for each in tmp_path.iterdir()] == ["probe.json"]
 
 
 def test_a_saved_profile_is_read_as_it_was(tmp_path):
