@@ -7,22 +7,37 @@ from lightning_comm.callbacks import BatchNormReestimation, CommProfiler, Emulat
 from lightning_comm.core.ledger import CommLedger, CommRecord
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, PowerPeriod, QuadraticPeriod, RoundClock
 from lightning_comm.planning.profile_files import load_profile
-from lightning_comm.strategies import LocalUpdateStrategy, register_strategies
+from lightning_comm.strategies import CompressedDDPStrategy, LocalUpdateStrategy, register_strategies
 from lightning_comm.transport.averaging import Averaging
+from lightning_comm.transport.compression.base import Compression
+from lightning_comm.transport.compression.cast import Cast
+from lightning_comm.transport.compression.int8 import Int8
+from lightning_comm.transport.compression.no_sync import NoSync
+from lightning_comm.transport.compression.power_sgd import PowerSGD
+from lightning_comm.transport.compression.ternary import Ternary
+from lightning_comm.transport.compression.top_k import TopK
 
 __all__ = [
     "Averaging",
     "BatchNormReestimation",
+    "Cast",
     "CommLedger",
     "CommProfiler",
     "CommRecord",
+    "CompressedDDPStrategy",
+    "Compression",
     "EmulatedDevice",
     "FixedPeriod",
+    "Int8",
     "LocalUpdateStrategy",
+    "NoSync",
     "PeriodRule",
     "PowerPeriod",
+    "PowerSGD",
     "QuadraticPeriod",
     "RoundClock",
+    "Ternary",
+    "TopK",
     "load_profile",
 ]
 __version__ = "0.1.0"

@@ -120,7 +120,7 @@ def load(
     """Put this rank's own state into a checkpoint that was read, if all ranks have theirs; every rank calls this."""
     shared = checkpoint.get(KEY)
     own, problem = _read(strategy, filepath, shared, weights_only)
-    problem = _first_problem(strategy, recorder, problem)
+    problem = first_problem(strategy, recorder, problem)
     if problem is not None or own is None:
         _warn_new_round(filepath, str(problem), averaged=shared is None or shared["averaged"])
         return Resume(shared, None)
@@ -155,7 +155,7 @@ def _read(
     return None, f"{rank_path(filepath, strategy.global_rank)} is missing"
 
 
-def _first_problem(strategy: ParallelStrategy, recorder: Recorder, problem: str | None) -> str | None:
+def first_problem(strategy: ParallelStrategy, recorder: Recorder, problem: str | None) -> str | None:
     """Return, on all ranks, the problem of the first rank that has one."""
     mine = torch.tensor([problem is not None], dtype=torch.uint8, device=strategy.root_device)
     rows, pending = recorder.all_gather(mine, "control")

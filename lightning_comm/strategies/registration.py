@@ -6,6 +6,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_utilities.core import rank_zero
 
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticPeriod
+from lightning_comm.strategies.compression import CompressedDDPStrategy
 from lightning_comm.strategies.local_update import LocalUpdateStrategy
 
 # Lightning lower-cases the flag before the look-up, so names are lower case.
@@ -18,6 +19,13 @@ _LOCAL_UPDATE: dict[str, tuple[PeriodRule, dict[str, Any], str]] = {
         "post-local SGD: gradients averaged for half the run, then parameters every 8 steps",
     ),
     "qsr": (QuadraticPeriod(), {}, "QSR: parameters averaged ever more rarely as the learning rate falls"),
+}
+_COMPRESSED = {
+    "ddp_bf16": ("bf16", "DDP with gradients in bf16"),
+    "ddp_fp16": ("fp16", "DDP with gradients in fp16"),
+    "ddp_int8": ("int8", "DDP with gradients in 8 bits, rounded stochastically"),
+    "ddp_powersgd": ("powersgd", "DDP with gradients as matrices of rank 2"),
+    "ddp_topk": ("topk", "DDP with the largest 1 % of each gradient"),
 }
 
 
@@ -46,6 +54,17 @@ def register_strategies() -> None:
                 period=period,
                 start_method=start_method,
                 **arguments,
+            )
+    for base, (word, description) in _COMPRESSED.items():
+        for suffix, start_method in _START_METHODS.items():
+            names.append(base + suffix)
+            StrategyRegistry.register(
+                base + suffix,
+                CompressedDDPStrategy,
+                description=f"{description}; processes started by {start_method}",
+                override=True,
+                compression=word,
+                start_method=start_method,
             )
     _register_with_the_twin(names)
 

@@ -12,7 +12,7 @@ lie in a bucket, never by the bucket's number.
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -81,10 +81,11 @@ class GradientSync:
         self._scale: float | None = None
         self._under_way: deque[_Bucket] = deque()
         self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._spoilt: Tensor | None = None
 
-    def hook(self, state: object, bucket: GradBucket | tuple[Any, ...]) -> torch.futures.Future[torch.Tensor]:
+    def hook(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Take a bucket; what DDP registers."""
-        if isinstance(bucket, tuple):
+        if isinstance(cast(object, bucket), tuple):  # not what it is annotated as, and DDP wants that annotation
             raise RuntimeError(
                 "CompressedDDPStrategy: the reducer of `torch.compile` (`python_reducer`) hands over single gradients, "
                 "and a compression works on buckets. Leave `torch._dynamo.config.optimize_ddp` at its default."
@@ -126,9 +127,22 @@ class GradientSync:
         self.codec.begin_step()
 
     def _end_step(self) -> None:
+        spoilt: Tensor | None = None
         while self._under_way:
-            self._under_way.popleft().finish()
+            bucket = self._under_way.popleft()
+            bucket.finish()
+            if bucket.buffer.layout == torch.strided:
+                # one pass over the bucket, and no wait for a device
+                total = bucket.buffer.sum()
+                spoilt = ~torch.isfinite(total) if spoilt is None else spoilt | ~torch.isfinite(total).to(spoilt.device)
+        if spoilt is not None:
+            self._spoilt = spoilt.long() if self._spoilt is None else self._spoilt + spoilt
         self.codec.end_step()
+
+    @property
+    def non_finite_steps(self) -> int:
+        """How many steps brought a gradient with NaN or infinity. On CUDA this waits for the device."""
+        return int(self._spoilt) if self._spoilt is not None else 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, by parameter name. Tensors belong to this rank alone."""

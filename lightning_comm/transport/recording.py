@@ -49,12 +49,13 @@ class Pending:
     """A message on its way. :meth:`wait` blocks until it has arrived and writes it down."""
 
     work: dist.Work
-    written: Callable[[], None]
+    written: Callable[[float], None]
 
     def wait(self) -> None:
         """Block until the message has arrived, then record it."""
+        since = time.monotonic()
         self.work.wait()
-        self.written()
+        self.written(since)
 
     def done(self) -> bool:
         """Whether the message has arrived. Does not record it."""
@@ -67,6 +68,8 @@ class Recorder:
     Args:
         ledger: Where the records go.
         group: The ranks that take part; ``None`` for all of them in the default group.
+        beside_compute: Whether compute goes on between the start of a message and the wait for it. That time is
+            recorded as hidden; a message that arrived in it counts until somebody waited for it.
 
     Note:
         *Communication.* One message for each call. Every rank has to make the same calls in the same order.
@@ -76,12 +79,15 @@ class Recorder:
 
     """
 
-    def __init__(self, ledger: CommLedger, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, ledger: CommLedger, group: dist.ProcessGroup | None = None, *, beside_compute: bool = False
+    ) -> None:
         self.ledger = ledger
         self.step = 0  # optimizer steps done; whoever counts them keeps this up to date
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self._group = group
+        self._beside_compute = beside_compute
 
     def all_reduce(self, tensor: Tensor, purpose: str, op: Any = dist.ReduceOp.SUM) -> Pending:
         """Start summing ``tensor`` over the ranks, or reducing it otherwise, in place."""
@@ -120,17 +126,20 @@ class Recorder:
         started = time.monotonic()
         payload_bytes = tensor.numel() * tensor.element_size()
 
-        def written() -> None:
-            self._write(kind, purpose, payload_bytes, started, time.monotonic() - started)
+        def written(waited_since: float) -> None:
+            hidden_s = waited_since - started if self._beside_compute else 0.0
+            self._write(kind, purpose, payload_bytes, started, time.monotonic() - started, hidden_s)
 
         with counted_elsewhere():
             work = start()
         assert work is not None  # `None` is for ranks outside the group, and the group is all ranks
         return Pending(work, written)
 
-    def _write(self, kind: str, purpose: str, payload_bytes: int, start_s: float, duration_s: float) -> None:
+    def _write(
+        self, kind: str, purpose: str, payload_bytes: int, start_s: float, duration_s: float, hidden_s: float = 0.0
+    ) -> None:
         sent = wire_bytes(kind, payload_bytes, self.world_size)
-        record = CommRecord(kind, purpose, payload_bytes, sent, self.step, start_s, duration_s)
+        record = CommRecord(kind, purpose, payload_bytes, sent, self.step, start_s, duration_s, hidden_s)
         self.ledger.add(record)
         for observer in tuple(_observers):
             observer(record)

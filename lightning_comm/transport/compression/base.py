@@ -120,11 +120,13 @@ class Codec(ABC):
 
     Attributes:
         exact: Whether the result is the mean of the ranks' entries, but for rounding of the sums.
+        is_local: Whether its state differs between ranks, so that each must save its own.
         step: How often all parameters have been synchronised; whoever runs the codec counts it up.
 
     """
 
     exact: bool = False
+    is_local: bool = False
 
     def __init__(self, context: Context) -> None:
         self.context = context

@@ -20,6 +20,8 @@ class Feedback(Codec):
 
     """
 
+    is_local = True
+
     def __init__(self, codec: Codec) -> None:
         super().__init__(codec.context)
         self._codec = codec

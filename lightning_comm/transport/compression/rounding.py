@@ -23,8 +23,8 @@ def round_stochastically(entries: Tensor, scale: Tensor, limit: int, generator: 
     Example:
         >>> draw = torch.Generator().manual_seed(0)
         >>> rounded = round_stochastically(torch.full((8000,), 0.25), torch.tensor(1.0), 127, draw)
-        >>> sorted(set(rounded.tolist())), round(float(rounded.mean()), 1)
-        ([0.0, 1.0], 0.2)
+        >>> sorted(set(rounded.tolist())), abs(float(rounded.mean()) - 0.25) < 0.03
+        ([0.0, 1.0], True)
 
     """
     usable = torch.isfinite(scale) & (scale > 0)

@@ -1,0 +1,291 @@
+"""DDP whose gradients travel compressed: a thin shell around torch's hook and a codec."""
+
+import secrets
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_comm.core.ledger import CommLedger
+from lightning_comm.strategies import rank_files
+from lightning_comm.transport.compression.base import Compression, Context
+from lightning_comm.transport.compression.no_sync import NoSync
+from lightning_comm.transport.compression.words import compression_of
+from lightning_comm.transport.gradient_sync import GradientSync
+from lightning_comm.transport.recording import Recorder, leave_group_at_exit
+
+KEY = "lightning_comm.compression"
+VERSION = 1
+_WHERE = "CompressedDDPStrategy"
+
+
+class CompressedDDPStrategy(DDPStrategy):
+    """Train as under ``ddp``, and send gradients compressed.
+
+    Torch's DistributedDataParallel goes on cutting gradients into buckets and handing them over while the backward
+    runs; what of a bucket is sent, and how, the compression says. The hook is registered on every device (Lightning's
+    own ``ddp_comm_hook`` is left out without a word on all but CUDA).
+
+    Registered as ``ddp_bf16``, ``ddp_fp16``, ``ddp_int8``, ``ddp_powersgd`` and ``ddp_topk``, each also with
+    ``_spawn``, ``_fork`` and ``_notebook`` for the way processes are started.
+
+    Args:
+        compression: What to send: a :class:`Compression`, such as ``Cast("bf16")``, or its word: ``"bf16"``,
+            ``"fp16"``, ``"int8"``, ``"powersgd"``, ``"topk"``, ``"ternary"``, ``"no_sync"``.
+        seed: Where methods that round at random start from.
+        bucket_cap_mb: Size of DDP's buckets in MB; torch's default if left out. On slow networks small buckets, 0.5 to
+            1, often win.
+        find_unused_parameters: As in DDP.
+        gradient_as_bucket_view: As in DDP.
+        static_graph: As in DDP; not together with gradient accumulation, where torch 2.15 fails.
+        accelerator: As in Lightning's ``DDPStrategy``, like the arguments that follow.
+        parallel_devices: As there.
+        cluster_environment: As there.
+        checkpoint_io: As there.
+        precision_plugin: As there.
+        process_group_backend: As there.
+        timeout: As there.
+        start_method: As there.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: At set-up, if the Trainer asks for what cannot work together.
+
+    Note:
+        *Communication.* What the compression sends, once a bucket and step; :attr:`ledger` has every message. Buffers
+        are broadcast by DDP as ever and are not compressed.
+
+        *Resume.* What a method keeps on each rank (residuals) is saved in a folder beside the checkpoint, by the names
+        of parameters. On 2 ranks a resumed run repeats the one that was never stopped bit for bit; on 3 and more, the
+        order of sums in an all-reduce follows DDP's buckets, which start over.
+
+        *Non-finite gradients.* Show on all ranks alike, are counted (:attr:`non_finite_steps`), and leave kept
+        residuals as they were.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_comm import Cast, CompressedDDPStrategy
+        >>> strategy = CompressedDDPStrategy(Cast("bf16"), bucket_cap_mb=1)
+        >>> trainer = Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False)
+
+    """
+
+    def __init__(  # noqa: PLR0913  (the last eight are Lightning's)
+        self,
+        compression: Compression | str,
+        *,
+        seed: int = 0,
+        bucket_cap_mb: float | None = None,
+        find_unused_parameters: bool = False,
+        gradient_as_bucket_view: bool = False,
+        static_graph: bool = False,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        self.compression = compression_of(compression, _WHERE)
+        self._seed = seed
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+            find_unused_parameters=find_unused_parameters,
+            gradient_as_bucket_view=gradient_as_bucket_view,
+            static_graph=static_graph,
+            bucket_cap_mb=_checked_cap(bucket_cap_mb),
+        )
+        self._ledger = CommLedger()
+        self._sync: GradientSync | None = None
+        self._recorder: Recorder | None = None
+        self._resume: dict[str, Any] | None = None
+        self._trainer: Trainer | None = None
+        self._warned = False
+
+    @property
+    def ledger(self) -> CommLedger:
+        """Every message of gradients of the last or current ``fit``, on this rank."""
+        return self._ledger
+
+    @property
+    def non_finite_steps(self) -> int:
+        """How many synchronised gradients of the last or current ``fit`` had an entry that was not finite."""
+        return self._sync.non_finite_steps if self._sync is not None else 0
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        leave_group_at_exit()
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        if trainer.state.fn == TrainerFn.FITTING:
+            _check(trainer, self.compression, bool(self._ddp_kwargs["static_graph"]), self.world_size)
+            self._ledger = CommLedger()
+            self._warned = False
+        super().setup(trainer)
+
+    @override
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        module = self.lightning_module
+        assert isinstance(self.model, DistributedDataParallel)
+        assert module is not None
+        self._recorder = Recorder(self._ledger, beside_compute=True)
+        codec = self.compression.codec(Context(self._recorder, "gradients", self._seed))
+        self._sync = GradientSync(codec, self._recorder, module.named_parameters(), self._loss_scale)
+        if self._resume is not None:
+            self._sync.load_state_dict(self._resume)
+            self._resume = None
+        self.model.register_comm_hook(None, self._sync.hook)
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        if self._recorder is not None and self._trainer is not None:
+            self._recorder.step = self._trainer.global_step
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if not self._warned and self.root_device.type == "cpu" and self.non_finite_steps:
+            self._warned = True
+            rank_zero_warn(
+                f"{_WHERE}: the gradient of optimizer step {self._recorder.step if self._recorder else 0} is not "
+                "finite (NaN or infinity), alike on all ranks. Later ones are counted in `strategy.non_finite_steps` "
+                "without a word. A lower learning rate, gradient clipping or bf16 instead of fp16 may help."
+            )
+        return output
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        sync, trainer = self._sync, self._trainer
+        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        if sync is not None and trainer is not None and fitting and "optimizer_states" in checkpoint:
+            local = sync.codec.is_local and not trainer.interrupted  # a rank that failed writes nothing
+            token = ""
+            if local:
+                filepath, token = self.broadcast((str(filepath), secrets.token_hex(8)))
+                own = {"version": VERSION, "token": token, "sync": sync.state_dict()}
+                self.checkpoint_io.save_checkpoint(own, rank_files.rank_path(filepath, self.global_rank))
+                self.barrier()  # so that the file that everybody looks for appears after the folder beside it
+            checkpoint[KEY] = {
+                "version": VERSION,
+                "token": token,
+                "world_size": self.world_size,
+                "compression": repr(self.compression),
+                "sync": None if sync.codec.is_local else sync.state_dict(),
+            }
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._resume = self._state_of(checkpoint.get(KEY), checkpoint_path, weights_only)
+        return checkpoint
+
+    def _state_of(
+        self, shared: dict[str, Any] | None, filepath: _PATH, weights_only: bool | None
+    ) -> dict[str, Any] | None:
+        """Return what this rank goes on from, or ``None``, on all ranks alike, if a method starts afresh."""
+        if shared is not None and shared["compression"] == repr(self.compression) and shared["sync"] is not None:
+            return dict(shared["sync"])
+        own, problem = self._own_state(shared, filepath, weights_only)
+        recorder = Recorder(CommLedger())
+        problem = rank_files.first_problem(self, recorder, problem)
+        if problem is None:
+            return own
+        rank_zero_warn(
+            f"{_WHERE}: `ckpt_path`={str(filepath)!r} cannot bring back what {self.compression!r} had kept on each "
+            f"rank: {problem}. Training goes on from the weights and optimizer state in the file, with nothing kept. "
+            "For an exact continuation resume with the same compression and number of ranks, and keep the folder "
+            f"{rank_files.folder(filepath)!r} with the file."
+        )
+        return None
+
+    def _own_state(
+        self, shared: dict[str, Any] | None, filepath: _PATH, weights_only: bool | None
+    ) -> tuple[dict[str, Any] | None, str | None]:
+        if shared is None:
+            return None, "another strategy wrote it"
+        if shared["version"] != VERSION:
+            return None, f"its format is {shared['version']!r}, and this version reads {VERSION}"
+        if shared["compression"] != repr(self.compression):
+            return None, f"it was written under {shared['compression']}"
+        if shared["world_size"] != self.world_size:
+            return None, f"it was written by {shared['world_size']} ranks, and there are {self.world_size} now"
+        path = rank_files.rank_path(filepath, self.global_rank)
+        if not get_filesystem(path).exists(path):
+            return None, f"{path} is missing"
+        own = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        if own["token"] != shared["token"]:
+            return None, f"{path} belongs to another save"
+        return own["sync"], None
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        super().remove_checkpoint(filepath)
+        if self.local_rank == 0:
+            rank_files.remove(self.checkpoint_io, filepath)
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        # for start methods that pickle: what exists before processes start, without a run's handles
+        return {**super().__getstate__(), "_sync": None, "_recorder": None, "_resume": None, "_trainer": None}
+
+
+def _checked_cap(bucket_cap_mb: float | None) -> float | None:
+    number = isinstance(bucket_cap_mb, (int, float)) and not isinstance(bucket_cap_mb, bool)
+    if bucket_cap_mb is not None and not (number and bucket_cap_mb > 0):
+        raise ValueError(
+            f"{_WHERE}: `bucket_cap_mb` is a size in MB, so it must be a number > 0; got {bucket_cap_mb!r}. Leave it "
+            "out for torch's default."
+        )
+    return bucket_cap_mb
+
+
+def _check(trainer: Trainer, compression: Compression, static_graph: bool, world_size: int) -> None:
+    """Refuse what cannot work together, and say what will run but probably not as meant."""
+    if static_graph and trainer.accumulate_grad_batches > 1:
+        raise MisconfigurationException(
+            f"{_WHERE}: `static_graph=True` does not go with `accumulate_grad_batches`="
+            f"{trainer.accumulate_grad_batches}: torch's DDP fails in the first window, or no longer averages "
+            "gradients. Leave out one of the two."
+        )
+    if isinstance(compression, NoSync):
+        rank_zero_warn(
+            f"{_WHERE}: NoSync averages nothing, so every rank trains a model of its own. Use it to see how fast a "
+            "step would be without communication, never for a model that you keep."
+        )
+    if world_size == 1:
+        rank_zero_warn(
+            f"{_WHERE}: one process only, so there is nothing to send; what the compression rounds or leaves out is "
+            "lost for nothing. Give the Trainer `devices=2` or more."
+        )

@@ -1,0 +1,234 @@
+"""Compressed DDP under Lightning: equal ranks, exact resumes, counted bytes, and errors before training starts."""
+
+from contextlib import nullcontext
+from datetime import timedelta
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from support.processes import launch
+from support.training import Regression, loader, trainer, weights
+from torch import nn
+
+from lightning_comm import (
+    Cast,
+    CommProfiler,
+    CompressedDDPStrategy,
+    Int8,
+    NoSync,
+    PowerSGD,
+    Ternary,
+    TopK,
+)
+
+METHODS = [Cast("bf16"), Cast("fp16"), Int8(), TopK(0.2), Ternary(), PowerSGD(1)]
+NAMES = {
+    "ddp_bf16": Cast("bf16"),
+    "ddp_fp16": Cast("fp16"),
+    "ddp_int8": Int8(),
+    "ddp_powersgd": PowerSGD(2),
+    "ddp_topk": TopK(0.01),
+}
+BYTES = 4 * (5 * 12 + 12 + 12 * 12 + 12 + 12 + 1)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 1))
+
+
+def module():
+    return Regression(network(), lambda parameters: torch.optim.AdamW(parameters, lr=0.01))
+
+
+def compressed(compression, **kwargs):
+    return CompressedDDPStrategy(compression, timeout=timedelta(seconds=40), bucket_cap_mb=0.0003, **kwargs)
+
+
+def data(steps, rank):
+    return loader(steps, rank, dtype=torch.float32)
+
+
+def _fit(rank, compression, kwargs):
+    strategy = compressed(compression)
+    model = module()
+    runner = trainer(strategy, 2, **kwargs)
+    runner.fit(model, data(12, rank), data(2, rank))
+    ledger = strategy.ledger
+    return weights(model), model.losses, ledger.payload_bytes(), ledger.messages(), runner.global_step
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}],
+    ids=["plain", "accumulated", "clipped", "bf16-mixed"],
+)
+@pytest.mark.parametrize("compression", METHODS, ids=repr)
+def test_ranks_end_with_equal_weights_and_have_learnt(compression, kwargs):
+    one, other = launch(_fit, compression, kwargs, world_size=2)
+    assert all((a == b).all() for a, b in zip(one[0], other[0], strict=True))
+    assert one[2] > 0
+    assert one[4] == 12 // kwargs.get("accumulate_grad_batches", 1)
+
+
+def _plain(rank):
+    model = module()
+    trainer("ddp", 2).fit(model, data(12, rank))
+    return weights(model)
+
+
+def test_half_the_bytes_in_bf16_and_nearly_the_weights_of_plain_ddp():
+    plain = launch(_plain, world_size=2)
+    for expected, (got, _, payload_bytes, messages, _) in zip(
+        plain, launch(_fit, Cast("bf16"), {}, world_size=2), strict=True
+    ):
+        assert payload_bytes == 12 * BYTES // 2
+        assert messages > 12  # several buckets
+        for a, b in zip(expected, got, strict=True):
+            torch.testing.assert_close(torch.from_numpy(b), torch.from_numpy(a), rtol=0, atol=0.02)
+
+
+class Stepwise(Regression):
+    """Trains on data given by the step, whatever the loader yields: Lightning begins it again after a resume."""
+
+    def __init__(self):
+        super().__init__(network(), lambda parameters: torch.optim.AdamW(parameters, lr=0.01))
+
+    def loss(self, batch):
+        generator = torch.Generator().manual_seed(1000 * self.global_rank + self.global_step)
+        x = torch.randn(4, 5, generator=generator)
+        return nn.functional.mse_loss(self.net(x), x[:, :1] - x[:, 1:2] * x[:, 2:3])
+
+
+class Stop(Callback):
+    """Saves a checkpoint after a step, and ends the run there."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, runner, *args):
+        if runner.global_step == self.step:
+            runner.save_checkpoint(self.path)
+            runner.should_stop = True
+
+
+def _resumed(rank, compression, path, world_size=2, other=None):
+    whole = Stepwise()
+    trainer(compressed(compression), 2).fit(whole, data(10, rank))
+    runner = trainer(compressed(compression), 2, callbacks=[Stop(5, path)])
+    runner.fit(Stepwise(), data(10, rank))
+    model = Stepwise()
+    runner = trainer(compressed(other or compression), 2)
+    with pytest.warns(UserWarning, match="cannot bring back") if other and rank == 0 else nullcontext():
+        runner.fit(model, data(10, rank), ckpt_path=path)
+    return weights(whole), weights(model), runner.global_step
+
+
+@pytest.mark.parametrize("compression", METHODS, ids=repr)
+def test_a_resumed_run_ends_bit_for_bit_as_the_one_that_was_never_stopped(tmp_path, compression):
+    for whole, resumed, steps in launch(_resumed, compression, str(tmp_path / "at5.ckpt"), world_size=2):
+        assert steps == 10
+        assert all((a == b).all() for a, b in zip(whole, resumed, strict=True))
+
+
+def test_what_another_method_kept_is_not_taken_up_and_that_is_said(tmp_path):
+    for _, resumed, steps in launch(_resumed, Int8(), str(tmp_path / "a.ckpt"), 2, TopK(0.2), world_size=2):
+        assert steps == 10
+        assert all(torch.isfinite(torch.from_numpy(each)).all() for each in resumed)
+
+
+def _kept_files(rank, folder):
+    checkpoints = ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=1, monitor="step", mode="max")
+    runner = trainer(compressed(Int8()), 2, callbacks=[checkpoints], enable_checkpointing=True)
+    runner.fit(module(), data(12, rank))
+
+
+def test_the_ranks_folder_goes_with_its_checkpoint(tmp_path):
+    launch(_kept_files, str(tmp_path), world_size=2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 2
+    assert names[1] == names[0] + ".ranks"
+    assert sorted(path.name for path in (tmp_path / names[1]).iterdir()) == ["rank0.pt", "rank1.pt"]
+
+
+class Bad(Regression):
+    """Has a loss that is not a number, on one rank, once."""
+
+    def loss(self, batch):
+        loss = super().loss(batch)
+        return loss * torch.nan if self.global_rank == 1 and self.global_step == 2 else loss
+
+
+def _bad(rank):
+    strategy = compressed(Cast("bf16"))
+    with pytest.warns(UserWarning, match="optimizer step 2 is not") if rank == 0 else nullcontext():
+        trainer(strategy, 2, max_steps=4).fit(Bad(network()), data(6, rank))
+    return strategy.non_finite_steps
+
+
+def test_a_gradient_that_is_not_finite_is_reported_and_counted_alike():
+    assert launch(_bad, world_size=2) == [2, 2]  # the step itself, and the one after it, with weights that are NaN
+
+
+def _apart(rank):
+    model = module()
+    with pytest.warns(UserWarning, match="every rank trains a model of its own") if rank == 0 else nullcontext():
+        trainer(compressed(NoSync()), 2).fit(model, data(4, rank))
+    return weights(model)
+
+
+def test_without_synchronisation_ranks_drift_apart_and_it_says_so():
+    one, other = launch(_apart, world_size=2)
+    assert any((a != b).any() for a, b in zip(one, other, strict=True))
+
+
+def _profiled(rank, folder):
+    strategy = compressed(Int8())
+    profiler = CommProfiler(folder, warmup_steps=0)
+    trainer(strategy, 2, callbacks=[profiler]).fit(module(), data(8, rank))
+    return profiler.figures.total_wire_bytes["gradients"], strategy.ledger.wire_bytes(), profiler.figures.untimed_steps
+
+
+def test_the_profiler_counts_what_the_ledger_counts(tmp_path):
+    for measured, ledger, untimed in launch(_profiled, str(tmp_path), world_size=2):
+        assert measured == ledger
+        assert untimed == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("suffix", "method"), [("", "popen"), ("_spawn", "spawn"), ("_fork", "fork")])
+def test_a_name_gives_its_method_and_start_method(name, suffix, method):
+    assert name + suffix in StrategyRegistry
+    strategy = Trainer(strategy=name + suffix, accelerator="cpu", devices=2, logger=False).strategy
+    assert isinstance(strategy, CompressedDDPStrategy)
+    assert strategy.compression == NAMES[name]
+    assert strategy._start_method == method
+
+
+def _static(rank):
+    runner = trainer(compressed(Cast("bf16"), static_graph=True), 2, accumulate_grad_batches=2)
+    with pytest.raises(MisconfigurationException) as caught:
+        runner.fit(module(), data(4, rank))
+    return str(caught.value)
+
+
+def test_a_static_graph_with_accumulation_is_refused():
+    for said in launch(_static, world_size=2):
+        assert "static_graph" in said
+        assert "accumulate_grad_batches`=2" in said
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (lambda: CompressedDDPStrategy("bf61"), ("CompressedDDPStrategy", "'bf61'", "'bf16'")),
+        (lambda: CompressedDDPStrategy(Cast("bf16"), bucket_cap_mb=0), ("`bucket_cap_mb`", "got 0", "default")),
+    ],
+)
+def test_bad_arguments_are_named_with_a_way_out(make, parts):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (the line below reads all of it)
+        make()
+    assert [part for part in parts if part not in str(caught.value)] == []
