@@ -14,8 +14,10 @@ from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.int8 import Int8
 from lightning_comm.transport.compression.no_sync import NoSync
 from lightning_comm.transport.compression.power_sgd import PowerSGD
+from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.ternary import Ternary
 from lightning_comm.transport.compression.top_k import TopK
+from lightning_comm.transport.pruning import MagnitudePruning, MaskFile, MaskFunction, ModulePruning, Pruning
 
 __all__ = [
     "Averaging",
@@ -30,12 +32,18 @@ __all__ = [
     "FixedPeriod",
     "Int8",
     "LocalUpdateStrategy",
+    "MagnitudePruning",
+    "MaskFile",
+    "MaskFunction",
+    "ModulePruning",
     "NoSync",
     "PeriodRule",
     "PowerPeriod",
     "PowerSGD",
+    "Pruning",
     "QuadraticPeriod",
     "RoundClock",
+    "SparseMask",
     "Ternary",
     "TopK",
     "load_profile",

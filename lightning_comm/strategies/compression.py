@@ -21,8 +21,10 @@ from typing_extensions import override
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.strategies import rank_files
+from lightning_comm.strategies.pruned_weights import PrunedWeights, check_optimizers
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.no_sync import NoSync
+from lightning_comm.transport.compression.sparse_mask import SparseMask, SparseMaskCodec
 from lightning_comm.transport.compression.words import compression_of
 from lightning_comm.transport.gradient_sync import GradientSync
 from lightning_comm.transport.recording import Recorder, leave_group_at_exit
@@ -39,12 +41,14 @@ class CompressedDDPStrategy(DDPStrategy):
     runs; what of a bucket is sent, and how, the compression says. The hook is registered on every device (Lightning's
     own ``ddp_comm_hook`` is left out without a word on all but CUDA).
 
-    Registered as ``ddp_bf16``, ``ddp_fp16``, ``ddp_int8``, ``ddp_powersgd`` and ``ddp_topk``, each also with
-    ``_spawn``, ``_fork`` and ``_notebook`` for the way processes are started.
+    Registered as ``ddp_bf16``, ``ddp_fp16``, ``ddp_int8``, ``ddp_powersgd``, ``ddp_topk``, ``ddp_sparse_mask`` and
+    ``pactrain`` (a mask, then bf16), each also with ``_spawn``, ``_fork`` and ``_notebook`` for the way processes are
+    started.
 
     Args:
         compression: What to send: a :class:`Compression`, such as ``Cast("bf16")``, or its word: ``"bf16"``,
-            ``"fp16"``, ``"int8"``, ``"powersgd"``, ``"topk"``, ``"ternary"``, ``"no_sync"``.
+            ``"fp16"``, ``"int8"``, ``"powersgd"``, ``"topk"``, ``"ternary"``, ``"sparse_mask"``, ``"no_sync"``; or a
+            list of a mask and one more, ``[SparseMask(…), Cast("bf16")]``.
         seed: Where methods that round at random start from.
         bucket_cap_mb: Size of DDP's buckets in MB; torch's default if left out. On slow networks small buckets, 0.5 to
             1, often win.
@@ -85,7 +89,7 @@ class CompressedDDPStrategy(DDPStrategy):
 
     def __init__(  # noqa: PLR0913  (the last eight are Lightning's)
         self,
-        compression: Compression | str,
+        compression: Compression | str | list[Compression | str],
         *,
         seed: int = 0,
         bucket_cap_mb: float | None = None,
@@ -122,6 +126,7 @@ class CompressedDDPStrategy(DDPStrategy):
         self._recorder: Recorder | None = None
         self._resume: dict[str, Any] | None = None
         self._trainer: Trainer | None = None
+        self._pruned: PrunedWeights | None = None
         self._warned = False
 
     @property
@@ -147,6 +152,14 @@ class CompressedDDPStrategy(DDPStrategy):
             self._ledger = CommLedger()
             self._warned = False
         super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and self._pruned is not None:
+            check_optimizers(self.optimizers)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self._pruned is not None and self._trainer is not None:
+            self._pruned.start(self._trainer, self.optimizers)  # here, since optimizer states have been restored
 
     @override
     def configure_ddp(self) -> None:
@@ -161,6 +174,9 @@ class CompressedDDPStrategy(DDPStrategy):
             self._sync.load_state_dict(self._resume)
             self._resume = None
         self.model.register_comm_hook(None, self._sync.hook)
+        self._pruned = None
+        if isinstance(self.compression, SparseMask) and isinstance(codec, SparseMaskCodec):
+            self._pruned = PrunedWeights(module, codec, self.compression, Recorder(self._ledger))
 
     def _loss_scale(self) -> float:
         scaler = getattr(self.precision_plugin, "scaler", None)
@@ -171,6 +187,8 @@ class CompressedDDPStrategy(DDPStrategy):
         if self._recorder is not None and self._trainer is not None:
             self._recorder.step = self._trainer.global_step
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._pruned is not None:
+            self._pruned.keep_at_zero()
         if not self._warned and self.root_device.type == "cpu" and self.non_finite_steps:
             self._warned = True
             rank_zero_warn(
@@ -258,7 +276,14 @@ class CompressedDDPStrategy(DDPStrategy):
     @override
     def __getstate__(self) -> dict[str, Any]:
         # for start methods that pickle: what exists before processes start, without a run's handles
-        return {**super().__getstate__(), "_sync": None, "_recorder": None, "_resume": None, "_trainer": None}
+        return {
+            **super().__getstate__(),
+            "_sync": None,
+            "_recorder": None,
+            "_resume": None,
+            "_trainer": None,
+            "_pruned": None,
+        }
 
 
 def _checked_cap(bucket_cap_mb: float | None) -> float | None:

@@ -8,6 +8,9 @@ from lightning_utilities.core import rank_zero
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticPeriod
 from lightning_comm.strategies.compression import CompressedDDPStrategy
 from lightning_comm.strategies.local_update import LocalUpdateStrategy
+from lightning_comm.transport.compression.base import Compression
+from lightning_comm.transport.compression.cast import Cast
+from lightning_comm.transport.compression.sparse_mask import SparseMask
 
 # Lightning lower-cases the flag before the look-up, so names are lower case.
 _START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
@@ -20,12 +23,14 @@ _LOCAL_UPDATE: dict[str, tuple[PeriodRule, dict[str, Any], str]] = {
     ),
     "qsr": (QuadraticPeriod(), {}, "QSR: parameters averaged ever more rarely as the learning rate falls"),
 }
-_COMPRESSED = {
+_COMPRESSED: dict[str, tuple[Compression | str, str]] = {
     "ddp_bf16": ("bf16", "DDP with gradients in bf16"),
     "ddp_fp16": ("fp16", "DDP with gradients in fp16"),
     "ddp_int8": ("int8", "DDP with gradients in 8 bits, rounded stochastically"),
     "ddp_powersgd": ("powersgd", "DDP with gradients as matrices of rank 2"),
     "ddp_topk": ("topk", "DDP with the largest 1 % of each gradient"),
+    "ddp_sparse_mask": ("sparse_mask", "DDP of a pruned model, without the gradients of pruned weights"),
+    "pactrain": (SparseMask(then=Cast("bf16")), "the same, with what is left in bf16"),
 }
 
 
@@ -55,7 +60,7 @@ def register_strategies() -> None:
                 start_method=start_method,
                 **arguments,
             )
-    for base, (word, description) in _COMPRESSED.items():
+    for base, (compression, description) in _COMPRESSED.items():
         for suffix, start_method in _START_METHODS.items():
             names.append(base + suffix)
             StrategyRegistry.register(
@@ -63,7 +68,7 @@ def register_strategies() -> None:
                 CompressedDDPStrategy,
                 description=f"{description}; processes started by {start_method}",
                 override=True,
-                compression=word,
+                compression=compression,
                 start_method=start_method,
             )
     _register_with_the_twin(names)

@@ -350,6 +350,7 @@ def test_words_stand_for_compressions():
         "powersgd": "PowerSGD",
         "topk": "TopK",
         "ternary": "Ternary",
+        "sparse_mask": "SparseMask",
         "no_sync": "NoSync",
     }
     assert compression_of(TopK(0.5), "here") == TopK(0.5)

@@ -1,6 +1,7 @@
 """A compression by its name, as configs and registered strategies give it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 
 from lightning_comm.transport.compression.base import Compression
@@ -8,6 +9,7 @@ from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.int8 import Int8
 from lightning_comm.transport.compression.no_sync import NoSync
 from lightning_comm.transport.compression.power_sgd import PowerSGD
+from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.ternary import Ternary
 from lightning_comm.transport.compression.top_k import TopK
 
@@ -18,31 +20,49 @@ WORDS: dict[str, Callable[[], Compression]] = {
     "powersgd": PowerSGD,
     "topk": TopK,
     "ternary": Ternary,
+    "sparse_mask": SparseMask,
     "no_sync": NoSync,
 }
 
 
-def compression_of(given: Compression | str, where: str) -> Compression:
-    """Return the compression that a user gave, as an object or as a word.
+def compression_of(given: Compression | str | Sequence[Compression | str], where: str) -> Compression:
+    """Return the compression that a user gave: an object, a word, or a chain of a mask and one of them.
 
     Args:
         given: What the user gave.
         where: Whose argument it is, for the message.
 
     Raises:
-        ValueError: If it is neither; the message says what is near.
+        ValueError: If it is none of these; the message says what is near.
 
     Example:
         >>> compression_of("bf16", "here")
         Cast(dtype='bf16')
+        >>> compression_of(["sparse_mask", "bf16"], "here").then
+        Cast(dtype='bf16')
 
     """
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return _chain([compression_of(each, where) for each in given], where)
     if isinstance(given, Compression):
         return given
     if isinstance(given, str) and given in WORDS:
         return WORDS[given]()
     near = get_close_matches(given, WORDS, n=1) if isinstance(given, str) else []
+    words = ", ".join(map(repr, WORDS))
     raise ValueError(
-        f"{where}: `compression` must be a compression or one of {', '.join(map(repr, WORDS))}; got {given!r}."
-        + (f" Did you mean {near[0]!r}?" if near else " Give an object such as Cast('bf16').")
+        f"{where}: `compression` must be a compression, a list of a mask and one more, or one of {words}; got "
+        f"{given!r}." + (f" Did you mean {near[0]!r}?" if near else " Give an object such as Cast('bf16').")
+    )
+
+
+def _chain(parts: list[Compression], where: str) -> Compression:
+    if len(parts) == 1:
+        return parts[0]
+    if len(parts) == 2 and isinstance(parts[0], SparseMask) and parts[0].then is None:
+        return replace(parts[0], then=parts[1])
+    raise ValueError(
+        f"{where}: a list for `compression` is a SparseMask and what is done with the entries that it keeps, such as "
+        f"[SparseMask(), Cast('bf16')]; got {parts!r}. Other methods need the whole gradient, so they cannot follow "
+        "each other."
     )

@@ -1,0 +1,194 @@
+"""Sparse masks under Lightning: pruned weights are zero to the end, whatever the optimizer, and after a resume."""
+
+import inspect
+import warnings
+from contextlib import nullcontext
+from datetime import timedelta
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from support.processes import launch
+from support.training import Regression, loader, trainer, weights
+from torch import nn
+
+from lightning_comm import (
+    Cast,
+    CompressedDDPStrategy,
+    Int8,
+    MagnitudePruning,
+    MaskFunction,
+    ModulePruning,
+    SparseMask,
+    Ternary,
+)
+
+REFUSED = {"LBFGS", "SparseAdam"}
+OPTIMIZERS = sorted(
+    name
+    for name, each in vars(torch.optim).items()
+    if inspect.isclass(each) and issubclass(each, torch.optim.Optimizer) and each is not torch.optim.Optimizer
+)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(5, 12, bias=False), nn.Tanh(), nn.Linear(12, 12, bias=False), nn.Tanh(), nn.Linear(12, 1, bias=False)
+    )
+
+
+class Stepwise(Regression):
+    """Trains on data given by the step, whatever the loader yields: Lightning begins it again after a resume."""
+
+    def __init__(self, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01)):
+        super().__init__(network(), optimizer)
+
+    def loss(self, batch):
+        generator = torch.Generator().manual_seed(1000 * self.global_rank + self.global_step)
+        x = torch.randn(4, 5, generator=generator)
+        return nn.functional.mse_loss(self.net(x), x[:, :1] - x[:, 1:2] * x[:, 2:3])
+
+
+def masked(then=None, sparsity=0.6, **kwargs):
+    compression = SparseMask(MagnitudePruning(sparsity), then)
+    return CompressedDDPStrategy(compression, timeout=timedelta(seconds=40), bucket_cap_mb=0.0003, **kwargs)
+
+
+def data(steps, rank):
+    return loader(steps, rank, dtype=torch.float32)
+
+
+def zeros(module):
+    return sum(int((each == 0).sum()) for each in module.parameters())
+
+
+PRUNED = 216 - round(0.4 * 216)  # of 60, 144 and 12 weights
+
+
+def _under(rank, name):
+    kwargs = {"lr": 0.01} | ({"momentum": 0.9} if name in ("SGD", "RMSprop") else {})
+    model = Stepwise(lambda parameters: getattr(torch.optim, name)(parameters, **kwargs))
+    trainer(masked(), 2).fit(model, data(8, rank))
+    return zeros(model), weights(model), float(sum(each.detach().abs().sum() for each in model.parameters()))
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - REFUSED))
+def test_pruned_weights_stay_exactly_zero_under_every_optimizer_of_torch(name):
+    answers = launch(_under, name, world_size=2)
+    for count, _, size in answers:
+        assert count == PRUNED
+        assert size > 1
+    assert all((a == b).all() for a, b in zip(answers[0][1], answers[1][1], strict=True))
+
+
+def _refused(rank, name):
+    model = Stepwise(lambda parameters: getattr(torch.optim, name)(parameters, lr=0.01))
+    with pytest.raises(MisconfigurationException) as caught:
+        trainer(masked(), 2).fit(model, data(2, rank))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_optimizers_that_mix_what_is_pruned_are_refused_before_training(name):
+    assert name in OPTIMIZERS
+    for said in launch(_refused, name, world_size=2):
+        assert name in said
+        assert "AdamW or SGD" in said
+
+
+class Stop(Callback):
+    """Saves a checkpoint after a step, and ends the run there."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, runner, *args):
+        if runner.global_step == self.step:
+            runner.save_checkpoint(self.path)
+            runner.should_stop = True
+
+
+def _resumed(rank, then, path):
+    whole = Stepwise()
+    trainer(masked(then), 2).fit(whole, data(10, rank))
+    trainer(masked(then), 2, callbacks=[Stop(5, path)]).fit(Stepwise(), data(10, rank))
+    model = Stepwise()
+    trainer(masked(then), 2).fit(model, data(10, rank), ckpt_path=path)
+    return weights(whole), weights(model), zeros(model)
+
+
+@pytest.mark.parametrize("then", [None, Cast("bf16"), Int8(), Ternary()], ids=repr)
+def test_a_resumed_run_keeps_its_masks_and_ends_bit_for_bit_as_one_that_was_never_stopped(tmp_path, then):
+    for whole, resumed, count in launch(_resumed, then, str(tmp_path / "at5.ckpt"), world_size=2):
+        assert count == PRUNED
+        assert all((a == b).all() for a, b in zip(whole, resumed, strict=True))
+
+
+def _pruned_after_a_dense_run(rank, path):
+    trainer("ddp", 2, callbacks=[Stop(5, path)]).fit(Stepwise(), data(10, rank))
+    model = Stepwise()
+    with pytest.warns(UserWarning, match="another strategy wrote it") if rank == 0 else nullcontext():
+        trainer(masked(), 2).fit(model, data(10, rank), ckpt_path=path)
+    return zeros(model)
+
+
+def test_momenta_of_a_dense_start_do_not_revive_pruned_weights(tmp_path):
+    assert launch(_pruned_after_a_dense_run, str(tmp_path / "dense.ckpt"), world_size=2) == [PRUNED, PRUNED]
+
+
+def _averaged(rank):
+    model = Stepwise()
+    average = EMAWeightAveraging(decay=0.9)
+    seen = []
+
+    class Look(Callback):
+        def on_train_end(self, runner, module):
+            seen.append(zeros(average._average_model))
+
+    trainer(masked(), 2, callbacks=[Look(), average]).fit(model, data(6, rank))
+    return seen
+
+
+def test_averages_of_the_weights_over_time_are_pruned_too():
+    assert launch(_averaged, world_size=2) == [[PRUNED], [PRUNED]]
+
+
+def _by_torch(rank):
+    model = Stepwise()
+    nn.utils.prune.l1_unstructured(model.net[2], "weight", amount=0.5)
+    strategy = CompressedDDPStrategy(SparseMask(ModulePruning()), timeout=timedelta(seconds=40))
+    trainer(strategy, 2).fit(model, data(4, rank))
+    return int((model.net[2].weight_orig == 0).sum()), strategy.ledger.payload_bytes("gradients")
+
+
+def test_masks_left_by_torch_are_taken_up():
+    assert launch(_by_torch, world_size=2) == [(72, 4 * 4 * (60 + 72 + 12))] * 2
+
+
+def _bad_function(rank):
+    strategy = CompressedDDPStrategy(
+        SparseMask(MaskFunction(lambda module: {"net.9.weight": torch.ones(1).bool()})), timeout=timedelta(seconds=40)
+    )
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (the test reads all of it)
+        trainer(strategy, 2).fit(Stepwise(), data(2, rank))
+    return str(caught.value)
+
+
+def test_masks_that_do_not_fit_are_an_error_on_all_ranks_before_training():
+    for said in launch(_bad_function, world_size=2):
+        assert "'net.9.weight'" in said
+        assert "is no parameter" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "compression"), [("ddp_sparse_mask", SparseMask()), ("pactrain", SparseMask(then=Cast("bf16")))]
+)
+def test_names_stand_for_masks(name, compression):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        strategy = Trainer(strategy=name, accelerator="cpu", devices=2, logger=False).strategy
+    assert isinstance(strategy, CompressedDDPStrategy)
+    assert strategy.compression == compression
