@@ -35,7 +35,7 @@ def run(words: list[str], folder: Path) -> str:
 
 
 def test_there_are_configs_to_test():
-    assert {"ddp", "local_sgd", "post_local_sgd", "qsr"} <= {config.stem for config in CONFIGS}
+    assert {"ddp", "local_sgd", "post_local_sgd", "qsr", "pactrain", "ddp_bf16"} <= {config.stem for config in CONFIGS}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
