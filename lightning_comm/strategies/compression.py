@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
@@ -140,6 +140,12 @@ class CompressedDDPStrategy(DDPStrategy):
         return self._sync.non_finite_steps if self._sync is not None else 0
 
     @override
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        if model.trainer.state.fn == TrainerFn.FITTING:
+            self._sync = self._pruned = self._resume = None  # those of an earlier fit
+
+    @override
     def setup_environment(self) -> None:
         super().setup_environment()
         leave_group_at_exit()
@@ -226,7 +232,11 @@ class CompressedDDPStrategy(DDPStrategy):
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._resume = self._state_of(checkpoint.get(KEY), checkpoint_path, weights_only)
+            state = self._state_of(checkpoint.get(KEY), checkpoint_path, weights_only)
+            if self._sync is None:
+                self._resume = state  # taken up at set-up
+            elif state is not None:
+                self._sync.load_state_dict(state)  # a tuner within `fit` puts back what its trial run has changed
         return checkpoint
 
     def _state_of(

@@ -1,6 +1,7 @@
 """Sparse masks under Lightning: pruned weights are zero to the end, whatever the optimizer, and after a resume."""
 
 import inspect
+import tempfile
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
@@ -8,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.processes import launch
 from support.training import Regression, loader, trainer, weights
@@ -166,6 +167,39 @@ def _by_torch(rank):
 
 def test_masks_left_by_torch_are_taken_up():
     assert launch(_by_torch, world_size=2) == [(72, 4 * 4 * (60 + 72 + 12))] * 2
+
+
+def _after_a_trial(rank, finds, then):
+    model = Stepwise()
+    callbacks = [LearningRateFinder(num_training_steps=4, update_attr=False)] if finds else []
+    trainer(masked(then), 2, callbacks=callbacks, default_root_dir=tempfile.mkdtemp()).fit(model, data(8, rank))
+    return weights(model), zeros(model)
+
+
+@pytest.mark.parametrize("then", [None, Int8(), Ternary()], ids=repr)
+def test_the_trial_run_of_a_learning_rate_finder_leaves_no_trace(then):
+    alone = launch(_after_a_trial, False, then, world_size=2)
+    for (expected, _), (got, count) in zip(alone, launch(_after_a_trial, True, then, world_size=2), strict=True):
+        assert count == PRUNED
+        assert all((a == b).all() for a, b in zip(expected, got, strict=True))
+
+
+def _twice(rank):
+    runner = trainer(masked(Int8()), 2)
+    first, second = Stepwise(), Stepwise()
+    torch.manual_seed(1)
+    for layer in (0, 2, 4):
+        second.net[layer].reset_parameters()
+    runner.fit(first, data(4, rank))
+    runner.fit_loop.max_epochs = 2
+    runner.fit(second, data(4, rank))
+    return [[each == 0 for each in weights(model)] for model in (first, second)]
+
+
+def test_the_next_fit_of_a_trainer_has_masks_of_its_own():
+    for first, second in launch(_twice, world_size=2):
+        assert [sum(int(each.sum()) for each in masks) for masks in (first, second)] == [PRUNED, PRUNED]
+        assert any((a != b).any() for a, b in zip(first, second, strict=True))
 
 
 def _bad_function(rank):
