@@ -70,9 +70,7 @@ def probe_link(
             f"got {plan.seconds!r}. Raise it, or ask for smaller sizes."
         )
     gathers = bench.all_gathers()
-    ends = {name: hosts.index(name) for name in dict.fromkeys(hosts)}
-    if len(ends) == 1:
-        ends = {f"rank {rank}": rank for rank in range(len(hosts))}
+    ends = link_ends(hosts)
     links = bench.links(ends)
     worst = slowest(links) if links else None
     way = (ends[worst.source], ends[worst.target]) if worst else tuple(ends.values())[:2]
@@ -86,6 +84,18 @@ def probe_link(
         links=tuple(links),
         environment={**(environment or {}), "seconds": f"{bench.elapsed_s:.1f}"},
     )
+
+
+def link_ends(hosts: Sequence[str]) -> dict[str, int]:
+    """Return which rank stands for each end of a link: the first one of a host, or each rank where there is one host.
+
+    Example:
+        >>> link_ends(["a", "a", "b"]), link_ends(["a", "a"])
+        ({'a': 0, 'b': 2}, {'rank 0': 0, 'rank 1': 1})
+
+    """
+    ends = {name: hosts.index(name) for name in dict.fromkeys(hosts)}
+    return ends if len(ends) > 1 else {f"rank {rank}": rank for rank in range(len(hosts))}
 
 
 def host_names(places: Sequence[tuple[str, int]]) -> list[str]:

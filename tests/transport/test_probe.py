@@ -11,7 +11,7 @@ from lightning_comm.core.costs import LinkProfile, schedule
 from lightning_comm.core.probe_plan import MAX_BYTES, ProbePlan, pairs
 from lightning_comm.transport import probe
 from lightning_comm.transport.nccl_log import ways_taken
-from lightning_comm.transport.probe import host_names, probe_link
+from lightning_comm.transport.probe import host_names, link_ends, probe_link
 
 SIZES = (4, 4096, 2**18, 2**20)
 PLAN = ProbePlan(SIZES, repeats=3, seconds=30.0)
@@ -69,7 +69,9 @@ def test_both_directions_of_every_pair_are_measured(of_three):
 def test_ranks_of_one_host_stand_in_for_hosts(of_two):
     profile = of_two[0]
     assert profile.hosts == ("a", "a")
-    assert {end for link in profile.links for end in (link.source, link.target)} == {"rank 0", "rank 1"}
+    assert link_ends(profile.hosts) == {"rank 0": 0, "rank 1": 1}
+    # where other work on this machine hides what a message costs, that link is left out
+    assert {end for link in profile.links for end in (link.source, link.target)} <= {"rank 0", "rank 1"}
 
 
 def test_what_is_gathered_never_outgrows_the_memory_that_was_announced(of_two):
