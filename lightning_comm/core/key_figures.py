@@ -5,7 +5,7 @@ subtracted from it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_comm.core.ledger import CommRecord
@@ -110,12 +110,26 @@ def measure_step(frame: StepFrame, records: Sequence[CommRecord]) -> StepFigures
         wire_bytes=by_purpose((record.purpose, record.wire_bytes) for record in records),
         dense_bytes=frame.dense_bytes,
         comm_s=comm_s,
-        exposed_s=max(0.0, comm_s - sum(record.hidden_s for record in technique)),
+        exposed_s=union_s([exposed_part(record) for record in technique]),
         wait_s=union_s(meetings),
         lightning_s=union_s([record for record in records if record.purpose == LIGHTNING]),
         other_s=union_s([record for record in records if record.purpose in OTHERS]),
         timed=_all_timed(technique),
         met=bool(meetings),
+    )
+
+
+def exposed_part(record: CommRecord) -> CommRecord:
+    """Return the part of a message beside which nothing was computed: its end, for which somebody waited.
+
+    Example:
+        >>> record = CommRecord("all_reduce", "gradients", 8, 8, 0, start_s=1.0, duration_s=0.5, hidden_s=0.375)
+        >>> exposed_part(record).start_s, exposed_part(record).duration_s
+        (1.375, 0.125)
+
+    """
+    return replace(
+        record, start_s=record.start_s + record.hidden_s, duration_s=record.duration_s - record.hidden_s, hidden_s=0.0
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lightning_comm.core.key_figures import LIGHTNING, MEETING, OTHERS, StepFrame, intervals, of_technique
+from lightning_comm.core.key_figures import LIGHTNING, MEETING, OTHERS, StepFrame, exposed_part, intervals, of_technique
 from lightning_comm.core.ledger import CommRecord
 
 
@@ -36,16 +36,12 @@ class TimelineStep(NamedTuple):
 def draw(frame: StepFrame, records: Sequence[CommRecord]) -> TimelineStep:
     """Return how a step is drawn, from the messages in it."""
     technique = [record for record in records if of_technique(record.purpose) and record.purpose != MEETING]
-    exposed = [
-        replace(record, start_s=record.start_s + record.hidden_s, duration_s=record.duration_s - record.hidden_s)
-        for record in technique
-    ]
     groups = {
         "wait": [record for record in records if record.purpose == MEETING],
         "lightning": [record for record in records if record.purpose == LIGHTNING],
         "other": [record for record in records if record.purpose in OTHERS],
         "hidden": [replace(record, duration_s=record.hidden_s) for record in technique],
-        "exposed": exposed,
+        "exposed": [exposed_part(record) for record in technique],
     }
     spans = [Span(name, *interval) for name, group in groups.items() for interval in intervals(group)]
     return TimelineStep(frame.batch, frame.start_s, frame.end_s, sorted(spans, key=lambda span: span.start_s))

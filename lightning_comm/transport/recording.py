@@ -69,7 +69,7 @@ class Recorder:
         ledger: Where the records go.
         group: The ranks that take part; ``None`` for all of them in the default group.
         beside_compute: Whether compute goes on between the start of a message and the wait for it. That time is
-            recorded as hidden; a message that arrived in it counts until somebody waited for it.
+            recorded as hidden. On CUDA, where its arrival is not seen, a message lasts until somebody waited for it.
 
     Note:
         *Communication.* One message for each call. Every rank has to make the same calls in the same order.
@@ -126,13 +126,18 @@ class Recorder:
         started = time.monotonic()
         payload_bytes = tensor.numel() * tensor.element_size()
 
+        arrived: list[float] = []
+
         def written(waited_since: float) -> None:
-            hidden_s = waited_since - started if self._beside_compute else 0.0
-            self._write(kind, purpose, payload_bytes, started, time.monotonic() - started, hidden_s)
+            ended = min([time.monotonic(), *arrived])
+            hidden_s = min(waited_since, ended) - started if self._beside_compute else 0.0
+            self._write(kind, purpose, payload_bytes, started, ended - started, hidden_s)
 
         with counted_elsewhere():
             work = start()
         assert work is not None  # `None` is for ranks outside the group, and the group is all ranks
+        if self._beside_compute and not tensor.is_cuda:
+            work.get_future().add_done_callback(lambda _: arrived.append(time.monotonic()))
         return Pending(work, written)
 
     def _write(

@@ -72,6 +72,17 @@ def test_a_step_keeps_hidden_exposed_waiting_lightning_and_others_apart():
     assert (figures.timed, figures.met) == (True, True)
 
 
+def test_messages_that_overlap_are_exposed_only_while_somebody_waits():
+    # both travel from 0.0 on beside compute; from 0.6 to 0.7 one waits for the first, until 0.8 for the second
+    records = [
+        CommRecord("all_reduce", "gradients", 8, 8, 0, start_s=0.0, duration_s=0.7, hidden_s=0.6),
+        CommRecord("all_reduce", "gradients", 8, 8, 0, start_s=0.1, duration_s=0.7, hidden_s=0.6),
+    ]
+    figures = measure_step(StepFrame(0, 0, 1, 0.0, 1.0, 16), records)
+    assert figures.comm_s == pytest.approx(0.8)
+    assert figures.exposed_s == pytest.approx(0.2)  # and not 0.8 less twice 0.6
+
+
 def test_bytes_without_a_time_make_a_step_untimed_unless_another_record_has_the_time():
     frame = StepFrame(0, 0, 1, 0.0, 0.1, 0)
     assert not measure_step(frame, [record("gradients", 0, 0, payload=8)]).timed

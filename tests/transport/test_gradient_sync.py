@@ -1,6 +1,7 @@
 """The hook under torch's DDP: sent in full it changes nothing, and no way of cutting buckets changes what is sent."""
 
 import contextlib
+import time
 
 import pytest
 import torch
@@ -255,3 +256,21 @@ def _python_reducer(rank):
     with pytest.raises(RuntimeError) as caught:
         sync.hook(None, (torch.zeros(1), torch.zeros(1)))
     return str(caught.value)
+
+
+def _waited_late(rank):
+    records = []
+    for beside_compute in (True, False):
+        ledger = CommLedger()
+        pending = Recorder(ledger, beside_compute=beside_compute).all_reduce(torch.ones(1000), "gradients")
+        time.sleep(0.5)
+        pending.wait()
+        records += ledger.records
+    return [(record.duration_s, record.hidden_s) for record in records]
+
+
+def test_a_message_beside_compute_lasts_until_it_has_arrived_and_not_until_it_is_waited_for(run_ranks):
+    for (duration_s, hidden_s), (blocked_s, not_hidden_s) in run_ranks(_waited_late, world_size=2):
+        assert 0 < duration_s == hidden_s < 0.5
+        assert blocked_s >= 0.5
+        assert not_hidden_s == 0.0
