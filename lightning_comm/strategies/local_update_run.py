@@ -64,10 +64,9 @@ class LocalUpdateRun:
         self.clock = RoundClock(settings.period, None, settings.warmup_steps)
         self.replica = Replica(module, recorder, settings.averaging, settings.buffers, self._weight_averages)
         self.history: deque[Round] = deque(maxlen=100_000)
-        self.rounds = 0
+        self.rounds = self.gradient_steps = 0
         self.apart = False  # whether ranks may differ: not from an average in full until the next batch
         self.standing = False  # whether ranks stopped at different steps
-        self.gradient_steps = 0
         self.on_decision: Callable[[Decision], None] = lambda decision: None
         self._module = module
         self._optimizers = optimizers
