@@ -41,7 +41,7 @@ class Averaging:
         evaluations and in checkpoints.
 
         *Memory.* With a compression, a copy of the parameters (in fp32 if they are narrower), and twelve buckets while
-        they travel.
+        they travel; a bucket holds whole parameters, so at least the largest of them.
 
     Example:
         >>> Averaging(bucket_mib=0.5).bucket_bytes

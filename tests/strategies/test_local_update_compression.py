@@ -8,7 +8,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from support.processes import launch
 from support.training import Regression, loader, local_update, network, sample, trainer, weights
 
@@ -193,6 +193,21 @@ def test_a_run_may_be_resumed_under_another_compression(first, second, tmp_path)
         np.testing.assert_array_equal(mine, theirs)
 
 
+def _moving_average(rank):
+    ema = EMAWeightAveraging(decay=0.8)
+    trace, final, *_ = _fit(rank, "int8", 2, {"callbacks": [ema], "max_epochs": 2})
+    return trace.apart[-1], final, weights(ema._average_model.module)
+
+
+def test_moving_averages_of_weights_end_equal_too():
+    answers = launch(_moving_average, world_size=2)
+    for apart, final, shadow in answers:
+        assert not apart
+        for mine, theirs, averaged in zip(final, answers[0][1], shadow, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+            np.testing.assert_array_equal(mine, averaged)  # copied over the weights at the end
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -209,5 +224,5 @@ def test_a_config_gives_a_word_or_an_object(given, expected):
     text = f'{{"strategy": {{"class_path": "lightning_comm.LocalUpdateStrategy", "init_args": {{"period": {period}, '
     quoted = given if given.startswith("{") or given == "null" else f'"{given}"'
     config = parser.parse_string(text + f'"averaging": {{"compression": {quoted}}}}}}}}}')
-    strategy = parser.instantiate_classes(config).strategy
+    strategy = parser.instantiate(config).strategy
     assert strategy.settings.averaging.compression == expected
