@@ -59,7 +59,7 @@ class LocalUpdateStrategy(DDPStrategy):
             others taken from rank 0; ``"keep"``: every rank keeps its own.
         evaluate_weights: What validation within ``fit`` sees in the middle of a round: ``"average"``, a temporary
             average, or ``"local"``, each rank its own weights. Checkpoints always hold averaged weights.
-        averaging: How averages are carried out; ``None`` for the defaults of :class:`Averaging`.
+        averaging: How averages are carried out, in full or compressed; ``None`` for the defaults of :class:`Averaging`.
         counted_optimizer: Under manual optimization with several optimizers, the index of the one whose steps count.
             All parameters are averaged, whichever optimizer they belong to.
         find_unused_parameters: For DDP in the gradient phase.

@@ -5,7 +5,8 @@
 Order of messages, on every rank alike. When a round opens: one *control* row from each rank (a few numbers), of which
 rank 0's says how long the round is. Then optimizer steps without any message. When the round is over: one control row
 from each rank, which checks that all are at the same step and carries the length of the next round; then the averages
-of the parameters, of the buffers, of weight averages and of the optimizer state, as far as they are asked for.
+of the parameters, of the buffers, of weight averages and of the optimizer state, as far as they are asked for. Under
+`Averaging(compression=...)` ranks stay apart by what it drops; only where the run ends are they averaged in full.
 """
 
 import math
@@ -27,7 +28,7 @@ from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.lightning_internals import weight_average_of
 from lightning_comm.strategies.settings import Round, Settings
 from lightning_comm.transport.agreement import Agreement, Decision, PeerFailure, Position
-from lightning_comm.transport.averaging import Drift
+from lightning_comm.transport.flat import Drift
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.replica import Replica, optimizer_tensors
 
@@ -63,21 +64,18 @@ class LocalUpdateRun:
         self.clock = RoundClock(settings.period, None, settings.warmup_steps)
         self.replica = Replica(module, recorder, settings.averaging, settings.buffers, self._weight_averages)
         self.history: deque[Round] = deque(maxlen=100_000)
-        self.rounds = 0
-        self.apart = False  # whether ranks may differ: a batch has been trained on since the last synchronisation
+        self.rounds = self.gradient_steps = 0
+        self.apart = False  # whether ranks may differ: not from an average in full until the next batch
         self.standing = False  # whether ranks stopped at different steps
-        self.gradient_steps = 0
         self.on_decision: Callable[[Decision], None] = lambda decision: None
         self._module = module
         self._optimizers = optimizers
         self._leave_gradient_phase = leave_gradient_phase
         self.active = False  # not in a trial run, such as that of a learning-rate finder
         self._ticks = 0
-        self._round_lr = 0.0
-        self._step_time_s = 0.0
+        self._round_lr = self._step_time_s = 0.0
         self._step_began_s = time.monotonic()
-        self._last_logged_step = -1
-        self._warned_about_lr = False
+        self._last_logged_step, self._warned_about_lr = -1, False
         self._control_device = module.device
 
     # ---- counting ------------------------------------------------------------------------------------------------
@@ -144,6 +142,7 @@ class LocalUpdateRun:
             self.load_state_dict(saved, exact=not back)
             if not back:
                 self.replica.load_local_state(own["weights"])
+                self.replica.load_compression_state(own.get("compression"))
                 self.apart = own["apart"]
                 return
             self.replica.broadcast_momenta(optimizer_tensors(self._optimizers()))
@@ -158,11 +157,12 @@ class LocalUpdateRun:
         else:
             self.clock.steps_done = self.trainer.global_step
 
-    def synchronise(self, *, answering: bool = True) -> None:
+    def synchronise(self, *, answering: bool = True, in_full: bool = False) -> None:
         """Average what is to be averaged, and begin the next round.
 
         Args:
             answering: Whether requests may be agreed on here; only at the end of a step.
+            in_full: Whether ranks must be equal afterwards, so that nothing is compressed.
 
         """
         started = time.monotonic()
@@ -173,7 +173,7 @@ class LocalUpdateRun:
                 self.stand()
                 return
             self._check(rows)
-            drift = self._average()
+            drift = self._average(in_full=in_full or self._run_is_over())
         self._agree_on_scale(rows)
         self._record(drift.relative, wait_s=met - started, transfer_s=time.monotonic() - met)
         self.clock.end_round()
@@ -203,7 +203,7 @@ class LocalUpdateRun:
             return
         started = time.monotonic()
         with self.agreement.first_error_shown():
-            drift = self._average()
+            drift = self._average(in_full=True)
         self._record(drift.relative, wait_s=0.0, transfer_s=time.monotonic() - started)
         self.clock.end_round()
 
@@ -211,10 +211,11 @@ class LocalUpdateRun:
         """Leave the round open: ranks stop at different steps and only their copies are averaged."""
         self.standing = self.apart = True
 
-    def _average(self) -> Drift:
-        drift = self.replica.average()
+    def _average(self, *, in_full: bool) -> Drift:
+        compressed = self.replica.compresses and not in_full
+        drift = self.replica.average_differences() if compressed else self.replica.average()
         self.replica.average_momenta(self._momenta())
-        self.apart = self.standing = False
+        self.apart, self.standing = compressed, False
         return drift
 
     def _open_round(self) -> None:
@@ -231,7 +232,7 @@ class LocalUpdateRun:
     def _begin(self, rows: list[ControlRow]) -> None:
         self._round_lr = rows[0].lr
         self.clock.begin(int(rows[0].next_steps), lr=self._round_lr)
-        self.replica.begin_round()
+        self.replica.begin_round(equal=not self.apart)
 
     def _meet(self, *, decide: bool = False, stand: bool = False, answering: bool = False) -> list[ControlRow]:
         """Exchange one control row a rank; return all of them.
@@ -294,7 +295,7 @@ class LocalUpdateRun:
                 self._meet(stand=True)
                 self.stand()
         elif decision.kind != "checkpoint" and self.apart and not self.in_gradient_phase:
-            self.synchronise()
+            self.synchronise(in_full=True)
         self.agreement.settled()
         self.on_decision(decision)
 

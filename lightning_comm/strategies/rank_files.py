@@ -83,6 +83,7 @@ def own_state(run: LocalUpdateRun, lightning_state: dict[str, Any], token: str) 
         "apart": run.apart,
         "epoch_is_over": run.trainer.is_last_batch,
         "weights": run.replica.local_state() if run.apart else run.replica.local_buffers(),
+        "compression": run.replica.compression_state(),
         "run": run.state_dict(),
         "random": random_state(),
         "checkpoint": lightning_state,

@@ -9,10 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_comm.transport.compression.base import Compression
+from lightning_comm.transport.compression.no_sync import NoSync
+from lightning_comm.transport.compression.sparse_mask import SparseMask
+from lightning_comm.transport.compression.ternary import Ternary
+from lightning_comm.transport.compression.words import compression_of
+from lightning_comm.transport.flat import Drift, Flat, drift_of, sample
 from lightning_comm.transport.recording import Pending, Recorder
 
-_RUNS, _RUN_LENGTH = 64, 64  # of entries of a bucket, from which its drift is estimated
-_IN_FLIGHT = 3  # buckets: gloo sends two at a time, and the third is packed or unpacked meanwhile
+IN_FLIGHT = 3  # buckets: gloo sends two at a time, and the third is packed or unpacked meanwhile
 
 
 @dataclass(frozen=True)
@@ -24,16 +29,31 @@ class Averaging:
             one message. Three are in use at a time. The default comes from the tables that ``make benchmark`` prints:
             on a network small buckets hide more of the copying, on loopback larger ones waste less time on latency.
 
+        compression: What to send of the parameters instead of every entry in full: a :class:`Compression`, such as
+            ``Cast("bf16")``, or its word: ``"bf16"``, ``"fp16"``, ``"int8"``, ``"powersgd"``, ``"topk"``. ``None``
+            sends them in full. See :class:`~lightning_comm.transport.differences.DifferenceAverager`.
+
     Raises:
-        ValueError: If ``bucket_mib`` is not a positive number.
+        ValueError: If ``bucket_mib`` is not a positive number, or the compression is unknown or cannot be used here.
+
+    Note:
+        *Communication.* With a compression, what it sends for each bucket of whole parameters. Buffers, weight averages
+        and the state of optimizers travel in full, and so does everything at the last synchronisation of a run, in
+        evaluations and in checkpoints.
+
+        *Memory.* With a compression, a copy of the parameters (in fp32 if they are narrower), and twelve buckets while
+        they travel; a bucket holds whole parameters, so at least the largest of them.
 
     Example:
         >>> Averaging(bucket_mib=0.5).bucket_bytes
         524288
+        >>> Averaging(compression="bf16").compression
+        Cast(dtype='bf16')
 
     """
 
     bucket_mib: float = 4.0
+    compression: Compression | str | None = None
 
     def __post_init__(self) -> None:
         valid = isinstance(self.bucket_mib, (int, float)) and not isinstance(self.bucket_mib, bool)
@@ -42,6 +62,13 @@ class Averaging:
                 f"Averaging: `bucket_mib` is a size in MiB, so it must be a number > 0, with room for an entry of 8 "
                 f"bytes; got {self.bucket_mib!r}. 4 is a good size."
             )
+        if self.compression is not None:
+            object.__setattr__(self, "compression", _usable(compression_of(self.compression, "Averaging")))
+
+    @property
+    def method(self) -> Compression | None:
+        """The compression as an object, also where a word was given."""
+        return None if self.compression is None else compression_of(self.compression, "Averaging")
 
     @property
     def bucket_bytes(self) -> int:
@@ -49,24 +76,25 @@ class Averaging:
         return int(self.bucket_mib * 2**20)
 
 
-class Drift(NamedTuple):
-    """How far this rank was from the mean, as squared norms over all averaged entries.
-
-    Both are estimated from 4,096 entries spread over each bucket, within some 5 %: to read all of them twice more would
-    cost a good part of what averaging them does. Buckets that have no more are taken whole.
-    """
-
-    distance_sq: float
-    mean_sq: float
-
-    def plus(self, other: "Drift") -> "Drift":
-        """Return the drift over the entries of both."""
-        return Drift(self.distance_sq + other.distance_sq, self.mean_sq + other.mean_sq)
-
-    @property
-    def relative(self) -> float:
-        """The distance as a share of the norm of the mean; 0.0 where the mean is zero."""
-        return math.sqrt(self.distance_sq / self.mean_sq) if self.mean_sq > 0 else 0.0
+def _usable(compression: Compression) -> Compression:
+    """Refuse methods under which ranks would drift apart without bound."""
+    if isinstance(compression, NoSync):
+        raise ValueError(
+            f"Averaging: `compression` must send something, since ranks that train apart would never meet; got "
+            f"{compression!r}. To see what a run without communication costs, give FixedPeriod a period as long as it."
+        )
+    if isinstance(compression, SparseMask):
+        raise ValueError(
+            f"Averaging: `compression` must be a method that takes whole parameters; got {compression!r}. Masks prune "
+            "under CompressedDDPStrategy alone, and here nothing would be left out."
+        )
+    if isinstance(compression, Ternary):
+        raise ValueError(
+            f"Averaging: `compression` must drop less than it is given, since what it drops stays in the weights and "
+            f"comes back in the next round; got {compression!r}, whose rounding error is many times as large as what "
+            "it rounds, so that ranks drift ever further apart. Int8() or TopK(0.01) keep them together."
+        )
+    return compression
 
 
 class Averager:
@@ -104,16 +132,16 @@ class Averager:
 
         """
         drift = Drift(0.0, 0.0)
-        flat = [_Flat.of(tensor) for tensor in tensors]
+        flat = [Flat.of(tensor) for tensor in tensors]
         for (device, dtype), group in _by_accumulation_type(flat):
             rows = [tensor.entries for tensor in group]
             scratch = self._buckets_of(device, dtype, sum(row.numel() for row in rows))
             travelling: deque[_Travelling] = deque()
             for turn, pieces in enumerate(_buckets(rows, max(1, self._bucket_bytes // dtype.itemsize))):
-                if len(travelling) == _IN_FLIGHT:
+                if len(travelling) == IN_FLIGHT:
                     drift = drift.plus(self._unpack(travelling.popleft()))
-                used = _pack(pieces, scratch[turn % _IN_FLIGHT])
-                own = _sample(used)
+                used = _pack(pieces, scratch[turn % IN_FLIGHT])
+                own = sample(used)
                 travelling.append(_Travelling(pieces, used, own, self._recorder.all_reduce(used, purpose)))
             while travelling:
                 drift = drift.plus(self._unpack(travelling.popleft()))
@@ -125,7 +153,7 @@ class Averager:
         size = min(max(self._bucket_bytes, dtype.itemsize), entries * dtype.itemsize) // dtype.itemsize * dtype.itemsize
         kept = self._scratch.get(device, [])
         if not kept or kept[0].numel() < size:
-            kept = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(_IN_FLIGHT)]
+            kept = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(IN_FLIGHT)]
             self._scratch[device] = kept
         return [bucket[: bucket.numel() // dtype.itemsize * dtype.itemsize].view(dtype) for bucket in kept]
 
@@ -134,7 +162,7 @@ class Averager:
         world_size = self._recorder.world_size
         for piece, total in zip(bucket.pieces, _like(bucket.pieces, bucket.sums), strict=True):
             torch.div(total, world_size, out=piece)
-        return _drift_of(bucket.sums.numel(), bucket.own_sample, _sample(bucket.sums).div_(world_size))
+        return drift_of(bucket.sums.numel(), bucket.own_sample, sample(bucket.sums).div_(world_size))
 
 
 def broadcast_(tensors: Iterable[Tensor], recorder: Recorder, purpose: str, bucket_bytes: int) -> None:
@@ -144,9 +172,9 @@ def broadcast_(tensors: Iterable[Tensor], recorder: Recorder, purpose: str, buck
         *Communication.* One broadcast a bucket of bytes, on each device. *Memory.* One bucket.
 
     """
-    by_device: dict[torch.device, list[_Flat]] = {}
+    by_device: dict[torch.device, list[Flat]] = {}
     for tensor in tensors:
-        by_device.setdefault(tensor.device, []).append(_Flat.of(tensor))
+        by_device.setdefault(tensor.device, []).append(Flat.of(tensor))
     for device, group in by_device.items():
         rows = [flat.entries.view(torch.uint8) for flat in group]
         scratch = torch.empty(min(bucket_bytes, sum(row.numel() for row in rows)), dtype=torch.uint8, device=device)
@@ -167,44 +195,10 @@ class _Travelling(NamedTuple):
     pending: Pending
 
 
-class _Flat(NamedTuple):
-    """A tensor as a row of real entries: a view where memory allows it, otherwise a copy to be written back."""
-
-    entries: Tensor
-    copied_from: Tensor | None
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "_Flat":
-        tensor = tensor.detach()
-        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        if real.is_contiguous():
-            return cls(real.view(-1), None)
-        if _fills_its_memory(real):
-            # entries in the order of memory, so that channels_last is no special case
-            return cls(real.as_strided((real.numel(),), (1,), real.storage_offset()), None)
-        return cls(real.reshape(-1).clone(), real)
-
-    def write_back(self) -> None:
-        if self.copied_from is not None:
-            self.copied_from.copy_(self.entries.view(self.copied_from.shape))
-
-
-def _fills_its_memory(tensor: Tensor) -> bool:
-    """Whether the entries lie next to each other in memory, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def _by_accumulation_type(flat: list[_Flat]) -> list[tuple[tuple[torch.device, torch.dtype], list[_Flat]]]:
-    groups: dict[tuple[torch.device, torch.dtype], list[_Flat]] = {}
+def _by_accumulation_type(flat: list[Flat]) -> list[tuple[tuple[torch.device, torch.dtype], list[Flat]]]:
+    groups: dict[tuple[torch.device, torch.dtype], list[Flat]] = {}
     for tensor in flat:
-        dtype = torch.float64 if tensor.entries.dtype == torch.float64 else torch.float32
-        groups.setdefault((tensor.entries.device, dtype), []).append(tensor)
+        groups.setdefault((tensor.entries.device, tensor.accumulation_type), []).append(tensor)
     return list(groups.items())
 
 
@@ -230,21 +224,6 @@ def _pack(pieces: list[Tensor], bucket: Tensor) -> Tensor:
     used = bucket[: sum(piece.numel() for piece in pieces)]
     torch._foreach_copy_(_like(pieces, used), pieces)
     return used
-
-
-def _sample(bucket: Tensor) -> Tensor:
-    """Copy evenly spaced runs of entries; runs, since single ones would each cost a fetch from memory."""
-    if bucket.numel() <= _RUNS * _RUN_LENGTH:
-        return bucket.clone()
-    runs = bucket.as_strided((_RUNS, _RUN_LENGTH), (bucket.numel() // _RUNS, 1), bucket.storage_offset())
-    return runs.clone(memory_format=torch.contiguous_format).view(-1)
-
-
-def _drift_of(bucket_entries: int, own: Tensor, mean: Tensor) -> Drift:
-    """Estimate how far this rank's part of a bucket was from the mean, from samples of both."""
-    share = bucket_entries / own.numel()
-    distance, size = torch.linalg.vector_norm(own.sub_(mean)), torch.linalg.vector_norm(mean)
-    return Drift(share * float(distance) ** 2, share * float(size) ** 2)
 
 
 def _like(pieces: list[Tensor], row: Tensor) -> list[Tensor]:

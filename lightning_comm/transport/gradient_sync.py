@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn import Parameter
 
 from lightning_comm.transport.compression.base import Codec, Conversation, Layout, Message, Slot
+from lightning_comm.transport.compression.conversations import Talk
 from lightning_comm.transport.recording import Recorder
 
 
@@ -31,25 +32,11 @@ class _Bucket:
         self.arrived: torch.futures.Future[Tensor] = torch.futures.Future(
             devices=[buffer.device] if buffer.is_cuda else []
         )
-        self._conversation = conversation
-        self._message: Message | None = None
-        self.go_on()
-
-    @property
-    def more(self) -> bool:
-        """Whether another message must be started once the one under way has arrived."""
-        return self._message is not None and self._message.more
-
-    def go_on(self) -> None:
-        """Wait for the message under way and start the next one, if there is one."""
-        if self._message is not None:
-            self._message.pending.wait()
-        self._message = next(self._conversation, None)
+        self.talk = Talk(conversation)
 
     def finish(self) -> None:
         """Wait for all that is under way and hand the bucket back."""
-        while self._message is not None:
-            self.go_on()
+        self.talk.finish()
         self.arrived.set_result(self.buffer)
 
 
@@ -95,8 +82,8 @@ class GradientSync:
         buffer = bucket.buffer()
         begun = _Bucket(self._conversation(bucket, buffer), buffer)
         for earlier in self._under_way:
-            if earlier.more:
-                earlier.go_on()
+            if earlier.talk.more:
+                earlier.talk.go_on()
         self._under_way.append(begun)
         if bucket.is_last():
             self._end_step()

@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from lightning_comm.transport.averaging import Averager, Averaging, Drift, broadcast_
+from lightning_comm.transport.averaging import Averager, Averaging, broadcast_
+from lightning_comm.transport.differences import DifferenceAverager
+from lightning_comm.transport.flat import Drift
 from lightning_comm.transport.recording import Recorder
 
 Shadows = Callable[[], Mapping[str, Module]]
@@ -34,6 +36,10 @@ class Replica:
         unless they have changed since the last synchronisation, as those of a teacher that follows its student do;
         that is seen from a few entries of each.
 
+        *With a compression* trained parameters are brought together by a :class:`DifferenceAverager` and ranks are not
+        equal afterwards. One that has no reference yet (it was unfrozen since) and one that is no longer trained are
+        averaged in full, once, and the first has a reference from then on.
+
     """
 
     def __init__(
@@ -48,25 +54,42 @@ class Replica:
         self._recorder = recorder
         self._bucket_bytes = averaging.bucket_bytes
         self._averager = Averager(recorder, averaging.bucket_bytes)
+        self._differences = (
+            DifferenceAverager(recorder, averaging.method, averaging.bucket_bytes) if averaging.method else None
+        )
         self._average_buffers = buffers == "average"
         self._shadows = shadows
         self._trained: set[str] = set()
         self._frozen: dict[str, Tensor] = {}
         self.kept: dict[str, Tensor] | None = None
 
-    def begin_round(self) -> None:
-        """Note which parameters are trained from here on."""
+    def begin_round(self, *, equal: bool = False) -> None:
+        """Note which parameters are trained from here on.
+
+        Args:
+            equal: Whether all ranks hold the same weights, from which a common reference can be made.
+
+        """
         parameters = dict(self._module.named_parameters())
         self._trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
         self._frozen = {name: _few_entries(p) for name, p in parameters.items() if name not in self._trained}
+        if equal and self._differences is not None:
+            self._differences.restart({name: p for name, p in parameters.items() if name in self._trained})
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the parameters that are averaged, by name."""
+        # one with a reference may differ between ranks, also when it has been frozen between two rounds
+        apart = self._trained if self._differences is None else self._trained | self._differences.names
         return {
             name: parameter
             for name, parameter in self._module.named_parameters()
-            if parameter.requires_grad or name in self._trained or self._has_moved(name, parameter)
+            if parameter.requires_grad or name in apart or self._has_moved(name, parameter)
         }
+
+    def _compressed(self) -> dict[str, Tensor]:
+        """Return the parameters of which only differences are sent, by name."""
+        names = set() if self._differences is None else self._differences.names
+        return {name: p for name, p in self._module.named_parameters() if p.requires_grad and name in names}
 
     def _has_moved(self, name: str, parameter: Tensor) -> bool:
         return name in self._frozen and not torch.equal(self._frozen[name], _few_entries(parameter))
@@ -99,6 +122,7 @@ class Replica:
         """
         groups = self.averaged().items()
         named = [(f"{purpose}:{name}", tensor) for purpose, group in groups for name, tensor in group.items()]
+        named += [(f"compressed:{name}", tensor) for name, tensor in self._compressed().items()]
         return fingerprint([*named, *(("momentum", tensor) for tensor in momenta)])
 
     @torch.no_grad()
@@ -113,14 +137,35 @@ class Replica:
 
         """
         groups = self.averaged()
-        drift = Drift(0.0, 0.0)
+        drift = self._averager.average_(list(groups.pop("parameters").values()), purpose or "parameters")
+        self._average_others(groups, purpose)
+        return drift
+
+    @torch.no_grad()
+    def average_differences(self) -> Drift:
+        """Bring parameters together as far as the compression sends them, and average everything else.
+
+        Returns:
+            How far this rank's parameters were from the mean, as far as that is known.
+
+        """
+        assert self._differences is not None
+        groups = self.averaged()
+        parameters, compressed = groups.pop("parameters"), self._compressed()
+        drift = self._differences.average_(compressed)
+        in_full = {name: parameter for name, parameter in parameters.items() if name not in compressed}
+        drift = drift.plus(self._averager.average_(list(in_full.values()), "parameters"))
+        self._differences.forget(set(in_full))
+        self._differences.refer_to({name: p for name, p in in_full.items() if p.requires_grad})
+        self._average_others(groups, None)
+        return drift
+
+    def _average_others(self, groups: Mapping[str, Mapping[str, Tensor]], purpose: str | None) -> None:
         for name, group in groups.items():
-            moved = self._averager.average_(list(group.values()), purpose or name)
-            drift = moved if name == "parameters" else drift
+            self._averager.average_(list(group.values()), purpose or name)
         if self._average_buffers:
             others = [buffer for buffer in self._module.buffers() if not _is_averageable(buffer)]
             broadcast_(others, self._recorder, purpose or "buffers", self._bucket_bytes)
-        return drift
 
     @torch.no_grad()
     def enter_average(self, purpose: str) -> None:
@@ -165,6 +210,20 @@ class Replica:
                 f"{unknown[:5]}. Resume with the model that was saved, or load the checkpoint's weights alone."
             )
         _copy_into(now, state)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether a synchronisation can send less than the parameters in full."""
+        return self._differences is not None
+
+    def compression_state(self) -> dict[str, Any] | None:
+        """Return what the compression goes on from; ``None`` without one."""
+        return None if self._differences is None else self._differences.state_dict()
+
+    def load_compression_state(self, state: Mapping[str, Any] | None) -> None:
+        """Take up :meth:`compression_state`; where it was saved without one, parameters are first averaged in full."""
+        if self._differences is not None and state is not None:
+            self._differences.load_state_dict(state, dict(self._module.named_parameters()))
 
     @torch.no_grad()
     def average_state_dict(self, state: dict[str, Any], purpose: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from support.processes import launch
 from support.training import Regression, Samples, loader, local_update, trainer, weights
 from torch import nn
 
-from lightning_comm import FixedPeriod, QuadraticPeriod
+from lightning_comm import Averaging, FixedPeriod, QuadraticPeriod, TopK
 from lightning_comm.data.resumable import ResumableLoader
 
 STEPS_PER_EPOCH, EPOCHS = 7, 2
@@ -62,7 +62,7 @@ def seed_everything(seed: int) -> None:
 def fit(rank, world_size, period, *, ckpt_path=None, seed=0, schedule=lambda step: 1.0, callbacks=(), workers=0, **kw):
     seed_everything(100 * seed + rank)
     module, trace = Noisy(schedule), Trace()
-    settings = {key: kw.pop(key) for key in ("gradient_steps", "optimizer_state", "buffers") if key in kw}
+    settings = {key: kw.pop(key) for key in ("gradient_steps", "optimizer_state", "buffers", "averaging") if key in kw}
     strategy = local_update(period, **settings)
     runner = trainer(
         strategy,
@@ -122,8 +122,14 @@ def falling(step):
         (FixedPeriod(3), {"optimizer_state": "average", "buffers": "keep"}),
         (FixedPeriod(3), {"gradient_steps": 5}),
         (FixedPeriod(2), {"accumulate_grad_batches": 2}),
+        (FixedPeriod(4), {"averaging": Averaging(1e-4, "int8")}),
+        (FixedPeriod(3), {"averaging": Averaging(1e-4, TopK(0.1)), "optimizer_state": "average"}),
+        (FixedPeriod(3), {"averaging": Averaging(compression="powersgd"), "gradient_steps": 3}),
     ],
-    ids=["fixed", "qsr", "optimizer-averaged", "gradient-phase", "accumulation"],
+    ids=[
+        *("fixed", "qsr", "optimizer-averaged", "gradient-phase", "accumulation"),
+        *("int8", "topk-optimizer-averaged", "powersgd-gradient-phase"),
+    ],
 )
 def test_a_run_resumed_at_any_step_repeats_bit_for_bit(tmp_path, period, kw):
     for ends in launch(_resume_everywhere, 2, str(tmp_path), period, falling, kw, world_size=2, timeout_s=150):

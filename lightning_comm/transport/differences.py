@@ -1,0 +1,172 @@
+"""Averaging parameters through what a compression sends of their differences to a common reference."""
+
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_comm.transport.averaging import IN_FLIGHT
+from lightning_comm.transport.compression.base import Compression, Context, Layout, Slot
+from lightning_comm.transport.compression.conversations import Talk
+from lightning_comm.transport.flat import Drift, Flat, drift_of, sample
+from lightning_comm.transport.recording import Recorder
+
+
+class DifferenceAverager:
+    r"""Brings the ranks' parameters together as far as a compression sends what sets them apart.
+
+    All ranks hold alike a reference :math:`x`, which was every rank's weights when it was made. At a synchronisation
+    each rank sends :math:`s = C(d)` of its difference :math:`d = w - x`, all learn the mean :math:`m` of what was sent,
+    and then
+
+    .. math:: x \leftarrow x + m, \qquad w \leftarrow x + (d - s)
+
+    so a rank's weights move by :math:`m - s`. What is dropped, :math:`d - s`, stays in the rank's own weights and is
+    part of its next difference. No residual is kept besides, which would count it twice.
+
+    The mean over the ranks of the weights moves by :math:`m - \bar s`: by nothing, where the codec returns exactly
+    the mean of what was sent, and otherwise by the rounding of that mean (16 bits in ``Cast``, the second rounding of
+    ``Int8``), which is the same on all ranks. After a synchronisation ranks are *not* equal, but the references are.
+
+    Args:
+        recorder: Sends and records.
+        compression: What to send of a difference.
+        bucket_bytes: Size from which a bucket is full; it holds whole parameters.
+
+    Note:
+        *Communication.* For each bucket what the compression sends for it, in the order of the parameters within each
+        accumulation type. Three buckets are on their way at a time.
+
+        *Memory.* The reference, as large as the parameters in their accumulation type (fp32, or fp64 for float64), and
+        for each bucket on its way four rows of its size.
+
+    """
+
+    def __init__(self, recorder: Recorder, compression: Compression, bucket_bytes: int) -> None:
+        self._compression = compression
+        self._codec = compression.codec(Context(recorder, "parameters", feedback=False))
+        self._bucket_bytes = bucket_bytes
+        self._reference: dict[str, Tensor] = {}
+
+    @property
+    def names(self) -> set[str]:
+        """The parameters that have a reference; the same on all ranks."""
+        return set(self._reference)
+
+    def restart(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make the references anew from parameters that are equal on all ranks."""
+        self._reference = {}
+        self.refer_to(tensors)
+
+    def refer_to(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make references of further parameters that are equal on all ranks; those of the others stay."""
+        for name, tensor in tensors.items():
+            flat = Flat.of(tensor)
+            self._reference[name] = flat.entries.to(flat.accumulation_type, copy=True)
+
+    def forget(self, names: set[str]) -> None:
+        """Drop references, because the parameters are averaged in full."""
+        self._reference = {name: row for name, row in self._reference.items() if name not in names}
+
+    @torch.no_grad()
+    def average_(self, tensors: Mapping[str, Tensor]) -> Drift:
+        """Bring the parameters together, in place.
+
+        Args:
+            tensors: Parameters that have a reference, by name, in an order that is the same on all ranks.
+
+        Returns:
+            How far this rank's parameters were from the new reference, the mean as far as it is known.
+
+        """
+        drift = Drift(0.0, 0.0)
+        travelling: deque[_Travelling] = deque()
+        self._codec.begin_step()
+        for bucket in self._buckets(tensors):
+            if len(travelling) == IN_FLIGHT:
+                drift = drift.plus(self._take(travelling.popleft()))
+            started = self._start(bucket)
+            for earlier in travelling:  # in this order on every rank, and never from a callback
+                if earlier.talk.more:
+                    earlier.talk.go_on()
+            travelling.append(started)
+        while travelling:
+            drift = drift.plus(self._take(travelling.popleft()))
+        self._codec.end_step()
+        return drift
+
+    def _buckets(self, tensors: Mapping[str, Tensor]) -> Iterator[list["_Row"]]:
+        """Put whole parameters of one device and type together until a bucket is full."""
+        open_buckets: dict[tuple[torch.device, torch.dtype], list[_Row]] = {}
+        filled_bytes: Counter[tuple[torch.device, torch.dtype]] = Counter()
+        for name, tensor in tensors.items():
+            if tensor.numel() == 0:
+                continue
+            row = _Row(name, tuple(tensor.shape), Flat.of(tensor), self._reference[name])
+            key = (row.reference.device, row.reference.dtype)
+            open_buckets.setdefault(key, []).append(row)
+            filled_bytes[key] += row.reference.nbytes
+            if filled_bytes[key] >= self._bucket_bytes:
+                del filled_bytes[key]
+                yield open_buckets.pop(key)
+        yield from open_buckets.values()
+
+    def _start(self, rows: list["_Row"]) -> "_Travelling":
+        layout = Layout(tuple(Slot(row.name, row.reference.numel(), row.shape) for row in rows))
+        weights = torch.cat([row.weights.entries.to(row.reference.dtype) for row in rows])
+        own = sample(weights)
+        difference = weights.sub_(torch.cat([row.reference for row in rows]))
+        mean, sent = difference.clone(), torch.empty_like(difference)
+        return _Travelling(rows, difference, mean, sent, own, Talk(self._codec.mean(mean, layout, sent)))
+
+    def _take(self, bucket: "_Travelling") -> Drift:
+        bucket.talk.finish()
+        reference = bucket.mean.add_(torch.cat([row.reference for row in bucket.rows]))
+        dropped = bucket.difference.sub_(bucket.sent)
+        # not `w + (m - s)`: so what was sent in full ends exactly at the reference, and equal on all ranks
+        weights = torch.add(reference, dropped, out=bucket.sent)
+        sizes = [row.reference.numel() for row in bucket.rows]
+        for row, moved, now in zip(
+            bucket.rows, torch.split(reference, sizes), torch.split(weights, sizes), strict=True
+        ):
+            row.reference.copy_(moved)
+            row.weights.entries.copy_(now)
+            row.weights.write_back()
+        return drift_of(reference.numel(), bucket.own_sample, sample(reference))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, by parameter name. The references are the same on all ranks."""
+        return {
+            "reference": dict(self._reference),
+            "compression": repr(self._compression),
+            "codec": self._codec.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state_dict` returned; under another compression, its references alone."""
+        self._reference = {name: row.to(parameters[name].device, copy=True) for name, row in state["reference"].items()}
+        if state["compression"] == repr(self._compression):
+            self._codec.load_state_dict(state["codec"])
+
+
+class _Row(NamedTuple):
+    """A parameter in a bucket."""
+
+    name: str
+    shape: tuple[int, ...]
+    weights: Flat
+    reference: Tensor
+
+
+class _Travelling(NamedTuple):
+    """A bucket on its way: the difference, what becomes the mean, what was sent, and a sample of the weights."""
+
+    rows: list[_Row]
+    difference: Tensor
+    mean: Tensor
+    sent: Tensor
+    own_sample: Tensor
+    talk: Talk

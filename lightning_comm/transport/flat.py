@@ -1,0 +1,84 @@
+"""Tensors as rows of real entries, and how far such rows are from a mean."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_RUNS, _RUN_LENGTH = 64, 64  # of entries of a bucket, from which its drift is estimated
+
+
+class Drift(NamedTuple):
+    """How far this rank was from the mean, as squared norms over all averaged entries.
+
+    Both are estimated from 4,096 entries spread over each bucket, within some 5 %: to read all of them twice more would
+    cost a good part of what averaging them does. Buckets that have no more are taken whole.
+    """
+
+    distance_sq: float
+    mean_sq: float
+
+    def plus(self, other: "Drift") -> "Drift":
+        """Return the drift over the entries of both."""
+        return Drift(self.distance_sq + other.distance_sq, self.mean_sq + other.mean_sq)
+
+    @property
+    def relative(self) -> float:
+        """The distance as a share of the norm of the mean; 0.0 where the mean is zero."""
+        return math.sqrt(self.distance_sq / self.mean_sq) if self.mean_sq > 0 else 0.0
+
+
+class Flat(NamedTuple):
+    """A tensor as a row of real entries: a view where memory allows it, otherwise a copy to be written back."""
+
+    entries: Tensor
+    copied_from: Tensor | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Flat":
+        """Return the entries in the order in which they lie in memory."""
+        tensor = tensor.detach()
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        if real.is_contiguous():
+            return cls(real.view(-1), None)
+        if _fills_its_memory(real):
+            # entries in the order of memory, so that channels_last is no special case
+            return cls(real.as_strided((real.numel(),), (1,), real.storage_offset()), None)
+        return cls(real.reshape(-1).clone(), real)
+
+    @property
+    def accumulation_type(self) -> torch.dtype:
+        """The type that entries are summed in: narrow ones in float32."""
+        return torch.float64 if self.entries.dtype == torch.float64 else torch.float32
+
+    def write_back(self) -> None:
+        """Bring changed entries to where they came from."""
+        if self.copied_from is not None:
+            self.copied_from.copy_(self.entries.view(self.copied_from.shape))
+
+
+def _fills_its_memory(tensor: Tensor) -> bool:
+    """Whether the entries lie next to each other in memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def sample(bucket: Tensor) -> Tensor:
+    """Copy evenly spaced runs of entries; runs, since single ones would each cost a fetch from memory."""
+    if bucket.numel() <= _RUNS * _RUN_LENGTH:
+        return bucket.clone()
+    runs = bucket.as_strided((_RUNS, _RUN_LENGTH), (bucket.numel() // _RUNS, 1), bucket.storage_offset())
+    return runs.clone(memory_format=torch.contiguous_format).view(-1)
+
+
+def drift_of(bucket_entries: int, own: Tensor, mean: Tensor) -> Drift:
+    """Estimate how far this rank's part of a bucket was from the mean, from samples of both."""
+    share = bucket_entries / own.numel()
+    distance, size = torch.linalg.vector_norm(own.sub_(mean)), torch.linalg.vector_norm(mean)
+    return Drift(share * float(distance) ** 2, share * float(size) ** 2)
