@@ -305,7 +305,7 @@ def test_a_word_is_short_for_a_compression():
         (Ternary(), ["Ternary()", "ever further apart", "Int8()"]),
         ("bf61", ["'bf61'", "'bf16'"]),
         (8, ["got 8", "Cast('bf16')"]),
-        (["bf16"], ["['bf16']", "Cast('bf16')"]),
+        (["bf16", "int8"], ["Int8()", "SparseMask()", "cannot follow"]),
     ],
 )
 def test_a_compression_that_cannot_be_used_is_named_with_a_way_out(bad, must_say):

@@ -62,7 +62,7 @@ def _chain(parts: list[Compression], where: str) -> Compression:
     if len(parts) == 2 and isinstance(parts[0], SparseMask) and parts[0].then is None:
         return replace(parts[0], then=parts[1])
     raise ValueError(
-        f"{where}: a list for `compression` is a SparseMask and what is done with the entries that it keeps, such as "
+        f"{where}: `compression`, as a list, is a SparseMask and what is done with the entries that it keeps, such as "
         f"[SparseMask(), Cast('bf16')]; got {parts!r}. Other methods need the whole gradient, so they cannot follow "
         "each other."
     )
