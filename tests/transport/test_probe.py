@@ -58,7 +58,9 @@ def test_64_mib_take_longer_than_4_bytes(of_two):
 
 def test_both_directions_of_every_pair_are_measured(of_three):
     links = of_three[0].links
-    # where other work on this machine hides what a message costs, that link is left out
+    # where other work on this machine hides what a message costs, that link is left out: then it is measured again
+    for _ in range(4):
+        links = links or start_ranks(_probe, ["a", "b", "c"], PLAN, world_size=3)[0].links
     assert links
     assert {(link.source, link.target) for link in links} <= {("abc"[a], "abc"[b]) for a, b in pairs(3)}
     for link in links:
@@ -120,7 +122,7 @@ def test_sizes_that_would_break_the_budget_are_left_out_and_named_on_all_ranks(r
         assert seconds < 2 * plan.seconds
         # the other kinds have their own share, which the slow all-reduce has not used up
         assert len(profile.curve("all_gather").points) > 3
-        assert profile.links
+        assert len(profile.curve("send").points) > 2
         # the slowest rank's time counts, on both ranks
         assert reduces.points[-1].median_s >= 0.26
 
