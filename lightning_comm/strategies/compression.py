@@ -272,7 +272,10 @@ class CompressedDDPStrategy(DDPStrategy):
         path = rank_files.rank_path(filepath, self.global_rank)
         if not get_filesystem(path).exists(path):
             return None, f"{path} is missing"
-        own = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        try:
+            own = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        except Exception as error:  # a file that is damaged on one rank: the others wait for word of it
+            return None, f"{path} cannot be read ({type(error).__name__}: {error})"
         if own["token"] != shared["token"]:
             return None, f"{path} belongs to another save"
         return own["sync"], None

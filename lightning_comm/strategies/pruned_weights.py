@@ -10,7 +10,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from lightning_comm.strategies.lightning_internals import weight_average_of
 from lightning_comm.transport.compression.sparse_mask import SparseMask, SparseMaskCodec
-from lightning_comm.transport.pruning import Masks, agree, checked_masks
+from lightning_comm.transport.pruning import Masks, agree, check_agreement, checked_masks
 from lightning_comm.transport.recording import Recorder
 
 _WHERE = "CompressedDDPStrategy"
@@ -47,6 +47,7 @@ class PrunedWeights:
         if self._codec.masks:
             masks = checked_masks(self._codec.masks, self._module, "SparseMask, from the checkpoint")
             masks = {name: mask.to(parameters[name].device) for name, mask in masks.items()}
+            check_agreement(masks, self._module.device, self._recorder)
         else:
             masks = self._choose()
         self._codec.install(masks, parameters.items())
@@ -63,7 +64,7 @@ class PrunedWeights:
             try:
                 masks = self._settings.pruning.masks(self._module)
             except Exception as error:  # whatever it is, the others wait for word of it
-                problem = str(error)
+                problem = str(error) or type(error).__name__  # an empty word would pass for none
         return agree(masks, problem, self._module, self._recorder)
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from typing import Any, NoReturn
 
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lightning_utilities.core import rank_zero
 
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticPeriod
@@ -49,29 +49,24 @@ def register_strategies() -> None:
     """Register every strategy with Lightning. Doing so again changes nothing."""
     names: list[str] = []
     for base, (period, arguments, description) in _LOCAL_UPDATE.items():
-        for suffix, start_method in _START_METHODS.items():
-            names.append(base + suffix)
-            StrategyRegistry.register(
-                base + suffix,
-                LocalUpdateStrategy,
-                description=f"{description}; processes started by {start_method}",
-                override=True,
-                period=period,
-                start_method=start_method,
-                **arguments,
-            )
+        names += _register(base, LocalUpdateStrategy, description, period=period, **arguments)
     for base, (compression, description) in _COMPRESSED.items():
-        for suffix, start_method in _START_METHODS.items():
-            names.append(base + suffix)
-            StrategyRegistry.register(
-                base + suffix,
-                CompressedDDPStrategy,
-                description=f"{description}; processes started by {start_method}",
-                override=True,
-                compression=compression,
-                start_method=start_method,
-            )
+        names += _register(base, CompressedDDPStrategy, description, compression=compression)
     _register_with_the_twin(names)
+
+
+def _register(base: str, strategy: type[Strategy], description: str, **arguments: Any) -> list[str]:
+    """Register a strategy once for each way of starting processes; return the names."""
+    for suffix, start_method in _START_METHODS.items():
+        StrategyRegistry.register(
+            base + suffix,
+            strategy,
+            description=f"{description}; processes started by {start_method}",
+            override=True,
+            start_method=start_method,
+            **arguments,
+        )
+    return [base + suffix for suffix in _START_METHODS]
 
 
 def _register_with_the_twin(names: list[str]) -> None:

@@ -2,15 +2,16 @@
 
 from contextlib import nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.processes import launch
-from support.training import Regression, loader, trainer, weights
+from support.training import Regression, Stop, loader, trainer, weights
 from torch import nn
 
 from lightning_comm import (
@@ -103,18 +104,6 @@ class Stepwise(Regression):
         return nn.functional.mse_loss(self.net(x), x[:, :1] - x[:, 1:2] * x[:, 2:3])
 
 
-class Stop(Callback):
-    """Saves a checkpoint after a step, and ends the run there."""
-
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, runner, *args):
-        if runner.global_step == self.step:
-            runner.save_checkpoint(self.path)
-            runner.should_stop = True
-
-
 def _resumed(rank, compression, path, world_size=2, other=None):
     whole = Stepwise()
     trainer(compressed(compression), 2).fit(whole, data(10, rank))
@@ -138,6 +127,20 @@ def test_what_another_method_kept_is_not_taken_up_and_that_is_said(tmp_path):
     for _, resumed, steps in launch(_resumed, Int8(), str(tmp_path / "a.ckpt"), 2, TopK(0.2), world_size=2):
         assert steps == 10
         assert all(torch.isfinite(torch.from_numpy(each)).all() for each in resumed)
+
+
+def _damaged(rank, path):
+    trainer(compressed(Int8()), 2, callbacks=[Stop(5, path)]).fit(Stepwise(), data(10, rank))
+    if rank == 1:
+        Path(path + ".ranks", "rank1.pt").write_bytes(b"no checkpoint")
+    runner = trainer(compressed(Int8()), 2)
+    with pytest.warns(UserWarning, match=r"rank1\.pt cannot be read") if rank == 0 else nullcontext():
+        runner.fit(Stepwise(), data(10, rank), ckpt_path=path)
+    return runner.global_step
+
+
+def test_a_file_that_is_damaged_on_one_rank_leaves_no_other_waiting(tmp_path):
+    assert launch(_damaged, str(tmp_path / "a.ckpt"), world_size=2) == [10, 10]
 
 
 def _kept_files(rank, folder):

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.processes import launch
-from support.training import Regression, loader, trainer, weights
+from support.training import Regression, Stop, loader, trainer, weights
 from torch import nn
 
 from lightning_comm import (
@@ -98,18 +98,6 @@ def test_optimizers_that_mix_what_is_pruned_are_refused_before_training(name):
     for said in launch(_refused, name, world_size=2):
         assert name in said
         assert "AdamW or SGD" in said
-
-
-class Stop(Callback):
-    """Saves a checkpoint after a step, and ends the run there."""
-
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, runner, *args):
-        if runner.global_step == self.step:
-            runner.save_checkpoint(self.path)
-            runner.should_stop = True
 
 
 def _resumed(rank, then, path):
@@ -215,6 +203,21 @@ def test_masks_that_do_not_fit_are_an_error_on_all_ranks_before_training():
     for said in launch(_bad_function, world_size=2):
         assert "'net.9.weight'" in said
         assert "is no parameter" in said
+
+
+def _wordless(module):
+    raise RuntimeError
+
+
+def _fails_without_a_word(rank):
+    strategy = CompressedDDPStrategy(SparseMask(MaskFunction(_wordless)), timeout=timedelta(seconds=40))
+    with pytest.raises(ValueError, match="RuntimeError"):
+        trainer(strategy, 2).fit(Stepwise(), data(2, rank))
+    return True
+
+
+def test_masks_that_fail_without_a_message_are_an_error_too_and_not_a_dense_run():
+    assert launch(_fails_without_a_word, world_size=2) == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -79,6 +79,18 @@ class Regression(LightningModule):
             return optimizer
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Stop(Callback):
+    """Saves a checkpoint after a step, and ends the run there."""
+
+    def __init__(self, step: int, path: str) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, runner: Trainer, *args: Any) -> None:
+        if runner.global_step == self.step:
+            runner.save_checkpoint(self.path)
+            runner.should_stop = True
 
 
 def local_update(period: PeriodRule, **kwargs: Any) -> LocalUpdateStrategy:
