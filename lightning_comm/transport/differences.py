@@ -49,6 +49,8 @@ class DifferenceAverager:
         self._codec = compression.codec(Context(recorder, "parameters", feedback=False))
         self._bucket_bytes = bucket_bytes
         self._reference: dict[str, Tensor] = {}
+        self._flights: list[_Flight] = []
+        self._arrived = True
 
     @property
     def names(self) -> set[str]:
@@ -97,6 +99,84 @@ class DifferenceAverager:
         self._codec.end_step()
         return drift
 
+    # ---- in the background -------------------------------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether an average has departed and not landed."""
+        return bool(self._flights)
+
+    @torch.no_grad()
+    def depart(self, tensors: Mapping[str, Tensor]) -> None:
+        """Start to send the differences of now, and leave the parameters as they are.
+
+        Args:
+            tensors: Parameters that have a reference, by name, in an order that is the same on all ranks.
+
+        Note:
+            *Communication.* The first message of each bucket. Second ones, where a method needs what a first brought,
+            start in :meth:`advance`, or when they are waited for: at moments that are the same on all ranks.
+
+            *Memory.* Two rows as large as the parameters, and what is on its way.
+
+        """
+        self._codec.begin_step()
+        self._arrived = False
+        self._flights = [self._depart(bucket) for bucket in self._buckets(tensors)]
+
+    def _depart(self, rows: list["_Row"]) -> "_Flight":
+        layout = Layout(tuple(Slot(row.name, row.reference.numel(), row.shape) for row in rows))
+        mean = torch.empty(layout.numel, dtype=rows[0].reference.dtype, device=rows[0].reference.device)
+        for row, difference in zip(rows, layout.split(mean), strict=True):
+            torch.sub(row.weights.entries, row.reference, out=difference)
+        own, sent = sample(mean), torch.empty_like(mean)
+        return _Flight(layout, mean, sent, own, Talk(self._codec.mean(mean, layout, sent)))
+
+    def advance(self) -> None:
+        """Start the messages that need what others brought; blocks until those have arrived."""
+        for flight in self._flights:
+            if flight.talk is not None and flight.talk.more:
+                flight.talk.go_on()
+
+    def arrive(self) -> None:
+        """Wait until all has arrived. Changes no parameter."""
+        for flight in self._flights:
+            if flight.talk is not None:
+                flight.talk.finish()
+        if not self._arrived:
+            self._arrived = True
+            self._codec.end_step()
+
+    @torch.no_grad()
+    def land_(self, tensors: Mapping[str, Tensor]) -> Drift:
+        """Move the references by the mean of what was sent, and the parameters by that less what this rank sent.
+
+        Args:
+            tensors: The parameters by name, among them those that departed, wherever they have moved since.
+
+        Returns:
+            How far this rank's parameters were from the new reference when they departed.
+
+        """
+        self.arrive()
+        drift = Drift(0.0, 0.0)
+        for flight in self._flights:
+            mean, names = flight.mean, [slot.name for slot in flight.layout.slots]
+            references = [self._reference[name] for name in names]
+            for reference, moved in zip(references, flight.layout.split(mean), strict=True):
+                reference.add_(moved)
+            distance = drift_of(mean.numel(), flight.own_sample, sample(mean)).distance_sq
+            norms = torch.stack(torch._foreach_norm(references))
+            drift = drift.plus(Drift(distance, float(norms.square().sum())))
+            for name, correction in zip(names, flight.layout.split(mean.sub_(flight.sent)), strict=True):
+                weights = Flat.of(tensors[name])
+                weights.entries.add_(correction)
+                weights.write_back()
+        self._flights = []
+        return drift
+
+    # ---- buckets -----------------------------------------------------------------------------------------------------
+
     def _buckets(self, tensors: Mapping[str, Tensor]) -> Iterator[list["_Row"]]:
         """Put whole parameters of one device and type together until a bucket is full."""
         open_buckets: dict[tuple[torch.device, torch.dtype], list[_Row]] = {}
@@ -137,8 +217,21 @@ class DifferenceAverager:
         return drift_of(reference.numel(), bucket.own_sample, sample(reference))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, by parameter name. The references are the same on all ranks."""
+        """Return what a resumed run needs, by parameter name, once what is in flight has arrived.
+
+        The references are the same on all ranks.
+        """
+        self.arrive()
         return {
+            "in_flight": [
+                {
+                    "slots": [tuple(slot) for slot in flight.layout.slots],
+                    "mean": flight.mean,
+                    "sent": flight.sent,
+                    "own_sample": flight.own_sample,
+                }
+                for flight in self._flights
+            ],
             "reference": dict(self._reference),
             "compression": repr(self._compression),
             "codec": self._codec.state_dict(),
@@ -148,6 +241,12 @@ class DifferenceAverager:
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """Take up what :meth:`state_dict` returned; under another compression, its references alone."""
         self._reference = {name: row.to(parameters[name].device, copy=True) for name, row in state["reference"].items()}
+        self._flights = []
+        for saved in state.get("in_flight", []):
+            slots = tuple(Slot(name, numel, tuple(shape)) for name, numel, shape in saved["slots"])
+            device = self._reference[slots[0].name].device
+            mean, sent, own = (saved[key].to(device, copy=True) for key in ("mean", "sent", "own_sample"))
+            self._flights.append(_Flight(Layout(slots), mean, sent, own, None))
         if state["compression"] == repr(self._compression):
             self._codec.load_state_dict(state["codec"])
 
@@ -170,3 +269,16 @@ class _Travelling(NamedTuple):
     sent: Tensor
     own_sample: Tensor
     talk: Talk
+
+
+class _Flight(NamedTuple):
+    """A bucket in the background: what becomes the mean, what was sent, and a sample of the difference.
+
+    Without a talk, its messages have arrived before a resume.
+    """
+
+    layout: Layout
+    mean: Tensor
+    sent: Tensor
+    own_sample: Tensor
+    talk: Talk | None
