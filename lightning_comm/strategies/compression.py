@@ -245,6 +245,8 @@ class CompressedDDPStrategy(DDPStrategy):
         """Return what this rank goes on from, or ``None``, on all ranks alike, if a method starts afresh."""
         if shared is not None and shared["compression"] == repr(self.compression) and shared["sync"] is not None:
             return dict(shared["sync"])
+        if not self.compression.keeps_state:
+            return None
         own, problem = self._own_state(shared, filepath, weights_only)
         recorder = Recorder(CommLedger())
         problem = rank_files.first_problem(self, recorder, problem)

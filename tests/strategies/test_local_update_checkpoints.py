@@ -263,6 +263,7 @@ def _resume_and_catch(rank, world_size, path):
     ("damage", "world_size", "must_say"),
     [
         ("missing", 2, ["rank1.pt is missing"]),
+        ("damaged", 2, ["rank1.pt cannot be read"]),
         ("foreign", 2, ["belongs to another save"]),
         ("none", 3, ["written by 2 ranks, and there are 3 now"]),
         ("plain", 2, ["another strategy wrote it"]),
@@ -273,6 +274,9 @@ def test_without_the_rank_files_a_new_round_starts_from_the_averaged_weights(tmp
     path = tmp_path / "step=6.ckpt"
     if damage == "missing":
         (tmp_path / "step=6.ckpt.ranks/rank1.pt").unlink()
+    elif damage == "damaged":
+        file = tmp_path / "step=6.ckpt.ranks/rank1.pt"
+        file.write_bytes(file.read_bytes()[:100])
     elif damage == "foreign":
         (tmp_path / "step=12.ckpt.ranks/rank0.pt").replace(tmp_path / "step=6.ckpt.ranks/rank0.pt")
     elif damage == "plain":
