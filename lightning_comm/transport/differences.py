@@ -125,10 +125,7 @@ class DifferenceAverager:
         self._flights = [self._depart(bucket) for bucket in self._buckets(tensors)]
 
     def _depart(self, rows: list["_Row"]) -> "_Flight":
-        layout = Layout(tuple(Slot(row.name, row.reference.numel(), row.shape) for row in rows))
-        mean = torch.empty(layout.numel, dtype=rows[0].reference.dtype, device=rows[0].reference.device)
-        for row, difference in zip(rows, layout.split(mean), strict=True):
-            torch.sub(row.weights.entries, row.reference, out=difference)
+        layout, mean = _differences(rows)  # the codec makes the mean of it, in place
         own, sent = sample(mean), torch.empty_like(mean)
         return _Flight(layout, mean, sent, own, Talk(self._codec.mean(mean, layout, sent)))
 
@@ -165,9 +162,7 @@ class DifferenceAverager:
             references = [self._reference[name] for name in names]
             for reference, moved in zip(references, flight.layout.split(mean), strict=True):
                 reference.add_(moved)
-            distance = drift_of(mean.numel(), flight.own_sample, sample(mean)).distance_sq
-            norms = torch.stack(torch._foreach_norm(references))
-            drift = drift.plus(Drift(distance, float(norms.square().sum())))
+            drift = drift.plus(_drift(references, flight.own_sample, mean))
             for name, correction in zip(names, flight.layout.split(mean.sub_(flight.sent)), strict=True):
                 weights = Flat.of(tensors[name])
                 weights.entries.add_(correction)
@@ -194,27 +189,23 @@ class DifferenceAverager:
         yield from open_buckets.values()
 
     def _start(self, rows: list["_Row"]) -> "_Travelling":
-        layout = Layout(tuple(Slot(row.name, row.reference.numel(), row.shape) for row in rows))
-        weights = torch.cat([row.weights.entries.to(row.reference.dtype) for row in rows])
-        own = sample(weights)
-        difference = weights.sub_(torch.cat([row.reference for row in rows]))
+        layout, difference = _differences(rows)
         mean, sent = difference.clone(), torch.empty_like(difference)
+        own = sample(difference)
         return _Travelling(rows, difference, mean, sent, own, Talk(self._codec.mean(mean, layout, sent)))
 
     def _take(self, bucket: "_Travelling") -> Drift:
         bucket.talk.finish()
-        reference = bucket.mean.add_(torch.cat([row.reference for row in bucket.rows]))
         dropped = bucket.difference.sub_(bucket.sent)
-        # not `w + (m - s)`: so what was sent in full ends exactly at the reference, and equal on all ranks
-        weights = torch.add(reference, dropped, out=bucket.sent)
         sizes = [row.reference.numel() for row in bucket.rows]
-        for row, moved, now in zip(
-            bucket.rows, torch.split(reference, sizes), torch.split(weights, sizes), strict=True
+        for row, moved, left in zip(
+            bucket.rows, torch.split(bucket.mean, sizes), torch.split(dropped, sizes), strict=True
         ):
-            row.reference.copy_(moved)
-            row.weights.entries.copy_(now)
+            row.reference.add_(moved)
+            # not `w + (m - s)`: so what was sent in full ends exactly at the reference, and equal on all ranks
+            torch.add(row.reference, left, out=row.weights.entries)
             row.weights.write_back()
-        return drift_of(reference.numel(), bucket.own_sample, sample(reference))
+        return _drift([row.reference for row in bucket.rows], bucket.own_sample, bucket.mean)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, by parameter name, once what is in flight has arrived.
@@ -251,6 +242,22 @@ class DifferenceAverager:
             self._codec.load_state_dict(state["codec"])
 
 
+def _differences(rows: list["_Row"]) -> tuple[Layout, Tensor]:
+    """Return the differences of the parameters in a bucket to their references, and what lies where."""
+    layout = Layout(tuple(Slot(row.name, row.reference.numel(), row.shape) for row in rows))
+    together = torch.empty(layout.numel, dtype=rows[0].reference.dtype, device=rows[0].reference.device)
+    for row, difference in zip(rows, layout.split(together), strict=True):
+        torch.sub(row.weights.entries, row.reference, out=difference)
+    return layout, together
+
+
+def _drift(references: list[Tensor], own_sample: Tensor, mean: Tensor) -> Drift:
+    """Return how far a rank was from the references of now, which have moved by the mean."""
+    distance_sq = drift_of(mean.numel(), own_sample, sample(mean)).distance_sq
+    norms = torch.stack(torch._foreach_norm(references))
+    return Drift(distance_sq, float(norms.square().sum()))
+
+
 class _Row(NamedTuple):
     """A parameter in a bucket."""
 
@@ -261,7 +268,7 @@ class _Row(NamedTuple):
 
 
 class _Travelling(NamedTuple):
-    """A bucket on its way: the difference, what becomes the mean, what was sent, and a sample of the weights."""
+    """A bucket on its way: the difference, what becomes the mean, what was sent, and a sample of the difference."""
 
     rows: list[_Row]
     difference: Tensor
