@@ -184,6 +184,12 @@ class CompressedDDPStrategy(DDPStrategy):
         if isinstance(self.compression, SparseMask) and isinstance(codec, SparseMaskCodec):
             self._pruned = PrunedWeights(module, codec, self.compression, Recorder(self._ledger))
 
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._pruned is not None and self._trainer is not None:
+            self._pruned.before_step(self._trainer.global_step)
+        return super().training_step(*args, **kwargs)
+
     def _loss_scale(self) -> float:
         scaler = getattr(self.precision_plugin, "scaler", None)
         return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0

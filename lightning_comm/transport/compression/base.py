@@ -12,7 +12,7 @@ first steps and after a resume. Scales, counts and random numbers belong to a pa
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -174,6 +174,14 @@ class Codec(ABC):
 
     def rescale(self, factor: float) -> None:  # noqa: B027  (only what keeps residuals has something to scale)
         """Follow a change of the loss scale, in which kept residuals are measured."""
+
+    def regroup(self, places: Mapping[str, Tensor]) -> None:  # noqa: B027  (only what keeps residuals has any to move)
+        """Follow a change of what lies in the slots of parameters. Called between steps.
+
+        Args:
+            places: By parameter name, for each entry of its new slot, where that was in the old one, or -1 if nowhere.
+
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, by parameter name. Tensors belong to this rank alone."""
