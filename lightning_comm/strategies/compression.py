@@ -159,13 +159,14 @@ class CompressedDDPStrategy(DDPStrategy):
             self._warned = False
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING and self._pruned is not None:
-            check_optimizers(self.optimizers)
+            check_optimizers(self.optimizers, _WHERE)
 
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
         if self._pruned is not None and self._trainer is not None:
             self._pruned.start(self._trainer, self.optimizers)  # here, since optimizer states have been restored
+            self._pruned.before_step(self._trainer.global_step)
 
     @override
     def configure_ddp(self) -> None:

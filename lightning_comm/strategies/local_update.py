@@ -26,9 +26,11 @@ from lightning_comm.strategies import checks, control, lightning_internals, rank
 from lightning_comm.strategies.companion import LocalUpdateCompanion
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
+from lightning_comm.strategies.pruned_weights import check_optimizers
 from lightning_comm.strategies.settings import Round, Settings
 from lightning_comm.transport.agreement import Agreement, PeerFailure, default_store
 from lightning_comm.transport.averaging import Averaging, broadcast_
+from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.random_state import set_random_state
 from lightning_comm.transport.recording import Pending, Recorder, another_group, leave_group_at_exit
 from lightning_comm.transport.replica import fingerprint
@@ -192,6 +194,8 @@ class LocalUpdateStrategy(DDPStrategy):
         checks.check_module(module)
         super().setup(trainer)
         checks.check_optimizers(self.optimizers, self.settings)
+        if isinstance(self.settings.averaging.method, SparseMask):
+            check_optimizers(self.optimizers, "LocalUpdateStrategy")
         agreement = Agreement(default_store(), self.global_rank, self.world_size, f"lightning_comm/{next(_fits)}")
         recorder, background = Recorder(self._ledger), None
         if self.settings.averaging.overlap_steps:
@@ -241,6 +245,8 @@ class LocalUpdateStrategy(DDPStrategy):
         run.replica.begin_round()
         own, shared = (self._resume.own, self._resume.shared) if self._resume else (None, None)
         run.take_up(shared, own)
+        if run.pruned is not None:
+            run.pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored
         if self.settings.starts_with_gradients and not run.in_gradient_phase:
             self._unwrap_ddp()
         self._interruptions.install()
@@ -255,9 +261,12 @@ class LocalUpdateStrategy(DDPStrategy):
         run = self._run
         if run is None:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
+        if run.pruned is not None:
+            closure = run.pruned.masking(closure)
         # in the gradient phase the backward in the closure waits for other ranks
         with run.agreement.first_error_shown() if run.in_gradient_phase else nullcontext():
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        run.keep_pruned_at_zero()
         run.count_step(optimizer)
         return output
 

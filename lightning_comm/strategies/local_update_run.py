@@ -28,9 +28,11 @@ from lightning_comm.strategies import control
 from lightning_comm.strategies.background import BackgroundAverage
 from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.lightning_internals import weight_average_of
+from lightning_comm.strategies.pruned_weights import PrunedWeights
 from lightning_comm.strategies.round_log import RoundLog
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.transport.agreement import Agreement, Decision, PeerFailure, Position
+from lightning_comm.transport.compression.sparse_mask import SparseMask, SparseMaskCodec
 from lightning_comm.transport.flat import Drift
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.replica import Replica, optimizer_tensors
@@ -74,6 +76,10 @@ class LocalUpdateRun:
         self._background = BackgroundAverage(
             self.replica, self.log, agreement, settings.averaging.overlap_steps if background is not None else 0
         )
+        codec, method = self.replica.codec, settings.averaging.method
+        self.pruned: PrunedWeights | None = None
+        if isinstance(codec, SparseMaskCodec) and isinstance(method, SparseMask):
+            self.pruned = PrunedWeights(module, codec, method, recorder)
         self._recorders = [recorder] if background is None else [recorder, background]
         self.gradient_steps = 0
         self.apart = False  # whether ranks may differ: not from an average in full until the next batch
@@ -127,6 +133,7 @@ class LocalUpdateRun:
             self.synchronise()
         else:
             self._background.go_on(self.clock.steps_done)
+            self.keep_pruned_at_zero()
         decision = self.agreement.poll(self._position(), force=self.standing)
         if decision is not None and (decision.at_step is None or self.clock.steps_done >= decision.at_step):
             self._carry_out(decision)
@@ -224,12 +231,18 @@ class LocalUpdateRun:
         self._note(drift, 0.0, time.monotonic() - started)
         self.clock.end_round()
 
+    def keep_pruned_at_zero(self) -> None:
+        """Set pruned weights to zero: after an optimizer step, or where an average of before the pruning has landed."""
+        if self.pruned is not None:
+            self.pruned.keep_at_zero()
+
     def stand(self) -> None:
         """Leave the round open: ranks stop at different steps and only their copies are averaged."""
         self.standing = self.apart = True
 
     def _average(self, *, in_full: bool) -> Drift:
         self._background.land()
+        self.keep_pruned_at_zero()
         compressed = self.replica.compresses and not in_full
         drift = self.replica.average_differences() if compressed else self.replica.average()
         self.replica.average_momenta(self._momenta())
@@ -270,6 +283,8 @@ class LocalUpdateRun:
     def _begin(self, rows: list[ControlRow]) -> None:
         self._round_lr = rows[0].lr
         self.clock.begin(int(rows[0].next_steps), lr=self._round_lr)
+        if self.pruned is not None:
+            self.pruned.before_step(self.clock.steps_done)  # where all ranks have just met
         self.replica.begin_round(equal=not self.apart)
         self._background.begin_round(self.clock.steps_done, int(rows[0].next_steps))
 

@@ -7,7 +7,8 @@ Order of messages, on every rank alike: before the forward of a step at which th
 messages and one for each masked parameter) and a comparison of 8 bytes; in steps between nothing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -21,8 +22,6 @@ from lightning_comm.strategies.lightning_internals import weight_average_of
 from lightning_comm.transport.compression.sparse_mask import SparseMask, SparseMaskCodec
 from lightning_comm.transport.pruning import Masks, Moment, agree, check_agreement, checked_masks
 from lightning_comm.transport.recording import Recorder
-
-_WHERE = "CompressedDDPStrategy"
 
 
 class PrunedWeights:
@@ -48,7 +47,7 @@ class PrunedWeights:
         self._optimizers: list[Optimizer] = []
 
     def start(self, trainer: Trainer, optimizers: Iterable[Optimizer]) -> None:
-        """Take the masks of the run that is resumed, and prune if it is time.
+        """Begin a run, with the masks of the one that is resumed.
 
         Raises:
             ValueError: On all ranks, if masks cannot be had or do not fit the model.
@@ -63,7 +62,6 @@ class PrunedWeights:
             check_agreement(masks, self._module.device, self._recorder)
             self._install(masks)
         _warn_of_late_steps(trainer, self._settings.schedule)
-        self.before_step(trainer.global_step)
 
     def before_step(self, step: int) -> None:
         """Prune if it is time. Called before every forward, with the number of optimizer steps done.
@@ -83,7 +81,7 @@ class PrunedWeights:
     def _install(self, masks: Masks) -> None:
         parameters = dict(self._module.named_parameters())
         self._codec.install(masks, parameters.items())
-        self._pruned = [(parameters[name].detach(), ~mask) for name, mask in masks.items()]
+        self._pruned = [(parameters[name], ~mask) for name, mask in masks.items()]
         self.keep_at_zero()
         by_parameter = {id(parameters[name]): mask for name, mask in masks.items()}
         for optimizer in self._optimizers:
@@ -98,6 +96,21 @@ class PrunedWeights:
             except Exception as error:  # whatever it is, the others wait for word of it
                 problem = str(error) or type(error).__name__  # an empty word would pass for none
         return agree(masks, problem, self._module, self._recorder)
+
+    def masking(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return the closure of an optimizer step, after which gradients of pruned weights are zero.
+
+        For ranks that send no gradients. Before clipping, which so does not see them.
+        """
+
+        def masked() -> Any:
+            output = closure()
+            for parameter, pruned in self._pruned:
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(pruned, 0)
+            return output
+
+        return masked
 
     @torch.no_grad()
     def keep_at_zero(self) -> None:
@@ -126,8 +139,14 @@ def _warn_of_late_steps(trainer: Trainer, schedule: PruningSchedule) -> None:
         )
 
 
-def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers under which pruned weights cannot be kept at zero."""
+def check_optimizers(optimizers: Iterable[Optimizer], where: str) -> None:
+    """Refuse optimizers under which pruned weights cannot be kept at zero.
+
+    Args:
+        optimizers: Those of the run.
+        where: Which strategy refuses them, for the message.
+
+    """
     for optimizer in optimizers:
         if isinstance(optimizer, (LBFGS, SparseAdam)):
             why = (
@@ -136,7 +155,7 @@ def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
                 else "wants sparse gradients, which cannot be masked"
             )
             raise MisconfigurationException(
-                f"{_WHERE}: SparseMask cannot keep pruned weights at zero under {type(optimizer).__name__}, which "
+                f"{where}: SparseMask cannot keep pruned weights at zero under {type(optimizer).__name__}, which "
                 f"{why}. Use another optimizer, such as AdamW or SGD."
             )
 

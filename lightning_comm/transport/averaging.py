@@ -33,7 +33,8 @@ class Averaging:
 
         compression: What to send of the parameters instead of every entry in full: a :class:`Compression`, such as
             ``Cast("bf16")``, or its word: ``"bf16"``, ``"fp16"``, ``"int8"``, ``"powersgd"``, ``"topk"``. ``None``
-            sends them in full. See :class:`~lightning_comm.transport.differences.DifferenceAverager`.
+            sends them in full. A :class:`SparseMask`, alone or in a list with one more, prunes the model and sends what
+            is left. See :class:`~lightning_comm.transport.differences.DifferenceAverager`.
         overlap_steps: For how many optimizer steps of the next round an average travels in the background. Then each
             rank's weights move by what the average would have moved them at the end of the round: at that step, however
             fast the network was, so results do not depend on timing. 0 waits at the end of the round. In rounds that
@@ -67,7 +68,7 @@ class Averaging:
     """
 
     bucket_mib: float = 4.0
-    compression: Compression | str | None = None
+    compression: Compression | str | list[Compression | str] | None = None
     overlap_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -105,12 +106,7 @@ def _usable(compression: Compression) -> Compression:
             f"Averaging: `compression` must send something, since ranks that train apart would never meet; got "
             f"{compression!r}. To see what a run without communication costs, give FixedPeriod a period as long as it."
         )
-    if isinstance(compression, SparseMask):
-        raise ValueError(
-            f"Averaging: `compression` must be a method that takes whole parameters; got {compression!r}. Masks prune "
-            "under CompressedDDPStrategy alone, and here nothing would be left out."
-        )
-    if isinstance(compression, Ternary):
+    if isinstance(compression.then if isinstance(compression, SparseMask) else compression, Ternary):
         raise ValueError(
             f"Averaging: `compression` must drop less than it is given, since what it drops stays in the weights and "
             f"comes back in the next round; got {compression!r}, whose rounding error is many times as large as what "

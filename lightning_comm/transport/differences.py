@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_comm.transport.averaging import IN_FLIGHT
-from lightning_comm.transport.compression.base import Compression, Context, Layout, Slot
+from lightning_comm.transport.compression.base import Codec, Compression, Context, Layout, Slot
 from lightning_comm.transport.compression.conversations import Talk
 from lightning_comm.transport.flat import Drift, Flat, drift_of, sample
 from lightning_comm.transport.recording import Recorder
@@ -56,6 +56,11 @@ class DifferenceAverager:
     def names(self) -> set[str]:
         """The parameters that have a reference; the same on all ranks."""
         return set(self._reference)
+
+    @property
+    def codec(self) -> Codec:
+        """What sends the differences."""
+        return self._codec
 
     def restart(self, tensors: Mapping[str, Tensor]) -> None:
         """Make the references anew from parameters that are equal on all ranks."""

@@ -10,6 +10,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_comm.transport.averaging import Averager, Averaging, broadcast_
+from lightning_comm.transport.compression.base import Codec
 from lightning_comm.transport.differences import DifferenceAverager
 from lightning_comm.transport.flat import Drift
 from lightning_comm.transport.recording import Recorder
@@ -262,6 +263,11 @@ class Replica:
     def compresses(self) -> bool:
         """Whether a synchronisation can send less than the parameters in full."""
         return self._differences is not None
+
+    @property
+    def codec(self) -> Codec | None:
+        """What sends differences; ``None`` where parameters are averaged as they are."""
+        return None if self._differences is None else self._differences.codec
 
     def compression_state(self) -> dict[str, Any] | None:
         """Return what the compression goes on from; ``None`` without one."""

@@ -12,10 +12,12 @@ from support.processes import launch
 from support.training import Regression, Samples, loader, local_update, trainer, weights
 from torch import nn
 
-from lightning_comm import Averaging, FixedPeriod, QuadraticPeriod, TopK
+from lightning_comm import Averaging, FixedPeriod, MagnitudePruning, PruningSchedule, QuadraticPeriod, SparseMask, TopK
 from lightning_comm.data.resumable import ResumableLoader
 
 STEPS_PER_EPOCH, EPOCHS = 7, 2
+MASK = SparseMask(MagnitudePruning(0.5))
+LATER_MASK = SparseMask(MagnitudePruning(0.5), schedule=PruningSchedule(2, 10, 4))
 
 
 def noisy_network() -> nn.Module:
@@ -132,10 +134,14 @@ def falling(step):
         (FixedPeriod(4), {"averaging": Averaging(1e-4, overlap_steps=2)}),
         (FixedPeriod(5), {"averaging": Averaging(1e-4, "int8", overlap_steps=4)}),
         (QuadraticPeriod(h_base=2), {"averaging": Averaging(1e-4, "bf16", overlap_steps=3), "gradient_steps": 2}),
+        (FixedPeriod(4), {"averaging": Averaging(1e-4, MASK)}),
+        (FixedPeriod(3), {"averaging": Averaging(1e-4, [MASK, "int8"], overlap_steps=2)}),
+        (FixedPeriod(3), {"averaging": Averaging(1e-4, LATER_MASK, overlap_steps=2)}),
     ],
     ids=[
         *("fixed", "qsr", "optimizer-averaged", "gradient-phase", "accumulation"),
         *("int8", "topk-optimizer-averaged", "powersgd-gradient-phase", "overlap", "int8-overlap", "qsr-overlap"),
+        *("mask", "mask-int8-overlap", "gradual-mask-overlap"),
     ],
 )
 def test_a_run_resumed_at_any_step_repeats_bit_for_bit(tmp_path, period, kw):

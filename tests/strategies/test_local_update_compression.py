@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from support.processes import launch
 from support.training import Regression, descend, loader, local_update, network, trainer, weights
 
-from lightning_comm import Averaging, Cast, FixedPeriod, Int8, LocalUpdateStrategy, TopK
+from lightning_comm import Averaging, Cast, FixedPeriod, Int8, LocalUpdateStrategy, SparseMask, TopK
 
 STEPS, PERIOD = 14, 4
 NUMEL = sum(parameter.numel() for parameter in network().parameters())
@@ -206,6 +206,7 @@ def test_moving_averages_of_weights_end_equal_too():
         ("int8", Int8()),
         ("null", None),
         ('{"class_path": "lightning_comm.TopK", "init_args": {"ratio": 0.1}}', TopK(0.1)),
+        ('["sparse_mask", "bf16"]', SparseMask(then=Cast("bf16"))),
     ],
 )
 def test_a_config_gives_a_word_or_an_object(given, expected):
@@ -213,7 +214,7 @@ def test_a_config_gives_a_word_or_an_object(given, expected):
     parser.add_subclass_arguments(LocalUpdateStrategy, "strategy")
     period = '{"class_path": "lightning_comm.FixedPeriod", "init_args": {"steps": 8}}'
     text = f'{{"strategy": {{"class_path": "lightning_comm.LocalUpdateStrategy", "init_args": {{"period": {period}, '
-    quoted = given if given.startswith("{") or given == "null" else f'"{given}"'
+    quoted = given if given[0] in "{[" or given == "null" else f'"{given}"'
     config = parser.parse_string(text + f'"averaging": {{"compression": {quoted}}}}}}}}}')
     strategy = parser.instantiate(config).strategy
     assert strategy.settings.averaging.compression == expected

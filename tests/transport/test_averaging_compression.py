@@ -15,6 +15,7 @@ from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
 from lightning_comm.transport.compression.no_sync import NoSync
 from lightning_comm.transport.compression.power_sgd import PowerSGD
+from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.ternary import Ternary
 from lightning_comm.transport.compression.top_k import TopK
 from lightning_comm.transport.differences import DifferenceAverager
@@ -235,6 +236,7 @@ def test_every_type_and_layout_is_brought_together(run_ranks):
 def test_a_word_is_short_for_a_compression():
     assert Averaging(compression="bf16") == Averaging(compression=Cast("bf16"))
     assert Averaging(compression="int8").method == Int8()
+    assert Averaging(compression=["sparse_mask", "bf16"]).method == SparseMask(then=Cast("bf16"))
     assert Averaging().method is None
 
 
@@ -243,8 +245,8 @@ def test_a_word_is_short_for_a_compression():
     [
         (NoSync(), ["NoSync()", "never meet", "FixedPeriod"]),
         ("no_sync", ["NoSync()", "never meet", "FixedPeriod"]),
-        ("sparse_mask", ["SparseMask(", "whole parameters", "CompressedDDPStrategy"]),
         (Ternary(), ["Ternary()", "ever further apart", "Int8()"]),
+        (["sparse_mask", "ternary"], ["Ternary()", "ever further apart", "Int8()"]),
         ("bf61", ["'bf61'", "'bf16'"]),
         (8, ["got 8", "Cast('bf16')"]),
         (["bf16", "int8"], ["Int8()", "SparseMask()", "cannot follow"]),
