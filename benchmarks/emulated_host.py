@@ -1,17 +1,18 @@
 """What a process on an emulated host does around the methods that it times: begin, report, compare with the others."""
 
 import gc
+import json
 import logging
 import os
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from emulated_steps import TIMEOUT, Job, Timed, ddp
+from emulated_steps import TIMEOUT, Job, Segment, Timed, ddp
 
 SEGMENT_S = 2.0  # what a method that communicates in every step is to be timed for, where that needs no more than steps
 
@@ -65,3 +66,14 @@ def say(kind: str, text: str) -> None:
     """Print a line for whoever started the hosts, on host 0."""
     if dist.get_rank() == 0:
         print(f"{kind} {text}", flush=True)
+
+
+def repeat_all(segments: Mapping[str, Segment], steps: Mapping[str, int], repeats: int) -> None:
+    """Measure all methods again and again, interleaved, and tell of each repeat."""
+    for repeat in range(repeats):
+        measured: dict[str, Any] = {}
+        for name in rotated(list(segments), repeat):
+            say("AT", name)
+            measured[name] = together(segments[name](steps[name]), steps[name])
+            say("PROGRESS", f"repeat {repeat + 1} of {repeats}: {name}: {1e3 * measured[name]['step_s']:.0f} ms a step")
+        say("RESULT", json.dumps({"repeat": repeat, "tools": measured}))

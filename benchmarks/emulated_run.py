@@ -1,15 +1,17 @@
 """What the programs that start emulated hosts share: what hosts say, how a run failed, and what it ran on."""
 
+import datetime
 import importlib.metadata
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_comm.lab.cluster import LabResult
+from lightning_comm.lab.cluster import Lab, LabResult
 
 _PACKAGES = ("torch", "lightning", "timm", "lightning-comm", "accelerate", "torchft")
 
@@ -65,3 +67,68 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
+
+
+def as_report(title: str) -> dict[str, Any]:
+    """Return a report without results."""
+    today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    return {"title": title, "date": today, "environment": environment(), "configurations": []}
+
+
+def results_file(stem: str, report: dict[str, Any]) -> Path:
+    """Return where results go by default."""
+    return Path(__file__).resolve().parents[1] / "docs" / "results" / f"{stem}_{report['date']}.md"
+
+
+def write(report: dict[str, Any], out: Path, page: str) -> None:
+    """Write a page, and the report as JSON beside it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    out.write_text(page)
+
+
+def measure(
+    command: list[str],
+    where: tuple[int, str, str],
+    report: dict[str, Any],
+    on_news: Callable[[], None],
+    *,
+    timeout_s: float,
+) -> None:
+    """Run a program on emulated hosts and add what it finds to the report.
+
+    Args:
+        command: The program.
+        where: How many hosts, the rate of their links, and how the report is to call that.
+        report: Gets one more configuration.
+        on_news: Called whenever there is more in it.
+        timeout_s: The longest it may take.
+
+    """
+    hosts, link, title = where
+    found: dict[str, Any] = {"title": title, "hosts": hosts, "link": link, "labels": {}, "repeats": [], "note": ""}
+    found |= {"left_out": [], "error": ""}
+    report["configurations"].append(found)
+
+    def on_result(result: dict[str, Any]) -> None:
+        if "repeat" in result:
+            found["repeats"].append(result)
+        else:
+            found.update(result)
+        on_news()
+
+    with Lab(hosts, link) as lab:
+        found["error"] = error_of(lab.run(command, timeout_s=timeout_s, on_line=Listener(on_result)))
+    if found["error"]:
+        print(f"  ended early: {found['error']}", flush=True)
+    on_news()
+
+
+def close_host() -> None:
+    """End the process of a host: threads of other tools may outlive the interpreter and abort a run that went well."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
