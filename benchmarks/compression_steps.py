@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emulated_run import as_report, close_host, measure, results_file, write
+from emulated_run import as_report, close_host, measure, rate_of, results_file, write
 from steps_report import LIMIT, page
 
 from lightning_comm.lab.cluster import unavailable
@@ -31,7 +31,6 @@ BUCKETS_MB = (0.5, 1.0, 2.0, 5.0, 25.0)
 FEW_BUCKETS = 10
 _SEGMENT_S = 2.0  # what a method is timed for in a repeat, where that is no less than 2 steps and no more than 10
 _TIMEOUT_S = 1800
-_BITS_PER_S = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _LIGHTER = {"ddp": 1.0, "torch_bf16": 0.5, "bf16": 0.5, "fp16": 0.5, "int8": 0.25, "mask": 0.2}  # of DDP's bytes
 
 
@@ -64,8 +63,7 @@ def steps_of(step_s: float) -> int:
 
 def dense_step_s(link: str, hosts: int, payload_bytes: float, step_s: float) -> float:
     """Return about what a step of DDP takes: compute, or what the link needs, and a part of the other."""
-    number = link.rstrip("abcdefghijklmnopqrstuvwxyz")
-    sent_s = 2 * (hosts - 1) / hosts * payload_bytes * 8 / (float(number) * _BITS_PER_S[link[len(number) :]])
+    sent_s = 2 * (hosts - 1) / hosts * payload_bytes / rate_of(link)
     return max(step_s, sent_s) + 0.3 * min(step_s, sent_s)
 
 

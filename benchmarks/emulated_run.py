@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning_comm.lab.cluster import Lab, LabResult
 
+_BITS_PER_S = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _PACKAGES = ("torch", "lightning", "timm", "lightning-comm", "accelerate", "torchft")
 
 
@@ -132,3 +133,9 @@ def close_host() -> None:
     dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)
+
+
+def rate_of(link: str) -> float:
+    """Return the bytes per second of a link such as ``"100mbit"``."""
+    number = link.rstrip("abcdefghijklmnopqrstuvwxyz")
+    return float(number) * _BITS_PER_S[link[len(number) :]] / 8

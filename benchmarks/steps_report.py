@@ -129,9 +129,10 @@ def sections(report: Mapping[str, Any], reference: str, reference_label: str) ->
             parts += [
                 table(rows, reference_label),
                 f"{len(each['repeats'])} repeats. {each['note']} {devices(rows)}".replace("  ", " "),
-                verdict(rows),
+                "\n".join(f"- {said}" for said in [verdict(rows), *each.get("verdicts", [])]),
             ]
-        parts += [f"- {note}" for note in each["left_out"]]
+        if each["left_out"]:
+            parts.append("\n".join(f"- {note}" for note in each["left_out"]))
         if each["error"]:
             parts.append(f"This configuration ended early:\n\n{indented(each['error'])}")
     return parts
