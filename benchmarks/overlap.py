@@ -3,11 +3,11 @@
     python benchmarks/overlap.py [--hosts 4] [--links 100mbit 1gbit] [--repeats 5] [--out FILE]
 
 All methods train the same model in the same processes, in an order that rotates from repeat to repeat. A repeat times
-whole rounds in the middle of a run, from the beginning of a round to the beginning of another: what an earlier round
-has under way at the start counts, and so does what is under way at the end, and the last synchronisation of a run, which
-is always in full and in the open, does not. The results, `docs/results/overlap_<date>.md` and a JSON file with every
-repeat beside it, are written again after each repeat. With the defaults about 20 minutes. accelerate is optional:
-`pip install accelerate`.
+whole rounds in the middle of a run, from the beginning of a round to the beginning of another. So what is under way at
+its start counts, in place of what is under way at its end; the last synchronisation of a run, which is always in full
+and in the open, does not. The results, `docs/results/overlap_<date>.md` and a JSON file with every repeat beside it,
+are written again after each repeat. With the defaults about 20 minutes. accelerate is optional: `pip install
+accelerate`.
 """
 
 import argparse
