@@ -12,10 +12,8 @@ interleaved as well.
 import argparse
 import json
 import logging
-import multiprocessing
 import os
 import platform
-import socket
 import statistics
 import sys
 import time
@@ -28,6 +26,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from ranks import run_ranks
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_comm import CommLedger, FixedPeriod, LocalUpdateStrategy
@@ -45,32 +44,6 @@ def vit_small_shapes() -> list[tuple[int, ...]]:
         shapes += [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
         shapes += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
     return [*shapes, (width,), (width,), (100, width), (100,)]
-
-
-def run_ranks(fn: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
-    """Run ``fn(rank, *args)`` in processes with the environment that torchrun and Lightning expect."""
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    processes = [context.Process(target=_rank, args=(fn, rank, ranks, port, args, results)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    answers = dict(results.get(timeout=900) for _ in range(ranks))
-    for process in processes:
-        process.join()
-    return [answers[rank] for rank in range(ranks)]
-
-
-def _rank(fn: Callable[..., Any], rank: int, ranks: int, port: int, args: tuple[Any, ...], results: Any) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-    results.put((rank, fn(rank, *args)))
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def time_averages(rank: int, repeats: int) -> dict[str, list[float]]:

@@ -10,24 +10,21 @@ accelerate and torchft are optional: `pip install -e ".[benchmark]"`.
 
 import argparse
 import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from tools_methods import TOOLS, Job
+from emulated_run import Listener, environment, error_of
+from emulated_steps import Job
+from tools_methods import TOOLS
 from tools_report import LIMIT, OURS, PLAIN, page
 
-from lightning_comm.lab.cluster import Lab, LabResult, unavailable
+from lightning_comm.lab.cluster import Lab, unavailable
 
 _HERE = Path(__file__).resolve().parent
 _TRIAL_TIMEOUT_S, _TIMEOUT_S = 60, 1800
-_PACKAGES = ("torch", "lightning", "timm", "lightning-comm", "accelerate", "torchft")
 
 
 def main() -> None:
@@ -36,11 +33,12 @@ def main() -> None:
     if (missing := unavailable()) is not None:
         sys.exit(f"tools.py needs emulated hosts: {missing}")
     settings = {name: getattr(options, name) for name in ("model", "image", "batch", "step_s", "period")}
+    settings["model_args"] = {"img_size": options.image}
     network = Job(**settings).network()
     report: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "command": shlex.join(["python", "benchmarks/tools.py", *sys.argv[1:]]),
-        "environment": _environment(),
+        "environment": environment(),
         "settings": {**settings, "parameters": sum(parameter.numel() for parameter in network.parameters())},
         "could_not_run": [],
         "configurations": [],
@@ -70,7 +68,7 @@ def _usable(names: list[str], hosts: int, settings: dict[str, Any], report: dict
 def _trial(name: str, hosts: int, settings: dict[str, Any]) -> str:
     print(f"{hosts} hosts: trying {TOOLS[name].label}", flush=True)
     with Lab(hosts, "1gbit") as lab:
-        error = _error_of(lab.run(_command({**settings, "trial": name}), timeout_s=_TRIAL_TIMEOUT_S))
+        error = error_of(lab.run(_command({**settings, "trial": name}), timeout_s=_TRIAL_TIMEOUT_S))
     return f"{error}\nin a trial of {5 * settings['period']} steps and at most {_TRIAL_TIMEOUT_S} s" if error else ""
 
 
@@ -85,26 +83,19 @@ def _compare(hosts: int, link: str, options: dict[str, Any], report: dict[str, A
     found: dict[str, Any] = {"hosts": hosts, "link": link, "repeats": [], "error": ""}
     found["once_a_period"] = [n for n in options["tools"] if TOOLS[n].communicates and not TOOLS[n].every_step]
     report["configurations"].append(found)
-    started, at = time.monotonic(), ""
 
-    def on_line(host: int, line: str, is_error: bool) -> None:
-        nonlocal at
-        kind, _, text = line.strip().partition(" ")
-        if host == 0 and kind == "AT":
-            at = text
-        elif host == 0 and kind == "PROGRESS":
-            print(f"  {time.monotonic() - started:5.0f} s  {text}", flush=True)
-        elif host == 0 and kind == "RESULT":
-            result = json.loads(text)
-            if "repeat" in result:
-                found["labels"] = result.pop("labels")
-                found["repeats"].append(result)
-            else:
-                found.update(result)
-            _write(report, out)
+    def on_result(result: dict[str, Any]) -> None:
+        if "repeat" in result:
+            found["labels"] = result.pop("labels")
+            found["repeats"].append(result)
+        else:
+            found.update(result)
+        _write(report, out)
 
+    listener = Listener(on_result)
     with Lab(hosts, link) as lab:
-        found["error"] = _error_of(lab.run(_command(options), timeout_s=_TIMEOUT_S, on_line=on_line))
+        found["error"] = error_of(lab.run(_command(options), timeout_s=_TIMEOUT_S, on_line=listener))
+    at = listener.at
     broken = at if found["error"] and at in TOOLS and TOOLS[at].risky else ""
     if broken:
         report["configurations"].remove(found)
@@ -117,39 +108,10 @@ def _command(options: dict[str, Any]) -> list[str]:
     return [sys.executable, str(_HERE / "tools_host.py"), json.dumps(options)]
 
 
-def _error_of(done: LabResult) -> str:
-    """Return how a run failed, with the end of what that host said; empty where it did not."""
-    if done.returncode == 0:
-        return ""
-    said = done.output[done.host or 0].strip().splitlines()
-    told = [line for line in said if "[W" not in line and not line.startswith(("AT ", "PROGRESS ", "RESULT "))]
-    return "\n".join([*told[-4:], done.why])
-
-
 def _write(report: dict[str, Any], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     out.write_text(page(report))
-
-
-def _environment() -> str:
-    versions = []
-    for name in _PACKAGES:
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{name} not installed")
-    return (
-        f"{', '.join(versions)}; Python {platform.python_version()}, Linux {platform.release()}, {_processor()}, "
-        f"{os.cpu_count()} cores shared by all hosts; gloo, 1 thread a process."
-    )
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _options() -> argparse.Namespace:

@@ -122,7 +122,7 @@ def page(report: Mapping[str, Any]) -> str:
     if report["could_not_run"]:
         parts.append("## Tools that could not be run")
         parts += [
-            f"- {each['label']}, {each['hosts']} hosts:\n\n{_indented(each['error'])}"
+            f"- {each['label']}, {each['hosts']} hosts:\n\n{indented(each['error'])}"
             for each in report["could_not_run"]
         ]
     for configuration in report["configurations"]:
@@ -149,7 +149,7 @@ def _section(configuration: Mapping[str, Any], period: int) -> list[str]:
             "\n".join(f"- {each}" for each in verdicts(rows, configuration["once_a_period"])),
         ]
     if configuration.get("error"):
-        parts.append(f"This configuration ended early:\n\n{_indented(configuration['error'])}")
+        parts.append(f"This configuration ended early:\n\n{indented(configuration['error'])}")
     return parts
 
 
@@ -170,7 +170,8 @@ def _overruns(rows: Mapping[str, Row]) -> str:
     return ", ".join(late) or "none"
 
 
-def _indented(text: str) -> str:
+def indented(text: str) -> str:
+    """Return the text as a block of code within an item of a list."""
     return "\n".join(f"      {line}" for line in text.strip().splitlines())
 
 

@@ -1,0 +1,220 @@
+"""Local updates in the open, compressed and overlapped with compute, on emulated hosts with emulated devices.
+
+    python benchmarks/overlap.py [--hosts 4] [--links 100mbit 1gbit] [--repeats 5] [--out FILE]
+
+All methods train the same model in the same processes, in an order that rotates from repeat to repeat. A repeat times
+whole rounds in the middle of a run, from the beginning of a round to the beginning of another. So what is under way at
+its start counts, in place of what is under way at its end; the last synchronisation of a run, which is always in full
+and in the open, does not. The results, `docs/results/overlap_<date>.md` and a JSON file with every repeat beside it,
+are written again after each repeat. With the defaults about 20 minutes. accelerate is optional: `pip install
+accelerate`.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from emulated_run import as_report, close_host, measure, rate_of, results_file, write
+from steps_report import LIMIT, Row, page, rows_of
+
+from lightning_comm.lab.cluster import unavailable
+from lightning_comm.planning.report import duration
+from lightning_comm.transport.averaging import Averaging
+
+OPEN, BEST, ACCELERATE = "open", "bf16_overlap", "accelerate"
+OVERLAP_STEPS = 6
+_AVERAGING: dict[str, dict[str, Any]] = {
+    LIMIT: {},
+    OPEN: {},
+    "bf16": {"compression": "bf16"},
+    "overlap": {"overlap_steps": OVERLAP_STEPS},
+    BEST: {"compression": "bf16", "overlap_steps": OVERLAP_STEPS},
+}
+_LABELS = {
+    LIMIT: "no communication",
+    OPEN: "ours, in the open",
+    "bf16": "ours, bf16",
+    "overlap": f"ours, overlap of {OVERLAP_STEPS} steps",
+    BEST: f"ours, bf16 and overlap of {OVERLAP_STEPS} steps",
+    ACCELERATE: "accelerate LocalSGD",
+}
+_NEVER = 10**6  # steps; longer than any run
+WARMUP_ROUNDS = 2  # the first begins with nothing under way
+TARGETS = {"100mbit": 0.95, "1gbit": 0.97}  # of the limit's speed, for what is compressed and overlapped
+_MODEL, _IMAGE = "vit_tiny_patch16_224", 32
+_TIMEOUT_S = 1800
+
+
+def usable() -> tuple[list[str], list[str]]:
+    """Return the methods that can run here, and why others cannot."""
+    names, left_out = [], []
+    fields = {each.name for each in dataclasses.fields(Averaging)}
+    for name, settings in _AVERAGING.items():
+        missing = sorted(set(settings) - fields)
+        if missing:
+            left_out.append(f"{_LABELS[name]}: left out, since `Averaging` has no `{missing[0]}`")
+        else:
+            names.append(name)
+    if importlib.util.find_spec("accelerate") is not None:
+        names.append(ACCELERATE)
+    else:
+        left_out.append(f"{_LABELS[ACCELERATE]}: left out, since accelerate is not installed")
+    return names, left_out
+
+
+def as_host(options: dict[str, Any]) -> None:
+    """Measure one configuration on this host, together with the others."""
+    from emulated_host import repeat_all, say, start
+    from emulated_lightning import lightning
+    from emulated_steps import TIMEOUT, Job, accelerate_local_sgd
+
+    from lightning_comm import FixedPeriod, LocalUpdateStrategy
+
+    start()
+    period, steps = options["period"], options["rounds"] * options["period"]
+    job = Job(_MODEL, _IMAGE, options["batch"], options["step_s"], period, {"img_size": _IMAGE})
+    names, left_out = usable()
+    say("RESULT", json.dumps({"labels": {name: _LABELS[name] for name in names}, "left_out": left_out}))
+    segments = {}
+    for name in names:
+        if name == ACCELERATE:
+            segments[name] = accelerate_local_sgd(job)
+            segments[name](period)
+            continue
+        rule = FixedPeriod(_NEVER if name == LIMIT else period)
+        segments[name] = lightning(
+            job,
+            lambda rule=rule, name=name: LocalUpdateStrategy(
+                rule, averaging=Averaging(**_AVERAGING[name]), timeout=TIMEOUT
+            ),
+            warmup=WARMUP_ROUNDS * period,
+            cooldown=period,
+            together=False,  # a barrier would wait for what is under way
+        )
+    repeat_all(segments, dict.fromkeys(names, steps), options["repeats"])
+    close_host()
+
+
+def verdicts(rows: Mapping[str, Row], link: str) -> list[str]:
+    """Say how what is compressed and overlapped stands against its target and against accelerate."""
+    if BEST not in rows:
+        return []
+    best, said = rows[BEST], []
+    if link in TARGETS:
+        word = "reaches" if best.share >= TARGETS[link] else "**misses**"
+        said.append(f"{best.label} {word} {TARGETS[link]:g} of the limit's speed, with {best.share:.3f}")
+    if ACCELERATE in rows:
+        said.append(f"it is {best.share / rows[ACCELERATE].share:.2f} times as fast as {rows[ACCELERATE].label}")
+    return said
+
+
+def bounds(transfer_s: float, limit_s: float, period: int) -> str:
+    """Say how fast the methods can be, given what the limit took for a step."""
+    said = [
+        f"{bound(transfer_s / parts, limit_s, period, hidden):.3f} {how}"
+        for how, parts, hidden in (
+            ("in full", 1, 0),
+            ("as bf16", 2, 0),
+            (f"in full with {OVERLAP_STEPS} steps of overlap", 1, OVERLAP_STEPS),
+            ("as bf16 with them", 2, OVERLAP_STEPS),
+        )
+    ]
+    return f"Compute and a transfer at the link's rate allow {', '.join(said)} of the limit's speed."
+
+
+def bound(transfer_s: float, step_s: float, period: int, hidden_steps: int) -> float:
+    """Return the share of the limit's speed that compute and transfer allow, with so many steps that hide transfer."""
+    shown_s = max(0.0, transfer_s - hidden_steps * step_s)
+    return period * step_s / (period * step_s + shown_s)
+
+
+def expected_s(names: list[str], link: str, options: argparse.Namespace, payload_bytes: int) -> float:
+    """Return about how long a configuration takes."""
+    transfer_s = 2 * (options.hosts - 1) / options.hosts * payload_bytes / rate_of(link)
+    total = 15.0
+    for name in names:
+        rounds = options.rounds + (0 if name == ACCELERATE else WARMUP_ROUNDS + 1)
+        own_s = transfer_s / (2 if "bf16" in name else 1)
+        settings = _AVERAGING.get(name, {})
+        shown_s = 0 if name == LIMIT else max(0, own_s - settings.get("overlap_steps", 0) * options.step_s)
+        ends_s = 0 if name == ACCELERATE else 2 * transfer_s  # equal weights at the start, an average at the end
+        total += options.repeats * (rounds * (options.period * options.step_s + shown_s) + ends_s)
+    return total
+
+
+def main() -> None:
+    """Run all links and write the results file."""
+    options = _options()
+    if (missing := unavailable()) is not None:
+        sys.exit(f"overlap.py needs emulated hosts: {missing}")
+    from emulated_steps import Job
+
+    network = Job(_MODEL, _IMAGE, 1, 1.0, 1, {"img_size": _IMAGE}).network()
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    names, left_out = usable()
+    print("\n".join(left_out))
+    report = as_report("Local updates in the open, compressed and overlapped")
+    report["command"] = shlex.join(["python", "benchmarks/overlap.py", *sys.argv[1:]])
+    settings = {name: getattr(options, name) for name in ("batch", "step_s", "period", "rounds", "repeats")}
+    report["settings"] = {**settings, "hosts": options.hosts, "parameters": parameters}
+    out = Path(options.out) if options.out else results_file("overlap", report)
+    introduction = _INTRODUCTION.format(**report["settings"], model=_MODEL, image=_IMAGE, megabytes=4e-6 * parameters)
+    reference = ACCELERATE if ACCELERATE in names else OPEN
+
+    def on_news() -> None:
+        sent_bytes = 2 * (options.hosts - 1) / options.hosts * 4 * parameters
+        for each in report["configurations"]:
+            if each["repeats"]:
+                rows = rows_of(each, reference)
+                each["verdicts"] = verdicts(rows, each["link"])
+                each["note"] = bounds(sent_bytes / rate_of(each["link"]), rows[LIMIT].median_s, options.period)
+        write(report, out, page(report, introduction, reference, _LABELS[reference]))
+
+    times_s = [expected_s(names, link, options, 4 * parameters) for link in options.links]
+    print(f"{len(times_s)} configurations, about {duration(sum(times_s))} in all", flush=True)
+    for link, time_s in zip(options.links, times_s, strict=True):
+        title = f"{options.hosts} hosts, {link}"
+        print(f"{title}: about {duration(time_s)}", flush=True)
+        command = [sys.executable, __file__, "--as-host", json.dumps(settings)]
+        measure(command, (options.hosts, link, title), report, on_news, timeout_s=_TIMEOUT_S)
+    print(f"\n{out}\n{out.with_suffix('.json')}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", type=int, default=4)
+    parser.add_argument("--links", nargs="+", default=["100mbit", "1gbit"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds that a repeat times")
+    parser.add_argument("--period", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--step-s", type=float, default=0.25)
+    parser.add_argument("--out", help="the Markdown file; docs/results/overlap_<date>.md by default")
+    return parser.parse_args()
+
+
+_INTRODUCTION = """{model} at {image} x {image}, {parameters:,} parameters, {megabytes:.1f} MB in fp32; {batch} samples
+a host, SGD with momentum, one process a host, a synchronisation every {period} steps; all methods in that same process
+one after the other, in an order that rotates from repeat to repeat. **Devices are emulated**: forward and backward take
+{step_s} s, layer by layer, and leave the processor idle but for the real compute, which is part of that time. Links are
+shaped, both ways. Ours run under Lightning, each repeat as a `fit` of its own, of which {rounds} whole rounds in the
+middle are timed; accelerate runs in a plain loop, which is some 1 % faster than Lightning's, and {rounds} rounds of it
+are timed as well.
+
+*step*: seconds of the slowest host over a repeat. *of the limit*: the speed in steps per second as a share of that of
+local updates whose round is longer than the run; the median of the repeats, each against the limit of the same repeat,
+and their range, which holds the true median in 15 of 16 cases at 5 repeats. *payload*: what a host hands over in a
+step, on average over the period, from the ledger. *sent*: per step and host, on its interface."""
+
+
+if __name__ == "__main__":
+    if "--as-host" in sys.argv:
+        as_host(json.loads(sys.argv[-1]))
+    else:
+        main()
