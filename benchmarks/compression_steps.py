@@ -164,8 +164,9 @@ def _options() -> argparse.Namespace:
 
 
 _INTRODUCTION = """{models} at {image} x {image}, {batch} samples a host, SGD with momentum, one process a host; all
-methods in that same process one after the other, in an order that rotates from repeat to repeat, all with DDP's buckets
-at the size that is best for plain DDP on that link, but for torch's PowerSGD, which aborts on gloo with more than one.
+methods in that same process one after the other, in an order that rotates from repeat to repeat. All have DDP's buckets
+at the size that is best for plain DDP on that link, but for those whose name says otherwise: torch's PowerSGD aborts on
+gloo with more than one bucket, and what sends little may want larger ones.
 **Devices are emulated**: forward and backward of a batch take {step_s} s, layer by layer, and leave the processor idle
 but for the real compute, which is part of that time. Links are shaped, both ways. What a method computes is real, on
 processors that all hosts share, so it takes longer here than on hosts with as many each, and never less.
