@@ -53,7 +53,8 @@ class Plan:
         """Return the seconds of a sweep, of warming up and of all repeats."""
         sweep = len(BUCKETS_MB) * 4 * self.dense_s
         own = [max(self.step_s, _LIGHTER.get(name, 0.1) * self.dense_s) for name in methods]
-        return 15 + sweep + sum(3 * each + self.repeats * each * steps_of(each) for each in own)
+        set_up = 15 + 2 * len(methods)
+        return set_up + sweep + sum(3 * each + self.repeats * each * steps_of(each) for each in own)
 
 
 def steps_of(step_s: float) -> int:
