@@ -75,6 +75,7 @@ LOCAL: dict[str, tuple[str, dict[str, Any]]] = {
     "local_topk": ("top-k 1 %", {"compression": TopK(0.01)}),
     "local_overlap": ("overlap", {"overlap_steps": OVERLAP_STEPS}),
     "local_bf16_overlap": ("bf16 and overlap", {"compression": Cast("bf16"), "overlap_steps": OVERLAP_STEPS}),
+    "local_mask80_bf16": ("mask 80 %, bf16", {"compression": _mask(0.8, Cast("bf16"))}),
 }
 VARIANTS: dict[str, tuple[str, str]] = {
     DENSE: ("dense", DENSE),

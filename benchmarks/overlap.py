@@ -28,7 +28,7 @@ from lightning_comm.planning.report import duration
 from lightning_comm.transport.averaging import Averaging
 
 OPEN, BEST, ACCELERATE = "open", "bf16_overlap", "accelerate"
-OVERLAP_STEPS = 6
+OVERLAP_STEPS = 7  # the most that a period of 8 has room for
 _AVERAGING: dict[str, dict[str, Any]] = {
     LIMIT: {},
     OPEN: {},

@@ -6,6 +6,7 @@ Importing this package registers its strategies, so that ``Trainer(strategy="qsr
 from lightning_comm.callbacks import BatchNormReestimation, CommProfiler, EmulatedDevice
 from lightning_comm.core.ledger import CommLedger, CommRecord
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, PowerPeriod, QuadraticPeriod, RoundClock
+from lightning_comm.core.sparse_mask import PruningSchedule
 from lightning_comm.planning.profile_files import load_profile
 from lightning_comm.strategies import CompressedDDPStrategy, LocalUpdateStrategy, register_strategies
 from lightning_comm.transport.averaging import Averaging
@@ -41,6 +42,7 @@ __all__ = [
     "PowerPeriod",
     "PowerSGD",
     "Pruning",
+    "PruningSchedule",
     "QuadraticPeriod",
     "RoundClock",
     "SparseMask",

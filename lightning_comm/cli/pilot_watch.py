@@ -149,8 +149,8 @@ class Watch(Callback):
                     f"first round lasts {period}; got {self._steps}. Give --steps "
                     f"{needed if self.gradient_steps == 0 else 2 * needed} or more."
                 )
-        if run.rounds > self._rounds:
-            self._rounds = run.rounds
+        if run.log.rounds > self._rounds:
+            self._rounds = run.log.rounds
             self.sync_steps.append(done)
 
 

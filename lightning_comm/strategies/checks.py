@@ -66,6 +66,12 @@ def checked(settings: Settings) -> Settings:
             )
     if not isinstance(settings.averaging, Averaging):
         raise ValueError(f"{_WHERE}: `averaging` must be an Averaging or None; got {settings.averaging!r}.")
+    if settings.averaging.overlap_steps and settings.optimizer_state == "average":
+        raise ValueError(
+            f"{_WHERE}: `optimizer_state='average'` does not go with `Averaging(overlap_steps="
+            f"{settings.averaging.overlap_steps})`: momenta would be averaged at the end of a round, when the weights "
+            "that they belong to are still on their way. Leave out one of the two."
+        )
     index = settings.counted_optimizer
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
         raise ValueError(

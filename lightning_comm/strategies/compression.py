@@ -159,13 +159,14 @@ class CompressedDDPStrategy(DDPStrategy):
             self._warned = False
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING and self._pruned is not None:
-            check_optimizers(self.optimizers)
+            check_optimizers(self.optimizers, _WHERE)
 
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
         if self._pruned is not None and self._trainer is not None:
             self._pruned.start(self._trainer, self.optimizers)  # here, since optimizer states have been restored
+            self._pruned.before_step(self._trainer.global_step)
 
     @override
     def configure_ddp(self) -> None:
@@ -183,6 +184,12 @@ class CompressedDDPStrategy(DDPStrategy):
         self._pruned = None
         if isinstance(self.compression, SparseMask) and isinstance(codec, SparseMaskCodec):
             self._pruned = PrunedWeights(module, codec, self.compression, Recorder(self._ledger))
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._pruned is not None and self._trainer is not None:
+            self._pruned.before_step(self._trainer.global_step)
+        return super().training_step(*args, **kwargs)
 
     def _loss_scale(self) -> float:
         scaler = getattr(self.precision_plugin, "scaler", None)
@@ -245,6 +252,8 @@ class CompressedDDPStrategy(DDPStrategy):
         """Return what this rank goes on from, or ``None``, on all ranks alike, if a method starts afresh."""
         if shared is not None and shared["compression"] == repr(self.compression) and shared["sync"] is not None:
             return dict(shared["sync"])
+        if not self.compression.keeps_state:
+            return None
         own, problem = self._own_state(shared, filepath, weights_only)
         recorder = Recorder(CommLedger())
         problem = rank_files.first_problem(self, recorder, problem)

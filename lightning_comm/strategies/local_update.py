@@ -26,11 +26,13 @@ from lightning_comm.strategies import checks, control, lightning_internals, rank
 from lightning_comm.strategies.companion import LocalUpdateCompanion
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
+from lightning_comm.strategies.pruned_weights import check_optimizers
 from lightning_comm.strategies.settings import Round, Settings
 from lightning_comm.transport.agreement import Agreement, PeerFailure, default_store
 from lightning_comm.transport.averaging import Averaging, broadcast_
+from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.random_state import set_random_state
-from lightning_comm.transport.recording import Pending, Recorder, leave_group_at_exit
+from lightning_comm.transport.recording import Pending, Recorder, another_group, leave_group_at_exit
 from lightning_comm.transport.replica import fingerprint
 
 _T = TypeVar("_T")
@@ -149,6 +151,7 @@ class LocalUpdateStrategy(DDPStrategy):
         self._trainer: Trainer | None = None
         self._resume: rank_files.Resume | None = None
         self._logs_checked = 0
+        self._group: dist.ProcessGroup | None = None
 
     @property
     def ledger(self) -> CommLedger:
@@ -158,7 +161,7 @@ class LocalUpdateStrategy(DDPStrategy):
     @property
     def history(self) -> list[Round]:
         """Every synchronisation of the last or current ``fit``, on this rank."""
-        return list(self._run.history) if self._run is not None else []
+        return list(self._run.log.history) if self._run is not None else []
 
     @override
     def connect(self, model: LightningModule) -> None:
@@ -191,10 +194,15 @@ class LocalUpdateStrategy(DDPStrategy):
         checks.check_module(module)
         super().setup(trainer)
         checks.check_optimizers(self.optimizers, self.settings)
+        if isinstance(self.settings.averaging.method, SparseMask):
+            check_optimizers(self.optimizers, "LocalUpdateStrategy")
         agreement = Agreement(default_store(), self.global_rank, self.world_size, f"lightning_comm/{next(_fits)}")
-        recorder = Recorder(self._ledger)
+        recorder, background = Recorder(self._ledger), None
+        if self.settings.averaging.overlap_steps:
+            self._group = another_group(self._timeout)
+            background = Recorder(self._ledger, self._group, beside_compute=True)
         self._run = LocalUpdateRun(
-            trainer, module, lambda: self.optimizers, self.settings, recorder, agreement, self._unwrap_ddp
+            trainer, module, lambda: self.optimizers, self.settings, recorder, agreement, self._unwrap_ddp, background
         )
         self._interruptions = Interruptions(
             trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False)
@@ -237,6 +245,8 @@ class LocalUpdateStrategy(DDPStrategy):
         run.replica.begin_round()
         own, shared = (self._resume.own, self._resume.shared) if self._resume else (None, None)
         run.take_up(shared, own)
+        if run.pruned is not None:
+            run.pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored
         if self.settings.starts_with_gradients and not run.in_gradient_phase:
             self._unwrap_ddp()
         self._interruptions.install()
@@ -251,9 +261,12 @@ class LocalUpdateStrategy(DDPStrategy):
         run = self._run
         if run is None:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
+        if run.pruned is not None:
+            closure = run.pruned.masking(closure)
         # in the gradient phase the backward in the closure waits for other ranks
         with run.agreement.first_error_shown() if run.in_gradient_phase else nullcontext():
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        run.keep_pruned_at_zero()
         run.count_step(optimizer)
         return output
 
@@ -392,9 +405,19 @@ class LocalUpdateStrategy(DDPStrategy):
         if self._interruptions is not None:
             self._interruptions.undo()
             self._interruptions = None
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group = None
         super().teardown()
 
     @override
     def __getstate__(self) -> dict[str, Any]:
         # for start methods that pickle: what exists before processes start, without a run's handles
-        return {**super().__getstate__(), "_run": None, "_interruptions": None, "_trainer": None, "_resume": None}
+        return {
+            **super().__getstate__(),
+            "_run": None,
+            "_interruptions": None,
+            "_trainer": None,
+            "_resume": None,
+            "_group": None,
+        }

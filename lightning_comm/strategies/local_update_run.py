@@ -6,12 +6,13 @@ Order of messages, on every rank alike. When a round opens: one *control* row fr
 rank 0's says how long the round is. Then optimizer steps without any message. When the round is over: one control row
 from each rank, which checks that all are at the same step and carries the length of the next round; then the averages
 of the parameters, of the buffers, of weight averages and of the optimizer state, as far as they are asked for. Under
-`Averaging(compression=...)` ranks stay apart by what it drops; only where the run ends are they averaged in full.
+`Averaging(compression=...)` ranks stay apart by what it drops; only where the run ends are they averaged in full. Under
+`Averaging(overlap_steps=...)` the parameters depart there, last of all, on a process group of their own, and land some
+steps later; an evaluation or a checkpoint in between waits for them before it sends anything, and lets them fly on.
 """
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,10 +25,14 @@ from torch.optim import Optimizer
 
 from lightning_comm.core.local_update import PeriodRule, RoundClock
 from lightning_comm.strategies import control
+from lightning_comm.strategies.background import BackgroundAverage
 from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.lightning_internals import weight_average_of
-from lightning_comm.strategies.settings import Round, Settings
+from lightning_comm.strategies.pruned_weights import PrunedWeights
+from lightning_comm.strategies.round_log import RoundLog
+from lightning_comm.strategies.settings import Settings
 from lightning_comm.transport.agreement import Agreement, Decision, PeerFailure, Position
+from lightning_comm.transport.compression.sparse_mask import SparseMask, SparseMaskCodec
 from lightning_comm.transport.flat import Drift
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.replica import Replica, optimizer_tensors
@@ -44,6 +49,7 @@ class LocalUpdateRun:
         recorder: Sends and records.
         agreement: How single ranks ask for a stop.
         leave_gradient_phase: Takes the DDP wrapper off the model.
+        background: Sends and records what travels while training goes on.
 
     """
 
@@ -56,15 +62,26 @@ class LocalUpdateRun:
         recorder: Recorder,
         agreement: Agreement,
         leave_gradient_phase: Callable[[], None],
+        background: Recorder | None = None,
     ) -> None:
         self.trainer = trainer
         self.settings = settings
         self.recorder = recorder
         self.agreement = agreement
         self.clock = RoundClock(settings.period, None, settings.warmup_steps)
-        self.replica = Replica(module, recorder, settings.averaging, settings.buffers, self._weight_averages)
-        self.history: deque[Round] = deque(maxlen=100_000)
-        self.rounds = self.gradient_steps = 0
+        self.log = RoundLog(trainer, recorder.ledger)
+        self.replica = Replica(
+            module, recorder, settings.averaging, settings.buffers, self._weight_averages, background
+        )
+        self._background = BackgroundAverage(
+            self.replica, self.log, agreement, settings.averaging.overlap_steps if background is not None else 0
+        )
+        codec, method = self.replica.codec, settings.averaging.method
+        self.pruned: PrunedWeights | None = None
+        if isinstance(codec, SparseMaskCodec) and isinstance(method, SparseMask):
+            self.pruned = PrunedWeights(module, codec, method, recorder)
+        self._recorders = [recorder] if background is None else [recorder, background]
+        self.gradient_steps = 0
         self.apart = False  # whether ranks may differ: not from an average in full until the next batch
         self.standing = False  # whether ranks stopped at different steps
         self.on_decision: Callable[[Decision], None] = lambda decision: None
@@ -75,7 +92,7 @@ class LocalUpdateRun:
         self._ticks = 0
         self._round_lr = self._step_time_s = 0.0
         self._step_began_s = time.monotonic()
-        self._last_logged_step, self._warned_about_lr = -1, False
+        self._warned_about_lr = False
         self._control_device = module.device
 
     # ---- counting ------------------------------------------------------------------------------------------------
@@ -107,13 +124,16 @@ class LocalUpdateRun:
         self._measure_step(ticks)
         was_in_gradient_phase = self.in_gradient_phase
         over = [self.clock.tick() for _ in range(ticks)][-1]
-        self.recorder.step = self.clock.steps_done
+        self._tell_step()
         if was_in_gradient_phase:
             self._note_gradients(ticks)
             if not self.in_gradient_phase:
                 self._leave_gradient_phase()
         elif over:
             self.synchronise()
+        else:
+            self._background.go_on(self.clock.steps_done)
+            self.keep_pruned_at_zero()
         decision = self.agreement.poll(self._position(), force=self.standing)
         if decision is not None and (decision.at_step is None or self.clock.steps_done >= decision.at_step):
             self._carry_out(decision)
@@ -143,6 +163,7 @@ class LocalUpdateRun:
             if not back:
                 self.replica.load_local_state(own["weights"])
                 self.replica.load_compression_state(own.get("compression"))
+                self._background.load_state_dict(saved.get("in_flight"))
                 self.apart = own["apart"]
                 return
             self.replica.broadcast_momenta(optimizer_tensors(self._optimizers()))
@@ -173,9 +194,12 @@ class LocalUpdateRun:
                 self.stand()
                 return
             self._check(rows)
-            drift = self._average(in_full=in_full or self._run_is_over())
+            if self.settings.averaging.overlap_steps and not in_full and not self._run_is_over():
+                self._depart(met - started)
+            else:
+                drift = self._average(in_full=in_full or self._run_is_over())
+                self._note(drift, met - started, time.monotonic() - met)
         self._agree_on_scale(rows)
-        self._record(drift.relative, wait_s=met - started, transfer_s=time.monotonic() - met)
         self.clock.end_round()
         if rows[0].next_steps != control.UNDECIDED:
             self._begin(rows)
@@ -204,19 +228,46 @@ class LocalUpdateRun:
         started = time.monotonic()
         with self.agreement.first_error_shown():
             drift = self._average(in_full=True)
-        self._record(drift.relative, wait_s=0.0, transfer_s=time.monotonic() - started)
+        self._note(drift, 0.0, time.monotonic() - started)
         self.clock.end_round()
+
+    def keep_pruned_at_zero(self) -> None:
+        """Set pruned weights to zero: after an optimizer step, or where an average of before the pruning has landed."""
+        if self.pruned is not None:
+            self.pruned.keep_at_zero()
 
     def stand(self) -> None:
         """Leave the round open: ranks stop at different steps and only their copies are averaged."""
         self.standing = self.apart = True
 
     def _average(self, *, in_full: bool) -> Drift:
+        self._background.land()
+        self.keep_pruned_at_zero()
         compressed = self.replica.compresses and not in_full
         drift = self.replica.average_differences() if compressed else self.replica.average()
         self.replica.average_momenta(self._momenta())
         self.apart, self.standing = compressed, False
         return drift
+
+    def _depart(self, wait_s: float) -> None:
+        clock = self.clock
+        self._background.depart(
+            step=clock.steps_done, period_steps=clock.steps_into_round, lr=self._round_lr, wait_s=wait_s
+        )
+        self.apart, self.standing = True, False
+
+    def _note(self, drift: Drift, wait_s: float, transfer_s: float) -> None:
+        clock = self.clock
+        self.log.add(
+            step=clock.steps_done,
+            period_steps=clock.steps_into_round,
+            lr=self._round_lr,
+            wait_s=wait_s,
+            transfer_s=transfer_s,
+            drift=drift,
+        )
+
+    # ---- meeting ---------------------------------------------------------------------------------------------------
 
     def _open_round(self) -> None:
         if self.clock.round_started_at < self.clock.round_ends_at:
@@ -232,7 +283,10 @@ class LocalUpdateRun:
     def _begin(self, rows: list[ControlRow]) -> None:
         self._round_lr = rows[0].lr
         self.clock.begin(int(rows[0].next_steps), lr=self._round_lr)
+        if self.pruned is not None:
+            self.pruned.before_step(self.clock.steps_done)  # where all ranks have just met
         self.replica.begin_round(equal=not self.apart)
+        self._background.begin_round(self.clock.steps_done, int(rows[0].next_steps))
 
     def _meet(self, *, decide: bool = False, stand: bool = False, answering: bool = False) -> list[ControlRow]:
         """Exchange one control row a rank; return all of them.
@@ -346,29 +400,6 @@ class LocalUpdateRun:
 
     # ---- what is shown and saved ---------------------------------------------------------------------------------
 
-    def _record(self, drift: float, wait_s: float, transfer_s: float) -> None:
-        self.rounds += 1
-        done = Round(
-            self.rounds, self.clock.steps_done, self.clock.steps_into_round, self._round_lr, drift, wait_s, transfer_s
-        )
-        self.history.append(done)
-        every = getattr(self.trainer, "log_every_n_steps", 1)
-        if self.trainer.is_global_zero and every > 0 and done.step - self._last_logged_step >= every:
-            self._last_logged_step = done.step
-            ledger = self.recorder.ledger
-            metrics = {
-                "local_update/period_steps": done.period_steps,
-                "local_update/synchronisations": done.index,
-                "local_update/lr": done.lr,
-                "local_update/drift": done.drift if math.isfinite(done.drift) else -1.0,
-                "local_update/payload_bytes": ledger.payload_bytes(),
-                "local_update/wire_bytes": ledger.wire_bytes(),
-                "local_update/wait_s": done.wait_s,
-                "local_update/transfer_s": done.transfer_s,
-            }
-            for logger in self.trainer.loggers:
-                logger.log_metrics(metrics, step=self.trainer.global_step)
-
     def average_for_checkpoint(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return a state dict with averaged copies of the weights, unless averaged ones are in place anyway."""
         if not self.apart or self.replica.kept is not None:
@@ -380,8 +411,9 @@ class LocalUpdateRun:
         """Return what a resumed run needs besides the weights, optimizers and random states."""
         return {
             "clock": self.clock.state_dict(),
-            "rounds": self.rounds,
+            "rounds": self.log.rounds,
             "round_lr": self._round_lr,
+            "in_flight": self._background.state_dict(),
             "ledger": self.recorder.ledger.state_dict(),
             "gradient_steps": self.gradient_steps,
             "period": {"alpha": getattr(self.settings.period, "alpha", None)},
@@ -390,11 +422,15 @@ class LocalUpdateRun:
     def load_state_dict(self, state: dict[str, Any], *, exact: bool) -> None:
         """Take up a run; ``exact=False`` begins a new round where the old one was left."""
         self.clock.load_state_dict(state["clock"])
-        self.rounds = int(state["rounds"])
+        self.log.rounds = int(state["rounds"])
         self._round_lr = float(state["round_lr"])
         self.recorder.ledger.load_state_dict(state["ledger"])
         if not exact:
             self.clock.end_round()
         elif self.clock.total_steps is not None:
             self.clock.round_ends_at = min(self.clock.round_ends_at, self.clock.total_steps)
-        self.recorder.step = self.clock.steps_done
+        self._tell_step()
+
+    def _tell_step(self) -> None:
+        for recorder in self._recorders:
+            recorder.step = self.clock.steps_done

@@ -1,19 +1,27 @@
-"""Keeps pruned weights at zero: once in the optimizer's state, and in the weights after every step."""
+"""Prunes a model when it is time, and keeps pruned weights at zero.
 
-from collections.abc import Iterable
+In the optimizer's state and in averages of the weights that is done once, at each pruning; in the weights after every
+step, since some optimizers mix entries.
+
+Order of messages, on every rank alike: before the forward of a step at which the schedule prunes, the masks (two small
+messages and one for each masked parameter) and a comparison of 8 bytes; in steps between nothing.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
+from lightning_comm.core.sparse_mask import PruningSchedule
 from lightning_comm.strategies.lightning_internals import weight_average_of
 from lightning_comm.transport.compression.sparse_mask import SparseMask, SparseMaskCodec
-from lightning_comm.transport.pruning import Masks, agree, check_agreement, checked_masks
+from lightning_comm.transport.pruning import Masks, Moment, agree, check_agreement, checked_masks
 from lightning_comm.transport.recording import Recorder
-
-_WHERE = "CompressedDDPStrategy"
 
 
 class PrunedWeights:
@@ -35,37 +43,74 @@ class PrunedWeights:
         self._settings = settings
         self._recorder = recorder
         self._pruned: list[tuple[Tensor, Tensor]] = []  # a parameter, and True where it is zero
+        self._trainer: Trainer | None = None
+        self._optimizers: list[Optimizer] = []
 
     def start(self, trainer: Trainer, optimizers: Iterable[Optimizer]) -> None:
-        """Choose the masks, or take those of the run that is resumed, and set to zero what they prune.
+        """Begin a run, with the masks of the one that is resumed.
 
         Raises:
             ValueError: On all ranks, if masks cannot be had or do not fit the model.
 
         """
-        parameters = dict(self._module.named_parameters())
+        self._trainer, self._optimizers, self._pruned = trainer, list(optimizers), []
+        self._recorder.step = trainer.global_step
         if self._codec.masks:
+            parameters = dict(self._module.named_parameters())
             masks = checked_masks(self._codec.masks, self._module, "SparseMask, from the checkpoint")
             masks = {name: mask.to(parameters[name].device) for name, mask in masks.items()}
             check_agreement(masks, self._module.device, self._recorder)
-        else:
-            masks = self._choose()
+            self._install(masks)
+        _warn_of_late_steps(trainer, self._settings.schedule)
+
+    def before_step(self, step: int) -> None:
+        """Prune if it is time. Called before every forward, with the number of optimizer steps done.
+
+        That number is the same for all batches of an accumulation window, so weights are pruned before its first one.
+
+        Raises:
+            ValueError: On all ranks, if masks cannot be had or do not fit the model.
+
+        """
+        due = self._settings.schedule.last_due(step)
+        if due is not None and due != self._codec.pruned_at:
+            self._recorder.step = step
+            self._install(self._choose(step))
+            self._codec.pruned_at = due
+
+    def _install(self, masks: Masks) -> None:
+        parameters = dict(self._module.named_parameters())
         self._codec.install(masks, parameters.items())
-        self._pruned = [(parameters[name].detach(), ~mask) for name, mask in masks.items()]
+        self._pruned = [(parameters[name], ~mask) for name, mask in masks.items()]
         self.keep_at_zero()
         by_parameter = {id(parameters[name]): mask for name, mask in masks.items()}
-        for optimizer in optimizers:
+        for optimizer in self._optimizers:
             _clear_state(optimizer, by_parameter)
-        _clear_averages(trainer, masks)
+        _clear_averages(self._trainer, masks)
 
-    def _choose(self) -> Masks:
+    def _choose(self, step: int) -> Masks:
         masks, problem = None, None
         if self._recorder.rank == 0:
             try:
-                masks = self._settings.pruning.masks(self._module)
+                masks = self._settings.pruning_at(step).masks(self._module, Moment(self._codec.masks))
             except Exception as error:  # whatever it is, the others wait for word of it
                 problem = str(error) or type(error).__name__  # an empty word would pass for none
         return agree(masks, problem, self._module, self._recorder)
+
+    def masking(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return the closure of an optimizer step, after which gradients of pruned weights are zero.
+
+        For ranks that send no gradients. Before clipping, which so does not see them.
+        """
+
+        def masked() -> Any:
+            output = closure()
+            for parameter, pruned in self._pruned:
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(pruned, 0)
+            return output
+
+        return masked
 
     @torch.no_grad()
     def keep_at_zero(self) -> None:
@@ -74,8 +119,34 @@ class PrunedWeights:
             parameter.masked_fill_(pruned, 0)
 
 
-def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers under which pruned weights cannot be kept at zero."""
+def _warn_of_late_steps(trainer: Trainer, schedule: PruningSchedule) -> None:
+    """Say that a schedule goes beyond the end of training, as far as that is known."""
+    if not trainer.lightning_module.automatic_optimization:
+        return  # each optimizer counts then, and nobody knows how often they step
+    total_steps = trainer.estimated_stepping_batches
+    if not 0 <= total_steps < float("inf"):
+        return
+    if schedule.first_step >= total_steps:
+        rank_zero_warn(
+            f"SparseMask: `schedule` prunes for the first time before optimizer step {schedule.first_step}, and "
+            f"training ends after {total_steps:g}, so nothing is ever pruned and gradients are sent in full. Give an "
+            "earlier step."
+        )
+    elif schedule.end_step is not None and schedule.end_step >= total_steps:
+        rank_zero_warn(
+            f"SparseMask: `schedule` reaches its final share before optimizer step {schedule.end_step}, and training "
+            f"ends after {total_steps:g}, so fewer weights are pruned than asked for. Give an earlier `end_step`."
+        )
+
+
+def check_optimizers(optimizers: Iterable[Optimizer], where: str) -> None:
+    """Refuse optimizers under which pruned weights cannot be kept at zero.
+
+    Args:
+        optimizers: Those of the run.
+        where: Which strategy refuses them, for the message.
+
+    """
     for optimizer in optimizers:
         if isinstance(optimizer, (LBFGS, SparseAdam)):
             why = (
@@ -84,7 +155,7 @@ def check_optimizers(optimizers: Iterable[Optimizer]) -> None:
                 else "wants sparse gradients, which cannot be masked"
             )
             raise MisconfigurationException(
-                f"{_WHERE}: SparseMask cannot keep pruned weights at zero under {type(optimizer).__name__}, which "
+                f"{where}: SparseMask cannot keep pruned weights at zero under {type(optimizer).__name__}, which "
                 f"{why}. Use another optimizer, such as AdamW or SGD."
             )
 
@@ -100,7 +171,7 @@ def _clear_state(optimizer: Optimizer, masks: dict[int, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _clear_averages(trainer: Trainer, masks: Masks) -> None:
+def _clear_averages(trainer: Trainer | None, masks: Masks) -> None:
     """Copies that average the weights over time follow them; here they are pruned along."""
     for callback in getattr(trainer, "callbacks", []):
         average = weight_average_of(callback)

@@ -147,7 +147,10 @@ def _read(
     for candidate in (str(filepath), os.path.realpath(filepath)):  # `save_last="link"` leaves a link to the real one
         path = rank_path(candidate, strategy.global_rank)
         if get_filesystem(path).exists(path):
-            state = strategy.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+            try:
+                state = strategy.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+            except Exception as error:  # a file that is damaged on one rank: the others wait for word of it
+                return None, f"{path} cannot be read ({type(error).__name__}: {error})"
             if state.get("version") != VERSION:
                 return None, f"{path} has format {state.get('version')!r}, and this version reads {VERSION}"
             if state.get("token") != shared["token"]:

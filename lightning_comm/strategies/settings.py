@@ -37,7 +37,7 @@ class Round:
         lr: Learning rate at the first step of that round, on rank 0.
         drift: How far this rank was from the mean, as a share of the norm of the mean.
         wait_s: Seconds until all ranks had arrived.
-        transfer_s: Seconds of the averages.
+        transfer_s: Seconds of the averages; of those in the background, the seconds that training stood still.
 
     """
 
@@ -48,3 +48,27 @@ class Round:
     drift: float
     wait_s: float
     transfer_s: float
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """An average in the background, and the round that it ends.
+
+    Args:
+        step: Optimizer steps done when it departed.
+        period_steps: Length of the round.
+        lr: Learning rate at the first step of that round.
+        wait_s: Seconds until all ranks had arrived.
+        transfer_s: Seconds of departing.
+        advance_at: After how many optimizer steps second messages start; ``None`` until the next round begins.
+        land_at: After how many optimizer steps it is applied; ``None`` until the next round begins.
+
+    """
+
+    step: int
+    period_steps: int
+    lr: float
+    wait_s: float
+    transfer_s: float
+    advance_at: int | None = None
+    land_at: int | None = None

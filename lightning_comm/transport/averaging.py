@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_comm.core.periods import is_whole
 from lightning_comm.transport.compression.base import Compression
+from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.no_sync import NoSync
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.ternary import Ternary
@@ -31,29 +33,43 @@ class Averaging:
 
         compression: What to send of the parameters instead of every entry in full: a :class:`Compression`, such as
             ``Cast("bf16")``, or its word: ``"bf16"``, ``"fp16"``, ``"int8"``, ``"powersgd"``, ``"topk"``. ``None``
-            sends them in full. See :class:`~lightning_comm.transport.differences.DifferenceAverager`.
+            sends them in full. A :class:`SparseMask`, alone or in a list with one more, prunes the model and sends what
+            is left. See :class:`~lightning_comm.transport.differences.DifferenceAverager`.
+        overlap_steps: For how many optimizer steps of the next round an average travels in the background. Then each
+            rank's weights move by what the average would have moved them at the end of the round: at that step, however
+            fast the network was, so results do not depend on timing. 0 waits at the end of the round. In rounds that
+            are not longer it is the length of the round less one, which is logged.
 
     Raises:
-        ValueError: If ``bucket_mib`` is not a positive number, or the compression is unknown or cannot be used here.
+        ValueError: If ``bucket_mib`` is not a positive number, the compression is unknown or cannot be used here, or
+            ``overlap_steps`` is not a whole number >= 0.
 
     Note:
         *Communication.* With a compression, what it sends for each bucket of whole parameters. Buffers, weight averages
         and the state of optimizers travel in full, and so does everything at the last synchronisation of a run, in
-        evaluations and in checkpoints.
+        evaluations and in checkpoints. With ``overlap_steps`` the parameters have a process group of their own; ranks
+        still meet at the end of a round for a few numbers, and buffers and weight averages are sent there in the open.
 
         *Memory.* With a compression, a copy of the parameters (in fp32 if they are narrower), and twelve buckets while
-        they travel; a bucket holds whole parameters, so at least the largest of them.
+        they travel; a bucket holds whole parameters, so at least the largest of them. With ``overlap_steps`` the copy,
+        and while an average travels two more and what is sent.
+
+        *Staleness.* With ``overlap_steps=k`` the first k steps of a round know nothing of what the others did in the
+        last one.
 
     Example:
         >>> Averaging(bucket_mib=0.5).bucket_bytes
         524288
         >>> Averaging(compression="bf16").compression
         Cast(dtype='bf16')
+        >>> Averaging(overlap_steps=3).method
+        Full()
 
     """
 
     bucket_mib: float = 4.0
-    compression: Compression | str | None = None
+    compression: Compression | str | list[Compression | str] | None = None
+    overlap_steps: int = 0
 
     def __post_init__(self) -> None:
         valid = isinstance(self.bucket_mib, (int, float)) and not isinstance(self.bucket_mib, bool)
@@ -64,11 +80,18 @@ class Averaging:
             )
         if self.compression is not None:
             object.__setattr__(self, "compression", _usable(compression_of(self.compression, "Averaging")))
+        if not is_whole(self.overlap_steps) or self.overlap_steps < 0:
+            raise ValueError(
+                f"Averaging: `overlap_steps` counts optimizer steps, so it must be a whole number >= 0; got "
+                f"{self.overlap_steps!r}. 0 waits for the average at the end of a round."
+            )
 
     @property
     def method(self) -> Compression | None:
-        """The compression as an object, also where a word was given."""
-        return None if self.compression is None else compression_of(self.compression, "Averaging")
+        """How differences to a common reference are sent, or ``None`` where parameters are averaged as they are."""
+        if self.compression is None:
+            return Full() if self.overlap_steps else None
+        return compression_of(self.compression, "Averaging")
 
     @property
     def bucket_bytes(self) -> int:
@@ -83,12 +106,7 @@ def _usable(compression: Compression) -> Compression:
             f"Averaging: `compression` must send something, since ranks that train apart would never meet; got "
             f"{compression!r}. To see what a run without communication costs, give FixedPeriod a period as long as it."
         )
-    if isinstance(compression, SparseMask):
-        raise ValueError(
-            f"Averaging: `compression` must be a method that takes whole parameters; got {compression!r}. Masks prune "
-            "under CompressedDDPStrategy alone, and here nothing would be left out."
-        )
-    if isinstance(compression, Ternary):
+    if isinstance(compression.then if isinstance(compression, SparseMask) else compression, Ternary):
         raise ValueError(
             f"Averaging: `compression` must drop less than it is given, since what it drops stays in the weights and "
             f"comes back in the next round; got {compression!r}, whose rounding error is many times as large as what "

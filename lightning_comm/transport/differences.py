@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_comm.transport.averaging import IN_FLIGHT
-from lightning_comm.transport.compression.base import Compression, Context, Layout, Slot
+from lightning_comm.transport.compression.base import Codec, Compression, Context, Layout, Slot
 from lightning_comm.transport.compression.conversations import Talk
 from lightning_comm.transport.flat import Drift, Flat, drift_of, sample
 from lightning_comm.transport.recording import Recorder
@@ -49,11 +49,18 @@ class DifferenceAverager:
         self._codec = compression.codec(Context(recorder, "parameters", feedback=False))
         self._bucket_bytes = bucket_bytes
         self._reference: dict[str, Tensor] = {}
+        self._flights: list[_Flight] = []
+        self._arrived = True
 
     @property
     def names(self) -> set[str]:
         """The parameters that have a reference; the same on all ranks."""
         return set(self._reference)
+
+    @property
+    def codec(self) -> Codec:
+        """What sends the differences."""
+        return self._codec
 
     def restart(self, tensors: Mapping[str, Tensor]) -> None:
         """Make the references anew from parameters that are equal on all ranks."""
@@ -97,6 +104,79 @@ class DifferenceAverager:
         self._codec.end_step()
         return drift
 
+    # ---- in the background -------------------------------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether an average has departed and not landed."""
+        return bool(self._flights)
+
+    @torch.no_grad()
+    def depart(self, tensors: Mapping[str, Tensor]) -> None:
+        """Start to send the differences of now, and leave the parameters as they are.
+
+        Args:
+            tensors: Parameters that have a reference, by name, in an order that is the same on all ranks.
+
+        Note:
+            *Communication.* The first message of each bucket. Second ones, where a method needs what a first brought,
+            start in :meth:`advance`, or when they are waited for: at moments that are the same on all ranks.
+
+            *Memory.* Two rows as large as the parameters, and what is on its way.
+
+        """
+        self._codec.begin_step()
+        self._arrived = False
+        self._flights = [self._depart(bucket) for bucket in self._buckets(tensors)]
+
+    def _depart(self, rows: list["_Row"]) -> "_Flight":
+        layout, mean = _differences(rows)  # the codec makes the mean of it, in place
+        own, sent = sample(mean), torch.empty_like(mean)
+        return _Flight(layout, mean, sent, own, Talk(self._codec.mean(mean, layout, sent)))
+
+    def advance(self) -> None:
+        """Start the messages that need what others brought; blocks until those have arrived."""
+        for flight in self._flights:
+            if flight.talk is not None and flight.talk.more:
+                flight.talk.go_on()
+
+    def arrive(self) -> None:
+        """Wait until all has arrived. Changes no parameter."""
+        for flight in self._flights:
+            if flight.talk is not None:
+                flight.talk.finish()
+        if not self._arrived:
+            self._arrived = True
+            self._codec.end_step()
+
+    @torch.no_grad()
+    def land_(self, tensors: Mapping[str, Tensor]) -> Drift:
+        """Move the references by the mean of what was sent, and the parameters by that less what this rank sent.
+
+        Args:
+            tensors: The parameters by name, among them those that departed, wherever they have moved since.
+
+        Returns:
+            How far this rank's parameters were from the new reference when they departed.
+
+        """
+        self.arrive()
+        drift = Drift(0.0, 0.0)
+        for flight in self._flights:
+            mean, names = flight.mean, [slot.name for slot in flight.layout.slots]
+            references = [self._reference[name] for name in names]
+            for reference, moved in zip(references, flight.layout.split(mean), strict=True):
+                reference.add_(moved)
+            drift = drift.plus(_drift(references, flight.own_sample, mean))
+            for name, correction in zip(names, flight.layout.split(mean.sub_(flight.sent)), strict=True):
+                weights = Flat.of(tensors[name])
+                weights.entries.add_(correction)
+                weights.write_back()
+        self._flights = []
+        return drift
+
+    # ---- buckets -----------------------------------------------------------------------------------------------------
+
     def _buckets(self, tensors: Mapping[str, Tensor]) -> Iterator[list["_Row"]]:
         """Put whole parameters of one device and type together until a bucket is full."""
         open_buckets: dict[tuple[torch.device, torch.dtype], list[_Row]] = {}
@@ -114,31 +194,40 @@ class DifferenceAverager:
         yield from open_buckets.values()
 
     def _start(self, rows: list["_Row"]) -> "_Travelling":
-        layout = Layout(tuple(Slot(row.name, row.reference.numel(), row.shape) for row in rows))
-        weights = torch.cat([row.weights.entries.to(row.reference.dtype) for row in rows])
-        own = sample(weights)
-        difference = weights.sub_(torch.cat([row.reference for row in rows]))
+        layout, difference = _differences(rows)
         mean, sent = difference.clone(), torch.empty_like(difference)
+        own = sample(difference)
         return _Travelling(rows, difference, mean, sent, own, Talk(self._codec.mean(mean, layout, sent)))
 
     def _take(self, bucket: "_Travelling") -> Drift:
         bucket.talk.finish()
-        reference = bucket.mean.add_(torch.cat([row.reference for row in bucket.rows]))
         dropped = bucket.difference.sub_(bucket.sent)
-        # not `w + (m - s)`: so what was sent in full ends exactly at the reference, and equal on all ranks
-        weights = torch.add(reference, dropped, out=bucket.sent)
         sizes = [row.reference.numel() for row in bucket.rows]
-        for row, moved, now in zip(
-            bucket.rows, torch.split(reference, sizes), torch.split(weights, sizes), strict=True
+        for row, moved, left in zip(
+            bucket.rows, torch.split(bucket.mean, sizes), torch.split(dropped, sizes), strict=True
         ):
-            row.reference.copy_(moved)
-            row.weights.entries.copy_(now)
+            row.reference.add_(moved)
+            # not `w + (m - s)`: so what was sent in full ends exactly at the reference, and equal on all ranks
+            torch.add(row.reference, left, out=row.weights.entries)
             row.weights.write_back()
-        return drift_of(reference.numel(), bucket.own_sample, sample(reference))
+        return _drift([row.reference for row in bucket.rows], bucket.own_sample, bucket.mean)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, by parameter name. The references are the same on all ranks."""
+        """Return what a resumed run needs, by parameter name, once what is in flight has arrived.
+
+        The references are the same on all ranks.
+        """
+        self.arrive()
         return {
+            "in_flight": [
+                {
+                    "slots": [tuple(slot) for slot in flight.layout.slots],
+                    "mean": flight.mean,
+                    "sent": flight.sent,
+                    "own_sample": flight.own_sample,
+                }
+                for flight in self._flights
+            ],
             "reference": dict(self._reference),
             "compression": repr(self._compression),
             "codec": self._codec.state_dict(),
@@ -148,8 +237,30 @@ class DifferenceAverager:
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """Take up what :meth:`state_dict` returned; under another compression, its references alone."""
         self._reference = {name: row.to(parameters[name].device, copy=True) for name, row in state["reference"].items()}
+        self._flights = []
+        for saved in state.get("in_flight", []):
+            slots = tuple(Slot(name, numel, tuple(shape)) for name, numel, shape in saved["slots"])
+            device = self._reference[slots[0].name].device
+            mean, sent, own = (saved[key].to(device, copy=True) for key in ("mean", "sent", "own_sample"))
+            self._flights.append(_Flight(Layout(slots), mean, sent, own, None))
         if state["compression"] == repr(self._compression):
             self._codec.load_state_dict(state["codec"])
+
+
+def _differences(rows: list["_Row"]) -> tuple[Layout, Tensor]:
+    """Return the differences of the parameters in a bucket to their references, and what lies where."""
+    layout = Layout(tuple(Slot(row.name, row.reference.numel(), row.shape) for row in rows))
+    together = torch.empty(layout.numel, dtype=rows[0].reference.dtype, device=rows[0].reference.device)
+    for row, difference in zip(rows, layout.split(together), strict=True):
+        torch.sub(row.weights.entries, row.reference, out=difference)
+    return layout, together
+
+
+def _drift(references: list[Tensor], own_sample: Tensor, mean: Tensor) -> Drift:
+    """Return how far a rank was from the references of now, which have moved by the mean."""
+    distance_sq = drift_of(mean.numel(), own_sample, sample(mean)).distance_sq
+    norms = torch.stack(torch._foreach_norm(references))
+    return Drift(distance_sq, float(norms.square().sum()))
 
 
 class _Row(NamedTuple):
@@ -162,7 +273,7 @@ class _Row(NamedTuple):
 
 
 class _Travelling(NamedTuple):
-    """A bucket on its way: the difference, what becomes the mean, what was sent, and a sample of the weights."""
+    """A bucket on its way: the difference, what becomes the mean, what was sent, and a sample of the difference."""
 
     rows: list[_Row]
     difference: Tensor
@@ -170,3 +281,16 @@ class _Travelling(NamedTuple):
     sent: Tensor
     own_sample: Tensor
     talk: Talk
+
+
+class _Flight(NamedTuple):
+    """A bucket in the background: what becomes the mean, what was sent, and a sample of the difference.
+
+    Without a talk, its messages have arrived before a resume.
+    """
+
+    layout: Layout
+    mean: Tensor
+    sent: Tensor
+    own_sample: Tensor
+    talk: Talk | None

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -148,6 +149,16 @@ class Recorder:
         self.ledger.add(record)
         for observer in tuple(_observers):
             observer(record)
+
+
+def another_group(timeout: timedelta | None) -> dist.ProcessGroup:
+    """Return a further process group of all ranks, whose messages keep no order with those of the default group.
+
+    Note:
+        *Communication.* All ranks meet here.
+
+    """
+    return cast(dist.ProcessGroup, dist.new_group(timeout=timeout))  # not a number, since this rank is in it
 
 
 def leave_group_at_exit() -> None:

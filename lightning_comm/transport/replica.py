@@ -10,6 +10,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_comm.transport.averaging import Averager, Averaging, broadcast_
+from lightning_comm.transport.compression.base import Codec
 from lightning_comm.transport.differences import DifferenceAverager
 from lightning_comm.transport.flat import Drift
 from lightning_comm.transport.recording import Recorder
@@ -28,6 +29,7 @@ class Replica:
             0; ``"keep"``: every rank keeps its own.
         shadows: Returns further copies of the model that follow it linearly, such as an exponential moving average of
             its weights. They are averaged with it, so they stay averages of the averaged weights.
+        background: Sends parameters while training goes on, on a process group of its own.
 
     Note:
         *Which parameters.* Those that are trained now or were at the last synchronisation, found by their
@@ -49,13 +51,16 @@ class Replica:
         averaging: Averaging,
         buffers: Literal["average", "keep"],
         shadows: Shadows = dict,
+        background: Recorder | None = None,
     ) -> None:
         self._module = module
         self._recorder = recorder
         self._bucket_bytes = averaging.bucket_bytes
         self._averager = Averager(recorder, averaging.bucket_bytes)
         self._differences = (
-            DifferenceAverager(recorder, averaging.method, averaging.bucket_bytes) if averaging.method else None
+            DifferenceAverager(background or recorder, averaging.method, averaging.bucket_bytes)
+            if averaging.method
+            else None
         )
         self._average_buffers = buffers == "average"
         self._shadows = shadows
@@ -153,12 +158,54 @@ class Replica:
         groups = self.averaged()
         parameters, compressed = groups.pop("parameters"), self._compressed()
         drift = self._differences.average_(compressed)
-        in_full = {name: parameter for name, parameter in parameters.items() if name not in compressed}
-        drift = drift.plus(self._averager.average_(list(in_full.values()), "parameters"))
-        self._differences.forget(set(in_full))
-        self._differences.refer_to({name: p for name, p in in_full.items() if p.requires_grad})
+        drift = drift.plus(self._average_in_full(parameters, compressed))
         self._average_others(groups, None)
         return drift
+
+    def _average_in_full(self, parameters: Mapping[str, Tensor], compressed: Mapping[str, Tensor]) -> Drift:
+        """Average what has no reference, or needs none any more, and make references of it where it is trained."""
+        assert self._differences is not None
+        in_full = {name: parameter for name, parameter in parameters.items() if name not in compressed}
+        drift = self._averager.average_(list(in_full.values()), "parameters")
+        self._differences.forget(set(in_full))
+        self._differences.refer_to({name: p for name, p in in_full.items() if p.requires_grad})
+        return drift
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether an average of the parameters has departed and not landed."""
+        return self._differences is not None and self._differences.in_flight
+
+    @torch.no_grad()
+    def depart(self) -> None:
+        """Start to average the parameters in the background, and average everything else now."""
+        assert self._differences is not None
+        groups = self.averaged()
+        parameters, compressed = groups.pop("parameters"), self._compressed()
+        self._average_in_full(parameters, compressed)
+        self._average_others(groups, None)  # before the parameters, behind which it would wait on the network
+        self._differences.depart(compressed)
+
+    def advance(self) -> None:
+        """Start what in the background needs the first messages; at the same step on all ranks."""
+        assert self._differences is not None
+        self._differences.advance()
+
+    @torch.no_grad()
+    def land(self) -> Drift:
+        """Wait for the average in the background and move the parameters by it.
+
+        Returns:
+            How far this rank's parameters were from the mean when they departed, as far as that is known.
+
+        """
+        assert self._differences is not None
+        return self._differences.land_(dict(self._module.named_parameters()))
+
+    def _wait_for_background(self) -> None:
+        """Let nothing else be on its way: on CUDA, two groups that send at once may wait for each other."""
+        if self._differences is not None:
+            self._differences.arrive()
 
     def _average_others(self, groups: Mapping[str, Mapping[str, Tensor]], purpose: str | None) -> None:
         for name, group in groups.items():
@@ -175,6 +222,7 @@ class Replica:
             *Memory.* A second copy of the averaged tensors in between.
 
         """
+        self._wait_for_background()
         self.kept = {name: tensor.detach().clone() for name, tensor in self._changed_by_average().items()}
         self.average(purpose)
 
@@ -216,6 +264,11 @@ class Replica:
         """Whether a synchronisation can send less than the parameters in full."""
         return self._differences is not None
 
+    @property
+    def codec(self) -> Codec | None:
+        """What sends differences; ``None`` where parameters are averaged as they are."""
+        return None if self._differences is None else self._differences.codec
+
     def compression_state(self) -> dict[str, Any] | None:
         """Return what the compression goes on from; ``None`` without one."""
         return None if self._differences is None else self._differences.state_dict()
@@ -237,6 +290,7 @@ class Replica:
             *Memory.* A second copy of the averaged tensors.
 
         """
+        self._wait_for_background()
         names = self._state_dict_names()
         copies: dict[int, Tensor] = {}  # by address, so that tied weights stay tied in the file
         for name, value in state.items():

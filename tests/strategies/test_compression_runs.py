@@ -1,5 +1,6 @@
 """Compressed DDP under Lightning: equal ranks, exact resumes, counted bytes, and errors before training starts."""
 
+import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -127,6 +128,19 @@ def test_what_another_method_kept_is_not_taken_up_and_that_is_said(tmp_path):
     for _, resumed, steps in launch(_resumed, Int8(), str(tmp_path / "a.ckpt"), 2, TopK(0.2), world_size=2):
         assert steps == 10
         assert all(torch.isfinite(torch.from_numpy(each)).all() for each in resumed)
+
+
+def _from_plain_ddp(rank, path):
+    trainer("ddp", 2, callbacks=[Stop(5, path)]).fit(Stepwise(), data(10, rank))
+    runner = trainer(compressed(Cast("bf16")), 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        runner.fit(Stepwise(), data(10, rank), ckpt_path=path)
+    return runner.global_step, [str(each.message) for each in caught if "CompressedDDP" in str(each.message)]
+
+
+def test_a_method_that_keeps_nothing_goes_on_from_plain_ddp_without_a_word(tmp_path):
+    assert launch(_from_plain_ddp, str(tmp_path / "a.ckpt"), world_size=2) == [(10, [])] * 2
 
 
 def _damaged(rank, path):

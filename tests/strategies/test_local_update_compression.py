@@ -10,11 +10,11 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from support.processes import launch
-from support.training import Regression, loader, local_update, network, sample, trainer, weights
+from support.training import Regression, descend, loader, local_update, network, trainer, weights
 
-from lightning_comm import Averaging, Cast, FixedPeriod, Int8, LocalUpdateStrategy, TopK
+from lightning_comm import Averaging, Cast, FixedPeriod, Int8, LocalUpdateStrategy, SparseMask, TopK
 
-STEPS, PERIOD, BATCH = 14, 4, 4
+STEPS, PERIOD = 14, 4
 NUMEL = sum(parameter.numel() for parameter in network().parameters())
 
 
@@ -58,15 +58,6 @@ def by_hand(rank_weights, reference):
         x += (wires[0] + wires[1]).double()
         for each, d, wire in zip(rank_weights, differences, wires, strict=True):
             each[k].copy_(x + (d - 2 * wire.double()))
-
-
-def descend(model, rank, step):
-    samples = [sample(rank, BATCH * step + k) for k in range(BATCH)]
-    x, y = (torch.stack(each) for each in zip(*samples, strict=True))
-    model.zero_grad()
-    torch.nn.functional.mse_loss(model(x), y).backward()
-    for parameter in model.parameters():
-        parameter.data.add_(parameter.grad, alpha=-0.05)
 
 
 def in_one_process():
@@ -215,6 +206,7 @@ def test_moving_averages_of_weights_end_equal_too():
         ("int8", Int8()),
         ("null", None),
         ('{"class_path": "lightning_comm.TopK", "init_args": {"ratio": 0.1}}', TopK(0.1)),
+        ('["sparse_mask", "bf16"]', SparseMask(then=Cast("bf16"))),
     ],
 )
 def test_a_config_gives_a_word_or_an_object(given, expected):
@@ -222,7 +214,7 @@ def test_a_config_gives_a_word_or_an_object(given, expected):
     parser.add_subclass_arguments(LocalUpdateStrategy, "strategy")
     period = '{"class_path": "lightning_comm.FixedPeriod", "init_args": {"steps": 8}}'
     text = f'{{"strategy": {{"class_path": "lightning_comm.LocalUpdateStrategy", "init_args": {{"period": {period}, '
-    quoted = given if given.startswith("{") or given == "null" else f'"{given}"'
+    quoted = given if given[0] in "{[" or given == "null" else f'"{given}"'
     config = parser.parse_string(text + f'"averaging": {{"compression": {quoted}}}}}}}}}')
     strategy = parser.instantiate(config).strategy
     assert strategy.settings.averaging.compression == expected

@@ -1,10 +1,10 @@
 """Compressed averaging on the wire, against a single process that does the arithmetic of all ranks by hand."""
 
-import hashlib
 import math
 
 import pytest
 import torch
+from support.differences import BY_HAND, SHAPES, in_memory_order, moved, start
 from torch import nn
 
 from lightning_comm.core.ledger import CommLedger
@@ -15,40 +15,17 @@ from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
 from lightning_comm.transport.compression.no_sync import NoSync
 from lightning_comm.transport.compression.power_sgd import PowerSGD
-from lightning_comm.transport.compression.rounding import round_stochastically
+from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.ternary import Ternary
 from lightning_comm.transport.compression.top_k import TopK
 from lightning_comm.transport.differences import DifferenceAverager
 from lightning_comm.transport.recording import Recorder
 from lightning_comm.transport.replica import Replica
 
-SHAPES = {
-    "a.weight": (7, 5),
-    "a.bias": (7,),
-    "empty": (0,),
-    "b.weight": (4, 3, 3, 3),
-    "one": (1,),
-    "c.weight": (13, 11),
-}
 NUMEL = sum(math.prod(shape) for shape in SHAPES.values())
 SLOTS = sum(math.prod(shape) > 0 for shape in SHAPES.values())
 ROUNDS = 4
 METHODS = [Cast("bf16"), Int8(), TopK(0.1)]
-
-
-def drawn(name: str, *where: object) -> torch.Tensor:
-    seed = int.from_bytes(hashlib.sha256(repr((name, where)).encode()).digest()[:7], "big")
-    return torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(seed))
-
-
-def start() -> dict[str, torch.Tensor]:
-    return {name: drawn(name) for name in SHAPES}
-
-
-def moved(weights: dict[str, torch.Tensor], rank: int, step: int) -> None:
-    """What a rank's optimizer does in a round."""
-    for name, tensor in weights.items():
-        tensor.add_(drawn(name, rank, step), alpha=0.1)
 
 
 def numpy(tensors):
@@ -74,40 +51,6 @@ def _rounds(rank, compression, bucket_bytes):
 
 
 # ---- the same by hand ------------------------------------------------------------------------------------------------
-
-
-def by_cast(rows, name, step):
-    wires = [(row * (1 / len(rows))).bfloat16() for row in rows]
-    return [wire.float() * len(rows) for wire in wires], sum(wires[1:], wires[0]).float()
-
-
-def by_top_k(rows, name, step):
-    sent = []
-    for row in rows:
-        kept = sorted(range(len(row)), key=lambda i: -abs(float(row[i])))[: max(1, math.ceil(0.1 * len(row)))]
-        sent.append(torch.tensor([float(row[i]) if i in kept else 0.0 for i in range(len(row))]))
-    return sent, sum(sent[1:], sent[0]) * (1 / len(rows))
-
-
-def by_int8(rows, name, step):
-    def draw(who, of):
-        digest = hashlib.sha256(f"0/{step}/{who}/{of}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-    scales = torch.stack([row.abs().max() / 127 for row in rows])
-    codes = [round_stochastically(row, scales[r], 127, draw(r, name)) for r, row in enumerate(rows)]
-    total = torch.zeros_like(rows[0])
-    for code, scale in zip(codes, scales / len(rows), strict=True):
-        total += code * scale
-    again = round_stochastically(total, scales.mean(), 127, draw("all", f"{name}/mean"))
-    return [code * scale for code, scale in zip(codes, scales, strict=True)], again * scales.mean()
-
-
-BY_HAND = {Cast: by_cast, Int8: by_int8, TopK: by_top_k}
-
-
-def in_memory_order(name, tensor):
-    return tensor.permute(0, 2, 3, 1).reshape(-1) if name == "b.weight" else tensor.reshape(-1)
 
 
 def in_one_process(compression: Compression, world_size: int):
@@ -293,6 +236,7 @@ def test_every_type_and_layout_is_brought_together(run_ranks):
 def test_a_word_is_short_for_a_compression():
     assert Averaging(compression="bf16") == Averaging(compression=Cast("bf16"))
     assert Averaging(compression="int8").method == Int8()
+    assert Averaging(compression=["sparse_mask", "bf16"]).method == SparseMask(then=Cast("bf16"))
     assert Averaging().method is None
 
 
@@ -301,8 +245,8 @@ def test_a_word_is_short_for_a_compression():
     [
         (NoSync(), ["NoSync()", "never meet", "FixedPeriod"]),
         ("no_sync", ["NoSync()", "never meet", "FixedPeriod"]),
-        ("sparse_mask", ["SparseMask(", "whole parameters", "CompressedDDPStrategy"]),
         (Ternary(), ["Ternary()", "ever further apart", "Int8()"]),
+        (["sparse_mask", "ternary"], ["Ternary()", "ever further apart", "Int8()"]),
         ("bf61", ["'bf61'", "'bf16'"]),
         (8, ["got 8", "Cast('bf16')"]),
         (["bf16", "int8"], ["Int8()", "SparseMask()", "cannot follow"]),

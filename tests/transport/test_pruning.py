@@ -11,6 +11,7 @@ from lightning_comm.transport.pruning import (
     MaskFile,
     MaskFunction,
     ModulePruning,
+    Moment,
     agree,
     check_agreement,
     checked_masks,
@@ -79,6 +80,26 @@ def test_equal_weights_are_pruned_by_their_place_so_the_count_stays_exact():
     nn.init.ones_(net.weight)
     for scope in ("global", "layer", "erk"):
         assert int(MagnitudePruning(0.7, scope=scope).masks(net)["weight"].sum()) == 30
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "erk"])
+def test_masks_that_follow_others_only_shrink_and_keep_their_exact_count(scope):
+    net, kept, before = model(), {}, None
+    for sparsity in (0.3, 0.5, 0.8, 0.8):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.normal_()  # pruned weights too: whoever asks again must not rely on their being zero
+        fresh = MagnitudePruning(sparsity, scope=scope).masks(net)
+        masks = MagnitudePruning(sparsity, scope=scope).masks(net, Moment(kept))
+        if kept:
+            back = [[bool((each[name] & ~kept[name]).any()) for name in PRUNABLE] for each in (masks, fresh)]
+            assert not any(back[0])
+            assert any(back[1])  # or shrinking would prove nothing
+        totals = [sum(int(each.sum()) for each in answer.values()) for answer in (masks, fresh)]
+        assert totals[0] == totals[1]
+        if kept and sparsity == before:
+            assert fingerprint(masks) == fingerprint(kept)
+        kept, before = masks, sparsity
 
 
 def test_skipped_and_frozen_parameters_have_no_mask():

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transport.test_gradient_sync import SMALL, Net, picture
 
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.core.sparse_mask import PruningSchedule
 from lightning_comm.transport.compression.base import Context, Layout, Slot, run_alone
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.int8 import Int8
@@ -18,7 +19,7 @@ from lightning_comm.transport.compression.ternary import Ternary
 from lightning_comm.transport.compression.top_k import TopK
 from lightning_comm.transport.compression.words import compression_of
 from lightning_comm.transport.gradient_sync import GradientSync
-from lightning_comm.transport.pruning import MagnitudePruning
+from lightning_comm.transport.pruning import MagnitudePruning, ModulePruning
 from lightning_comm.transport.recording import Recorder
 
 MODES = {
@@ -162,6 +163,44 @@ def test_asked_for_dense_gradients_it_sends_them_whole_for_so_many_steps(run_ran
     assert run_ranks(_dense_on_request, world_size=2) == [[0, 0, pruned, pruned]] * 2
 
 
+def _narrowed(rank, then):
+    codec = SparseMask(then=then).codec(Context(Recorder(CommLedger()), "gradients"))
+    wide, parameters = masks_and_parameters()
+    narrow = {name: mask & (torch.arange(mask.numel()).view(mask.shape) % 3 > 0) for name, mask in wide.items()}
+    codec.install(wide, parameters.items())
+    values = torch.randn(LAYOUT.numel, generator=torch.Generator().manual_seed(rank))
+    run_alone(codec.mean(values, LAYOUT))
+    left = residuals_in_full(codec, wide)
+    saved = codec.state_dict()
+    codec.install(narrow, parameters.items())
+    moved = residuals_in_full(codec, narrow)
+    run_alone(codec.mean(values, LAYOUT))
+    resumed = SparseMask(then=then).codec(Context(Recorder(CommLedger()), "gradients"))
+    resumed.load_state_dict(saved)
+    resumed.install(wide, parameters.items())
+    same = residuals_in_full(resumed, wide)
+    outside = {name: narrow[name].view(-1) if name in narrow else torch.ones(40).bool() for name in left}
+    return (
+        all(torch.equal(moved[name], left[name] * outside[name]) for name in left),
+        all(torch.equal(same[name], left[name]) for name in left),
+        all(bool(each.any()) for each in moved.values()),
+    )
+
+
+def residuals_in_full(codec, masks):
+    """What error feedback has kept, each entry where it belongs in its parameter."""
+    rows = {}
+    for name, row in codec.state_dict()["inner"]["residuals"].items():
+        mask = masks[name].view(-1) if name in masks else torch.ones(SHAPES[name]).bool().view(-1)
+        rows[name] = torch.zeros(mask.numel()).masked_scatter_(mask, row)
+    return rows
+
+
+@pytest.mark.parametrize("then", [Int8(), TopK(0.1)], ids=repr)
+def test_residuals_follow_their_entries_when_masks_change(run_ranks, then):
+    assert run_ranks(_narrowed, then, world_size=2) == [(True, True, True)] * 2
+
+
 def _not_finite(rank):
     codec = SparseMask().codec(Context(Recorder(CommLedger()), "gradients"))
     masks, parameters = masks_and_parameters()
@@ -199,6 +238,11 @@ def test_a_list_is_a_mask_and_what_is_done_with_the_rest():
         (lambda: SparseMask(then=NoSync()), ("`then`", "NoSync()", "Cast")),
         (lambda: SparseMask(pruning=0.8), ("`pruning`", "got 0.8", "MagnitudePruning(sparsity=0.8)")),
         (lambda: SparseMask(dense_above=90), ("`dense_above`", "got 90")),
+        (lambda: SparseMask(schedule=500), ("`schedule`", "got 500", "PruningSchedule(start_step=500)")),
+        (
+            lambda: SparseMask(ModulePruning(), schedule=PruningSchedule(0, 100)),
+            ("`schedule`", "step 100", "got ModulePruning()", "leave out `end_step`"),
+        ),
     ],
 )
 def test_bad_arguments_are_named_with_a_way_out(make, parts):

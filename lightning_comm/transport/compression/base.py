@@ -12,9 +12,9 @@ first steps and after a resume. Scales, counts and random numbers belong to a pa
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,7 +82,19 @@ class Layout:
 
 @dataclass(frozen=True)
 class Compression(ABC):
-    """What to send instead of every entry in full: a frozen value, from which each run makes its own codec."""
+    """What to send instead of every entry in full: a frozen value, from which each run makes its own codec.
+
+    Attributes:
+        keeps_state: Whether a run that is resumed needs anything of the one before.
+
+    """
+
+    keeps_state: ClassVar[bool] = True
+
+    @property
+    def exact(self) -> bool:
+        """Whether the result is the mean of the ranks' entries, but for rounding of the sums."""
+        return False
 
     @abstractmethod
     def codec(self, context: "Context") -> "Codec":
@@ -119,13 +131,11 @@ class Codec(ABC):
     """The working side of a compression, with its state, in one run.
 
     Attributes:
-        exact: Whether the result is the mean of the ranks' entries, but for rounding of the sums.
         is_local: Whether its state differs between ranks, so that each must save its own.
         step: How often all parameters have been synchronised; whoever runs the codec counts it up.
 
     """
 
-    exact: bool = False
     is_local: bool = False
 
     def __init__(self, context: Context) -> None:
@@ -164,6 +174,14 @@ class Codec(ABC):
 
     def rescale(self, factor: float) -> None:  # noqa: B027  (only what keeps residuals has something to scale)
         """Follow a change of the loss scale, in which kept residuals are measured."""
+
+    def regroup(self, places: Mapping[str, Tensor]) -> None:  # noqa: B027  (only what keeps residuals has any to move)
+        """Follow a change of what lies in the slots of parameters. Called between steps.
+
+        Args:
+            places: By parameter name, for each entry of its new slot, where that was in the old one, or -1 if nowhere.
+
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, by parameter name. Tensors belong to this rank alone."""

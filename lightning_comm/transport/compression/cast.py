@@ -1,7 +1,7 @@
 """Sixteen bits an entry."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class Cast(Compression):
         Cast(dtype='bf16')
 
     """
+
+    keeps_state: ClassVar[bool] = False
 
     dtype: Literal["bf16", "fp16"] = "bf16"
 

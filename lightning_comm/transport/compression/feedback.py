@@ -1,5 +1,6 @@
 """Error feedback: what a method did not send is added to what it sends next time."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -85,6 +86,17 @@ class Feedback(Codec):
         for row in self._residuals.values():
             row.mul_(factor)
         self._codec.rescale(factor)
+
+    @override
+    def regroup(self, places: Mapping[str, Tensor]) -> None:
+        self._buckets = {}
+        for name, row in self._residuals.items():
+            moved = places.get(name)
+            # -1 finds the zero at the end; a clone, since a row must not hold on to the bucket that it lay in
+            self._residuals[name] = (
+                row.clone() if moved is None else torch.cat([row, row.new_zeros(1)])[moved.to(row.device)]
+            )
+        self._codec.regroup(places)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -17,6 +17,13 @@ class Full(Compression):
 
     """
 
+    keeps_state = False
+
+    @property
+    @override
+    def exact(self) -> bool:
+        return True
+
     @override
     def codec(self, context: Context) -> "FullCodec":
         return FullCodec(context)
@@ -24,8 +31,6 @@ class Full(Compression):
 
 class FullCodec(Codec):
     """Divides by the number of ranks and sums, in this order, as DDP does."""
-
-    exact = True
 
     @override
     def payload_bytes(self, layout: Layout, itemsize: int = 4) -> int:

@@ -19,6 +19,8 @@ class NoSync(Compression):
 
     """
 
+    keeps_state = False
+
     @override
     def codec(self, context: Context) -> "NoSyncCodec":
         return NoSyncCodec(context)

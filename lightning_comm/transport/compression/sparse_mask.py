@@ -1,7 +1,7 @@
 """Only the entries of weights that are not pruned."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from typing_extensions import override
 
+from lightning_comm.core.sparse_mask import PruningSchedule
 from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Slot
 from lightning_comm.transport.compression.full import Full, FullCodec
 from lightning_comm.transport.pruning import MagnitudePruning, Masks, Pruning, pack_bits, unpack_bits
@@ -22,20 +23,22 @@ class SparseMask(Compression):
     row, which travels through an ordinary all-reduce, without indices, and are put back. This is exact for the pruned
     model: it trains as under plain DDP with gradients masked by hand. It is not the training of the dense model.
 
-    The model is pruned once, when training starts; weights and the optimizer's state are zero there from then on.
+    The model is pruned when training starts, or as the schedule says; weights and the optimizer's state are zero there
+    from then on. Before the first pruning it trains as under plain DDP, and gradients are sent in full.
 
     Args:
         pruning: Which weights are pruned.
         then: What is done with the entries that are left: :class:`Cast`, :class:`Int8`, :class:`Ternary` or
             :class:`TopK`; in full if left out. ``[SparseMask(…), Cast("bf16")]`` is another way to write it.
         dense_above: Buckets of which a larger share is kept are sent in full, since gathering costs more than it saves.
+        schedule: When the model is pruned. Bit by bit (``end_step``) only where ``pruning`` has a ``sparsity``.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or if masks cannot be had bit by bit.
 
     Note:
-        *Communication.* As ``then`` sends the kept entries: in full 4 bytes for each of them, as bf16 2 bytes. At the
-        start the masks, one bit a weight.
+        *Communication.* As ``then`` sends the kept entries: in full 4 bytes for each of them, as bf16 2 bytes. At
+        each pruning the masks, one bit a weight.
 
         *Memory.* An index of 8 bytes for each kept entry, and four masks of one byte a masked weight.
 
@@ -54,6 +57,7 @@ class SparseMask(Compression):
     pruning: Pruning = field(default_factory=MagnitudePruning)
     then: Compression | None = None
     dense_above: float = 0.9
+    schedule: PruningSchedule = field(default_factory=PruningSchedule)
 
     def __post_init__(self) -> None:
         if not isinstance(self.pruning, Pruning):
@@ -71,6 +75,24 @@ class SparseMask(Compression):
             raise ValueError(
                 f"SparseMask: `dense_above` is a share of entries, so it must be from 0 to 1; got {self.dense_above!r}."
             )
+        if not isinstance(self.schedule, PruningSchedule):
+            raise ValueError(
+                f"SparseMask: `schedule` must be a PruningSchedule; got {self.schedule!r}. "
+                "PruningSchedule(start_step=500) prunes before optimizer step 500."
+            )
+        if self.schedule.is_gradual and not hasattr(self.pruning, "sparsity"):
+            raise ValueError(
+                f"SparseMask: `schedule` prunes bit by bit until step {self.schedule.end_step}, which takes a "
+                f"`pruning` with a `sparsity` that can rise; got {self.pruning!r}. Use MagnitudePruning, or leave out "
+                "`end_step`."
+            )
+
+    def pruning_at(self, step: int) -> Pruning:
+        """Return what chooses the masks of step ``step``: ``pruning``, with the share that the schedule has by then."""
+        if not self.schedule.is_gradual:
+            return self.pruning
+        sparsity = self.schedule.sparsity_at(step, getattr(self.pruning, "sparsity"))  # noqa: B009
+        return replace(self.pruning, sparsity=sparsity)  # type: ignore[type-var]
 
     @override
     def codec(self, context: Context) -> "SparseMaskCodec":
@@ -93,6 +115,7 @@ class SparseMaskCodec(Codec):
         super().__init__(context)
         self.is_local = inner.is_local
         self.masks: Masks = {}
+        self.pruned_at: int | None = None  # the step of the schedule whose masks these are
         self._inner = inner
         self._full = FullCodec(context)
         self._dense_above = dense_above
@@ -103,8 +126,10 @@ class SparseMaskCodec(Codec):
     def install(self, masks: Masks, named_parameters: Iterable[tuple[str, Parameter]]) -> None:
         """Use these masks from the next step on. Called on all ranks at the same step, with the same masks."""
         parameters = dict(named_parameters)
-        self.masks = masks
-        self._rows = {name: in_order_of_memory(mask, parameters[name]) for name, mask in masks.items()}
+        rows = {name: in_order_of_memory(mask, parameters[name]) for name, mask in masks.items()}
+        if self._rows:
+            self._inner.regroup(_places(self._rows, rows))
+        self.masks, self._rows = masks, rows
         self._plans = {}
 
     def request_dense(self, n_steps: int) -> None:
@@ -141,9 +166,9 @@ class SparseMaskCodec(Codec):
         sent_row = torch.empty_like(row) if sent is not None else None
         if plan.layout.slots:
             yield from self._inner.mean(row, plan.layout, sent_row)
-        values.zero_().index_copy_(0, plan.kept, row)
+        values.zero_().scatter_(0, plan.kept, row)  # half the time of `index_copy_`
         if sent is not None and sent_row is not None:
-            sent.zero_().index_copy_(0, plan.kept, sent_row)
+            sent.zero_().scatter_(0, plan.kept, sent_row)
 
     def _plan_of(self, layout: Layout, device: torch.device) -> _Plan | None:
         if not self._rows or not any(slot.name in self._rows for slot in layout.slots):
@@ -180,7 +205,13 @@ class SparseMaskCodec(Codec):
     def state_dict(self) -> dict[str, Any]:
         masks = {name: (tuple(mask.shape), pack_bits(mask.reshape(-1)).cpu()) for name, mask in self.masks.items()}
         dense_steps = self._dense_steps
-        return {**super().state_dict(), "masks": masks, "dense_steps": dense_steps, "inner": self._inner.state_dict()}
+        return {
+            **super().state_dict(),
+            "masks": masks,
+            "pruned_at": self.pruned_at,
+            "dense_steps": dense_steps,
+            "inner": self._inner.state_dict(),
+        }
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -189,8 +220,20 @@ class SparseMaskCodec(Codec):
             name: unpack_bits(bits, torch.Size(shape).numel()).view(shape)
             for name, (shape, bits) in state["masks"].items()
         }
+        self.pruned_at = state["pruned_at"]
+        self._rows, self._plans = {}, {}  # whoever goes on installs the masks
         self._dense_steps = int(state["dense_steps"])
         self._inner.load_state_dict(state["inner"])
+
+
+def _places(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return where each entry that is kept after was among those kept before, or -1; without a mask all are kept."""
+    places = {}
+    for name in before.keys() | after.keys():
+        old = before[name] if name in before else torch.ones_like(after[name])
+        new = after[name] if name in after else torch.ones_like(old)
+        places[name] = torch.where(old, old.cumsum(0) - 1, -1)[new]
+    return places
 
 
 def in_order_of_memory(mask: Tensor, parameter: Tensor) -> Tensor:

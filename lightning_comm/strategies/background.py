@@ -1,0 +1,101 @@
+"""When the average in the background departs, goes on and lands: at steps that are the same on all ranks."""
+
+import time
+from dataclasses import asdict, replace
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_comm.strategies.round_log import RoundLog
+from lightning_comm.strategies.settings import InFlight
+from lightning_comm.transport.agreement import Agreement
+from lightning_comm.transport.replica import Replica
+
+
+class BackgroundAverage:
+    """The average that travels while the next round trains.
+
+    It departs at the end of a round, as the weights are then, and lands a number of steps later that is known when the
+    next round begins. So what a run computes does not depend on how fast the network is.
+
+    Args:
+        replica: Has the weights.
+        log: Notes the round once its average has landed.
+        agreement: Shows whose error it is when a wait fails.
+        overlap_steps: After how many steps an average lands, where the round has as many.
+
+    """
+
+    def __init__(self, replica: Replica, log: RoundLog, agreement: Agreement, overlap_steps: int) -> None:
+        self._replica = replica
+        self._log = log
+        self._agreement = agreement
+        self._overlap_steps = overlap_steps
+        self._flight: InFlight | None = None
+        self._said_clamped = False
+
+    def depart(self, *, step: int, period_steps: int, lr: float, wait_s: float) -> None:
+        """Start to average the weights of now.
+
+        Args:
+            step: Optimizer steps done.
+            period_steps: Length of the round that ends here.
+            lr: Learning rate at the first step of that round.
+            wait_s: Seconds until all ranks had arrived.
+
+        """
+        self.land()  # still in flight only where a resumed run has shorter rounds
+        started = time.monotonic()
+        self._replica.depart()
+        self._flight = InFlight(step, period_steps, lr, wait_s, time.monotonic() - started)
+
+    def begin_round(self, step: int, next_steps: int) -> None:
+        """Choose where the average lands: within the round of ``next_steps`` that begins at ``step``."""
+        if self._flight is None:
+            return
+        steps = min(self._overlap_steps, next_steps - 1)
+        if steps < self._overlap_steps and not self._said_clamped:
+            self._said_clamped = True
+            rank_zero_info(
+                f"LocalUpdateStrategy: `overlap_steps`={self._overlap_steps} is not below the {next_steps} steps of "
+                f"the round that begins at step {step}, so its average lands after {steps}: one step less than the "
+                "round has, here and in all rounds as short."
+            )
+        self._flight = replace(self._flight, advance_at=step + (steps + 1) // 2, land_at=step + steps)
+        self.go_on(step)
+
+    def go_on(self, step: int) -> None:
+        """Do what is due after ``step`` optimizer steps."""
+        flight = self._flight
+        if flight is None or flight.land_at is None or flight.advance_at is None:
+            return
+        if step >= flight.land_at:
+            self.land()
+        elif step >= flight.advance_at:
+            with self._agreement.first_error_shown():
+                self._replica.advance()
+
+    def land(self) -> None:
+        """Wait for the average, if one is in flight, and move the weights by it."""
+        flight, started = self._flight, time.monotonic()
+        if flight is None:
+            return
+        with self._agreement.first_error_shown():
+            drift = self._replica.land()
+        self._flight = None
+        self._log.add(
+            step=flight.step,
+            period_steps=flight.period_steps,
+            lr=flight.lr,
+            wait_s=flight.wait_s,
+            transfer_s=flight.transfer_s + time.monotonic() - started,
+            drift=drift,
+        )
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what a resumed run needs beside what the replica keeps."""
+        return None if self._flight is None else asdict(self._flight)
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Take up what :meth:`state_dict` returned, if the replica has what belongs to it."""
+        self._flight = InFlight(**state) if state is not None and self._replica.in_flight else None

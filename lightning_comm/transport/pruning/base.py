@@ -1,0 +1,141 @@
+"""What says which weights are pruned, and what masks must be like."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Masks = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a run has for those who choose masks, at the moment at which they are asked.
+
+    Args:
+        kept: The masks in force; empty before the first pruning. What they prune must not come back.
+        samples: Returns so many samples of the training data, as pairs of a batch on the model's device and the number
+            of samples in it: the same ones each time. ``None`` where there is no run.
+
+    """
+
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    samples: Callable[[int], Iterable[tuple[Any, int]]] | None = None
+
+
+NOW = Moment()
+
+
+class Pruning(ABC):
+    """Chooses masks; a frozen value."""
+
+    @abstractmethod
+    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
+        """Return a mask for each parameter that is pruned, by name. Asked on rank 0 alone, so it must send nothing.
+
+        Args:
+            module: The model.
+            moment: The masks in force, and a way to samples of the training data.
+
+        """
+
+
+def prunable(module: nn.Module, skip: Sequence[str], where: str) -> dict[str, nn.Parameter]:
+    """Return the parameters that may be pruned, by name: trained ones with two dimensions or more, no embeddings."""
+    names = [name for name, _ in module.named_parameters()]
+    for pattern in skip:
+        if not any(fnmatch(name, pattern) for name in names):
+            near = get_close_matches(pattern, names, n=1)
+            raise ValueError(
+                f"{where}: `skip` must name parameters of the model, and {pattern!r} is none."
+                + (f" Did you mean {near[0]!r}?" if near else f" Its parameters are {', '.join(names[:5])}, …")
+            )
+    embedded = {id(each.weight) for each in module.modules() if isinstance(each, (nn.Embedding, nn.EmbeddingBag))}
+    left = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+        and parameter.dim() >= 2
+        and parameter.is_floating_point()
+        and id(parameter) not in embedded
+        and not any(fnmatch(name, pattern) for pattern in skip)
+    }
+    if not left:
+        raise ValueError(
+            f"{where}: no parameter is left to prune. Those with two dimensions or more that are trained, are no "
+            "embeddings and are not in `skip` can be."
+        )
+    return left
+
+
+def check_sparsity(where: str, sparsity: object) -> None:
+    """Raise unless ``sparsity`` is a share of weights that can be pruned."""
+    number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
+    if number and 1 < sparsity <= 100:  # type: ignore[operator]
+        raise ValueError(
+            f"{where}: `sparsity` is a share from 0 to 1; got {sparsity!r}. For {sparsity} % write {sparsity / 100:g}."  # type: ignore[operator]
+        )
+    if not number or not 0 <= sparsity < 1:  # type: ignore[operator]
+        raise ValueError(
+            f"{where}: `sparsity` is the share of weights that are pruned, so it must be >= 0 and < 1; got "
+            f"{sparsity!r}. 0.8 keeps one weight in five."
+        )
+
+
+def checked_masks(masks: object, module: nn.Module, where: str) -> Masks:
+    """Return masks that a user gave, if each fits its parameter.
+
+    Raises:
+        ValueError: If one does not; the message names it.
+
+    """
+    if not isinstance(masks, Mapping) or not masks:
+        raise ValueError(f"{where}: masks must be a dictionary of tensors by parameter name, not empty; got {masks!r}.")
+    parameters = dict(module.named_parameters())
+    sparse = {
+        f"{name}.weight"
+        for name, each in module.named_modules()
+        if isinstance(each, (nn.Embedding, nn.EmbeddingBag)) and each.sparse
+    }
+    for name, mask in masks.items():
+        if name not in parameters:
+            near = get_close_matches(str(name), parameters, n=1)
+            raise ValueError(
+                f"{where}: there is a mask for {name!r}, which is no parameter of the model."
+                + (f" Did you mean {near[0]!r}?" if near else " Names are those of `named_parameters()`.")
+            )
+        parameter = parameters[name]
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"{where}: the mask of {name!r} must be a tensor of torch.bool, True where a weight is kept; got "
+                f"{kind}. `mask != 0` makes one of numbers."
+            )
+        if mask.shape != parameter.shape:
+            raise ValueError(
+                f"{where}: the mask of {name!r} must have the parameter's shape {tuple(parameter.shape)}; got "
+                f"{tuple(mask.shape)}. It may belong to another architecture."
+            )
+        if not parameter.requires_grad:
+            raise ValueError(f"{where}: {name!r} is frozen, so it has no gradient to leave out. Drop its mask.")
+        if name in sparse:
+            raise ValueError(
+                f"{where}: {name!r} has sparse gradients, which DDP sends by themselves. Drop its mask, or build the "
+                "embedding with sparse=False."
+            )
+    _check_something_is_left(masks, where)
+    return {str(name): mask.detach() for name, mask in masks.items()}
+
+
+def _check_something_is_left(masks: Mapping[str, Tensor], where: str) -> None:
+    for name, mask in masks.items():
+        if not bool(mask.any()):
+            raise ValueError(
+                f"{where}: the mask of {name!r} keeps nothing, so that parameter would be zero for ever. True is for "
+                "weights that are kept; `~mask` turns a mask round."
+            )

@@ -1,0 +1,75 @@
+"""Masks that somebody else has chosen."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_comm.transport.pruning.base import NOW, Masks, Moment, Pruning, checked_masks
+
+
+@dataclass(frozen=True)
+class MaskFunction(Pruning):
+    """Masks that a function of the user's returns.
+
+    Args:
+        function: Takes the model and returns masks by parameter name.
+
+    """
+
+    function: Callable[[nn.Module], Mapping[str, Tensor]]
+
+    @override
+    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
+        return checked_masks(self.function(module), module, "MaskFunction")
+
+
+@dataclass(frozen=True)
+class MaskFile(Pruning):
+    """Masks from a file that ``torch.save`` has written: a dictionary of tensors of ``bool``, by parameter name.
+
+    Args:
+        path: The file, on rank 0.
+
+    """
+
+    path: str
+
+    @override
+    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
+        if not Path(self.path).is_file():
+            raise ValueError(f"MaskFile: `path` must be a file that torch.save has written; there is no {self.path!r}.")
+        return checked_masks(
+            torch.load(self.path, weights_only=True, map_location="cpu"), module, f"MaskFile({self.path!r})"
+        )
+
+
+@dataclass(frozen=True)
+class ModulePruning(Pruning):
+    """The masks that ``torch.nn.utils.prune``, or Lightning's ``ModelPruning``, has left in the model.
+
+    A parameter ``weight_orig`` is pruned as the buffer ``weight_mask`` beside it says. Whether a weight is zero says
+    nothing: weight decay moves pruned ones, and trained ones may be zero.
+
+    Raises:
+        ValueError: If no module has such a buffer.
+
+    """
+
+    @override
+    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
+        buffers = dict(module.named_buffers())
+        found = {
+            name: buffers[f"{name.removesuffix('_orig')}_mask"] != 0
+            for name, _ in module.named_parameters()
+            if name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in buffers
+        }
+        if not found:
+            raise ValueError(
+                "ModulePruning: it reads the masks that torch.nn.utils.prune leaves in a model, and this one has none. "
+                "Prune before training, or use MagnitudePruning."
+            )
+        return checked_masks(found, module, "ModulePruning")

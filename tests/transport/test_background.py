@@ -1,0 +1,126 @@
+"""Averages in the background on the wire, against a single process that does the arithmetic of all ranks by hand."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+from support.differences import BY_HAND, SHAPES, in_memory_order, moved, start
+
+from lightning_comm.core.ledger import CommLedger
+from lightning_comm.transport.averaging import Averaging
+from lightning_comm.transport.compression.cast import Cast
+from lightning_comm.transport.compression.full import Full
+from lightning_comm.transport.compression.int8 import Int8
+from lightning_comm.transport.compression.power_sgd import PowerSGD
+from lightning_comm.transport.compression.top_k import TopK
+from lightning_comm.transport.differences import DifferenceAverager
+from lightning_comm.transport.recording import Recorder, another_group
+
+ROUNDS = 3
+
+
+def rows(tensors):
+    return {name: in_memory_order(name, tensor).clone().numpy() for name, tensor in tensors.items()}
+
+
+def _background(rank, compression, bucket_bytes, pause):
+    """Depart after one move, land after another; `pause` is what happens in between."""
+    ledger = CommLedger()
+    recorder = Recorder(ledger, another_group(timedelta(seconds=30)), beside_compute=True)
+    averager = DifferenceAverager(recorder, compression, bucket_bytes)
+    weights = start()
+    weights["b.weight"] = weights["b.weight"].contiguous(memory_format=torch.channels_last)
+    averager.restart(weights)
+    history = []
+    for step in range(ROUNDS):
+        moved(weights, rank, 2 * step)
+        averager.depart(weights)
+        assert averager.in_flight
+        before = rows(weights)
+        if pause == "advance":
+            averager.advance()
+        if pause == "arrive":
+            averager.arrive()
+        if pause == "resume":
+            state = averager.state_dict()
+            averager = DifferenceAverager(recorder, compression, bucket_bytes)
+            averager.load_state_dict(state, weights)
+            assert averager.in_flight
+        same = rows(weights)
+        assert all((same[name] == before[name]).all() for name in SHAPES), "weights moved while in flight"
+        moved(weights, rank, 2 * step + 1)
+        averager.land_(weights)
+        assert not averager.in_flight
+        reference = averager.state_dict()["reference"]
+        history.append((rows(weights), {name: row.clone().numpy() for name, row in reference.items()}))
+    return history, ledger.payload_bytes("parameters")
+
+
+def in_one_process(compression, world_size):
+    weights = [start() for _ in range(world_size)]
+    reference = {name: in_memory_order(name, tensor).clone() for name, tensor in weights[0].items()}
+    for step in range(ROUNDS):
+        corrections = [{} for _ in range(world_size)]
+        for rank in range(world_size):
+            moved(weights[rank], rank, 2 * step)
+        for name in SHAPES:
+            differences = [in_memory_order(name, each[name]) - reference[name] for each in weights]
+            if not len(differences[0]):
+                continue
+            sent, mean = BY_HAND[type(compression)](differences, name, step)
+            reference[name] = reference[name] + mean
+            for rank in range(world_size):
+                corrections[rank][name] = mean - sent[rank]
+        for rank in range(world_size):
+            moved(weights[rank], rank, 2 * step + 1)
+            for name, correction in corrections[rank].items():
+                if name == "b.weight":
+                    count, channels, height, width = SHAPES[name]
+                    correction = correction.view(count, height, width, channels).permute(0, 3, 1, 2)
+                weights[rank][name].add_(correction.reshape(SHAPES[name]))
+        yield [rows(each) for each in weights], {name: row.clone().numpy() for name, row in reference.items()}
+
+
+@pytest.mark.parametrize("pause", ["nothing", "advance", "arrive", "resume"])
+@pytest.mark.parametrize("bucket_bytes", [8, 10**6], ids=["one-parameter", "all"])
+@pytest.mark.parametrize("compression", [Full(), Cast("bf16"), Int8(), TopK(0.1)], ids=repr)
+def test_ranks_do_what_one_process_does_for_all_whatever_happens_in_flight(run_ranks, compression, bucket_bytes, pause):
+    answers = run_ranks(_background, compression, bucket_bytes, pause, world_size=2)
+    for step, (weights, reference) in enumerate(in_one_process(compression, 2)):
+        for rank, (history, _) in enumerate(answers):
+            after, held = history[step]
+            for name in SHAPES:
+                assert (after[name] == weights[rank][name]).all(), f"{name} of rank {rank} in round {step}"
+                assert (held[name] == reference[name]).all(), f"reference of {name} in round {step}"
+
+
+@pytest.mark.parametrize("compression", [Full(), Int8(), TopK(0.1), PowerSGD(1)], ids=repr)
+def test_three_ranks_hold_the_same_references_and_keep_the_mean(run_ranks, compression):
+    answers = run_ranks(_background, compression, 300, "nothing", world_size=3)
+    alone = [start() for _ in range(3)]  # what the mean would be without any communication
+    for step in range(ROUNDS):
+        for rank, each in enumerate(alone):
+            moved(each, rank, 2 * step)
+            moved(each, rank, 2 * step + 1)
+        mean = [rows(each) for each in alone]
+        for name in SHAPES:
+            held = [history[step][1][name] for history, _ in answers]
+            assert all((row == held[0]).all() for row in held)
+            got = sum(history[step][0][name] for history, _ in answers) / 3
+            wanted = sum(each[name] for each in mean) / 3
+            bound = (step + 1) / 127 if isinstance(compression, Int8) else 1e-5  # of its second rounding
+            assert abs(got - wanted).max(initial=0) < bound, name
+
+
+def test_the_payload_is_that_of_an_average_in_the_open(run_ranks):
+    numel = sum(row.numel() for row in start().values())
+    for compression, itemsize in ((Full(), 4), (Cast("bf16"), 2)):
+        for _, payload_bytes in run_ranks(_background, compression, 300, "nothing", world_size=2):
+            assert payload_bytes == ROUNDS * itemsize * numel
+
+
+@pytest.mark.parametrize("steps", [-1, 1.5, True, "2"])
+def test_a_bad_number_of_steps_is_named_with_its_value_and_a_way_out(steps):
+    with pytest.raises(ValueError, match="overlap_steps") as caught:
+        Averaging(overlap_steps=steps)
+    assert all(word in str(caught.value) for word in ("overlap_steps", repr(steps), ">= 0", "0 waits"))
