@@ -4,8 +4,10 @@
 
 One bucket of random gradients is synchronised by each method in turn, all in the same processes, in an order that
 rotates from repeat to repeat; a time is that of the slowest host, from a common start. There is no backward beside it,
-so this is the cost of communication and of the arithmetic of a method, and not of a step. Then, without a network, what
-gathering a fifth of the entries and putting them back costs against one plain copy of the bucket.
+so this is the cost of communication and of the arithmetic of a method, and not of a step. Beside it stands what was
+sent in some more synchronisations, as a multiple of what the ledger says by its formula: on the interface, which counts
+the headers of a piece of up to 64 KiB once, and on the link, whose shaper counts those of every frame. Then, without a
+network, what gathering a fifth of the entries and putting them back costs against one plain copy of the bucket.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -23,6 +26,7 @@ from lightning_comm.lab.cluster import Lab, unavailable
 from lightning_comm.planning.report import text_table
 
 _LAYERS = 25  # of equal size, in a bucket
+_COUNTED = 3  # synchronisations whose bytes are counted on the interfaces
 _METHODS = (
     "full",
     "bf16",
@@ -81,38 +85,73 @@ def codec_of(compression: Any, layout: Any, recorder: Any) -> Any:
 
 
 def as_host(mib: float, repeats: int) -> dict[str, Any]:
-    """Synchronise on this host; return the seconds of each method, by the slowest host, and its payload."""
+    """Synchronise on this host; return the seconds of each method, by the slowest host, its payload and wire bytes."""
     import torch
     import torch.distributed as dist
 
     from lightning_comm import CommLedger
-    from lightning_comm.transport.compression.base import run_alone
     from lightning_comm.transport.recording import Recorder
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     layout = layout_of(mib)
+    ledgers = {name: CommLedger() for name in _METHODS}
     codecs = {
-        name: codec_of(compression, layout, Recorder(CommLedger())) for name, compression in compressions().items()
+        name: codec_of(compression, layout, Recorder(ledgers[name])) for name, compression in compressions().items()
     }
     gradient = torch.randn(layout.numel, generator=torch.Generator().manual_seed(dist.get_rank()))
     seconds: dict[str, list[float]] = {name: [] for name in _METHODS}
     for repeat in range(repeats + 1):  # the first one opens connections and makes plans
         for turn in range(len(_METHODS)):
             name = _METHODS[(turn + repeat) % len(_METHODS)]
-            values = gradient.clone()
             time.sleep(0.05)  # queues run empty
-            dist.barrier()
-            began = time.perf_counter()
-            codecs[name].begin_step()
-            run_alone(codecs[name].mean(values, layout))
-            codecs[name].end_step()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(_synchronise(codecs[name], gradient.clone(), layout))
     slowest = torch.tensor([seconds[name][1:] for name in _METHODS], dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    wire = {name: _count_wire(codecs[name], gradient, layout, ledgers[name]) for name in _METHODS}
     payload = {name: codec.payload_bytes(layout) for name, codec in codecs.items()}
     dist.destroy_process_group()
-    return {"seconds": dict(zip(_METHODS, slowest.tolist(), strict=True)), "payload_bytes": payload}
+    return {"seconds": dict(zip(_METHODS, slowest.tolist(), strict=True)), "payload_bytes": payload, "wire": wire}
+
+
+def _synchronise(codec: Any, values: Any, layout: Any) -> float:
+    import torch.distributed as dist
+
+    from lightning_comm.transport.compression.base import run_alone
+
+    dist.barrier()
+    began = time.perf_counter()
+    codec.begin_step()
+    run_alone(codec.mean(values, layout))
+    codec.end_step()
+    return time.perf_counter() - began
+
+
+def _count_wire(codec: Any, gradient: Any, layout: Any, ledger: Any) -> dict[str, float]:
+    """Return what all hosts sent in some synchronisations, by their interfaces and by the ledger's formula."""
+    import torch
+    import torch.distributed as dist
+    from emulated_steps import interface_sent_bytes
+
+    dist.barrier()
+    time.sleep(0.05)  # acknowledgements are through
+    before = torch.tensor([interface_sent_bytes(), _link_sent_bytes(), ledger.wire_bytes()], dtype=torch.float64)
+    for _ in range(_COUNTED):
+        _synchronise(codec, gradient.clone(), layout)
+    dist.barrier()
+    time.sleep(0.05)
+    after = torch.tensor([interface_sent_bytes(), _link_sent_bytes(), ledger.wire_bytes()], dtype=torch.float64)
+    sent = (after - before) / _COUNTED
+    dist.all_reduce(sent)
+    return dict(zip(("interface_bytes", "link_bytes", "formula_bytes"), sent.tolist(), strict=True))
+
+
+def _link_sent_bytes() -> int:
+    """Return what has gone through the shaper of this host's link, with the headers of every frame."""
+    from emulated_steps import interface
+
+    said = subprocess.run(["tc", "-s", "-j", "qdisc", "show", "dev", interface()], capture_output=True, check=True)
+    return sum(int(each["bytes"]) for each in json.loads(said.stdout) if each.get("root"))
 
 
 def packing(mib: float, repeats: int) -> dict[str, float]:
@@ -135,8 +174,13 @@ def packing(mib: float, repeats: int) -> dict[str, float]:
     return {name: statistics.median(each) for name, each in times.items()}
 
 
+def over_formula(wire: dict[str, float], place: str) -> float:
+    """Return the bytes that were counted somewhere as a multiple of those of the formula."""
+    return wire[f"{place}_bytes"] / wire["formula_bytes"]
+
+
 def rows_of(result: dict[str, Any]) -> list[list[str]]:
-    """Return a line for each method: payload, median and range of its times, and the ratio to sending in full."""
+    """Return a line for each method: payload, times, their ratio to sending in full, and what was sent over formula."""
     full = result["seconds"]["full"]
     rows = []
     for name, seconds in result["seconds"].items():
@@ -148,6 +192,7 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
                 f"{1e3 * statistics.median(seconds):.0f} ms",
                 f"{1e3 * min(seconds):.0f} to {1e3 * max(seconds):.0f}",
                 f"{statistics.median(ratios):.2f}",
+                *(f"{over_formula(result['wire'][name], place):.3f}" for place in ("interface", "link")),
             ]
         )
     return rows
@@ -177,7 +222,15 @@ def main() -> None:
     )
     if (missing := unavailable()) is not None:
         sys.exit(f"The rest needs emulated hosts: {missing}")
-    header = ["method", "payload", "median", "lowest to highest, ms", "times as fast as in full"]
+    header = [
+        "method",
+        "payload",
+        "median",
+        "lowest to highest, ms",
+        "times as fast as in full",
+        "interface / formula",
+        "link / formula",
+    ]
     for link in options.links:
         command = [sys.executable, __file__, "--as-host", "--mib", str(options.mib), "--repeats", str(options.repeats)]
         with Lab(options.hosts, link) as lab:

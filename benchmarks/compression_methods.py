@@ -32,7 +32,7 @@ from lightning_comm.transport.gradient_sync import GradientSync
 from lightning_comm.transport.recording import Recorder
 
 BEST = "ddp"
-_ONE_BUCKET_MB = 1000.0
+_ONE_BUCKET_MB, _LARGER_MB = 1000.0, 5.0
 Make = Callable[[Job, float], Segment]
 
 
@@ -89,8 +89,8 @@ def _masked(then: Compression | None = None) -> SparseMask:
     return SparseMask(MagnitudePruning(sparsity=0.8), then=then)
 
 
-def _ours(compression: Compression) -> Make:
-    return lambda job, cap_mb: compressed(job, cap_mb, compression)
+def _ours(compression: Compression, other_cap_mb: float | None = None) -> Make:
+    return lambda job, cap_mb: compressed(job, other_cap_mb or cap_mb, compression)
 
 
 METHODS: dict[str, tuple[str, Make]] = {
@@ -102,10 +102,12 @@ METHODS: dict[str, tuple[str, Make]] = {
     "fp16": ("fp16", _ours(Cast("fp16"))),
     "int8": ("int8", _ours(Int8())),
     "powersgd": ("PowerSGD, rank 2", _ours(PowerSGD(2))),
+    "powersgd_one": ("PowerSGD, rank 2, one bucket", _ours(PowerSGD(2), _ONE_BUCKET_MB)),
     "topk": ("top-k 1 %", _ours(TopK(0.01))),
     "mask": ("mask 80 %", _ours(_masked())),
     "pactrain": ("mask 80 %, bf16 (`pactrain`)", _ours(_masked(Cast("bf16")))),
     "mask_ternary": ("mask 80 %, ternary", _ours(_masked(Ternary()))),
+    "pactrain_larger": (f"mask 80 %, bf16, buckets of {_LARGER_MB:g} MB", _ours(_masked(Cast("bf16")), _LARGER_MB)),
     "pactrain_lightning": ("`pactrain` as a strategy, Lightning", pactrain_strategy),
 }
 

@@ -53,7 +53,8 @@ class Plan:
         """Return the seconds of a sweep, of warming up and of all repeats."""
         sweep = len(BUCKETS_MB) * 4 * self.dense_s
         own = [max(self.step_s, _LIGHTER.get(name, 0.1) * self.dense_s) for name in methods]
-        return 15 + sweep + sum(3 * each + self.repeats * each * steps_of(each) for each in own)
+        set_up = 15 + 2 * len(methods)
+        return set_up + sweep + sum(3 * each + self.repeats * each * steps_of(each) for each in own)
 
 
 def steps_of(step_s: float) -> int:
@@ -164,8 +165,9 @@ def _options() -> argparse.Namespace:
 
 
 _INTRODUCTION = """{models} at {image} x {image}, {batch} samples a host, SGD with momentum, one process a host; all
-methods in that same process one after the other, in an order that rotates from repeat to repeat, all with DDP's buckets
-at the size that is best for plain DDP on that link, but for torch's PowerSGD, which aborts on gloo with more than one.
+methods in that same process one after the other, in an order that rotates from repeat to repeat. All have DDP's buckets
+at the size that is best for plain DDP on that link, but for those whose name says otherwise: torch's PowerSGD aborts on
+gloo with more than one bucket, and what sends little may want larger ones.
 **Devices are emulated**: forward and backward of a batch take {step_s} s, layer by layer, and leave the processor idle
 but for the real compute, which is part of that time. Links are shaped, both ways. What a method computes is real, on
 processors that all hosts share, so it takes longer here than on hosts with as many each, and never less.

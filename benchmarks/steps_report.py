@@ -14,6 +14,7 @@ from tools_report import MAX_LIMIT_SPREAD, indented, paired_ratio, spread
 from lightning_comm.planning.report import markdown_table
 
 LIMIT = "limit"
+MIN_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def rows_of(configuration: Mapping[str, Any], reference: str) -> dict[str, Row]:
 
 def verdict(rows: Mapping[str, Row]) -> str:
     """Say whether a configuration counts."""
+    if len(rows[LIMIT].steps_s) < MIN_REPEATS:
+        return f"**inconclusive**: fewer than {MIN_REPEATS} repeats. As measured all the same."
     limit_spread = spread(rows[LIMIT].steps_s)
     if limit_spread > MAX_LIMIT_SPREAD:
         return f"**inconclusive**: the limit itself spreads by {100 * limit_spread:.1f} %. As measured all the same."
