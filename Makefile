@@ -64,7 +64,7 @@ benchmark-tools: setup
 # with and without overlap 20, accuracy on digits 20. Brings accelerate, to compare with.
 benchmark-compression: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[benchmark]"
-	$(BIN)/python benchmarks/compression.py
+	$(BIN)/python benchmarks/synchronisation.py
 	$(BIN)/python benchmarks/compression_steps.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/compression_accuracy.py

@@ -1,6 +1,6 @@
 """What a synchronisation costs under each compression: on emulated hosts, and in packing alone.
 
-    python benchmarks/compression.py [--hosts 4] [--links 100mbit] [--mib 25] [--repeats 5] [--json FILE]
+    python benchmarks/synchronisation.py [--hosts 4] [--links 100mbit] [--mib 25] [--repeats 5] [--json FILE]
 
 One bucket of random gradients is synchronised by each method in turn, all in the same processes, in an order that
 rotates from repeat to repeat; a time is that of the slowest host, from a common start. There is no backward beside it,
