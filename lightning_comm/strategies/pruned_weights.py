@@ -7,7 +7,8 @@ Order of messages, on every rank alike: before the forward of a step at which th
 messages and one for each masked parameter) and a comparison of 8 bytes; in steps between nothing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -18,6 +19,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from lightning_comm.core.sparse_mask import PruningSchedule
 from lightning_comm.strategies.lightning_internals import weight_average_of
+from lightning_comm.strategies.training_samples import training_samples
 from lightning_comm.transport.compression.sparse_mask import SparseMask, SparseMaskCodec
 from lightning_comm.transport.pruning import Masks, Moment, agree, check_agreement, checked_masks
 from lightning_comm.transport.recording import Recorder
@@ -94,10 +96,14 @@ class PrunedWeights:
         masks, problem = None, None
         if self._recorder.rank == 0:
             try:
-                masks = self._settings.pruning_at(step).masks(self._module, Moment(self._codec.masks))
+                masks = self._settings.pruning_at(step).masks(self._module, Moment(self._codec.masks, self._samples))
             except Exception as error:  # whatever it is, the others wait for word of it
                 problem = str(error) or type(error).__name__  # an empty word would pass for none
         return agree(masks, problem, self._module, self._recorder)
+
+    def _samples(self, count: int) -> Iterator[tuple[Any, int]]:
+        assert self._trainer is not None
+        return training_samples(self._trainer, count, type(self._settings.pruning).__name__)
 
     @torch.no_grad()
     def keep_at_zero(self) -> None:

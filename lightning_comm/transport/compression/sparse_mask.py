@@ -83,8 +83,8 @@ class SparseMask(Compression):
         if self.schedule.is_gradual and not hasattr(self.pruning, "sparsity"):
             raise ValueError(
                 f"SparseMask: `schedule` prunes bit by bit until step {self.schedule.end_step}, which takes a "
-                f"`pruning` with a `sparsity` that can rise; got {self.pruning!r}. Use MagnitudePruning, or leave out "
-                "`end_step`."
+                f"`pruning` with a `sparsity` that can rise; got {self.pruning!r}. Use MagnitudePruning or "
+                "GraSPPruning, or leave out `end_step`."
             )
 
     def pruning_at(self, step: int) -> Pruning:
