@@ -4,16 +4,18 @@ In the optimizer's state and in averages of the weights that is done once, at ea
 step, since some optimizers mix entries.
 
 Order of messages, on every rank alike: before the forward of a step at which the schedule prunes, the masks (two small
-messages and one for each masked parameter) and a comparison of 8 bytes; in steps between nothing.
+messages and one for each masked parameter) and a comparison of 8 bytes; in steps between nothing. Where the model masks
+itself (:class:`ModulePruning`), two bytes with the last bucket of each step; if they say that something changed on any
+rank, a comparison of 8 bytes before the next forward, and that step's gradients travel in full.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
@@ -48,6 +50,10 @@ class PrunedWeights:
         self._pruned: list[tuple[Tensor, Tensor]] = []  # a parameter, and True where it is zero
         self._trainer: Trainer | None = None
         self._optimizers: list[Optimizer] = []
+        self._watched: list[tuple[Tensor, int]] = []  # mask buffers as they were, each with its version
+        self.dense_steps = 0  # that something changed for
+        if settings.pruning.is_watched:
+            codec.watch(self._masks_changed)
 
     def start(self, trainer: Trainer, optimizers: Iterable[Optimizer]) -> None:
         """Take the masks of the run that is resumed, and prune if it is time.
@@ -59,11 +65,7 @@ class PrunedWeights:
         self._trainer, self._optimizers, self._pruned = trainer, list(optimizers), []
         self._recorder.step = trainer.global_step
         if self._codec.masks:
-            parameters = dict(self._module.named_parameters())
-            masks = checked_masks(self._codec.masks, self._module, "SparseMask, from the checkpoint")
-            masks = {name: mask.to(parameters[name].device) for name, mask in masks.items()}
-            check_agreement(masks, self._module.device, self._recorder)
-            self._install(masks)
+            self._install_own(lambda: checked_masks(self._codec.masks, self._module, "SparseMask, from the checkpoint"))
         _warn_of_late_steps(trainer, self._settings.schedule)
         self.before_step(trainer.global_step)
 
@@ -76,21 +78,91 @@ class PrunedWeights:
             ValueError: On all ranks, if masks cannot be had or do not fit the model.
 
         """
+        if self._codec.masks and self._codec.take_flag():
+            self._recorder.step = step
+            self._install_own(lambda: self._settings.pruning.masks(self._module))
+            self._codec.request_dense(1)
+            self.dense_steps += 1
+            if self.dense_steps == 1:
+                rank_zero_info(
+                    "SparseMask: the model's masks have changed, or it had gradients outside them. Before optimizer "
+                    f"step {step} they are read anew, and this step's gradients travel in full. Later times are "
+                    "counted in `strategy.dense_steps` without a word."
+                )
         due = self._settings.schedule.last_due(step)
         if due is not None and due != self._codec.pruned_at:
             self._recorder.step = step
             self._install(self._choose(step))
             self._codec.pruned_at = due
 
+    def install(self, masks: Mapping[str, Tensor]) -> None:
+        """Use masks that every rank has, from the next step on.
+
+        Raises:
+            ValueError: On all ranks, if those of one do not fit the model.
+            RuntimeError: On all ranks, if they differ.
+
+        """
+        self._install_own(lambda: checked_masks(masks, self._module, f"{_WHERE}.install_masks"))
+
+    def request_dense(self, n_steps: int) -> None:
+        """Leave the gradients of the next steps whole."""
+        self._codec.request_dense(n_steps)
+
+    def finish(self) -> None:
+        """Wait for what is under way."""
+        self._codec.take_flag()
+
+    def _install_own(self, read: Callable[[], Masks]) -> None:
+        masks, problem = None, None
+        try:
+            masks = read()
+        except Exception as error:  # the others wait for word of it
+            problem = str(error) or type(error).__name__
+        check_agreement(masks, self._module.device, self._recorder, problem)
+        assert masks is not None
+        self._install(masks)
+
+    def _masks_changed(self) -> bool:
+        """Whether a mask in the model is another than the one installed; bits are compared only where they may be."""
+        buffers = self._mask_buffers()
+        if len(buffers) == len(self._watched) and all(
+            now is then and now._version == version for now, (then, version) in zip(buffers, self._watched, strict=True)
+        ):
+            return False
+        try:
+            found = self._settings.pruning.masks(self._module)
+        except ValueError:  # none left, or one that keeps nothing: said when all read them
+            return True
+        installed = self._codec.masks
+        if found.keys() != installed.keys():
+            return True
+        if any(not torch.equal(mask, installed[name].to(mask.device)) for name, mask in found.items()):
+            return True
+        self._remember_buffers()  # written anew with the same bits, as DDP does before each forward
+        return False
+
+    def _mask_buffers(self) -> list[Tensor]:
+        return [buffer for name, buffer in self._module.named_buffers() if name.endswith("_mask")]
+
+    def _remember_buffers(self) -> None:
+        self._watched = [(buffer, buffer._version) for buffer in self._mask_buffers()]
+
     def _install(self, masks: Masks) -> None:
         parameters = dict(self._module.named_parameters())
+        masks = {name: mask.to(parameters[name].device) for name, mask in masks.items()}
+        self._watched = []  # the bits are compared once: a resumed run has the model's masks and the installed ones
         self._codec.install(masks, parameters.items())
         self._pruned = [(parameters[name].detach(), ~mask) for name, mask in masks.items()]
         self.keep_at_zero()
-        by_parameter = {id(parameters[name]): mask for name, mask in masks.items()}
+        self._clear_states()
+        _clear_averages(self._trainer, masks)
+
+    def _clear_states(self) -> None:
+        parameters = dict(self._module.named_parameters())
+        by_parameter = {id(parameters[name]): mask for name, mask in self._codec.masks.items()}
         for optimizer in self._optimizers:
             _clear_state(optimizer, by_parameter)
-        _clear_averages(self._trainer, masks)
 
     def _choose(self, step: int) -> Masks:
         masks, problem = None, None
@@ -107,7 +179,14 @@ class PrunedWeights:
 
     @torch.no_grad()
     def keep_at_zero(self) -> None:
-        """Set pruned weights to zero, where an optimizer that mixes entries may have moved them."""
+        """Set pruned weights to zero, where an optimizer that mixes entries may have moved them.
+
+        Where the model's masks have changed since, they wait for the new ones, which may keep them.
+        """
+        if self._settings.pruning.is_watched and self._masks_changed():
+            return
+        if self._codec.was_dense:
+            self._clear_states()
         for parameter, pruned in self._pruned:
             parameter.masked_fill_(pruned, 0)
 

@@ -1,11 +1,12 @@
 """Only the entries of weights that are not pruned."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
 from torch.nn import Parameter
 from typing_extensions import override
 
@@ -13,6 +14,7 @@ from lightning_comm.core.sparse_mask import PruningSchedule
 from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Slot
 from lightning_comm.transport.compression.full import Full, FullCodec
 from lightning_comm.transport.pruning import MagnitudePruning, Masks, Pruning, pack_bits, unpack_bits
+from lightning_comm.transport.recording import Pending
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,44 @@ class SparseMaskCodec(Codec):
         self._rows: dict[str, Tensor] = {}
         self._plans: dict[tuple[Slot, ...], _Plan] = {}
         self._dense_steps = 0
+        self.was_dense = False  # whether the last step's gradients were left whole
+        self._masks_changed: Callable[[], bool] | None = None
+        self._outside: Tensor | None = None
+        self._flags: tuple[Tensor, Pending, int] | None = None
+        self._raised = False
+
+    def watch(self, masks_changed: Callable[[], bool]) -> None:
+        """Tell the other ranks with every step whether masks changed here, or gradients were not zero outside them.
+
+        Args:
+            masks_changed: Asked at the end of each step's last bucket.
+
+        """
+        self._masks_changed = masks_changed
+
+    def take_flag(self) -> bool:
+        """Return whether any rank's flag was up since this was last asked; the same on all ranks."""
+        if self._flags is not None:
+            flags, pending, step = self._flags
+            self._flags = None
+            recorder = self.context.recorder
+            now, recorder.step = recorder.step, step  # recorded where it was sent
+            pending.wait()
+            recorder.step = now
+            self._raised |= bool(flags.any())
+        raised, self._raised = self._raised, False
+        return raised
+
+    def _send_flags(self, masks_changed: bool) -> None:
+        self._raised = self.take_flag()  # that of another backward of the same step
+        device = next(iter(self._rows.values())).device
+        flags = torch.zeros(2, dtype=torch.uint8, device=device)
+        flags[0] = masks_changed
+        if self._outside is not None:
+            flags[1] = self._outside
+        self._outside = None
+        recorder = self.context.recorder
+        self._flags = flags, recorder.all_reduce(flags, "mask flags", ReduceOp.MAX), recorder.step
 
     def install(self, masks: Masks, named_parameters: Iterable[tuple[str, Parameter]]) -> None:
         """Use these masks from the next step on. Called on all ranks at the same step, with the same masks."""
@@ -155,6 +195,9 @@ class SparseMaskCodec(Codec):
     @override
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
         plan = self._plan_of(layout, values.device)
+        if plan is not None and self._masks_changed is not None:
+            outside = (values.ne(0) & plan.pruned).any()
+            self._outside = outside if self._outside is None else self._outside | outside.to(self._outside.device)
         if plan is None or self._dense_steps:
             yield from self._full.mean(values, layout, sent)
             return
@@ -195,6 +238,9 @@ class SparseMaskCodec(Codec):
     def end_step(self) -> None:
         super().end_step()
         self._inner.end_step()
+        if self._masks_changed is not None and self._rows:
+            self._send_flags(self._masks_changed())
+        self.was_dense = self._dense_steps > 0
         self._dense_steps = max(0, self._dense_steps - 1)
 
     @override
@@ -205,11 +251,13 @@ class SparseMaskCodec(Codec):
     def state_dict(self) -> dict[str, Any]:
         masks = {name: (tuple(mask.shape), pack_bits(mask.reshape(-1)).cpu()) for name, mask in self.masks.items()}
         dense_steps = self._dense_steps
+        self._raised = self.take_flag()
         return {
             **super().state_dict(),
             "masks": masks,
             "pruned_at": self.pruned_at,
             "dense_steps": dense_steps,
+            "raised": self._raised,
             "inner": self._inner.state_dict(),
         }
 
@@ -221,6 +269,7 @@ class SparseMaskCodec(Codec):
             for name, (shape, bits) in state["masks"].items()
         }
         self.pruned_at = state["pruned_at"]
+        self._flags, self._raised = None, bool(state["raised"])
         self._rows, self._plans = {}, {}  # whoever goes on installs the masks
         self._dense_steps = int(state["dense_steps"])
         self._inner.load_state_dict(state["inner"])
