@@ -19,11 +19,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from lightning_comm.core.sparse_mask import PruningSchedule
+from lightning_comm.core.costs import LinkProfile
+from lightning_comm.core.sparse_mask import PruningSchedule, break_even_share
 from lightning_comm.strategies.lightning_internals import weight_average_of
 from lightning_comm.strategies.training_samples import training_samples
+from lightning_comm.transport.compression.packing import ROW_BYTES, packing_times
 from lightning_comm.transport.compression.sparse_mask import SparseMask, SparseMaskCodec
 from lightning_comm.transport.pruning import Masks, Moment, agree, check_agreement, checked_masks
+from lightning_comm.transport.pruning.agreement import raise_problem_of_rank_0
 from lightning_comm.transport.recording import Recorder
 
 _WHERE = "CompressedDDPStrategy"
@@ -64,6 +67,8 @@ class PrunedWeights:
         """
         self._trainer, self._optimizers, self._pruned = trainer, list(optimizers), []
         self._recorder.step = trainer.global_step
+        if self._codec.dense_above is None:
+            self._codec.dense_above = self._break_even()
         if self._codec.masks:
             self._install_own(lambda: checked_masks(self._codec.masks, self._module, "SparseMask, from the checkpoint"))
         _warn_of_late_steps(trainer, self._settings.schedule)
@@ -172,6 +177,22 @@ class PrunedWeights:
             except Exception as error:  # whatever it is, the others wait for word of it
                 problem = str(error) or type(error).__name__  # an empty word would pass for none
         return agree(masks, problem, self._module, self._recorder)
+
+    def _break_even(self) -> float:
+        """Return the share above which buckets go dense, as rank 0 has measured packing and read the link."""
+        device, share, problem = self._module.device, torch.zeros(1, dtype=torch.float64), None
+        if self._recorder.rank == 0:
+            try:
+                link = LinkProfile.load(str(self._settings.link))
+                ranks = self._recorder.world_size
+                send_s = link.time_s("all_reduce", ROW_BYTES, ranks) - link.time_s("all_reduce", 4, ranks)
+                share[0] = break_even_share(packing_times(device), send_s)
+            except (OSError, ValueError) as error:  # the others wait for word of it
+                problem = f"SparseMask: `link`={self._settings.link!r} cannot be used. {error}"
+        raise_problem_of_rank_0(problem, device, self._recorder)
+        share = share.to(device)
+        self._recorder.broadcast(share, "masks").wait()
+        return float(share)
 
     def _samples(self, count: int) -> Iterator[tuple[Any, int]]:
         assert self._trainer is not None

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.distributed import ReduceOp
 from torch.nn import Parameter
 from typing_extensions import override
 
+from lightning_comm.core.periods import is_number
 from lightning_comm.core.sparse_mask import PruningSchedule
 from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Slot
 from lightning_comm.transport.compression.full import Full, FullCodec
@@ -33,6 +34,9 @@ class SparseMask(Compression):
         then: What is done with the entries that are left: :class:`Cast`, :class:`Int8`, :class:`Ternary` or
             :class:`TopK`; in full if left out. ``[SparseMask(…), Cast("bf16")]`` is another way to write it.
         dense_above: Buckets of which a larger share is kept are sent in full, since gathering costs more than it saves.
+            ``"auto"``: the share at which that is so on the link of ``link``, where packing takes as long as it does on
+            rank 0 when training starts. A checkpoint keeps it.
+        link: For ``"auto"``: a file that ``lightning-comm probe`` wrote, on rank 0.
         schedule: When the model is pruned. Bit by bit (``end_step``) only where ``pruning`` has a ``sparsity``.
 
     Raises:
@@ -58,8 +62,9 @@ class SparseMask(Compression):
 
     pruning: Pruning = field(default_factory=MagnitudePruning)
     then: Compression | None = None
-    dense_above: float = 0.9
+    dense_above: float | Literal["auto"] = 0.9
     schedule: PruningSchedule = field(default_factory=PruningSchedule)
+    link: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pruning, Pruning):
@@ -72,11 +77,7 @@ class SparseMask(Compression):
                 f"SparseMask: `then` must send a row of numbers; got {self.then!r}. PowerSGD needs whole matrices, "
                 "NoSync sends nothing, and one mask is enough. Cast, Int8, Ternary and TopK fit."
             )
-        number = isinstance(self.dense_above, (int, float)) and not isinstance(self.dense_above, bool)
-        if not number or not 0 <= self.dense_above <= 1:
-            raise ValueError(
-                f"SparseMask: `dense_above` is a share of entries, so it must be from 0 to 1; got {self.dense_above!r}."
-            )
+        self._check_dense_above()
         if not isinstance(self.schedule, PruningSchedule):
             raise ValueError(
                 f"SparseMask: `schedule` must be a PruningSchedule; got {self.schedule!r}. "
@@ -89,6 +90,23 @@ class SparseMask(Compression):
                 "GraSPPruning, or leave out `end_step`."
             )
 
+    def _check_dense_above(self) -> None:
+        share = self.dense_above
+        if share != "auto" and not (is_number(share) and 0 <= share <= 1):
+            raise ValueError(
+                f"SparseMask: `dense_above` is a share of entries, so it must be from 0 to 1, or 'auto'; got {share!r}."
+            )
+        if share == "auto" and self.link is None:
+            raise ValueError(
+                "SparseMask: `dense_above`='auto' reckons with a measured link, so it needs `link`; got None. Measure "
+                "one with `lightning-comm probe --out probe.json` and give link='probe.json'."
+            )
+        if share != "auto" and self.link is not None:
+            raise ValueError(
+                f"SparseMask: `link` is for `dense_above`='auto'; got {self.link!r} with `dense_above`={share!r}. "
+                "Leave out one of them."
+            )
+
     def pruning_at(self, step: int) -> Pruning:
         """Return what chooses the masks of step ``step``: ``pruning``, with the share that the schedule has by then."""
         if not self.schedule.is_gradual:
@@ -98,7 +116,9 @@ class SparseMask(Compression):
 
     @override
     def codec(self, context: Context) -> "SparseMaskCodec":
-        return SparseMaskCodec(context, (self.then or Full()).codec(context), self.dense_above)
+        return SparseMaskCodec(
+            context, (self.then or Full()).codec(context), None if self.dense_above == "auto" else self.dense_above
+        )
 
 
 class _Plan(NamedTuple):
@@ -113,14 +133,14 @@ class _Plan(NamedTuple):
 class SparseMaskCodec(Codec):
     """Gathers, lets another codec send, and scatters. Before masks are installed it sends in full."""
 
-    def __init__(self, context: Context, inner: Codec, dense_above: float) -> None:
+    def __init__(self, context: Context, inner: Codec, dense_above: float | None) -> None:
         super().__init__(context)
         self.is_local = inner.is_local
         self.masks: Masks = {}
         self.pruned_at: int | None = None  # the step of the schedule whose masks these are
         self._inner = inner
         self._full = FullCodec(context)
-        self._dense_above = dense_above
+        self.dense_above = dense_above  # `None` until it is known
         self._rows: dict[str, Tensor] = {}
         self._plans: dict[tuple[Slot, ...], _Plan] = {}
         self._dense_steps = 0
@@ -226,7 +246,8 @@ class SparseMaskCodec(Codec):
             kept = mask.nonzero().view(-1)
             slots = [(slot, int(row.sum())) for slot, row in zip(layout.slots, rows, strict=True)]
             inner = Layout(tuple(Slot(slot.name, count, (count,)) for slot, count in slots if count))
-            plan = _Plan(kept, ~mask, inner, kept.numel() <= self._dense_above * layout.numel)
+            dense_above = 1.0 if self.dense_above is None else self.dense_above
+            plan = _Plan(kept, ~mask, inner, kept.numel() <= dense_above * layout.numel)
             self._plans[layout.slots] = plan
         return plan
 
@@ -256,6 +277,7 @@ class SparseMaskCodec(Codec):
             **super().state_dict(),
             "masks": masks,
             "pruned_at": self.pruned_at,
+            "dense_above": self.dense_above,
             "dense_steps": dense_steps,
             "raised": self._raised,
             "inner": self._inner.state_dict(),
@@ -269,6 +291,7 @@ class SparseMaskCodec(Codec):
             for name, (shape, bits) in state["masks"].items()
         }
         self.pruned_at = state["pruned_at"]
+        self.dense_above = state["dense_above"]
         self._flags, self._raised = None, bool(state["raised"])
         self._rows, self._plans = {}, {}  # whoever goes on installs the masks
         self._dense_steps = int(state["dense_steps"])

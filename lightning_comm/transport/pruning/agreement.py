@@ -29,13 +29,7 @@ def agree(masks: Masks | None, problem: str | None, module: nn.Module, recorder:
     parameters = dict(module.named_parameters())
     device = next(iter(parameters.values())).device
     names = list(parameters)
-    said = torch.zeros(2000, dtype=torch.uint8, device=device)
-    if recorder.rank == 0 and problem is not None:
-        text = problem.encode()[: said.numel()]
-        said[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
-    recorder.broadcast(said, "masks").wait()
-    if bool(said.any()):
-        raise ValueError(bytes(said[said != 0].tolist()).decode(errors="replace"))
+    raise_problem_of_rank_0(problem, device, recorder)
     has_mask = torch.tensor([masks is not None and name in masks for name in names], dtype=torch.uint8, device=device)
     recorder.broadcast(has_mask, "masks").wait()
     agreed: Masks = {}
@@ -48,6 +42,25 @@ def agree(masks: Masks | None, problem: str | None, module: nn.Module, recorder:
             agreed[name] = unpack_bits(bits, numel).view(parameters[name].shape)
     check_agreement(agreed, device, recorder)
     return agreed
+
+
+def raise_problem_of_rank_0(problem: str | None, device: torch.device, recorder: Recorder) -> None:
+    """Let all ranks know of a problem that rank 0 has.
+
+    Raises:
+        ValueError: On all ranks, if there is one.
+
+    Note:
+        *Communication.* One broadcast of 2000 bytes.
+
+    """
+    said = torch.zeros(2000, dtype=torch.uint8, device=device)
+    if recorder.rank == 0 and problem is not None:
+        text = problem.encode()[: said.numel()]
+        said[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+    recorder.broadcast(said, "masks").wait()
+    if bool(said.any()):
+        raise ValueError(bytes(said[said != 0].tolist()).decode(errors="replace"))
 
 
 def check_agreement(masks: Masks | None, device: torch.device, recorder: Recorder, problem: str | None = None) -> None:
