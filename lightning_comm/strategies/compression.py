@@ -26,7 +26,8 @@ from lightning_comm.strategies import rank_files
 from lightning_comm.strategies.pruned_weights import PrunedWeights, check_optimizers
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.no_sync import NoSync
-from lightning_comm.transport.compression.sparse_mask import SparseMask, SparseMaskCodec
+from lightning_comm.transport.compression.sparse_mask import SparseMask
+from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.compression.words import compression_of
 from lightning_comm.transport.gradient_sync import GradientSync
 from lightning_comm.transport.recording import Recorder, leave_group_at_exit

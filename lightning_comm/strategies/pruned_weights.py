@@ -24,7 +24,8 @@ from lightning_comm.core.sparse_mask import PruningSchedule, break_even_share
 from lightning_comm.strategies.lightning_internals import weight_average_of
 from lightning_comm.strategies.training_samples import training_samples
 from lightning_comm.transport.compression.packing import ROW_BYTES, packing_times
-from lightning_comm.transport.compression.sparse_mask import SparseMask, SparseMaskCodec
+from lightning_comm.transport.compression.sparse_mask import SparseMask
+from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.pruning import Masks, Moment, agree, check_agreement, checked_masks
 from lightning_comm.transport.pruning.agreement import raise_problem_of_rank_0
 from lightning_comm.transport.recording import Recorder
