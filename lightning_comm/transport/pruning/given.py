@@ -1,7 +1,7 @@
 """Masks that somebody else has chosen."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,7 +21,8 @@ class MaskFunction(Pruning):
 
     """
 
-    function: Callable[[nn.Module], Mapping[str, Tensor]]
+    # a checkpoint is known by its settings as text, and an address would differ in the process that resumes
+    function: Callable[[nn.Module], Mapping[str, Tensor]] = field(repr=False)
 
     @override
     def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -68,7 +68,7 @@ class GraSPPruning(Pruning):
     sparsity: float = 0.8
     samples: int = 256
     temperature: float = 200.0
-    loss: Loss | None = None
+    loss: Loss | None = field(default=None, repr=False)  # its address would differ in the process that resumes
     scope: Literal["global", "layer"] = "global"
     skip: Sequence[str] = ()
 
