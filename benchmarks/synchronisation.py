@@ -74,7 +74,7 @@ def codec_of(compression: Any, layout: Any, recorder: Any) -> Any:
     import torch
 
     from lightning_comm.transport.compression.base import Context
-    from lightning_comm.transport.compression.sparse_mask import SparseMaskCodec
+    from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 
     codec = compression.codec(Context(recorder, "gradients"))
     if isinstance(codec, SparseMaskCodec):

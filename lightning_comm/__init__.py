@@ -18,7 +18,14 @@ from lightning_comm.transport.compression.power_sgd import PowerSGD
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.ternary import Ternary
 from lightning_comm.transport.compression.top_k import TopK
-from lightning_comm.transport.pruning import MagnitudePruning, MaskFile, MaskFunction, ModulePruning, Pruning
+from lightning_comm.transport.pruning import (
+    GraSPPruning,
+    MagnitudePruning,
+    MaskFile,
+    MaskFunction,
+    ModulePruning,
+    Pruning,
+)
 
 __all__ = [
     "Averaging",
@@ -31,6 +38,7 @@ __all__ = [
     "Compression",
     "EmulatedDevice",
     "FixedPeriod",
+    "GraSPPruning",
     "Int8",
     "LocalUpdateStrategy",
     "MagnitudePruning",

@@ -1,6 +1,6 @@
-"""When weights are pruned, and how many of them.
+"""When weights are pruned, how many of them, and from which kept share on it no longer pays to leave the others out.
 
-Standard library only, and no messages: a step goes in and a share of weights comes out, the same on every rank.
+Standard library only, and no messages: numbers go in and a share comes out, the same on every rank.
 """
 
 from dataclasses import dataclass
@@ -108,3 +108,29 @@ class PruningSchedule:
             return final
         left = (self.end_step - last) / (self.end_step - self.start_step)
         return final * (1 - left**3)
+
+
+def break_even_share(packing: tuple[tuple[float, float], tuple[float, float]], send_s: float) -> float:
+    """Return the kept share above which packing takes longer than sending what is left out would.
+
+    Packing a row takes a fixed time (to set it to zero) and one in proportion to what is kept (to gather and scatter
+    it); two measurements give both. What is left out takes its share of the time of the whole row.
+
+    Args:
+        packing: Two kept shares, each with the seconds that packing took.
+        send_s: Seconds that the whole row takes on the link, without the latency, which is paid either way.
+
+    Returns:
+        A share from 0 (packing never pays) to 1 (it always does).
+
+    Example:
+        >>> break_even_share(((0.1, 0.012), (0.9, 0.028)), send_s=0.1)
+        0.75
+
+    """
+    (few, few_s), (many, many_s) = packing
+    slope_s = max(0.0, (many_s - few_s) / (many - few))
+    fixed_s = max(0.0, few_s - slope_s * few)
+    if send_s <= fixed_s:
+        return 0.0
+    return (send_s - fixed_s) / (send_s + slope_s)

@@ -1,6 +1,7 @@
 """DDP whose gradients travel compressed: a thin shell around torch's hook and a codec."""
 
 import secrets
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -24,7 +26,8 @@ from lightning_comm.strategies import rank_files
 from lightning_comm.strategies.pruned_weights import PrunedWeights, check_optimizers
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.no_sync import NoSync
-from lightning_comm.transport.compression.sparse_mask import SparseMask, SparseMaskCodec
+from lightning_comm.transport.compression.sparse_mask import SparseMask
+from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.compression.words import compression_of
 from lightning_comm.transport.gradient_sync import GradientSync
 from lightning_comm.transport.recording import Recorder, leave_group_at_exit
@@ -139,6 +142,56 @@ class CompressedDDPStrategy(DDPStrategy):
         """How many synchronised gradients of the last or current ``fit`` had an entry that was not finite."""
         return self._sync.non_finite_steps if self._sync is not None else 0
 
+    @property
+    def dense_steps(self) -> int:
+        """How many steps of the last or current ``fit`` sent gradients in full since the model's masks had changed.
+
+        Those that :meth:`request_dense` asked for do not count.
+        """
+        return self._pruned.dense_steps if self._pruned is not None else 0
+
+    def install_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Use other masks from the next step on, for methods that let masks grow.
+
+        Weights and the optimizer's state are set to zero where they are pruned; what comes back starts at zero.
+
+        Args:
+            masks: Tensors of ``bool`` by parameter name, True where a weight is kept, the same on all ranks. Call this
+                on all of them, between two steps of the same number.
+
+        Raises:
+            ValueError: On all ranks, if the masks of one do not fit the model.
+            RuntimeError: On all ranks, if they differ; or outside of a fit with a SparseMask.
+
+        Note:
+            *Communication.* An all-gather of 8 bytes.
+
+        """
+        self._masks_of_run("install_masks").install(masks)
+
+    def request_dense(self, n_steps: int) -> None:
+        """Send the gradients of the next steps in full and leave them whole, also where weights are pruned.
+
+        A callback can read them in ``on_before_optimizer_step``. Pruned weights stay at zero nevertheless.
+
+        Args:
+            n_steps: How many optimizer steps. Call this on all ranks, between two steps of the same number.
+
+        Raises:
+            ValueError: If the number is negative.
+            RuntimeError: Outside of a fit with a SparseMask.
+
+        """
+        self._masks_of_run("request_dense").request_dense(n_steps)
+
+    def _masks_of_run(self, name: str) -> PrunedWeights:
+        if self._pruned is None:
+            raise RuntimeError(
+                f"{_WHERE}: `{name}` is for a fit with a SparseMask, and there is none under way with "
+                f"{self.compression!r}. Call it from a callback, such as in `on_train_batch_end`."
+            )
+        return self._pruned
+
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
@@ -167,6 +220,12 @@ class CompressedDDPStrategy(DDPStrategy):
         if self._pruned is not None and self._trainer is not None:
             self._pruned.start(self._trainer, self.optimizers)  # here, since optimizer states have been restored
             self._pruned.before_step(self._trainer.global_step)
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self._pruned is not None:
+            self._pruned.finish()
 
     @override
     def configure_ddp(self) -> None:

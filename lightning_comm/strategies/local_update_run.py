@@ -32,7 +32,8 @@ from lightning_comm.strategies.pruned_weights import PrunedWeights
 from lightning_comm.strategies.round_log import RoundLog
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.transport.agreement import Agreement, Decision, PeerFailure, Position
-from lightning_comm.transport.compression.sparse_mask import SparseMask, SparseMaskCodec
+from lightning_comm.transport.compression.sparse_mask import SparseMask
+from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.flat import Drift
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.replica import Replica, optimizer_tensors

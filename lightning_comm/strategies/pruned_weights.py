@@ -4,23 +4,30 @@ In the optimizer's state and in averages of the weights that is done once, at ea
 step, since some optimizers mix entries.
 
 Order of messages, on every rank alike: before the forward of a step at which the schedule prunes, the masks (two small
-messages and one for each masked parameter) and a comparison of 8 bytes; in steps between nothing.
+messages and one for each masked parameter) and a comparison of 8 bytes; in steps between nothing. Where the model masks
+itself (:class:`ModulePruning`), two bytes with the last bucket of each step; if they say that something changed on any
+rank, a comparison of 8 bytes before the next forward, and that step's gradients travel in full.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from lightning_comm.core.sparse_mask import PruningSchedule
+from lightning_comm.core.costs import LinkProfile
+from lightning_comm.core.sparse_mask import PruningSchedule, break_even_share
 from lightning_comm.strategies.lightning_internals import weight_average_of
-from lightning_comm.transport.compression.sparse_mask import SparseMask, SparseMaskCodec
+from lightning_comm.strategies.training_samples import training_samples
+from lightning_comm.transport.compression.packing import ROW_BYTES, packing_times
+from lightning_comm.transport.compression.sparse_mask import SparseMask
+from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.pruning import Masks, Moment, agree, check_agreement, checked_masks
+from lightning_comm.transport.pruning.agreement import raise_problem_of_rank_0
 from lightning_comm.transport.recording import Recorder
 
 
@@ -45,6 +52,10 @@ class PrunedWeights:
         self._pruned: list[tuple[Tensor, Tensor]] = []  # a parameter, and True where it is zero
         self._trainer: Trainer | None = None
         self._optimizers: list[Optimizer] = []
+        self._watched: list[tuple[Tensor, int]] = []  # mask buffers as they were, each with its version
+        self.dense_steps = 0  # that something changed for
+        if settings.pruning.is_watched:
+            codec.watch(self._masks_changed)
 
     def start(self, trainer: Trainer, optimizers: Iterable[Optimizer]) -> None:
         """Begin a run, with the masks of the one that is resumed.
@@ -55,12 +66,10 @@ class PrunedWeights:
         """
         self._trainer, self._optimizers, self._pruned = trainer, list(optimizers), []
         self._recorder.step = trainer.global_step
+        if self._codec.dense_above is None:
+            self._codec.dense_above = self._break_even()
         if self._codec.masks:
-            parameters = dict(self._module.named_parameters())
-            masks = checked_masks(self._codec.masks, self._module, "SparseMask, from the checkpoint")
-            masks = {name: mask.to(parameters[name].device) for name, mask in masks.items()}
-            check_agreement(masks, self._module.device, self._recorder)
-            self._install(masks)
+            self._install_own(lambda: checked_masks(self._codec.masks, self._module, "SparseMask, from the checkpoint"))
         _warn_of_late_steps(trainer, self._settings.schedule)
 
     def before_step(self, step: int) -> None:
@@ -72,27 +81,97 @@ class PrunedWeights:
             ValueError: On all ranks, if masks cannot be had or do not fit the model.
 
         """
+        if self._codec.masks and self._codec.take_flag():
+            self._recorder.step = step
+            self._install_own(lambda: self._settings.pruning.masks(self._module))
+            self._codec.request_dense(1)
+            self.dense_steps += 1
+            if self.dense_steps == 1:
+                rank_zero_info(
+                    "SparseMask: the model's masks have changed, or it had gradients outside them. Before optimizer "
+                    f"step {step} they are read anew, and this step's gradients travel in full. Later times are "
+                    "counted in `strategy.dense_steps` without a word."
+                )
         due = self._settings.schedule.last_due(step)
         if due is not None and due != self._codec.pruned_at:
             self._recorder.step = step
             self._install(self._choose(step))
             self._codec.pruned_at = due
 
+    def install(self, masks: Mapping[str, Tensor]) -> None:
+        """Use masks that every rank has, from the next step on.
+
+        Raises:
+            ValueError: On all ranks, if those of one do not fit the model.
+            RuntimeError: On all ranks, if they differ.
+
+        """
+        self._install_own(lambda: checked_masks(masks, self._module, "CompressedDDPStrategy.install_masks"))
+
+    def request_dense(self, n_steps: int) -> None:
+        """Leave the gradients of the next steps whole."""
+        self._codec.request_dense(n_steps)
+
+    def finish(self) -> None:
+        """Wait for what is under way."""
+        self._codec.take_flag()
+
+    def _install_own(self, read: Callable[[], Masks]) -> None:
+        masks, problem = None, None
+        try:
+            masks = read()
+        except Exception as error:  # the others wait for word of it
+            problem = str(error) or type(error).__name__
+        check_agreement(masks, self._module.device, self._recorder, problem)
+        assert masks is not None
+        self._install(masks)
+
+    def _masks_changed(self) -> bool:
+        """Whether a mask in the model is another than the one installed; bits are compared only where they may be."""
+        buffers = self._mask_buffers()
+        if len(buffers) == len(self._watched) and all(
+            now is then and now._version == version for now, (then, version) in zip(buffers, self._watched, strict=True)
+        ):
+            return False
+        try:
+            found = self._settings.pruning.masks(self._module)
+        except ValueError:  # none left, or one that keeps nothing: said when all read them
+            return True
+        installed = self._codec.masks
+        if found.keys() != installed.keys():
+            return True
+        if any(not torch.equal(mask, installed[name].to(mask.device)) for name, mask in found.items()):
+            return True
+        self._remember_buffers()  # written anew with the same bits, as DDP does before each forward
+        return False
+
+    def _mask_buffers(self) -> list[Tensor]:
+        return [buffer for name, buffer in self._module.named_buffers() if name.endswith("_mask")]
+
+    def _remember_buffers(self) -> None:
+        self._watched = [(buffer, buffer._version) for buffer in self._mask_buffers()]
+
     def _install(self, masks: Masks) -> None:
         parameters = dict(self._module.named_parameters())
+        masks = {name: mask.to(parameters[name].device) for name, mask in masks.items()}
+        self._watched = []  # the bits are compared once: a resumed run has the model's masks and the installed ones
         self._codec.install(masks, parameters.items())
         self._pruned = [(parameters[name], ~mask) for name, mask in masks.items()]
         self.keep_at_zero()
-        by_parameter = {id(parameters[name]): mask for name, mask in masks.items()}
+        self._clear_states()
+        _clear_averages(self._trainer, masks)
+
+    def _clear_states(self) -> None:
+        parameters = dict(self._module.named_parameters())
+        by_parameter = {id(parameters[name]): mask for name, mask in self._codec.masks.items()}
         for optimizer in self._optimizers:
             _clear_state(optimizer, by_parameter)
-        _clear_averages(self._trainer, masks)
 
     def _choose(self, step: int) -> Masks:
         masks, problem = None, None
         if self._recorder.rank == 0:
             try:
-                masks = self._settings.pruning_at(step).masks(self._module, Moment(self._codec.masks))
+                masks = self._settings.pruning_at(step).masks(self._module, Moment(self._codec.masks, self._samples))
             except Exception as error:  # whatever it is, the others wait for word of it
                 problem = str(error) or type(error).__name__  # an empty word would pass for none
         return agree(masks, problem, self._module, self._recorder)
@@ -112,9 +191,36 @@ class PrunedWeights:
 
         return masked
 
+    def _break_even(self) -> float:
+        """Return the share above which buckets go dense, as rank 0 has measured packing and read the link."""
+        device, share, problem = self._module.device, torch.zeros(1, dtype=torch.float64), None
+        if self._recorder.rank == 0:
+            try:
+                link = LinkProfile.load(str(self._settings.link))
+                ranks = self._recorder.world_size
+                send_s = link.time_s("all_reduce", ROW_BYTES, ranks) - link.time_s("all_reduce", 4, ranks)
+                share[0] = break_even_share(packing_times(device), send_s)
+            except (OSError, ValueError) as error:  # the others wait for word of it
+                problem = f"SparseMask: `link`={self._settings.link!r} cannot be used. {error}"
+        raise_problem_of_rank_0(problem, device, self._recorder)
+        share = share.to(device)
+        self._recorder.broadcast(share, "masks").wait()
+        return float(share)
+
+    def _samples(self, count: int) -> Iterator[tuple[Any, int]]:
+        assert self._trainer is not None
+        return training_samples(self._trainer, count, type(self._settings.pruning).__name__)
+
     @torch.no_grad()
     def keep_at_zero(self) -> None:
-        """Set pruned weights to zero, where an optimizer that mixes entries may have moved them."""
+        """Set pruned weights to zero, where an optimizer that mixes entries may have moved them.
+
+        Where the model's masks have changed since, they wait for the new ones, which may keep them.
+        """
+        if self._settings.pruning.is_watched and self._masks_changed():
+            return
+        if self._codec.was_dense:
+            self._clear_states()
         for parameter, pruned in self._pruned:
             parameter.masked_fill_(pruned, 0)
 

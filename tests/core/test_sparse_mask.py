@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from lightning_comm.core.sparse_mask import PruningSchedule
+from lightning_comm.core.sparse_mask import PruningSchedule, break_even_share
 
 GRADUAL = [
     PruningSchedule(start, start + length, every)
@@ -70,3 +70,27 @@ def test_a_bad_argument_is_named_with_its_value_and_a_way_out(kwargs, parts):
     with pytest.raises(ValueError) as caught:  # noqa: PT011  (the line below reads all of it)
         PruningSchedule(**kwargs)
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("fixed", [0, 3, 50])
+@pytest.mark.parametrize("slope", [0, 20, 400])
+@pytest.mark.parametrize("send", [0, 3, 40, 1000])
+def test_the_break_even_share_parts_where_packing_pays_from_where_it_does_not(fixed, slope, send):
+    """Exact times, in thousandths of a second: every share of a grid is on its side."""
+
+    def packing_s(share):
+        return Fraction(fixed, 1000) + Fraction(slope, 1000) * share
+
+    two = tuple((float(share), float(packing_s(share))) for share in (Fraction(1, 10), Fraction(9, 10)))
+    found = break_even_share(two, send / 1000)
+    assert 0 <= found <= 1
+    for share in (Fraction(each, 1000) for each in range(1001)):
+        saved = Fraction(send, 1000) * (1 - share)
+        if share < found - 1e-9:
+            assert packing_s(share) < saved
+        if share > found + 1e-9:
+            assert packing_s(share) >= saved
+
+
+def test_measurements_that_fall_with_the_share_are_taken_for_equal():
+    assert break_even_share(((0.1, 0.03), (0.9, 0.02)), 0.3) == pytest.approx(0.9)

@@ -116,6 +116,24 @@ def test_a_resumed_run_keeps_its_masks_and_ends_bit_for_bit_as_one_that_was_neve
         assert all((a == b).all() for a, b in zip(whole, resumed, strict=True))
 
 
+def _resumed_with_another_mask(rank, path):
+    trainer(masked(Int8()), 2, callbacks=[Stop(5, path)]).fit(Stepwise(), data(10, rank))
+    if rank == 1:
+        own = torch.load(f"{path}.ranks/rank1.pt", weights_only=True)
+        own["sync"]["codec"]["masks"]["net.2.weight"][1][3] ^= 0b11  # two bits turned
+        torch.save(own, f"{path}.ranks/rank1.pt")
+    runner, model = trainer(masked(Int8()), 2), Stepwise()
+    with pytest.raises(RuntimeError) as caught:
+        runner.fit(model, data(10, rank), ckpt_path=path)
+    return str(caught.value), runner.global_step
+
+
+def test_masks_that_differ_after_a_resume_are_an_error_on_all_ranks_before_training(tmp_path):
+    for said, steps in launch(_resumed_with_another_mask, str(tmp_path / "at5.ckpt"), world_size=2):
+        assert "rank 1 has others than rank 0" in said
+        assert steps == 5
+
+
 def _pruned_after_a_dense_run(rank, path):
     trainer("ddp", 2, callbacks=[Stop(5, path)]).fit(Stepwise(), data(10, rank))
     model = Stepwise()

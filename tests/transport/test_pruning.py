@@ -7,6 +7,7 @@ from torch.nn.utils import prune
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.pruning import (
+    GraSPPruning,
     MagnitudePruning,
     MaskFile,
     MaskFunction,
@@ -116,7 +117,7 @@ def test_a_module_pruned_by_torch_is_read_by_its_masks_and_not_by_its_zeros():
     masks = ModulePruning().masks(net)
     assert set(masks) == {"3.weight_orig"}
     assert torch.equal(masks["3.weight_orig"], net[3].weight_mask.bool())
-    with pytest.raises(ValueError, match=r"this one has none\. Prune before training"):
+    with pytest.raises(ValueError, match=r"this one has none\. Prune before training, if only by"):
         ModulePruning().masks(model())
 
 
@@ -126,6 +127,11 @@ def test_a_file_and_a_function_give_their_masks(tmp_path):
     torch.save(masks, tmp_path / "masks.pt")
     for source in (MaskFile(str(tmp_path / "masks.pt")), MaskFunction(lambda module: masks)):
         assert fingerprint(source.masks(net)) == fingerprint(masks)
+
+
+@pytest.mark.parametrize("source", [MaskFunction(lambda module: {}), GraSPPruning(loss=lambda module, batch: None)])
+def test_settings_read_the_same_in_another_process_by_which_a_resumed_run_knows_them(source):
+    assert " at 0x" not in repr(source)
 
 
 @pytest.mark.parametrize("numel", [1, 7, 8, 9, 1000])

@@ -238,6 +238,9 @@ def test_a_list_is_a_mask_and_what_is_done_with_the_rest():
         (lambda: SparseMask(then=NoSync()), ("`then`", "NoSync()", "Cast")),
         (lambda: SparseMask(pruning=0.8), ("`pruning`", "got 0.8", "MagnitudePruning(sparsity=0.8)")),
         (lambda: SparseMask(dense_above=90), ("`dense_above`", "got 90")),
+        (lambda: SparseMask(dense_above="aut"), ("`dense_above`", "or 'auto'", "got 'aut'")),
+        (lambda: SparseMask(dense_above="auto"), ("`dense_above`='auto'", "`link`", "lightning-comm probe")),
+        (lambda: SparseMask(link="a.json"), ("`link`", "'a.json'", "`dense_above`=0.9", "Leave out one")),
         (lambda: SparseMask(schedule=500), ("`schedule`", "got 500", "PruningSchedule(start_step=500)")),
         (
             lambda: SparseMask(ModulePruning(), schedule=PruningSchedule(0, 100)),

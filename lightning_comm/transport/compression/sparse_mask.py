@@ -1,18 +1,16 @@
 """Only the entries of weights that are not pruned."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Literal
 
-import torch
-from torch import Tensor
-from torch.nn import Parameter
 from typing_extensions import override
 
+from lightning_comm.core.periods import is_number
 from lightning_comm.core.sparse_mask import PruningSchedule
-from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Slot
-from lightning_comm.transport.compression.full import Full, FullCodec
-from lightning_comm.transport.pruning import MagnitudePruning, Masks, Pruning, pack_bits, unpack_bits
+from lightning_comm.transport.compression.base import Compression, Context
+from lightning_comm.transport.compression.full import Full
+from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
+from lightning_comm.transport.pruning import MagnitudePruning, Pruning
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,9 @@ class SparseMask(Compression):
         then: What is done with the entries that are left: :class:`Cast`, :class:`Int8`, :class:`Ternary` or
             :class:`TopK`; in full if left out. ``[SparseMask(…), Cast("bf16")]`` is another way to write it.
         dense_above: Buckets of which a larger share is kept are sent in full, since gathering costs more than it saves.
+            ``"auto"``: the share at which that is so on the link of ``link``, where packing takes as long as it does on
+            rank 0 when training starts. A checkpoint keeps it.
+        link: For ``"auto"``: a file that ``lightning-comm probe`` wrote, on rank 0.
         schedule: When the model is pruned. Bit by bit (``end_step``) only where ``pruning`` has a ``sparsity``.
 
     Raises:
@@ -56,8 +57,9 @@ class SparseMask(Compression):
 
     pruning: Pruning = field(default_factory=MagnitudePruning)
     then: Compression | None = None
-    dense_above: float = 0.9
+    dense_above: float | Literal["auto"] = 0.9
     schedule: PruningSchedule = field(default_factory=PruningSchedule)
+    link: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.pruning, Pruning):
@@ -70,11 +72,7 @@ class SparseMask(Compression):
                 f"SparseMask: `then` must send a row of numbers; got {self.then!r}. PowerSGD needs whole matrices, "
                 "NoSync sends nothing, and one mask is enough. Cast, Int8, Ternary and TopK fit."
             )
-        number = isinstance(self.dense_above, (int, float)) and not isinstance(self.dense_above, bool)
-        if not number or not 0 <= self.dense_above <= 1:
-            raise ValueError(
-                f"SparseMask: `dense_above` is a share of entries, so it must be from 0 to 1; got {self.dense_above!r}."
-            )
+        self._check_dense_above()
         if not isinstance(self.schedule, PruningSchedule):
             raise ValueError(
                 f"SparseMask: `schedule` must be a PruningSchedule; got {self.schedule!r}. "
@@ -83,8 +81,25 @@ class SparseMask(Compression):
         if self.schedule.is_gradual and not hasattr(self.pruning, "sparsity"):
             raise ValueError(
                 f"SparseMask: `schedule` prunes bit by bit until step {self.schedule.end_step}, which takes a "
-                f"`pruning` with a `sparsity` that can rise; got {self.pruning!r}. Use MagnitudePruning, or leave out "
-                "`end_step`."
+                f"`pruning` with a `sparsity` that can rise; got {self.pruning!r}. Use MagnitudePruning or "
+                "GraSPPruning, or leave out `end_step`."
+            )
+
+    def _check_dense_above(self) -> None:
+        share = self.dense_above
+        if share != "auto" and not (is_number(share) and 0 <= share <= 1):
+            raise ValueError(
+                f"SparseMask: `dense_above` is a share of entries, so it must be from 0 to 1, or 'auto'; got {share!r}."
+            )
+        if share == "auto" and self.link is None:
+            raise ValueError(
+                "SparseMask: `dense_above`='auto' reckons with a measured link, so it needs `link`; got None. Measure "
+                "one with `lightning-comm probe --out probe.json` and give link='probe.json'."
+            )
+        if share != "auto" and self.link is not None:
+            raise ValueError(
+                f"SparseMask: `link` is for `dense_above`='auto'; got {self.link!r} with `dense_above`={share!r}. "
+                "Leave out one of them."
             )
 
     def pruning_at(self, step: int) -> Pruning:
@@ -94,155 +109,14 @@ class SparseMask(Compression):
         sparsity = self.schedule.sparsity_at(step, getattr(self.pruning, "sparsity"))  # noqa: B009
         return replace(self.pruning, sparsity=sparsity)  # type: ignore[type-var]
 
+    @property
+    @override
+    def exact(self) -> bool:
+        """Whether kept entries become the mean of the ranks', but for rounding of the sums; others are zero."""
+        return self.then is None or self.then.exact
+
     @override
     def codec(self, context: Context) -> "SparseMaskCodec":
-        return SparseMaskCodec(context, (self.then or Full()).codec(context), self.dense_above)
-
-
-class _Plan(NamedTuple):
-    """How a bucket is gathered: where its kept entries are, and what then lies in the row of them."""
-
-    kept: Tensor
-    pruned: Tensor
-    layout: Layout
-    sparse: bool
-
-
-class SparseMaskCodec(Codec):
-    """Gathers, lets another codec send, and scatters. Before masks are installed it sends in full."""
-
-    def __init__(self, context: Context, inner: Codec, dense_above: float) -> None:
-        super().__init__(context)
-        self.is_local = inner.is_local
-        self.masks: Masks = {}
-        self.pruned_at: int | None = None  # the step of the schedule whose masks these are
-        self._inner = inner
-        self._full = FullCodec(context)
-        self._dense_above = dense_above
-        self._rows: dict[str, Tensor] = {}
-        self._plans: dict[tuple[Slot, ...], _Plan] = {}
-        self._dense_steps = 0
-
-    def install(self, masks: Masks, named_parameters: Iterable[tuple[str, Parameter]]) -> None:
-        """Use these masks from the next step on. Called on all ranks at the same step, with the same masks."""
-        parameters = dict(named_parameters)
-        rows = {name: in_order_of_memory(mask, parameters[name]) for name, mask in masks.items()}
-        if self._rows:
-            self._inner.regroup(_places(self._rows, rows))
-        self.masks, self._rows = masks, rows
-        self._plans = {}
-
-    def request_dense(self, n_steps: int) -> None:
-        """Send the next steps' gradients in full and leave them as they are, for methods that let masks grow.
-
-        Called on all ranks at the same step.
-
-        Raises:
-            ValueError: If the number is negative.
-
-        """
-        if n_steps < 0:
-            raise ValueError(f"SparseMask: `n_steps` counts optimizer steps, so it must be >= 0; got {n_steps!r}.")
-        self._dense_steps = n_steps
-
-    @override
-    def payload_bytes(self, layout: Layout) -> int:
-        plan = self._plan_of(layout, torch.device("cpu"))
-        if self._dense_steps or plan is None or not plan.sparse:
-            return self._full.payload_bytes(layout)
-        return self._inner.payload_bytes(plan.layout) if plan.layout.slots else 0
-
-    @override
-    def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
-        plan = self._plan_of(layout, values.device)
-        if plan is None or self._dense_steps:
-            yield from self._full.mean(values, layout, sent)
-            return
-        if not plan.sparse:
-            # never `values * mask`: infinity times 0 is NaN
-            yield from self._full.mean(values.masked_fill_(plan.pruned, 0), layout, sent)
-            return
-        row = values.index_select(0, plan.kept)
-        sent_row = torch.empty_like(row) if sent is not None else None
-        if plan.layout.slots:
-            yield from self._inner.mean(row, plan.layout, sent_row)
-        values.zero_().scatter_(0, plan.kept, row)  # half the time of `index_copy_`
-        if sent is not None and sent_row is not None:
-            sent.zero_().scatter_(0, plan.kept, sent_row)
-
-    def _plan_of(self, layout: Layout, device: torch.device) -> _Plan | None:
-        if not self._rows or not any(slot.name in self._rows for slot in layout.slots):
-            return None
-        plan = self._plans.get(layout.slots)
-        if plan is None:
-            rows = [
-                self._rows[slot.name] if slot.name in self._rows else torch.ones(slot.numel, dtype=torch.bool)
-                for slot in layout.slots
-            ]
-            mask = torch.cat([row.to(device) for row in rows])
-            kept = mask.nonzero().view(-1)
-            slots = [(slot, int(row.sum())) for slot, row in zip(layout.slots, rows, strict=True)]
-            inner = Layout(tuple(Slot(slot.name, count, (count,)) for slot, count in slots if count))
-            plan = _Plan(kept, ~mask, inner, kept.numel() <= self._dense_above * layout.numel)
-            self._plans[layout.slots] = plan
-        return plan
-
-    @override
-    def begin_step(self) -> None:
-        self._inner.begin_step()
-
-    @override
-    def end_step(self) -> None:
-        super().end_step()
-        self._inner.end_step()
-        self._dense_steps = max(0, self._dense_steps - 1)
-
-    @override
-    def rescale(self, factor: float) -> None:
-        self._inner.rescale(factor)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        masks = {name: (tuple(mask.shape), pack_bits(mask.reshape(-1)).cpu()) for name, mask in self.masks.items()}
-        dense_steps = self._dense_steps
-        return {
-            **super().state_dict(),
-            "masks": masks,
-            "pruned_at": self.pruned_at,
-            "dense_steps": dense_steps,
-            "inner": self._inner.state_dict(),
-        }
-
-    @override
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.masks = {
-            name: unpack_bits(bits, torch.Size(shape).numel()).view(shape)
-            for name, (shape, bits) in state["masks"].items()
-        }
-        self.pruned_at = state["pruned_at"]
-        self._rows, self._plans = {}, {}  # whoever goes on installs the masks
-        self._dense_steps = int(state["dense_steps"])
-        self._inner.load_state_dict(state["inner"])
-
-
-def _places(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return where each entry that is kept after was among those kept before, or -1; without a mask all are kept."""
-    places = {}
-    for name in before.keys() | after.keys():
-        old = before[name] if name in before else torch.ones_like(after[name])
-        new = after[name] if name in after else torch.ones_like(old)
-        places[name] = torch.where(old, old.cumsum(0) - 1, -1)[new]
-    return places
-
-
-def in_order_of_memory(mask: Tensor, parameter: Tensor) -> Tensor:
-    """Return the mask as a row, in the order in which DDP lays the parameter's gradient into a bucket.
-
-    That is the order of the parameter's memory where it fills it without gaps, as channels_last does, and otherwise
-    row by row.
-    """
-    placed = torch.empty_like(parameter, dtype=torch.bool, memory_format=torch.preserve_format).copy_(mask)
-    if placed.stride() != parameter.stride():
-        return mask.reshape(-1).to(parameter.device)
-    return placed.as_strided((placed.numel(),), (1,))
+        return SparseMaskCodec(
+            context, (self.then or Full()).codec(context), None if self.dense_above == "auto" else self.dense_above
+        )

@@ -8,10 +8,12 @@ of all their bits, and disagreement is an error on all of them.
 from lightning_comm.transport.pruning.agreement import agree, check_agreement, fingerprint, pack_bits, unpack_bits
 from lightning_comm.transport.pruning.base import Masks, Moment, Pruning, checked_masks, prunable
 from lightning_comm.transport.pruning.given import MaskFile, MaskFunction, ModulePruning
+from lightning_comm.transport.pruning.grasp import GraSPPruning
 from lightning_comm.transport.pruning.magnitude import MagnitudePruning
 from lightning_comm.transport.pruning.scores import erk_shares, keep_largest
 
 __all__ = [
+    "GraSPPruning",
     "MagnitudePruning",
     "MaskFile",
     "MaskFunction",

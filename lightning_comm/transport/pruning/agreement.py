@@ -29,13 +29,7 @@ def agree(masks: Masks | None, problem: str | None, module: nn.Module, recorder:
     parameters = dict(module.named_parameters())
     device = next(iter(parameters.values())).device
     names = list(parameters)
-    said = torch.zeros(2000, dtype=torch.uint8, device=device)
-    if recorder.rank == 0 and problem is not None:
-        text = problem.encode()[: said.numel()]
-        said[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
-    recorder.broadcast(said, "masks").wait()
-    if bool(said.any()):
-        raise ValueError(bytes(said[said != 0].tolist()).decode(errors="replace"))
+    raise_problem_of_rank_0(problem, device, recorder)
     has_mask = torch.tensor([masks is not None and name in masks for name in names], dtype=torch.uint8, device=device)
     recorder.broadcast(has_mask, "masks").wait()
     agreed: Masks = {}
@@ -50,20 +44,52 @@ def agree(masks: Masks | None, problem: str | None, module: nn.Module, recorder:
     return agreed
 
 
-def check_agreement(masks: Masks, device: torch.device, recorder: Recorder) -> None:
-    """Compare the masks of all ranks, bit by bit.
+def raise_problem_of_rank_0(problem: str | None, device: torch.device, recorder: Recorder) -> None:
+    """Let all ranks know of a problem that rank 0 has.
 
     Raises:
+        ValueError: On all ranks, if there is one.
+
+    Note:
+        *Communication.* One broadcast of 2000 bytes.
+
+    """
+    said = torch.zeros(2000, dtype=torch.uint8, device=device)
+    if recorder.rank == 0 and problem is not None:
+        text = problem.encode()[: said.numel()]
+        said[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+    recorder.broadcast(said, "masks").wait()
+    if bool(said.any()):
+        raise ValueError(bytes(said[said != 0].tolist()).decode(errors="replace"))
+
+
+def check_agreement(masks: Masks | None, device: torch.device, recorder: Recorder, problem: str | None = None) -> None:
+    """Compare the masks of all ranks, bit by bit.
+
+    Args:
+        masks: This rank's; ``None`` if it has none that fit.
+        device: Of the model.
+        recorder: Sends and records.
+        problem: Why this rank has none. Raised here; the others name the rank.
+
+    Raises:
+        ValueError: On all ranks, if one of them has none.
         RuntimeError: On all ranks, if they differ.
 
     Note:
         *Communication.* One all-gather of 8 bytes.
 
     """
-    mine = torch.tensor([fingerprint(masks)], dtype=torch.int64, device=device)
+    mine = torch.tensor([-1 if masks is None else fingerprint(masks)], dtype=torch.int64, device=device)
     rows, pending = recorder.all_gather(mine, "masks")
     pending.wait()
     prints = rows.flatten().tolist()
+    if -1 in prints:
+        raise ValueError(
+            problem
+            or f"SparseMask: every rank must have masks that fit the model; those of rank {prints.index(-1)} do "
+            "not. Its own message says why."
+        )
     if len(set(prints)) > 1:
         other = next(rank for rank, each in enumerate(prints) if each != prints[0])
         raise RuntimeError(

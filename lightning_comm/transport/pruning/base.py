@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,16 @@ NOW = Moment()
 
 
 class Pruning(ABC):
-    """Chooses masks; a frozen value."""
+    """Chooses masks; a frozen value.
+
+    Attributes:
+        is_watched: Whether the model masks itself in its forward, so that its masks may change in training and its
+            gradients are zero outside them. Each rank then reads its own. For all others gradients of pruned weights
+            are not zero before they are left out, and nobody but the strategy changes masks, so nothing is watched.
+
+    """
+
+    is_watched: ClassVar[bool] = False
 
     @abstractmethod
     def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:

@@ -1,8 +1,9 @@
 """Masks that somebody else has chosen."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ class MaskFunction(Pruning):
 
     """
 
-    function: Callable[[nn.Module], Mapping[str, Tensor]]
+    # a checkpoint is known by its settings as text, and an address would differ in the process that resumes
+    function: Callable[[nn.Module], Mapping[str, Tensor]] = field(repr=False)
 
     @override
     def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
@@ -54,10 +56,23 @@ class ModulePruning(Pruning):
     A parameter ``weight_orig`` is pruned as the buffer ``weight_mask`` beside it says. Whether a weight is zero says
     nothing: weight decay moves pruned ones, and trained ones may be zero.
 
+    Masks may change during training, as under ``ModelPruning``. That is seen in the step after the change, on whichever
+    rank; in the step after that gradients go in full, ranks read and compare their masks, and go on with them. Masks
+    that shrink lose nothing on the way; of masks that grow the first step's gradients of what has grown are left out.
+
     Raises:
         ValueError: If no module has such a buffer.
 
+    Note:
+        *Communication.* At each step two bytes beside the gradients: whether this rank's masks have changed, and
+        whether it had gradients outside them, which the model's own masks should have set to zero.
+
+        *From dense.* A layer that is not pruned yet when training starts needs a mask that keeps all of it:
+        ``torch.nn.utils.prune.identity(layer, "weight")``.
+
     """
+
+    is_watched: ClassVar[bool] = True
 
     @override
     def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
@@ -70,6 +85,6 @@ class ModulePruning(Pruning):
         if not found:
             raise ValueError(
                 "ModulePruning: it reads the masks that torch.nn.utils.prune leaves in a model, and this one has none. "
-                "Prune before training, or use MagnitudePruning."
+                "Prune before training, if only by torch.nn.utils.prune.identity, or use MagnitudePruning."
             )
         return checked_masks(found, module, "ModulePruning")

@@ -1,0 +1,62 @@
+"""Samples of a Trainer's training data, for those who need some before a step."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import IterableDataset
+
+from lightning_comm.transport.random_state import random_state, set_random_state
+
+_BATCH = 32  # where the loader's batches have no fixed size
+
+
+def training_samples(trainer: Trainer, count: int, where: str) -> Iterator[tuple[Any, int]]:
+    """Yield batches of samples from a fixed permutation of the training data, each with its number of samples.
+
+    They come straight from the dataset, so the loader does not move, and the random state is left as it was. Batches
+    are put together by the loader's ``collate_fn`` and are on the model's device.
+
+    Args:
+        trainer: Has the loader.
+        count: How many samples; all, if there are fewer.
+        where: Who asks, for the message.
+
+    Raises:
+        ValueError: If the data cannot be asked for single samples.
+
+    Note:
+        *Communication.* None. One rank may ask alone.
+
+    """
+    loader: Any = trainer.train_dataloader
+    dataset: Any = getattr(loader, "dataset", None)
+    by_sample = getattr(loader, "batch_size", None) is not None or getattr(loader, "batch_sampler", None) is not None
+    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if isinstance(dataset, IterableDataset) or not indexed or not by_sample or not hasattr(loader, "collate_fn"):
+        what = type(dataset).__name__ if dataset is not None else type(loader).__name__
+        raise ValueError(
+            f"{where}: it takes samples by their index from the dataset of one DataLoader; the training data is "
+            f"{what}. Use a dataset with `__len__` and `__getitem__`, or MagnitudePruning, or compute masks yourself "
+            "and give MaskFunction."
+        )
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()[:count]
+    size = getattr(loader, "batch_size", None) or _BATCH
+    state = random_state()
+    try:
+        for first in range(0, len(order), size):
+            chosen = order[first : first + size]
+            _seed(first)  # the same augmentations each time
+            batch = trainer.precision_plugin.convert_input(loader.collate_fn([dataset[each] for each in chosen]))
+            yield trainer.strategy.batch_to_device(batch), len(chosen)
+    finally:
+        set_random_state(state)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,0 +1,216 @@
+"""The working side of a sparse mask: gathers kept entries, lets another codec send them, and puts them back."""
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ReduceOp
+from torch.nn import Parameter
+from typing_extensions import override
+
+from lightning_comm.transport.compression.base import Codec, Context, Conversation, Layout, Slot
+from lightning_comm.transport.compression.full import FullCodec
+from lightning_comm.transport.pruning import Masks, pack_bits, unpack_bits
+from lightning_comm.transport.recording import Pending
+
+
+class _Plan(NamedTuple):
+    """How a bucket is gathered: where its kept entries are, and what then lies in the row of them."""
+
+    kept: Tensor
+    pruned: Tensor
+    layout: Layout
+    sparse: bool
+
+
+class SparseMaskCodec(Codec):
+    """Gathers, lets another codec send, and scatters. Before masks are installed it sends in full."""
+
+    def __init__(self, context: Context, inner: Codec, dense_above: float | None) -> None:
+        super().__init__(context)
+        self.is_local = inner.is_local
+        self.masks: Masks = {}
+        self.pruned_at: int | None = None  # the step of the schedule whose masks these are
+        self._inner = inner
+        self._full = FullCodec(context)
+        self.dense_above = dense_above  # `None` until it is known
+        self._rows: dict[str, Tensor] = {}
+        self._plans: dict[tuple[Slot, ...], _Plan] = {}
+        self._dense_steps = 0
+        self.was_dense = False  # whether the last step's gradients were left whole
+        self._masks_changed: Callable[[], bool] | None = None
+        self._outside: Tensor | None = None
+        self._flags: tuple[Tensor, Pending, int] | None = None
+        self._raised = False
+
+    def watch(self, masks_changed: Callable[[], bool]) -> None:
+        """Tell the other ranks with every step whether masks changed here, or gradients were not zero outside them.
+
+        Args:
+            masks_changed: Asked at the end of each step's last bucket.
+
+        """
+        self._masks_changed = masks_changed
+
+    def take_flag(self) -> bool:
+        """Return whether any rank's flag was up since this was last asked; the same on all ranks."""
+        if self._flags is not None:
+            flags, pending, step = self._flags
+            self._flags = None
+            recorder = self.context.recorder
+            now, recorder.step = recorder.step, step  # recorded where it was sent
+            pending.wait()
+            recorder.step = now
+            self._raised |= bool(flags.any())
+        raised, self._raised = self._raised, False
+        return raised
+
+    def _send_flags(self, masks_changed: bool) -> None:
+        self._raised = self.take_flag()  # that of another backward of the same step
+        device = next(iter(self._rows.values())).device
+        flags = torch.zeros(2, dtype=torch.uint8, device=device)
+        flags[0] = masks_changed
+        if self._outside is not None:
+            flags[1] = self._outside
+        self._outside = None
+        recorder = self.context.recorder
+        self._flags = flags, recorder.all_reduce(flags, "mask flags", ReduceOp.MAX), recorder.step
+
+    def install(self, masks: Masks, named_parameters: Iterable[tuple[str, Parameter]]) -> None:
+        """Use these masks from the next step on. Called on all ranks at the same step, with the same masks."""
+        parameters = dict(named_parameters)
+        rows = {name: in_order_of_memory(mask, parameters[name]) for name, mask in masks.items()}
+        if self._rows:
+            self._inner.regroup(_places(self._rows, rows))
+        self.masks, self._rows = masks, rows
+        self._plans = {}
+
+    def request_dense(self, n_steps: int) -> None:
+        """Send the next steps' gradients in full and leave them as they are, for methods that let masks grow.
+
+        Called on all ranks at the same step.
+
+        Raises:
+            ValueError: If the number is negative.
+
+        """
+        if n_steps < 0:
+            raise ValueError(f"SparseMask: `n_steps` counts optimizer steps, so it must be >= 0; got {n_steps!r}.")
+        self._dense_steps = n_steps
+
+    @override
+    def payload_bytes(self, layout: Layout) -> int:
+        plan = self._plan_of(layout, torch.device("cpu"))
+        if self._dense_steps or plan is None or not plan.sparse:
+            return self._full.payload_bytes(layout)
+        return self._inner.payload_bytes(plan.layout) if plan.layout.slots else 0
+
+    @override
+    def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
+        plan = self._plan_of(layout, values.device)
+        if plan is not None and self._masks_changed is not None:
+            outside = (values.ne(0) & plan.pruned).any()
+            self._outside = outside if self._outside is None else self._outside | outside.to(self._outside.device)
+        if plan is None or self._dense_steps:
+            yield from self._full.mean(values, layout, sent)
+            return
+        if not plan.sparse:
+            # never `values * mask`: infinity times 0 is NaN
+            yield from self._full.mean(values.masked_fill_(plan.pruned, 0), layout, sent)
+            return
+        row = values.index_select(0, plan.kept)
+        sent_row = torch.empty_like(row) if sent is not None else None
+        if plan.layout.slots:
+            yield from self._inner.mean(row, plan.layout, sent_row)
+        values.zero_().scatter_(0, plan.kept, row)  # half the time of `index_copy_`
+        if sent is not None and sent_row is not None:
+            sent.zero_().scatter_(0, plan.kept, sent_row)
+
+    def _plan_of(self, layout: Layout, device: torch.device) -> _Plan | None:
+        if not self._rows or not any(slot.name in self._rows for slot in layout.slots):
+            return None
+        plan = self._plans.get(layout.slots)
+        if plan is None:
+            rows = [
+                self._rows[slot.name] if slot.name in self._rows else torch.ones(slot.numel, dtype=torch.bool)
+                for slot in layout.slots
+            ]
+            mask = torch.cat([row.to(device) for row in rows])
+            kept = mask.nonzero().view(-1)
+            slots = [(slot, int(row.sum())) for slot, row in zip(layout.slots, rows, strict=True)]
+            inner = Layout(tuple(Slot(slot.name, count, (count,)) for slot, count in slots if count))
+            dense_above = 1.0 if self.dense_above is None else self.dense_above
+            plan = _Plan(kept, ~mask, inner, kept.numel() <= dense_above * layout.numel)
+            self._plans[layout.slots] = plan
+        return plan
+
+    @override
+    def begin_step(self) -> None:
+        self._inner.begin_step()
+
+    @override
+    def end_step(self) -> None:
+        super().end_step()
+        self._inner.end_step()
+        if self._masks_changed is not None and self._rows:
+            self._send_flags(self._masks_changed())
+        self.was_dense = self._dense_steps > 0
+        self._dense_steps = max(0, self._dense_steps - 1)
+
+    @override
+    def rescale(self, factor: float) -> None:
+        self._inner.rescale(factor)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        masks = {name: (tuple(mask.shape), pack_bits(mask.reshape(-1)).cpu()) for name, mask in self.masks.items()}
+        dense_steps = self._dense_steps
+        with suppress(RuntimeError):  # on the way out of a run whose other ranks are gone
+            self._raised = self.take_flag()
+        return {
+            **super().state_dict(),
+            "masks": masks,
+            "pruned_at": self.pruned_at,
+            "dense_above": self.dense_above,
+            "dense_steps": dense_steps,
+            "raised": self._raised,
+            "inner": self._inner.state_dict(),
+        }
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.masks = {
+            name: unpack_bits(bits, torch.Size(shape).numel()).view(shape)
+            for name, (shape, bits) in state["masks"].items()
+        }
+        self.pruned_at = state["pruned_at"]
+        self.dense_above = state["dense_above"]
+        self._flags, self._raised = None, bool(state["raised"])
+        self._rows, self._plans = {}, {}  # whoever goes on installs the masks
+        self._dense_steps = int(state["dense_steps"])
+        self._inner.load_state_dict(state["inner"])
+
+
+def _places(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return where each entry that is kept after was among those kept before, or -1; without a mask all are kept."""
+    places = {}
+    for name in before.keys() | after.keys():
+        old = before[name] if name in before else torch.ones_like(after[name])
+        new = after[name] if name in after else torch.ones_like(old)
+        places[name] = torch.where(old, old.cumsum(0) - 1, -1)[new]
+    return places
+
+
+def in_order_of_memory(mask: Tensor, parameter: Tensor) -> Tensor:
+    """Return the mask as a row, in the order in which DDP lays the parameter's gradient into a bucket.
+
+    That is the order of the parameter's memory where it fills it without gaps, as channels_last does, and otherwise
+    row by row.
+    """
+    placed = torch.empty_like(parameter, dtype=torch.bool, memory_format=torch.preserve_format).copy_(mask)
+    if placed.stride() != parameter.stride():
+        return mask.reshape(-1).to(parameter.device)
+    return placed.as_strided((placed.numel(),), (1,))
