@@ -2,11 +2,11 @@
 
 import json
 
-import compression
 import compression_steps
 import overlap
 import pytest
 import steps_report as report
+import synchronisation
 
 STEPS_S = {
     "limit": [0.200, 0.201, 0.202],
@@ -145,5 +145,5 @@ def test_what_was_sent_is_a_multiple_of_the_formula_and_a_time_is_paired_by_repe
             name: {"interface_bytes": 1.01e6, "link_bytes": 1.05e6, "formula_bytes": 1e6} for name in ("full", "bf16")
         },
     }
-    assert compression.over_formula(result["wire"]["full"], "link") == pytest.approx(1.05)
-    assert compression.rows_of(result)[1] == ["bf16", "2.00 MB", "750 ms", "500 to 1000", "3.00", "1.010", "1.050"]
+    assert synchronisation.over_formula(result["wire"]["full"], "link") == pytest.approx(1.05)
+    assert synchronisation.rows_of(result)[1] == ["bf16", "2.00 MB", "750 ms", "500 to 1000", "3.00", "1.010", "1.050"]
