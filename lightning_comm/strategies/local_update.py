@@ -26,8 +26,8 @@ from lightning_comm.strategies import checks, control, lightning_internals, rank
 from lightning_comm.strategies.companion import LocalUpdateCompanion
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
-from lightning_comm.strategies.pruned_weights import check_optimizers
 from lightning_comm.strategies.settings import Round, Settings
+from lightning_comm.strategies.sparse_mask import check_optimizers
 from lightning_comm.transport.agreement import Agreement, PeerFailure, default_store
 from lightning_comm.transport.averaging import Averaging, broadcast_
 from lightning_comm.transport.compression.sparse_mask import SparseMask

@@ -28,9 +28,9 @@ from lightning_comm.strategies import control
 from lightning_comm.strategies.background import BackgroundAverage
 from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.lightning_internals import weight_average_of
-from lightning_comm.strategies.pruned_weights import PrunedWeights
 from lightning_comm.strategies.round_log import RoundLog
 from lightning_comm.strategies.settings import Settings
+from lightning_comm.strategies.sparse_mask import PrunedWeights
 from lightning_comm.transport.agreement import Agreement, Decision, PeerFailure, Position
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
