@@ -51,7 +51,7 @@ class SparseMask(Compression):
         0.9
 
     References:
-        Y. Wang, J. Wu, F. Li, D. Kutscher. `PacTrain <https://arxiv.org/abs/2505.18563>`_. DAC 2025.
+        Y. Wang, R. Wu, X. Li, D. Kutscher. `PacTrain <https://arxiv.org/abs/2505.18563>`_. DAC 2025.
 
     """
 
