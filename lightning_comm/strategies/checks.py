@@ -34,6 +34,8 @@ _AUTO_SOURCES = {
     "sgd": "reported for the ResNet-152 of QSR's authors",
 }
 
+_WRAPPERS = ("FullyShardedDataParallel", "DeepSpeedEngine")
+
 # Optimizers that communicate in their `step`, by class name: some exist only in builds with distributed support.
 _COMMUNICATING = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
 _ADAM_LIKE = ("Adam", "Adan", "Adopt", "Lamb", "NAdam", "RAdam")  # with these names or names that begin so
@@ -89,16 +91,22 @@ def check_module(module: LightningModule) -> None:
                 "would be saved and ranks could not run apart. Use BatchNorm; its statistics are averaged with the "
                 "weights, and BatchNormReestimation brings them up to date before evaluation."
             )
-        if isinstance(part, DistributedDataParallel) or type(part).__name__ == "FullyShardedDataParallel":
+    check_replica(module, _WHERE)
+
+
+def check_replica(module: LightningModule, where: str) -> None:
+    """Refuse models that are not whole on each rank, or that synchronise themselves."""
+    for name, part in module.named_modules():
+        if isinstance(part, DistributedDataParallel) or type(part).__name__ in _WRAPPERS:
             raise MisconfigurationException(
-                f"{_WHERE}: module {name!r} is wrapped in {type(part).__name__}, which communicates on its own. Hand "
+                f"{where}: module {name!r} is wrapped in {type(part).__name__}, which communicates on its own. Hand "
                 "over the plain module."
             )
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor):
             raise MisconfigurationException(
-                f"{_WHERE}: parameter {name!r} is sharded (a DTensor), and only full replicas can be averaged. Leave "
-                "out `fully_shard` and other sharding, or use FSDPStrategy, which synchronises at every step."
+                f"{where}: parameter {name!r} is sharded (a DTensor), and this needs the whole model on each rank. "
+                "Leave out `fully_shard` and other sharding, or use FSDPStrategy, which synchronises at every step."
             )
 
 

@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.strategies import rank_files
+from lightning_comm.strategies.checks import check_replica
 from lightning_comm.strategies.sparse_mask import PrunedWeights, check_optimizers
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.no_sync import NoSync
@@ -208,6 +209,8 @@ class CompressedDDPStrategy(DDPStrategy):
         self._trainer = trainer
         if trainer.state.fn == TrainerFn.FITTING:
             _check(trainer, self.compression, bool(self._ddp_kwargs["static_graph"]), self.world_size)
+            assert self.lightning_module is not None
+            check_replica(self.lightning_module, _WHERE)
             self._ledger = CommLedger()
             self._warned = False
         super().setup(trainer)

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.processes import launch
 from support.training import Regression, Stop, loader, trainer, weights
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_comm import (
     Cast,
@@ -236,6 +239,55 @@ def test_a_static_graph_with_accumulation_is_refused():
     for said in launch(_static, world_size=2):
         assert "static_graph" in said
         assert "accumulate_grad_batches`=2" in said
+
+
+class Wrapped(Regression):
+    """Holds a part that is wrapped already, or sharded."""
+
+    def __init__(self, kind):
+        super().__init__(network())
+        self.kind = kind
+
+    def configure_model(self):
+        if self.kind == "wrapped":
+            self.extra = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+        elif not isinstance(self.net[0].weight, DTensor):
+            mesh = init_device_mesh("cpu", (2,))
+            self.net[0].weight = nn.Parameter(distribute_tensor(self.net[0].weight.detach(), mesh, [Shard(0)]))
+
+
+def _not_whole(rank, kind):
+    with pytest.raises(MisconfigurationException) as caught:
+        trainer(compressed(Cast("bf16")), 2).fit(Wrapped(kind), data(4, rank))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("wrapped", ("'extra'", "DistributedDataParallel", "plain module")),
+        ("sharded", ("'net.0.weight'", "FSDPStrategy")),
+    ],
+)
+def test_models_that_are_not_whole_and_plain_are_refused_before_training(kind, parts):
+    for said in launch(_not_whole, kind, world_size=2):
+        assert [part for part in ("CompressedDDPStrategy", *parts) if part not in said] == []
+
+
+class SecondHook(Callback):
+    def on_train_start(self, runner, pl_module):
+        runner.strategy.model.register_comm_hook(None, default_hooks.bf16_compress_hook)
+
+
+def _second_hook(rank):
+    with pytest.raises(RuntimeError) as caught:
+        trainer(compressed(Cast("bf16")), 2, callbacks=[SecondHook()]).fit(module(), data(4, rank))
+    return str(caught.value)
+
+
+def test_a_second_hook_is_refused_by_torch_before_training():
+    for said in launch(_second_hook, world_size=2):
+        assert "can only be called once" in said
 
 
 @pytest.mark.parametrize(
