@@ -51,6 +51,8 @@ class DifferenceAverager:
         self._reference: dict[str, Tensor] = {}
         self._flights: list[_Flight] = []
         self._arrived = True
+        # for each bucket its mean and what was sent: fresh memory costs as much time as two passes over it
+        self._kept_rows: dict[tuple[Slot, ...], tuple[Tensor, Tensor]] = {}
 
     @property
     def names(self) -> set[str]:
@@ -122,7 +124,7 @@ class DifferenceAverager:
             *Communication.* The first message of each bucket. Second ones, where a method needs what a first brought,
             start in :meth:`advance`, or when they are waited for: at moments that are the same on all ranks.
 
-            *Memory.* Two rows as large as the parameters, and what is on its way.
+            *Memory.* Two rows as large as the parameters, which are kept, and what is on its way.
 
         """
         self._codec.begin_step()
@@ -130,8 +132,12 @@ class DifferenceAverager:
         self._flights = [self._depart(bucket) for bucket in self._buckets(tensors)]
 
     def _depart(self, rows: list["_Row"]) -> "_Flight":
-        layout, mean = _differences(rows)  # the codec makes the mean of it, in place
-        own, sent = sample(mean), torch.empty_like(mean)
+        layout = _layout_of(rows)
+        if layout.slots not in self._kept_rows:
+            self._kept_rows[layout.slots] = (_empty(layout, rows), _empty(layout, rows))
+        mean, sent = self._kept_rows[layout.slots]
+        _differences(rows, layout, mean)  # the codec makes the mean of it, in place
+        own = sample(mean)
         return _Flight(layout, mean, sent, own, Talk(self._codec.mean(mean, layout, sent)))
 
     def advance(self) -> None:
@@ -194,7 +200,8 @@ class DifferenceAverager:
         yield from open_buckets.values()
 
     def _start(self, rows: list["_Row"]) -> "_Travelling":
-        layout, difference = _differences(rows)
+        layout = _layout_of(rows)
+        difference = _differences(rows, layout, _empty(layout, rows))
         mean, sent = difference.clone(), torch.empty_like(difference)
         own = sample(difference)
         return _Travelling(rows, difference, mean, sent, own, Talk(self._codec.mean(mean, layout, sent)))
@@ -247,13 +254,19 @@ class DifferenceAverager:
             self._codec.load_state_dict(state["codec"])
 
 
-def _differences(rows: list["_Row"]) -> tuple[Layout, Tensor]:
-    """Return the differences of the parameters in a bucket to their references, and what lies where."""
-    layout = Layout(tuple(Slot(row.name, row.reference.numel(), row.shape) for row in rows))
-    together = torch.empty(layout.numel, dtype=rows[0].reference.dtype, device=rows[0].reference.device)
-    for row, difference in zip(rows, layout.split(together), strict=True):
+def _layout_of(rows: list["_Row"]) -> Layout:
+    return Layout(tuple(Slot(row.name, row.reference.numel(), row.shape) for row in rows))
+
+
+def _empty(layout: Layout, rows: list["_Row"]) -> Tensor:
+    return torch.empty(layout.numel, dtype=rows[0].reference.dtype, device=rows[0].reference.device)
+
+
+def _differences(rows: list["_Row"], layout: Layout, into: Tensor) -> Tensor:
+    """Return the differences of the parameters in a bucket to their references."""
+    for row, difference in zip(rows, layout.split(into), strict=True):
         torch.sub(row.weights.entries, row.reference, out=difference)
-    return layout, together
+    return into
 
 
 def _drift(references: list[Tensor], own_sample: Tensor, mean: Tensor) -> Drift:
