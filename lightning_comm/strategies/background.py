@@ -35,7 +35,7 @@ class BackgroundAverage:
         self._said_clamped = False
 
     def depart(self, *, step: int, period_steps: int, lr: float, wait_s: float) -> None:
-        """Start to average the weights of now.
+        """Start to average the weights of now, in a thread.
 
         Args:
             step: Optimizer steps done.
@@ -61,19 +61,14 @@ class BackgroundAverage:
                 f"the round that begins at step {step}, so its average lands after {steps}: one step less than the "
                 "round has, here and in all rounds as short."
             )
-        self._flight = replace(self._flight, advance_at=step + (steps + 1) // 2, land_at=step + steps)
+        self._flight = replace(self._flight, land_at=step + steps)
         self.go_on(step)
 
     def go_on(self, step: int) -> None:
-        """Do what is due after ``step`` optimizer steps."""
+        """Land the average if that is due after ``step`` optimizer steps."""
         flight = self._flight
-        if flight is None or flight.land_at is None or flight.advance_at is None:
-            return
-        if step >= flight.land_at:
+        if flight is not None and flight.land_at is not None and step >= flight.land_at:
             self.land()
-        elif step >= flight.advance_at:
-            with self._agreement.first_error_shown():
-                self._replica.advance()
 
     def land(self) -> None:
         """Wait for the average, if one is in flight, and move the weights by it."""

@@ -405,7 +405,8 @@ class LocalUpdateStrategy(DDPStrategy):
         if self._interruptions is not None:
             self._interruptions.undo()
             self._interruptions = None
-        if self._group is not None and dist.is_initialized():
+        quiet = self._run is None or self._run.replica.is_quiet(timeout_s=5.0)  # not where other ranks are gone
+        if self._group is not None and dist.is_initialized() and quiet:
             dist.destroy_process_group(self._group)
         self._group = None
         super().teardown()

@@ -81,7 +81,7 @@ class LocalUpdateRun:
         self.pruned: PrunedWeights | None = None
         if isinstance(codec, SparseMaskCodec) and isinstance(method, SparseMask):
             self.pruned = PrunedWeights(module, codec, method, recorder)
-        self._recorders = [recorder] if background is None else [recorder, background]
+        self._background_recorder = background
         self.gradient_steps = 0
         self.apart = False  # whether ranks may differ: not from an average in full until the next batch
         self.standing = False  # whether ranks stopped at different steps
@@ -252,6 +252,8 @@ class LocalUpdateRun:
 
     def _depart(self, wait_s: float) -> None:
         clock = self.clock
+        if self._background_recorder is not None:
+            self._background_recorder.step = clock.steps_done
         self._background.depart(
             step=clock.steps_done, period_steps=clock.steps_into_round, lr=self._round_lr, wait_s=wait_s
         )
@@ -284,10 +286,11 @@ class LocalUpdateRun:
     def _begin(self, rows: list[ControlRow]) -> None:
         self._round_lr = rows[0].lr
         self.clock.begin(int(rows[0].next_steps), lr=self._round_lr)
+        self._background.begin_round(self.clock.steps_done, int(rows[0].next_steps))
         if self.pruned is not None:
             self.pruned.before_step(self.clock.steps_done)  # where all ranks have just met
+        self.keep_pruned_at_zero()
         self.replica.begin_round(equal=not self.apart)
-        self._background.begin_round(self.clock.steps_done, int(rows[0].next_steps))
 
     def _meet(self, *, decide: bool = False, stand: bool = False, answering: bool = False) -> list[ControlRow]:
         """Exchange one control row a rank; return all of them.
@@ -433,5 +436,4 @@ class LocalUpdateRun:
         self._tell_step()
 
     def _tell_step(self) -> None:
-        for recorder in self._recorders:
-            recorder.step = self.clock.steps_done
+        self.recorder.step = self.clock.steps_done

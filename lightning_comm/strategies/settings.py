@@ -60,7 +60,6 @@ class InFlight:
         lr: Learning rate at the first step of that round.
         wait_s: Seconds until all ranks had arrived.
         transfer_s: Seconds of departing.
-        advance_at: After how many optimizer steps second messages start; ``None`` until the next round begins.
         land_at: After how many optimizer steps it is applied; ``None`` until the next round begins.
 
     """
@@ -70,5 +69,4 @@ class InFlight:
     lr: float
     wait_s: float
     transfer_s: float
-    advance_at: int | None = None
     land_at: int | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_comm.transport.averaging import IN_FLIGHT
 from lightning_comm.transport.compression.base import Codec, Compression, Context, Layout, Slot
 from lightning_comm.transport.compression.conversations import Talk
+from lightning_comm.transport.errand import Errand
 from lightning_comm.transport.flat import Drift, Flat, drift_of, sample
 from lightning_comm.transport.recording import Recorder
 
@@ -46,11 +47,12 @@ class DifferenceAverager:
 
     def __init__(self, recorder: Recorder, compression: Compression, bucket_bytes: int) -> None:
         self._compression = compression
+        self._recorder = recorder
         self._codec = compression.codec(Context(recorder, "parameters", feedback=False))
         self._bucket_bytes = bucket_bytes
         self._reference: dict[str, Tensor] = {}
         self._flights: list[_Flight] = []
-        self._arrived = True
+        self._errand: Errand | None = None
         # for each bucket its mean and what was sent: fresh memory costs as much time as two passes over it
         self._kept_rows: dict[tuple[Slot, ...], tuple[Tensor, Tensor]] = {}
 
@@ -115,49 +117,60 @@ class DifferenceAverager:
 
     @torch.no_grad()
     def depart(self, tensors: Mapping[str, Tensor]) -> None:
-        """Start to send the differences of now, and leave the parameters as they are.
+        """Note the differences of now, and let a thread average them; the parameters stay as they are.
 
         Args:
             tensors: Parameters that have a reference, by name, in an order that is the same on all ranks.
 
         Note:
-            *Communication.* The first message of each bucket. Second ones, where a method needs what a first brought,
-            start in :meth:`advance`, or when they are waited for: at moments that are the same on all ranks.
+            *Communication.* The thread starts the first message of each bucket, then the second ones where a method has
+            any, and so on, in the order of the buckets. So nothing else may be sent on their process group.
 
             *Memory.* Two rows as large as the parameters, which are kept, and what is on its way.
 
         """
         self._codec.begin_step()
-        self._arrived = False
-        self._flights = [self._depart(bucket) for bucket in self._buckets(tensors)]
+        self._flights = [self._noted(bucket) for bucket in self._buckets(tensors)]
+        device = self._flights[0].row.device if self._flights else torch.device("cpu")
+        self._errand = Errand(self._travel, device)
 
-    def _depart(self, rows: list["_Row"]) -> "_Flight":
+    def _noted(self, rows: list["_Row"]) -> "_Flight":
         layout = _layout_of(rows)
         if layout.slots not in self._kept_rows:
             self._kept_rows[layout.slots] = (_empty(layout, rows), _empty(layout, rows))
-        mean, sent = self._kept_rows[layout.slots]
-        _differences(rows, layout, mean)  # the codec makes the mean of it, in place
-        own = sample(mean)
-        return _Flight(layout, mean, sent, own, Talk(self._codec.mean(mean, layout, sent)))
+        row, sent = self._kept_rows[layout.slots]
+        return _Flight(layout, _differences(rows, layout, row), sent, [])
 
-    def advance(self) -> None:
-        """Start the messages that need what others brought; blocks until those have arrived."""
-        for flight in self._flights:
-            if flight.talk is not None and flight.talk.more:
-                flight.talk.go_on()
+    def _travel(self) -> None:
+        """Average what has departed: move the references, and make corrections of the differences."""
+        samples = [sample(flight.row) for flight in self._flights]
+        talks = [Talk(self._codec.mean(flight.row, flight.layout, flight.sent)) for flight in self._flights]
+        while any(talk.more for talk in talks):
+            for talk in talks:
+                if talk.more:
+                    talk.go_on()
+        for flight, talk, own in zip(self._flights, talks, samples, strict=True):
+            talk.finish()
+            references = [self._reference[slot.name] for slot in flight.layout.slots]
+            torch._foreach_add_(references, flight.layout.split(flight.row))
+            flight.drifts.append(_drift(references, own, flight.row))
+            flight.row.sub_(flight.sent)
 
     def arrive(self) -> None:
         """Wait until all has arrived. Changes no parameter."""
-        for flight in self._flights:
-            if flight.talk is not None:
-                flight.talk.finish()
-        if not self._arrived:
-            self._arrived = True
+        if self._errand is not None:
+            errand, self._errand = self._errand, None
+            errand.join()
+            self._recorder.write_held()
             self._codec.end_step()
+
+    def is_quiet(self, timeout_s: float) -> bool:
+        """Wait for so long at most, and return whether nothing is on its way any more, for whatever reason."""
+        return self._errand is None or self._errand.is_over(timeout_s)
 
     @torch.no_grad()
     def land_(self, tensors: Mapping[str, Tensor]) -> Drift:
-        """Move the references by the mean of what was sent, and the parameters by that less what this rank sent.
+        """Move the parameters by the mean of what was sent less what this rank sent.
 
         Args:
             tensors: The parameters by name, among them those that departed, wherever they have moved since.
@@ -169,15 +182,12 @@ class DifferenceAverager:
         self.arrive()
         drift = Drift(0.0, 0.0)
         for flight in self._flights:
-            mean, names = flight.mean, [slot.name for slot in flight.layout.slots]
-            references = [self._reference[name] for name in names]
-            for reference, moved in zip(references, flight.layout.split(mean), strict=True):
-                reference.add_(moved)
-            drift = drift.plus(_drift(references, flight.own_sample, mean))
-            for name, correction in zip(names, flight.layout.split(mean.sub_(flight.sent)), strict=True):
-                weights = Flat.of(tensors[name])
-                weights.entries.add_(correction)
-                weights.write_back()
+            weights = [Flat.of(tensors[slot.name]) for slot in flight.layout.slots]
+            torch._foreach_add_([each.entries for each in weights], flight.layout.split(flight.row))
+            for each in weights:
+                each.write_back()
+            for part in flight.drifts:
+                drift = drift.plus(part)
         self._flights = []
         return drift
 
@@ -229,9 +239,8 @@ class DifferenceAverager:
             "in_flight": [
                 {
                     "slots": [tuple(slot) for slot in flight.layout.slots],
-                    "mean": flight.mean,
-                    "sent": flight.sent,
-                    "own_sample": flight.own_sample,
+                    "correction": flight.row,
+                    "drifts": [tuple(drift) for drift in flight.drifts],
                 }
                 for flight in self._flights
             ],
@@ -247,9 +256,9 @@ class DifferenceAverager:
         self._flights = []
         for saved in state.get("in_flight", []):
             slots = tuple(Slot(name, numel, tuple(shape)) for name, numel, shape in saved["slots"])
-            device = self._reference[slots[0].name].device
-            mean, sent, own = (saved[key].to(device, copy=True) for key in ("mean", "sent", "own_sample"))
-            self._flights.append(_Flight(Layout(slots), mean, sent, own, None))
+            row = saved["correction"].to(self._reference[slots[0].name].device, copy=True)
+            drifts = [Drift(*drift) for drift in saved["drifts"]]
+            self._flights.append(_Flight(Layout(slots), row, row, drifts))  # its messages have arrived
         if state["compression"] == repr(self._compression):
             self._codec.load_state_dict(state["codec"])
 
@@ -297,13 +306,17 @@ class _Travelling(NamedTuple):
 
 
 class _Flight(NamedTuple):
-    """A bucket in the background: what becomes the mean, what was sent, and a sample of the difference.
+    """A bucket in the background.
 
-    Without a talk, its messages have arrived before a resume.
+    Args:
+        layout: What lies in it.
+        row: The difference; then, in place, the mean of what was sent, and at last the correction of the parameters.
+        sent: What this rank sent.
+        drifts: How far it was from the mean, once that is known.
+
     """
 
     layout: Layout
-    mean: Tensor
+    row: Tensor
     sent: Tensor
-    own_sample: Tensor
-    talk: Talk | None
+    drifts: list[Drift]

@@ -89,6 +89,7 @@ class Recorder:
         self.rank = dist.get_rank(group)
         self._group = group
         self._beside_compute = beside_compute
+        self._held: list[CommRecord] = []
 
     def all_reduce(self, tensor: Tensor, purpose: str, op: Any = dist.ReduceOp.SUM) -> Pending:
         """Start summing ``tensor`` over the ranks, or reducing it otherwise, in place."""
@@ -146,9 +147,17 @@ class Recorder:
     ) -> None:
         sent = wire_bytes(kind, payload_bytes, self.world_size)
         record = CommRecord(kind, purpose, payload_bytes, sent, self.step, start_s, duration_s, hidden_s)
-        self.ledger.add(record)
-        for observer in tuple(_observers):
-            observer(record)
+        self._held.append(record)
+        if threading.current_thread() is threading.main_thread():
+            self.write_held()
+
+    def write_held(self) -> None:
+        """Write down what another thread has sent; called by the main thread when that is done."""
+        held, self._held = self._held, []
+        for record in held:
+            self.ledger.add(record)
+            for observer in tuple(_observers):
+                observer(record)
 
 
 def another_group(timeout: timedelta | None) -> dist.ProcessGroup:

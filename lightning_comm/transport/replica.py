@@ -186,11 +186,6 @@ class Replica:
         self._average_others(groups, None)  # before the parameters, behind which it would wait on the network
         self._differences.depart(compressed)
 
-    def advance(self) -> None:
-        """Start what in the background needs the first messages; at the same step on all ranks."""
-        assert self._differences is not None
-        self._differences.advance()
-
     @torch.no_grad()
     def land(self) -> Drift:
         """Wait for the average in the background and move the parameters by it.
@@ -201,6 +196,10 @@ class Replica:
         """
         assert self._differences is not None
         return self._differences.land_(dict(self._module.named_parameters()))
+
+    def is_quiet(self, timeout_s: float) -> bool:
+        """Wait for so long at most, and return whether nothing is on its way in the background any more."""
+        return self._differences is None or self._differences.is_quiet(timeout_s)
 
     def _wait_for_background(self) -> None:
         """Let nothing else be on its way: on CUDA, two groups that send at once may wait for each other."""

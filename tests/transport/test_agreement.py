@@ -177,7 +177,30 @@ def test_a_store_that_is_gone_is_reported_as_the_end_of_rank_0():
     assert agreement.poll(Position(1, 0, 1.0)) is None
     del host
     with pytest.raises(PeerFailure, match="rank 0, which hosts it, has ended"):
-        agreement.poll(Position(2, 0, 1.0))
+        agreement.poll(Position(2, 0, 1.0), force=True)
+
+
+class Slow:
+    """A store behind a link on which other messages wait."""
+
+    def __init__(self, seconds):
+        self.seconds, self.looks = seconds, 0
+
+    def check(self, keys):
+        self.looks += 1
+        time.sleep(self.seconds)
+        return False
+
+
+def test_looking_into_a_store_that_answers_slowly_takes_little_of_the_time():
+    slow, quick = Slow(0.03), Slow(0.0)
+    for store in (slow, quick):
+        agreement, started = Agreement(store, 0, 2, "test", poll_interval_s=0.05), time.monotonic()
+        while time.monotonic() - started < 1.0:
+            agreement.poll(Position(1, 0, 0.1))
+            time.sleep(0.005)
+    assert slow.looks == 1
+    assert quick.looks >= 5
 
 
 @pytest.mark.parametrize(
