@@ -47,12 +47,12 @@ class Averaging:
     Note:
         *Communication.* With a compression, what it sends for each bucket of whole parameters. Buffers, weight averages
         and the state of optimizers travel in full, and so does everything at the last synchronisation of a run, in
-        evaluations and in checkpoints. With ``overlap_steps`` the parameters have a process group of their own; ranks
-        still meet at the end of a round for a few numbers, and buffers and weight averages are sent there in the open.
+        evaluations and in checkpoints. With ``overlap_steps`` the parameters are sent by a thread, on a process group of
+        their own; ranks still meet at the end of a round for a few numbers, and buffers and weight averages are sent there in the open.
 
         *Memory.* With a compression, a copy of the parameters (in fp32 if they are narrower), and twelve buckets while
-        they travel; a bucket holds whole parameters, so at least the largest of them. With ``overlap_steps`` the copy,
-        and while an average travels two more and what is sent.
+        they travel; a bucket holds whole parameters, so at least the largest of them. With ``overlap_steps``
+        three copies, and what is sent while it travels.
 
         *Staleness.* With ``overlap_steps=k`` the first k steps of a round know nothing of what the others did in the
         last one.

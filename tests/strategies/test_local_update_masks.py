@@ -123,3 +123,41 @@ def test_a_schedule_prunes_where_rounds_begin():
     assert sorted(one) == one
     changes = [step + 1 for step in range(1, STEPS) if one[step] != one[step - 1]]
     assert changes == [8, 12]  # due before steps 5, 8 and 11: when ranks have met
+
+
+class Watching(Regression):
+    """Counts zeros in each forward, and in the moving average after each step."""
+
+    def __init__(self):
+        super().__init__(optimizer=momentum)
+        self.zeros = []
+
+    def training_step(self, batch, batch_idx):
+        self.zeros.append(pruned(weights(self)))
+        return super().training_step(batch, batch_idx)
+
+
+class ZerosOfAverage(Callback):
+    def __init__(self, ema):
+        self.ema, self.zeros = ema, []
+
+    def on_train_batch_start(self, *_):
+        self.zeros.append(pruned(weights(self.ema._average_model.module)))
+
+
+def _zeros(rank, period, overlap, steps):
+    ema = EMAWeightAveraging(decay=0.8)
+    watch, module = ZerosOfAverage(ema), Watching()
+    later = SparseMask(PRUNING, schedule=PruningSchedule(3, 11, 3))
+    strategy = local_update(FixedPeriod(period), averaging=Averaging(1e-4, later, overlap))
+    trainer(strategy, 2, callbacks=[ema, watch], max_steps=steps).fit(module, loader(STEPS, rank))
+    return module.zeros, watch.zeros, pruned(weights(module))
+
+
+@pytest.mark.parametrize(("period", "overlap", "steps"), [(1, 1, 14), (1, 2, 14), (4, 2, 13), (4, 3, 14), (4, 0, 13)])
+def test_an_average_of_before_a_pruning_brings_no_weight_back(period, overlap, steps):
+    count = sum(int((~mask).sum()) for mask in PRUNING.masks(network()).values())
+    for zeros, averaged, final in launch(_zeros, period, overlap, steps, world_size=2):
+        assert sorted(zeros) == zeros  # ever more, in the forward too
+        assert sorted(averaged) == averaged
+        assert zeros[-1] == final == count
