@@ -47,8 +47,9 @@ class Averaging:
     Note:
         *Communication.* With a compression, what it sends for each bucket of whole parameters. Buffers, weight averages
         and the state of optimizers travel in full, and so does everything at the last synchronisation of a run, in
-        evaluations and in checkpoints. With ``overlap_steps`` the parameters are sent by a thread, on a process group of
-        their own; ranks still meet at the end of a round for a few numbers, and buffers and weight averages are sent there in the open.
+        evaluations and in checkpoints. With ``overlap_steps`` a thread sends the parameters, on a process group of its
+        own; ranks still meet at the end of a round for a few numbers, and buffers and weight averages are sent there,
+        in the open.
 
         *Memory.* With a compression, a copy of the parameters (in fp32 if they are narrower), and twelve buckets while
         they travel; a bucket holds whole parameters, so at least the largest of them. With ``overlap_steps``
