@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_comm.strategies import mask_files
 from lightning_comm.strategies.lightning_internals import close_finished_epoch
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
 from lightning_comm.transport.random_state import random_state
@@ -38,11 +39,13 @@ class Resume:
     Args:
         shared: The strategy's entry of the main file, or ``None`` if another strategy wrote it.
         own: This rank's file, or ``None`` if it cannot be used; the same on all ranks.
+        masks: Those in the main file, whichever of our strategies wrote it, or ``None`` without any.
 
     """
 
     shared: dict[str, Any] | None
     own: dict[str, Any] | None
+    masks: dict[str, Any] | None = None
 
 
 def folder(filepath: _PATH) -> str:
@@ -71,6 +74,7 @@ def shared_state(run: LocalUpdateRun, token: str, *, complete: bool, averaged: b
         "world_size": run.recorder.world_size,
         "complete": complete,
         "averaged": averaged,
+        "masks": mask_files.mask_state(run.replica.codec, run.settings.averaging.method),
         "run": run.state_dict(),
     }
 
@@ -119,15 +123,15 @@ def load(
     weights_only: bool | None,
 ) -> Resume:
     """Put this rank's own state into a checkpoint that was read, if all ranks have theirs; every rank calls this."""
-    shared = checkpoint.get(KEY)
+    shared, masks = checkpoint.get(KEY), mask_files.masks_in(checkpoint)
     own, problem = _read(strategy, filepath, shared, weights_only)
     problem = first_problem(strategy, recorder, problem)
     if problem is not None or own is None:
-        _warn_new_round(filepath, str(problem), averaged=shared is None or shared["averaged"])
-        return Resume(shared, None)
+        _warn_new_round(filepath, str(problem), averaged=shared is None or shared["averaged"], masks=masks)
+        return Resume(shared, None, masks)
     checkpoint.update(own["checkpoint"])
     close_finished_epoch(checkpoint["loops"])
-    return Resume(shared, own)
+    return Resume(shared, own, masks)
 
 
 def saved_alpha(resume: Resume | None) -> float | None:
@@ -198,9 +202,10 @@ def _unusable(shared: dict[str, Any] | None, world_size: int) -> str | None:
     return None
 
 
-def _warn_new_round(filepath: _PATH, reason: str, averaged: bool) -> None:
+def _warn_new_round(filepath: _PATH, reason: str, averaged: bool, masks: dict[str, Any] | None) -> None:
     """Say that a run goes on from the averaged state, not from where each rank was."""
     weights = "averaged weights" if averaged else "the weights of the rank that wrote it"
+    weights += ", the masks" if masks is not None else ""
     rank_zero_warn(
         f"LocalUpdateStrategy: `ckpt_path`={str(filepath)!r} cannot bring every rank back to where it was: {reason}. "
         f"Training goes on with a new round from the {weights} and the optimizer state in the file. For an exact "
