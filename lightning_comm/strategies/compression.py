@@ -55,6 +55,7 @@ class CompressedDDPStrategy(DDPStrategy):
         find_unused_parameters: As in DDP.
         gradient_as_bucket_view: As in DDP.
         static_graph: As in DDP; not together with gradient accumulation, where torch 2.15 fails.
+        ddp_comm_hook: Refused: a bucket has one hook, and ``compression`` takes its place.
         accelerator: As in Lightning's ``DDPStrategy``, like the arguments that follow.
         parallel_devices: As there.
         cluster_environment: As there.
@@ -96,6 +97,7 @@ class CompressedDDPStrategy(DDPStrategy):
         find_unused_parameters: bool = False,
         gradient_as_bucket_view: bool = False,
         static_graph: bool = False,
+        ddp_comm_hook: Any = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -105,6 +107,12 @@ class CompressedDDPStrategy(DDPStrategy):
         timeout: timedelta = timedelta(minutes=30),
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
+        if ddp_comm_hook is not None:
+            raise ValueError(
+                f"{_WHERE}: `ddp_comm_hook` cannot be used, since a bucket of gradients has one hook and `compression` "
+                f"takes its place; got {ddp_comm_hook!r}. Say what to send by `compression`, such as 'bf16' or "
+                "'powersgd', or use Lightning's DDPStrategy with your hook."
+            )
         self.compression = compression_of(compression, _WHERE)
         self._seed = seed
         super().__init__(
