@@ -358,7 +358,9 @@ class LocalUpdateStrategy(DDPStrategy):
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._run is not None:
             return checkpoint  # not for `fit`, or a tuner within it puts back what it has changed
-        self._resume = rank_files.load(self, Recorder(self._ledger), checkpoint, checkpoint_path, weights_only)
+        self._resume = rank_files.load(
+            self, Recorder(self._ledger), checkpoint, checkpoint_path, weights_only, self.settings.averaging.method
+        )
         return checkpoint
 
     @override

@@ -28,11 +28,16 @@ def masks_in(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+def fits(saved: dict[str, Any] | None, settings: Compression | None) -> bool:
+    """Return whether a run goes on with the masks of a checkpoint: if the same setting chooses them."""
+    return saved is not None and isinstance(settings, SparseMask) and saved["pruning"] == repr(settings.pruning)
+
+
 def take_up(codec: Codec | None, settings: Compression | None, saved: dict[str, Any] | None) -> bool:
     """Go on with the masks of a checkpoint if they were chosen by the same setting; return whether they were."""
     if saved is None or not isinstance(codec, SparseMaskCodec) or not isinstance(settings, SparseMask):
         return False
-    if saved["pruning"] != repr(settings.pruning):
+    if not fits(saved, settings):
         return False
     measured = settings.dense_above == "auto" and saved["reckoned"] == _reckoned(settings)
     codec.load_mask_state(saved if measured else {**saved, "dense_above": codec.dense_above})
@@ -52,7 +57,7 @@ def warn_of_dense(where: str, filepath: _PATH | None, saved: dict[str, Any] | No
 
 def warn_of_other_masks(where: str, filepath: _PATH | None, saved: dict[str, Any] | None, settings: object) -> None:
     """Say that masks are chosen anew, where another setting chooses them now."""
-    if saved is None or not isinstance(settings, SparseMask) or saved["pruning"] == repr(settings.pruning):
+    if saved is None or not isinstance(settings, SparseMask) or fits(saved, settings):
         return
     rank_zero_warn(
         f"{where}: {_named(filepath)} has the masks of {saved['pruning']}, and `pruning` is {settings.pruning!r} now, "

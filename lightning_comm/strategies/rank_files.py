@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_comm.strategies import mask_files
 from lightning_comm.strategies.lightning_internals import close_finished_epoch
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
+from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.random_state import random_state
 from lightning_comm.transport.recording import Recorder
 
@@ -121,13 +122,26 @@ def load(
     checkpoint: dict[str, Any],
     filepath: _PATH,
     weights_only: bool | None,
+    method: Compression | None = None,
 ) -> Resume:
-    """Put this rank's own state into a checkpoint that was read, if all ranks have theirs; every rank calls this."""
+    """Put this rank's own state into a checkpoint that was read, if all ranks have theirs; every rank calls this.
+
+    Args:
+        strategy: The strategy.
+        recorder: Sends and records.
+        checkpoint: What was read from the main file.
+        filepath: Of the main file.
+        weights_only: As Lightning has it.
+        method: The compression of the run, for the message: whether masks are kept.
+
+    """
     shared, masks = checkpoint.get(KEY), mask_files.masks_in(checkpoint)
     own, problem = _read(strategy, filepath, shared, weights_only)
     problem = first_problem(strategy, recorder, problem)
     if problem is not None or own is None:
-        _warn_new_round(filepath, str(problem), averaged=shared is None or shared["averaged"], masks=masks)
+        _warn_new_round(
+            filepath, str(problem), averaged=shared is None or shared["averaged"], masks=mask_files.fits(masks, method)
+        )
         return Resume(shared, None, masks)
     checkpoint.update(own["checkpoint"])
     close_finished_epoch(checkpoint["loops"])
@@ -202,10 +216,10 @@ def _unusable(shared: dict[str, Any] | None, world_size: int) -> str | None:
     return None
 
 
-def _warn_new_round(filepath: _PATH, reason: str, averaged: bool, masks: dict[str, Any] | None) -> None:
+def _warn_new_round(filepath: _PATH, reason: str, averaged: bool, masks: bool) -> None:
     """Say that a run goes on from the averaged state, not from where each rank was."""
     weights = "averaged weights" if averaged else "the weights of the rank that wrote it"
-    weights += ", the masks" if masks is not None else ""
+    weights += ", the masks" if masks else ""
     rank_zero_warn(
         f"LocalUpdateStrategy: `ckpt_path`={str(filepath)!r} cannot bring every rank back to where it was: {reason}. "
         f"Training goes on with a new round from the {weights} and the optimizer state in the file. For an exact "
