@@ -1,13 +1,11 @@
 """DDP whose gradients travel compressed: a thin shell around torch's hook and a codec."""
 
-import secrets
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
@@ -22,7 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.strategies import rank_files
+from lightning_comm.strategies import compression_files, rank_files
 from lightning_comm.strategies.checks import check_replica
 from lightning_comm.strategies.sparse_mask import PrunedWeights, check_optimizers
 from lightning_comm.transport.compression.base import Compression, Context
@@ -33,8 +31,6 @@ from lightning_comm.transport.compression.words import compression_of
 from lightning_comm.transport.gradient_sync import GradientSync
 from lightning_comm.transport.recording import Recorder, leave_group_at_exit
 
-KEY = "lightning_comm.compression"
-VERSION = 1
 _WHERE = "CompressedDDPStrategy"
 
 
@@ -59,6 +55,7 @@ class CompressedDDPStrategy(DDPStrategy):
         find_unused_parameters: As in DDP.
         gradient_as_bucket_view: As in DDP.
         static_graph: As in DDP; not together with gradient accumulation, where torch 2.15 fails.
+        ddp_comm_hook: Refused: a bucket has one hook, and ``compression`` takes its place.
         accelerator: As in Lightning's ``DDPStrategy``, like the arguments that follow.
         parallel_devices: As there.
         cluster_environment: As there.
@@ -100,6 +97,7 @@ class CompressedDDPStrategy(DDPStrategy):
         find_unused_parameters: bool = False,
         gradient_as_bucket_view: bool = False,
         static_graph: bool = False,
+        ddp_comm_hook: Any = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -109,6 +107,12 @@ class CompressedDDPStrategy(DDPStrategy):
         timeout: timedelta = timedelta(minutes=30),
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
+        if ddp_comm_hook is not None:
+            raise ValueError(
+                f"{_WHERE}: `ddp_comm_hook` cannot be used, since a bucket of gradients has one hook and `compression` "
+                f"takes its place; got {ddp_comm_hook!r}. Say what to send by `compression`, such as 'bf16' or "
+                "'powersgd', or use Lightning's DDPStrategy with your hook."
+            )
         self.compression = compression_of(compression, _WHERE)
         self._seed = seed
         super().__init__(
@@ -280,20 +284,9 @@ class CompressedDDPStrategy(DDPStrategy):
         sync, trainer = self._sync, self._trainer
         fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         if sync is not None and trainer is not None and fitting and "optimizer_states" in checkpoint:
-            local = sync.codec.is_local and not trainer.interrupted  # a rank that failed writes nothing
-            token = ""
-            if local:
-                filepath, token = self.broadcast((str(filepath), secrets.token_hex(8)))
-                own = {"version": VERSION, "token": token, "sync": sync.state_dict()}
-                self.checkpoint_io.save_checkpoint(own, rank_files.rank_path(filepath, self.global_rank))
-                self.barrier()  # so that the file that everybody looks for appears after the folder beside it
-            checkpoint[KEY] = {
-                "version": VERSION,
-                "token": token,
-                "world_size": self.world_size,
-                "compression": repr(self.compression),
-                "sync": None if sync.codec.is_local else sync.state_dict(),
-            }
+            filepath = compression_files.write(
+                self, sync, self.compression, checkpoint, filepath, interrupted=trainer.interrupted
+            )
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
@@ -301,55 +294,12 @@ class CompressedDDPStrategy(DDPStrategy):
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            state = self._state_of(checkpoint.get(KEY), checkpoint_path, weights_only)
+            state = compression_files.load(self, self.compression, checkpoint, checkpoint_path, weights_only)
             if self._sync is None:
                 self._resume = state  # taken up at set-up
             elif state is not None:
                 self._sync.load_state_dict(state)  # a tuner within `fit` puts back what its trial run has changed
         return checkpoint
-
-    def _state_of(
-        self, shared: dict[str, Any] | None, filepath: _PATH, weights_only: bool | None
-    ) -> dict[str, Any] | None:
-        """Return what this rank goes on from, or ``None``, on all ranks alike, if a method starts afresh."""
-        if shared is not None and shared["compression"] == repr(self.compression) and shared["sync"] is not None:
-            return dict(shared["sync"])
-        if not self.compression.keeps_state:
-            return None
-        own, problem = self._own_state(shared, filepath, weights_only)
-        recorder = Recorder(CommLedger())
-        problem = rank_files.first_problem(self, recorder, problem)
-        if problem is None:
-            return own
-        rank_zero_warn(
-            f"{_WHERE}: `ckpt_path`={str(filepath)!r} cannot bring back what {self.compression!r} had kept on each "
-            f"rank: {problem}. Training goes on from the weights and optimizer state in the file, with nothing kept. "
-            "For an exact continuation resume with the same compression and number of ranks, and keep the folder "
-            f"{rank_files.folder(filepath)!r} with the file."
-        )
-        return None
-
-    def _own_state(
-        self, shared: dict[str, Any] | None, filepath: _PATH, weights_only: bool | None
-    ) -> tuple[dict[str, Any] | None, str | None]:
-        if shared is None:
-            return None, "another strategy wrote it"
-        if shared["version"] != VERSION:
-            return None, f"its format is {shared['version']!r}, and this version reads {VERSION}"
-        if shared["compression"] != repr(self.compression):
-            return None, f"it was written under {shared['compression']}"
-        if shared["world_size"] != self.world_size:
-            return None, f"it was written by {shared['world_size']} ranks, and there are {self.world_size} now"
-        path = rank_files.rank_path(filepath, self.global_rank)
-        if not get_filesystem(path).exists(path):
-            return None, f"{path} is missing"
-        try:
-            own = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-        except Exception as error:  # a file that is damaged on one rank: the others wait for word of it
-            return None, f"{path} cannot be read ({type(error).__name__}: {error})"
-        if own["token"] != shared["token"]:
-            return None, f"{path} belongs to another save"
-        return own["sync"], None
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:

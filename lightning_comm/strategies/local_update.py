@@ -243,8 +243,9 @@ class LocalUpdateStrategy(DDPStrategy):
         run.gradient_steps = checks.gradient_steps(run.settings, total)
         checks.warn_at_start(trainer, run.settings, total, self.world_size)
         run.replica.begin_round()
-        own, shared = (self._resume.own, self._resume.shared) if self._resume else (None, None)
-        run.take_up(shared, own)
+        resume = self._resume or rank_files.Resume(None, None)
+        own = resume.own
+        run.take_up(resume.shared, own, resume.masks)
         if run.pruned is not None:
             run.pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored
         if self.settings.starts_with_gradients and not run.in_gradient_phase:
@@ -357,7 +358,9 @@ class LocalUpdateStrategy(DDPStrategy):
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._run is not None:
             return checkpoint  # not for `fit`, or a tuner within it puts back what it has changed
-        self._resume = rank_files.load(self, Recorder(self._ledger), checkpoint, checkpoint_path, weights_only)
+        self._resume = rank_files.load(
+            self, Recorder(self._ledger), checkpoint, checkpoint_path, weights_only, self.settings.averaging.method
+        )
         return checkpoint
 
     @override

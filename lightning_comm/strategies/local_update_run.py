@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_comm.core.local_update import PeriodRule, RoundClock
-from lightning_comm.strategies import control
+from lightning_comm.strategies import control, mask_files
 from lightning_comm.strategies.background import BackgroundAverage
 from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.lightning_internals import weight_average_of
@@ -154,8 +154,25 @@ class LocalUpdateRun:
         self.clock.rule, self.clock.total_steps = rule, total_steps
         self.active = True
 
-    def take_up(self, shared: dict[str, Any] | None, own: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint: exactly with this rank's file, else with a new round, else from the step count."""
+    def take_up(
+        self, shared: dict[str, Any] | None, own: dict[str, Any] | None, masks: dict[str, Any] | None = None
+    ) -> None:
+        """Go on from a checkpoint: exactly with this rank's file, else with a new round, else from the step count.
+
+        Args:
+            shared: The strategy's entry of the main file.
+            own: This rank's file.
+            masks: Those in the main file, for where this rank's file has none that are of use.
+
+        """
+        self._take_up_rounds(shared, own)
+        codec, method = self.replica.codec, self.settings.averaging.method
+        if not isinstance(codec, SparseMaskCodec) or not codec.masks:
+            mask_files.take_up(codec, method, masks)
+            mask_files.warn_of_other_masks("LocalUpdateStrategy", None, masks, method)
+            mask_files.warn_of_dense("LocalUpdateStrategy", None, masks, method)
+
+    def _take_up_rounds(self, shared: dict[str, Any] | None, own: dict[str, Any] | None) -> None:
         if own is not None:
             saved = own["run"]
             # gradients are averaged again where ranks ran apart before, and that needs equal weights and momenta

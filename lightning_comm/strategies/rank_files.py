@@ -18,8 +18,10 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_comm.strategies import mask_files
 from lightning_comm.strategies.lightning_internals import close_finished_epoch
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
+from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.random_state import random_state
 from lightning_comm.transport.recording import Recorder
 
@@ -38,11 +40,13 @@ class Resume:
     Args:
         shared: The strategy's entry of the main file, or ``None`` if another strategy wrote it.
         own: This rank's file, or ``None`` if it cannot be used; the same on all ranks.
+        masks: Those in the main file, whichever of our strategies wrote it, or ``None`` without any.
 
     """
 
     shared: dict[str, Any] | None
     own: dict[str, Any] | None
+    masks: dict[str, Any] | None = None
 
 
 def folder(filepath: _PATH) -> str:
@@ -71,6 +75,7 @@ def shared_state(run: LocalUpdateRun, token: str, *, complete: bool, averaged: b
         "world_size": run.recorder.world_size,
         "complete": complete,
         "averaged": averaged,
+        "masks": mask_files.mask_state(run.replica.codec, run.settings.averaging.method),
         "run": run.state_dict(),
     }
 
@@ -117,17 +122,30 @@ def load(
     checkpoint: dict[str, Any],
     filepath: _PATH,
     weights_only: bool | None,
+    method: Compression | None = None,
 ) -> Resume:
-    """Put this rank's own state into a checkpoint that was read, if all ranks have theirs; every rank calls this."""
-    shared = checkpoint.get(KEY)
+    """Put this rank's own state into a checkpoint that was read, if all ranks have theirs; every rank calls this.
+
+    Args:
+        strategy: The strategy.
+        recorder: Sends and records.
+        checkpoint: What was read from the main file.
+        filepath: Of the main file.
+        weights_only: As Lightning has it.
+        method: The compression of the run, for the message: whether masks are kept.
+
+    """
+    shared, masks = checkpoint.get(KEY), mask_files.masks_in(checkpoint)
     own, problem = _read(strategy, filepath, shared, weights_only)
     problem = first_problem(strategy, recorder, problem)
     if problem is not None or own is None:
-        _warn_new_round(filepath, str(problem), averaged=shared is None or shared["averaged"])
-        return Resume(shared, None)
+        _warn_new_round(
+            filepath, str(problem), averaged=shared is None or shared["averaged"], masks=mask_files.fits(masks, method)
+        )
+        return Resume(shared, None, masks)
     checkpoint.update(own["checkpoint"])
     close_finished_epoch(checkpoint["loops"])
-    return Resume(shared, own)
+    return Resume(shared, own, masks)
 
 
 def saved_alpha(resume: Resume | None) -> float | None:
@@ -198,9 +216,10 @@ def _unusable(shared: dict[str, Any] | None, world_size: int) -> str | None:
     return None
 
 
-def _warn_new_round(filepath: _PATH, reason: str, averaged: bool) -> None:
+def _warn_new_round(filepath: _PATH, reason: str, averaged: bool, masks: bool) -> None:
     """Say that a run goes on from the averaged state, not from where each rank was."""
     weights = "averaged weights" if averaged else "the weights of the rank that wrote it"
+    weights += ", the masks" if masks else ""
     rank_zero_warn(
         f"LocalUpdateStrategy: `ckpt_path`={str(filepath)!r} cannot bring every rank back to where it was: {reason}. "
         f"Training goes on with a new round from the {weights} and the optimizer state in the file. For an exact "

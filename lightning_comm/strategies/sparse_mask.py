@@ -92,8 +92,10 @@ class PrunedWeights:
                     f"step {step} they are read anew, and this step's gradients travel in full. Later times are "
                     "counted in `strategy.dense_steps` without a word."
                 )
-        due = self._settings.schedule.last_due(step)
-        if due is not None and due != self._codec.pruned_at:
+        due, pruned_at = self._settings.schedule.last_due(step), self._codec.pruned_at
+        # what cannot be had bit by bit is chosen once, also where a run is resumed under another schedule
+        chosen = pruned_at is not None and not hasattr(self._settings.pruning, "sparsity")
+        if due is not None and due != pruned_at and not chosen:
             self._recorder.step = step
             self._install(self._choose(step))
             self._codec.pruned_at = due

@@ -295,6 +295,10 @@ def test_a_second_hook_is_refused_by_torch_before_training():
     [
         (lambda: CompressedDDPStrategy("bf61"), ("CompressedDDPStrategy", "'bf61'", "'bf16'")),
         (lambda: CompressedDDPStrategy(Cast("bf16"), bucket_cap_mb=0), ("`bucket_cap_mb`", "got 0", "default")),
+        (
+            lambda: CompressedDDPStrategy("bf16", ddp_comm_hook=default_hooks.bf16_compress_hook),
+            ("`ddp_comm_hook`", "bf16_compress_hook", "one hook", "`compression`", "DDPStrategy"),
+        ),
     ],
 )
 def test_bad_arguments_are_named_with_a_way_out(make, parts):

@@ -18,6 +18,7 @@ from lightning_comm.transport.pruning import (
     checked_masks,
     erk_shares,
     fingerprint,
+    keep_largest,
     pack_bits,
     unpack_bits,
 )
@@ -188,6 +189,53 @@ def linear_masks(**masks):
     return checked_masks(masks, nn.Linear(4, 3), "Here")
 
 
+THIRDS = torch.arange(12).view(3, 4) % 3 > 0
+
+
+def inverted(kept=THIRDS):
+    net = nn.Linear(4, 3)
+    with torch.no_grad():
+        net.weight.fill_(1.0).mul_(kept)
+    return checked_masks({"weight": net.weight == 0}, net, "Here")
+
+
+def tied_masks():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    return checked_masks({"1.weight": torch.eye(4).bool()}, net, "Here")
+
+
+def test_a_mask_of_a_parameter_that_is_all_zero_is_no_inverted_one():
+    assert bool(inverted(torch.zeros(3, 4))["weight"].all())
+
+
+def test_a_file_that_is_damaged_is_named(tmp_path):
+    path = str(tmp_path / "masks.pt")
+    for content in (b"no masks", b"", b"PK\x03\x04junk"):
+        (tmp_path / "masks.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"MaskFile: `path`=.*cannot be read .*torch\.save") as caught:
+            MaskFile(path).masks(model())
+        assert repr(path) in str(caught.value)
+
+
+def test_every_scope_keeps_its_share_of_any_shapes_also_where_next_to_nothing_is_pruned():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        count = int(torch.randint(1, 5, (), generator=generator))
+        scores = {}
+        for name in "abcd"[:count]:
+            dims = int(torch.randint(2, 5, (), generator=generator))
+            shape = torch.randint(1, 10, (dims,), generator=generator).tolist()
+            scores[name] = torch.randn(shape, generator=generator)
+        total = sum(score.numel() for score in scores.values())
+        for sparsity in (0.0, 1e-16, 1e-9, 1e-3, 0.1, 0.5, 0.999):
+            for scope in ("global", "layer", "erk"):
+                kept = [int(mask.sum()) for mask in keep_largest(scores, sparsity, scope).values()]
+                assert min(kept) >= 1
+                assert abs(sum(kept) - (1 - sparsity) * total) <= len(kept)  # each share is rounded, and 1 at least
+                assert sparsity > 1e-6 or sum(kept) == total
+
+
 class Frozen(nn.Module):
     def __init__(self):
         super().__init__()
@@ -199,9 +247,14 @@ class Frozen(nn.Module):
     ("make", "parts"),
     [
         (lambda: MagnitudePruning(80), ("`sparsity`", "got 80", "write 0.8")),
+        (lambda: MagnitudePruning(100), ("`sparsity`", "< 1", "got 100", "one weight in five")),
         (lambda: MagnitudePruning(1.0), ("`sparsity`", "got 1.0", "one weight in five")),
         (lambda: MagnitudePruning(-0.1), ("`sparsity`", "got -0.1", "one weight in five")),
         (lambda: MagnitudePruning(scope="all"), ("`scope`", "'all'", "'erk'")),
+        (lambda: MagnitudePruning(skip="head"), ("MagnitudePruning", "`skip`", "got 'head'", "['head']")),
+        (lambda: MagnitudePruning(skip=None), ("`skip`", "got None", "Leave it out")),
+        (lambda: GraSPPruning(skip="head"), ("GraSPPruning", "`skip`", "got 'head'", "['head']")),
+        (lambda: GraSPPruning(skip=[3]), ("`skip`", "got [3]", "Leave it out")),
         (lambda: MagnitudePruning(skip=("3.wieght",)).masks(model()), ("`skip`", "'3.wieght'", "mean '3.weight'?")),
         (lambda: MagnitudePruning(skip=("*",)).masks(model()), ("no parameter is left to prune",)),
         (lambda: MaskFile("/nowhere").masks(model()), ("MaskFile", "`path`", "'/nowhere'")),
@@ -210,6 +263,8 @@ class Frozen(nn.Module):
         (lambda: linear_masks(weight=torch.ones(3, 4)), ("'weight'", "torch.float32", "`mask != 0`")),
         (lambda: linear_masks(weight=torch.ones(4, 3).bool()), ("(3, 4)", "got (4, 3)", "another architecture")),
         (lambda: linear_masks(weight=torch.zeros(3, 4).bool()), ("'weight'", "keeps nothing", "`~mask`")),
+        (lambda: inverted(), ("Here", "'weight'", "4 weights that are zero", "8 others", "`~mask`")),
+        (lambda: tied_masks(), ("Here", "'1.weight'", "second name", "'0.weight'")),
         (
             lambda: checked_masks({"one.weight": torch.ones(3, 4).bool()}, Frozen(), "Here"),
             ("'one.weight'", "frozen", "Drop its mask"),

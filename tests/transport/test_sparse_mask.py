@@ -223,6 +223,7 @@ def test_a_list_is_a_mask_and_what_is_done_with_the_rest():
     assert compression_of([SparseMask(), Cast("bf16")], "here") == SparseMask(then=Cast("bf16"))
     assert compression_of(["sparse_mask", "ternary"], "here") == SparseMask(then=Ternary())
     assert compression_of(["bf16"], "here") == Cast("bf16")
+    assert SparseMask(then="bf16") == SparseMask(then=Cast("bf16"))
 
 
 @pytest.mark.parametrize(
@@ -236,6 +237,9 @@ def test_a_list_is_a_mask_and_what_is_done_with_the_rest():
         (lambda: compression_of([], "Here"), ("Here", "got []")),
         (lambda: SparseMask(then=PowerSGD()), ("`then`", "PowerSGD(rank=2)", "whole matrices")),
         (lambda: SparseMask(then=NoSync()), ("`then`", "NoSync()", "Cast")),
+        (lambda: SparseMask(then="bf61"), ("SparseMask", "`then`", "'bf61'", "Did you mean 'bf16'?")),
+        (lambda: SparseMask(then="powersgd"), ("`then`", "PowerSGD(rank=2)", "whole matrices")),
+        (lambda: SparseMask(then=8), ("`then`", "got 8", "Cast('bf16')")),
         (lambda: SparseMask(pruning=0.8), ("`pruning`", "got 0.8", "MagnitudePruning(sparsity=0.8)")),
         (lambda: SparseMask(dense_above=90), ("`dense_above`", "got 90")),
         (lambda: SparseMask(dense_above="aut"), ("`dense_above`", "or 'auto'", "got 'aut'")),

@@ -27,7 +27,8 @@ class SparseMask(Compression):
     Args:
         pruning: Which weights are pruned.
         then: What is done with the entries that are left: :class:`Cast`, :class:`Int8`, :class:`Ternary` or
-            :class:`TopK`; in full if left out. ``[SparseMask(…), Cast("bf16")]`` is another way to write it.
+            :class:`TopK`, or its word; in full if left out. ``[SparseMask(…), Cast("bf16")]`` is another way to write
+            it.
         dense_above: Buckets of which a larger share is kept are sent in full, since gathering costs more than it saves.
             ``"auto"``: the share at which that is so on the link of ``link``, where packing takes as long as it does on
             rank 0 when training starts. A checkpoint keeps it.
@@ -56,7 +57,7 @@ class SparseMask(Compression):
     """
 
     pruning: Pruning = field(default_factory=MagnitudePruning)
-    then: Compression | None = None
+    then: Compression | str | None = None
     dense_above: float | Literal["auto"] = 0.9
     schedule: PruningSchedule = field(default_factory=PruningSchedule)
     link: str | None = None
@@ -66,6 +67,15 @@ class SparseMask(Compression):
             raise ValueError(
                 f"SparseMask: `pruning` must say where masks come from; got {self.pruning!r}. Give "
                 "MagnitudePruning(sparsity=0.8), ModulePruning(), MaskFile(path) or MaskFunction(function)."
+            )
+        if isinstance(self.then, str):
+            from lightning_comm.transport.compression.words import compression_of  # it knows this class
+
+            object.__setattr__(self, "then", compression_of(self.then, "SparseMask", "then"))
+        if self.then is not None and not isinstance(self.then, Compression):
+            raise ValueError(
+                f"SparseMask: `then` must be a compression or its word; got {self.then!r}. Give Cast('bf16') or "
+                "'bf16', or leave it out to send kept entries in full."
             )
         if isinstance(self.then, SparseMask) or type(self.then).__name__ in ("PowerSGD", "NoSync"):
             raise ValueError(
@@ -113,10 +123,15 @@ class SparseMask(Compression):
     @override
     def exact(self) -> bool:
         """Whether kept entries become the mean of the ranks', but for rounding of the sums; others are zero."""
-        return self.then is None or self.then.exact
+        return self._sender.exact
+
+    @property
+    def _sender(self) -> Compression:
+        """What sends the entries that are left."""
+        return self.then if isinstance(self.then, Compression) else Full()
 
     @override
     def codec(self, context: Context) -> "SparseMaskCodec":
         return SparseMaskCodec(
-            context, (self.then or Full()).codec(context), None if self.dense_above == "auto" else self.dense_above
+            context, self._sender.codec(context), None if self.dense_above == "auto" else self.dense_above
         )

@@ -163,17 +163,34 @@ class SparseMaskCodec(Codec):
     def rescale(self, factor: float) -> None:
         self._inner.rescale(factor)
 
+    def mask_state(self) -> dict[str, Any]:
+        """Return the masks and what belongs to them, which is the same on all ranks."""
+        return {
+            "masks": {
+                name: (tuple(mask.shape), pack_bits(mask.reshape(-1)).cpu()) for name, mask in self.masks.items()
+            },
+            "pruned_at": self.pruned_at,
+            "dense_above": self.dense_above,
+        }
+
+    def load_mask_state(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`mask_state` returned."""
+        self.masks = {
+            name: unpack_bits(bits, torch.Size(shape).numel()).view(shape)
+            for name, (shape, bits) in state["masks"].items()
+        }
+        self.pruned_at = state["pruned_at"]
+        self.dense_above = state["dense_above"]
+        self._rows, self._plans = {}, {}  # whoever goes on installs the masks
+
     @override
     def state_dict(self) -> dict[str, Any]:
-        masks = {name: (tuple(mask.shape), pack_bits(mask.reshape(-1)).cpu()) for name, mask in self.masks.items()}
         dense_steps = self._dense_steps
         with suppress(RuntimeError):  # on the way out of a run whose other ranks are gone
             self._raised = self.take_flag()
         return {
             **super().state_dict(),
-            "masks": masks,
-            "pruned_at": self.pruned_at,
-            "dense_above": self.dense_above,
+            **self.mask_state(),
             "dense_steps": dense_steps,
             "raised": self._raised,
             "inner": self._inner.state_dict(),
@@ -182,14 +199,8 @@ class SparseMaskCodec(Codec):
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.masks = {
-            name: unpack_bits(bits, torch.Size(shape).numel()).view(shape)
-            for name, (shape, bits) in state["masks"].items()
-        }
-        self.pruned_at = state["pruned_at"]
-        self.dense_above = state["dense_above"]
+        self.load_mask_state(state)
         self._flags, self._raised = None, bool(state["raised"])
-        self._rows, self._plans = {}, {}  # whoever goes on installs the masks
         self._dense_steps = int(state["dense_steps"])
         self._inner.load_state_dict(state["inner"])
 

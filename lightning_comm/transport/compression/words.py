@@ -25,12 +25,15 @@ WORDS: dict[str, Callable[[], Compression]] = {
 }
 
 
-def compression_of(given: Compression | str | Sequence[Compression | str], where: str) -> Compression:
+def compression_of(
+    given: Compression | str | Sequence[Compression | str], where: str, argument: str = "compression"
+) -> Compression:
     """Return the compression that a user gave: an object, a word, or a chain of a mask and one of them.
 
     Args:
         given: What the user gave.
         where: Whose argument it is, for the message.
+        argument: Its name there.
 
     Raises:
         ValueError: If it is none of these; the message says what is near.
@@ -51,7 +54,7 @@ def compression_of(given: Compression | str | Sequence[Compression | str], where
     near = get_close_matches(given, WORDS, n=1) if isinstance(given, str) else []
     words = ", ".join(map(repr, WORDS))
     raise ValueError(
-        f"{where}: `compression` must be a compression, a list of a mask and one more, or one of {words}; got "
+        f"{where}: `{argument}` must be a compression, a list of a mask and one more, or one of {words}; got "
         f"{given!r}." + (f" Did you mean {near[0]!r}?" if near else " Give an object such as Cast('bf16').")
     )
 

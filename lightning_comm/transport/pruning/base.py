@@ -85,7 +85,7 @@ def prunable(module: nn.Module, skip: Sequence[str], where: str) -> dict[str, nn
 def check_sparsity(where: str, sparsity: object) -> None:
     """Raise unless ``sparsity`` is a share of weights that can be pruned."""
     number = isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool)
-    if number and 1 < sparsity <= 100:  # type: ignore[operator]
+    if number and 1 < sparsity < 100:  # type: ignore[operator]
         raise ValueError(
             f"{where}: `sparsity` is a share from 0 to 1; got {sparsity!r}. For {sparsity} % write {sparsity / 100:g}."  # type: ignore[operator]
         )
@@ -94,6 +94,14 @@ def check_sparsity(where: str, sparsity: object) -> None:
             f"{where}: `sparsity` is the share of weights that are pruned, so it must be >= 0 and < 1; got "
             f"{sparsity!r}. 0.8 keeps one weight in five."
         )
+
+
+def checked_skip(where: str, skip: object) -> tuple[str, ...]:
+    """Return the patterns of parameter names that are never pruned."""
+    if isinstance(skip, str) or not isinstance(skip, Sequence) or not all(isinstance(each, str) for each in skip):
+        way_out = f"Write [{skip!r}]." if isinstance(skip, str) else "Leave it out, or write [], to skip none."
+        raise ValueError(f"{where}: `skip` must be a list of parameter names; got {skip!r}. {way_out}")
+    return tuple(skip)
 
 
 def checked_masks(masks: object, module: nn.Module, where: str) -> Masks:
@@ -113,6 +121,12 @@ def checked_masks(masks: object, module: nn.Module, where: str) -> Masks:
     }
     for name, mask in masks.items():
         if name not in parameters:
+            first = _first_name(module, str(name))
+            if first is not None:
+                raise ValueError(
+                    f"{where}: there is a mask for {name!r}, which is a second name of the tied weight {first!r}. Give "
+                    f"the mask under its first name, {first!r}."
+                )
             near = get_close_matches(str(name), parameters, n=1)
             raise ValueError(
                 f"{where}: there is a mask for {name!r}, which is no parameter of the model."
@@ -138,7 +152,25 @@ def checked_masks(masks: object, module: nn.Module, where: str) -> Masks:
                 "embedding with sparse=False."
             )
     _check_something_is_left(masks, where)
+    _check_not_inverted(masks, parameters, where)
     return {str(name): mask.detach() for name, mask in masks.items()}
+
+
+def _first_name(module: nn.Module, name: str) -> str | None:
+    """Return the name in ``named_parameters()`` of a weight that is tied and has ``name`` too."""
+    tied = dict(module.named_parameters(remove_duplicate=False)).get(name)
+    return next((first for first, parameter in module.named_parameters() if parameter is tied), None)
+
+
+def _check_not_inverted(masks: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], where: str) -> None:
+    for name, mask in masks.items():
+        zero = parameters[name].detach() == 0
+        if bool(zero.any()) and not bool(zero.all()) and torch.equal(mask.to(zero.device), zero):
+            raise ValueError(
+                f"{where}: the mask of {name!r} keeps exactly the {int(zero.sum())} weights that are zero and prunes "
+                f"the {int((~zero).sum())} others, so it is surely the wrong way round. True is for weights that "
+                "are kept; `~mask` turns a mask round."
+            )
 
 
 def _check_something_is_left(masks: Mapping[str, Tensor], where: str) -> None:

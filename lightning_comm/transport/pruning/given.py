@@ -44,9 +44,14 @@ class MaskFile(Pruning):
     def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
         if not Path(self.path).is_file():
             raise ValueError(f"MaskFile: `path` must be a file that torch.save has written; there is no {self.path!r}.")
-        return checked_masks(
-            torch.load(self.path, weights_only=True, map_location="cpu"), module, f"MaskFile({self.path!r})"
-        )
+        try:
+            masks = torch.load(self.path, weights_only=True, map_location="cpu")
+        except Exception as error:  # whatever torch and pickle make of a damaged file
+            raise ValueError(
+                f"MaskFile: `path`={self.path!r} cannot be read ({type(error).__name__}), so it is damaged or holds "
+                "more than tensors. Write a dictionary of tensors of torch.bool by parameter name with torch.save."
+            ) from error
+        return checked_masks(masks, module, f"MaskFile({self.path!r})")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
 from lightning_comm.core.periods import is_number, is_whole
-from lightning_comm.transport.pruning.base import NOW, Masks, Moment, Pruning, check_sparsity, prunable
+from lightning_comm.transport.pruning.base import NOW, Masks, Moment, Pruning, check_sparsity, checked_skip, prunable
 from lightning_comm.transport.pruning.scores import keep_largest
 from lightning_comm.transport.random_state import random_state, set_random_state
 
@@ -93,7 +93,7 @@ class GraSPPruning(Pruning):
             raise ValueError(
                 f"GraSPPruning: `scope` must be one of {', '.join(map(repr, _SCOPES))}; got {self.scope!r}."
             )
-        object.__setattr__(self, "skip", tuple(self.skip))
+        object.__setattr__(self, "skip", checked_skip("GraSPPruning", self.skip))
 
     @override
     def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 from typing_extensions import override
 
-from lightning_comm.transport.pruning.base import NOW, Masks, Moment, Pruning, check_sparsity, prunable
+from lightning_comm.transport.pruning.base import NOW, Masks, Moment, Pruning, check_sparsity, checked_skip, prunable
 from lightning_comm.transport.pruning.scores import SCOPES, keep_largest
 
 
@@ -50,7 +50,7 @@ class MagnitudePruning(Pruning):
             raise ValueError(
                 f"MagnitudePruning: `scope` must be one of {', '.join(map(repr, SCOPES))}; got {self.scope!r}."
             )
-        object.__setattr__(self, "skip", tuple(self.skip))
+        object.__setattr__(self, "skip", checked_skip("MagnitudePruning", self.skip))
 
     @override
     def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:

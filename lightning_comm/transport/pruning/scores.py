@@ -64,13 +64,14 @@ def erk_shares(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, float
     total = sum(score.numel() for score in scores.values())
     raw = {name: sum(score.shape) / math.prod(score.shape) for name, score in scores.items()}
     full: set[str] = set()
-    while True:
+    while len(full) < len(scores):
         budget = (1 - sparsity) * total - sum(scores[name].numel() for name in full)
         scale = budget / sum(raw[name] * scores[name].numel() for name in scores if name not in full)
         over = {name for name in scores if name not in full and scale * raw[name] > 1}
         if not over:
             return {name: 1.0 if name in full else scale * raw[name] for name in scores}
         full |= over
+    return dict.fromkeys(scores, 1.0)
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:

@@ -1,0 +1,126 @@
+"""Checkpoints of compressed gradients: what all ranks share in the main file, what is a rank's own beside it."""
+
+import secrets
+from typing import Any
+
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_comm.core.ledger import CommLedger
+from lightning_comm.strategies import mask_files, rank_files
+from lightning_comm.transport.compression.base import Compression, Context
+from lightning_comm.transport.gradient_sync import GradientSync
+from lightning_comm.transport.recording import Recorder
+
+KEY = "lightning_comm.compression"
+VERSION = 1
+_WHERE = "CompressedDDPStrategy"
+
+
+def write(
+    strategy: ParallelStrategy,
+    sync: GradientSync,
+    compression: Compression,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+    *,
+    interrupted: bool,
+) -> _PATH:
+    """Write this rank's file, if it has state of its own, and the strategy's entry into the checkpoint.
+
+    Args:
+        strategy: The strategy; every rank calls this.
+        sync: Has the state.
+        compression: Its settings.
+        checkpoint: Takes the entry.
+        filepath: Of the main file.
+        interrupted: Whether a rank failed, which then writes nothing of its own.
+
+    Returns:
+        The path for the main file: that of rank 0 where ranks write files beside it.
+
+    """
+    token = ""
+    if sync.codec.is_local and not interrupted:
+        filepath, token = strategy.broadcast((str(filepath), secrets.token_hex(8)))
+        own = {"version": VERSION, "token": token, "sync": sync.state_dict()}
+        strategy.checkpoint_io.save_checkpoint(own, rank_files.rank_path(filepath, strategy.global_rank))
+        strategy.barrier()  # so that the file that everybody looks for appears after the folder beside it
+    checkpoint[KEY] = {
+        "version": VERSION,
+        "token": token,
+        "world_size": strategy.world_size,
+        "compression": repr(compression),
+        "sync": None if sync.codec.is_local else sync.state_dict(),
+        "masks": mask_files.mask_state(sync.codec, compression),
+    }
+    return filepath
+
+
+def load(
+    strategy: ParallelStrategy,
+    compression: Compression,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+    weights_only: bool | None,
+) -> dict[str, Any] | None:
+    """Return what this rank goes on from, or ``None``, on all ranks alike, if a method starts afresh.
+
+    Masks are taken from the main file where what else was kept cannot be had.
+    """
+    shared = checkpoint.get(KEY)
+    if shared is not None and shared["compression"] == repr(compression) and shared["sync"] is not None:
+        return dict(shared["sync"])
+    saved = mask_files.masks_in(checkpoint)
+    mask_files.warn_of_dense(_WHERE, filepath, saved, compression)
+    if not compression.keeps_state:
+        return None
+    fresh = GradientSync(compression.codec(Context(Recorder(CommLedger()), "gradients")), Recorder(CommLedger()), ())
+    masks_kept = mask_files.take_up(fresh.codec, compression, saved)
+    if masks_kept and not fresh.codec.is_local:
+        return fresh.state_dict()  # the masks are all there is
+    own, problem = _own_state(strategy, compression, shared, filepath, weights_only)
+    problem = rank_files.first_problem(strategy, Recorder(CommLedger()), problem)
+    if problem is None:
+        return own
+    if masks_kept:
+        left = "weights, optimizer state and masks in the file, with nothing else kept"
+    elif saved is not None:
+        left = "weights and optimizer state in the file, with nothing kept: its masks are not taken up"
+    else:
+        left = "weights and optimizer state in the file, with nothing kept"
+    rank_zero_warn(
+        f"{_WHERE}: `ckpt_path`={str(filepath)!r} cannot bring back what {compression!r} had kept on each rank: "
+        f"{problem}. Training goes on from the {left}. For an exact continuation resume with the same compression and "
+        f"number of ranks, and keep the folder {rank_files.folder(filepath)!r} with the file."
+    )
+    return fresh.state_dict() if masks_kept else None
+
+
+def _own_state(
+    strategy: ParallelStrategy,
+    compression: Compression,
+    shared: dict[str, Any] | None,
+    filepath: _PATH,
+    weights_only: bool | None,
+) -> tuple[dict[str, Any] | None, str | None]:
+    if shared is None:
+        return None, "another strategy wrote it"
+    if shared["version"] != VERSION:
+        return None, f"its format is {shared['version']!r}, and this version reads {VERSION}"
+    if shared["compression"] != repr(compression):
+        return None, f"it was written under {shared['compression']}"
+    if shared["world_size"] != strategy.world_size:
+        return None, f"it was written by {shared['world_size']} ranks, and there are {strategy.world_size} now"
+    path = rank_files.rank_path(filepath, strategy.global_rank)
+    if not get_filesystem(path).exists(path):
+        return None, f"{path} is missing"
+    try:
+        own = strategy.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+    except Exception as error:  # a file that is damaged on one rank: the others wait for word of it
+        return None, f"{path} cannot be read ({type(error).__name__}: {error})"
+    if own["token"] != shared["token"]:
+        return None, f"{path} belongs to another save"
+    return own["sync"], None

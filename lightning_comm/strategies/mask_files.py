@@ -1,0 +1,73 @@
+"""Masks in checkpoints: the same on every rank, so they lie in the file that all ranks read, by parameter name.
+
+So they outlast another number of ranks, damaged rank files, and another way to send what they keep.
+"""
+
+from typing import Any
+
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_comm.transport.compression.base import Codec, Compression
+from lightning_comm.transport.compression.sparse_mask import SparseMask
+from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
+
+
+def mask_state(codec: Codec | None, settings: Compression | None) -> dict[str, Any] | None:
+    """Return the masks of a run for the main file, with what they were chosen by; ``None`` without any."""
+    if not isinstance(codec, SparseMaskCodec) or not isinstance(settings, SparseMask) or not codec.masks:
+        return None
+    return {**codec.mask_state(), "pruning": repr(settings.pruning), "reckoned": _reckoned(settings)}
+
+
+def masks_in(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what :func:`mask_state` put into a checkpoint, whichever of our strategies wrote it."""
+    for key, entry in checkpoint.items():
+        if str(key).startswith("lightning_comm.") and isinstance(entry, dict) and entry.get("masks"):
+            return dict(entry["masks"])
+    return None
+
+
+def fits(saved: dict[str, Any] | None, settings: Compression | None) -> bool:
+    """Return whether a run goes on with the masks of a checkpoint: if the same setting chooses them."""
+    return saved is not None and isinstance(settings, SparseMask) and saved["pruning"] == repr(settings.pruning)
+
+
+def take_up(codec: Codec | None, settings: Compression | None, saved: dict[str, Any] | None) -> bool:
+    """Go on with the masks of a checkpoint if they were chosen by the same setting; return whether they were."""
+    if saved is None or not isinstance(codec, SparseMaskCodec) or not isinstance(settings, SparseMask):
+        return False
+    if not fits(saved, settings):
+        return False
+    measured = settings.dense_above == "auto" and saved["reckoned"] == _reckoned(settings)
+    codec.load_mask_state(saved if measured else {**saved, "dense_above": codec.dense_above})
+    return True
+
+
+def warn_of_dense(where: str, filepath: _PATH | None, saved: dict[str, Any] | None, settings: object) -> None:
+    """Say that a pruned model goes on dense, where the new settings have no masks."""
+    if saved is None or isinstance(settings, SparseMask):
+        return
+    rank_zero_warn(
+        f"{where}: {_named(filepath)} was written with the masks of {saved['pruning']}, and there are none with "
+        f"{settings!r}, so weights that were pruned are trained again and the model becomes dense. Give "
+        "`compression=[SparseMask(…), …]` with the same `pruning` to keep them at zero."
+    )
+
+
+def warn_of_other_masks(where: str, filepath: _PATH | None, saved: dict[str, Any] | None, settings: object) -> None:
+    """Say that masks are chosen anew, where another setting chooses them now."""
+    if saved is None or not isinstance(settings, SparseMask) or fits(saved, settings):
+        return
+    rank_zero_warn(
+        f"{where}: {_named(filepath)} has the masks of {saved['pruning']}, and `pruning` is {settings.pruning!r} now, "
+        "so masks are chosen anew and pruned weights may come back. Resume with the same `pruning` to keep them."
+    )
+
+
+def _named(filepath: _PATH | None) -> str:
+    return "the checkpoint" if filepath is None else f"`ckpt_path`={str(filepath)!r}"
+
+
+def _reckoned(settings: SparseMask) -> list[Any]:
+    return [settings.dense_above, settings.link]

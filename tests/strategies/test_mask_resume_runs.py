@@ -1,0 +1,155 @@
+"""Masks outlast a resume under other settings, another number of ranks, or with damaged rank files."""
+
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from support.processes import launch
+from support.training import Regression, loader, network, trainer, weights
+
+from lightning_comm import (
+    Averaging,
+    Cast,
+    CompressedDDPStrategy,
+    FixedPeriod,
+    Int8,
+    LocalUpdateStrategy,
+    MagnitudePruning,
+    MaskFunction,
+    PruningSchedule,
+    SparseMask,
+)
+
+FIRST, SECOND = torch.arange(35).view(7, 5) % 3 == 0, torch.arange(35).view(7, 5) % 3 == 1
+SAME = {
+    "then bf16": lambda: SparseMask(chosen(SECOND), Cast("bf16")),
+    "then int8": lambda: SparseMask(chosen(SECOND), Int8()),
+    "dense_above": lambda: SparseMask(chosen(SECOND), dense_above=0.5),
+    "schedule": lambda: SparseMask(chosen(SECOND), schedule=PruningSchedule(start_step=2)),
+    "later": lambda: SparseMask(chosen(SECOND), schedule=PruningSchedule(start_step=7)),
+}
+
+
+def chosen(mask):
+    """A function that gives this mask: after a resume another one, so that masks chosen anew would show."""
+    return MaskFunction(lambda module: {"net.0.weight": mask})
+
+
+def strategy_of(kind, compression):
+    if kind == "ddp":
+        return CompressedDDPStrategy(compression, timeout=timedelta(seconds=40))
+    return LocalUpdateStrategy(FixedPeriod(4), averaging=Averaging(1e-4, compression, 1), timeout=timedelta(seconds=40))
+
+
+def fit(kind, compression, ranks, rank, steps, **kwargs):
+    module = Regression(network(torch.float32), lambda parameters: torch.optim.AdamW(parameters, lr=0.02))
+    save = kwargs.pop("save", None)
+    if save:
+        kwargs |= {
+            "callbacks": [ModelCheckpoint(save, filename="{step}", every_n_train_steps=6, save_top_k=-1)],
+            "enable_checkpointing": True,
+        }
+    ckpt_path = kwargs.pop("ckpt_path", None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(strategy_of(kind, compression), ranks, **kwargs).fit(
+            module, loader(steps, rank, dtype=torch.float32), ckpt_path=ckpt_path
+        )
+    said = [str(each.message) for each in caught if "mask" in str(each.message).lower()]
+    return module.net[0].weight.detach() != 0, weights(module), said
+
+
+def _again(rank, kind, folder, first, second, damaged=False):
+    before, *_ = fit(kind, first(), 2, rank, 8, save=folder)
+    torch.distributed.barrier()
+    path = Path(folder) / "step=6.ckpt"
+    if damaged and rank == 1:
+        Path(f"{path}.ranks/rank1.pt").write_bytes(b"no checkpoint")
+    torch.distributed.barrier()
+    after, final, said = fit(kind, second(), 2, rank, 12, ckpt_path=str(path))
+    return torch.equal(before, FIRST), torch.equal(after, FIRST), int(after.sum()), final, said
+
+
+def first_mask():
+    return SparseMask(chosen(FIRST))
+
+
+def first_int8():
+    return SparseMask(chosen(FIRST), Int8())
+
+
+def second_int8():
+    return SparseMask(chosen(SECOND), Int8())
+
+
+@pytest.mark.parametrize("first", [first_mask, first_int8])
+@pytest.mark.parametrize("kind", ["ddp", "local"])
+@pytest.mark.parametrize("other", SAME)
+def test_masks_outlast_other_settings_of_the_same_pruning(tmp_path, kind, other, first):
+    answers = launch(_again, kind, str(tmp_path), first, SAME[other], world_size=2)
+    for before, kept, _, final, _ in answers:
+        assert before
+        assert kept
+        assert all((a == b).all() for a, b in zip(final, answers[0][3], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "local"])
+def test_masks_outlast_a_damaged_rank_file_and_the_warning_says_so(tmp_path, kind):
+    answers = launch(_again, kind, str(tmp_path), first_int8, second_int8, True, world_size=2)
+    assert [answer[:2] for answer in answers] == [(True, True)] * 2
+    assert any("masks" in text and "rank1.pt cannot be read" in text for text in answers[0][4])
+
+
+def _write(rank, kind, folder):
+    return bool(torch.equal(fit(kind, first_int8(), 2, rank, 8, save=folder)[0], FIRST))
+
+
+def _read(rank, kind, folder):
+    kept, final, _ = fit(kind, second_int8(), 3, rank, 12, ckpt_path=str(Path(folder) / "step=6.ckpt"))
+    return torch.equal(kept, FIRST), final
+
+
+@pytest.mark.parametrize(("wrote", "reads"), [("ddp", "ddp"), ("local", "local"), ("ddp", "local"), ("local", "ddp")])
+def test_masks_outlast_another_number_of_ranks_and_the_other_strategy(tmp_path, wrote, reads):
+    assert launch(_write, wrote, str(tmp_path), world_size=2) == [True] * 2
+    answers = launch(_read, reads, str(tmp_path), world_size=3)
+    for kept, final in answers:
+        assert kept
+        assert all((a == b).all() for a, b in zip(final, answers[0][1], strict=True))
+
+
+def magnitude():
+    return SparseMask(MagnitudePruning(0.5))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "local"])
+def test_another_pruning_chooses_anew_and_says_so(tmp_path, kind):
+    answers = launch(_again, kind, str(tmp_path), first_mask, magnitude, world_size=2)
+    assert not any(answer[1] for answer in answers)
+    assert any("MaskFunction" in text for text in answers[0][4])
+    assert answers[1][4] == []
+
+
+def bf16():
+    return Cast("bf16")
+
+
+def int8():
+    return Int8()
+
+
+def nothing():
+    return None
+
+
+@pytest.mark.parametrize(
+    ("kind", "second"), [("ddp", bf16), ("ddp", int8), ("local", bf16), ("local", nothing)], ids=lambda each: str(each)
+)
+def test_a_pruned_model_does_not_become_dense_without_a_word(tmp_path, kind, second):
+    answers = launch(_again, kind, str(tmp_path), first_mask, second, world_size=2)
+    assert {answer[2] for answer in answers} == {35}
+    assert sum("becomes dense" in text and "MaskFunction()" in text for text in answers[0][4]) == 1
+    assert answers[1][4] == []
