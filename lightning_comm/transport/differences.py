@@ -117,7 +117,7 @@ class DifferenceAverager:
 
     @torch.no_grad()
     def depart(self, tensors: Mapping[str, Tensor]) -> None:
-        """Note the differences of now, and let a thread average them; the parameters stay as they are.
+        """Note the parameters of now, and let a thread average their differences; they themselves stay as they are.
 
         Args:
             tensors: Parameters that have a reference, by name, in an order that is the same on all ranks.
@@ -139,10 +139,14 @@ class DifferenceAverager:
         if layout.slots not in self._kept_rows:
             self._kept_rows[layout.slots] = (_empty(layout, rows), _empty(layout, rows))
         row, sent = self._kept_rows[layout.slots]
-        return _Flight(layout, _differences(rows, layout, row), sent, [])
+        # all that must be done before training goes on: a copy takes two thirds of the time of a difference
+        torch._foreach_copy_(layout.split(row), [each.weights.entries for each in rows])
+        return _Flight(layout, row, sent, [])
 
     def _travel(self) -> None:
         """Average what has departed: move the references, and make corrections of the differences."""
+        for flight in self._flights:
+            torch._foreach_sub_(flight.layout.split(flight.row), self._references_of(flight))
         samples = [sample(flight.row) for flight in self._flights]
         talks = [Talk(self._codec.mean(flight.row, flight.layout, flight.sent)) for flight in self._flights]
         while any(talk.more for talk in talks):
@@ -151,10 +155,13 @@ class DifferenceAverager:
                     talk.go_on()
         for flight, talk, own in zip(self._flights, talks, samples, strict=True):
             talk.finish()
-            references = [self._reference[slot.name] for slot in flight.layout.slots]
+            references = self._references_of(flight)
             torch._foreach_add_(references, flight.layout.split(flight.row))
             flight.drifts.append(_drift(references, own, flight.row))
             flight.row.sub_(flight.sent)
+
+    def _references_of(self, flight: "_Flight") -> list[Tensor]:
+        return [self._reference[slot.name] for slot in flight.layout.slots]
 
     def arrive(self) -> None:
         """Wait until all has arrived. Changes no parameter."""
@@ -310,7 +317,7 @@ class _Flight(NamedTuple):
 
     Args:
         layout: What lies in it.
-        row: The difference; then, in place, the mean of what was sent, and at last the correction of the parameters.
+        row: The parameters; then, in place, the difference, the mean of what was sent, and at last the correction of the parameters.
         sent: What this rank sent.
         drifts: How far it was from the mean, once that is known.
 
