@@ -317,7 +317,8 @@ class _Flight(NamedTuple):
 
     Args:
         layout: What lies in it.
-        row: The parameters; then, in place, the difference, the mean of what was sent, and at last the correction of the parameters.
+        row: The parameters; then, in place, the difference, the mean of what was sent, and at last the correction of
+            the parameters.
         sent: What this rank sent.
         drifts: How far it was from the mean, once that is known.
 
