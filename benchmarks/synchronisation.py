@@ -22,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from lightning_comm.core.compression import break_even_bytes_per_s, sent_bytes
 from lightning_comm.lab.cluster import Lab, unavailable
 from lightning_comm.planning.report import text_table
 
@@ -169,9 +170,53 @@ def packing(mib: float, repeats: int) -> dict[str, float]:
         times["copy"].append(time.perf_counter() - began)
         began = time.perf_counter()
         row = bucket.index_select(0, kept)
-        bucket.zero_().index_copy_(0, kept, row)
+        bucket.zero_().scatter_(0, kept, row)
         times["pack and unpack"].append(time.perf_counter() - began)
     return {name: statistics.median(each) for name, each in times.items()}
+
+
+def arithmetic(mib: float, repeats: int) -> dict[str, float]:
+    """Return the seconds that each method takes for a bucket where nothing is sent: in a group of one process."""
+    import torch
+    import torch.distributed as dist
+
+    from lightning_comm import CommLedger
+    from lightning_comm.transport.recording import Recorder
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    layout = layout_of(mib)
+    codecs = {name: codec_of(made, layout, Recorder(CommLedger())) for name, made in compressions().items()}
+    gradient = torch.randn(layout.numel, generator=torch.Generator().manual_seed(0))
+    times: dict[str, list[float]] = {name: [] for name in codecs}
+    for _ in range(repeats + 1):
+        for name, codec in codecs.items():
+            times[name].append(_synchronise(codec, gradient.clone(), layout))
+    dist.destroy_process_group()
+    return {name: statistics.median(each[1:]) for name, each in times.items()}
+
+
+def break_even_rows(seconds: dict[str, float], mib: float, hosts: int) -> list[list[str]]:
+    """Return a line for each method: its arithmetic, what a host sends, and the links on which that pays."""
+    kept = (round(0.2 * layout_of(mib).numel),)
+    whole = [slot.shape for slot in layout_of(mib).slots]
+    words = {"topk 1 %": "topk", "powersgd 2": "powersgd"}
+    sent = {
+        name: sent_bytes(words.get(name.split(", ")[-1], name.split(", ")[-1]), [kept], hosts)
+        if name.startswith("mask 20 %, ")
+        else sent_bytes("full", [kept], hosts)
+        if name.startswith("mask")
+        else sent_bytes(words.get(name, name), whole, hosts)
+        for name in seconds
+    }
+    rows = []
+    for name, own_s in seconds.items():
+        row = [name, f"{1e3 * own_s:.1f} ms", f"{sent[name] / 1e6:.2f} MB"]
+        for other in ("full", "bf16"):
+            rate = break_even_bytes_per_s(sent[other], sent[name], max(0.0, own_s - seconds[other]))
+            row.append("" if rate == 0 else "any" if rate == float("inf") else f"{8e-9 * rate:.1f} Gbit/s")
+        rows.append(row)
+    return rows
 
 
 def over_formula(wire: dict[str, float], place: str) -> float:
@@ -202,7 +247,7 @@ def main() -> None:
     """Measure everything and print tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hosts", type=int, default=4)
-    parser.add_argument("--links", nargs="+", default=["100mbit"])
+    parser.add_argument("--links", nargs="*", default=["100mbit"], help="none: only what needs no network")
     parser.add_argument("--mib", type=float, default=25.0)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -220,6 +265,14 @@ def main() -> None:
         f"A bucket of {options.mib:g} MiB, one thread: a copy takes {1e3 * copy_s:.1f} ms; a fifth of it gathered and "
         f"put back {1e3 * pack_s:.1f} ms, {pack_s / copy_s:.2f} copies."
     )
+    found["arithmetic_s"] = arithmetic(options.mib, 2 * options.repeats + 1)
+    print(f"\nThe same bucket by each method, one thread, nothing sent; then what a host of {options.hosts} sends")
+    header = ["method", "arithmetic", "sent", "pays below, against full", "against bf16"]
+    print(text_table(header, break_even_rows(found["arithmetic_s"], options.mib, options.hosts)))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if not options.links:
+        return
     if (missing := unavailable()) is not None:
         sys.exit(f"The rest needs emulated hosts: {missing}")
     header = [

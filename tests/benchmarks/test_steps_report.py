@@ -147,3 +147,11 @@ def test_what_was_sent_is_a_multiple_of_the_formula_and_a_time_is_paired_by_repe
     }
     assert synchronisation.over_formula(result["wire"]["full"], "link") == pytest.approx(1.05)
     assert synchronisation.rows_of(result)[1] == ["bf16", "2.00 MB", "750 ms", "500 to 1000", "3.00", "1.010", "1.050"]
+
+
+def test_a_method_pays_on_links_slower_than_the_bytes_it_saves_in_the_time_it_takes():
+    rows = synchronisation.break_even_rows({"full": 0.001, "bf16": 0.002, "mask 20 %, bf16": 0.001}, 1.0, 4)
+    entries = synchronisation.layout_of(1.0).numel
+    assert rows[0] == ["full", "1.0 ms", f"{6e-6 * entries:.2f} MB", "", ""]
+    assert rows[1][2:] == [f"{3e-6 * entries:.2f} MB", f"{8e-9 * 3 * entries / 0.001:.1f} Gbit/s", ""]
+    assert rows[2][1:] == ["1.0 ms", f"{0.6e-6 * entries:.2f} MB", "any", "any"]
