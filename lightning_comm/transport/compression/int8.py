@@ -69,7 +69,7 @@ class Int8Codec(Codec):
         arrived, pending = recorder.all_to_all(wire, self.context.purpose)
         yield Message(pending, more=True)
 
-        all_scales = arrived[:, part:].contiguous().view(torch.float32)
+        all_scales = arrived[:, part:].clone(memory_format=torch.contiguous_format).view(torch.float32)
         mean_scales = all_scales.mean(0)  # no mean of entries is larger than 127 of these, and all ranks have them
         values.zero_()
         for rank in range(ranks):
