@@ -378,3 +378,17 @@ def test_bad_arguments_are_named_with_a_way_out(make, parts):
 
 def test_the_group_of_these_tests_is_gone_again():
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("entries_of_bucket", [6, 7, 9])
+def test_a_group_of_one_synchronises_buckets_of_any_size(entries_of_bucket):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        layout = Layout((Slot("a", entries_of_bucket, (entries_of_bucket,)),))
+        for compression in WHOLE:
+            codec, _ = codec_of(compression)
+            values = entries(0, layout=layout)
+            run_alone(codec.mean(values, layout))
+            assert bool(torch.isfinite(values).all())
+    finally:
+        dist.destroy_process_group()
