@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tools_report import MAX_LIMIT_SPREAD, indented, paired_ratio, spread
+from tools_report import MAX_LIMIT_SPREAD, indented, overruns, paired_ratio, spread
 
 from lightning_comm.planning.report import markdown_table
 
@@ -117,9 +117,8 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def devices(rows: Mapping[str, Row]) -> str:
     """Say how well the emulated devices kept their pace."""
-    late = [f"{row.overruns} in {row.label}" for row in rows.values() if row.overruns]
     real = max(row.real_share for row in rows.values())
-    return f"Overruns of the device: {', '.join(late) or 'none'}; real compute was {100 * real:.0f} % of it at most."
+    return f"Overruns of the device: {overruns(rows)}; real compute was {100 * real:.0f} % of it at most."
 
 
 def sections(report: Mapping[str, Any], reference: str, reference_label: str) -> list[str]:

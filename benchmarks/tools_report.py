@@ -144,7 +144,7 @@ def _section(configuration: Mapping[str, Any], period: int) -> list[str]:
             f"{len(configuration['repeats'])} repeats. A bare all-reduce of {payload / 1e6:.1f} MB took "
             f"{1e3 * bare_s:.0f} ms, {8e-6 * link_bytes_per_s(payload, bare_s, hosts):.0f} Mbit/s; so the bound at a "
             f"period of {period} is {1e3 * bound_s(limit_s, bare_s, period):.1f} ms. DDP by `bucket_cap_mb`: {sweep}. "
-            f"Overruns of the device: {_overruns(rows)}; its real compute was "
+            f"Overruns of the device: {overruns(rows)}; its real compute was "
             f"{100 * max(row.real_share for row in rows.values()):.0f} % of the time at most.",
             "\n".join(f"- {each}" for each in verdicts(rows, configuration["once_a_period"])),
         ]
@@ -165,7 +165,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _overruns(rows: Mapping[str, Row]) -> str:
+def overruns(rows: Mapping[str, Any]) -> str:
+    """Say how often the emulated devices of the methods overran."""
     late = [f"{row.overruns} in {row.label}" for row in rows.values() if row.overruns]
     return ", ".join(late) or "none"
 

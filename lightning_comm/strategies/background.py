@@ -76,6 +76,8 @@ class BackgroundAverage:
         if flight is None:
             return
         with self._agreement.first_error_shown():
+            while not self._replica.is_quiet(timeout_s=0.05):
+                self._agreement.listen()  # or a rank that failed, and lives on, would be waited for
             drift = self._replica.land()
         self._flight = None
         self._log.add(

@@ -1,9 +1,7 @@
 """Checkpoints of compressed gradients: what all ranks share in the main file, what is a rank's own beside it."""
 
-import secrets
 from typing import Any
 
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -15,7 +13,6 @@ from lightning_comm.transport.gradient_sync import GradientSync
 from lightning_comm.transport.recording import Recorder
 
 KEY = "lightning_comm.compression"
-VERSION = 1
 _WHERE = "CompressedDDPStrategy"
 
 
@@ -44,12 +41,10 @@ def write(
     """
     token = ""
     if sync.codec.is_local and not interrupted:
-        filepath, token = strategy.broadcast((str(filepath), secrets.token_hex(8)))
-        own = {"version": VERSION, "token": token, "sync": sync.state_dict()}
-        strategy.checkpoint_io.save_checkpoint(own, rank_files.rank_path(filepath, strategy.global_rank))
-        strategy.barrier()  # so that the file that everybody looks for appears after the folder beside it
+        filepath, token = rank_files.agreed_path(strategy, filepath)
+        rank_files.write_own(strategy, filepath, token, {"sync": sync.state_dict()})
     checkpoint[KEY] = {
-        "version": VERSION,
+        "version": rank_files.VERSION,
         "token": token,
         "world_size": strategy.world_size,
         "compression": repr(compression),
@@ -106,21 +101,10 @@ def _own_state(
     filepath: _PATH,
     weights_only: bool | None,
 ) -> tuple[dict[str, Any] | None, str | None]:
-    if shared is None:
-        return None, "another strategy wrote it"
-    if shared["version"] != VERSION:
-        return None, f"its format is {shared['version']!r}, and this version reads {VERSION}"
+    reason = rank_files.unusable(shared, strategy.world_size)
+    if shared is None or reason is not None:
+        return None, reason
     if shared["compression"] != repr(compression):
         return None, f"it was written under {shared['compression']}"
-    if shared["world_size"] != strategy.world_size:
-        return None, f"it was written by {shared['world_size']} ranks, and there are {strategy.world_size} now"
-    path = rank_files.rank_path(filepath, strategy.global_rank)
-    if not get_filesystem(path).exists(path):
-        return None, f"{path} is missing"
-    try:
-        own = strategy.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-    except Exception as error:  # a file that is damaged on one rank: the others wait for word of it
-        return None, f"{path} cannot be read ({type(error).__name__}: {error})"
-    if own["token"] != shared["token"]:
-        return None, f"{path} belongs to another save"
-    return own["sync"], None
+    own, problem = rank_files.read_own(strategy, filepath, shared["token"], weights_only)
+    return None if own is None else own["sync"], problem

@@ -1,4 +1,8 @@
-"""Local updates as a Lightning strategy: a thin shell that sets up, asks `core` and calls `transport`."""
+"""Local updates as a Lightning strategy: a thin shell that sets up, asks `core` and calls `transport`.
+
+Longer than other files, since Lightning wants all of it in one subclass: a third are arguments and what they mean, the
+rest are hooks of a few lines each.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -22,7 +26,7 @@ from typing_extensions import override
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update import PeriodRule
-from lightning_comm.strategies import checks, control, lightning_internals, rank_files
+from lightning_comm.strategies import checks, control, lightning_internals, rank_files, run_state
 from lightning_comm.strategies.companion import LocalUpdateCompanion
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
@@ -200,7 +204,7 @@ class LocalUpdateStrategy(DDPStrategy):
         recorder, background = Recorder(self._ledger), None
         if self.settings.averaging.overlap_steps:
             self._group = another_group(self._timeout)
-            background = Recorder(self._ledger, self._group, beside_compute=True)
+            background = Recorder(self._ledger, self._group, beside_compute=True, hold=True)
         self._run = LocalUpdateRun(
             trainer, module, lambda: self.optimizers, self.settings, recorder, agreement, self._unwrap_ddp, background
         )
@@ -245,7 +249,7 @@ class LocalUpdateStrategy(DDPStrategy):
         run.replica.begin_round()
         resume = self._resume or rank_files.Resume(None, None)
         own = resume.own
-        run.take_up(resume.shared, own, resume.masks)
+        run_state.take_up(run, resume.shared, own, resume.masks)
         if run.pruned is not None:
             run.pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored
         if self.settings.starts_with_gradients and not run.in_gradient_phase:

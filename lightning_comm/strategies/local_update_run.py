@@ -1,6 +1,8 @@
 """One ``fit`` under local updates: counts steps, synchronises, and keeps what there is to keep.
 
-`LocalUpdateStrategy` is the shell that Lightning calls; the companion callback and the strategy's hooks call this.
+`LocalUpdateStrategy` is the shell that Lightning calls; the companion callback and the strategy's hooks call this. What
+a checkpoint keeps of it is in `run_state`. Longer than other files, since counting, meeting, averaging and stopping
+share one state, and their order is what must be read in one place.
 
 Order of messages, on every rank alike. When a round opens: one *control* row from each rank (a few numbers), of which
 rank 0's says how long the round is. Then optimizer steps without any message. When the round is over: one control row
@@ -19,12 +21,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_comm.core.local_update import PeriodRule, RoundClock
-from lightning_comm.strategies import control, mask_files
+from lightning_comm.strategies import control
 from lightning_comm.strategies.background import BackgroundAverage
 from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.lightning_internals import weight_average_of
@@ -74,9 +75,7 @@ class LocalUpdateRun:
         self.replica = Replica(
             module, recorder, settings.averaging, settings.buffers, self._weight_averages, background
         )
-        self._background = BackgroundAverage(
-            self.replica, self.log, agreement, settings.averaging.overlap_steps if background is not None else 0
-        )
+        self.background = BackgroundAverage(self.replica, self.log, agreement, settings.averaging.overlap_steps)
         codec, method = self.replica.codec, settings.averaging.method
         self.pruned: PrunedWeights | None = None
         if isinstance(codec, SparseMaskCodec) and isinstance(method, SparseMask):
@@ -87,11 +86,11 @@ class LocalUpdateRun:
         self.standing = False  # whether ranks stopped at different steps
         self.on_decision: Callable[[Decision], None] = lambda decision: None
         self._module = module
-        self._optimizers = optimizers
+        self.optimizers = optimizers
         self._leave_gradient_phase = leave_gradient_phase
         self.active = False  # not in a trial run, such as that of a learning-rate finder
         self._ticks = 0
-        self._round_lr = self._step_time_s = 0.0
+        self.round_lr = self._step_time_s = 0.0
         self._step_began_s = time.monotonic()
         self._warned_about_lr = False
         self._control_device = module.device
@@ -113,7 +112,7 @@ class LocalUpdateRun:
 
     def count_step(self, optimizer: Optimizer) -> None:
         """Count an optimizer step, also one that a gradient scaler skipped on this rank alone."""
-        counted = self._optimizers()[self.settings.counted_optimizer] if self.active else None
+        counted = self.optimizers()[self.settings.counted_optimizer] if self.active else None
         if optimizer is counted or optimizer is getattr(counted, "_optimizer", None):
             self._ticks += 1
 
@@ -125,7 +124,7 @@ class LocalUpdateRun:
         self._measure_step(ticks)
         was_in_gradient_phase = self.in_gradient_phase
         over = [self.clock.tick() for _ in range(ticks)][-1]
-        self._tell_step()
+        self.recorder.step = self.clock.steps_done
         if was_in_gradient_phase:
             self._note_gradients(ticks)
             if not self.in_gradient_phase:
@@ -133,7 +132,7 @@ class LocalUpdateRun:
         elif over:
             self.synchronise()
         else:
-            self._background.go_on(self.clock.steps_done)
+            self.background.go_on(self.clock.steps_done)
             self.keep_pruned_at_zero()
         decision = self.agreement.poll(self._position(), force=self.standing)
         if decision is not None and (decision.at_step is None or self.clock.steps_done >= decision.at_step):
@@ -153,48 +152,6 @@ class LocalUpdateRun:
         self.settings = replace(self.settings, period=rule)
         self.clock.rule, self.clock.total_steps = rule, total_steps
         self.active = True
-
-    def take_up(
-        self, shared: dict[str, Any] | None, own: dict[str, Any] | None, masks: dict[str, Any] | None = None
-    ) -> None:
-        """Go on from a checkpoint: exactly with this rank's file, else with a new round, else from the step count.
-
-        Args:
-            shared: The strategy's entry of the main file.
-            own: This rank's file.
-            masks: Those in the main file, for where this rank's file has none that are of use.
-
-        """
-        self._take_up_rounds(shared, own)
-        codec, method = self.replica.codec, self.settings.averaging.method
-        if not isinstance(codec, SparseMaskCodec) or not codec.masks:
-            mask_files.take_up(codec, method, masks)
-            mask_files.warn_of_other_masks("LocalUpdateStrategy", None, masks, method)
-            mask_files.warn_of_dense("LocalUpdateStrategy", None, masks, method)
-
-    def _take_up_rounds(self, shared: dict[str, Any] | None, own: dict[str, Any] | None) -> None:
-        if own is not None:
-            saved = own["run"]
-            # gradients are averaged again where ranks ran apart before, and that needs equal weights and momenta
-            back = saved["gradient_steps"] <= saved["clock"]["steps_done"] < self.gradient_steps
-            self.load_state_dict(saved, exact=not back)
-            if not back:
-                self.replica.load_local_state(own["weights"])
-                self.replica.load_compression_state(own.get("compression"))
-                self._background.load_state_dict(saved.get("in_flight"))
-                self.apart = own["apart"]
-                return
-            self.replica.broadcast_momenta(optimizer_tensors(self._optimizers()))
-            rank_zero_warn(
-                f"LocalUpdateStrategy: `gradient_steps`={self.gradient_steps} says that gradients are averaged at step "
-                f"{saved['clock']['steps_done']}, where the run is resumed and ranks ran apart before. It goes on from "
-                "the averaged weights and the optimizer state of rank 0. Keep `gradient_steps` as it was for an exact "
-                "continuation."
-            )
-        elif shared is not None:
-            self.load_state_dict(shared["run"], exact=False)
-        else:
-            self.clock.steps_done = self.trainer.global_step
 
     def synchronise(self, *, answering: bool = True, in_full: bool = False) -> None:
         """Average what is to be averaged, and begin the next round.
@@ -259,7 +216,7 @@ class LocalUpdateRun:
         self.standing = self.apart = True
 
     def _average(self, *, in_full: bool) -> Drift:
-        self._background.land()
+        self.background.land()
         self.keep_pruned_at_zero()
         compressed = self.replica.compresses and not in_full
         drift = self.replica.average_differences() if compressed else self.replica.average()
@@ -271,8 +228,8 @@ class LocalUpdateRun:
         clock = self.clock
         if self._background_recorder is not None:
             self._background_recorder.step = clock.steps_done
-        self._background.depart(
-            step=clock.steps_done, period_steps=clock.steps_into_round, lr=self._round_lr, wait_s=wait_s
+        self.background.depart(
+            step=clock.steps_done, period_steps=clock.steps_into_round, lr=self.round_lr, wait_s=wait_s
         )
         self.apart, self.standing = True, False
 
@@ -281,7 +238,7 @@ class LocalUpdateRun:
         self.log.add(
             step=clock.steps_done,
             period_steps=clock.steps_into_round,
-            lr=self._round_lr,
+            lr=self.round_lr,
             wait_s=wait_s,
             transfer_s=transfer_s,
             drift=drift,
@@ -301,9 +258,9 @@ class LocalUpdateRun:
         self._begin(rows)
 
     def _begin(self, rows: list[ControlRow]) -> None:
-        self._round_lr = rows[0].lr
-        self.clock.begin(int(rows[0].next_steps), lr=self._round_lr)
-        self._background.begin_round(self.clock.steps_done, int(rows[0].next_steps))
+        self.round_lr = rows[0].lr
+        self.clock.begin(int(rows[0].next_steps), lr=self.round_lr)
+        self.background.begin_round(self.clock.steps_done, int(rows[0].next_steps))
         if self.pruned is not None:
             self.pruned.before_step(self.clock.steps_done)  # where all ranks have just met
         self.keep_pruned_at_zero()
@@ -385,13 +342,13 @@ class LocalUpdateRun:
 
     def lr(self) -> float:
         """Return the largest learning rate over the groups of the counted optimizer."""
-        return max(float(group["lr"]) for group in self._optimizers()[self.settings.counted_optimizer].param_groups)
+        return max(float(group["lr"]) for group in self.optimizers()[self.settings.counted_optimizer].param_groups)
 
     def _run_is_over(self) -> bool:
         return self.clock.total_steps is not None and self.clock.steps_done >= self.clock.total_steps
 
     def _momenta(self) -> list[Tensor]:
-        return optimizer_tensors(self._optimizers()) if self.settings.optimizer_state == "average" else []
+        return optimizer_tensors(self.optimizers()) if self.settings.optimizer_state == "average" else []
 
     def _weight_averages(self) -> dict[str, torch.nn.Module]:
         models = [weight_average_of(callback) for callback in getattr(self.trainer, "callbacks", [])]
@@ -427,30 +384,3 @@ class LocalUpdateRun:
             return state_dict
         with self.agreement.first_error_shown():
             return self.replica.average_state_dict(state_dict, "checkpoint")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs besides the weights, optimizers and random states."""
-        return {
-            "clock": self.clock.state_dict(),
-            "rounds": self.log.rounds,
-            "round_lr": self._round_lr,
-            "in_flight": self._background.state_dict(),
-            "ledger": self.recorder.ledger.state_dict(),
-            "gradient_steps": self.gradient_steps,
-            "period": {"alpha": getattr(self.settings.period, "alpha", None)},
-        }
-
-    def load_state_dict(self, state: dict[str, Any], *, exact: bool) -> None:
-        """Take up a run; ``exact=False`` begins a new round where the old one was left."""
-        self.clock.load_state_dict(state["clock"])
-        self.log.rounds = int(state["rounds"])
-        self._round_lr = float(state["round_lr"])
-        self.recorder.ledger.load_state_dict(state["ledger"])
-        if not exact:
-            self.clock.end_round()
-        elif self.clock.total_steps is not None:
-            self.clock.round_ends_at = min(self.clock.round_ends_at, self.clock.total_steps)
-        self._tell_step()
-
-    def _tell_step(self) -> None:
-        self.recorder.step = self.clock.steps_done

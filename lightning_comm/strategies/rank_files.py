@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_comm.strategies import mask_files
 from lightning_comm.strategies.lightning_internals import close_finished_epoch
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
+from lightning_comm.strategies.run_state import state_of
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.random_state import random_state
 from lightning_comm.transport.recording import Recorder
@@ -76,20 +77,18 @@ def shared_state(run: LocalUpdateRun, token: str, *, complete: bool, averaged: b
         "complete": complete,
         "averaged": averaged,
         "masks": mask_files.mask_state(run.replica.codec, run.settings.averaging.method),
-        "run": run.state_dict(),
+        "run": state_of(run),
     }
 
 
-def own_state(run: LocalUpdateRun, lightning_state: dict[str, Any], token: str) -> dict[str, Any]:
+def own_state(run: LocalUpdateRun, lightning_state: dict[str, Any]) -> dict[str, Any]:
     """Return what only this rank knows: the content of its file."""
     return {
-        "version": VERSION,
-        "token": token,
         "apart": run.apart,
         "epoch_is_over": run.trainer.is_last_batch,
         "weights": run.replica.local_state() if run.apart else run.replica.local_buffers(),
         "compression": run.replica.compression_state(),
-        "run": run.state_dict(),
+        "run": state_of(run),
         "random": random_state(),
         "checkpoint": lightning_state,
     }
@@ -103,17 +102,59 @@ def write(strategy: ParallelStrategy, run: LocalUpdateRun, checkpoint: dict[str,
         stopped apart.
 
     """
-    filepath, token = strategy.broadcast((str(filepath), secrets.token_hex(8)))
+    filepath, token = agreed_path(strategy, filepath)
     if "current_model_state" in checkpoint:  # a WeightAveraging callback has put its own copy into the file
         checkpoint["state_dict"] = run.average_for_checkpoint(checkpoint["state_dict"])
     complete = "optimizer_states" in checkpoint  # not with `save_weights_only`
     if complete:
         keys = (*RANK_KEYS, type(strategy.precision_plugin).__qualname__)
-        own = own_state(run, {key: checkpoint[key] for key in keys if key in checkpoint}, token)
-        strategy.checkpoint_io.save_checkpoint(own, rank_path(filepath, strategy.global_rank))
-        strategy.barrier()  # so that the file that everybody looks for appears after the folder beside it
+        own = own_state(run, {key: checkpoint[key] for key in keys if key in checkpoint})
+        write_own(strategy, filepath, token, own)
     checkpoint[KEY] = shared_state(run, token, complete=complete, averaged=True)
     return filepath
+
+
+def agreed_path(strategy: ParallelStrategy, filepath: _PATH) -> tuple[str, str]:
+    """Return the path of rank 0 and a new token, on all ranks."""
+    path, token = strategy.broadcast((str(filepath), secrets.token_hex(8)))
+    return path, token
+
+
+def write_own(strategy: ParallelStrategy, filepath: _PATH, token: str, content: dict[str, Any]) -> None:
+    """Write this rank's file; every rank calls this."""
+    own = {"version": VERSION, "token": token, **content}
+    strategy.checkpoint_io.save_checkpoint(own, rank_path(filepath, strategy.global_rank))
+    strategy.barrier()  # so that the file that everybody looks for appears after the folder beside it
+
+
+def read_own(
+    strategy: ParallelStrategy, filepath: _PATH, token: str, weights_only: bool | None
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Return this rank's file of a save, or why it cannot be used. Raises on no rank alone."""
+    for candidate in (str(filepath), os.path.realpath(filepath)):  # `save_last="link"` leaves a link to the real one
+        path = rank_path(candidate, strategy.global_rank)
+        if get_filesystem(path).exists(path):
+            try:
+                state = strategy.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+            except Exception as error:  # a file that is damaged on one rank: the others wait for word of it
+                return None, f"{path} cannot be read ({type(error).__name__}: {error})"
+            if state.get("version") != VERSION:
+                return None, f"{path} has format {state.get('version')!r}, and this version reads {VERSION}"
+            if state.get("token") != token:
+                return None, f"{path} belongs to another save"
+            return state, None
+    return None, f"{rank_path(filepath, strategy.global_rank)} is missing"
+
+
+def unusable(shared: dict[str, Any] | None, world_size: int) -> str | None:
+    """Return why rank files need not be looked for, or ``None`` if they should be there."""
+    if shared is None:
+        return "another strategy wrote it"
+    if shared.get("version") != VERSION:
+        return f"its format is {shared.get('version')!r}, and this version reads {VERSION}"
+    if shared["world_size"] != world_size:
+        return f"it was written by {shared['world_size']} ranks, and there are {world_size} now"
+    return None
 
 
 def load(
@@ -159,22 +200,13 @@ def _read(
     strategy: ParallelStrategy, filepath: _PATH, shared: dict[str, Any] | None, weights_only: bool | None
 ) -> tuple[dict[str, Any] | None, str | None]:
     """Return this rank's file if it belongs to the checkpoint, and otherwise why it cannot be used."""
-    reason = _unusable(shared, strategy.world_size)
+    reason = unusable(shared, strategy.world_size)
     if shared is None or reason is not None:
         return None, reason
-    for candidate in (str(filepath), os.path.realpath(filepath)):  # `save_last="link"` leaves a link to the real one
-        path = rank_path(candidate, strategy.global_rank)
-        if get_filesystem(path).exists(path):
-            try:
-                state = strategy.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-            except Exception as error:  # a file that is damaged on one rank: the others wait for word of it
-                return None, f"{path} cannot be read ({type(error).__name__}: {error})"
-            if state.get("version") != VERSION:
-                return None, f"{path} has format {state.get('version')!r}, and this version reads {VERSION}"
-            if state.get("token") != shared["token"]:
-                return None, f"{path} belongs to another save"
-            return state, None
-    return None, f"{rank_path(filepath, strategy.global_rank)} is missing"
+    if not shared["complete"]:
+        alone = "it was written while a rank had failed, by one rank alone"
+        return None, "it was saved with `save_weights_only=True`" if shared["averaged"] else alone
+    return read_own(strategy, filepath, shared["token"], weights_only)
 
 
 def first_problem(strategy: ParallelStrategy, recorder: Recorder, problem: str | None) -> str | None:
@@ -200,20 +232,6 @@ def refuse_sharded(filepath: _PATH) -> None:
             "-m lightning.pytorch.utilities.consolidate_checkpoint` (DeepSpeed: "
             "`convert_zero_checkpoint_to_fp32_state_dict`) and give its path."
         )
-
-
-def _unusable(shared: dict[str, Any] | None, world_size: int) -> str | None:
-    """Return why rank files need not be looked for, or ``None`` if they should be there."""
-    if shared is None:
-        return "another strategy wrote it"
-    if shared.get("version") != VERSION:
-        return f"its format is {shared.get('version')!r}, and this version reads {VERSION}"
-    if not shared["complete"]:
-        weights_only = "it was saved with `save_weights_only=True`"
-        return weights_only if shared["averaged"] else "it was written while a rank had failed, by one rank alone"
-    if shared["world_size"] != world_size:
-        return f"it was written by {shared['world_size']} ranks, and there are {world_size} now"
-    return None
 
 
 def _warn_new_round(filepath: _PATH, reason: str, averaged: bool, masks: bool) -> None:

@@ -89,8 +89,7 @@ class PrunedWeights:
             if self.dense_steps == 1:
                 rank_zero_info(
                     "SparseMask: the model's masks have changed, or it had gradients outside them. Before optimizer "
-                    f"step {step} they are read anew, and this step's gradients travel in full. Later times are "
-                    "counted in `strategy.dense_steps` without a word."
+                    f"step {step} they are read anew, and what is sent next travels in full. Later times are not said."
                 )
         due, pruned_at = self._settings.schedule.last_due(step), self._codec.pruned_at
         # what cannot be had bit by bit is chosen once, also where a run is resumed under another schedule

@@ -53,7 +53,7 @@ class DifferenceAverager:
         self._reference: dict[str, Tensor] = {}
         self._flights: list[_Flight] = []
         self._errand: Errand | None = None
-        # for each bucket its mean and what was sent: fresh memory costs as much time as two passes over it
+        # of the last departure, for each bucket its row and what was sent: fresh memory costs as much as two passes
         self._kept_rows: dict[tuple[Slot, ...], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -131,14 +131,13 @@ class DifferenceAverager:
         """
         self._codec.begin_step()
         self._flights = [self._noted(bucket) for bucket in self._buckets(tensors)]
+        self._kept_rows = {flight.layout.slots: (flight.row, flight.sent) for flight in self._flights}
         device = self._flights[0].row.device if self._flights else torch.device("cpu")
         self._errand = Errand(self._travel, device)
 
     def _noted(self, rows: list["_Row"]) -> "_Flight":
         layout = _layout_of(rows)
-        if layout.slots not in self._kept_rows:
-            self._kept_rows[layout.slots] = (_empty(layout, rows), _empty(layout, rows))
-        row, sent = self._kept_rows[layout.slots]
+        row, sent = self._kept_rows.get(layout.slots) or (_empty(layout, rows), _empty(layout, rows))
         # all that must be done before training goes on: a copy takes two thirds of the time of a difference
         torch._foreach_copy_(layout.split(row), [each.weights.entries for each in rows])
         return _Flight(layout, row, sent, [])
@@ -218,7 +217,9 @@ class DifferenceAverager:
 
     def _start(self, rows: list["_Row"]) -> "_Travelling":
         layout = _layout_of(rows)
-        difference = _differences(rows, layout, _empty(layout, rows))
+        difference = _empty(layout, rows)
+        for row, entries in zip(rows, layout.split(difference), strict=True):
+            torch.sub(row.weights.entries, row.reference, out=entries)
         mean, sent = difference.clone(), torch.empty_like(difference)
         own = sample(difference)
         return _Travelling(rows, difference, mean, sent, own, Talk(self._codec.mean(mean, layout, sent)))
@@ -276,13 +277,6 @@ def _layout_of(rows: list["_Row"]) -> Layout:
 
 def _empty(layout: Layout, rows: list["_Row"]) -> Tensor:
     return torch.empty(layout.numel, dtype=rows[0].reference.dtype, device=rows[0].reference.device)
-
-
-def _differences(rows: list["_Row"], layout: Layout, into: Tensor) -> Tensor:
-    """Return the differences of the parameters in a bucket to their references."""
-    for row, difference in zip(rows, layout.split(into), strict=True):
-        torch.sub(row.weights.entries, row.reference, out=difference)
-    return into
 
 
 def _drift(references: list[Tensor], own_sample: Tensor, mean: Tensor) -> Drift:

@@ -71,6 +71,8 @@ class Recorder:
         group: The ranks that take part; ``None`` for all of them in the default group.
         beside_compute: Whether compute goes on between the start of a message and the wait for it. That time is
             recorded as hidden. On CUDA, where its arrival is not seen, a message lasts until somebody waited for it.
+        hold: Whether records wait for :meth:`write_held`, because messages are sent by a thread of their own, and the
+            ledger and who watches it belong to the one that trains.
 
     Note:
         *Communication.* One message for each call. Every rank has to make the same calls in the same order.
@@ -81,7 +83,12 @@ class Recorder:
     """
 
     def __init__(
-        self, ledger: CommLedger, group: dist.ProcessGroup | None = None, *, beside_compute: bool = False
+        self,
+        ledger: CommLedger,
+        group: dist.ProcessGroup | None = None,
+        *,
+        beside_compute: bool = False,
+        hold: bool = False,
     ) -> None:
         self.ledger = ledger
         self.step = 0  # optimizer steps done; whoever counts them keeps this up to date
@@ -89,6 +96,7 @@ class Recorder:
         self.rank = dist.get_rank(group)
         self._group = group
         self._beside_compute = beside_compute
+        self._hold = hold
         self._held: list[CommRecord] = []
 
     def all_reduce(self, tensor: Tensor, purpose: str, op: Any = dist.ReduceOp.SUM) -> Pending:
@@ -148,11 +156,11 @@ class Recorder:
         sent = wire_bytes(kind, payload_bytes, self.world_size)
         record = CommRecord(kind, purpose, payload_bytes, sent, self.step, start_s, duration_s, hidden_s)
         self._held.append(record)
-        if threading.current_thread() is threading.main_thread():
+        if not self._hold:
             self.write_held()
 
     def write_held(self) -> None:
-        """Write down what another thread has sent; called by the main thread when that is done."""
+        """Write down what has been held back; called by the thread that trains, when the other one is done."""
         held, self._held = self._held, []
         for record in held:
             self.ledger.add(record)

@@ -160,6 +160,26 @@ def test_a_file_that_is_damaged_on_one_rank_leaves_no_other_waiting(tmp_path):
     assert launch(_damaged, str(tmp_path / "a.ckpt"), world_size=2) == [10, 10]
 
 
+def _through_a_link(rank, folder):
+    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_last="link")
+    runner = trainer(compressed(Int8()), 2, callbacks=[save], enable_checkpointing=True, max_steps=6)
+    runner.fit(Stepwise(), data(10, rank))
+    torch.distributed.barrier()
+    whole, model = Stepwise(), Stepwise()
+    trainer(compressed(Int8()), 2).fit(whole, data(10, rank))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(compressed(Int8()), 2).fit(model, data(10, rank), ckpt_path=Path(folder) / "last.ckpt")
+    said = [str(each.message) for each in caught if "cannot bring back" in str(each.message)]
+    return weights(whole), weights(model), said
+
+
+def test_what_a_method_kept_is_found_through_a_link_to_the_checkpoint(tmp_path):
+    for whole, resumed, said in launch(_through_a_link, str(tmp_path), world_size=2):
+        assert said == []
+        assert all((a == b).all() for a, b in zip(whole, resumed, strict=True))
+
+
 def _kept_files(rank, folder):
     checkpoints = ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=1, monitor="step", mode="max")
     runner = trainer(compressed(Int8()), 2, callbacks=[checkpoints], enable_checkpointing=True)

@@ -1,5 +1,6 @@
 """Ranks as threads over one store: they agree on a step that none has passed, and nobody waits for ever."""
 
+import itertools
 import threading
 import time
 from datetime import timedelta
@@ -7,6 +8,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from lightning_comm.transport import agreement as agreement_module
 from lightning_comm.transport.agreement import Agreement, PeerFailure, Position, meeting_step
 
 
@@ -180,27 +182,31 @@ def test_a_store_that_is_gone_is_reported_as_the_end_of_rank_0():
         agreement.poll(Position(2, 0, 1.0), force=True)
 
 
-class Slow:
-    """A store behind a link on which other messages wait."""
+class Link:
+    """A store whose answers take a while on a clock that only it and the test move."""
 
-    def __init__(self, seconds):
-        self.seconds, self.looks = seconds, 0
+    def __init__(self, answer_s):
+        self.answer_s, self.now_s, self.looks = answer_s, 0.0, []
+
+    def monotonic(self):
+        return self.now_s
 
     def check(self, keys):
-        self.looks += 1
-        time.sleep(self.seconds)
+        self.looks.append(self.now_s)
+        self.now_s += self.answer_s
         return False
 
 
-def test_looking_into_a_store_that_answers_slowly_takes_little_of_the_time():
-    slow, quick = Slow(0.03), Slow(0.0)
-    for store in (slow, quick):
-        agreement, started = Agreement(store, 0, 2, "test", poll_interval_s=0.05), time.monotonic()
-        while time.monotonic() - started < 1.0:
-            agreement.poll(Position(1, 0, 0.1))
-            time.sleep(0.005)
-    assert slow.looks == 1
-    assert quick.looks >= 5
+@pytest.mark.parametrize(("answer_s", "apart_s"), [(0.0, 0.2), (0.002, 0.2), (0.03, 3.0), (0.5, 4.0)])
+def test_looks_take_a_hundredth_of_the_time_where_answers_are_slow(monkeypatch, answer_s, apart_s):
+    link = Link(answer_s)
+    monkeypatch.setattr(agreement_module, "time", link)
+    agreement = Agreement(link, 0, 2, "test", poll_interval_s=0.2)
+    while len(link.looks) < 4:
+        agreement.poll(Position(1, 0, 0.1))
+        link.now_s += 0.001
+    for one, two in itertools.pairwise(link.looks):
+        assert two - one == pytest.approx(apart_s, abs=0.0021)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Averages in the background on the wire, against a single process that does the arithmetic of all ranks by hand."""
 
+import threading
 import time
 from datetime import timedelta
 
@@ -27,7 +28,7 @@ def rows(tensors):
 def _background(rank, compression, bucket_bytes, pause):
     """Depart after one move, land after another; `pause` is what happens in between."""
     ledger = CommLedger()
-    recorder = Recorder(ledger, another_group(timedelta(seconds=30)), beside_compute=True)
+    recorder = Recorder(ledger, another_group(timedelta(seconds=30)), beside_compute=True, hold=True)
     averager = DifferenceAverager(recorder, compression, bucket_bytes)
     weights = start()
     weights["b.weight"] = weights["b.weight"].contiguous(memory_format=torch.channels_last)
@@ -118,6 +119,40 @@ def test_the_payload_is_that_of_an_average_in_the_open(run_ranks):
     for compression, itemsize in ((Full(), 4), (Cast("bf16"), 2)):
         for _, payload_bytes in run_ranks(_background, compression, 300, "nothing", world_size=2):
             assert payload_bytes == ROUNDS * itemsize * numel
+
+
+def _other_layouts(rank):
+    recorder = Recorder(CommLedger(), another_group(timedelta(seconds=30)), beside_compute=True, hold=True)
+    averager = DifferenceAverager(recorder, Cast("bf16"), 300)
+    weights = start()
+    averager.restart(weights)
+    sizes = []
+    for count in range(2, len(weights) + 1):  # as where layers are unfrozen one by one
+        part = dict(list(weights.items())[:count])
+        averager.depart(part)
+        averager.land_(part)
+        kept = sum(row.numel() for row, _ in averager._kept_rows.values())
+        sizes.append((kept, sum(tensor.numel() for tensor in part.values())))
+    return sizes
+
+
+def test_rows_are_kept_for_the_last_departure_alone(run_ranks):
+    for sizes in run_ranks(_other_layouts, world_size=2):
+        assert all(kept == numel for kept, numel in sizes)
+
+
+def _from_another_thread(rank):
+    """As where a framework runs a fit, or autograd a hook, in a thread that is not the main one."""
+    ledger = CommLedger()
+    recorder = Recorder(ledger)
+    sending = threading.Thread(target=lambda: recorder.all_reduce(torch.ones(4), "gradients").wait())
+    sending.start()
+    sending.join()
+    return ledger.payload_bytes("gradients")
+
+
+def test_messages_of_any_thread_are_written_down_at_once_unless_they_are_held(run_ranks):
+    assert run_ranks(_from_another_thread, world_size=2) == [16, 16]
 
 
 @pytest.mark.parametrize("steps", [-1, 1.5, True, "2"])

@@ -96,6 +96,12 @@ def check_sparsity(where: str, sparsity: object) -> None:
         )
 
 
+def check_scope(where: str, scope: object, scopes: Sequence[str]) -> None:
+    """Raise unless ``scope`` is one of these words."""
+    if scope not in scopes:
+        raise ValueError(f"{where}: `scope` must be one of {', '.join(map(repr, scopes))}; got {scope!r}.")
+
+
 def checked_skip(where: str, skip: object) -> tuple[str, ...]:
     """Return the patterns of parameter names that are never pruned."""
     if isinstance(skip, str) or not isinstance(skip, Sequence) or not all(isinstance(each, str) for each in skip):

@@ -11,7 +11,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
 from lightning_comm.core.periods import is_number, is_whole
-from lightning_comm.transport.pruning.base import NOW, Masks, Moment, Pruning, check_sparsity, checked_skip, prunable
+from lightning_comm.transport.pruning.base import (
+    NOW,
+    Masks,
+    Moment,
+    Pruning,
+    check_scope,
+    check_sparsity,
+    checked_skip,
+    prunable,
+)
 from lightning_comm.transport.pruning.scores import keep_largest
 from lightning_comm.transport.random_state import random_state, set_random_state
 
@@ -89,10 +98,7 @@ class GraSPPruning(Pruning):
                 f"GraSPPruning: `loss` must be a function of the model and a batch; got {self.loss!r}. Leave it out "
                 "for the cross entropy of `module(inputs)`."
             )
-        if self.scope not in _SCOPES:
-            raise ValueError(
-                f"GraSPPruning: `scope` must be one of {', '.join(map(repr, _SCOPES))}; got {self.scope!r}."
-            )
+        check_scope("GraSPPruning", self.scope, _SCOPES)
         object.__setattr__(self, "skip", checked_skip("GraSPPruning", self.skip))
 
     @override

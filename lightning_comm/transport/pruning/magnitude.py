@@ -7,7 +7,16 @@ from typing import Literal
 from torch import nn
 from typing_extensions import override
 
-from lightning_comm.transport.pruning.base import NOW, Masks, Moment, Pruning, check_sparsity, checked_skip, prunable
+from lightning_comm.transport.pruning.base import (
+    NOW,
+    Masks,
+    Moment,
+    Pruning,
+    check_scope,
+    check_sparsity,
+    checked_skip,
+    prunable,
+)
 from lightning_comm.transport.pruning.scores import SCOPES, keep_largest
 
 
@@ -46,10 +55,7 @@ class MagnitudePruning(Pruning):
 
     def __post_init__(self) -> None:
         check_sparsity("MagnitudePruning", self.sparsity)
-        if self.scope not in SCOPES:
-            raise ValueError(
-                f"MagnitudePruning: `scope` must be one of {', '.join(map(repr, SCOPES))}; got {self.scope!r}."
-            )
+        check_scope("MagnitudePruning", self.scope, SCOPES)
         object.__setattr__(self, "skip", checked_skip("MagnitudePruning", self.skip))
 
     @override
