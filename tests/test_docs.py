@@ -108,3 +108,46 @@ def test_the_step_times_of_the_readme_are_those_of_the_comparison_of_tools():
     assert len(rows) >= 5
     section = results_linked_from(readme, "tools").split("## 4 hosts, 500mbit")[1].split("\n## ")[0]
     assert [row for row in rows if f"| {' | '.join(row)} |" not in section] == []
+
+
+def rows_by_title(path):
+    """The table rows of a page, by the title above them and by their first cell."""
+    found, title = {}, ""
+    for line in path.read_text().splitlines():
+        if line.startswith("#"):
+            title = line.lstrip("# ")
+        elif line.startswith("| ") and not line.startswith("| ---"):
+            label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            found.setdefault(title, {})[label] = cells
+    return found
+
+
+def test_the_speeds_on_the_card_of_compression_are_those_of_the_results_file():
+    card = rows_by_title(ROOT / "docs/techniques/compression.md")["Results"]
+    measured = rows_by_title(ROOT / "docs/results/compression_steps_2026-11-24.md")
+    configurations = [
+        next(rows for title, rows in measured.items() if title.startswith(model) and title.endswith(link))
+        for model in ("vit", "resnet")
+        for link in (" 100mbit", " 500mbit", " 1gbit")
+    ]
+    assert len(card) > 10
+    for label, speeds in card.items():
+        if label != "method":
+            assert speeds == [rows[label][2] for rows in configurations], label
+
+
+@pytest.mark.parametrize(
+    ("card", "section", "results", "columns"),
+    [
+        ("compression", "Break-even bandwidths", "sparse_mask_synchronisation_2026-11-24", [0, 1, 2, 3]),
+        ("sparse_mask", "Results", "compression_accuracy_2026-11-24", [0, 1, 2, 4]),
+    ],
+)
+def test_other_figures_on_the_cards_are_those_of_the_results_files(card, section, results, columns):
+    shown = rows_by_title(ROOT / f"docs/techniques/{card}.md")[section]
+    measured = {}
+    for rows in rows_by_title(ROOT / f"docs/results/{results}.md").values():
+        measured = rows | measured  # of tables with the same labels, the first
+    assert len(shown) > 5
+    for label, cells in list(shown.items())[1:]:
+        assert cells == [measured[label][column] for column in columns], label
