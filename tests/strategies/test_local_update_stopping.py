@@ -424,11 +424,13 @@ def _start(tmp_path, who):
 
 def test_sigterm_to_a_launched_job_saves_and_ends_every_process(tmp_path):
     process = _start(tmp_path, "none")
-    seen = 0
+    lines = []
     for line in process.stdout:
-        seen += line.startswith("running")
-        if seen == 2:
+        lines.append(line)
+        if sum(each.startswith("running") for each in lines) == 2:
             break
+    else:
+        pytest.fail(f"the job ended by itself, with {process.wait()}:\n{''.join(lines)}")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
     assert "all ranks agreed to terminate at step" in output
