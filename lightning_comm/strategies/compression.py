@@ -1,6 +1,6 @@
 """DDP whose gradients travel compressed: a thin shell around torch's hook and a codec."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -154,6 +154,15 @@ class CompressedDDPStrategy(DDPStrategy):
         Those that :meth:`request_dense` asked for do not count.
         """
         return self._pruned.dense_steps if self._pruned is not None else 0
+
+    def when_gradients_are_ready(self, call: Callable[[float], None]) -> None:
+        """Let a function be called when this rank's gradients of a backward are ready, before it waits for others.
+
+        It is given the seconds of that backward that were spent on messages. For callbacks that measure how fast ranks
+        are; from ``on_train_start`` on, until the fit ends.
+        """
+        if self._sync is not None:
+            self._sync.on_last_bucket = call
 
     def install_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Use other masks from the next step on, for methods that let masks grow.

@@ -10,6 +10,7 @@ DDP cuts its buckets anew after the first steps. What belongs to a parameter is 
 lie in a bucket, never by the bucket's number.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -49,6 +50,10 @@ class GradientSync:
         named_parameters: The parameters of the model, with the names that state is kept by.
         loss_scale: Returns the factor by which gradients are scaled at the moment.
 
+    Attributes:
+        on_last_bucket: Called when the last bucket of a backward has come, so all local gradients are there, before its
+            messages are waited for; with the seconds that the backward has spent on messages of earlier buckets.
+
     Note:
         *Communication.* What the codec sends, once a bucket.
 
@@ -65,6 +70,8 @@ class GradientSync:
         self._recorder = recorder
         self._names = {id(parameter): name for name, parameter in named_parameters}
         self._loss_scale = loss_scale
+        self.on_last_bucket: Callable[[float], None] = lambda waited_s: None
+        self._waited_s = 0.0
         self._scale: float | None = None
         self._under_way: deque[_Bucket] = deque()
         self._layouts: dict[tuple[int, ...], Layout] = {}
@@ -79,11 +86,15 @@ class GradientSync:
             )
         if bucket.index() == 0:
             self._begin_step()
+        if bucket.is_last():
+            self.on_last_bucket(self._waited_s)
         buffer = bucket.buffer()
         begun = _Bucket(self._conversation(bucket, buffer), buffer)
+        started = time.monotonic()
         for earlier in self._under_way:
             if earlier.talk.more:
                 earlier.talk.go_on()
+        self._waited_s += time.monotonic() - started
         self._under_way.append(begun)
         if bucket.is_last():
             self._end_step()
@@ -106,6 +117,7 @@ class GradientSync:
         return layout
 
     def _begin_step(self) -> None:
+        self._waited_s = 0.0
         self._under_way.clear()  # what a backward that failed has left
         scale = self._loss_scale()
         if self._scale is not None and scale != self._scale:

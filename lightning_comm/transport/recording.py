@@ -168,14 +168,20 @@ class Recorder:
                 observer(record)
 
 
-def another_group(timeout: timedelta | None) -> dist.ProcessGroup:
+def another_group(timeout: timedelta | None, backend: str | None = None) -> dist.ProcessGroup:
     """Return a further process group of all ranks, whose messages keep no order with those of the default group.
+
+    Args:
+        timeout: How long its messages wait for other ranks.
+        backend: ``"gloo"`` for small messages between hosts' processors; ``None`` for that of the default group.
 
     Note:
         *Communication.* All ranks meet here.
 
     """
-    return cast(dist.ProcessGroup, dist.new_group(timeout=timeout))  # not a number, since this rank is in it
+    return cast(
+        dist.ProcessGroup, dist.new_group(timeout=timeout, backend=backend)
+    )  # not a number, since this rank is in it
 
 
 def leave_group_at_exit() -> None:

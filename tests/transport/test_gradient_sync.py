@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from support.processes import start_ranks
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
@@ -274,3 +275,31 @@ def test_a_message_beside_compute_lasts_until_it_has_arrived_and_not_until_it_is
         assert 0 < duration_s == hidden_s < 0.5
         assert blocked_s >= 0.5
         assert not_hidden_s == 0.0
+
+
+def _time_of_last_bucket(rank, compression, slow):
+    """Return how long after its start the last bucket of each backward came, without waits, and when it returned."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(40, 40) for _ in range(6)])
+    if rank == slow:
+        model[0].register_forward_hook(lambda layer, inputs, output: time.sleep(0.2))
+    ddp = DistributedDataParallel(model, bucket_cap_mb=SMALL)
+    sync, _ = sync_of(model, compression)
+    ddp.register_comm_hook(None, sync.hook)
+    came, returned = [], []
+    for _ in range(4):
+        loss = ddp(torch.ones(2, 40)).sum()
+        started = time.monotonic()
+        sync.on_last_bucket = lambda waited_s, started=started: came.append(time.monotonic() - started - waited_s)
+        loss.backward()
+        returned.append(time.monotonic() - started)
+    return came, returned
+
+
+@pytest.mark.parametrize("compression", [Full(), Int8(), PowerSGD(rank=1)], ids=str)
+def test_the_last_bucket_is_told_of_before_slower_ranks_are_waited_for(compression):
+    fast, slow = start_ranks(_time_of_last_bucket, compression, 1, world_size=2)
+    assert all(returned > 0.15 for returned in fast[1])  # or there was nothing to wait for
+    assert len(fast[0]) == 4
+    assert max(fast[0]) < 0.1
+    assert max(slow[0]) < 0.1
