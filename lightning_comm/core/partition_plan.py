@@ -95,6 +95,12 @@ class PartitionPlan:
             self._changes.pop()
         self._changes.append(Shares(Place(*place), tuple(sizes)))
 
+    def restart_at(self, place: Place, sizes: Sequence[int]) -> None:
+        """Let other shares hold from a place on, and forget changes that were to come there or later."""
+        before = [change for change in self._changes if change.place < place]
+        self._changes = before or [Shares(place, tuple(sizes))]
+        self.change_at(place, sizes)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the journal in plain types."""
         return {"changes": [(*change.place, list(change.sizes)) for change in self._changes]}

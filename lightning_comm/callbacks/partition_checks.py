@@ -1,0 +1,180 @@
+"""What a partitioned run cannot work with is refused before training starts: where, argument, value, rule, way out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from lightning_comm.data.adaptive_partition import PartitionedLoader
+from lightning_comm.transport.clocks import device_of_group, gather_json
+from lightning_comm.transport.compression.no_sync import NoSync
+
+_WHERE = "AdaptivePartition"
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies that do not average whole gradients, or parameters, over all ranks.
+
+    Raises:
+        MisconfigurationException: If this is one.
+
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, SingleDeviceStrategy):
+        return
+    if not isinstance(strategy, DDPStrategy):
+        raise MisconfigurationException(
+            f"{_WHERE}: the strategy must average whole gradients over the ranks, so that each can be weighted by its "
+            f"samples; got {type(strategy).__name__}. Use 'ddp', one of the 'ddp_…' of this package, or 'local_sgd', "
+            "'post_local_sgd' or 'qsr'."
+        )
+    if getattr(strategy, "_model_averaging_period", None) is not None:
+        raise MisconfigurationException(
+            f"{_WHERE}: DDPStrategy with `model_averaging_period`={strategy._model_averaging_period} averages parameters "
+            "over ranks alike, whatever their samples. Use LocalUpdateStrategy, whose averages are weighted by samples."
+        )
+    if isinstance(getattr(strategy, "compression", None), NoSync):
+        raise MisconfigurationException(
+            f"{_WHERE}: {type(strategy).__name__} with NoSync() averages nothing, so shares of a global batch mean "
+            "nothing. Use another compression, or leave the callback out."
+        )
+
+
+def check_callbacks(trainer: Trainer, kind: type) -> None:
+    """Refuse two that would both move shares.
+
+    Raises:
+        MisconfigurationException: If there are two.
+
+    """
+    count = sum(isinstance(callback, kind) for callback in getattr(trainer, "callbacks", []))
+    if count > 1:
+        raise MisconfigurationException(
+            f"{_WHERE}: one callback decides about shares; got {count} in the Trainer's `callbacks`. Remove the others."
+        )
+
+
+def has_batch_norm(module: LightningModule) -> bool:
+    """Whether a layer normalises by the statistics of each rank's own samples."""
+    return any(isinstance(part, _BatchNorm) and not isinstance(part, SyncBatchNorm) for part in module.modules())
+
+
+def loaders_of(trainer: Trainer) -> list[Any]:
+    """Return the loaders of the training data, whatever they are."""
+    return list(_leaves(trainer.train_dataloader))
+
+
+def agreed_loaders(trainer: Trainer) -> list[PartitionedLoader[Any]]:
+    """Return the loaders of the training data, after checking that all ranks have the same.
+
+    Raises:
+        MisconfigurationException: On all ranks, if the data of one is something else.
+        ValueError: On all ranks, if their loaders differ in what decides about samples.
+
+    Note:
+        *Communication.* The settings of the loaders from each rank.
+
+    """
+    found = loaders_of(trainer)
+    problem = _problem_with(found)
+    own = {"problem": problem, "loaders": [] if problem else [_settings(loader) for loader in found]}
+    rows = [own]
+    if dist.is_available() and dist.is_initialized() and trainer.world_size > 1:
+        rows = gather_json(own, device_of_group(trainer.strategy.root_device))
+    for rank, row in enumerate(rows):
+        if row["problem"]:
+            raise MisconfigurationException(f"{_WHERE}: {row['problem']} (on rank {rank})")
+    for rank, row in enumerate(rows):
+        if row["loaders"] != rows[0]["loaders"]:
+            raise ValueError(
+                f"{_WHERE}: the loaders of rank {rank} and rank 0 differ: {_differences(row, rows[0])}. Every rank must "
+                "have the same dataset and settings, since each takes its slice of the same order."
+            )
+    return found
+
+
+def check_same_order(fingerprints: list[int]) -> None:
+    """Refuse orders of samples that differ between ranks.
+
+    Raises:
+        ValueError: On all ranks, if they do.
+
+    """
+    different = [rank for rank, each in enumerate(fingerprints) if each != fingerprints[0]]
+    if different:
+        raise ValueError(
+            f"{_WHERE}: the sampler gives ranks {different} another order than rank 0, so samples would be seen twice "
+            "or never. It must be global: what it yields may depend on its epoch and on random numbers, which are "
+            "seeded alike on all ranks, but not on the rank or on what the rank has computed."
+        )
+
+
+def _leaves(loaders: Any) -> Iterator[Any]:
+    if isinstance(loaders, dict):
+        for each in loaders.values():
+            yield from _leaves(each)
+    elif isinstance(loaders, (list, tuple)):
+        for each in loaders:
+            yield from _leaves(each)
+    else:
+        yield loaders
+
+
+def _problem_with(loaders: list[Any]) -> str | None:
+    for loader in loaders:
+        if not isinstance(loader, PartitionedLoader):
+            return _not_partitioned(loader)
+    if len({loader.settings["global_batch_size"] for loader in loaders}) > 1:
+        sizes = [loader.settings["global_batch_size"] for loader in loaders]
+        return (
+            "several loaders follow one plan, so `global_batch_size` must be the same for all of them; got "
+            f"{sizes}. Give them one size, or train with one loader over a ConcatDataset."
+        )
+    with_tail = [len(loader.dataset) for loader in loaders if _has_tail(loader)]
+    if len(loaders) > 1 and with_tail:
+        return (
+            f"several loaders follow one plan, so each step of each must be a full batch; got a loader of "
+            f"{with_tail[0]} samples whose last batch is not. Give all of them `tail='drop'`."
+        )
+    return None
+
+
+def _not_partitioned(loader: Any) -> str:
+    dataset, sampler = getattr(loader, "dataset", None), getattr(loader, "sampler", None)
+    what = type(loader).__name__
+    if isinstance(dataset, IterableDataset):
+        return (
+            f"the training data must be a PartitionedLoader; got a {what} over the IterableDataset "
+            f"{type(dataset).__name__}, which has no order that ranks could take slices of. Give a dataset with "
+            "`__len__` and `__getitem__`; for a stream that is too large for that, use equal batches and plain DDP."
+        )
+    if isinstance(sampler, DistributedSampler):
+        what += " with a DistributedSampler, which gives each rank as many samples as the others"
+    hint = "`PartitionedLoader.from_dataloader(loader, global_batch_size=…)` makes one from a DataLoader"
+    way_out = f"{hint}, with its sampler left out." if isinstance(loader, DataLoader) else f"{hint}."
+    return f"the training data must be a PartitionedLoader; got a {what}. {way_out}"
+
+
+def _has_tail(loader: PartitionedLoader[Any]) -> bool:
+    settings = loader.settings
+    return settings["tail"] != "drop" and int(settings["samples"]) % int(settings["global_batch_size"]) != 0
+
+
+def _settings(loader: PartitionedLoader[Any]) -> dict[str, Any]:
+    return {**loader.settings, "steps": len(loader)}
+
+
+def _differences(row: dict[str, Any], first: dict[str, Any]) -> str:
+    if len(row["loaders"]) != len(first["loaders"]):
+        return f"{len(row['loaders'])} loaders and {len(first['loaders'])}"
+    return ", ".join(
+        f"{name} is {value} and {there[name]}"
+        for here, there in zip(row["loaders"], first["loaders"], strict=True)
+        for name, value in here.items()
+        if value != there[name]
+    )

@@ -1,0 +1,287 @@
+"""One ``fit`` with a partitioned global batch: who takes how much, how long that takes, and what follows from it.
+
+Order of messages, on every rank alike. At the start one gathering of the loaders' settings, and with ``replay`` the
+journal from rank 0. With a sampler of the user's a fingerprint of the order with the first batch of each epoch. Every
+``window_steps`` batches of unchanged shares one row from each rank, in ``on_train_batch_end``, where under DDP all ranks
+have just met in the all-reduce of gradients; under local updates right after a synchronisation. All ranks feed the same
+rows to the same arithmetic, so no decision needs a message. A change holds from the first batch that no rank's loader
+has passed to its workers yet; until it does, nothing is exchanged.
+"""
+
+import math
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_comm.callbacks import partition_checks as checks
+from lightning_comm.callbacks.partition_files import PartitionFiles
+from lightning_comm.callbacks.partition_meter import PartitionMeter, Row
+from lightning_comm.callbacks.partition_record import PartitionRecord
+from lightning_comm.callbacks.partition_settings import PartitionSettings
+from lightning_comm.callbacks.partition_start import StartOfRun
+from lightning_comm.core.balancing import Balancer, memory_cap
+from lightning_comm.core.ledger import CommLedger
+from lightning_comm.core.partition_plan import Place
+from lightning_comm.data.partition_slices import Slice
+from lightning_comm.planning.partition_journal import PartitionJournal
+from lightning_comm.transport.recording import Recorder, another_group
+
+_GROUP_TIMEOUT = timedelta(minutes=30)
+_DATA_BOUND = 0.2  # of the busy time
+_LOGGED_RANKS = 16
+
+
+class PartitionSession:
+    """Splits, measures and balances during one ``fit``.
+
+    Args:
+        trainer: The Trainer, when training starts.
+        module: The model.
+        settings: What the user chose.
+        loaded: What a checkpoint kept.
+
+    Note:
+        *Communication.* See the head of the file.
+
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, settings: PartitionSettings, loaded: dict[str, Any] | None
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._settings = settings
+        self._rank, self._ranks = trainer.global_rank, trainer.world_size
+        self._loaders = checks.agreed_loaders(trainer)
+        start = StartOfRun(trainer, module, settings, self._loaders, loaded)
+        self.plan, self._replays = start.plan, start.replays
+        self.record = PartitionRecord(start.run, settings.mode, start.plan, start.why, start.windows)
+        self.files = PartitionFiles(trainer, settings.folder)
+        self._group: dist.ProcessGroup | None = None
+        self._recorder: Recorder | None = None
+        self._meter: PartitionMeter | None = None
+        self._balancer: Balancer | None = None
+        if settings.mode != "fixed":
+            self._meter = PartitionMeter(trainer.strategy.root_device, settings.warmup_steps)
+            self._balancer = Balancer(
+                self._ranks, sum(self.plan.sizes), start.lo, start.hi, min_gain=settings.min_gain
+            )
+            if start.balancer is not None:
+                self._balancer.load_state_dict(start.balancer)
+        if self._ranks > 1 and (settings.mode != "fixed" or any(loader.settings["sampler"] for loader in self._loaders)):
+            self._group = another_group(_GROUP_TIMEOUT, backend="gloo")
+            self._recorder = Recorder(CommLedger(), self._group)
+        self._peaks: list[tuple[int, int]] = []  # of memory, at each size that was the largest so far
+        self._checked_epoch = -1
+        self._rounds_seen = 0
+        self._warned_of_data = False
+        self.weight = 1.0
+        self.sizes: tuple[int, ...] = ()
+        self._place = Place(0, 0)
+        self._hears_of_backward = False
+        self._attach()
+
+    # ---- following ---------------------------------------------------------------------------------------------------
+
+    def follow_new_loaders(self) -> None:
+        """Follow loaders that the Trainer has made anew."""
+        if checks.loaders_of(self._trainer) != self._loaders:
+            self._loaders = checks.agreed_loaders(self._trainer)
+            self._attach()
+
+    def _attach(self) -> None:
+        for loader in self._loaders:
+            loader.follow(self.plan, self._rank)
+            if getattr(self._trainer, "overfit_batches", 0):
+                loader.repeat_first_epoch()
+        hears = getattr(self._trainer.strategy, "when_gradients_are_ready", None)
+        if hears is not None and self._meter is not None:
+            hears(self._meter.timer.gradients_ready)
+
+    # ---- a batch -----------------------------------------------------------------------------------------------------
+
+    def begin_batch(self) -> None:
+        """Take note of whose samples a batch has, before it is trained on."""
+        slices = [loader.latest for loader in self._loaders if loader.latest is not None]
+        if not slices:
+            return
+        latest = max(slices, key=lambda each: each.place)
+        self._check_order(latest)
+        self.sizes, self.weight = latest.sizes, latest.weight
+        count = getattr(self._trainer.strategy, "count_samples", None)
+        if count is not None:
+            count(latest.samples)
+        if self._meter is not None:
+            now = [each for each in slices if each.place == latest.place]
+            self._meter.begin(
+                latest.sizes,
+                full=latest.total == sum(self.plan.sizes),
+                started_s=min(each.fetch_started_s for each in now),
+                fetch_s=sum(each.fetch_s for each in now),
+            )
+        self._place = latest.place
+        self._hears_of_backward = False
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Let the gradient of a loss count by the samples that it is the mean of; its value stays as it is."""
+        self._hears_of_backward = True
+        factor = self._gradient_factor()
+        if factor != 1.0 and loss.requires_grad:
+            loss.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
+        if self._meter is not None:
+            self._meter.timer.before_backward(loss)
+
+    def _gradient_factor(self) -> float:
+        averages_gradients = getattr(self._trainer.strategy, "averages_gradients", True)
+        if self.weight == 0.0:  # a sample that only fills the batch of a rank that has none
+            return 0.0
+        return self.weight if averages_gradients and self._settings.loss_reduction == "mean" else 1.0
+
+    def after_backward(self) -> None:
+        """Note that a backward has returned."""
+        if self._meter is not None:
+            self._meter.timer.after_backward()
+
+    def end_batch(self) -> None:
+        """End a batch; compare times and move shares, where a window is full."""
+        if not self._hears_of_backward and self._gradient_factor() != 1.0:
+            self._warn_of_own_backward()
+        meter, balancer = self._meter, self._balancer
+        if meter is None or balancer is None:
+            return
+        meter.end()
+        have_met = self._have_just_met()
+        in_flight = self.plan.changes[-1].place > self._place
+        if have_met and not in_flight and meter.batches >= self._settings.window_steps:
+            self._compare(meter, balancer)
+            meter.begin_window()
+
+    def _have_just_met(self) -> bool:
+        rounds = getattr(self._trainer.strategy, "rounds_done", None)
+        if rounds is None or self._trainer.strategy.averages_gradients:
+            return True
+        seen, self._rounds_seen = self._rounds_seen, rounds
+        return bool(rounds != seen)
+
+    def leave_training(self) -> None:
+        """Something other than training follows."""
+        if self._meter is not None:
+            self._meter.leave_training()
+
+    # ---- a window ----------------------------------------------------------------------------------------------------
+
+    def _compare(self, meter: PartitionMeter, balancer: Balancer) -> None:
+        place = max(loader.dispatched for loader in self._loaders)
+        rows = self._exchange(meter.row(place, self._memory_cap()))
+        if any(math.isnan(row.busy_s) for row in rows):
+            return  # a rank has nothing to compare with: no backward, or a device that is far behind
+        sizes = self.plan.sizes_at(self._place)
+        step_s = max(row.busy_s if math.isnan(row.step_s) else row.step_s for row in rows)
+        caps = [None if row.cap < 0 else int(row.cap) for row in rows]
+        balancer.observe(sizes, [row.busy_s for row in rows], step_s=step_s, caps=caps)
+        forecast = balancer.forecast()
+        self.record.add_window(self._place, sizes, rows, step_s, forecast)
+        self._warn_of_slow_data(rows)
+        proposal = balancer.propose() if self._settings.mode == "balance" and not self._replays else None
+        if proposal is not None and forecast is not None and proposal != sizes:
+            start = max(Place(int(row.epoch), int(row.batch)) for row in rows)
+            self.plan.change_at(start, proposal)
+            why = f"a step is expected to become {100 * forecast.gain:.0f} % shorter"
+            self.record.why[start] = why
+            rank_zero_info(
+                f"AdaptivePartition: from batch {start.batch} of epoch {start.epoch} on, ranks take {list(proposal)} "
+                f"samples; {why}."
+            )
+        self._log()
+        self.files.save_now_and_then(self.record.journal())
+
+    def _exchange(self, row: Row) -> list[Row]:
+        if self._recorder is None:
+            return [row]
+        self._recorder.step = self._trainer.global_step
+        rows, pending = self._recorder.all_gather(torch.tensor(row, dtype=torch.float64), "partition")
+        pending.wait()
+        return [Row(*each) for each in rows.tolist()]
+
+    def _memory_cap(self) -> int | None:
+        """Return the most samples that this rank's memory has room for, as far as that is known; only on CUDA."""
+        device = self._trainer.strategy.root_device
+        if device.type != "cuda":
+            return None
+        own = self.plan.sizes_at(self._place)[self._rank]
+        if not self._peaks or own > self._peaks[-1][0]:  # the peak so far is that of the largest batch so far
+            self._peaks.append((own, torch.cuda.max_memory_allocated(device)))
+        total = torch.cuda.get_device_properties(device).total_memory
+        return memory_cap(self._peaks, total, present=own)
+
+    def _check_order(self, latest: Slice) -> None:
+        if latest.place.epoch == self._checked_epoch:
+            return
+        self._checked_epoch = latest.place.epoch
+        if self._recorder is None or not any(loader.settings["sampler"] for loader in self._loaders):
+            return
+        own = sum(loader.order_fingerprint() for loader in self._loaders) % 2**48
+        rows, pending = self._recorder.all_gather(torch.tensor([own], dtype=torch.float64), "partition")
+        pending.wait()
+        checks.check_same_order([int(each) for each in rows.view(-1).tolist()])
+
+    # ---- what is said ------------------------------------------------------------------------------------------------
+
+    def _log(self) -> None:
+        if not self._trainer.is_global_zero:
+            return
+        metrics = self.record.metrics(_LOGGED_RANKS)
+        for logger in self._trainer.loggers:
+            logger.log_metrics(metrics, step=self._trainer.global_step)
+
+    def _warn_of_slow_data(self, rows: list[Row]) -> None:
+        slow = [rank for rank, row in enumerate(rows) if row.fetch_s > _DATA_BOUND * row.busy_s]
+        if slow and not self._warned_of_data:
+            self._warned_of_data = True
+            share = max(row.fetch_s / row.busy_s for row in rows)
+            rank_zero_warn(
+                f"AdaptivePartition: ranks {slow} wait for data for up to {100 * share:.0f} % of their busy time. Shares "
+                "follow that too, but more loader workers (`num_workers`) may help more."
+            )
+
+    def _warn_of_own_backward(self) -> None:
+        self._hears_of_backward = True
+        rank_zero_warn(
+            "AdaptivePartition: no backward through `self.manual_backward(loss)` was seen in a batch whose gradient has "
+            "to be weighted by samples. `loss.backward()` is not seen, and its gradient is wrong where shares differ."
+        )
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def journal(self) -> PartitionJournal:
+        """Return what has happened so far."""
+        return self.record.journal()
+
+    def finish(self) -> None:
+        """Write the journal and the page, and say what was seen."""
+        self.files.finish(self.record.journal())
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = self._recorder = None
+
+    def abandon(self) -> None:
+        """Write the journal of a run that failed, without a word to other ranks."""
+        self.files.save(self.record.journal())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run goes on from; alike on all ranks, in plain types."""
+        return {
+            "version": 1,
+            "run": dict(self.record.run),
+            "plan": self.plan.state_dict(),
+            "balancer": self._balancer.state_dict() if self._balancer is not None else None,
+            "record": self.record.state_dict(),
+            "loaders": [loader.state_dict() for loader in self._loaders],
+            "saved_s": time.time(),
+        }

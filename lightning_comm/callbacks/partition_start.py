@@ -1,0 +1,160 @@
+"""From which shares a run starts: chosen, replayed, or those of the run that it resumes."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_comm.callbacks.partition_checks import has_batch_norm
+from lightning_comm.callbacks.partition_settings import PartitionSettings
+from lightning_comm.core.adaptive_partition import proportional_sizes
+from lightning_comm.core.partition_plan import PartitionPlan, Place
+from lightning_comm.data.adaptive_partition import PartitionedLoader
+from lightning_comm.planning.partition_journal import PartitionJournal
+
+_WHERE = "AdaptivePartition"
+
+
+class StartOfRun:
+    """The plan that a run begins with, and what is known of an earlier part of it.
+
+    Args:
+        trainer: The Trainer, when training starts.
+        module: The model.
+        settings: What the user chose.
+        loaders: Those of the training data, alike on all ranks.
+        loaded: What a checkpoint kept.
+
+    Attributes:
+        run: What a journal must agree with.
+        lo: The least that each rank takes.
+        hi: The most.
+        plan: Which shares hold from where.
+        why: What the changes in it come from, by place.
+        replays: Whether the plan is that of an earlier run.
+        balancer: What is known of the ranks' speeds, if they are the ranks of before.
+        windows: What was measured before.
+
+    Raises:
+        ValueError: On all ranks alike, if what the user chose does not fit the data, or the journal the run.
+
+    Note:
+        *Communication.* With ``replay`` the journal from rank 0.
+
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        settings: PartitionSettings,
+        loaders: list[PartitionedLoader[Any]],
+        loaded: dict[str, Any] | None,
+    ) -> None:
+        self._settings = settings
+        first = loaders[0].settings
+        total = int(first["global_batch_size"])
+        self.run = {**first, "ranks": trainer.world_size, "steps_per_epoch": len(loaders[0])}
+        with_norm = has_batch_norm(module)
+        self.lo, self.hi = settings.bounds(trainer.world_size, total, with_norm)
+        sizes = settings.first_sizes(trainer.world_size, total, self.lo, self.hi)
+        self.plan = PartitionPlan(sizes, hi=self.hi)
+        self.why: dict[Place, str] = {Place(0, 0): "start"}
+        self.windows: list[dict[str, Any]] = []
+        self.balancer: dict[str, Any] | None = None
+        self.replays = settings.replay is not None
+        _check_merged_batch(loaders, self.hi)
+        if loaded is not None:
+            _take_up_loaders(trainer, loaders, loaded)
+        if settings.replay is not None:
+            self._replay(trainer, settings.replay)
+        elif loaded is not None:
+            self._resume(loaded, max(Place(trainer.current_epoch, 0), *(loader.dispatched for loader in loaders)))
+        if with_norm and trainer.world_size > 1:
+            rank_zero_info(
+                f"{_WHERE}: the model has BatchNorm, which normalises by each rank's own samples, so results depend on "
+                "the split, and DDP keeps the running statistics of rank 0. SyncBatchNorm (on GPUs) has neither effect."
+            )
+
+    def _replay(self, trainer: Trainer, path: str) -> None:
+        journal = PartitionJournal.from_dict(_journal_of_rank_0(trainer, path))
+        different = journal.mismatch(self.run)
+        if different:
+            raise ValueError(
+                f"{_WHERE}: `replay` must be the journal of a run like this one; got {path!r}, which differs: "
+                f"{'; '.join(different)}. Restore these, or leave `replay` out."
+            )
+        self.plan = PartitionPlan(tuple(journal.changes[0]["sizes"]), hi=self.hi)
+        for change in journal.changes:
+            place = Place(change["epoch"], change["batch"])
+            self.plan.change_at(place, change["sizes"])
+            self.why[place] = "replay"
+
+    def _resume(self, loaded: dict[str, Any], place: Place) -> None:
+        same = all(loaded["run"][name] == self.run[name] for name in ("ranks", "global_batch_size"))
+        if not same:
+            before = loaded["run"]
+            self.why[Place(0, 0)] = f"start, resumed at batch {place.batch} of epoch {place.epoch}"
+            rank_zero_warn(
+                f"{_WHERE}: the run is resumed on {self.run['ranks']} ranks with a global batch of "
+                f"{self.run['global_batch_size']}, and was stopped on {before['ranks']} ranks with one of "
+                f"{before['global_batch_size']}. It goes on from the shares {list(self.plan.sizes)}, and measures anew."
+            )
+            return
+        chosen = self.plan.sizes
+        self.plan.load_state_dict(loaded["plan"])
+        self.balancer = loaded["balancer"]
+        self.windows = list(loaded["record"]["windows"])
+        self.why = {Place(epoch, batch): why for epoch, batch, why in loaded["record"]["why"]}
+        now = self.plan.sizes_at(place)
+        if self._settings.mode == "fixed":
+            self._restart(place, chosen, "resumed with other shares")
+        elif any(not least <= size <= most for least, size, most in zip(self.lo, now, self.hi, strict=True)):
+            within = proportional_sizes(sum(now), now, self.lo, self.hi)
+            self._restart(place, within, "resumed with other bounds")
+
+    def _restart(self, place: Place, sizes: tuple[int, ...], why: str) -> None:
+        if self.plan.sizes_at(place) != sizes or self.plan.changes[-1].place > place:
+            self.plan.restart_at(place, sizes)
+            self.why[place] = why
+
+
+def _take_up_loaders(trainer: Trainer, loaders: list[PartitionedLoader[Any]], loaded: dict[str, Any]) -> None:
+    """Let loaders go on where they were, if Lightning has not seen to it.
+
+    It does not where ``configure_optimizers`` has asked for ``trainer.estimated_stepping_batches`` (issue 20550).
+    """
+    for loader, state in zip(loaders, loaded["loaders"], strict=False):
+        in_epoch = state["epoch"] == trainer.current_epoch and 0 < state["batches_done"] < len(loader)
+        if in_epoch and loader.dispatched == Place(0, 0) and trainer.fit_loop.batch_idx + 1 == state["batches_done"]:
+            loader.load_state_dict(state)
+
+
+def _check_merged_batch(loaders: list[PartitionedLoader[Any]], hi: tuple[int, ...]) -> None:
+    for loader in loaders:
+        samples, total = int(loader.settings["samples"]), int(loader.settings["global_batch_size"])
+        last = total + samples % total
+        if loader.settings["tail"] == "merge" and sum(hi) < last:
+            raise ValueError(
+                f"{_WHERE}: `max_per_rank` must allow the last batch of an epoch, which with `tail`='merge' has {last} "
+                f"samples; got bounds that sum to {sum(hi)}. Raise them, or give the loader `tail='keep'`."
+            )
+
+
+def _journal_of_rank_0(trainer: Trainer, path: str) -> dict[str, Any]:
+    """Return what rank 0 reads. Other hosts may lack the file, so all ranks learn of it, and all refuse it alike."""
+    content: dict[str, Any] = {}
+    problem = ""
+    if trainer.is_global_zero:
+        try:
+            content = PartitionJournal.load(path).to_dict()
+        except Exception as error:  # whatever it is, the others wait for word of it
+            problem = str(error)
+    content, problem = trainer.strategy.broadcast((content, problem))
+    if problem:
+        raise ValueError(
+            f"{_WHERE}: `replay` must be the journal of an earlier run, on rank 0; got {path!r}: {problem}. Leave it out "
+            "to start from `shares`."
+        )
+    return content
