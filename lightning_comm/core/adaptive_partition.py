@@ -102,6 +102,79 @@ def proportional_sizes(
     return solve_partition([RankCost(0.0, largest / s if s else math.inf) for s in shares], total, lo, hi)
 
 
+def optimal_seconds(costs: Sequence[RankCost], total: float) -> float:
+    """Return how long the slowest rank takes when samples could be divided without end.
+
+    The time T at which all ranks together are done with the batch, each after its fixed time (water filling), or the
+    longest fixed time, which no share shortens. Whole samples need at least T and at most T plus the largest
+    per-sample time.
+
+    Example:
+        >>> optimal_seconds([RankCost(0.0, 0.001), RankCost(0.0, 0.003)], total=64)
+        0.048
+        >>> optimal_seconds([RankCost(0.5, 0.001), RankCost(0.0, 0.003)], total=64)  # the fixed time is the longest
+        0.5
+
+    """
+    floor_s = max(cost.fixed_s for cost in costs)
+    speed, done = 0.0, 0.0  # samples per second of those at work, and what they would have done before second 0
+    for cost in sorted(costs):
+        if speed > 0 and (total + done) / speed <= cost.fixed_s:
+            break
+        if cost.per_sample_s == 0:
+            return floor_s
+        speed += 1 / cost.per_sample_s
+        done += cost.fixed_s / cost.per_sample_s
+    return max(floor_s, (total + done) / speed)
+
+
+def speedup_of_balancing(speeds: Sequence[float]) -> float:
+    """Return how much faster the compute of a step gets by shares in proportion to speeds, against even ones.
+
+    The mean speed over the least, where no time is fixed and samples divide without end.
+
+    Args:
+        speeds: Samples per second by rank; above 0.
+
+    Example:
+        >>> speedup_of_balancing([1, 3]), speedup_of_balancing([1, 1, 1, 0.5])
+        (2.0, 1.75)
+
+    """
+    return sum(speeds) / len(speeds) / min(speeds)
+
+
+def step_speedup(
+    costs: Sequence[RankCost],
+    total: int,
+    lo: Sequence[int] | int = 0,
+    hi: Sequence[int] | int = UNBOUNDED,
+    exposed_s: float = 0.0,
+) -> float:
+    """Return how much faster a whole step gets by the best shares in whole samples, against even ones.
+
+    Args:
+        costs: What a batch costs on each rank.
+        total: Samples of the global batch.
+        lo: The least that each rank takes, one number for all or one for each.
+        hi: The most.
+        exposed_s: Seconds of a step that no share changes: exposed communication, optimizer, framework.
+
+    Raises:
+        ValueError: If the bounds cannot be met.
+
+    Example:
+        >>> costs = [RankCost(0.0, 0.001), RankCost(0.0, 0.003)]
+        >>> [round(step_speedup(costs, total=64, lo=1, exposed_s=exposed_s), 3) for exposed_s in (0.0, 0.024)]
+        [2.0, 1.667]
+
+    """
+    even = proportional_sizes(total, [1.0] * len(costs), lo, hi)
+    best = solve_partition(costs, total, lo, hi)
+    even_s, best_s = (max(cost.seconds(n) for cost, n in zip(costs, sizes, strict=True)) for sizes in (even, best))
+    return (even_s + exposed_s) / (best_s + exposed_s)
+
+
 def _bounds(lo: Sequence[int] | int, hi: Sequence[int] | int, ranks: int, total: int) -> tuple[list[int], list[int]]:
     least = [lo] * ranks if isinstance(lo, int) else list(lo)
     most = [hi] * ranks if isinstance(hi, int) else list(hi)
