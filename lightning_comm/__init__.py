@@ -3,10 +3,11 @@
 Importing this package registers its strategies, so that ``Trainer(strategy="qsr")`` finds them.
 """
 
-from lightning_comm.callbacks import BatchNormReestimation, CommProfiler, EmulatedDevice
+from lightning_comm.callbacks import AdaptivePartition, BatchNormReestimation, CommProfiler, EmulatedDevice
 from lightning_comm.core.ledger import CommLedger, CommRecord
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, PowerPeriod, QuadraticPeriod, RoundClock
 from lightning_comm.core.sparse_mask import PruningSchedule
+from lightning_comm.data.adaptive_partition import PartitionedLoader
 from lightning_comm.planning.profile_files import load_profile
 from lightning_comm.strategies import CompressedDDPStrategy, LocalUpdateStrategy, register_strategies
 from lightning_comm.transport.averaging import Averaging
@@ -28,6 +29,7 @@ from lightning_comm.transport.pruning import (
 )
 
 __all__ = [
+    "AdaptivePartition",
     "Averaging",
     "BatchNormReestimation",
     "Cast",
@@ -46,6 +48,7 @@ __all__ = [
     "MaskFunction",
     "ModulePruning",
     "NoSync",
+    "PartitionedLoader",
     "PeriodRule",
     "PowerPeriod",
     "PowerSGD",

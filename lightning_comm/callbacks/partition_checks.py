@@ -33,10 +33,11 @@ def check_strategy(trainer: Trainer) -> None:
             f"samples; got {type(strategy).__name__}. Use 'ddp', one of the 'ddp_…' of this package, or 'local_sgd', "
             "'post_local_sgd' or 'qsr'."
         )
-    if getattr(strategy, "_model_averaging_period", None) is not None:
+    period = getattr(strategy, "_model_averaging_period", None)
+    if period is not None:
         raise MisconfigurationException(
-            f"{_WHERE}: DDPStrategy with `model_averaging_period`={strategy._model_averaging_period} averages parameters "
-            "over ranks alike, whatever their samples. Use LocalUpdateStrategy, whose averages are weighted by samples."
+            f"{_WHERE}: DDPStrategy with `model_averaging_period`={period} averages parameters over ranks alike, "
+            "whatever their samples. Use LocalUpdateStrategy, whose averages are weighted by samples."
         )
     if isinstance(getattr(strategy, "compression", None), NoSync):
         raise MisconfigurationException(
@@ -69,7 +70,7 @@ def loaders_of(trainer: Trainer) -> list[Any]:
     return list(_leaves(trainer.train_dataloader))
 
 
-def agreed_loaders(trainer: Trainer) -> list[PartitionedLoader[Any]]:
+def agreed_loaders(trainer: Trainer) -> list[PartitionedLoader]:
     """Return the loaders of the training data, after checking that all ranks have the same.
 
     Raises:
@@ -92,8 +93,8 @@ def agreed_loaders(trainer: Trainer) -> list[PartitionedLoader[Any]]:
     for rank, row in enumerate(rows):
         if row["loaders"] != rows[0]["loaders"]:
             raise ValueError(
-                f"{_WHERE}: the loaders of rank {rank} and rank 0 differ: {_differences(row, rows[0])}. Every rank must "
-                "have the same dataset and settings, since each takes its slice of the same order."
+                f"{_WHERE}: the loaders of rank {rank} and rank 0 differ: {_differences(row, rows[0])}. Every rank "
+                "must have the same dataset and settings, since each takes its slice of the same order."
             )
     return found
 
@@ -160,12 +161,12 @@ def _not_partitioned(loader: Any) -> str:
     return f"the training data must be a PartitionedLoader; got a {what}. {way_out}"
 
 
-def _has_tail(loader: PartitionedLoader[Any]) -> bool:
+def _has_tail(loader: PartitionedLoader) -> bool:
     settings = loader.settings
     return settings["tail"] != "drop" and int(settings["samples"]) % int(settings["global_batch_size"]) != 0
 
 
-def _settings(loader: PartitionedLoader[Any]) -> dict[str, Any]:
+def _settings(loader: PartitionedLoader) -> dict[str, Any]:
     return {**loader.settings, "steps": len(loader)}
 
 

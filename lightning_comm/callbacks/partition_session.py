@@ -2,10 +2,10 @@
 
 Order of messages, on every rank alike. At the start one gathering of the loaders' settings, and with ``replay`` the
 journal from rank 0. With a sampler of the user's a fingerprint of the order with the first batch of each epoch. Every
-``window_steps`` batches of unchanged shares one row from each rank, in ``on_train_batch_end``, where under DDP all ranks
-have just met in the all-reduce of gradients; under local updates right after a synchronisation. All ranks feed the same
-rows to the same arithmetic, so no decision needs a message. A change holds from the first batch that no rank's loader
-has passed to its workers yet; until it does, nothing is exchanged.
+``window_steps`` batches of unchanged shares one row from each rank, in ``on_train_batch_end``, where under DDP all
+ranks have just met in the all-reduce of gradients; under local updates right after a synchronisation. All ranks feed
+the same rows to the same arithmetic, so no decision needs a message. A change holds from the first batch that no rank's
+loader has passed to its workers yet; until it does, nothing is exchanged.
 """
 
 import math
@@ -69,12 +69,12 @@ class PartitionSession:
         self._balancer: Balancer | None = None
         if settings.mode != "fixed":
             self._meter = PartitionMeter(trainer.strategy.root_device, settings.warmup_steps)
-            self._balancer = Balancer(
-                self._ranks, sum(self.plan.sizes), start.lo, start.hi, min_gain=settings.min_gain
-            )
+            self._balancer = Balancer(self._ranks, sum(self.plan.sizes), start.lo, start.hi, min_gain=settings.min_gain)
             if start.balancer is not None:
                 self._balancer.load_state_dict(start.balancer)
-        if self._ranks > 1 and (settings.mode != "fixed" or any(loader.settings["sampler"] for loader in self._loaders)):
+        if self._ranks > 1 and (
+            settings.mode != "fixed" or any(loader.settings["sampler"] for loader in self._loaders)
+        ):
             self._group = another_group(_GROUP_TIMEOUT, backend="gloo")
             self._recorder = Recorder(CommLedger(), self._group)
         self._peaks: list[tuple[int, int]] = []  # of memory, at each size that was the largest so far
@@ -164,7 +164,7 @@ class PartitionSession:
 
     def _have_just_met(self) -> bool:
         rounds = getattr(self._trainer.strategy, "rounds_done", None)
-        if rounds is None or self._trainer.strategy.averages_gradients:
+        if rounds is None or getattr(self._trainer.strategy, "averages_gradients", True):
             return True
         seen, self._rounds_seen = self._rounds_seen, rounds
         return bool(rounds != seen)
@@ -246,15 +246,16 @@ class PartitionSession:
             self._warned_of_data = True
             share = max(row.fetch_s / row.busy_s for row in rows)
             rank_zero_warn(
-                f"AdaptivePartition: ranks {slow} wait for data for up to {100 * share:.0f} % of their busy time. Shares "
-                "follow that too, but more loader workers (`num_workers`) may help more."
+                f"AdaptivePartition: ranks {slow} wait for data for up to {100 * share:.0f} % of their busy time. "
+                "Shares follow that too, but more loader workers (`num_workers`) may help more."
             )
 
     def _warn_of_own_backward(self) -> None:
         self._hears_of_backward = True
         rank_zero_warn(
-            "AdaptivePartition: no backward through `self.manual_backward(loss)` was seen in a batch whose gradient has "
-            "to be weighted by samples. `loss.backward()` is not seen, and its gradient is wrong where shares differ."
+            "AdaptivePartition: no backward through `self.manual_backward(loss)` was seen in a batch whose gradient "
+            "has to be weighted by samples. `loss.backward()` is not seen, and its gradient is wrong where shares "
+            "differ."
         )
 
     # ---- the end -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -49,7 +48,7 @@ class StartOfRun:
         trainer: Trainer,
         module: LightningModule,
         settings: PartitionSettings,
-        loaders: list[PartitionedLoader[Any]],
+        loaders: list[PartitionedLoader],
         loaded: dict[str, Any] | None,
     ) -> None:
         self._settings = settings
@@ -120,7 +119,7 @@ class StartOfRun:
             self.why[place] = why
 
 
-def _take_up_loaders(trainer: Trainer, loaders: list[PartitionedLoader[Any]], loaded: dict[str, Any]) -> None:
+def _take_up_loaders(trainer: Trainer, loaders: list[PartitionedLoader], loaded: dict[str, Any]) -> None:
     """Let loaders go on where they were, if Lightning has not seen to it.
 
     It does not where ``configure_optimizers`` has asked for ``trainer.estimated_stepping_batches`` (issue 20550).
@@ -131,7 +130,7 @@ def _take_up_loaders(trainer: Trainer, loaders: list[PartitionedLoader[Any]], lo
             loader.load_state_dict(state)
 
 
-def _check_merged_batch(loaders: list[PartitionedLoader[Any]], hi: tuple[int, ...]) -> None:
+def _check_merged_batch(loaders: list[PartitionedLoader], hi: tuple[int, ...]) -> None:
     for loader in loaders:
         samples, total = int(loader.settings["samples"]), int(loader.settings["global_batch_size"])
         last = total + samples % total
@@ -154,7 +153,7 @@ def _journal_of_rank_0(trainer: Trainer, path: str) -> dict[str, Any]:
     content, problem = trainer.strategy.broadcast((content, problem))
     if problem:
         raise ValueError(
-            f"{_WHERE}: `replay` must be the journal of an earlier run, on rank 0; got {path!r}: {problem}. Leave it out "
-            "to start from `shares`."
+            f"{_WHERE}: `replay` must be the journal of an earlier run, on rank 0; got {path!r}: {problem}. Leave it "
+            "out to start from `shares`."
         )
     return content
