@@ -5,6 +5,7 @@ never from the global random state, a rank or a plan.
 """
 
 import hashlib
+import operator
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -170,7 +171,7 @@ class GlobalOrder:
         if callable(set_epoch := getattr(self.sampler, "set_epoch", None)):
             set_epoch(key[0])
         with seeded(seed), _own_generator(self.sampler, seed):
-            return [each.item() if isinstance(each, torch.Tensor) else each for each in self.sampler]
+            return [operator.index(each) if hasattr(each, "__index__") else each for each in self.sampler]
 
 
 @contextmanager

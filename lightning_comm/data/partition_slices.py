@@ -123,7 +123,7 @@ class SeededSamples(Dataset[Any]):
         seed: Another one gives other augmentations.
 
     Note:
-        *Communication.* None. Saving and putting back the state of the generators costs some 50 microseconds a sample.
+        *Communication.* None. Saving and putting back the state of the generators costs some 100 microseconds a sample.
 
     Example:
         >>> import random
