@@ -7,7 +7,7 @@ from typing import Any
 from lightning_comm.callbacks.partition_meter import Row
 from lightning_comm.core.balancing import Forecast
 from lightning_comm.core.partition_plan import PartitionPlan, Place
-from lightning_comm.planning.partition_journal import PartitionJournal
+from lightning_comm.planning.partition_journal import Change, PartitionJournal, Window
 
 _MOST_WINDOWS = 2000  # then every second one is dropped, so that a long run stays a small file
 
@@ -30,15 +30,15 @@ class PartitionRecord:
         mode: str,
         plan: PartitionPlan,
         why: dict[Place, str],
-        windows: Sequence[dict[str, Any]],
+        windows: Sequence[Window],
     ) -> None:
         self.run = run
         self.why = why
         self._mode = mode
         self._plan = plan
         self._windows = list(windows)
-        before_s = float(self._windows[-1]["seconds"]) if self._windows else 0.0
-        self._started_s = time.monotonic() - before_s
+        before_s = self._windows[-1].seconds if self._windows else None
+        self._started_s = time.monotonic() - (before_s or 0.0)
 
     def add_window(
         self, place: Place, sizes: tuple[int, ...], rows: list[Row], step_s: float, forecast: Forecast | None
@@ -47,48 +47,42 @@ class PartitionRecord:
         if len(self._windows) >= _MOST_WINDOWS:
             self._windows = self._windows[::2]
         self._windows.append(
-            {
-                "epoch": place.epoch,
-                "batch": place.batch,
-                "seconds": time.monotonic() - self._started_s,
-                "sizes": list(sizes),
-                "busy_s": [row.busy_s for row in rows],
-                "fetch_s": [row.fetch_s for row in rows],
-                "step_s": step_s,
-                "gain": None if forecast is None else forecast.gain,
-                "best_sizes": None if forecast is None else list(forecast.sizes),
-            }
+            Window(
+                epoch=place.epoch,
+                batch=place.batch,
+                seconds=time.monotonic() - self._started_s,
+                sizes=sizes,
+                busy_s=tuple(row.busy_s for row in rows),
+                fetch_s=tuple(row.fetch_s for row in rows),
+                step_s=step_s,
+                gain=None if forecast is None else forecast.gain,
+                best_sizes=None if forecast is None else forecast.sizes,
+            )
         )
 
     def metrics(self, most_ranks: int) -> dict[str, float]:
         """Return what loggers are told of the last window."""
         window = self._windows[-1]
-        busy, slowest = window["busy_s"], max(window["busy_s"])
+        busy = [seconds or 0.0 for seconds in window.busy_s]
+        slowest = max(busy)
         metrics = {
-            "adaptive_partition/step_s": window["step_s"],
+            "adaptive_partition/step_s": window.step_s or 0.0,
             "adaptive_partition/busy_s_slowest": slowest,
             "adaptive_partition/waiting_share": 1 - sum(busy) / (len(busy) * slowest) if slowest else 0.0,
         }
-        if window["gain"] is not None:
-            metrics["adaptive_partition/possible_gain"] = window["gain"]
+        if window.gain is not None:
+            metrics["adaptive_partition/possible_gain"] = window.gain
         for rank in range(min(most_ranks, len(busy))):
-            metrics[f"adaptive_partition/samples/rank_{rank}"] = window["sizes"][rank]
+            metrics[f"adaptive_partition/samples/rank_{rank}"] = window.sizes[rank]
             metrics[f"adaptive_partition/busy_s/rank_{rank}"] = busy[rank]
         return metrics
 
     def journal(self) -> PartitionJournal:
         """Return all of it."""
-        changes = [
-            {
-                "epoch": change.place.epoch,
-                "batch": change.place.batch,
-                "sizes": list(change.sizes),
-                "why": self.why.get(change.place, ""),
-            }
-            for change in self._plan.changes
-        ]
-        return PartitionJournal(run=self.run, mode=self._mode, changes=tuple(changes), windows=tuple(self._windows))
+        changes = [Change(*each.place, each.sizes, self.why.get(each.place, "")) for each in self._plan.changes]
+        return PartitionJournal(self.run, self._mode, tuple(changes), tuple(self._windows))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run goes on from, in plain types."""
-        return {"windows": list(self._windows), "why": [(*place, why) for place, why in self.why.items()]}
+        why = [(*place, why) for place, why in self.why.items()]
+        return {"windows": self.journal().to_dict()["windows"], "why": why}

@@ -157,7 +157,7 @@ class PartitionSession:
             return
         meter.end()
         have_met = self._have_just_met()
-        in_flight = self.plan.changes[-1].place > self._place
+        in_flight = not self._replays and self.plan.changes[-1].place > self._place
         if have_met and not in_flight and meter.batches >= self._settings.window_steps:
             self._compare(meter, balancer)
             meter.begin_window()

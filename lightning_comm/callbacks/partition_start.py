@@ -10,7 +10,7 @@ from lightning_comm.callbacks.partition_settings import PartitionSettings
 from lightning_comm.core.adaptive_partition import proportional_sizes
 from lightning_comm.core.partition_plan import PartitionPlan, Place
 from lightning_comm.data.adaptive_partition import PartitionedLoader
-from lightning_comm.planning.partition_journal import PartitionJournal
+from lightning_comm.planning.partition_journal import PartitionJournal, Window
 
 _WHERE = "AdaptivePartition"
 
@@ -60,7 +60,7 @@ class StartOfRun:
         sizes = settings.first_sizes(trainer.world_size, total, self.lo, self.hi)
         self.plan = PartitionPlan(sizes, hi=self.hi)
         self.why: dict[Place, str] = {Place(0, 0): "start"}
-        self.windows: list[dict[str, Any]] = []
+        self.windows: list[Window] = []
         self.balancer: dict[str, Any] | None = None
         self.replays = settings.replay is not None
         _check_merged_batch(loaders, self.hi)
@@ -84,11 +84,8 @@ class StartOfRun:
                 f"{_WHERE}: `replay` must be the journal of a run like this one; got {path!r}, which differs: "
                 f"{'; '.join(different)}. Restore these, or leave `replay` out."
             )
-        self.plan = PartitionPlan(tuple(journal.changes[0]["sizes"]), hi=self.hi)
-        for change in journal.changes:
-            place = Place(change["epoch"], change["batch"])
-            self.plan.change_at(place, change["sizes"])
-            self.why[place] = "replay"
+        self.plan = journal.plan(self.hi)
+        self.why = {change.place: "replay" for change in journal.changes}
 
     def _resume(self, loaded: dict[str, Any], place: Place) -> None:
         same = all(loaded["run"][name] == self.run[name] for name in ("ranks", "global_batch_size"))
@@ -104,7 +101,7 @@ class StartOfRun:
         chosen = self.plan.sizes
         self.plan.load_state_dict(loaded["plan"])
         self.balancer = loaded["balancer"]
-        self.windows = list(loaded["record"]["windows"])
+        self.windows = [Window(**each) for each in loaded["record"]["windows"]]
         self.why = {Place(epoch, batch): why for epoch, batch, why in loaded["record"]["why"]}
         now = self.plan.sizes_at(place)
         if self._settings.mode == "fixed":

@@ -1,0 +1,2 @@
+def partition_page(j):
+    return str(j)

@@ -1,0 +1,2 @@
+def summary(j):
+    return str(j.windows[-1])
