@@ -1,2 +1,0 @@
-def partition_page(j):
-    return str(j)

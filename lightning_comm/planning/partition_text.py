@@ -1,2 +1,0 @@
-def summary(j):
-    return str(j.windows[-1])
