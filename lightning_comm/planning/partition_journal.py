@@ -287,4 +287,6 @@ def _plain(entry: Change | Window) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    return "not told" if value is None else f"{value:,}" if type(value) is int else str(value)
+    if type(value) is int:
+        return f"{value:,}"
+    return "not told" if value is None else str(value) or "none"
