@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from statistics import median, quantiles
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_comm.planning.partition_journal import PartitionJournal, Window
 from lightning_comm.planning.svg_figures import legend, new_figure, to_svg
@@ -41,7 +41,7 @@ def shares(journal: PartitionJournal) -> bytes:
     axes.set_ylabel("% of the batch")
     axes.set_ylim(0, 100)
     _over_the_run(axes, journal, (0, edges[-1]))
-    legend(axes)
+    legend(axes, MOST_LINES)
     return to_svg(figure)
 
 
@@ -68,22 +68,16 @@ def busy_and_waiting(journal: PartitionJournal) -> bytes:
     groups = _groups(journal.windows)
     span = (_begin(journal), _end(journal))
     if journal.ranks <= MOST_LINES:
-        for axes, of in ((above, _busy), (below, _wait)):
-            for rank, line in enumerate(_lines(groups, of)):
-                _line(axes, journal, groups, line, _COLOURS[rank], f"rank {rank}")
-        legend(above)
+        for rank, (busy, wait) in enumerate(zip(_lines(groups, _busy), _lines(groups, _wait), strict=True)):
+            _line(above, journal, groups, busy, _COLOURS[rank], f"rank {rank}")
+            _line(below, journal, groups, wait, _COLOURS[rank], "")
+        legend(above, MOST_LINES)
+        above.set_ylabel("ms busy")
         above.set_ylim(bottom=0)
     else:
-        edges = [span[0], *(_x(journal, group) + 1 for group in groups)]
-        cells = [_milliseconds(line) for line in _lines(groups, _busy)]
-        drawn = above.pcolormesh(edges, _lanes(journal), cells, cmap="YlOrRd", rasterized=True)
-        figure.colorbar(drawn, ax=above, label="ms busy", pad=0.01)
-        above.set_ylabel("rank")
-        above.invert_yaxis()
+        _busy_map(above, journal, groups)
         _bands(below, journal, groups)
         legend(below)
-    if journal.ranks <= MOST_LINES:
-        above.set_ylabel("ms busy")
     below.set_ylabel("ms waiting")
     below.set_ylim(bottom=0)
     above.tick_params(labelbottom=False)
@@ -93,6 +87,26 @@ def busy_and_waiting(journal: PartitionJournal) -> bytes:
     above.set_xlabel("")
     _over_the_run(below, journal, span)
     return to_svg(figure)
+
+
+def _busy_map(axes: "Axes", journal: PartitionJournal, groups: Sequence[Sequence[Window]]) -> None:
+    from matplotlib.colors import Normalize
+
+    columns = list(zip(*_lines(groups, _busy), strict=True))
+    middle = [_median([each for each in column if math.isfinite(each)]) or math.nan for column in columns]
+    cells = [[each / mid for each in column] for column, mid in zip(columns, middle, strict=True)]
+    edges = [_begin(journal), *(_x(journal, group) + 1 for group in groups)]
+    drawn = axes.pcolormesh(
+        edges,
+        _lanes(journal),
+        list(zip(*cells, strict=True)),
+        cmap="RdBu_r",
+        norm=Normalize(0.5, 1.5),
+        rasterized=True,
+    )
+    axes.figure.colorbar(drawn, ax=axes, label="busy, of the median", pad=0.01, extend="both")
+    axes.set_ylabel("rank")
+    axes.invert_yaxis()
 
 
 def _bands(axes: "Axes", journal: PartitionJournal, groups: Sequence[Sequence[Window]]) -> None:
@@ -203,11 +217,11 @@ def _line(
     linestyle: str = "-",
 ) -> None:
     places = [_x(journal, group) for group in groups]
-    style = {"color": colour, "label": label, "linewidth": 1.6, "linestyle": linestyle}
+    style: dict[str, Any] = {"color": colour, "label": label, "linewidth": 1.6, "linestyle": linestyle}
     axes.plot(places, _milliseconds(seconds), **style, **_dots(groups))
 
 
-def _dots(groups: Sequence[Sequence[Window]]) -> dict[str, object]:
+def _dots(groups: Sequence[Sequence[Window]]) -> dict[str, Any]:
     return {"marker": "o", "markersize": 3} if len(groups) <= 40 else {}
 
 
@@ -228,4 +242,5 @@ def _mark_changes(axes: "Axes", journal: PartitionJournal, label: str | None = N
 
 def _over_the_run(axes: "Axes", journal: PartitionJournal, span: tuple[float, float]) -> None:
     axes.set_xlim(*span)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel(f"training batch (an epoch has {int(journal.run['steps_per_epoch'] or 0):,})")

@@ -5,15 +5,26 @@ from collections.abc import Sequence
 
 from lightning_comm.planning import partition_figures
 from lightning_comm.planning.partition_findings import Findings, findings
-from lightning_comm.planning.partition_journal import RUN_FIELDS, Change, PartitionJournal
-from lightning_comm.planning.partition_text import HEADER, about, how_measured, medians, rank_row, sentences
+from lightning_comm.planning.partition_journal import RUN_FIELDS, Change, PartitionJournal, shown
+from lightning_comm.planning.partition_text import (
+    HEADER,
+    about,
+    how_measured,
+    medians,
+    rank_row,
+    sentences,
+    slowest_first,
+)
 from lightning_comm.planning.report import duration, html_cards, html_figure, html_table, html_text, page, percent
 from lightning_comm.planning.svg_figures import cannot_draw
 
 _MOST_CHANGES = 100  # rows of the journal's table; of more, the first and the last are shown
 _MOST_SIZES = 16  # ranks whose shares stand one by one in it
-_STYLE = "<style>h2{margin-top:2.2rem}.changes td:nth-child(n+3){text-align:left}.changes th:nth-child(n+3){text-align:left}</style>"
-_NO_FIGURES = "The figures are left out: {}. Once that is mended, `partition_page(PartitionJournal.load(path))` makes the page again, with them."
+_STYLE = "<style>h2{margin-top:2.2rem}.changes th:nth-child(n+3),.changes td:nth-child(n+3){text-align:left}</style>"
+_NO_FIGURES = (
+    "The figures are left out: {}. Once that is mended, `partition_page(PartitionJournal.load(path))` makes the page "
+    "again, with them."
+)
 
 
 def partition_page(journal: PartitionJournal) -> str:
@@ -39,8 +50,9 @@ def partition_page(journal: PartitionJournal) -> str:
     body += [f"<p>{html_text(text)}</p>" for text in sentences(journal)]
     body += _figures(journal)
     if found is not None:
-        rows = [rank_row(rank, found.total) for rank in found.ranks]
-        said = medians(found).capitalize()
+        many = len(found.ranks) > _MOST_SIZES
+        rows = [rank_row(rank, found.total) for rank in (slowest_first(found) if many else found.ranks)]
+        said = medians(found).capitalize() + (", the slowest rank first" if many else "")
         body.append(f"<h2>By rank</h2><p>{html.escape(said)}.</p>" + html_table(HEADER, rows))
     body.append("<h2>Journal of the shares</h2>" + _changes(journal))
     if found is not None:
@@ -63,16 +75,14 @@ def _cards(found: Findings) -> str:
     cards: list[tuple[str, str]] = []
     if found.step_s is not None:
         cards.append((duration(found.step_s), "a step, under the last shares"))
-    if found.step_s is not None and found.even_step_s and len(set(rank.samples for rank in found.ranks)) > 1:
+    if found.step_s is not None and found.even_step_s and len({rank.samples for rank in found.ranks}) > 1:
         cards.append((percent(1 - found.step_s / found.even_step_s), "less than an even split would take now"))
     if found.possible is not None and len(found.ranks) > 1:
-        cards.append((percent(found.possible), "of a step would the best shares still save"))
-    waits = [(rank.wait_s, rank.busy_s) for rank in found.ranks]
-    busiest_s = max((busy_s for _, busy_s in waits if busy_s is not None), default=0.0)
-    known = [wait_s for wait_s, _ in waits if wait_s is not None]
-    if busiest_s and len(known) > 1:
-        share = sum(known) / len(known) / busiest_s
-        cards.append((percent(share), "of the time of the slowest rank, the ranks waited for it on average"))
+        cards.append((percent(found.possible), "of a step the best shares would still save"))
+    waits = [rank.wait_s for rank in found.ranks if rank.wait_s is not None]
+    if found.step_s and len(waits) > 1:
+        share = sum(waits) / len(waits) / found.step_s
+        cards.append((percent(share), "of a step ranks wait for the slowest, on average"))
     return html_cards(cards)
 
 
@@ -88,9 +98,9 @@ def _figures(journal: PartitionJournal) -> list[str]:
         parts.append(html_figure("Share of the batch", said, partition_figures.shares(journal)))
     if not journal.windows:
         return parts
-    said = "Dotted: shares change."
+    said = "Dotted: shares change." if len(journal.changes) > 1 else ""
     if many:
-        said = f"Above: each rank's busy time, darker is longer. Below: waiting for the slowest rank. {said}"
+        said = f"Above: each rank's busy time against the median rank's; red is longer, blue shorter. {said}"
     if journal.ranks > 1:
         parts.append(html_figure("Busy and waiting", said, partition_figures.busy_and_waiting(journal)))
     said = "The dashed line is what the best shares would make of it, by the speeds known at that moment."
@@ -103,7 +113,8 @@ def _changes(journal: PartitionJournal) -> str:
     said = ""
     if len(shown) > _MOST_CHANGES:
         shown = (*shown[:1], *shown[1 - _MOST_CHANGES :])
-        said = f"<p>The first and the last {_MOST_CHANGES - 1} of {len(journal.changes):,}; the journal's file has all.</p>"
+        count = len(journal.changes)
+        said = f"<p>The first and the last {_MOST_CHANGES - 1} of {count:,}; the journal's file has all.</p>"
     rows = [[f"{change.epoch:,}", f"{change.batch:,}", _sizes(change.sizes), change.why] for change in shown]
     header = ["from epoch", "batch", "samples of each rank", "why"]
     return f'{said}<div class="changes">{html_table(header, rows)}</div>'
@@ -119,5 +130,5 @@ def _sizes(sizes: Sequence[int]) -> str:
 
 
 def _settings(journal: PartitionJournal) -> str:
-    rows = [[name, str(journal.run[field])] for field, name in RUN_FIELDS.items()]
+    rows = [[name, shown(journal.run[field])] for field, name in RUN_FIELDS.items()]
     return html_table(["", ""], rows)

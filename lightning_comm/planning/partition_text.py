@@ -11,6 +11,10 @@ _ALIKE = 0.05  # of speed: ranks that differ by less are called equally fast
 _DATA_BOUND = 0.2  # of a rank's busy time
 _MOST_ROWS = 16  # ranks in the terminal's table; of more, the slowest are shown
 _MOST_NAMED = 8  # ranks in a sentence
+_ADVICE = {
+    "observe": ' `mode="balance"` does that.',
+    "balance": " Shares stay while that is less than `min_gain`, or not sure yet.",
+}
 HEADER = ("rank", "samples/s", "score", "batch", "share", "busy", "waiting", "fetch")
 
 
@@ -27,8 +31,7 @@ def summary(journal: PartitionJournal) -> str:
         return "\n".join([head, *sentences(journal)])
     rows, left_out = found.ranks, 0
     if len(rows) > _MOST_ROWS:
-        slowest = sorted(rows, key=lambda rank: -1.0 if rank.score is None else rank.score)[:_MOST_ROWS]
-        rows, left_out = tuple(slowest), len(rows) - _MOST_ROWS
+        rows, left_out = slowest_first(found)[:_MOST_ROWS], len(rows) - _MOST_ROWS
     head += f"; {medians(found)}"
     table = text_table(HEADER, [rank_row(rank, found.total) for rank in rows])
     more = [f"These are the {_MOST_ROWS} slowest ranks; {left_out} more are left out."] if left_out else []
@@ -58,6 +61,11 @@ def rank_row(rank: RankFindings, total: int) -> list[str]:
         percent(rank.samples / total),
         *(_time(seconds) for seconds in (rank.busy_s, rank.wait_s, rank.fetch_s)),
     ]
+
+
+def slowest_first(found: Findings) -> tuple[RankFindings, ...]:
+    """Return the ranks by speed; those whose speed is not known come last."""
+    return tuple(sorted(found.ranks, key=lambda rank: 2.0 if rank.score is None else rank.score))
 
 
 def sentences(journal: PartitionJournal) -> list[str]:
@@ -126,7 +134,7 @@ def _to_gain(found: Findings, journal: PartitionJournal) -> list[str]:
     else:
         best = next((window.best_sizes for window in reversed(journal.windows) if window.best_sizes), None)
         shares = f" ({_numbers(best)} samples)" if best is not None and len(best) <= _MOST_NAMED else ""
-        advice = ' `mode="balance"` does that.' if journal.mode == "observe" else ""
+        advice = _ADVICE.get(journal.mode, "")
         said.append(f"The best shares{shares} would make a step {percent(found.possible)} shorter.{advice}")
         said += _closed_form(found)
     return said

@@ -31,9 +31,9 @@ def new_figure(height: float) -> tuple["Figure", "Axes"]:
     return figure, axes
 
 
-def legend(axes: "Axes") -> None:
+def legend(axes: "Axes", columns: int = 3) -> None:
     """Put the legend above the axes."""
-    axes.figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+    axes.figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
 
 
 def to_svg(figure: "Figure") -> bytes:
