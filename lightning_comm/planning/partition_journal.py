@@ -161,7 +161,7 @@ class PartitionJournal:
     def mismatch(self, run: Mapping[str, Any]) -> list[str]:
         """Return in words what differs between this journal's run and another one; nothing if it can be replayed."""
         return [
-            f"{name}: {_shown(self.run.get(field))} in the journal, {_shown(run.get(field))} in this run"
+            f"{name}: {shown(self.run.get(field))} in the journal, {shown(run.get(field))} in this run"
             for field, name in RUN_FIELDS.items()
             if self.run.get(field) != run.get(field)
         ]
@@ -286,5 +286,8 @@ def _plain(entry: Change | Window) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(entry).items()}
 
 
-def _shown(value: Any) -> str:
-    return "not told" if value is None else f"{value:,}" if type(value) is int else str(value)
+def shown(value: Any) -> str:
+    """Return a value of ``run`` as people read it."""
+    if type(value) is int:
+        return f"{value:,}"
+    return "not told" if value is None else str(value) or "none"

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_comm.planning.pilot import BASELINE, LIMIT, Spread, Summary, Trial, summarise
 from lightning_comm.planning.pilot_advice import LIMIT_SPREAD, Advice
 from lightning_comm.planning.projection import RunPlan
-from lightning_comm.planning.report import duration, html_table, megabytes, page, percent
+from lightning_comm.planning.report import duration, html_table, html_text, megabytes, page, percent
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -177,9 +177,9 @@ def html_page(results: Mapping[str, Any], advice: Advice, figure: str | None) ->
     parts = [
         _STYLE,
         "<h1>Is communication the bottleneck?</h1>",
-        f'<p class="answer {kind}">{_code(advice.headline)}</p>',
+        f'<p class="answer {kind}">{html_text(advice.headline)}</p>',
         _facts(summaries, advice, results["settings"]["cost_per_hour"]),
-        f'<p class="note"><b>Emulated.</b> {_code(" ".join(fake))}</p>' if fake else "",
+        f'<p class="note"><b>Emulated.</b> {html_text(" ".join(fake))}</p>' if fake else "",
         image,
         _paragraphs(advice.reasons),
         f"<h2>The whole run</h2>{html_table(*run)}" if run else "",
@@ -228,13 +228,7 @@ def _failures(results: Mapping[str, Any]) -> str:
 
 
 def _paragraphs(sentences: Sequence[str]) -> str:
-    return "".join(f"<p>{_code(text)}</p>" for text in sentences)
-
-
-def _code(text: str) -> str:
-    """Return a sentence in HTML, with what stands between backticks as code."""
-    plain, *rest = html.escape(text).split("`")
-    return plain + "".join(f"<code>{part}</code>" if place % 2 == 0 else part for place, part in enumerate(rest))
+    return "".join(f"<p>{html_text(text)}</p>" for text in sentences)
 
 
 def _number(spread: Spread | None, factor: float, digits: int = 1) -> str:

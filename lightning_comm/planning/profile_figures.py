@@ -1,6 +1,5 @@
 """The figures of a profile's page, as SVG. They need matplotlib, which the package can do without."""
 
-import io
 from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -8,10 +7,10 @@ from typing import TYPE_CHECKING
 from lightning_comm.core.key_figures import RunFigures, StepFigures
 from lightning_comm.core.rank_profile import RankProfile, inferred_waits
 from lightning_comm.core.step_timeline import aligned
+from lightning_comm.planning.svg_figures import legend, new_figure, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLOURS = {
     "own": "#cfd8e3",
@@ -33,21 +32,10 @@ _MOST_LANES = 16  # ranks drawn one by one
 _WINDOWS = 15  # of neighbouring steps whose mean is drawn fit into the run
 
 
-def cannot_draw() -> str | None:
-    """Return why no figure can be drawn, or ``None`` if they can be."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return "matplotlib is not installed, and `pip install matplotlib` gets it"
-    except Exception as error:  # a broken installation raises whatever it likes
-        return f"matplotlib cannot be imported ({type(error).__name__}: {error})"
-    return None
-
-
 def step_by_rank(run: RunFigures) -> bytes:
     """Return where the time of a mean step goes, one bar a rank."""
     ranks = [rank for rank in run.ranks if rank.steps][:_MOST_LANES]
-    figure, axes = _figure(0.9 + 0.34 * len(ranks))
+    figure, axes = new_figure(0.9 + 0.34 * len(ranks))
     parts: dict[str, list[float]] = {
         "own": [rank.own_s for rank in ranks],
         "exposed": [max(0.0, rank.exposed_s - rank.wait_s) for rank in ranks],
@@ -63,7 +51,7 @@ def step_by_rank(run: RunFigures) -> bytes:
             left = [begin + 1e3 * s for begin, s in zip(left, seconds, strict=True)]
     _lanes(axes, [f"rank {rank.rank}" for rank in ranks])
     axes.set_xlabel("ms of a mean step")
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def timeline(ranks: Sequence[RankProfile]) -> bytes:
@@ -73,7 +61,7 @@ def timeline(ranks: Sequence[RankProfile]) -> bytes:
         (rank, aligned(rank.timeline, waits.get(rank.rank, {}), rank.on_rank_0)) for rank in ranks if rank.timeline
     ][:_MOST_LANES]
     begin_s = min(steps[0].start_s for _, steps in shown)
-    figure, axes = _figure(1.0 + 0.42 * len(shown))
+    figure, axes = new_figure(1.0 + 0.42 * len(shown))
     named: set[str] = set()
     for lane, (_, steps) in enumerate(shown):
         for step in steps:
@@ -84,7 +72,7 @@ def timeline(ranks: Sequence[RankProfile]) -> bytes:
     _lanes(axes, [f"rank {rank.rank}" for rank, _ in shown])
     first, last = shown[0][1][0].batch, shown[0][1][-1].batch
     axes.set_xlabel(f"ms, from the start of training batch {first} to the end of {last}")
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _bar(axes: "Axes", named: set[str], name: str, lane: int, span: tuple[float, float]) -> None:
@@ -98,7 +86,7 @@ def _bar(axes: "Axes", named: set[str], name: str, lane: int, span: tuple[float,
 
 def bytes_per_step(rank: RankProfile) -> bytes:
     """Return what one rank sent in each step, and what dense fp32 would have sent."""
-    figure, axes = _figure(2.6)
+    figure, axes = new_figure(2.6)
     steps = rank.kept
     width = max(1, rank.stride)
     axes.bar(
@@ -116,12 +104,12 @@ def bytes_per_step(rank: RankProfile) -> bytes:
     axes.set_ylabel("MB")
     axes.set_ylim(bottom=0)
     _over_the_run(axes)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def shares(ranks: Sequence[RankProfile]) -> bytes:
     """Return the shares of communication over the run, means of neighbouring steps and of the ranks."""
-    figure, axes = _figure(2.6)
+    figure, axes = new_figure(2.6)
     steps = [
         [step for step in rank.kept if step.timed and step.duration_s > 0 and step.batch >= rank.warmup_steps]
         for rank in ranks
@@ -131,7 +119,7 @@ def shares(ranks: Sequence[RankProfile]) -> bytes:
     axes.set_ylabel("% of the step")
     axes.set_ylim(0, 100)
     _over_the_run(axes)
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def _curve(
@@ -147,37 +135,16 @@ def _curve(
     axes.plot(*zip(*points, strict=True), color=style[0], label=style[1], linewidth=1.8)
 
 
-def _figure(height: float) -> tuple["Figure", "Axes"]:
-    # Imported here: the package works without matplotlib. `Figure` itself, since pyplot looks for a display.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, height + 0.5), layout="constrained")
-    axes = figure.add_subplot()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
-
-
 def _lanes(axes: "Axes", names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0)
-    _legend(axes)
+    legend(axes)
 
 
 def _over_the_run(axes: "Axes") -> None:
     axes.set_xlabel("training batch")
     axes.margins(x=0.01)
-    _legend(axes)
-
-
-def _legend(axes: "Axes") -> None:
-    axes.figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
-
-
-def _svg(figure: "Figure") -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="svg")
-    return out.getvalue()
+    legend(axes)

@@ -1,6 +1,5 @@
 """The page of a profile: one HTML file that needs no other, for whoever pays for the cluster."""
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -9,12 +8,9 @@ from lightning_comm.core.key_figures import RunFigures
 from lightning_comm.core.rank_profile import RankProfile, combine
 from lightning_comm.planning import profile_figures
 from lightning_comm.planning.profile_text import figure_rows, how_measured, milliseconds, rate, sentences, size
-from lightning_comm.planning.report import html_table, page, percent
+from lightning_comm.planning.report import html_cards, html_figure, html_table, page, percent
+from lightning_comm.planning.svg_figures import cannot_draw
 
-_CARD = (
-    "display:inline-block;vertical-align:top;width:11.5rem;margin:0 .8rem .8rem 0;padding:.8rem 1rem;"
-    "border:1px solid #ddd;border-radius:.5rem"
-)
 _NO_FIGURES = (
     "The figures are left out: {}. Once that is mended, <code>lightning_comm.load_profile(folder).page()</code> makes "
     "the page again, with them."
@@ -67,17 +63,14 @@ def _cards(run: RunFigures) -> str:
         (size(run.sent_bytes), f"sent per rank and step: {saved}"),
         (rate(run.bandwidth_bytes_per_s), f"while sending: {link}"),
     ]
-    return "".join(
-        f'<div style="{_CARD}"><div style="font-size:1.6rem">{html.escape(value)}</div>{html.escape(label)}</div>'
-        for value, label in cards
-    )
+    return html_cards(cards)
 
 
 def _figures(run: RunFigures, ranks: Sequence[RankProfile]) -> list[str]:
-    if (why := profile_figures.cannot_draw()) is not None:
+    if (why := cannot_draw()) is not None:
         return [f"<p>{_NO_FIGURES.format(html.escape(why))}</p>"]
     parts = [
-        _figure("Where the time of a step goes", "", profile_figures.step_by_rank(run)),
+        html_figure("Where the time of a step goes", "", profile_figures.step_by_rank(run)),
     ]
     if any(rank.timeline for rank in ranks):
         clocks = (
@@ -87,24 +80,16 @@ def _figures(run: RunFigures, ranks: Sequence[RankProfile]) -> list[str]:
             else ""
         )
         said = f"{clocks}A dark line begins a step. Green: messages under way while the rank goes on computing."
-        parts.append(_figure("A few steps, rank by rank", said, profile_figures.timeline(ranks)))
+        parts.append(html_figure("A few steps, rank by rank", said, profile_figures.timeline(ranks)))
     with_steps = [rank for rank in ranks if rank.kept]
     said = f"Rank {with_steps[0].rank}. Ranks of one strategy send alike."
     if with_steps[0].stride > 1:
         said += f" Every {with_steps[0].stride}th step is shown."
-    parts.append(_figure("Bytes per step", said, profile_figures.bytes_per_step(with_steps[0])))
+    parts.append(html_figure("Bytes per step", said, profile_figures.bytes_per_step(with_steps[0])))
     if run.untimed_steps < run.steps:
         said = "Means of neighbouring steps, a fifteenth of the run, over all ranks."
-        parts.append(_figure("Share of communication over the run", said, profile_figures.shares(with_steps)))
+        parts.append(html_figure("Share of communication over the run", said, profile_figures.shares(with_steps)))
     return parts
-
-
-def _figure(title: str, said: str, svg: bytes) -> str:
-    image = base64.b64encode(svg).decode()
-    return (
-        f"<h2>{html.escape(title)}</h2><p>{html.escape(said)}</p>"
-        f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{image}">'
-    )
 
 
 def _by_rank(run: RunFigures) -> str:

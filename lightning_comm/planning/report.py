@@ -1,5 +1,6 @@
 """Pieces of reports: tables for terminal, Markdown and HTML, numbers as people read them, and a page in one file."""
 
+import base64
 import html
 from collections.abc import Sequence
 
@@ -8,6 +9,10 @@ _STYLE = (
     "table{border-collapse:collapse;margin:1rem 0}th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;"
     "text-align:right}th:first-child,td:first-child{text-align:left}img{max-width:100%}"
     "code{background:#f3f3f3;padding:.2rem .4rem}"
+)
+_CARD = (
+    "display:inline-block;vertical-align:top;width:11.5rem;margin:0 .8rem .8rem 0;padding:.8rem 1rem;"
+    "border:1px solid #ddd;border-radius:.5rem"
 )
 
 
@@ -33,6 +38,29 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def html_cards(cards: Sequence[tuple[str, str]]) -> str:
+    """Return the few figures that a reader in a hurry wants, each with its label."""
+    return "".join(
+        f'<div style="{_CARD}"><div style="font-size:1.6rem">{html.escape(value)}</div>{html.escape(label)}</div>'
+        for value, label in cards
+    )
+
+
+def html_figure(title: str, said: str, svg: bytes) -> str:
+    """Return a figure with its title and what is to be said of it."""
+    image = base64.b64encode(svg).decode()
+    return (
+        f"<h2>{html.escape(title)}</h2><p>{html.escape(said)}</p>"
+        f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{image}">'
+    )
+
+
+def html_text(text: str) -> str:
+    """Return a sentence in HTML, with what stands between backticks as code."""
+    plain, *rest = html.escape(text).split("`")
+    return plain + "".join(f"<code>{part}</code>" if place % 2 == 0 else part for place, part in enumerate(rest))
 
 
 def megabytes(count: float, digits: int = 1) -> str:

@@ -27,7 +27,7 @@ from torchmetrics import MeanMetric
 
 from lightning_comm import CommProfiler, FixedPeriod, load_profile
 from lightning_comm.core.costs import Curve, LinkProfile, Timing
-from lightning_comm.planning import profile_figures
+from lightning_comm.planning import svg_figures
 from lightning_comm.transport import recording
 
 PARAMETERS = 5 * 7 + 7 + 7 + 7 + 7 + 1  # of `network(norm=True)`, in entries of 8 bytes
@@ -467,7 +467,7 @@ def test_a_broken_matplotlib_costs_the_figures_alone_and_is_named(answers, monke
 
     monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    assert profile_figures.cannot_draw() == "matplotlib cannot be imported (RuntimeError: broken install)"
+    assert svg_figures.cannot_draw() == "matplotlib cannot be imported (RuntimeError: broken install)"
     text = load_profile(of(answers, "ddp")[0]["folder"]).page()
     assert "<img" not in text
     assert "RuntimeError: broken install" in text
