@@ -143,7 +143,6 @@ class AdaptivePartition(Callback):
             return
         self._session = None
         checks.check_strategy(trainer)
-        checks.check_callbacks(trainer, AdaptivePartition)
         self.settings.check_ranks(trainer.world_size)
         weigh_by_samples = getattr(trainer.strategy, "weigh_by_samples", None)
         if weigh_by_samples is not None:  # LocalUpdateStrategy averages parameters, not gradients

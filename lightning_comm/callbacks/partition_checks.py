@@ -46,20 +46,6 @@ def check_strategy(trainer: Trainer) -> None:
         )
 
 
-def check_callbacks(trainer: Trainer, kind: type) -> None:
-    """Refuse two that would both move shares.
-
-    Raises:
-        MisconfigurationException: If there are two.
-
-    """
-    count = sum(isinstance(callback, kind) for callback in getattr(trainer, "callbacks", []))
-    if count > 1:
-        raise MisconfigurationException(
-            f"{_WHERE}: one callback decides about shares; got {count} in the Trainer's `callbacks`. Remove the others."
-        )
-
-
 def has_batch_norm(module: LightningModule) -> bool:
     """Whether a layer normalises by the statistics of each rank's own samples."""
     return any(isinstance(part, _BatchNorm) and not isinstance(part, SyncBatchNorm) for part in module.modules())
