@@ -20,6 +20,8 @@ from lightning_comm.data.global_order import GlobalBatches, GlobalOrder, Tail, m
 from lightning_comm.data.partition_arguments import (
     arguments_of,
     check_batches,
+    check_plan,
+    check_ranks,
     check_resumed,
     checked_samples,
     in_group,
@@ -69,10 +71,15 @@ class PartitionedLoader:
         *Passes.* ``set_epoch``, which Lightning calls, begins an epoch. A loop that does not call it makes passes
         through the same epoch, each with an order of its own.
 
-        *Exactness.* A resumed run has the samples of the run that was never stopped, on any number of ranks. A sampler
-        whose order depends on more than the epoch (a curriculum that follows the loss) must be put back by the user
-        before the first batch; what it draws is checked against the state. Workers are seeded from seed, epoch, pass
-        and rank when they start, so random augmentation is only exact with ``seed_samples``.
+        ``overfit_batches`` of Lightning does not turn shuffling off by itself: ``AdaptivePartition`` does so, by
+        ``repeat_first_epoch``; without it, give ``shuffle=False``.
+
+        *Exactness.* A resumed run has the samples of the run that was never stopped, on any number of ranks; where
+        Lightning 2.6 itself goes wrong, and what a failed step counts for, is told at
+        :class:`~lightning_comm.data.resumable.ResumableLoader`. A sampler whose order depends on more than the epoch (a
+        curriculum that follows the loss) must be put back by the user before the first batch; what it draws is checked
+        against the state. Workers are seeded from seed, epoch, pass and rank when they start, so random augmentation is
+        only exact with ``seed_samples``.
 
         *Communication.* None. *Memory.* The order of the present pass: 8 bytes per sample, more with a ``sampler``.
 
@@ -184,14 +191,7 @@ class PartitionedLoader:
             ValueError: If the plan is for another global batch, or has no such rank.
 
         """
-        if sum(plan.sizes) != self.global_batch_size:
-            raise ValueError(
-                f"PartitionedLoader: `plan` must share out the global batch of {self.global_batch_size} samples; got "
-                f"{plan.sizes}, which sum to {sum(plan.sizes)}. Make one for `loader.global_batch_size`."
-            )
-        self._check_ranks(plan.ranks)
-        if not 0 <= rank < plan.ranks:
-            raise ValueError(f"PartitionedLoader: `rank` must be >= 0 and < {plan.ranks}, of `plan`; got {rank!r}.")
+        check_plan(plan, rank, self.global_batch_size)
         self._dispatcher.plan, self._dispatcher.rank = plan, rank
         self._followed = True
 
@@ -306,16 +306,9 @@ class PartitionedLoader:
 
     def _share_evenly(self) -> None:
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if in_group() else (1, 0)
-        self._check_ranks(ranks)
+        check_ranks(ranks, self.global_batch_size)
         self._dispatcher.plan = PartitionPlan(proportional_sizes(self.global_batch_size, [1] * ranks))
         self._dispatcher.rank = rank
-
-    def _check_ranks(self, ranks: int) -> None:
-        if self.global_batch_size < ranks:
-            raise ValueError(
-                f"PartitionedLoader: `global_batch_size` must be >= the number of ranks, {ranks}, so that each has a "
-                f"sample; got {self.global_batch_size}. It counts the samples of all ranks together."
-            )
 
     def _check_loaded(self) -> None:
         state, self._loaded = self._loaded, None

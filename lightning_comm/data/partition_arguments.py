@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from lightning_comm.core.partition_plan import PartitionPlan
 from lightning_comm.data.global_order import TAILS, GlobalBatches
 
 _WAYS_OUT = {
@@ -118,6 +119,40 @@ def refuse_options(options: dict[str, Any]) -> None:
         raise TypeError(
             "PartitionedLoader: `in_order` must be True, since step t is the same global batch on every rank; got "
             "False. Leave it out, and give `prefetch_factor` if single batches are slow."
+        )
+
+
+def check_ranks(ranks: int, size: int) -> None:
+    """Refuse more ranks than there are samples in a global batch.
+
+    Raises:
+        ValueError: If there are.
+
+    """
+    if size < ranks:
+        raise ValueError(
+            f"PartitionedLoader: `global_batch_size` must be >= the number of ranks, {ranks}, so that each has a "
+            f"sample; got {size}. It counts the samples of all ranks together."
+        )
+
+
+def check_plan(plan: PartitionPlan, rank: int, size: int) -> None:
+    """Refuse a plan that shares out something else than ``size`` samples, or has no such rank.
+
+    Raises:
+        ValueError: If it is one.
+
+    """
+    if sum(plan.sizes) != size:
+        raise ValueError(
+            f"PartitionedLoader: `plan` must share out the global batch of {size} samples; got {plan.sizes}, which sum "
+            f"to {sum(plan.sizes)}. Make one for `loader.global_batch_size`."
+        )
+    check_ranks(plan.ranks, size)
+    if not 0 <= rank < plan.ranks:
+        raise ValueError(
+            f"PartitionedLoader: `rank` must be >= 0 and < {plan.ranks}, the ranks of `plan`; got {rank!r}. Give the "
+            "rank of this process in the group that the plan is for."
         )
 
 

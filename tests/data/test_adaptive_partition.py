@@ -4,57 +4,13 @@ import os
 import random
 import warnings
 
-import numpy as np
 import pytest
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    Subset,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from support.ranks_in_one import draw, ranks, single, union
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_comm.core.partition_plan import PartitionPlan, Place
 from lightning_comm.data.adaptive_partition import PartitionedLoader
-from lightning_comm.data.resumable import ResumableLoader
-
-
-def ranks(plan: PartitionPlan, new) -> list[PartitionedLoader]:
-    """One loader for each rank of a plan, all in this process; ``new(rank)`` makes them."""
-    loaders = [new(rank) for rank in range(plan.ranks)]
-    for rank, loader in enumerate(loaders):
-        loader.follow(plan, rank)
-    return loaders
-
-
-def draw(loaders: list[PartitionedLoader], before_step=lambda step: None, steps: int | None = None):
-    """Yield for each step what every rank was given, as lists, and its slice."""
-    passes = [iter(loader) for loader in loaders]
-    for step in range(len(loaders[0]) if steps is None else steps):
-        before_step(step)
-        batches = [next(each).tolist() for each in passes]
-        yield batches, [loader.latest for loader in loaders]
-
-
-def union(batches, slices) -> list[int]:
-    """The global batch: what the ranks were given, one behind the other, without dummies."""
-    return [each for batch, part in zip(batches, slices, strict=True) for each in batch[: part.samples]]
-
-
-def single(*args, epochs=1, **kwargs) -> list[list[int]]:
-    """The global batches, from a loader of one rank."""
-    loader, whole = PartitionedLoader(*args, **kwargs), []
-    for epoch in range(epochs):
-        loader.set_epoch(epoch)
-        whole += [batch.tolist() for batch in loader]
-    return whole
 
 
 def composition(rng: random.Random, total: int, parts: int) -> tuple[int, ...]:
@@ -161,37 +117,6 @@ def test_a_rank_that_gets_nothing_of_the_tail_has_one_sample_of_it_and_weight_0(
     assert [part.weight for part in slices] == [0.0, 0.0, 3.0]
 
 
-def test_orders_differ_by_seed_epoch_and_pass_and_not_by_the_global_random_state():
-    def order(seed=0, epoch=0, passes=0, global_seed=0):
-        torch.manual_seed(global_seed)
-        loader = PartitionedLoader(range(40), 40, seed=seed)
-        loader.set_epoch(epoch)
-        for _ in range(passes):
-            list(loader)
-        fingerprint = loader.order_fingerprint() if not passes else None
-        (batch,) = loader
-        assert fingerprint in (None, loader.order_fingerprint())
-        return tuple(batch.tolist()), loader.order_fingerprint()
-
-    assert order() == order(global_seed=1)
-    different = [order(), order(seed=1), order(epoch=1), order(passes=1), order(epoch=1, passes=1)]
-    assert len({batch for batch, _ in different}) == len({fingerprint for _, fingerprint in different}) == 5
-    assert all(0 <= fingerprint < 2**48 for _, fingerprint in different)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("sampler", [None, WeightedRandomSampler(torch.ones(9), 9)])
-@pytest.mark.parametrize("seed_samples", [False, True])
-def test_the_global_random_state_does_not_move(workers, sampler, seed_samples):
-    def state():
-        numbers = np.random.get_state()
-        return torch.get_rng_state().tolist(), random.getstate(), numbers[1].tolist(), numbers[2]
-
-    before = state()
-    list(PartitionedLoader(range(9), 2, sampler=sampler, num_workers=workers, seed_samples=seed_samples))
-    assert state() == before
-
-
 def test_passes_without_a_new_epoch_go_on_counting_and_have_orders_of_their_own():
     loader = PartitionedLoader(range(10), 3)
     seen, places = [], []
@@ -219,6 +144,15 @@ def test_an_iterator_draws_nothing_before_its_first_batch(workers):
     early = iter(loader)
     loader.set_epoch(5)
     assert [batch.tolist() for batch in early] == single(range(8), 2, epochs=6)[-4:]
+
+
+def test_a_pass_that_goes_on_after_the_next_epoch_was_set_leaves_that_one_whole():
+    loader = PartitionedLoader(range(12), 3)
+    old = iter(loader)
+    first = next(old).tolist()
+    loader.set_epoch(1)
+    assert [first, *(batch.tolist() for batch in old)] == single(range(12), 3)
+    assert [batch.tolist() for batch in loader] == single(range(12), 3, epochs=2)[4:]
 
 
 def test_two_passes_at_once_are_refused():
@@ -327,38 +261,6 @@ def test_the_state_is_plain():
     }
 
 
-@pytest.mark.parametrize(
-    ("change", "must_say"),
-    [
-        ({"global_batch_size": 3}, "global_batch_size was 2 and is 3"),
-        ({"seed": 1}, "seed was 0 and is 1"),
-        ({"shuffle": False}, "shuffle was 1 and is 0"),
-        ({"tail": "drop"}, "tail was 'keep' and is 'drop'"),
-        ({"dataset": range(12)}, "samples was 10 and is 12"),
-        ({"sampler": SubsetRandomSampler(range(10))}, "sampler was '' and is 'SubsetRandomSampler'"),
-    ],
-)
-def test_settings_that_changed_in_the_middle_of_a_pass_are_refused_by_name(change, must_say):
-    def new(**arguments):
-        return PartitionedLoader(**{"dataset": range(10), "global_batch_size": 2, **arguments})
-
-    loader, changed = new(), new(**change)
-    next(iter(loader))
-    changed.load_state_dict(loader.state_dict())
-    with pytest.raises(ValueError, match=f"1 batches of epoch 0 .*{must_say}.*resume from a checkpoint of the end"):
-        next(iter(changed))
-
-
-def test_a_sampler_that_draws_another_order_than_before_the_stop_is_refused():
-    first, second = (
-        PartitionedLoader(range(10), 2, sampler=SubsetRandomSampler(range(low, low + 8))) for low in (0, 2)
-    )
-    next(iter(first))
-    second.load_state_dict(first.state_dict())
-    with pytest.raises(ValueError, match=r"1 batches of epoch 0 .*order was \d+ and is \d+\. Restore these"):
-        next(iter(second))
-
-
 class Pids(Dataset):
     def __len__(self) -> int:
         return 40
@@ -385,155 +287,6 @@ def test_workers_are_not_restarted_when_shares_change(persistent):
     assert (epochs[0] == epochs[1]) == persistent
 
 
-class Curriculum(Sampler):
-    """Easy samples first, and more of the hard ones in later epochs."""
-
-    def __init__(self) -> None:
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return 9
-
-    def __iter__(self):
-        drawn = np.random.permutation(9 + 3 * self.epoch)[:9]
-        return iter(random.sample(list(drawn), 9))
-
-
-@pytest.mark.parametrize(
-    "sampler",
-    [
-        lambda: WeightedRandomSampler(torch.arange(1.0, 31), 9),
-        lambda: WeightedRandomSampler(torch.arange(1.0, 31), 9, generator=torch.Generator()),
-        lambda: SubsetRandomSampler(range(0, 30, 3)),
-        lambda: SubsetRandomSampler(range(0, 30, 3), generator=torch.Generator().manual_seed(4)),
-        lambda: RandomSampler(range(30), num_samples=9),
-        Curriculum,
-    ],
-)
-def test_a_global_sampler_draws_alike_on_all_ranks_and_after_a_resume_whatever_the_random_state(sampler):
-    def new(rank: int) -> PartitionedLoader:
-        own = sampler()
-        if getattr(own, "generator", None) is not None:
-            own.generator.manual_seed(rank)
-        return PartitionedLoader(range(30), 4, sampler=own, seed=1)
-
-    def steps(loaders, epoch):
-        for loader in loaders:
-            loader.set_epoch(epoch)
-        assert len({loader.order_fingerprint() for loader in loaders}) == 1
-        done = loaders[0].state_dict()["batches_done"]
-        for step in draw(loaders, steps=len(loaders[0]) - done):
-            torch.manual_seed(random.getrandbits(20))  # the state moves on between steps
-            yield union(*step)
-
-    whole = [list(steps(loaders, epoch)) for loaders in [ranks(PartitionPlan((1, 3)), new)] for epoch in range(3)]
-    alone = ranks(PartitionPlan((4,)), new)
-    assert [list(steps(alone, epoch)) for epoch in range(3)] == whole
-    assert len({str(batches) for batches in whole}) == 3
-    stopped, resumed = ranks(PartitionPlan((2, 2)), new), ranks(PartitionPlan((1, 2, 1)), new)
-    assert next(steps(stopped, 1)) == whole[1][0]
-    for loader in resumed:
-        loader.load_state_dict(stopped[0].state_dict())
-    assert list(steps(resumed, 1)) == whole[1][1:]
-    assert list(steps(resumed, 2)) == whole[2]
-
-
-def test_the_generator_and_the_epoch_of_a_sampler_are_as_the_user_and_the_loop_set_them():
-    own = torch.Generator().manual_seed(5)
-    before = own.get_state()
-    sampler = SubsetRandomSampler(range(10), generator=own)
-    list(PartitionedLoader(range(10), 3, sampler=sampler))
-    assert sampler.generator is own
-    assert torch.equal(own.get_state(), before)
-    loader = PartitionedLoader(range(30), 3, sampler=(curriculum := Curriculum()))
-    loader.set_epoch(4)
-    next(iter(loader))
-    assert curriculum.epoch == 4
-
-
-class Drifting(Curriculum):
-    """Draws from a source of randomness that nobody can see."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._own = random.Random(0)
-
-    def __iter__(self):
-        return iter(self._own.sample(range(30), 9))
-
-
-class Shrinking(Curriculum):
-    def __iter__(self):
-        return iter(range(9 - self.epoch))
-
-
-def test_a_sampler_whose_order_nobody_could_repeat_is_refused():
-    loader = PartitionedLoader(range(30), 3, sampler=Drifting())
-    with pytest.raises(ValueError, match=r"`sampler` must draw the same order .*Drifting did not.*`generator`"):
-        next(iter(loader))
-
-
-def test_a_sampler_that_yields_another_number_than_its_length_is_refused():
-    loader = PartitionedLoader(range(30), 3, sampler=Shrinking())
-    assert len(list(loader)) == 3
-    loader.set_epoch(2)
-    with pytest.raises(ValueError, match=r"`sampler` must yield .* 9, .*Shrinking yielded 7 in epoch 2\. Let it"):
-        next(iter(loader))
-
-
-class Noise(Dataset):
-    def __len__(self) -> int:
-        return 13
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.tensor([index, torch.rand(()), np.random.rand(), random.random()], dtype=torch.float64)
-
-
-def noise(plan=(4,), options=None, epochs=2, seed=0, shuffle=True):
-    loaders = ranks(
-        PartitionPlan(plan),
-        lambda _: PartitionedLoader(Noise(), 4, seed=seed, shuffle=shuffle, seed_samples=True, **(options or {})),
-    )
-    drawn = {}
-    for epoch in range(epochs):
-        for loader in loaders:
-            loader.set_epoch(epoch)
-        for batches, slices in draw(loaders):
-            for batch, part in zip(batches, slices, strict=True):
-                drawn |= {(epoch, int(index)): values for index, *values in batch[: part.samples]}
-    return drawn
-
-
-def test_augmentation_of_a_sample_depends_on_no_rank_plan_worker_or_order():
-    drawn = noise()
-    assert len({value for values in drawn.values() for value in values}) == 3 * 2 * 13
-    torch.manual_seed(1)
-    assert noise((1, 3)) == drawn
-    assert noise((2, 1, 1), {"num_workers": 2}) == drawn
-    assert noise(shuffle=False) == drawn
-    assert not set(map(tuple, noise(seed=1).values())) & set(map(tuple, drawn.values()))
-
-
-def test_overfitting_repeats_the_order_and_the_augmentation_of_the_first_epoch():
-    loader = PartitionedLoader(Noise(), 4, seed_samples=True)
-    loader.repeat_first_epoch()
-    assert loader.settings["shuffle"] == 0
-    epochs = []
-    for epoch in (0, 1):
-        loader.set_epoch(epoch)
-        epochs.append(torch.cat(list(loader)))
-    assert epochs[0][:, 0].tolist() == list(range(13))
-    assert torch.equal(*epochs)
-    sampled = PartitionedLoader(range(30), 3, sampler=SubsetRandomSampler(range(12)))
-    first = [batch.tolist() for batch in sampled]
-    sampled.repeat_first_epoch()
-    sampled.set_epoch(3)
-    assert [batch.tolist() for batch in sampled] == first
-
-
 def test_options_go_to_the_inner_loader_and_lightning_finds_what_it_looks_for():
     loader = PartitionedLoader(dataset := range(8), 2, collate_fn=tuple, num_workers=1)
     assert (loader.dataset, loader.collate_fn, loader.num_workers, loader.batch_size) == (dataset, tuple, 1, None)
@@ -545,12 +298,20 @@ def test_options_go_to_the_inner_loader_and_lightning_finds_what_it_looks_for():
     assert type(next(iter(loader))) is tuple
 
 
+class Drawn(Dataset):
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.rand(())
+
+
 def test_a_worker_calls_the_function_that_was_set_later():
-    loader = PartitionedLoader(Noise(), 13, num_workers=1, shuffle=False)
+    loader = PartitionedLoader(Drawn(), 5, num_workers=1)
     loader.worker_init_fn = lambda worker: torch.manual_seed(7)
     (batch,) = loader
     torch.manual_seed(7)
-    assert batch[:, 1].tolist() == torch.stack([torch.rand(()) for _ in range(13)]).double().tolist()
+    assert batch.tolist() == [torch.rand(()).item() for _ in range(5)]
 
 
 def test_the_fetch_is_timed_from_the_request_until_the_batch_is_there():
@@ -564,138 +325,9 @@ def test_the_fetch_is_timed_from_the_request_until_the_batch_is_there():
         ends = part.fetch_started_s + part.fetch_s
 
 
-@pytest.mark.parametrize(
-    ("loader", "expected"),
-    [
-        (DataLoader(range(10), 3), {"shuffle": False}),
-        (DataLoader(range(10), 3, shuffle=True, drop_last=True), {"shuffle": True, "tail": "drop"}),
-        (DataLoader(range(10), 3, sampler=(subset := SubsetRandomSampler(range(4, 10)))), {"sampler": subset}),
-        (DataLoader(range(10), 3, sampler=(few := RandomSampler(range(10), num_samples=7))), {"sampler": few}),
-        (DataLoader(range(10), 3, sampler=(drawn := RandomSampler(range(10), True))), {"sampler": drawn}),
-        (DataLoader(range(10), 3, sampler=(half := SequentialSampler(range(5)))), {"sampler": half}),
-    ],
-)
-def test_a_data_loader_is_taken_over_with_its_order(loader, expected):
-    ours = PartitionedLoader.from_dataloader(loader, global_batch_size=4, seed=5)
-    theirs = PartitionedLoader(range(10), 4, seed=5, **expected)
-    assert ours.settings == theirs.settings
-    assert [batch.tolist() for batch in ours] == [batch.tolist() for batch in theirs]
-
-
-def test_a_data_loader_is_taken_over_with_its_options():
-    options = {
-        "num_workers": 2,
-        "collate_fn": tuple,
-        "timeout": 60,
-        "worker_init_fn": print,
-        "prefetch_factor": 3,
-        "persistent_workers": True,
-        "multiprocessing_context": "fork",
-    }
-    inner = PartitionedLoader.from_dataloader(DataLoader(Subset(range(9), [1, 2]), 2, **options), 2)._inner
-    for name in options:
-        expected = options[name]
-        got = getattr(inner, name)
-        assert (got.get_start_method() if name == "multiprocessing_context" else got) == expected
-    assert list(inner.dataset.indices) == [1, 2]
-
-
 def test_without_a_plan_one_process_is_one_rank_and_nothing_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loader = PartitionedLoader(range(10), 4, shuffle=False)
         assert [batch.tolist() for batch in loader] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert loader.latest.weight == 1.0
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(range(8))
-
-
-class Unsized(Sampler):
-    def __iter__(self):
-        return iter(range(8))
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "error", "must_say"),
-    [
-        ({"global_batch_size": 0}, ValueError, ["global_batch_size", "got 0", ">= 1", "all ranks", "times the ranks"]),
-        ({"global_batch_size": 2.5}, ValueError, ["global_batch_size", "got 2.5", "whole number"]),
-        ({"global_batch_size": True}, ValueError, ["global_batch_size", "got True", "whole number"]),
-        ({"seed": -1}, ValueError, ["seed", "got -1", ">= 0"]),
-        ({"seed": None}, ValueError, ["seed", "got None", "whole number"]),
-        ({"tail": "pad"}, ValueError, ["tail", "'pad'", "keep", "drop", "merge", "loses none"]),
-        ({"global_batch_size": 9, "tail": "drop"}, ValueError, ["8 samples", "`global_batch_size`=9", 'tail="keep"']),
-        ({"global_batch_size": 9, "tail": "merge"}, ValueError, ["8 samples", "`global_batch_size`=9", "'merge'"]),
-        ({"dataset": range(0)}, ValueError, ["dataset", "0 samples"]),
-        ({"dataset": Stream()}, TypeError, ["dataset", "length", "Stream", "map-style", "DataLoader"]),
-        ({"dataset": Stream(), "sampler": range(8)}, TypeError, ["dataset", "Stream", "map-style"]),
-        ({"dataset": iter([1])}, TypeError, ["dataset", "length", "list_iterator"]),
-        ({"sampler": Unsized()}, TypeError, ["sampler", "length", "Unsized", "__len__"]),
-        ({"sampler": BatchSampler(range(8), 2, False)}, TypeError, ["sampler", "single indices", "BatchSampler"]),
-        (
-            {"sampler": DistributedSampler(range(8), 2, 0)},
-            TypeError,
-            ["sampler", "DistributedSampler", "one rank", "`shuffle` and `seed`"],
-        ),
-        ({"sampler": range(8), "shuffle": False}, TypeError, ["shuffle", "got False", "range", "Leave out one"]),
-        ({"batch_size": 4}, TypeError, ["batch_size", "got 4", "`global_batch_size`, of all ranks"]),
-        ({"batch_sampler": [[1]]}, TypeError, ["batch_sampler", "got [[1]]", "`sampler`"]),
-        ({"generator": None}, TypeError, ["generator", "got None", "`seed`"]),
-        ({"drop_last": True}, TypeError, ["drop_last", "got True", "`tail`"]),
-        ({"in_order": False}, TypeError, ["in_order", "got False", "prefetch_factor"]),
-    ],
-)
-def test_a_bad_argument_is_named_with_its_value_and_a_way_out(kwargs, error, must_say):
-    with pytest.raises(error) as caught:
-        PartitionedLoader(**{"dataset": range(8), "global_batch_size": 2, **kwargs})
-    assert [word for word in ["PartitionedLoader: ", *must_say] if word not in str(caught.value)] == []
-
-
-@pytest.mark.parametrize(
-    ("loader", "error", "must_say"),
-    [
-        (DataLoader(range(8), 2), ValueError, ["global_batch_size", "got None", "`batch_size`=2 times the ranks"]),
-        (DataLoader(range(8), batch_size=None), TypeError, ["loader", "`batch_size`=None", "nobody", "Construct"]),
-        (
-            DataLoader(range(8), batch_sampler=BatchSampler(range(8), 2, False)),
-            TypeError,
-            ["loader", "batch_size", "BatchSampler", "global sampler"],
-        ),
-        (DataLoader(Stream(), 2), TypeError, ["dataset", "Stream", "map-style"]),
-        (ResumableLoader(range(8), 2), TypeError, ["loader", "got ResumableLoader", "Construct PartitionedLoader"]),
-        ([1, 2], TypeError, ["loader", "got list", "Construct PartitionedLoader"]),
-    ],
-)
-def test_a_data_loader_that_cannot_be_shared_anew_is_refused(loader, error, must_say):
-    with pytest.raises(error) as caught:
-        PartitionedLoader.from_dataloader(loader)
-    assert [word for word in ["PartitionedLoader", *must_say] if word not in str(caught.value)] == []
-
-
-def test_a_data_loader_of_one_rank_is_refused():
-    loader = DataLoader(range(8), 2, sampler=DistributedSampler(range(8), 2, 0))
-    with pytest.raises(TypeError, match=r"`sampler` must draw the order of all ranks.*DistributedSampler"):
-        PartitionedLoader.from_dataloader(loader, 4)
-
-
-@pytest.mark.parametrize(
-    ("plan", "rank", "must_say"),
-    [
-        ((2, 3), 0, ["plan", "4 samples", "(2, 3)", "sum to 5", "global_batch_size"]),
-        ((1, 1, 1, 1, 0), 0, ["global_batch_size", "ranks, 5", "got 4", "all ranks together"]),
-        ((2, 2), 2, ["rank", "< 2", "got 2"]),
-        ((2, 2), -1, ["rank", ">= 0", "got -1"]),
-    ],
-)
-def test_a_plan_that_does_not_fit_is_refused(plan, rank, must_say):
-    with pytest.raises(ValueError, match="PartitionedLoader: ") as caught:
-        PartitionedLoader(range(8), 4).follow(PartitionPlan(plan), rank)
-    assert [word for word in must_say if word not in str(caught.value)] == []
-
-
-def test_a_state_of_another_kind_of_loader_is_refused():
-    with pytest.raises(ValueError, match=r"`state` must be of version 1; got None\. Resume"):
-        PartitionedLoader(range(8), 4).load_state_dict(ResumableLoader(range(8), 2).state_dict())
