@@ -73,13 +73,13 @@ def busy_and_waiting(journal: PartitionJournal) -> bytes:
             _line(below, journal, groups, wait, _COLOURS[rank], "")
         legend(above, MOST_LINES)
         above.set_ylabel("ms busy")
-        above.set_ylim(bottom=0)
+        _from_zero(above)
     else:
         _busy_map(above, journal, groups)
         _bands(below, journal, groups)
         legend(below)
     below.set_ylabel("ms waiting")
-    below.set_ylim(bottom=0)
+    _from_zero(below)
     above.tick_params(labelbottom=False)
     _mark_changes(above, journal)
     _mark_changes(below, journal)
@@ -90,7 +90,7 @@ def busy_and_waiting(journal: PartitionJournal) -> bytes:
 
 
 def _busy_map(axes: "Axes", journal: PartitionJournal, groups: Sequence[Sequence[Window]]) -> None:
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import LogNorm
 
     columns = list(zip(*_lines(groups, _busy), strict=True))
     middle = [_median([each for each in column if math.isfinite(each)]) or math.nan for column in columns]
@@ -101,10 +101,12 @@ def _busy_map(axes: "Axes", journal: PartitionJournal, groups: Sequence[Sequence
         _lanes(journal),
         list(zip(*cells, strict=True)),
         cmap="RdBu_r",
-        norm=Normalize(0.5, 1.5),
+        norm=LogNorm(0.5, 2.0),
         rasterized=True,
     )
-    axes.figure.colorbar(drawn, ax=axes, label="busy, of the median", pad=0.01, extend="both")
+    bar = axes.figure.colorbar(drawn, ax=axes, label="of the median", pad=0.01, extend="both")
+    bar.set_ticks([0.5, 0.7, 1.0, 1.4, 2.0], labels=["0.5", "0.7", "1", "1.4", "2"])
+    bar.minorticks_off()
     axes.set_ylabel("rank")
     axes.invert_yaxis()
 
@@ -129,10 +131,10 @@ def step_time(journal: PartitionJournal) -> bytes:
     measured = [_median([window.step_s for window in group]) for group in groups]
     best = [_median([_best_s(window) for window in group]) for group in groups]
     _line(axes, journal, groups, measured, "#1f6fb4", "a step, measured")
-    if any(math.isfinite(seconds) for seconds in best):
+    if journal.ranks > 1 and any(math.isfinite(seconds) for seconds in best):
         _line(axes, journal, groups, best, "#222222", "with the best shares, predicted", linestyle="--")
     axes.set_ylabel("ms")
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     _mark_changes(axes, journal, "shares change")
     _over_the_run(axes, journal, (_begin(journal), _end(journal)))
     legend(axes)
@@ -223,6 +225,11 @@ def _line(
 
 def _dots(groups: Sequence[Sequence[Window]]) -> dict[str, Any]:
     return {"marker": "o", "markersize": 3} if len(groups) <= 40 else {}
+
+
+def _from_zero(axes: "Axes") -> None:
+    highest = axes.dataLim.y1
+    axes.set_ylim(0, 1.08 * highest if math.isfinite(highest) and highest > 0 else 1)
 
 
 def _lanes(journal: PartitionJournal) -> list[float]:

@@ -74,11 +74,11 @@ def _about(journal: PartitionJournal) -> str:
 def _cards(found: Findings) -> str:
     cards: list[tuple[str, str]] = []
     if found.step_s is not None:
-        cards.append((duration(found.step_s), "a step, under the last shares"))
+        cards.append((duration(found.step_s), "a step" + (", under the last shares" if found.start_step_s else "")))
     if found.step_s is not None and found.even_step_s and len({rank.samples for rank in found.ranks}) > 1:
         cards.append((percent(1 - found.step_s / found.even_step_s), "less than an even split would take now"))
     if found.possible is not None and len(found.ranks) > 1:
-        cards.append((percent(found.possible), "of a step the best shares would still save"))
+        cards.append((percent(found.possible), "of a step the best shares would save"))
     waits = [rank.wait_s for rank in found.ranks if rank.wait_s is not None]
     if found.step_s and len(waits) > 1:
         share = sum(waits) / len(waits) / found.step_s
@@ -93,7 +93,8 @@ def _figures(journal: PartitionJournal) -> list[str]:
         return [f"<p>{html_text(_NO_FIGURES.format(why))}</p>"]
     many = journal.ranks > partition_figures.MOST_LINES
     parts = []
-    if journal.ranks > 1:
+    flat = many and len(journal.changes) == 1 and len(set(journal.changes[0].sizes)) == 1
+    if journal.ranks > 1 and not flat:
         said = "Blue: more than an even share. Red: less. White: an even share." if many else ""
         parts.append(html_figure("Share of the batch", said, partition_figures.shares(journal)))
     if not journal.windows:
@@ -103,7 +104,8 @@ def _figures(journal: PartitionJournal) -> list[str]:
         said = f"Above: each rank's busy time against the median rank's; red is longer, blue shorter. {said}"
     if journal.ranks > 1:
         parts.append(html_figure("Busy and waiting", said, partition_figures.busy_and_waiting(journal)))
-    said = "The dashed line is what the best shares would make of it, by the speeds known at that moment."
+    said = "Dashed: what the best shares would make of it, by the speeds known at that moment."
+    said = said if journal.ranks > 1 else ""
     parts.append(html_figure("Time of a step", said, partition_figures.step_time(journal)))
     return parts
 

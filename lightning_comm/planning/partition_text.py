@@ -201,4 +201,4 @@ def _times(count: int) -> str:
 
 
 def _windows(count: int) -> str:
-    return "1 window" if count == 1 else f"{count} windows"
+    return "1 window" if count == 1 else f"{count:,} windows"
