@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -39,10 +40,10 @@ class PartitionFiles:
             except OSError as error:
                 self._give_up(error)
 
-    def save_now_and_then(self, journal: PartitionJournal) -> None:
-        """Write the journal if that is some time ago."""
+    def save_now_and_then(self, journal: Callable[[], PartitionJournal]) -> None:
+        """Write the journal that is returned, if the last time is some time ago."""
         if self._writes and time.monotonic() - self._saved_s > _SAVE_EVERY_S:
-            self.save(journal)
+            self.save(journal())
 
     def save(self, journal: PartitionJournal) -> None:
         """Write the journal."""

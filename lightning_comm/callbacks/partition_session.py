@@ -84,7 +84,7 @@ class PartitionSession:
         self.weight = 1.0
         self.sizes: tuple[int, ...] = ()
         self._place = Place(0, 0)
-        self._hears_of_backward = False
+        self._hears_of_backward = self._warned_of_backward = False
         self._attach()
 
     # ---- following ---------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class PartitionSession:
 
     def end_batch(self) -> None:
         """End a batch; compare times and move shares, where a window is full."""
-        if not self._hears_of_backward and self._gradient_factor() != 1.0:
+        if not self._hears_of_backward and not self._warned_of_backward and self._gradient_factor() != 1.0:
             self._warn_of_own_backward()
         meter, balancer = self._meter, self._balancer
         if meter is None or balancer is None:
@@ -199,7 +199,7 @@ class PartitionSession:
                 f"samples; {why}."
             )
         self._log()
-        self.files.save_now_and_then(self.record.journal())
+        self.files.save_now_and_then(self.record.journal)
 
     def _exchange(self, row: Row) -> list[Row]:
         if self._recorder is None:
@@ -251,7 +251,7 @@ class PartitionSession:
             )
 
     def _warn_of_own_backward(self) -> None:
-        self._hears_of_backward = True
+        self._warned_of_backward = True
         rank_zero_warn(
             "AdaptivePartition: no backward through `self.manual_backward(loss)` was seen in a batch whose gradient "
             "has to be weighted by samples. `loss.backward()` is not seen, and its gradient is wrong where shares "
