@@ -94,6 +94,7 @@ class PartitionPlan:
         if place == last.place:
             self._changes.pop()
         self._changes.append(Shares(Place(*place), tuple(sizes)))
+        self.sizes = self._changes[0].sizes
 
     def state_dict(self) -> dict[str, Any]:
         """Return the journal in plain types."""
