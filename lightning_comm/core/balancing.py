@@ -12,8 +12,8 @@ from lightning_comm.core.speed_model import DISTINCT, FORGETTING, SpeedModel
 
 # Windows of evidence (SpeedModel.evidence: 1, 1.8, 2.4, 3, ... below 5) with less of which a gain must be larger by as
 # much. The median of 20 steps with 10 % jitter spreads by 2.8 %, so eight equal ranks look 4 % apart from their mean
-# after one window, and 1.3 % once smoothed. The loop of tests/core/test_balancing.py, with 200 seeds of 75 windows for 4
-# and 8 ranks, with and without 1 % spikes: no move at all. Without this factor one run in twenty moves after one window.
+# after one window, and 1.3 % once smoothed. The loop of tests/core/test_balancing.py, with 200 seeds of 75 windows for
+# 4 and 8 ranks, with and without 1 % spikes: no move at all. Without the factor one run in twenty moves after a window.
 _CERTAIN_WINDOWS = 3.0
 
 
