@@ -21,6 +21,8 @@ _SAVE_EVERY_S = 10.0
 class PartitionFiles:
     """Writes ``journal.json`` and ``partition.html`` on rank 0. A disk that is full ends no training.
 
+    With ``fast_dev_run`` nothing is written, as Lightning itself does.
+
     Args:
         trainer: The Trainer.
         folder: Where each run makes a folder of its own.
@@ -28,7 +30,7 @@ class PartitionFiles:
     """
 
     def __init__(self, trainer: Trainer, folder: str | None) -> None:
-        self._writes = trainer.is_global_zero
+        self._writes = trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
         self.folder: Path | None = None
         self._saved_s = time.monotonic()
         self._failed = False
