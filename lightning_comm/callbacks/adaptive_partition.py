@@ -74,10 +74,11 @@ class AdaptivePartition(Callback):
         >>> trainer = Trainer(callbacks=[partition], strategy="ddp", accelerator="cpu", devices=2, logger=False)
 
     References:
-        V. Sathish et al. `DNN Training on Heterogeneous Systems with Dynamic Partitioning
+        Vineeth S. `Distributed Optimization using Heterogeneous Compute Systems
         <https://arxiv.org/abs/2110.08941>`_. 2021.
-        C. Chen et al. `Semi-Dynamic Load Balancing <https://arxiv.org/abs/1806.02508>`_. SoCC 2020.
-        Q. Ye et al. `DBS: Dynamic Batch Size for Distributed Deep Neural Network Training
+        C. Chen et al. `Semi-Dynamic Load Balancing: Efficient Distributed Learning in Non-Dedicated Environments
+        <https://arxiv.org/abs/1806.02508>`_. SoCC 2020.
+        Q. Ye et al. `DBS: Dynamic Batch Size For Distributed Deep Neural Network Training
         <https://arxiv.org/abs/2007.11831>`_. 2020.
 
     """

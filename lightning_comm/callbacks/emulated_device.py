@@ -1,6 +1,7 @@
 """A rank that trains at the pace of a device of a stated speed, whatever it really runs on."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -32,11 +33,13 @@ class EmulatedDevice(Callback):
         step_s: Seconds that a batch of ``batch_size`` samples takes on a device of speed 1; more than 0.
         batch_size: Samples of a batch on one device, at least 1.
         forward_share: The forward pass's share of that time; more than 0, less than 1.
-        speed: Divides the time; ``None`` takes the environment variable ``LIGHTNING_COMM_SPEED``, which
-            ``lightning-comm lab --speed`` sets for each host, or 1.0 without it.
+        speed: Divides the time, one number for all ranks or one for each, so ``[1, 3]`` is a slow and a fast device;
+            ``None`` takes the environment variable ``LIGHTNING_COMM_SPEED``, which ``lightning-comm lab --speed`` sets
+            for each host, or 1.0 without it.
 
     Raises:
-        ValueError: If an argument is out of range, or, when training starts, the model is not on the CPU or compiled.
+        ValueError: If an argument is out of range, or, when training starts, the model is not on the CPU or compiled,
+            or a list of speeds has not one for each rank.
         MisconfigurationException: In training, if the number of samples cannot be seen in a batch.
 
     Note:
@@ -49,24 +52,44 @@ class EmulatedDevice(Callback):
     """
 
     def __init__(
-        self, step_s: float, batch_size: int, forward_share: float = 1 / 3, speed: float | None = None
+        self,
+        step_s: float,
+        batch_size: int,
+        forward_share: float = 1 / 3,
+        speed: float | Sequence[float] | None = None,
     ) -> None:
-        check_device("EmulatedDevice", step_s=step_s, batch_size=batch_size, forward_share=forward_share, speed=speed)
+        self.speed: float | tuple[float, ...] | None = (
+            speed if speed is None or isinstance(speed, (int, float)) else tuple(speed)
+        )
+        for each in _each(self.speed) or (None,):
+            check_device(
+                "EmulatedDevice", step_s=step_s, batch_size=batch_size, forward_share=forward_share, speed=each
+            )
         self.step_s = step_s
         self.batch_size = batch_size
         self.forward_share = forward_share
-        self.speed = speed
         self.pacer: DevicePacer | None = None  # of the last or current fit
 
     def summary(self) -> str:
         """Say that the device is emulated, how fast it is, and whether the last run kept its pace."""
         if self.pacer is not None:
             return self.pacer.summary()
-        speed = 1.0 if self.speed is None else self.speed
+        speeds = [1.0 if speed is None else speed for speed in _each(self.speed)]
+        times = _shown([self.step_s / speed for speed in speeds])
         return (
-            f"Emulated device: {self.batch_size} samples take {self.step_s / speed:g} s (step_s={self.step_s:g}, "
-            f"speed={speed:g}); not run yet."
+            f"Emulated device: {self.batch_size} samples take {times} s (step_s={self.step_s:g}, "
+            f"speed={_shown(speeds)}); not run yet."
         )
+
+    def _speed_of(self, rank: int, ranks: int) -> float | None:
+        if not isinstance(self.speed, tuple):
+            return self.speed
+        if len(self.speed) != ranks:
+            raise ValueError(
+                f"EmulatedDevice: `speed` must be one number or one for each of {ranks} ranks; got {list(self.speed)}, "
+                f"which has {len(self.speed)}. Ranks are numbered over all hosts: devices x num_nodes."
+            )
+        return self.speed[rank]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,7 +103,7 @@ class EmulatedDevice(Callback):
             step_s=self.step_s,
             batch_size=self.batch_size,
             forward_share=self.forward_share,
-            speed=self.speed,
+            speed=self._speed_of(trainer.global_rank, trainer.world_size),
         )
         self.pacer.attach()
 
@@ -103,6 +126,8 @@ class EmulatedDevice(Callback):
         self.pacer.detach()
         if self.pacer.overruns or self.pacer.unpaced_batches:
             _log.warning("Rank %d: %s", trainer.global_rank, self.pacer.summary())
+        elif isinstance(self.speed, tuple):
+            rank_zero_info(f"Ranks have emulated devices of the speeds {_shown(self.speed)}. {self.pacer.summary()}")
         else:
             rank_zero_info(self.pacer.summary())
 
@@ -110,6 +135,14 @@ class EmulatedDevice(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.pacer is not None:
             self.pacer.detach()
+
+
+def _each(speed: float | tuple[float, ...] | None) -> tuple[float | None, ...]:
+    return speed if isinstance(speed, tuple) else (speed,)
+
+
+def _shown(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
 
 
 def _samples(batch: Any) -> int:

@@ -9,6 +9,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
+from lightning_comm.data.adaptive_partition import PartitionedLoader
 from lightning_comm.data.resumable import ResumableLoader
 
 _SIDE = 8  # pixels
@@ -29,13 +30,18 @@ class DigitsData(LightningDataModule):
         image_size: Side of the images in pixels; at least 8. Larger ones are interpolated once, bilinearly.
         num_workers: Processes that load images, as in ``DataLoader``. The images are in memory, so 0 is fastest.
         seed: Decides the order of the training images; at least 0.
+        global_batch_size: Images per training step of all ranks together, for :class:`AdaptivePartition`, which decides
+            how many each rank takes; without it they take equal shares. At least 1 for each rank. ``batch_size`` then
+            holds for the held-out images alone. ``None``: ``batch_size`` images on each rank.
 
     Raises:
         ValueError: If an argument is out of range.
 
     Note:
         *Communication.* None. In training each rank draws its share with a
-        :class:`~lightning_comm.data.resumable.ResumableLoader`. The held-out images are dealt out to the ranks by
+        :class:`~lightning_comm.data.resumable.ResumableLoader`, or, with ``global_batch_size``, takes its slice of the
+        batches of a :class:`~lightning_comm.data.adaptive_partition.PartitionedLoader`; the two have other orders, and
+        other images are left out. The held-out images are dealt out to the ranks by
         Lightning: each is counted once where the number of ranks divides 360, otherwise the last few ranks see one
         image a second time.
 
@@ -48,7 +54,14 @@ class DigitsData(LightningDataModule):
 
     """
 
-    def __init__(self, batch_size: int = 32, image_size: int = _SIDE, num_workers: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        batch_size: int = 32,
+        image_size: int = _SIDE,
+        num_workers: int = 0,
+        seed: int = 0,
+        global_batch_size: int | None = None,
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(
@@ -67,11 +80,17 @@ class DigitsData(LightningDataModule):
             )
         if seed < 0:
             raise ValueError(f"DigitsData: `seed` must be >= 0; got {seed!r}. 0 is as good as any other.")
+        if global_batch_size is not None and global_batch_size < 1:
+            raise ValueError(
+                f"DigitsData: `global_batch_size` counts the images of a training step on all ranks together, so it "
+                f"must be >= 1 for each rank; got {global_batch_size!r}. Leave it out for `batch_size` images on each."
+            )
         self.save_hyperparameters()
         self.batch_size = batch_size
         self.image_size = image_size
         self.num_workers = num_workers
         self.seed = seed
+        self.global_batch_size = global_batch_size
         self._parts: tuple[TensorDataset, TensorDataset] | None = None
 
     @override
@@ -90,8 +109,17 @@ class DigitsData(LightningDataModule):
         self._parts = train, held_out
 
     @override
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]] | PartitionedLoader:
         """Return this rank's share of the training images, in an order of its own for each epoch."""
+        if self.global_batch_size is not None:
+            return PartitionedLoader(
+                self._part(0),
+                self.global_batch_size,
+                seed=self.seed,
+                tail="drop",
+                num_workers=self.num_workers,
+                persistent_workers=self.num_workers > 0,
+            )
         return ResumableLoader(
             self._part(0),
             self.batch_size,

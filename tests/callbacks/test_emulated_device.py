@@ -57,6 +57,33 @@ def test_weights_are_those_without_it_and_each_rank_has_the_speed_of_its_host(st
         assert min(emulated[rank][1]) >= STEP_S / speed
 
 
+def _fit_with_a_list(rank, speeds):
+    times, device = BatchTimes(), EmulatedDevice(step_s=STEP_S, batch_size=4, speed=speeds)
+    run = trainer("ddp", devices=2, callbacks=[device, times])
+    try:
+        run.fit(Regression(), loader(4, rank))
+    except ValueError as error:
+        return str(error)
+    return device.pacer.speed, device.pacer.steps
+
+
+def test_a_list_gives_each_rank_a_speed_of_its_own(monkeypatch):
+    monkeypatch.setenv("LIGHTNING_COMM_SPEED", "7")  # which a list overrules
+    assert launch(_fit_with_a_list, [1, 0.5], world_size=2) == [(1, 3), (0.5, 3)]
+
+
+@pytest.mark.parametrize("speeds", [[], [1.0], [1.0, 2.0, 3.0]], ids=len)
+def test_a_list_of_another_length_is_refused_on_all_ranks_with_both_numbers(speeds):
+    for said in launch(_fit_with_a_list, speeds, world_size=2):
+        for part in ("EmulatedDevice: `speed`", "each of 2 ranks", f"which has {len(speeds)}", "num_nodes"):
+            assert part in said
+
+
+def test_the_summary_of_a_list_has_every_speed():
+    said = EmulatedDevice(step_s=0.03, batch_size=16, speed=[1, 3]).summary()
+    assert said == "Emulated device: 16 samples take 0.03, 0.01 s (step_s=0.03, speed=1, 3); not run yet."
+
+
 def fit(device, *loaders, module=None, **kwargs):
     times = BatchTimes()
     run = trainer("auto", devices=1, callbacks=[times, device], **kwargs)
@@ -132,4 +159,6 @@ def test_a_compiled_model_is_refused():
 def test_bad_arguments_are_refused_before_training_in_the_name_of_the_callback():
     with pytest.raises(ValueError, match=r"EmulatedDevice: `step_s` .*got -1"):
         EmulatedDevice(step_s=-1, batch_size=4)
+    with pytest.raises(ValueError, match=r"EmulatedDevice: `speed` .*got 0"):
+        EmulatedDevice(step_s=1, batch_size=4, speed=[1, 0])
     assert DevicePacer.__name__ not in EmulatedDevice(1, 1).summary()

@@ -1,5 +1,6 @@
 """Every file in `configs/`, run by the real command in processes of its own."""
 
+import json
 import os
 import signal
 import subprocess
@@ -36,7 +37,7 @@ def run(words: list[str], folder: Path) -> str:
 
 
 def test_there_are_configs_to_test():
-    assert {"ddp", "local_sgd", "post_local_sgd", "qsr", "pactrain", "ddp_bf16"} <= {config.stem for config in CONFIGS}
+    assert {"ddp", "qsr", "pactrain", "ddp_bf16", "adaptive_partition"} <= {config.stem for config in CONFIGS}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
@@ -47,11 +48,52 @@ def test_the_command_trains_with_the_config(config, tmp_path):
     assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt"))
 
 
-def test_the_configs_differ_in_nothing_but_the_strategy():
-    contents = [yaml.safe_load(config.read_text()) for config in CONFIGS]
-    strategies = [content["trainer"].pop("strategy") for content in contents]
-    assert all(content == contents[0] for content in contents)
+# What a technique that is no strategy adds to DDP's config, by what it is called there.
+ADDED = {
+    "adaptive_partition": {
+        "data": {"global_batch_size": 32},  # as many as two processes with `batch_size` 16 have together
+        "callbacks": ["lightning_comm.AdaptivePartition", "lightning_comm.EmulatedDevice"],
+    }
+}
+
+
+def test_the_configs_differ_in_nothing_but_the_strategy_and_what_is_listed_here():
+    contents = {config.stem: yaml.safe_load(config.read_text()) for config in CONFIGS}
+    for stem, added in ADDED.items():
+        data, trainer = contents[stem]["data"]["init_args"], contents[stem]["trainer"]
+        assert {name: data.pop(name) for name in added["data"]} == added["data"]
+        assert [callback["class_path"] for callback in trainer.pop("callbacks")] == added["callbacks"]
+        assert trainer["strategy"] == "ddp"
+        assert contents.pop(stem) == contents["ddp"]
+    strategies = [content["trainer"].pop("strategy") for content in contents.values()]
+    assert all(content == contents["ddp"] for content in contents.values())
     assert all(strategies.count(strategy) == 1 for strategy in strategies)
+
+
+def test_without_its_last_lines_the_config_of_adaptive_partition_is_that_of_a_real_run():
+    text = (CONFIGS[0].parent / "adaptive_partition.yaml").read_text()
+    head, _ = text.split("    - class_path: lightning_comm.EmulatedDevice # delete this and what follows")
+    [callback] = yaml.safe_load(head)["trainer"]["callbacks"]
+    assert callback["class_path"] == "lightning_comm.AdaptivePartition"
+
+
+def test_shares_on_the_command_line_and_their_journal_replayed(tmp_path):
+    words = ["fit", f"--config={CONFIGS[0].parent / 'ddp.yaml'}", "--trainer.max_epochs=1"]
+    words += ["--data.global_batch_size=32", "--trainer.callbacks+=AdaptivePartition"]
+    run([*words, "--trainer.callbacks.mode=fixed", "--trainer.callbacks.shares=[1,3]"], tmp_path)
+    first = tmp_path / "adaptive_partition" / "run_0" / "journal.json"
+    run([*words, f"--trainer.callbacks.replay={first}"], tmp_path)
+    second = tmp_path / "adaptive_partition" / "run_1" / "journal.json"
+    journals = [json.loads(path.read_text()) for path in (first, second)]
+    assert [journal["mode"] for journal in journals] == ["fixed", "balance"]
+    assert [[change["sizes"] for change in journal["changes"]] for journal in journals] == [[[8, 24]]] * 2
+    assert [journal["changes"][0]["why"] for journal in journals] == ["start", "replay"]
+    states = [
+        torch.load(next(tmp_path.glob(f"lightning_logs/version_{k}/checkpoints/*.ckpt")), weights_only=True)
+        for k in (0, 1)
+    ]
+    one, other = (state["state_dict"] for state in states)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)

@@ -1,5 +1,6 @@
 """What the console command says, where it hands on, and that Lightning's part of it knows our names."""
 
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -7,8 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch import Trainer
 
 import lightning_comm
+from lightning_comm import AdaptivePartition, EmulatedDevice
 from lightning_comm.cli.main import COMMANDS, main
 from lightning_comm.cli.training import strategy_problem
 
@@ -113,3 +117,62 @@ def test_the_seed_of_a_run_is_fixed_unless_it_is_chosen(tmp_path, monkeypatch):
         main([*run, "--trainer.fast_dev_run=true", *seed])
         seeds.append(torch.initial_seed())
     assert seeds[0] == seeds[1] != seeds[2]
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The Trainers that are told to fit, which they do not do."""
+    trainers = []
+
+    @functools.wraps(Trainer.fit)
+    def fit(trainer, *args, **kwargs):
+        trainers.append(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    return trainers
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("mode", "observe", "observe"),
+        ("shares", "[1,3]", (1, 3)),
+        ("shares", "[0.5,1.5]", (0.5, 1.5)),
+        ("batch_sizes", "[8,24]", (8, 24)),
+        ("min_per_rank", "4", 4),
+        ("min_per_rank", "[4,2]", (4, 2)),
+        ("max_per_rank", "[20,28]", (20, 28)),
+        ("max_per_rank", "28", 28),
+        ("max_per_rank", "null", None),
+        ("window_steps", "7", 7),
+        ("min_gain", "0", 0),
+        ("warmup_steps", "0", 0),
+        ("loss_reduction", "sum", "sum"),
+        ("replay", "journal.json", "journal.json"),
+        ("folder", "here", "here"),
+        ("folder", "null", None),
+    ],
+)
+@pytest.mark.parametrize("written", ["on the command line", "in a config"])
+def test_every_argument_of_adaptive_partition_can_be_given(written, name, text, value, built, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--trainer.callbacks+=AdaptivePartition", f"--trainer.callbacks.{name}={text}"]
+    if written == "in a config":
+        callback = {"class_path": "lightning_comm.AdaptivePartition", "init_args": {name: yaml.safe_load(text)}}
+        (tmp_path / "more.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+        words = ["--config=more.yaml"]
+    assert main(["fit", f"--config={CONFIGS / 'ddp.yaml'}", *words]) == 0
+    [partition] = [each for each in built[0].callbacks if isinstance(each, AdaptivePartition)]
+    assert getattr(partition.settings, name) == value
+
+
+@pytest.mark.parametrize(("text", "value"), [("2", 2), ("[1,3]", (1, 3)), ("null", None)])
+def test_the_speed_of_an_emulated_device_can_be_a_number_or_one_for_each_rank(
+    text, value, built, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    device = ["--trainer.callbacks.step_s=0.01", "--trainer.callbacks.batch_size=16"]
+    words = ["--trainer.callbacks+=EmulatedDevice", *device, f"--trainer.callbacks.speed={text}"]
+    assert main(["fit", f"--config={CONFIGS / 'ddp.yaml'}", *words]) == 0
+    [device] = [each for each in built[0].callbacks if isinstance(each, EmulatedDevice)]
+    assert device.speed == value

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from sklearn.datasets import load_digits
 
+from lightning_comm import PartitionedLoader
 from lightning_comm.data.resumable import ResumableLoader
 from lightning_comm.examples import DigitsData
 
@@ -80,6 +81,16 @@ def test_the_training_loader_resumes():
     assert len(loader) == 1437 // 32
 
 
+def test_a_global_batch_is_for_training_and_leaves_the_batches_of_evaluation_as_they_are():
+    data = DigitsData(batch_size=10, global_batch_size=32)
+    train = data.train_dataloader()
+    assert isinstance(train, PartitionedLoader)
+    assert [len(labels) for _, labels in train] == [32] * (1437 // 32)
+    assert rows(train) <= rows(DigitsData(batch_size=1).train_dataloader())
+    for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+        assert len(next(iter(loader))[1]) == 10
+
+
 class Counting(LightningModule):
     """Leaves the images that each rank was given in files."""
 
@@ -103,7 +114,8 @@ class Counting(LightningModule):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_share_the_training_images_and_count_each_held_out_image_once(ranks, tmp_path):
+@pytest.mark.parametrize("global_batch_size", [None, 31])
+def test_ranks_share_the_training_images_and_count_each_held_out_image_once(ranks, global_batch_size, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         Trainer(
@@ -116,7 +128,7 @@ def test_ranks_share_the_training_images_and_count_each_held_out_image_once(rank
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-        ).fit(Counting(tmp_path), datamodule=DigitsData(batch_size=10))
+        ).fit(Counting(tmp_path), datamodule=DigitsData(batch_size=10, global_batch_size=global_batch_size))
     world_sizes, seen = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)), strict=True)
     assert world_sizes == (ranks,) * ranks
     alone = DigitsData(batch_size=1)
@@ -124,7 +136,10 @@ def test_ranks_share_the_training_images_and_count_each_held_out_image_once(rank
     assert held_out == rows(alone.val_dataloader())
     trained = sum((rows(rank["train"]) for rank in seen), Counter())
     assert trained <= rows(alone.train_dataloader())
-    assert trained.total() == 1437 // (10 * ranks) * 10 * ranks
+    step = global_batch_size or 10 * ranks
+    assert trained.total() == 1437 // step * step
+    sizes = [[len(labels) for _, labels in rank["train"]] for rank in seen]
+    assert {sum(step_sizes) for step_sizes in zip(*sizes, strict=True)} == {step}
 
 
 @pytest.mark.parametrize(
@@ -134,6 +149,7 @@ def test_ranks_share_the_training_images_and_count_each_held_out_image_once(rank
         ({"image_size": 7}, ["image_size", "got 7", ">= 8", "originals"]),
         ({"num_workers": -1}, ["num_workers", "got -1", "training process"]),
         ({"seed": -1}, ["seed", "got -1"]),
+        ({"global_batch_size": 0}, ["global_batch_size", "got 0", "on all ranks", "batch_size"]),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value_and_a_way_out(kwargs, must_say):
