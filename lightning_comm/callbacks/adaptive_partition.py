@@ -127,7 +127,7 @@ class AdaptivePartition(Callback):
 
     @property
     def journal(self) -> PartitionJournal | None:
-        """What happened in the last or current ``fit``: shares, and the times of ranks. Equal on all ranks."""
+        """What happened in the last or current ``fit``: shares, and the times of all ranks."""
         return self._session.journal() if self._session is not None else None
 
     @property

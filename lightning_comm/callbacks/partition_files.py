@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -20,6 +21,8 @@ _SAVE_EVERY_S = 10.0
 class PartitionFiles:
     """Writes ``journal.json`` and ``partition.html`` on rank 0. A disk that is full ends no training.
 
+    With ``fast_dev_run`` nothing is written, as Lightning itself does.
+
     Args:
         trainer: The Trainer.
         folder: Where each run makes a folder of its own.
@@ -27,7 +30,7 @@ class PartitionFiles:
     """
 
     def __init__(self, trainer: Trainer, folder: str | None) -> None:
-        self._writes = trainer.is_global_zero
+        self._writes = trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
         self.folder: Path | None = None
         self._saved_s = time.monotonic()
         self._failed = False
@@ -39,10 +42,10 @@ class PartitionFiles:
             except OSError as error:
                 self._give_up(error)
 
-    def save_now_and_then(self, journal: PartitionJournal) -> None:
-        """Write the journal if that is some time ago."""
+    def save_now_and_then(self, journal: Callable[[], PartitionJournal]) -> None:
+        """Write the journal that is returned, if the last time is some time ago."""
         if self._writes and time.monotonic() - self._saved_s > _SAVE_EVERY_S:
-            self.save(journal)
+            self.save(journal())
 
     def save(self, journal: PartitionJournal) -> None:
         """Write the journal."""

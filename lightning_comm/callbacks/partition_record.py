@@ -10,6 +10,7 @@ from lightning_comm.core.partition_plan import PartitionPlan, Place
 from lightning_comm.planning.partition_journal import Change, PartitionJournal, Window
 
 _MOST_WINDOWS = 2000  # then every second one is dropped, so that a long run stays a small file
+_KEPT_WINDOWS = 200  # by a checkpoint
 
 
 class PartitionRecord:
@@ -85,4 +86,4 @@ class PartitionRecord:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run goes on from, in plain types."""
         why = [(*place, why) for place, why in self.why.items()]
-        return {"windows": self.journal().to_dict()["windows"], "why": why}
+        return {"windows": self.journal().to_dict()["windows"][-_KEPT_WINDOWS:], "why": why}

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from lightning_comm.callbacks import partition_checks as checks
 from lightning_comm.callbacks.partition_files import PartitionFiles
@@ -32,7 +33,7 @@ from lightning_comm.data.partition_slices import Slice
 from lightning_comm.planning.partition_journal import PartitionJournal
 from lightning_comm.transport.recording import Recorder, another_group
 
-_GROUP_TIMEOUT = timedelta(minutes=30)
+_TIMEOUT = timedelta(minutes=30)  # where the strategy has none
 _DATA_BOUND = 0.2  # of the busy time
 _LOGGED_RANKS = 16
 
@@ -75,8 +76,9 @@ class PartitionSession:
         if self._ranks > 1 and (
             settings.mode != "fixed" or any(loader.settings["sampler"] for loader in self._loaders)
         ):
-            self._group = another_group(_GROUP_TIMEOUT, backend="gloo")
+            self._group = another_group(getattr(trainer.strategy, "_timeout", _TIMEOUT), backend="gloo")
             self._recorder = Recorder(CommLedger(), self._group)
+        self._scaling: RemovableHandle | None = None  # of the loss that a backward goes on from
         self._peaks: list[tuple[int, int]] = []  # of memory, at each size that was the largest so far
         self._checked_epoch = -1
         self._rounds_seen = 0
@@ -84,7 +86,7 @@ class PartitionSession:
         self.weight = 1.0
         self.sizes: tuple[int, ...] = ()
         self._place = Place(0, 0)
-        self._hears_of_backward = False
+        self._hears_of_backward = self._warned_of_backward = False
         self._attach()
 
     # ---- following ---------------------------------------------------------------------------------------------------
@@ -133,7 +135,7 @@ class PartitionSession:
         self._hears_of_backward = True
         factor = self._gradient_factor()
         if factor != 1.0 and loss.requires_grad:
-            loss.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
+            self._scaling = loss.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
         if self._meter is not None:
             self._meter.timer.before_backward(loss)
 
@@ -145,12 +147,15 @@ class PartitionSession:
 
     def after_backward(self) -> None:
         """Note that a backward has returned."""
+        if self._scaling is not None:  # the same loss may be part of another backward
+            self._scaling.remove()
+            self._scaling = None
         if self._meter is not None:
             self._meter.timer.after_backward()
 
     def end_batch(self) -> None:
         """End a batch; compare times and move shares, where a window is full."""
-        if not self._hears_of_backward and self._gradient_factor() != 1.0:
+        if not self._hears_of_backward and not self._warned_of_backward and self._gradient_factor() != 1.0:
             self._warn_of_own_backward()
         meter, balancer = self._meter, self._balancer
         if meter is None or balancer is None:
@@ -199,7 +204,7 @@ class PartitionSession:
                 f"samples; {why}."
             )
         self._log()
-        self.files.save_now_and_then(self.record.journal())
+        self.files.save_now_and_then(self.record.journal)
 
     def _exchange(self, row: Row) -> list[Row]:
         if self._recorder is None:
@@ -251,7 +256,7 @@ class PartitionSession:
             )
 
     def _warn_of_own_backward(self) -> None:
-        self._hears_of_backward = True
+        self._warned_of_backward = True
         rank_zero_warn(
             "AdaptivePartition: no backward through `self.manual_backward(loss)` was seen in a batch whose gradient "
             "has to be weighted by samples. `loss.backward()` is not seen, and its gradient is wrong where shares "

@@ -104,11 +104,15 @@ class StartOfRun:
         self.windows = [Window(**each) for each in loaded["record"]["windows"]]
         self.why = {Place(epoch, batch): why for epoch, batch, why in loaded["record"]["why"]}
         now = self.plan.sizes_at(place)
+        to_come = [now, *(change.sizes for change in self.plan.changes if change.place > place)]
         if self._settings.mode == "fixed":
             self._restart(place, chosen, "resumed with other shares")
-        elif any(not least <= size <= most for least, size, most in zip(self.lo, now, self.hi, strict=True)):
-            within = proportional_sizes(sum(now), now, self.lo, self.hi)
+        elif not all(self._within_bounds(sizes) for sizes in to_come):
+            within = proportional_sizes(sum(now), to_come[-1], self.lo, self.hi)
             self._restart(place, within, "resumed with other bounds")
+
+    def _within_bounds(self, sizes: tuple[int, ...]) -> bool:
+        return all(least <= size <= most for least, size, most in zip(self.lo, sizes, self.hi, strict=True))
 
     def _restart(self, place: Place, sizes: tuple[int, ...], why: str) -> None:
         if self.plan.sizes_at(place) != sizes or self.plan.changes[-1].place > place:

@@ -79,6 +79,8 @@ def proportional_sizes(
 ) -> tuple[int, ...]:
     """Split ``total`` samples in proportion to shares, as closely as whole numbers within the bounds can.
 
+    No other numbers make the rank that has the most for its share have less: with shares as speeds it is the fastest.
+
     Args:
         total: How many samples.
         shares: At least 0 each, and not all 0. A rank with 0 takes its least.
@@ -89,7 +91,7 @@ def proportional_sizes(
         Samples by rank, which sum to ``total``.
 
     Raises:
-        ValueError: If the bounds cannot be met.
+        ValueError: If the bounds cannot be met or the shares are no ratio.
 
     Example:
         >>> proportional_sizes(64, [1, 3])
@@ -98,7 +100,12 @@ def proportional_sizes(
         (4, 3, 3)
 
     """
-    largest = max(shares)
+    largest = max(shares, default=0)
+    if not (all(math.isfinite(share) and share >= 0 for share in shares) and largest > 0):
+        raise ValueError(
+            f"proportional_sizes: `shares` must be finite, at least 0 and not all 0; got {shares!r}. [1, 3] gives the "
+            "second rank three times as much as the first."
+        )
     return solve_partition([RankCost(0.0, largest / s if s else math.inf) for s in shares], total, lo, hi)
 
 

@@ -94,6 +94,7 @@ class PartitionPlan:
         if place == last.place:
             self._changes.pop()
         self._changes.append(Shares(Place(*place), tuple(sizes)))
+        self.sizes = self._changes[0].sizes
 
     def restart_at(self, place: Place, sizes: Sequence[int]) -> None:
         """Let other shares hold from a place on, and forget changes that were to come there or later."""

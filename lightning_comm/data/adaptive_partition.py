@@ -129,7 +129,7 @@ class PartitionedLoader:
         )
         self._followed = False
         self._position = (0, 0, 0)  # epoch, pass in it, batches of the pass that were handed out
-        self._begun: object | None = None  # the pass that moves the position, if it is not yet to begin
+        self._begun: object | None = None  # the pass that moves the position; None until its first batch
         self._loaded: dict[str, Any] | None = None
         self._latest: Slice | None = None
         self._latest_read = self._warned = False

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -283,7 +283,7 @@ def _known(number: Any) -> float | None:
 
 
 def _plain(entry: Change | Window) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(entry).items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(entry).items()}
 
 
 def shown(value: Any) -> str:

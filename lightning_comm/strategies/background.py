@@ -34,7 +34,7 @@ class BackgroundAverage:
         self._flight: InFlight | None = None
         self._said_clamped = False
 
-    def depart(self, *, step: int, period_steps: int, lr: float, wait_s: float) -> None:
+    def depart(self, *, step: int, period_steps: int, lr: float, wait_s: float, weight: float | None = None) -> None:
         """Start to average the weights of now, in a thread.
 
         Args:
@@ -42,11 +42,12 @@ class BackgroundAverage:
             period_steps: Length of the round that ends here.
             lr: Learning rate at the first step of that round.
             wait_s: Seconds until all ranks had arrived.
+            weight: What this rank counts for in the mean; ``None`` on all ranks: equally.
 
         """
         self.land()  # still in flight only where a resumed run has shorter rounds
         started = time.monotonic()
-        self._replica.depart()
+        self._replica.depart(weight)
         self._flight = InFlight(step, period_steps, lr, wait_s, time.monotonic() - started)
 
     def begin_round(self, step: int, next_steps: int) -> None:

@@ -23,6 +23,8 @@ class ControlRow(NamedTuple):
         urgent: Whether this rank knows of a request that is not settled.
         stands: Whether ranks stop where they stand, so that nothing is averaged now.
         batches: Training batches in an epoch; -1 where that is not known.
+        samples: That this rank has trained on since the last synchronisation; ``None``, on all ranks, where averages
+            are not weighted by it, and then it is not sent.
 
     """
 
@@ -34,6 +36,7 @@ class ControlRow(NamedTuple):
     urgent: float = False
     stands: float = False
     batches: float = -1
+    samples: float | None = None
 
 
 def exchange(
@@ -42,10 +45,11 @@ def exchange(
     """Send this rank's row and return those of all ranks, in order of rank.
 
     Note:
-        *Communication.* One all-gather of 64 bytes a rank, recorded as ``"control"``.
+        *Communication.* One all-gather of 64 bytes a rank, 72 with a number of samples, recorded as ``"control"``.
 
     """
-    rows, pending = recorder.all_gather(torch.tensor(row, dtype=torch.float64, device=device), "control")
+    numbers = [number for number in row if number is not None]
+    rows, pending = recorder.all_gather(torch.tensor(numbers, dtype=torch.float64, device=device), "control")
     wait(pending)
     return [ControlRow(*values) for values in rows.tolist()]
 

@@ -30,6 +30,7 @@ from lightning_comm.strategies import checks, control, lightning_internals, rank
 from lightning_comm.strategies.companion import LocalUpdateCompanion
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
+from lightning_comm.strategies.sample_weights import SampleWeights
 from lightning_comm.strategies.settings import Round, Settings
 from lightning_comm.strategies.sparse_mask import check_optimizers
 from lightning_comm.transport.agreement import Agreement, PeerFailure, default_store
@@ -86,6 +87,10 @@ class LocalUpdateStrategy(DDPStrategy):
         *Communication.* In a round: none. At its end one all-reduce for each bucket of parameters, then of buffers and
         of optimizer state where these are averaged, and one row of 8 numbers from each rank. Mid-round validation and
         checkpoints average as well, recorded as ``"evaluation"`` and ``"checkpoint"``.
+
+        *Weights.* All ranks count equally, unless a callback asks with :meth:`weigh_by_samples` that each counts for
+        its share of the samples that all trained on since the last synchronisation. Then rows have 9 numbers, and
+        before the average for a checkpoint, or at an end of unknown length, there is one more row.
 
         *Memory.* Three buckets of scratch, which are kept. A second copy of the averaged tensors exists only while
         averaged weights are evaluated or saved in the middle of a round.
@@ -150,6 +155,7 @@ class LocalUpdateStrategy(DDPStrategy):
             )
         )
         self._ledger = CommLedger()
+        self._samples = SampleWeights()
         self._run: LocalUpdateRun | None = None
         self._interruptions: Interruptions | None = None
         self._trainer: Trainer | None = None
@@ -167,6 +173,36 @@ class LocalUpdateStrategy(DDPStrategy):
         """Every synchronisation of the last or current ``fit``, on this rank."""
         return list(self._run.log.history) if self._run is not None else []
 
+    @property
+    def rounds_done(self) -> int:
+        """How often ranks have synchronised in this ``fit``; up to date when callbacks see the end of a batch."""
+        return self._run.rounds_done if self._run is not None else 0
+
+    @property
+    def averages_gradients(self) -> bool:
+        """Whether DDP averages gradients at every step now; before training starts, whether it does so at first."""
+        if self._run is None or not self._run.active:
+            return self.settings.starts_with_gradients
+        return self._run.in_gradient_phase
+
+    def weigh_by_samples(self) -> None:
+        """Let each rank count for its share of the samples of a round, in all that is averaged in this ``fit``.
+
+        For callbacks, in ``setup`` for ``fit``, on all ranks.
+        """
+        self._samples.begin()
+
+    def count_samples(self, samples: int) -> None:
+        """Count the samples that this rank trains on in the batch that has begun; 0 for one that keeps it in step.
+
+        For callbacks, at every training batch before its end.
+
+        Raises:
+            ValueError: If that is not a whole number >= 0.
+
+        """
+        self._samples.count(samples)
+
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
@@ -179,6 +215,7 @@ class LocalUpdateStrategy(DDPStrategy):
         if model.trainer.state.fn == TrainerFn.FITTING:
             self._run = self._resume = None
             self._ledger = CommLedger()
+            self._samples = SampleWeights()
             self._logs_checked = 0
 
     @override
@@ -208,6 +245,7 @@ class LocalUpdateStrategy(DDPStrategy):
         self._run = LocalUpdateRun(
             trainer, module, lambda: self.optimizers, self.settings, recorder, agreement, self._unwrap_ddp, background
         )
+        self._run.samples = self._samples
         self._interruptions = Interruptions(
             trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False)
         )

@@ -11,6 +11,8 @@ of the parameters, of the buffers, of weight averages and of the optimizer state
 `Averaging(compression=...)` ranks stay apart by what it drops; only where the run ends are they averaged in full. Under
 `Averaging(overlap_steps=...)` the parameters depart there, last of all, on a process group of their own, and land some
 steps later; an evaluation or a checkpoint in between waits for them before it sends anything, and lets them fly on.
+Where averages are weighted by samples, counts are known from those rows, and an average outside of a meeting, as for a
+checkpoint, has one of its own before it.
 """
 
 import math
@@ -30,6 +32,7 @@ from lightning_comm.strategies.background import BackgroundAverage
 from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.lightning_internals import weight_average_of
 from lightning_comm.strategies.round_log import RoundLog
+from lightning_comm.strategies.sample_weights import SampleWeights
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.strategies.sparse_mask import PrunedWeights
 from lightning_comm.transport.agreement import Agreement, Decision, PeerFailure, Position
@@ -81,7 +84,9 @@ class LocalUpdateRun:
         if isinstance(codec, SparseMaskCodec) and isinstance(method, SparseMask):
             self.pruned = PrunedWeights(module, codec, method, recorder)
         self._background_recorder = background
+        self.samples = SampleWeights()  # equal ones, unless a callback has asked the strategy for others
         self.gradient_steps = 0
+        self.rounds_done = 0  # since this run was started or resumed
         self.apart = False  # whether ranks may differ: not from an average in full until the next batch
         self.standing = False  # whether ranks stopped at different steps
         self.on_decision: Callable[[Decision], None] = lambda decision: None
@@ -119,6 +124,7 @@ class LocalUpdateRun:
     def end_batch(self) -> None:
         """Synchronise if the round is over, and carry out what ranks agreed on; called after every batch."""
         ticks, self._ticks = self._ticks, 0
+        self.samples.end_batch(in_round=not self.in_gradient_phase)
         if ticks == 0:
             return
         self._measure_step(ticks)
@@ -169,13 +175,14 @@ class LocalUpdateRun:
                 self.stand()
                 return
             self._check(rows)
+            weight = self.samples.weight_of(self.recorder.rank, rows)
             if self.settings.averaging.overlap_steps and not in_full and not self._run_is_over():
-                self._depart(met - started)
+                self._depart(met - started, weight)
             else:
-                drift = self._average(in_full=in_full or self._run_is_over())
+                drift = self._average(weight, in_full=in_full or self._run_is_over())
                 self._note(drift, met - started, time.monotonic() - met)
         self._agree_on_scale(rows)
-        self.clock.end_round()
+        self._end_round(weight)
         if rows[0].next_steps != control.UNDECIDED:
             self._begin(rows)
         if answering and any(row.urgent for row in rows):
@@ -189,7 +196,7 @@ class LocalUpdateRun:
             rows = self._meet()
             if not self.standing:
                 self._check(rows)
-            self.replica.enter_average(purpose)
+            self.replica.enter_average(purpose, self.samples.weight_of(self.recorder.rank, rows))
 
     def meet_at_epoch_end(self) -> None:
         """Check that all ranks end the epoch after the same steps, where its length could not be compared before."""
@@ -202,9 +209,10 @@ class LocalUpdateRun:
             return
         started = time.monotonic()
         with self.agreement.first_error_shown():
-            drift = self._average(in_full=True)
+            weight = self._weight()
+            drift = self._average(weight, in_full=True)
         self._note(drift, 0.0, time.monotonic() - started)
-        self.clock.end_round()
+        self._end_round(weight)
 
     def keep_pruned_at_zero(self) -> None:
         """Set pruned weights to zero: after an optimizer step, or where an average of before the pruning has landed."""
@@ -215,21 +223,31 @@ class LocalUpdateRun:
         """Leave the round open: ranks stop at different steps and only their copies are averaged."""
         self.standing = self.apart = True
 
-    def _average(self, *, in_full: bool) -> Drift:
+    def _end_round(self, weight: float | None) -> None:
+        self.clock.end_round()
+        self.samples.begin_round(weight)
+        self.rounds_done += 1
+
+    def _average(self, weight: float | None, *, in_full: bool) -> Drift:
         self.background.land()
         self.keep_pruned_at_zero()
         compressed = self.replica.compresses and not in_full
-        drift = self.replica.average_differences() if compressed else self.replica.average()
-        self.replica.average_momenta(self._momenta())
+        replica = self.replica
+        drift = replica.average_differences(weight) if compressed else replica.average(weight=weight)
+        replica.average_momenta(self._momenta(), weight)
         self.apart, self.standing = compressed, False
         return drift
 
-    def _depart(self, wait_s: float) -> None:
+    def _depart(self, wait_s: float, weight: float | None) -> None:
         clock = self.clock
         if self._background_recorder is not None:
             self._background_recorder.step = clock.steps_done
         self.background.depart(
-            step=clock.steps_done, period_steps=clock.steps_into_round, lr=self.round_lr, wait_s=wait_s
+            step=clock.steps_done,
+            period_steps=clock.steps_into_round,
+            lr=self.round_lr,
+            wait_s=wait_s,
+            weight=weight,
         )
         self.apart, self.standing = True, False
 
@@ -291,6 +309,7 @@ class LocalUpdateRun:
             loss_scale=self._scale() or 0.0,
             urgent=self.agreement.urgent,
             stands=stand,
+            samples=self.samples.sent,
         )
         wait = self._wait_answering if answering else self._wait
         rows = control.exchange(row, self.recorder, self._control_device, wait)
@@ -299,6 +318,11 @@ class LocalUpdateRun:
         if rows[0].next_steps == control.FAILED:
             raise PeerFailure("rank 0 could not choose the next period; its own message says why")
         return rows
+
+    def _weight(self) -> float | None:
+        """Return what this rank counts for in an average now; where counts matter, ranks exchange them here."""
+        self.replica.wait_for_background()
+        return self.samples.exchange(self.recorder, self._control_device, self._wait)
 
     def _wait(self, pending: Pending) -> None:
         """Wait for the slower ranks, and meanwhile hear of failures."""
@@ -383,4 +407,4 @@ class LocalUpdateRun:
         if not self.apart or self.replica.kept is not None:
             return state_dict
         with self.agreement.first_error_shown():
-            return self.replica.average_state_dict(state_dict, "checkpoint")
+            return self.replica.average_state_dict(state_dict, "checkpoint", self._weight())

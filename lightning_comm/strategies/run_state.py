@@ -56,6 +56,7 @@ def _take_up_rounds(run: LocalUpdateRun, shared: dict[str, Any] | None, own: dic
             run.replica.load_local_state(own["weights"])
             run.replica.load_compression_state(own.get("compression"))
             run.background.load_state_dict(saved.get("in_flight"))
+            run.samples.load_state_dict(own.get("samples"))
             run.apart = own["apart"]
             return
         run.replica.broadcast_momenta(optimizer_tensors(run.optimizers()))

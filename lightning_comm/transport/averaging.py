@@ -138,19 +138,21 @@ class Averager:
         self._bucket_bytes = bucket_bytes
         self._scratch: dict[torch.device, list[Tensor]] = {}
 
-    def average_(self, tensors: Sequence[Tensor], purpose: str) -> Drift:
+    def average_(self, tensors: Sequence[Tensor], purpose: str, weight: float | None = None) -> Drift:
         """Replace every tensor by its mean over the ranks.
 
         Args:
             tensors: Floating-point or complex tensors, in an order and of shapes that are the same on all ranks.
                 Storage stays where it is, so optimizers, views and compiled code that hold it go on working.
             purpose: What the records say that the messages were for.
+            weight: What this rank counts for in the mean; those of all ranks sum to 1. ``None`` on all ranks: equally.
 
         Returns:
             How far this rank's tensors were from the mean.
 
         """
         drift = Drift(0.0, 0.0)
+        divisor = self._recorder.world_size if weight is None else 1
         flat = [Flat.of(tensor) for tensor in tensors]
         for (device, dtype), group in _by_accumulation_type(flat):
             rows = [tensor.entries for tensor in group]
@@ -158,12 +160,14 @@ class Averager:
             travelling: deque[_Travelling] = deque()
             for turn, pieces in enumerate(_buckets(rows, max(1, self._bucket_bytes // dtype.itemsize))):
                 if len(travelling) == IN_FLIGHT:
-                    drift = drift.plus(self._unpack(travelling.popleft()))
+                    drift = drift.plus(_unpack(travelling.popleft(), divisor))
                 used = _pack(pieces, scratch[turn % IN_FLIGHT])
                 own = sample(used)
+                if weight is not None:
+                    used.mul_(weight)  # in the accumulation type, and after the sample, which is of this rank's own
                 travelling.append(_Travelling(pieces, used, own, self._recorder.all_reduce(used, purpose)))
             while travelling:
-                drift = drift.plus(self._unpack(travelling.popleft()))
+                drift = drift.plus(_unpack(travelling.popleft(), divisor))
         for tensor in flat:
             tensor.write_back()
         return drift
@@ -175,13 +179,6 @@ class Averager:
             kept = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(IN_FLIGHT)]
             self._scratch[device] = kept
         return [bucket[: bucket.numel() // dtype.itemsize * dtype.itemsize].view(dtype) for bucket in kept]
-
-    def _unpack(self, bucket: "_Travelling") -> Drift:
-        bucket.pending.wait()
-        world_size = self._recorder.world_size
-        for piece, total in zip(bucket.pieces, _like(bucket.pieces, bucket.sums), strict=True):
-            torch.div(total, world_size, out=piece)
-        return drift_of(bucket.sums.numel(), bucket.own_sample, sample(bucket.sums).div_(world_size))
 
 
 def broadcast_(tensors: Iterable[Tensor], recorder: Recorder, purpose: str, bucket_bytes: int) -> None:
@@ -212,6 +209,13 @@ class _Travelling(NamedTuple):
     sums: Tensor
     own_sample: Tensor
     pending: Pending
+
+
+def _unpack(bucket: _Travelling, divisor: int) -> Drift:
+    bucket.pending.wait()
+    for piece, total in zip(bucket.pieces, _like(bucket.pieces, bucket.sums), strict=True):
+        torch.div(total, divisor, out=piece)
+    return drift_of(bucket.sums.numel(), bucket.own_sample, sample(bucket.sums).div_(divisor))
 
 
 def _by_accumulation_type(flat: list[Flat]) -> list[tuple[tuple[torch.device, torch.dtype], list[Flat]]]:

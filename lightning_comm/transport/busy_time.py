@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 Mark = Any  # a moment: seconds of the monotonic clock, or an event of CUDA
 
@@ -73,6 +74,7 @@ class BusyTimer:
         self._batch: _Batch | None = None
         self._began: Mark = None
         self._in_backward = False
+        self._watching: RemovableHandle | None = None
         self._measured: deque[_Batch] = deque()
 
     def begin(self, key: Any, started_s: float, fetch_s: float) -> None:
@@ -87,7 +89,7 @@ class BusyTimer:
     def before_backward(self, loss: Tensor) -> None:
         """Watch the backward that starts from a loss."""
         if self._batch is not None and loss.requires_grad:
-            loss.register_hook(self._queue)  # type: ignore[no-untyped-call]
+            self._watching = loss.register_hook(self._queue)  # type: ignore[no-untyped-call]
 
     def _queue(self, gradient: Tensor) -> None:
         self._in_backward = True
@@ -107,6 +109,9 @@ class BusyTimer:
     def after_backward(self) -> None:
         """Note that a backward has returned; what is computed from here on counts, if another one follows."""
         self._in_backward = False
+        if self._watching is not None:  # the same loss may be part of another backward
+            self._watching.remove()
+            self._watching = None
         self._began = self._now()
 
     def end(self) -> None:

@@ -31,6 +31,11 @@ class DifferenceAverager:
     the mean of what was sent, and otherwise by the rounding of that mean (16 bits in ``Cast``, the second rounding of
     ``Int8``), which is the same on all ranks. After a synchronisation ranks are *not* equal, but the references are.
 
+    *Weighted.* Where rank k counts for :math:`w_k` of the mean and not equally, it sends :math:`s = C(a d)` with
+    :math:`a = w_k` times the number of ranks, so that :math:`m` is :math:`\sum_k w_k d_k` where nothing is dropped, and
+    moves by :math:`m - s/a`; what it keeps is :math:`d - s/a`. Then the weighted mean of the ranks' weights moves by
+    :math:`m - \bar s` too. A rank of weight 0 sends zeros, and takes up the reference.
+
     Args:
         recorder: Sends and records.
         compression: What to send of a difference.
@@ -82,23 +87,24 @@ class DifferenceAverager:
         self._reference = {name: row for name, row in self._reference.items() if name not in names}
 
     @torch.no_grad()
-    def average_(self, tensors: Mapping[str, Tensor]) -> Drift:
+    def average_(self, tensors: Mapping[str, Tensor], weight: float | None = None) -> Drift:
         """Bring the parameters together, in place.
 
         Args:
             tensors: Parameters that have a reference, by name, in an order that is the same on all ranks.
+            weight: What this rank counts for in the mean; those of all ranks sum to 1. ``None`` on all ranks: equally.
 
         Returns:
             How far this rank's parameters were from the new reference, the mean as far as it is known.
 
         """
-        drift = Drift(0.0, 0.0)
+        drift, scale = Drift(0.0, 0.0), self._scale(weight)
         travelling: deque[_Travelling] = deque()
         self._codec.begin_step()
         for bucket in self._buckets(tensors):
             if len(travelling) == IN_FLIGHT:
                 drift = drift.plus(self._take(travelling.popleft()))
-            started = self._start(bucket)
+            started = self._start(bucket, scale)
             for earlier in travelling:  # in this order on every rank, and never from a callback
                 if earlier.talk.more:
                     earlier.talk.go_on()
@@ -108,6 +114,9 @@ class DifferenceAverager:
         self._codec.end_step()
         return drift
 
+    def _scale(self, weight: float | None) -> float:
+        return 1.0 if weight is None else weight * self._recorder.world_size
+
     # ---- in the background -------------------------------------------------------------------------------------------
 
     @property
@@ -116,24 +125,27 @@ class DifferenceAverager:
         return bool(self._flights)
 
     @torch.no_grad()
-    def depart(self, tensors: Mapping[str, Tensor]) -> None:
+    def depart(self, tensors: Mapping[str, Tensor], weight: float | None = None) -> None:
         """Note the parameters of now, and let a thread average their differences; they themselves stay as they are.
 
         Args:
             tensors: Parameters that have a reference, by name, in an order that is the same on all ranks.
+            weight: What this rank counts for in the mean, as in :meth:`average_`.
 
         Note:
             *Communication.* The thread starts the first message of each bucket, then the second ones where a method has
             any, and so on, in the order of the buckets. So nothing else may be sent on their process group.
 
-            *Memory.* Two rows as large as the parameters, which are kept, and what is on its way.
+            *Memory.* Two rows as large as the parameters, which are kept, and what is on its way; on a rank of weight
+            0 one more meanwhile.
 
         """
         self._codec.begin_step()
         self._flights = [self._noted(bucket) for bucket in self._buckets(tensors)]
         self._kept_rows = {flight.layout.slots: (flight.row, flight.sent) for flight in self._flights}
         device = self._flights[0].row.device if self._flights else torch.device("cpu")
-        self._errand = Errand(self._travel, device)
+        scale = self._scale(weight)
+        self._errand = Errand(lambda: self._travel(scale), device)
 
     def _noted(self, rows: list["_Row"]) -> "_Flight":
         layout = _layout_of(rows)
@@ -142,22 +154,32 @@ class DifferenceAverager:
         torch._foreach_copy_(layout.split(row), [each.weights.entries for each in rows])
         return _Flight(layout, row, sent, [])
 
-    def _travel(self) -> None:
+    def _travel(self, scale: float) -> None:
         """Average what has departed: move the references, and make corrections of the differences."""
         for flight in self._flights:
             torch._foreach_sub_(flight.layout.split(flight.row), self._references_of(flight))
         samples = [sample(flight.row) for flight in self._flights]
-        talks = [Talk(self._codec.mean(flight.row, flight.layout, flight.sent)) for flight in self._flights]
+        # where nothing is sent of a difference it stays in its row, since all of it is taken back at landing
+        means = [torch.zeros_like(flight.row) if scale == 0 else flight.row for flight in self._flights]
+        if scale not in (0, 1):
+            torch._foreach_mul_(means, scale)
+        talks = [
+            Talk(self._codec.mean(mean, flight.layout, flight.sent))
+            for flight, mean in zip(self._flights, means, strict=True)
+        ]
         while any(talk.more for talk in talks):
             for talk in talks:
                 if talk.more:
                     talk.go_on()
-        for flight, talk, own in zip(self._flights, talks, samples, strict=True):
+        for flight, mean, talk, own in zip(self._flights, means, talks, samples, strict=True):
             talk.finish()
             references = self._references_of(flight)
-            torch._foreach_add_(references, flight.layout.split(flight.row))
-            flight.drifts.append(_drift(references, own, flight.row))
-            flight.row.sub_(flight.sent)
+            torch._foreach_add_(references, flight.layout.split(mean))
+            flight.drifts.append(_drift(references, own, mean))
+            if scale == 0:
+                torch.sub(mean, flight.row, out=flight.row)
+            else:
+                flight.row.sub_(flight.sent, alpha=1 / scale)
 
     def _references_of(self, flight: "_Flight") -> list[Tensor]:
         return [self._reference[slot.name] for slot in flight.layout.slots]
@@ -185,17 +207,31 @@ class DifferenceAverager:
             How far this rank's parameters were from the new reference when they departed.
 
         """
-        self.arrive()
+        self.correct_(tensors)
         drift = Drift(0.0, 0.0)
         for flight in self._flights:
-            weights = [Flat.of(tensors[slot.name]) for slot in flight.layout.slots]
-            torch._foreach_add_([each.entries for each in weights], flight.layout.split(flight.row))
-            for each in weights:
-                each.write_back()
             for part in flight.drifts:
                 drift = drift.plus(part)
         self._flights = []
         return drift
+
+    @torch.no_grad()
+    def correct_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Move the parameters, or copies of them, as landing would, and let the average fly on.
+
+        Args:
+            tensors: The parameters by name; those that did not depart stay as they are.
+
+        """
+        self.arrive()
+        for flight in self._flights:
+            corrections = zip(flight.layout.slots, flight.layout.split(flight.row), strict=True)
+            found = {slot.name: row for slot, row in corrections if slot.name in tensors}
+            weights = [Flat.of(tensors[name]) for name in found]
+            if found:
+                torch._foreach_add_([each.entries for each in weights], list(found.values()))
+            for each in weights:
+                each.write_back()
 
     # ---- buckets -----------------------------------------------------------------------------------------------------
 
@@ -215,18 +251,22 @@ class DifferenceAverager:
                 yield open_buckets.pop(key)
         yield from open_buckets.values()
 
-    def _start(self, rows: list["_Row"]) -> "_Travelling":
+    def _start(self, rows: list["_Row"], scale: float) -> "_Travelling":
         layout = _layout_of(rows)
         difference = _empty(layout, rows)
         for row, entries in zip(rows, layout.split(difference), strict=True):
             torch.sub(row.weights.entries, row.reference, out=entries)
-        mean, sent = difference.clone(), torch.empty_like(difference)
         own = sample(difference)
-        return _Travelling(rows, difference, mean, sent, own, Talk(self._codec.mean(mean, layout, sent)))
+        if scale != 1:
+            difference.mul_(scale)
+        mean, sent = difference.clone(), torch.empty_like(difference)
+        return _Travelling(rows, difference, mean, sent, own, scale, Talk(self._codec.mean(mean, layout, sent)))
 
     def _take(self, bucket: "_Travelling") -> Drift:
         bucket.talk.finish()
         dropped = bucket.difference.sub_(bucket.sent)
+        if bucket.scale not in (0, 1):
+            dropped.div_(bucket.scale)
         sizes = [row.reference.numel() for row in bucket.rows]
         for row, moved, left in zip(
             bucket.rows, torch.split(bucket.mean, sizes), torch.split(dropped, sizes), strict=True
@@ -296,13 +336,25 @@ class _Row(NamedTuple):
 
 
 class _Travelling(NamedTuple):
-    """A bucket on its way: the difference, what becomes the mean, what was sent, and a sample of the difference."""
+    """A bucket on its way.
+
+    Args:
+        rows: The parameters in it.
+        difference: What is to be sent: the difference, times `scale`.
+        mean: The same, which becomes the mean.
+        sent: What this rank sent.
+        own_sample: Of the difference itself.
+        scale: What this rank counts for in the mean, times the number of ranks.
+        talk: Its messages.
+
+    """
 
     rows: list[_Row]
     difference: Tensor
     mean: Tensor
     sent: Tensor
     own_sample: Tensor
+    scale: float
     talk: Talk
 
 

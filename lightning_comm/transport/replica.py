@@ -11,11 +11,14 @@ from torch.optim import Optimizer
 
 from lightning_comm.transport.averaging import Averager, Averaging, broadcast_
 from lightning_comm.transport.compression.base import Codec
+from lightning_comm.transport.compression.sparse_mask import SparseMask
+from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.differences import DifferenceAverager
 from lightning_comm.transport.flat import Drift
 from lightning_comm.transport.recording import Recorder
 
 Shadows = Callable[[], Mapping[str, Module]]
+_Groups = Mapping[str, Mapping[str, Tensor]]  # by purpose, then by name
 
 
 class Replica:
@@ -42,6 +45,9 @@ class Replica:
         equal afterwards. One that has no reference yet (it was unfrozen since) and one that is no longer trained are
         averaged in full, once, and the first has a reference from then on.
 
+        *Weights.* Averages take what this rank counts for in the mean (``weight``; those of all ranks sum to 1), for
+        everything that one call averages; ``None`` on all ranks: equally.
+
     """
 
     def __init__(
@@ -57,10 +63,9 @@ class Replica:
         self._recorder = recorder
         self._bucket_bytes = averaging.bucket_bytes
         self._averager = Averager(recorder, averaging.bucket_bytes)
+        self._method = averaging.method
         self._differences = (
-            DifferenceAverager(background or recorder, averaging.method, averaging.bucket_bytes)
-            if averaging.method
-            else None
+            DifferenceAverager(background or recorder, self._method, averaging.bucket_bytes) if self._method else None
         )
         self._average_buffers = buffers == "average"
         self._shadows = shadows
@@ -131,23 +136,24 @@ class Replica:
         return fingerprint([*named, *(("momentum", tensor) for tensor in momenta)])
 
     @torch.no_grad()
-    def average(self, purpose: str | None = None) -> Drift:
+    def average(self, purpose: str | None = None, weight: float | None = None) -> Drift:
         """Replace the tensors by their means over the ranks, in place.
 
         Args:
             purpose: What the records say; left out, ``parameters``, ``buffers`` and ``weight_averages``, each its own.
+            weight: What this rank counts for in the mean.
 
         Returns:
             How far this rank's parameters were from the mean.
 
         """
         groups = self.averaged()
-        drift = self._averager.average_(list(groups.pop("parameters").values()), purpose or "parameters")
-        self._average_others(groups, purpose)
+        drift = self._averager.average_(list(groups.pop("parameters").values()), purpose or "parameters", weight)
+        self._average_others(groups, purpose, weight)
         return drift
 
     @torch.no_grad()
-    def average_differences(self) -> Drift:
+    def average_differences(self, weight: float | None = None) -> Drift:
         """Bring parameters together as far as the compression sends them, and average everything else.
 
         Returns:
@@ -157,16 +163,18 @@ class Replica:
         assert self._differences is not None
         groups = self.averaged()
         parameters, compressed = groups.pop("parameters"), self._compressed()
-        drift = self._differences.average_(compressed)
-        drift = drift.plus(self._average_in_full(parameters, compressed))
-        self._average_others(groups, None)
+        drift = self._differences.average_(compressed, weight)
+        drift = drift.plus(self._average_in_full(parameters, compressed, weight))
+        self._average_others(groups, None, weight)
         return drift
 
-    def _average_in_full(self, parameters: Mapping[str, Tensor], compressed: Mapping[str, Tensor]) -> Drift:
+    def _average_in_full(
+        self, parameters: Mapping[str, Tensor], compressed: Mapping[str, Tensor], weight: float | None
+    ) -> Drift:
         """Average what has no reference, or needs none any more, and make references of it where it is trained."""
         assert self._differences is not None
         in_full = {name: parameter for name, parameter in parameters.items() if name not in compressed}
-        drift = self._averager.average_(list(in_full.values()), "parameters")
+        drift = self._averager.average_(list(in_full.values()), "parameters", weight)
         self._differences.forget(set(in_full))
         self._differences.refer_to({name: p for name, p in in_full.items() if p.requires_grad})
         return drift
@@ -177,14 +185,14 @@ class Replica:
         return self._differences is not None and self._differences.in_flight
 
     @torch.no_grad()
-    def depart(self) -> None:
+    def depart(self, weight: float | None = None) -> None:
         """Start to average the parameters in the background, and average everything else now."""
         assert self._differences is not None
         groups = self.averaged()
         parameters, compressed = groups.pop("parameters"), self._compressed()
-        self._average_in_full(parameters, compressed)
-        self._average_others(groups, None)  # before the parameters, behind which it would wait on the network
-        self._differences.depart(compressed)
+        self._average_in_full(parameters, compressed, weight)
+        self._average_others(groups, None, weight)  # before the parameters, behind which it would wait on the network
+        self._differences.depart(compressed, weight)
 
     @torch.no_grad()
     def land(self) -> Drift:
@@ -201,29 +209,43 @@ class Replica:
         """Wait for so long at most, and return whether nothing is on its way in the background any more."""
         return self._differences is None or self._differences.is_quiet(timeout_s)
 
-    def _wait_for_background(self) -> None:
+    def wait_for_background(self) -> None:
         """Let nothing else be on its way: on CUDA, two groups that send at once may wait for each other."""
         if self._differences is not None:
             self._differences.arrive()
 
-    def _average_others(self, groups: Mapping[str, Mapping[str, Tensor]], purpose: str | None) -> None:
+    def _average_others(self, groups: _Groups, purpose: str | None, weight: float | None) -> None:
         for name, group in groups.items():
-            self._averager.average_(list(group.values()), purpose or name)
+            self._averager.average_(list(group.values()), purpose or name, weight)
         if self._average_buffers:
             others = [buffer for buffer in self._module.buffers() if not _is_averageable(buffer)]
             broadcast_(others, self._recorder, purpose or "buffers", self._bucket_bytes)
 
     @torch.no_grad()
-    def enter_average(self, purpose: str) -> None:
+    def enter_average(self, purpose: str, weight: float | None = None) -> None:
         """Average in place and keep this rank's own values aside, until :meth:`leave_average`.
 
         Note:
             *Memory.* A second copy of the averaged tensors in between.
 
         """
-        self._wait_for_background()
+        self.wait_for_background()
         self.kept = {name: tensor.detach().clone() for name, tensor in self._changed_by_average().items()}
-        self.average(purpose)
+        self._correct(self.parameters(), weight)
+        self.average(purpose, weight)
+
+    def _correct(self, parameters: Mapping[str, Tensor], weight: float | None) -> None:
+        """Move parameters, or copies of them, by what is in flight, if ranks count for different shares of a mean.
+
+        What is in flight departed under other weights than those of now. An equal mean does not move where it lands.
+        """
+        if weight is None or self._differences is None or not self._differences.in_flight:
+            return
+        self._differences.correct_(parameters)
+        codec, method = self._differences.codec, self._method
+        if isinstance(codec, SparseMaskCodec) and isinstance(method, SparseMask) and not method.pruning.is_watched:
+            for name in parameters.keys() & codec.masks.keys():
+                parameters[name].masked_fill_(~codec.masks[name], 0)  # some have been pruned since it departed
 
     @torch.no_grad()
     def leave_average(self) -> None:
@@ -278,24 +300,27 @@ class Replica:
             self._differences.load_state_dict(state, dict(self._module.named_parameters()))
 
     @torch.no_grad()
-    def average_state_dict(self, state: dict[str, Any], purpose: str) -> dict[str, Any]:
+    def average_state_dict(self, state: dict[str, Any], purpose: str, weight: float | None = None) -> dict[str, Any]:
         """Return a state dict of this model with averaged copies of what a synchronisation averages.
 
         Args:
             state: ``module.state_dict()``, or that of a weight average under the same names.
             purpose: What the records say.
+            weight: What this rank counts for in the mean.
 
         Note:
             *Memory.* A second copy of the averaged tensors.
 
         """
-        self._wait_for_background()
+        self.wait_for_background()
         names = self._state_dict_names()
         copies: dict[int, Tensor] = {}  # by address, so that tied weights stay tied in the file
         for name, value in state.items():
             if name in names and isinstance(value, Tensor) and value.data_ptr() not in copies:
                 copies[value.data_ptr()] = value.detach().clone()
-        self._averager.average_(list(copies.values()), purpose)
+        own = {name: p.data_ptr() for name, p in self._module.named_parameters()}  # not a weight average's
+        self._correct({name: copies[place] for name, place in own.items() if place in copies}, weight)
+        self._averager.average_(list(copies.values()), purpose, weight)
         return {
             name: copies.get(value.data_ptr(), value) if name in names and isinstance(value, Tensor) else value
             for name, value in state.items()
@@ -307,9 +332,9 @@ class Replica:
         broadcast_(momenta, self._recorder, "start", self._bucket_bytes)
 
     @torch.no_grad()
-    def average_momenta(self, momenta: list[Tensor]) -> None:
+    def average_momenta(self, momenta: list[Tensor], weight: float | None = None) -> None:
         """Average the state of the optimizers, as :func:`optimizer_tensors` returns it, in place."""
-        self._averager.average_(momenta, "optimizer_state")
+        self._averager.average_(momenta, "optimizer_state", weight)
 
     def _changed_by_average(self) -> dict[str, Tensor]:
         changed = {f"{purpose}:{name}": t for purpose, group in self.averaged().items() for name, t in group.items()}

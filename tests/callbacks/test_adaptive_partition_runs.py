@@ -5,7 +5,7 @@ from datetime import timedelta
 import numpy as np
 import pytest
 import torch
-from support.partition import BATCH, Fit, Manual, Move, fit, loader_of, one_process
+from support.partition import BATCH, Fit, Manual, Move, TwiceFromOneLoss, fit, loader_of, one_process
 from support.processes import launch
 from support.training import Stop, network, weights
 
@@ -68,13 +68,14 @@ def test_the_weights_are_those_of_one_process_on_the_whole_batch(strategy, plan,
         (Fit, {"loader": {"num_workers": 2, "prefetch_factor": 3}}),
         (Fit, {"use_distributed_sampler": True}),
         (Manual, {}),
+        (TwiceFromOneLoss, {}),
     ],
     ids=str,
 )
 def test_modes_of_training_leave_the_gradient_exact(module, kwargs):
     samples, dtype = 5 * BATCH + 1, torch.float64  # the tail has one sample, so a rank has a dummy of weight 0
     alone = {name: value for name, value in kwargs.items() if name not in ("loader", "use_distributed_sampler")}
-    loader = loader_of(samples, dtype, **kwargs.get("loader", {}))
+    loader = loader_of(samples, dtype, tail=kwargs.get("loader", {}).get("tail", "keep"))
     expected = one_process(module(net=network(dtype)), loader, max_epochs=2, **alone)
     ranks = launch(_fit, "ddp", PLANS["uneven"], module, samples, dtype, {4: (2, 10)}, dict(kwargs), world_size=2)
     for got, _, _ in ranks:

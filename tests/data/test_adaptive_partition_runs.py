@@ -254,7 +254,9 @@ def _warnings_of_a_loop(rank):
     loader = PartitionedLoader(range(9), 3)
     with warnings.catch_warnings(record=True) as uneven:
         warnings.simplefilter("always")
-        list(loader)
+        for batch, _ in enumerate(loader):
+            if batch == 0:
+                assert loader.latest is not None  # read once, and then forgotten
     return [str(each.message) for each in even], [str(each.message) for each in uneven]
 
 

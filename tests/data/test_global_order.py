@@ -177,7 +177,9 @@ def test_augmentation_of_a_sample_depends_on_no_rank_plan_worker_or_order():
 
 def test_overfitting_repeats_the_order_and_the_augmentation_of_the_first_epoch():
     loader = PartitionedLoader(Noise(), 4, seed_samples=True)
+    shuffled = loader.order_fingerprint()
     loader.repeat_first_epoch()
+    assert loader.order_fingerprint() != shuffled
     assert loader.settings["shuffle"] == 0
     epochs = []
     for epoch in (0, 1):

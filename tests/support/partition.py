@@ -66,6 +66,23 @@ class Manual(Fit):
         return [torch.optim.SGD(part.parameters(), 0.05) for part in (self.net[0], self.net[2])]
 
 
+class TwiceFromOneLoss(Manual):
+    """A second optimizer whose loss has the first one's in it, and a backward through both."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        x, y, index = batch
+        loss = nn.functional.mse_loss(self.net(x), y)
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward(loss, retain_graph=True)
+        self.manual_backward(2 * loss + nn.functional.l1_loss(self.net(x), y), retain_graph=True)
+        self.manual_backward(loss)
+        first.step()
+        second.step()
+        self.seen.append(index.tolist())
+
+
 def loader_of(samples: int, dtype: torch.dtype = torch.float64, batch: int = BATCH, **kwargs: Any) -> PartitionedLoader:
     return PartitionedLoader(Points(samples, dtype), batch, **{"seed": 3, **kwargs})
 

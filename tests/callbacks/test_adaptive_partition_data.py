@@ -1,0 +1,286 @@
+"""Partitioned runs with other ways of giving data, of stopping, and of going on."""
+
+import warnings
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import CombinedLoader
+from support.partition import BATCH, Fit, Points, fit, loader_of, one_process
+from support.processes import launch
+from support.training import Stop, network, weights
+from torch import nn
+from torch.utils.data import WeightedRandomSampler
+
+from lightning_comm import AdaptivePartition, CommProfiler, PartitionedLoader
+from lightning_comm.transport import recording
+
+torch.set_num_threads(1)
+SLOW = 500.0
+UNEVEN = {"mode": "fixed", "batch_sizes": [9, 3]}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def ddp():
+    return DDPStrategy(timeout=timedelta(seconds=30))
+
+
+def close(got, expected):
+    return all(np.abs(a - b).max() <= 1e-12 for a, b in zip(got, expected, strict=True))
+
+
+class Both(Fit):
+    """Trains on two data sets at once."""
+
+    def training_step(self, batch, batch_idx):
+        loss = 0.0
+        for name in ("one", "other"):
+            if batch[name] is not None:
+                x, y, index = batch[name]
+                self.seen.append(index.tolist())
+                loss = loss + nn.functional.mse_loss(self.net(x), y)
+        return loss
+
+
+def _both(mode):
+    loaders = {"one": loader_of(4 * BATCH), "other": loader_of(7 * BATCH + 3, seed=8, tail="drop")}
+    return CombinedLoader(loaders, mode)
+
+
+class MoveAll(Callback):
+    def __init__(self, partition):
+        self.partition = partition
+
+    def on_train_batch_end(self, runner, *args):
+        if runner.global_step == 2:
+            place = max(loader.dispatched for loader in runner.train_dataloader.values())
+            self.partition._session.plan.change_at(place, (2, 10))
+
+
+def _fit_both(rank, mode):
+    partition, model = AdaptivePartition(**UNEVEN), Both()
+    fit(ddp(), 2, model, _both(mode), partition, [MoveAll(partition)], max_epochs=2)
+    return weights(model), model.seen
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle"])
+def test_loaders_of_a_combined_loader_follow_one_plan(mode):
+    expected = one_process(Both(), _both(mode), max_epochs=2)
+    for got, seen in launch(_fit_both, mode, world_size=2):
+        assert close(got, expected)
+        assert {len(batch) for batch in seen} in ({9, 2}, {3, 10})
+
+
+def _weighted():
+    importance = np.random.default_rng(0).random(50).tolist()
+    return PartitionedLoader(Points(50), BATCH, sampler=WeightedRandomSampler(importance, 50), seed=1)
+
+
+def _until(rank, ranks, options, path, stop_at):
+    torch.manual_seed(100 + rank)  # a sampler that draws from the global state would give each rank its own order
+    partition, model = AdaptivePartition(**options), Fit()
+    stop = [Stop(stop_at, path)] if stop_at else []
+    fit(ddp(), ranks, model, _weighted(), partition, stop, ckpt_path=None if stop_at else path, max_epochs=3)
+    return weights(model)
+
+
+@pytest.mark.parametrize("stop_at", [2, 5, 8])
+def test_a_global_sampler_of_the_users_is_shared_and_resumed(stop_at, tmp_path):
+    expected = one_process(Fit(), _weighted(), max_epochs=3)
+    path = str(tmp_path / "stopped.ckpt")
+    launch(_until, 2, UNEVEN, path, stop_at, world_size=2)
+    for got in launch(_until, 3, {"mode": "observe"}, path, 0, world_size=3):
+        assert close(got, expected)
+
+
+def _overfit(rank, ranks, options):
+    model = Fit()
+    fit(ddp(), ranks, model, loader_of(5 * BATCH), AdaptivePartition(**options), overfit_batches=2, max_epochs=3)
+    return model.seen
+
+
+def test_overfitting_repeats_the_first_batches_in_the_order_of_the_dataset():
+    one, other = launch(_overfit, 2, UNEVEN, world_size=2)
+    steps = [[*a, *b] for a, b in zip(one, other, strict=True)]
+    assert steps == [list(range(BATCH)), list(range(BATCH, 2 * BATCH))] * 3
+
+
+class Reloads(Fit):
+    def train_dataloader(self):
+        return loader_of(3 * BATCH)
+
+
+def _reload(rank):
+    model = Reloads()
+    partition = AdaptivePartition(**UNEVEN)
+    fit(ddp(), 2, model, None, partition, reload_dataloaders_every_n_epochs=1, max_epochs=3)
+    return weights(model), model.seen
+
+
+def test_loaders_that_are_made_anew_follow_the_plan_and_go_on_with_the_epochs():
+    expected = one_process(Fit(), loader_of(3 * BATCH), max_epochs=3)
+    for (got, seen), size in zip(launch(_reload, world_size=2), (9, 3), strict=True):
+        assert close(got, expected)
+        assert {len(batch) for batch in seen} == {size}
+
+
+# ---- going on with what is known -------------------------------------------------------------------------------------
+
+
+class StopInFlight(Callback):
+    """Saves and stops as soon as a change is announced that does not hold yet."""
+
+    def __init__(self, partition, path):
+        self.partition, self.path = partition, path
+
+    def on_train_batch_end(self, runner, *args):
+        if len(self.partition.journal.changes) == 2 and not runner.should_stop:
+            runner.save_checkpoint(self.path)
+            runner.should_stop = True
+
+
+def _balanced(rank, path, resume, options):
+    partition = AdaptivePartition(**{"window_steps": 6, "warmup_steps": 2, **options})
+    model = Fit(speed=[SLOW, 3 * SLOW][rank])
+    loader = loader_of(32 * 30, batch=32, num_workers=2)
+    stop = [] if resume else [StopInFlight(partition, path)]
+    fit(ddp(), 2, model, loader, partition, stop, ckpt_path=path if resume else None, max_epochs=2, min_epochs=0)
+    journal = partition.journal.to_dict()
+    windows = [{**window, "seconds": 0.0} for window in journal["windows"]]  # which each rank counts by itself
+    return [len(batch) for batch in model.seen], journal["changes"], windows
+
+
+def test_a_change_that_was_announced_before_the_stop_holds_from_the_same_batch_after_it(tmp_path):
+    path = str(tmp_path / "stopped.ckpt")
+    before = launch(_balanced, path, False, {}, world_size=2)
+    after = launch(_balanced, path, True, {"mode": "observe"}, world_size=2)
+    for (seen, changes, windows), (seen_after, changes_after, windows_after) in zip(before, after, strict=True):
+        assert len(seen) == 8
+        assert changes_after == changes
+        assert windows_after[: len(windows)] == windows
+        assert len(windows_after) > len(windows)
+        sizes = [change["sizes"] for change in changes]
+        own = 0 if seen_after[-1] == sizes[1][0] else 1
+        moved = changes[1]["batch"] - len(seen)
+        assert moved == 4  # workers were that far ahead
+        assert seen_after[: moved + 1] == [sizes[0][own]] * moved + [sizes[1][own]]
+
+
+def test_bounds_that_are_tightened_at_a_resume_hold_at_once(tmp_path):
+    path = str(tmp_path / "stopped.ckpt")
+    launch(_balanced, path, False, {}, world_size=2)
+    after = launch(_balanced, path, True, {"mode": "observe", "min_per_rank": [14, 14]}, world_size=2)
+    for seen, changes, _ in after:
+        assert {*seen[4:]} <= {14, 18, 16}
+        assert all(min(change["sizes"]) >= 14 for change in changes if change["batch"] >= 8)
+
+
+def _norm(rank, options):
+    model = Fit(net=network(norm=True))
+    partition = AdaptivePartition(**options)
+    fit(ddp(), 2, model, loader_of(4 * BATCH), partition)
+    return partition.sizes
+
+
+def test_with_batch_norm_no_rank_gets_a_single_sample():
+    assert launch(_norm, {"mode": "fixed", "shares": [0, 1]}, world_size=2) == [(2, 10)] * 2
+    options = {"mode": "fixed", "shares": [0, 1], "min_per_rank": 3}
+    assert launch(_norm, options, world_size=2) == [(3, 9)] * 2
+
+
+def _messages(rank, options):
+    seen = []
+    end = recording.observe(lambda record: seen.append((record.kind, record.purpose, record.payload_bytes)))
+    partition = AdaptivePartition(**{"window_steps": 5, "warmup_steps": 0, "min_gain": 0.9, **options})
+    fit(ddp(), 2, Fit(), loader_of(23 * BATCH), partition, [CommProfiler(page=False)])
+    end()
+    return seen
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, 4), ({"mode": "observe"}, 4), (UNEVEN, 0)], ids=str)
+def test_a_window_costs_one_message_of_48_bytes_a_rank(options, expected):
+    for seen in launch(_messages, options, world_size=2):
+        assert seen == [("all_gather", "partition", 48)] * expected
+
+
+def _twice(rank):
+    partition = AdaptivePartition(**UNEVEN)
+    lengths = []
+    for batches in (3, 5):
+        fit(ddp(), 2, Fit(), loader_of(batches * BATCH), partition)
+        lengths.append(partition.journal.run["steps_per_epoch"])
+    return lengths, str(partition.run_folder)
+
+
+def test_a_callback_serves_a_second_fit_from_its_start():
+    (lengths, folder), _ = launch(_twice, world_size=2)
+    assert lengths == [3, 5]
+    assert folder.endswith("run_1")
+
+
+class OwnBackward(Fit):
+    """Calls `backward` on the loss itself, which no hook of Lightning's sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        x, y, _ = batch
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        nn.functional.mse_loss(self.net(x), y).backward()
+        optimizer.step()
+
+
+def _own_backward(rank):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(ddp(), 2, OwnBackward(), loader_of(3 * BATCH), AdaptivePartition(**UNEVEN))
+    return [str(each.message) for each in caught if "manual_backward" in str(each.message)]
+
+
+def test_a_backward_that_cannot_be_weighted_is_told_of_once():
+    on_rank_0, elsewhere = launch(_own_backward, world_size=2)
+    assert len(on_rank_0) == 1
+    assert elsewhere == []
+
+
+class LogsMean(Fit):
+    """Logs the mean loss of each step over ranks, as the card says."""
+
+    def __init__(self, partition):
+        super().__init__()
+        self.partition = [partition]
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        value = loss.detach() * self.partition[0].weight
+        self.log("mean_loss", value, sync_dist=True, on_step=True, batch_size=len(batch[0]))
+        return loss
+
+
+def _logs(rank):
+    partition = AdaptivePartition(**UNEVEN)
+    model, values = LogsMean(partition), []
+
+    class Reads(Callback):
+        def on_train_batch_end(self, runner, *args):
+            values.append(float(runner.callback_metrics["mean_loss"]))
+
+    fit(ddp(), 2, model, loader_of(3 * BATCH + 5), partition, [Reads()])
+    return values
+
+
+def test_a_value_times_the_weight_is_logged_as_the_mean_over_the_samples_of_the_step():
+    alone = Fit()
+    fit("auto", 1, alone, loader_of(3 * BATCH + 5), None)
+    for values in launch(_logs, world_size=2):
+        assert values == pytest.approx(alone.losses, rel=1e-6)

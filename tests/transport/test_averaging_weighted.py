@@ -1,0 +1,296 @@
+"""Weighted averages on the wire: against exact arithmetic, and what stays when ranks count for different shares."""
+
+import math
+from datetime import timedelta
+from fractions import Fraction
+
+import pytest
+import torch
+from support.differences import BY_HAND, SHAPES, in_memory_order, moved, start
+from torch import nn
+
+from lightning_comm.core.ledger import CommLedger
+from lightning_comm.transport.averaging import Averager, Averaging
+from lightning_comm.transport.compression.cast import Cast
+from lightning_comm.transport.compression.full import Full
+from lightning_comm.transport.compression.int8 import Int8
+from lightning_comm.transport.compression.power_sgd import PowerSGD
+from lightning_comm.transport.compression.top_k import TopK
+from lightning_comm.transport.differences import DifferenceAverager
+from lightning_comm.transport.recording import Recorder, another_group
+from lightning_comm.transport.replica import Replica
+
+ROUNDS = 3
+SHARES = {2: [0.75, 0.25], 3: [0.5, 0.375, 0.125]}
+NOBODYS = {2: [1.0, 0.0], 3: [0.625, 0.0, 0.375]}  # a rank without samples
+UNEVEN = {2: [5 / 7, 2 / 7], 3: [0.7, 0.1, 0.2]}
+SIZES = (3, 2, 7, 1, 0, 40)
+
+
+# ---- in full ---------------------------------------------------------------------------------------------------------
+
+
+def inputs(rank: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    gen = torch.Generator().manual_seed(rank)
+    return [torch.randn(n, generator=gen, dtype=torch.float64).to(dtype) for n in SIZES]
+
+
+def exact_mean(weights: list[float], entries: list[float]) -> float:
+    """In rational numbers, which round nothing."""
+    return float(
+        sum(Fraction(w) * Fraction(x) for w, x in zip(weights, entries, strict=True)) / sum(map(Fraction, weights))
+    )
+
+
+def _average(rank, weights, bucket_bytes, dtype):
+    tensors, ledger = inputs(rank, dtype), CommLedger()
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    drift = Averager(Recorder(ledger), bucket_bytes).average_(tensors, "parameters", weights[rank] if weights else None)
+    assert [tensor.data_ptr() for tensor in tensors] == pointers, "averaging moved a tensor"
+    return [tensor.double().numpy() for tensor in tensors], tuple(drift), [r.payload_bytes for r in ledger.records]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("shares", [SHARES, NOBODYS, UNEVEN], ids=["powers-of-two", "a-rank-without", "uneven"])
+@pytest.mark.parametrize("bucket_bytes", [8, 40, 10_000], ids=["one-entry", "splits", "all"])
+def test_every_tensor_becomes_the_weighted_mean_whatever_the_bucket(run_ranks, bucket_bytes, shares, world_size):
+    weights = shares[world_size]
+    own = [torch.cat(inputs(rank)) for rank in range(world_size)]
+    means = [exact_mean(weights, entries) for entries in zip(*(row.tolist() for row in own), strict=True)]
+    expected = torch.tensor(means, dtype=torch.float64)
+    answers = run_ranks(_average, weights, bucket_bytes, torch.float64, world_size=world_size)
+    plain = run_ranks(_average, None, bucket_bytes, torch.float64, world_size=world_size)
+    for rank, (got, drift, messages) in enumerate(answers):
+        for mine, theirs in zip(got, answers[0][0], strict=True):
+            assert (mine == theirs).all(), "ranks differ"
+        torch.testing.assert_close(torch.cat([torch.from_numpy(row) for row in got]), expected, rtol=0, atol=1e-12)
+        assert drift[0] == pytest.approx(float((own[rank] - expected).square().sum()))
+        assert drift[1] == pytest.approx(float(expected.square().sum()))
+        assert messages == plain[rank][2]
+        assert any((mine != theirs).any() for mine, theirs in zip(got, plain[rank][0], strict=True))
+
+
+def _narrow(rank, weights):
+    # 256 + 1 has no bf16, so scaling or summing in bf16 would round it away
+    tensor = torch.tensor([256.0 if rank == 0 else 2.0] * 30, dtype=torch.bfloat16)
+    Averager(Recorder(CommLedger()), 24).average_([tensor], "parameters", weights[rank])
+    return tensor.double().tolist()
+
+
+def test_narrow_types_are_scaled_and_summed_in_float32(run_ranks):
+    weights = [1 - 2**-7, 2**-7]
+    expected = float(torch.tensor(256 * weights[0] + 2 * weights[1], dtype=torch.bfloat16))
+    for got in run_ranks(_narrow, weights, world_size=2):
+        assert got == [expected] * 30
+
+
+# ---- by differences --------------------------------------------------------------------------------------------------
+
+
+def doubles(tensors):
+    """Entries in the order of memory, as numpy arrays, which queues can carry."""
+    return {name: in_memory_order(name, tensor).double().numpy() for name, tensor in tensors.items()}
+
+
+def references(averager):
+    return {name: row.double().numpy() for name, row in averager.state_dict()["reference"].items()}
+
+
+def _rounds(rank, compression, weights, bucket_bytes, background):
+    """Rounds in which ranks count for other shares than in the one before: what was there before, after, and known."""
+    ledger = CommLedger()
+    group = another_group(timedelta(seconds=30)) if background else None
+    recorder = Recorder(ledger, group, beside_compute=background, hold=background)
+    averager = DifferenceAverager(recorder, compression, bucket_bytes)
+    own = start()
+    own["b.weight"] = own["b.weight"].contiguous(memory_format=torch.channels_last)
+    averager.restart(own)
+    history = []
+    for step in range(ROUNDS):
+        moved(own, rank, step)
+        before = doubles(own)
+        weight = weights[(rank + step) % len(weights)]
+        if background:
+            averager.depart(own, weight)
+            if step == 1:  # saved and taken up in flight
+                state, averager = averager.state_dict(), DifferenceAverager(recorder, compression, bucket_bytes)
+                averager.load_state_dict(state, own)
+            copies = {name: tensor.clone() for name, tensor in own.items() if name != "a.bias"}
+            averager.correct_(copies)
+            averager.land_(own)
+            assert all(torch.equal(copies[name], own[name]) for name in copies), "landing is not what was foreseen"
+        else:
+            averager.average_(own, weight)
+        history.append((before, doubles(own), references(averager)))
+    return history, [record.payload_bytes for record in ledger.records]
+
+
+def weighted(answers, weights, step, which, name):
+    shift = [weights[(rank + step) % len(weights)] for rank in range(len(answers))]
+    return sum(w * history[step][which][name] for w, (history, _) in zip(shift, answers, strict=True))
+
+
+WAYS = pytest.mark.parametrize("background", [False, True], ids=["open", "background"])
+
+
+@WAYS
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("shares", [SHARES, NOBODYS, UNEVEN], ids=["powers-of-two", "a-rank-without", "uneven"])
+@pytest.mark.parametrize("bucket_bytes", [8, 10**6], ids=["one-parameter", "all"])
+def test_nothing_dropped_leaves_every_rank_at_the_weighted_mean(
+    run_ranks, bucket_bytes, shares, world_size, background
+):
+    weights = shares[world_size]
+    answers = run_ranks(_rounds, Full(), weights, bucket_bytes, background, world_size=world_size)
+    for step in range(ROUNDS):
+        for name in SHAPES:
+            mean = weighted(answers, weights, step, 0, name)
+            for history, _ in answers:
+                assert abs(history[step][1][name] - mean).max(initial=0) < 2e-6, f"{name} in round {step}"
+                assert (history[step][2][name] == answers[0][0][step][2][name]).all(), "references differ"
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_in_the_open_nothing_dropped_leaves_ranks_equal_to_the_bit(run_ranks, world_size):
+    answers = run_ranks(_rounds, Full(), UNEVEN[world_size], 300, False, world_size=world_size)
+    for step in range(ROUNDS):
+        for name in SHAPES:
+            assert all((history[step][1][name] == answers[0][0][step][1][name]).all() for history, _ in answers)
+
+
+@WAYS
+@pytest.mark.parametrize("shares", [NOBODYS, UNEVEN], ids=["a-rank-without", "uneven"])
+@pytest.mark.parametrize(
+    ("compression", "bound"),
+    [
+        (Full(), 2e-6),
+        (TopK(0.1), 2e-6),
+        (PowerSGD(1), 2e-6),
+        (Cast("bf16"), 2**-7),  # sums are rounded to 8 bits, and they are below 2
+        (Int8(), 3 / 127),  # by less than one step of the second rounding, for scaled differences below 3
+    ],
+    ids=repr,
+)
+def test_the_weighted_mean_of_the_weights_stays_but_for_the_rounding_of_sums(
+    run_ranks, compression, bound, shares, background
+):
+    for world_size in (2, 3):
+        weights = shares[world_size]
+        answers = run_ranks(_rounds, compression, weights, 300, background, world_size=world_size)
+        for step in range(ROUNDS):
+            for name in SHAPES:
+                before, after = (weighted(answers, weights, step, which, name) for which in (0, 1))
+                assert abs(after - before).max(initial=0) < bound, f"{name} in round {step}"
+        apart = [
+            (a[1]["c.weight"] != b[1]["c.weight"]).any() for a, b in zip(answers[0][0], answers[1][0], strict=True)
+        ]
+        assert any(apart) or isinstance(compression, Full), "nothing was dropped"
+
+
+@WAYS
+@pytest.mark.parametrize("compression", [TopK(0.1), Int8(), Cast("bf16"), PowerSGD(1)], ids=repr)
+def test_a_rank_without_samples_takes_up_the_reference(run_ranks, compression, background):
+    weights = NOBODYS[3]
+    answers = run_ranks(_rounds, compression, weights, 300, background, world_size=3)
+    for step in range(ROUNDS):
+        idle = next(rank for rank in range(3) if weights[(rank + step) % 3] == 0)
+        _, after, reference = answers[idle][0][step]
+        for name in SHAPES:
+            assert abs(after[name] - reference[name]).max(initial=0) < 1e-6, f"{name} in round {step}"
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("compression", [Full(), TopK(0.1), Int8()], ids=repr)
+def test_ranks_do_what_one_process_does_for_all(run_ranks, compression, world_size):
+    weights = SHARES[world_size]
+    answers = run_ranks(_rounds, compression, weights, 300, False, world_size=world_size)
+    for step in range(ROUNDS):
+        scales = [world_size * weights[(rank + step) % world_size] for rank in range(world_size)]
+        for name in (name for name in SHAPES if math.prod(SHAPES[name])):
+            known = in_memory_order(name, start()[name])
+            if step:
+                known = torch.from_numpy(answers[0][0][step - 1][2][name]).float()
+            rows = [torch.from_numpy(history[step][0][name]).float() - known for history, _ in answers]
+            sent, mean = BY_HAND[type(compression)]([a * row for a, row in zip(scales, rows, strict=True)], name, step)
+            for (history, _), a, row, s in zip(answers, scales, rows, sent, strict=True):
+                wanted = known + mean + (row - s / a)
+                got = torch.from_numpy(history[step][1][name]).float()
+                torch.testing.assert_close(got, wanted, rtol=0, atol=2e-6, msg=f"{name} in round {step}")
+
+
+@WAYS
+@pytest.mark.parametrize("compression", [Full(), Int8(), TopK(0.1)], ids=repr)
+def test_equal_weights_are_what_no_weights_are_to_the_bit(run_ranks, compression, background):
+    for world_size in (2, 3):
+        plain = run_ranks(_rounds, compression, [None] * world_size, 300, background, world_size=world_size)
+        equal = run_ranks(_rounds, compression, [1 / world_size] * world_size, 300, background, world_size=world_size)
+        uneven = run_ranks(_rounds, compression, UNEVEN[world_size], 300, background, world_size=world_size)
+        for (one, bytes_one), (two, bytes_two), (_, bytes_three) in zip(plain, equal, uneven, strict=True):
+            assert bytes_one == bytes_two == bytes_three
+            for a, b in zip(one, two, strict=True):
+                assert all((a[1][name] == b[1][name]).all() and (a[2][name] == b[2][name]).all() for name in SHAPES)
+
+
+# ---- in a replica ----------------------------------------------------------------------------------------------------
+
+
+def _replica(rank, weights, overlap):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    background = Recorder(CommLedger(), another_group(timedelta(seconds=30)), beside_compute=True, hold=True)
+    averaging = Averaging(bucket_mib=40 / 2**20, overlap_steps=int(overlap))
+    shadow = nn.Linear(2, 2).double()
+    replica = Replica(
+        model, Recorder(CommLedger()), averaging, "average", lambda: {"0": shadow}, background if overlap else None
+    )
+    replica.begin_round(equal=True)
+    momentum = torch.full((5,), float(rank), dtype=torch.float64)
+
+    def train(step):
+        generator = torch.Generator().manual_seed(10 * rank + step)
+        with torch.no_grad():
+            for tensor in [*model.parameters(), model[1].running_mean, *shadow.parameters()]:
+                tensor += torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+
+    def state():
+        return {name: t.detach().clone().numpy() for name, t in [*model.state_dict().items(), *shadows()]}
+
+    def shadows():
+        return [(f"shadow.{name}", tensor) for name, tensor in shadow.named_parameters()]
+
+    train(0)
+    first = state()
+    if overlap:
+        replica.depart(weights[rank])
+    else:
+        replica.average(weight=weights[rank])
+    replica.average_momenta([momentum], weights[rank])
+    train(1)
+    second = state()
+    saved = replica.average_state_dict(model.state_dict(), "checkpoint", weights[1 - rank])
+    replica.enter_average("evaluation", weights[1 - rank])
+    inside = state()
+    replica.leave_average()
+    assert all((row == second[name]).all() for name, row in state().items()), "an evaluation left a trace"
+    if overlap:
+        replica.land()
+    return first, second, {name: row.numpy() for name, row in saved.items()}, inside, state(), momentum.tolist()
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["open", "in-flight"])
+def test_evaluations_and_checkpoints_weigh_each_round_by_its_own_shares(run_ranks, overlap):
+    weights = [0.7, 0.3]
+    one, two = run_ranks(_replica, weights, overlap, world_size=2)
+    for name in one[0]:
+        if "tracked" in name:
+            continue
+        mean = 0.7 * one[0][name] + 0.3 * two[0][name]
+        # a second round of other shares, from the mean of the first, whether that has landed or not
+        moves = [(each[4][name] if overlap else each[1][name]) - mean for each in (one, two)]
+        own = [each[1][name] for each in (one, two)]
+        in_open = "running" in name or "shadow" in name
+        average = 0.3 * own[0] + 0.7 * own[1] if in_open else mean + 0.3 * moves[0] + 0.7 * moves[1]
+        for each in (one, two):
+            assert abs(each[3][name] - average).max() < 1e-12, name
+            assert "shadow" in name or abs(each[2][name] - average).max() < 1e-12, name
+    assert one[5] == two[5] == pytest.approx([0.3] * 5)
