@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from emulated_run import as_report, measure, results_file, write
 from lightning.pytorch import LightningModule
-from partition_fits import FEATURES, Arm, ChangeSpeed, Jittery, Regressor, quiet, timed_fit
+from partition_fits import WINDOW, Arm, ChangeSpeed, Jittery, Regressor, quiet, timed_fit
+from partition_introductions import INTRODUCTIONS
 from partition_report import SECTIONS, page
 from profiler import Sleeper
 from ranks import run_ranks
@@ -33,8 +34,7 @@ from lightning_comm import EmulatedDevice
 from lightning_comm.core.adaptive_partition import RankCost, solve_partition
 from lightning_comm.lab.cluster import unavailable
 
-WINDOW = 20  # steps, the callback's default, after 5 that warm up
-WARMUP = 5
+WARMUP = 5  # of the callback, before its first window
 EVEN_STEP_S = 0.12  # of the slowest rank with an even share
 SAMPLES = 32  # of a rank with an even share
 SPEEDS: dict[str, tuple[tuple[float, ...], tuple[float, ...] | None]] = {
@@ -44,7 +44,7 @@ SPEEDS: dict[str, tuple[tuple[float, ...], tuple[float, ...] | None]] = {
     "1 : 1, one becomes 3 times slower": ((3, 3), (1, 3)),
 }
 CHANGE_AT = 96  # in the middle of a window
-JITTER = {4: 0.02, 8: 0.04}  # seconds of a step, by ranks
+JITTER = {4: 0.015, 8: 0.03}  # seconds of a step, by ranks
 JITTER_SHARE, JITTER_WINDOWS = 0.1, 75
 OVERHEAD_STEPS, OVERHEAD_SLEEP_S = 80, 0.04
 REPEATS = {"speeds": 5, "jitter": 3, "overhead": 9, "contention": 5}
@@ -82,7 +82,7 @@ def speed_repeat(rank: int, title: str, order: list[str]) -> dict[str, Any]:
         if after and name != "optimum":
             at = CHANGE_AT if name == "balance" else 15
             changes = [ChangeSpeed(device, at, after[rank] / unit)]
-        found[name] = timed_fit(arms[name], total, len(before), Regressor(), device, changes, window_steps=WINDOW)
+        found[name] = timed_fit(arms[name], total, len(before), Regressor(), device, changes)
     return found
 
 
@@ -94,7 +94,7 @@ def jitter_repeat(rank: int, ranks: int, repeat: int, order: list[str]) -> dict[
     for name in order:
         arm = Arm("balance", steps) if name == "balance" else Arm("fixed", steps, (SAMPLES,) * ranks)
         module = Jittery(JITTER[ranks] / SAMPLES, JITTER_SHARE, seed=100 * repeat + rank)
-        found[name] = _means(timed_fit(arm, SAMPLES * ranks, ranks, module, window_steps=WINDOW))
+        found[name] = _means(timed_fit(arm, SAMPLES * ranks, ranks, module))
     return found
 
 
@@ -106,7 +106,7 @@ def overhead_repeat(rank: int, order: list[str]) -> dict[str, Any]:
         arm = Arm("observe" if name == "observe" else "", OVERHEAD_STEPS)
         torch.manual_seed(0)
         module: LightningModule = Sleeper(OVERHEAD_SLEEP_S)
-        found[name] = _means(timed_fit(arm, 16, 2, module, samples=torch.randn(16, 64), window_steps=WINDOW))
+        found[name] = _means(timed_fit(arm, 16, 2, module, samples=torch.randn(16, 64)))
     return found
 
 
@@ -130,6 +130,21 @@ def merged(ranks: list[dict[str, Any]], costs: list[RankCost]) -> dict[str, Any]
             tools[name] |= {each: sum(one[each] for one in of_all) for each in ("overruns", "paced_steps")}
             tools[name] |= {each: max(one[each] for one in of_all) for each in ("real_share", "excess")}
     return {"tools": tools, "costs": [list(cost) for cost in costs], "load": os.getloadavg()[0]}
+
+
+def introductions() -> dict[str, str]:
+    """Return what the page says of each part, with the figures of its set-up."""
+    figures = {
+        "even_ms": 1e3 * EVEN_STEP_S,
+        "samples": SAMPLES,
+        "jitter": " and ".join(f"{1e3 * step_s:g} ms ({ranks} ranks)" for ranks, step_s in JITTER.items()),
+        "jitter_percent": 100 * JITTER_SHARE,
+        "windows": JITTER_WINDOWS,
+        "cores": os.cpu_count(),
+        "sleep_ms": 1e3 * OVERHEAD_SLEEP_S,
+        "overhead_steps": OVERHEAD_STEPS,
+    }
+    return {part: text.format(**figures) for part, text in INTRODUCTIONS.items()}
 
 
 class Run:
@@ -159,7 +174,7 @@ class Run:
 
     def write(self) -> None:
         """Write all that is known."""
-        write(self.report, self.out, page(self.report, INTRODUCTIONS))
+        write(self.report, self.out, page(self.report, introductions()))
 
     def repeat(
         self, found: dict[str, Any], arms: list[str], repeats: int, once: Callable[[int, list[str]], dict[str, Any]]
@@ -233,7 +248,7 @@ def run_contention(run: Run, repeats: int) -> None:
                     found[name] = value
             run.write()
 
-        command = [sys.executable, program, json.dumps({"kind": kind, "repeats": repeats, "window_steps": WINDOW})]
+        command = [sys.executable, program, json.dumps({"kind": kind, "repeats": repeats})]
         measure(command, (2, "1gbit", ""), report, news, timeout_s=900)
 
 
@@ -257,8 +272,6 @@ def main() -> None:
         PARTS[part](run, options.repeats or REPEATS[part])
     print(f"\n{run.out}\n{run.out.with_suffix('.json')}")
 
-
-INTRODUCTIONS = {"": "", "speeds": "", "jitter": "", "overhead": "", "contention": ""}
 
 if __name__ == "__main__":
     main()

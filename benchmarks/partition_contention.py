@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from typing import Any
 
 SLOWED = 1
-TOTAL = 96
+TOTAL = 192
 CYCLE_S = 0.002  # how long a rank that is stopped runs, and stands
-_ALONE = (12, 48, 84)  # samples
+_ALONE = (24, 96, 168)  # samples
 _ALONE_BATCHES = 12
 _STEPS = {"even": 40, "balance": 145, "optimum": 40}
 _STEADY = {"even": 30, "balance": 60, "optimum": 30}
@@ -85,7 +85,7 @@ def alone(module: Any) -> list[float]:
     return [max(0.0, float(fixed_s)), float(per_sample_s)]
 
 
-def one_repeat(order: list[str], window_steps: int) -> dict[str, Any]:
+def one_repeat(order: list[str]) -> dict[str, Any]:
     """Measure both hosts alone, then all arms."""
     import torch
     import torch.distributed as dist
@@ -103,12 +103,7 @@ def one_repeat(order: list[str], window_steps: int) -> dict[str, Any]:
         "optimum": Arm("fixed", _STEPS["optimum"], best),
     }
     images = torch.randn(TOTAL, 1, 8, 8)
-    tools = {
-        name: timed_fit(
-            arms[name], TOTAL, 2, Regressor(network()), samples=images, window_steps=window_steps, num_nodes=2
-        )
-        for name in order
-    }
+    tools = {name: timed_fit(arms[name], TOTAL, 2, Regressor(network()), samples=images, num_nodes=2) for name in order}
     return {"tools": tools, "costs": costs, "load": os.getloadavg()[0]}
 
 
@@ -117,22 +112,22 @@ def as_host(options: dict[str, Any]) -> None:
     import torch.distributed as dist
     from emulated_host import rotated, say, start
     from emulated_run import close_host
-    from partition_fits import quiet
+    from partition_fits import WINDOW, quiet
 
     host = int(os.environ["NODE_RANK"])
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[host]})
     start()
     quiet()
-    settings = {"total": TOTAL, "window_steps": options["window_steps"], "change_at": 0, "steady": _STEADY}
+    settings = {"total": TOTAL, "window_steps": WINDOW, "change_at": 0, "steady": _STEADY}
     say("RESULT", json.dumps(settings))
     for repeat in range(options["repeats"]):
         order = rotated(list(_STEPS), repeat)
         if host == SLOWED:
             with company(options["kind"]):
-                found = one_repeat(order, options["window_steps"])
+                found = one_repeat(order)
                 dist.barrier()
         else:
-            found = one_repeat(order, options["window_steps"])
+            found = one_repeat(order)
             dist.barrier()
         say("PROGRESS", f"{options['kind']}: repeat {repeat + 1} of {options['repeats']}")
         say("RESULT", json.dumps({"repeat": repeat, **found}))

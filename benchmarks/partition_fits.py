@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_comm import AdaptivePartition, EmulatedDevice, PartitionedLoader
 
+WINDOW = 20  # steps; the callback's default
 FEATURES = 16
 _TIMEOUT = timedelta(minutes=3)
 
@@ -90,9 +91,7 @@ class Stopwatch(pl.Callback):
     @property
     def steps_s(self) -> list[float]:
         """Seconds from the beginning of each batch to that of the next."""
-        return [
-            round(after - before, 6) for before, after in zip(self.began_s[:-1], self.began_s[1:], strict=True)
-        ]
+        return [round(after - before, 6) for before, after in zip(self.began_s[:-1], self.began_s[1:], strict=True)]
 
 
 class ChangeSpeed(pl.Callback):
@@ -149,7 +148,6 @@ def timed_fit(
     others: Sequence[pl.Callback] = (),
     *,
     samples: Tensor | None = None,
-    window_steps: int = 20,
     num_nodes: int = 1,
 ) -> dict[str, Any]:
     """Train with DDP in one epoch and return what this rank saw.
@@ -162,7 +160,6 @@ def timed_fit(
         device: The emulated device of this rank, if it has one.
         others: More callbacks, which come before the device.
         samples: What is trained on, again and again; random vectors if left out.
-        window_steps: Of the callback.
         num_nodes: Hosts, where each rank has one of its own.
 
     """
@@ -171,7 +168,7 @@ def timed_fit(
     data = TensorDataset(pool.repeat(-(-length // len(pool)), *[1] * (pool.dim() - 1))[:length])
     stopwatch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
-        partition = _partition(arm, window_steps, folder)
+        partition = _partition(arm, folder)
         around = [stopwatch, *others, *([device] if device else []), *([partition] if partition else [])]
         trainer = pl.Trainer(
             accelerator="cpu", devices=ranks // num_nodes, num_nodes=num_nodes,
@@ -192,10 +189,10 @@ def timed_fit(
     return found
 
 
-def _partition(arm: Arm, window_steps: int, folder: str) -> CountedPartition | None:
+def _partition(arm: Arm, folder: str) -> CountedPartition | None:
     if arm.mode in ("", "sampler"):
         return None
-    arguments: dict[str, Any] = {"mode": arm.mode, "window_steps": window_steps, "folder": folder}
+    arguments: dict[str, Any] = {"mode": arm.mode, "window_steps": WINDOW, "folder": folder}
     return CountedPartition(batch_sizes=arm.sizes, **arguments)
 
 

@@ -28,6 +28,7 @@ class Gain:
         expected: How much faster a step should get in whole samples, with what it has beside the ranks' compute.
         until: In which window after the first plan could be applied the step was within 5 % of the optimum; None
             for never.
+        batches: How many batches after the start, or after the change of speed, that window began.
         moves: How often shares moved.
 
     """
@@ -38,6 +39,7 @@ class Gain:
     closed: tuple[float, ...]
     expected: tuple[float, ...]
     until: tuple[int | None, ...]
+    batches: tuple[int | None, ...]
     moves: tuple[int, ...]
 
     @property
@@ -94,9 +96,10 @@ def gain_of(configuration: Mapping[str, Any]) -> Gain:
         # a window in which the speeds changed says little: the first that counts lies behind the change as a whole
         first = first_plan(arms["balance"]["windows"], change + length - 1)
         until = None if first is None else window_reached(arms["balance"]["steps_s"], first, length, optimum_s)
+        batches = None if first is None or until is None else first + (until - 1) * length - change
         expected = step_speedup(costs, total, lo=1, exposed_s=exposed_s(even_s, costs, total))
         moves = sum(each["batch"] > change for each in arms["balance"]["changes"])
-        rows.append((even_s, balanced_s, optimum_s, speedup_of_balancing(speeds), expected, until, moves))
+        rows.append((even_s, balanced_s, optimum_s, speedup_of_balancing(speeds), expected, until, batches, moves))
     return Gain(*zip(*rows, strict=True))
 
 
@@ -115,7 +118,8 @@ def verdicts(gain: Gain) -> list[str]:
     in_time = sum(each is not None and each <= MOST_WINDOWS for each in gain.until)
     said.append(
         f"Within {100 * WITHIN:.0f} % of the optimum in at most {MOST_WINDOWS} windows after the first plan could be "
-        f"applied: {in_time} of {len(gain.until)} repeats."
+        f"applied: {in_time} of {len(gain.until)} repeats. The first window that near began after "
+        f"{_list(gain.batches)} batches."
     )
     return said
 
@@ -131,8 +135,8 @@ def gain_cells(label: str, gain: Gain) -> tuple[str, ...]:
         f"{statistics.median(gain.measured):.2f} ({min(gain.measured):.2f} to {max(gain.measured):.2f})",
         f"{statistics.median(gain.possible):.2f}",
         f"{100 * statistics.median(over):+.1f} % ({100 * min(over):+.1f} to {100 * max(over):+.1f})",
-        ", ".join("never" if each is None else str(each) for each in gain.until),
-        ", ".join(map(str, gain.moves)),
+        _list(gain.until),
+        _list(gain.moves),
     )
 
 
@@ -175,7 +179,9 @@ def _plain(repeats: Sequence[Mapping[str, Any]]) -> list[str]:
         - 1
         for repeat in repeats
     ]
-    return [f"Even shares by `PartitionedLoader` against `DataLoader` with `DistributedSampler`, step: {shares(found)}."]
+    return [
+        f"Even shares by `PartitionedLoader` against `DataLoader` with `DistributedSampler`, step: {shares(found)}."
+    ]
 
 
 def _conditions(repeats: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -235,8 +241,8 @@ def overhead_section(configurations: Sequence[Mapping[str, Any]]) -> list[str]:
     return [markdown_table(header, rows)] if rows else []
 
 
-def _list(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values))
+def _list(values: Sequence[int | None]) -> str:
+    return ", ".join("never" if each is None else str(each) for each in values)
 
 
 SECTIONS = {
