@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 WHEEL  := build/wheel-env
 
-.PHONY: help setup demo test lint types doctest wheel-env tests benchmark benchmark-tools benchmark-compression docs clean
+.PHONY: help setup demo test lint types doctest wheel-env tests benchmark benchmark-tools benchmark-compression benchmark-partition docs clean
 
 help:
 	@echo "make demo       set up, then train DDP, local SGD and QSR on real digits, and compare accuracy, bytes and times"
@@ -13,6 +13,7 @@ help:
 	@echo "make benchmark  the speed of the lab's links, of the averages, and what strategy and profiler cost, on this machine"
 	@echo "make benchmark-tools  step times of other tools and ours on emulated hosts (half an hour)"
 	@echo "make benchmark-compression  what compression and overlap save on emulated hosts, and accuracy under them (75 minutes)"
+	@echo "make benchmark-partition  what shares by speed gain, what they cost, and accuracy under them (40 minutes)"
 	@echo "make docs       the documentation as HTML in docs/_build"
 
 setup: $(VENV)/.ready
@@ -68,6 +69,11 @@ benchmark-compression: setup
 	$(BIN)/python benchmarks/compression_steps.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/compression_accuracy.py
+
+# Some 40 minutes in all, on a quiet machine: unequal speeds 10, jitter 10, overhead 3, contention 5, accuracy on digits 10.
+benchmark-partition: setup
+	$(BIN)/python benchmarks/adaptive_partition.py
+	$(BIN)/python benchmarks/adaptive_partition_accuracy.py
 
 docs: setup
 	$(BIN)/sphinx-build -W -b html docs docs/_build

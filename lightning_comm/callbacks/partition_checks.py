@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_comm.data.adaptive_partition import PartitionedLoader
+from lightning_comm.lightning_internals import model_averaging_period
 from lightning_comm.transport.clocks import device_of_group, gather_json
 from lightning_comm.transport.compression.no_sync import NoSync
 
@@ -33,7 +34,7 @@ def check_strategy(trainer: Trainer) -> None:
             f"samples; got {type(strategy).__name__}. Use 'ddp', one of the 'ddp_…' of this package, or 'local_sgd', "
             "'post_local_sgd' or 'qsr'."
         )
-    period = getattr(strategy, "_model_averaging_period", None)
+    period = model_averaging_period(strategy)
     if period is not None:
         raise MisconfigurationException(
             f"{_WHERE}: DDPStrategy with `model_averaging_period`={period} averages parameters over ranks alike, "

@@ -9,8 +9,6 @@ loader has passed to its workers yet; until it does, nothing is exchanged.
 """
 
 import math
-import time
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_comm import lightning_internals as internals
 from lightning_comm.callbacks import partition_checks as checks
 from lightning_comm.callbacks.partition_files import PartitionFiles
 from lightning_comm.callbacks.partition_meter import PartitionMeter, Row
@@ -33,7 +32,6 @@ from lightning_comm.data.partition_slices import Slice
 from lightning_comm.planning.partition_journal import PartitionJournal
 from lightning_comm.transport.recording import Recorder, another_group
 
-_TIMEOUT = timedelta(minutes=30)  # where the strategy has none
 _DATA_BOUND = 0.2  # of the busy time
 _LOGGED_RANKS = 16
 
@@ -76,13 +74,14 @@ class PartitionSession:
         if self._ranks > 1 and (
             settings.mode != "fixed" or any(loader.settings["sampler"] for loader in self._loaders)
         ):
-            self._group = another_group(getattr(trainer.strategy, "_timeout", _TIMEOUT), backend="gloo")
+            self._group = another_group(internals.timeout_of(trainer.strategy), backend="gloo")
             self._recorder = Recorder(CommLedger(), self._group)
         self._scaling: RemovableHandle | None = None  # of the loss that a backward goes on from
         self._peaks: list[tuple[int, int]] = []  # of memory, at each size that was the largest so far
         self._checked_epoch = -1
         self._rounds_seen = 0
         self._warned_of_data = False
+        self._logs_checked = 0
         self.weight = 1.0
         self.sizes: tuple[int, ...] = ()
         self._place = Place(0, 0)
@@ -157,6 +156,10 @@ class PartitionSession:
         """End a batch; compare times and move shares, where a window is full."""
         if not self._hears_of_backward and not self._warned_of_backward and self._gradient_factor() != 1.0:
             self._warn_of_own_backward()
+        logged = internals.number_of_logged_metrics(self._trainer)
+        if logged > self._logs_checked:
+            self._logs_checked = logged
+            self._warn_of_plain_means()
         meter, balancer = self._meter, self._balancer
         if meter is None or balancer is None:
             return
@@ -255,6 +258,17 @@ class PartitionSession:
                 "Shares follow that too, but more loader workers (`num_workers`) may help more."
             )
 
+    def _warn_of_plain_means(self) -> None:
+        logged = internals.logged_metrics(self._trainer)
+        names = sorted({each.name for each in logged if each.synchronised and each.on_step and not each.is_metric})
+        if names and self._ranks > 1:
+            rank_zero_warn(
+                f"AdaptivePartition: {', '.join(map(repr, names))} is logged with `sync_dist=True` on every step, as "
+                "the plain mean over ranks, which is not the mean over samples where shares differ. Log it times "
+                "`weight` of this callback, if it is not, or with `on_step=False, on_epoch=True`, which weighs by "
+                "`batch_size`."
+            )
+
     def _warn_of_own_backward(self) -> None:
         self._warned_of_backward = True
         rank_zero_warn(
@@ -288,6 +302,4 @@ class PartitionSession:
             "plan": self.plan.state_dict(),
             "balancer": self._balancer.state_dict() if self._balancer is not None else None,
             "record": self.record.state_dict(),
-            "loaders": [loader.state_dict() for loader in self._loaders],
-            "saved_s": time.time(),
         }

@@ -10,6 +10,7 @@ from lightning_comm.callbacks.partition_settings import PartitionSettings
 from lightning_comm.core.adaptive_partition import proportional_sizes
 from lightning_comm.core.partition_plan import PartitionPlan, Place
 from lightning_comm.data.adaptive_partition import PartitionedLoader
+from lightning_comm.lightning_internals import load_skipped_loader_states
 from lightning_comm.planning.partition_journal import PartitionJournal, Window
 
 _WHERE = "AdaptivePartition"
@@ -64,8 +65,7 @@ class StartOfRun:
         self.balancer: dict[str, Any] | None = None
         self.replays = settings.replay is not None
         _check_merged_batch(loaders, self.hi)
-        if loaded is not None:
-            _take_up_loaders(trainer, loaders, loaded)
+        load_skipped_loader_states(trainer)
         if settings.replay is not None:
             self._replay(trainer, settings.replay)
         elif loaded is not None:
@@ -118,17 +118,6 @@ class StartOfRun:
         if self.plan.sizes_at(place) != sizes or self.plan.changes[-1].place > place:
             self.plan.restart_at(place, sizes)
             self.why[place] = why
-
-
-def _take_up_loaders(trainer: Trainer, loaders: list[PartitionedLoader], loaded: dict[str, Any]) -> None:
-    """Let loaders go on where they were, if Lightning has not seen to it.
-
-    It does not where ``configure_optimizers`` has asked for ``trainer.estimated_stepping_batches`` (issue 20550).
-    """
-    for loader, state in zip(loaders, loaded["loaders"], strict=False):
-        in_epoch = state["epoch"] == trainer.current_epoch and 0 < state["batches_done"] < len(loader)
-        if in_epoch and loader.dispatched == Place(0, 0) and trainer.fit_loop.batch_idx + 1 == state["batches_done"]:
-            loader.load_state_dict(state)
 
 
 def _check_merged_batch(loaders: list[PartitionedLoader], hi: tuple[int, ...]) -> None:

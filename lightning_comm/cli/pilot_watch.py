@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_comm.cli.pilot_schedule import ScheduleUnknown, run_length, use_up_schedule
+from lightning_comm.lightning_internals import end_after_this_step
 from lightning_comm.planning.pilot import first_whole_round
 from lightning_comm.strategies import LocalUpdateStrategy
-from lightning_comm.strategies.lightning_internals import end_after_this_step
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
 
 _LAST_LOSSES = 5  # steps whose mean is the loss after the pilot

@@ -17,7 +17,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticPeriod, RoundClock
-from lightning_comm.strategies.lightning_internals import logged_metrics, validates_by_the_clock
+from lightning_comm.lightning_internals import logged_metrics, validates_by_the_clock
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.transport.averaging import Averaging
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_comm.strategies import lightning_internals as internals
+from lightning_comm import lightning_internals as internals
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
 from lightning_comm.transport.agreement import Decision
 from lightning_comm.transport.random_state import random_state, set_random_state

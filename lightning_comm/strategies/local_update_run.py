@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_comm.core.local_update import PeriodRule, RoundClock
+from lightning_comm.lightning_internals import weight_average_of
 from lightning_comm.strategies import control
 from lightning_comm.strategies.background import BackgroundAverage
 from lightning_comm.strategies.control import ControlRow
-from lightning_comm.strategies.lightning_internals import weight_average_of
 from lightning_comm.strategies.round_log import RoundLog
 from lightning_comm.strategies.sample_weights import SampleWeights
 from lightning_comm.strategies.settings import Settings

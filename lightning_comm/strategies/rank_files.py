@@ -18,8 +18,8 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_comm.lightning_internals import close_finished_epoch
 from lightning_comm.strategies import mask_files
-from lightning_comm.strategies.lightning_internals import close_finished_epoch
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
 from lightning_comm.strategies.run_state import state_of
 from lightning_comm.transport.compression.base import Compression

@@ -21,7 +21,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from lightning_comm.core.costs import LinkProfile
 from lightning_comm.core.sparse_mask import PruningSchedule, break_even_share
-from lightning_comm.strategies.lightning_internals import weight_average_of
+from lightning_comm.lightning_internals import weight_average_of
 from lightning_comm.strategies.training_samples import training_samples
 from lightning_comm.transport.compression.packing import ROW_BYTES, packing_times
 from lightning_comm.transport.compression.sparse_mask import SparseMask

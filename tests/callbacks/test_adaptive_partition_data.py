@@ -279,6 +279,20 @@ def _logs(rank):
     return values
 
 
+def _logged_names(rank):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _logs(rank)
+    return [str(each.message) for each in caught if "plain mean" in str(each.message)]
+
+
+def test_a_plain_mean_over_ranks_is_told_of_by_name():
+    (message,), elsewhere = launch(_logged_names, world_size=2)
+    assert "'mean_loss'" in message
+    assert "weight" in message
+    assert elsewhere == []
+
+
 def test_a_value_times_the_weight_is_logged_as_the_mean_over_the_samples_of_the_step():
     alone = Fit()
     fit("auto", 1, alone, loader_of(3 * BATCH + 5), None)

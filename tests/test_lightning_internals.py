@@ -6,8 +6,8 @@ import textwrap
 
 import pytest
 
-from lightning_comm.strategies import lightning_internals
-from lightning_comm.strategies.lightning_internals import INTERNALS, Patches
+from lightning_comm import lightning_internals
+from lightning_comm.lightning_internals import INTERNALS, Patches
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_no_other_module_reads_private_names_of_lightning():
     listed = {internal.name for internal in INTERNALS if internal.name.startswith("_")}
     from pathlib import Path
 
-    package = Path(lightning_internals.__file__).parents[1]
+    package = Path(lightning_internals.__file__).parent
     offenders = {}
     for path in package.rglob("*.py"):
         if path.name == "lightning_internals.py":

@@ -9,10 +9,12 @@ import importlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.strategies import Strategy
 from torch.nn import Module
 
 
@@ -70,6 +72,8 @@ INTERNALS = (
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_last_time_checked", "to make the agreed save happen"),
     Internal("lightning.pytorch.callbacks.WeightAveraging", "_average_model", "averaged together with the weights"),
     Internal(_DDP, "configure_ddp", "where the model is wrapped, or not"),
+    Internal(_DDP, "_model_averaging_period", "parameters averaged over ranks alike, whatever their samples"),
+    Internal(_DDP, "_timeout", "how long messages on further process groups wait"),
     Internal(_DDP, "_ddp_kwargs", "arguments of the DDP wrapper of the gradient phase"),
     Internal(
         "lightning.pytorch.strategies.ParallelStrategy",
@@ -238,6 +242,18 @@ def close_finished_epoch(loops: dict[str, Any]) -> None:
     batches["is_last_batch"] = False
 
 
+def model_averaging_period(strategy: Strategy) -> int | None:
+    """Return the period of a :class:`DDPStrategy` that averages parameters, or ``None``."""
+    period: int | None = getattr(strategy, "_model_averaging_period", None)
+    return period
+
+
+def timeout_of(strategy: Strategy) -> timedelta:
+    """Return how long messages of a strategy wait for other ranks."""
+    timeout = getattr(strategy, "_timeout", None)
+    return timeout if isinstance(timeout, timedelta) else timedelta(minutes=30)
+
+
 def validates_by_the_clock(trainer: Trainer) -> bool:
     """Whether ``val_check_interval`` is a time, so that each rank's own clock starts validation."""
     return getattr(trainer, "_val_check_time_interval", None) is not None
@@ -251,11 +267,15 @@ def weight_average_of(callback: Callback) -> Module | None:
 
 @dataclass(frozen=True)
 class LoggedMetric:
-    """One value that the user logs: its name, and whether and when it is reduced over the ranks."""
+    """One value that the user logs: its name, and whether and when it is reduced over the ranks.
+
+    A value of torchmetrics (``is_metric``) reduces itself, by what it has counted.
+    """
 
     name: str
     synchronised: bool
     on_step: bool
+    is_metric: bool
 
 
 def number_of_logged_metrics(trainer: Trainer) -> int:
@@ -268,5 +288,5 @@ def logged_metrics(trainer: Trainer) -> Iterator[LoggedMetric]:
     results = trainer._results
     for result in () if results is None else results.values():
         meta = result.meta
-        # torchmetrics objects synchronise themselves when they are computed
-        yield LoggedMetric(meta.name, bool(meta.sync.should) or not result.is_tensor, bool(meta.on_step))
+        is_metric = not result.is_tensor
+        yield LoggedMetric(meta.name, bool(meta.sync.should) or is_metric, bool(meta.on_step), is_metric)
