@@ -76,12 +76,15 @@ def test_every_technique_in_the_code_has_a_card():
     assert techniques == {path.stem for path in CARDS}
 
 
-def test_the_citation_names_the_version_and_the_paper():
+def test_the_citation_names_the_version_and_the_papers():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == lightning_comm.__version__
     assert citation["cff-version"] == "1.2.0"
     assert {"message", "title", "authors"} <= set(citation)
     assert "2310.14423" in citation["references"][0]["url"]
+    cited = {reference["url"].rsplit("/", 1)[1] for reference in citation["references"]}
+    sources = {yaml.safe_load(path.read_text().split("---")[1])["source"] for path in CARDS}
+    assert {re.search(r"arXiv:([\d.]+)", source)[1] for source in sources} <= cited
 
 
 def test_every_public_name_is_in_the_reference():
