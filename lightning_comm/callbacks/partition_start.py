@@ -128,8 +128,8 @@ def _warn_of_single_samples(loaders: list[PartitionedLoader], plan: PartitionPla
         left = int(loader.settings["samples"]) % int(loader.settings["global_batch_size"])
         if loader.settings["tail"] == "keep" and left and min(plan.split(Place(0, 0), left)) < 2:
             rank_zero_warn(
-                f"{_WHERE}: the last batch of an epoch has {left} samples for {plan.ranks} ranks, so some have one, and "
-                "BatchNorm cannot train on one value per channel. Give the loader `tail='drop'` or `tail='merge'`."
+                f"{_WHERE}: the last batch of an epoch has {left} samples for {plan.ranks} ranks, so some have one, "
+                "and BatchNorm cannot train on one value per channel. Give the loader `tail='drop'` or `tail='merge'`."
             )
 
 

@@ -152,10 +152,11 @@ class GlobalOrder:
     def _draw_from_sampler(self, key: tuple[int, int]) -> list[Any]:
         drawn = self._ask_sampler(key)
         if len(drawn) != self.samples:
+            number = len(drawn) if len(drawn) < self.samples else "more"
             raise ValueError(
                 f"PartitionedLoader: `sampler` must yield as many samples in every epoch as its length was at the "
                 f"start, {self.samples}, since all ranks count steps by it; {type(self.sampler).__name__} yielded "
-                f"{len(drawn) if len(drawn) < self.samples else 'more'} in epoch {key[0]}. Let it repeat or leave out samples to come to that number."
+                f"{number} in epoch {key[0]}. Let it repeat or leave out samples to come to that number."
             )
         if not self._checked and self._ask_sampler(key) != drawn:
             raise ValueError(
