@@ -36,7 +36,8 @@ class AdaptivePartition(Callback):
             BatchNorm, which cannot train on one sample.
         max_per_rank: The most that a rank takes, one number or one for each, for ranks with less memory.
         window_steps: After how many batches ranks compare their times.
-        min_gain: Shares move only if a step is expected to become shorter by more than this part of it.
+        min_gain: Shares move only if a step is expected to last longer than with the best shares by more than this part
+            of the latter; while little is known yet, by up to three times that.
         warmup_steps: Batches at the start that are not measured.
         loss_reduction: ``"mean"``: the loss is a mean over the rank's samples. ``"sum"``: it is a sum, so that samples
             weigh the same whatever the split, and nothing is scaled.

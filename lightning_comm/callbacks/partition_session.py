@@ -54,7 +54,6 @@ class PartitionSession:
         self, trainer: Trainer, module: LightningModule, settings: PartitionSettings, loaded: dict[str, Any] | None
     ) -> None:
         self._trainer = trainer
-        self._module = module
         self._settings = settings
         self._rank, self._ranks = trainer.global_rank, trainer.world_size
         self._loaders = checks.agreed_loaders(trainer)
@@ -62,8 +61,6 @@ class PartitionSession:
         self.plan, self._replays = start.plan, start.replays
         self.record = PartitionRecord(start.run, settings.mode, start.plan, start.why, start.windows)
         self.files = PartitionFiles(trainer, settings.folder)
-        self._group: dist.ProcessGroup | None = None
-        self._recorder: Recorder | None = None
         self._meter: PartitionMeter | None = None
         self._balancer: Balancer | None = None
         if settings.mode != "fixed":
@@ -71,11 +68,9 @@ class PartitionSession:
             self._balancer = Balancer(self._ranks, sum(self.plan.sizes), start.lo, start.hi, min_gain=settings.min_gain)
             if start.balancer is not None:
                 self._balancer.load_state_dict(start.balancer)
-        if self._ranks > 1 and (
-            settings.mode != "fixed" or any(loader.settings["sampler"] for loader in self._loaders)
-        ):
-            self._group = another_group(internals.timeout_of(trainer.strategy), backend="gloo")
-            self._recorder = Recorder(CommLedger(), self._group)
+        self._group: dist.ProcessGroup | None = None
+        self._recorder: Recorder | None = None
+        self._meet_in_a_group()
         self._scaling: RemovableHandle | None = None  # of the loss that a backward goes on from
         self._peaks: list[tuple[int, int]] = []  # of memory, at each size that was the largest so far
         self._checked_epoch = -1
@@ -87,6 +82,13 @@ class PartitionSession:
         self._place = Place(0, 0)
         self._hears_of_backward = self._warned_of_backward = False
         self._attach()
+
+    def _meet_in_a_group(self) -> None:
+        """Make a group for the messages of windows and orders, if there are any."""
+        has_sampler = any(loader.settings["sampler"] for loader in self._loaders)
+        if self._ranks > 1 and (self._meter is not None or has_sampler):
+            self._group = another_group(internals.timeout_of(self._trainer.strategy), backend="gloo")
+            self._recorder = Recorder(CommLedger(), self._group)
 
     # ---- following ---------------------------------------------------------------------------------------------------
 

@@ -50,8 +50,8 @@ class PartitionSettings:
                 )
         if not (isinstance(self.min_gain, (int, float)) and 0 <= self.min_gain < 1):
             raise ValueError(
-                f"{_WHERE}: `min_gain` is a part of the step's time, so it must be >= 0 and < 1; got "
-                f"{self.min_gain!r}. 0.05 leaves shares alone for less than 5 %."
+                f"{_WHERE}: `min_gain` is relative to the time of a step, so it must be >= 0 and < 1; got "
+                f"{self.min_gain!r}. 0.05 moves shares where a step lasts more than 1.05 times the best one."
             )
 
     def _check_split(self) -> None:

@@ -75,6 +75,8 @@ class StartOfRun:
                 f"{_WHERE}: the model has BatchNorm, which normalises by each rank's own samples, so results depend on "
                 "the split, and DDP keeps the running statistics of rank 0. SyncBatchNorm (on GPUs) has neither effect."
             )
+        if with_norm:
+            _warn_of_single_samples(loaders, self.plan)
 
     def _replay(self, trainer: Trainer, path: str) -> None:
         journal = PartitionJournal.from_dict(_journal_of_rank_0(trainer, path))
@@ -118,6 +120,17 @@ class StartOfRun:
         if self.plan.sizes_at(place) != sizes or self.plan.changes[-1].place > place:
             self.plan.restart_at(place, sizes)
             self.why[place] = why
+
+
+def _warn_of_single_samples(loaders: list[PartitionedLoader], plan: PartitionPlan) -> None:
+    """Say that a last batch gives a rank one sample, or a dummy, which BatchNorm may refuse in the middle of a run."""
+    for loader in loaders:
+        left = int(loader.settings["samples"]) % int(loader.settings["global_batch_size"])
+        if loader.settings["tail"] == "keep" and left and min(plan.split(Place(0, 0), left)) < 2:
+            rank_zero_warn(
+                f"{_WHERE}: the last batch of an epoch has {left} samples for {plan.ranks} ranks, so some have one, "
+                "and BatchNorm cannot train on one value per channel. Give the loader `tail='drop'` or `tail='merge'`."
+            )
 
 
 def _check_merged_batch(loaders: list[PartitionedLoader], hi: tuple[int, ...]) -> None:

@@ -5,6 +5,7 @@ never from the global random state, a rank or a plan.
 """
 
 import hashlib
+import itertools
 import operator
 import random
 from collections.abc import Iterator, Sequence
@@ -151,10 +152,11 @@ class GlobalOrder:
     def _draw_from_sampler(self, key: tuple[int, int]) -> list[Any]:
         drawn = self._ask_sampler(key)
         if len(drawn) != self.samples:
+            number = len(drawn) if len(drawn) < self.samples else "more"
             raise ValueError(
                 f"PartitionedLoader: `sampler` must yield as many samples in every epoch as its length was at the "
                 f"start, {self.samples}, since all ranks count steps by it; {type(self.sampler).__name__} yielded "
-                f"{len(drawn)} in epoch {key[0]}. Let it repeat or leave out samples to come to that number."
+                f"{number} in epoch {key[0]}. Let it repeat or leave out samples to come to that number."
             )
         if not self._checked and self._ask_sampler(key) != drawn:
             raise ValueError(
@@ -171,7 +173,8 @@ class GlobalOrder:
         if callable(set_epoch := getattr(self.sampler, "set_epoch", None)):
             set_epoch(key[0])
         with seeded(seed), _own_generator(self.sampler, seed):
-            return [operator.index(each) if hasattr(each, "__index__") else each for each in self.sampler]
+            some = itertools.islice(self.sampler, self.samples + 1)  # also of one that never ends
+            return [operator.index(each) if hasattr(each, "__index__") else each for each in some]
 
 
 @contextmanager

@@ -195,6 +195,21 @@ def test_with_batch_norm_no_rank_gets_a_single_sample():
     assert launch(_norm, options, world_size=2) == [(3, 9)] * 2
 
 
+def _norm_with_tail(rank, tail):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        partition = AdaptivePartition(mode="fixed", shares=[1, 1])
+        fit(ddp(), 2, Fit(net=network(norm=True)), loader_of(3 * BATCH + 3, tail=tail), partition, max_steps=2)
+    return [str(each.message) for each in caught if "BatchNorm cannot train" in str(each.message)]
+
+
+def test_a_last_batch_that_batch_norm_would_refuse_is_told_of_at_the_start():
+    (message,), _ = launch(_norm_with_tail, "keep", world_size=2)
+    assert "3 samples for 2 ranks" in message
+    assert "tail='drop'" in message
+    assert launch(_norm_with_tail, "drop", world_size=2) == [[], []]
+
+
 def _messages(rank, options):
     seen = []
     end = recording.observe(lambda record: seen.append((record.kind, record.purpose, record.payload_bytes)))

@@ -1,5 +1,6 @@
 """The order of all ranks: the same on each, whatever the random state, and with a sampler of the user's."""
 
+import itertools
 import random
 
 import numpy as np
@@ -192,3 +193,19 @@ def test_overfitting_repeats_the_order_and_the_augmentation_of_the_first_epoch()
     sampled.repeat_first_epoch()
     sampled.set_epoch(3)
     assert [batch.tolist() for batch in sampled] == first
+
+
+class Endless:
+    """Says that it has nine, and never ends."""
+
+    def __len__(self):
+        return 9
+
+    def __iter__(self):
+        return itertools.cycle(range(9))
+
+
+def test_a_sampler_that_never_ends_is_refused():
+    loader = PartitionedLoader(range(9), 3, sampler=Endless())
+    with pytest.raises(ValueError, match=r"9, .*Endless yielded more in epoch 0\. Let it"):
+        next(iter(loader))
