@@ -32,8 +32,8 @@ class AdaptivePartition(Callback):
         shares: Ratios by rank, such as ``[1, 3]``: the split at the start, and with ``"fixed"`` for the whole run. Left
             out, ranks start alike.
         batch_sizes: The same in samples by rank, such as ``[16, 48]``; they sum to the global batch.
-        min_per_rank: The least that a rank takes, one number or one for each; ``None``: 1, or 2 if the model has
-            BatchNorm, which cannot train on one sample.
+        min_per_rank: The least that a rank takes, one number or one for each, also of a last batch that has as many;
+            ``None``: 1, or 2 if the model has BatchNorm, which cannot train on one sample.
         max_per_rank: The most that a rank takes, one number or one for each, for ranks with less memory.
         window_steps: After how many batches ranks compare their times.
         min_gain: Shares move only if a step is expected to last longer than with the best shares by more than this part
@@ -65,7 +65,7 @@ class AdaptivePartition(Callback):
         *What changes nevertheless.* BatchNorm sees batches of other sizes, and DDP keeps the running statistics of rank
         0; dropout draws other masks; ``all_gather`` of single samples needs padding; a value logged with
         ``sync_dist=True`` on each step is the plain mean over ranks: multiply it by :attr:`weight` before. Values of
-        whole epochs are weighted by Lightning.
+        whole epochs are weighted by Lightning; a batch of weight 0 counts in them as one sample.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -121,6 +121,19 @@ class AdaptivePartition(Callback):
         The plain mean over the ranks of ``weight * value`` is the mean of ``value`` over the samples of the step.
         """
         return self._session.weight if self._session is not None else 1.0
+
+    @staticmethod
+    def weight_of(trainer: Trainer) -> float:
+        """Return the weight of the present batch in a Trainer, for a ``LightningModule``; 1.0 without this callback.
+
+        Example:
+            >>> from lightning.pytorch import Trainer
+            >>> AdaptivePartition.weight_of(Trainer(logger=False))
+            1.0
+
+        """
+        found = (each for each in getattr(trainer, "callbacks", []) if isinstance(each, AdaptivePartition))
+        return next((each.weight for each in found), 1.0)
 
     @property
     def sizes(self) -> tuple[int, ...]:

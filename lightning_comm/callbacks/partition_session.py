@@ -267,8 +267,8 @@ class PartitionSession:
             rank_zero_warn(
                 f"AdaptivePartition: {', '.join(map(repr, names))} is logged with `sync_dist=True` on every step, as "
                 "the plain mean over ranks, which is not the mean over samples where shares differ. Log it times "
-                "`weight` of this callback, if it is not, or with `on_step=False, on_epoch=True`, which weighs by "
-                "`batch_size`."
+                "`AdaptivePartition.weight_of(self.trainer)`, if it is not, or with `on_step=False, on_epoch=True`, "
+                "which weighs by `batch_size`."
             )
 
     def _warn_of_own_backward(self) -> None:

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_comm.callbacks.partition_checks import has_batch_norm
 from lightning_comm.callbacks.partition_settings import PartitionSettings
-from lightning_comm.core.adaptive_partition import proportional_sizes
+from lightning_comm.core.adaptive_partition import UNBOUNDED, proportional_sizes
 from lightning_comm.core.partition_plan import PartitionPlan, Place
 from lightning_comm.data.adaptive_partition import PartitionedLoader
 from lightning_comm.lightning_internals import load_skipped_loader_states
@@ -55,11 +55,17 @@ class StartOfRun:
         self._settings = settings
         first = loaders[0].settings
         total = int(first["global_batch_size"])
-        self.run = {**first, "ranks": trainer.world_size, "steps_per_epoch": len(loaders[0])}
         with_norm = has_batch_norm(module)
         self.lo, self.hi = settings.bounds(trainer.world_size, total, with_norm)
+        self.run = {
+            **first,
+            "ranks": trainer.world_size,
+            "steps_per_epoch": len(loaders[0]),
+            "min_per_rank": list(self.lo),
+            "max_per_rank": [None if most == UNBOUNDED else most for most in self.hi],
+        }
         sizes = settings.first_sizes(trainer.world_size, total, self.lo, self.hi)
-        self.plan = PartitionPlan(sizes, hi=self.hi)
+        self.plan = PartitionPlan(sizes, hi=self.hi, lo=self.lo)
         self.why: dict[Place, str] = {Place(0, 0): "start"}
         self.windows: list[Window] = []
         self.balancer: dict[str, Any] | None = None
@@ -76,7 +82,7 @@ class StartOfRun:
                 "the split, and DDP keeps the running statistics of rank 0. SyncBatchNorm (on GPUs) has neither effect."
             )
         if with_norm:
-            _warn_of_single_samples(loaders, self.plan)
+            _warn_of_single_samples(loaders, trainer.world_size)
 
     def _replay(self, trainer: Trainer, path: str) -> None:
         journal = PartitionJournal.from_dict(_journal_of_rank_0(trainer, path))
@@ -86,7 +92,7 @@ class StartOfRun:
                 f"{_WHERE}: `replay` must be the journal of a run like this one; got {path!r}, which differs: "
                 f"{'; '.join(different)}. Restore these, or leave `replay` out."
             )
-        self.plan = journal.plan(self.hi)
+        self.plan = journal.plan(self.hi, self.lo)
         self.why = {change.place: "replay" for change in journal.changes}
 
     def _resume(self, loaded: dict[str, Any], place: Place) -> None:
@@ -122,14 +128,14 @@ class StartOfRun:
             self.why[place] = why
 
 
-def _warn_of_single_samples(loaders: list[PartitionedLoader], plan: PartitionPlan) -> None:
-    """Say that a last batch gives a rank one sample, or a dummy, which BatchNorm may refuse in the middle of a run."""
+def _warn_of_single_samples(loaders: list[PartitionedLoader], ranks: int) -> None:
+    """Say that a last batch leaves a rank one sample, or a dummy, which BatchNorm may refuse in the middle of a run."""
     for loader in loaders:
         left = int(loader.settings["samples"]) % int(loader.settings["global_batch_size"])
-        if loader.settings["tail"] == "keep" and left and min(plan.split(Place(0, 0), left)) < 2:
+        if loader.settings["tail"] == "keep" and 0 < left < 2 * ranks:
             rank_zero_warn(
-                f"{_WHERE}: the last batch of an epoch has {left} samples for {plan.ranks} ranks, so some have one, "
-                "and BatchNorm cannot train on one value per channel. Give the loader `tail='drop'` or `tail='merge'`."
+                f"{_WHERE}: the last batch of an epoch has {left} samples for {ranks} ranks, so some have one, and "
+                "BatchNorm cannot train on one value per channel. Give the loader `tail='drop'` or `tail='merge'`."
             )
 
 

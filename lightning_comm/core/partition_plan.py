@@ -35,6 +35,7 @@ class PartitionPlan:
     Args:
         sizes: Samples by rank at the start; their sum is the global batch.
         hi: The most that each rank takes, also of a last batch that is larger than the others.
+        lo: The least that each rank takes of a smaller last batch, where that has as many for all.
 
     Note:
         *Communication.* None.
@@ -51,6 +52,7 @@ class PartitionPlan:
 
     sizes: tuple[int, ...]
     hi: tuple[int, ...] | int = UNBOUNDED
+    lo: tuple[int, ...] | int = 0
 
     def __post_init__(self) -> None:
         self._changes = [Shares(Place(0, 0), tuple(self.sizes))]
@@ -76,7 +78,10 @@ class PartitionPlan:
         A rank may get none of a small one.
         """
         sizes = self.sizes_at(place)
-        return sizes if total == sum(sizes) else proportional_sizes(total, sizes, hi=self.hi)
+        if total == sum(sizes):
+            return sizes
+        least = self.lo * self.ranks if isinstance(self.lo, int) else sum(self.lo)
+        return proportional_sizes(total, sizes, self.lo if least <= total else 0, self.hi)
 
     def change_at(self, place: Place, sizes: Sequence[int]) -> None:
         """Let other shares hold from a place on, which comes after all earlier changes or replaces the last one.

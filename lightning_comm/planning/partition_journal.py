@@ -26,6 +26,8 @@ RUN_FIELDS = {
     "tail": "tail",
     "sampler": "sampler",
     "steps_per_epoch": "steps of an epoch",
+    "min_per_rank": "least samples by rank",
+    "max_per_rank": "most samples by rank",
 }
 _WAY_OUT = "Give the journal of a whole run, or leave `replay` out."
 
@@ -104,7 +106,7 @@ class PartitionJournal:
 
     Args:
         run: What must agree for a replay: ``samples``, ``global_batch_size``, ``ranks``, ``seed``, ``shuffle``,
-            ``tail``, ``sampler``, ``steps_per_epoch``.
+            ``tail``, ``sampler``, ``steps_per_epoch``, ``min_per_rank``, ``max_per_rank``.
         mode: ``"balance"``, ``"observe"`` or ``"fixed"``.
         changes: The shares at the start, which is epoch 0, batch 0, and each change, in the order of the run.
         windows: What was measured, in the order of the run. None in mode ``"fixed"``.
@@ -117,7 +119,7 @@ class PartitionJournal:
 
     Example:
         >>> run = {"samples": 640, "global_batch_size": 64, "ranks": 2, "seed": 0, "shuffle": True, "tail": "keep"}
-        >>> run |= {"sampler": "none", "steps_per_epoch": 10}
+        >>> run |= {"sampler": "none", "steps_per_epoch": 10, "min_per_rank": [1, 1], "max_per_rank": [None, None]}
         >>> journal = PartitionJournal(run, "balance", (Change(0, 0, (32, 32), "start"), Change(2, 4, (48, 16), "…")))
         >>> journal.plan().sizes_at(Place(2, 5))
         (48, 16)
@@ -146,14 +148,15 @@ class PartitionJournal:
         """Samples of a full global batch."""
         return int(self.run["global_batch_size"])
 
-    def plan(self, hi: tuple[int, ...] | int = UNBOUNDED) -> PartitionPlan:
+    def plan(self, hi: tuple[int, ...] | int = UNBOUNDED, lo: tuple[int, ...] | int = 0) -> PartitionPlan:
         """Return the plan that these changes make, for a loader to follow.
 
         Args:
             hi: The most that each rank takes, also of a last batch that is larger than the others.
+            lo: The least that each rank takes of a smaller last batch, where that has as many for all.
 
         """
-        plan = PartitionPlan(self.changes[0].sizes, hi)
+        plan = PartitionPlan(self.changes[0].sizes, hi, lo)
         for change in self.changes[1:]:
             plan.change_at(change.place, change.sizes)
         return plan

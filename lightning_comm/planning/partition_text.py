@@ -76,7 +76,7 @@ def sentences(journal: PartitionJournal) -> list[str]:
     if found is None:
         split = f"Shares of the batch: {_numbers(journal.changes[-1].sizes)}."
         return [split, "Nothing was measured, so nothing is known of the ranks' speeds."]
-    return [*_speeds(found), *_gained(found), *_to_gain(found, journal), *_data(found)]
+    return [*_speeds(found), *_gained(found), *_to_gain(found, journal), *_data(found), *_unmeasured(journal)]
 
 
 def _speeds(found: Findings) -> list[str]:
@@ -134,10 +134,19 @@ def _to_gain(found: Findings, journal: PartitionJournal) -> list[str]:
     else:
         best = next((window.best_sizes for window in reversed(journal.windows) if window.best_sizes), None)
         shares = f" ({_numbers(best)} samples)" if best is not None and len(best) <= _MOST_NAMED else ""
-        advice = _ADVICE.get(journal.mode, "")
+        moved = journal.windows[-1].sizes != journal.changes[-1].sizes
+        advice = "" if moved else _ADVICE.get(journal.mode, "")
         said.append(f"The best shares{shares} would make a step {percent(found.possible)} shorter.{advice}")
         said += _closed_form(found)
     return said
+
+
+def _unmeasured(journal: PartitionJournal) -> list[str]:
+    """Say that the last shares came too late to be measured, so that all of the above is of those before them."""
+    last = journal.changes[-1].sizes
+    if journal.windows[-1].sizes == last:
+        return []
+    return [f"Shares then became {_numbers(last)} samples, too late in the run to be measured."]
 
 
 def _closed_form(found: Findings) -> list[str]:
@@ -197,7 +206,7 @@ def _numbers(sizes: Sequence[int]) -> str:
 
 
 def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
 def _windows(count: int) -> str:

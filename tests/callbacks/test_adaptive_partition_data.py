@@ -210,6 +210,16 @@ def test_a_last_batch_that_batch_norm_would_refuse_is_told_of_at_the_start():
     assert launch(_norm_with_tail, "drop", world_size=2) == [[], []]
 
 
+def _norm_and_moves(rank):
+    partition, model = AdaptivePartition(mode="fixed", batch_sizes=[10, 2]), Fit(net=network(norm=True))
+    fit(ddp(), 2, model, loader_of(3 * BATCH + 5), partition)
+    return [len(batch) for batch in model.seen]
+
+
+def test_the_least_share_holds_in_a_last_batch_that_has_as_many():
+    assert launch(_norm_and_moves, world_size=2) == [[10, 10, 10, 3], [2, 2, 2, 2]]
+
+
 def _messages(rank, options):
     seen = []
     end = recording.observe(lambda record: seen.append((record.kind, record.purpose, record.payload_bytes)))
@@ -271,20 +281,16 @@ def test_a_backward_that_cannot_be_weighted_is_told_of_once():
 class LogsMean(Fit):
     """Logs the mean loss of each step over ranks, as the card says."""
 
-    def __init__(self, partition):
-        super().__init__()
-        self.partition = [partition]
-
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
-        value = loss.detach() * self.partition[0].weight
+        value = loss.detach() * AdaptivePartition.weight_of(self.trainer)
         self.log("mean_loss", value, sync_dist=True, on_step=True, batch_size=len(batch[0]))
         return loss
 
 
 def _logs(rank):
     partition = AdaptivePartition(**UNEVEN)
-    model, values = LogsMean(partition), []
+    model, values = LogsMean(), []
 
     class Reads(Callback):
         def on_train_batch_end(self, runner, *args):

@@ -18,7 +18,8 @@ RUN = {
 
 
 def run_of(ranks, global_batch_size=64):
-    return RUN | {"ranks": ranks, "global_batch_size": global_batch_size}
+    bounds = {"min_per_rank": [1] * ranks, "max_per_rank": [None] * ranks}
+    return RUN | {"ranks": ranks, "global_batch_size": global_batch_size, **bounds}
 
 
 def window(sizes, busy_s, **other):
