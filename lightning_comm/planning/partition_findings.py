@@ -125,7 +125,7 @@ def findings(journal: PartitionJournal) -> Findings | None:
     Example:
         >>> from lightning_comm.planning.partition_journal import Change
         >>> run = {"samples": 640, "global_batch_size": 64, "ranks": 2, "seed": 0, "shuffle": True, "tail": "keep"}
-        >>> run |= {"sampler": "", "steps_per_epoch": 10}
+        >>> run |= {"sampler": "", "steps_per_epoch": 10, "min_per_rank": [1, 1], "max_per_rank": [None, None]}
         >>> window = Window(0, 19, 2.0, (32, 32), busy_s=(0.032, 0.096), fetch_s=(0.0, 0.0), step_s=0.1)
         >>> found = findings(PartitionJournal(run, "observe", (Change(0, 0, (32, 32), "start"),), (window,)))
         >>> [round(rank.score, 3) for rank in found.ranks], round(found.even_ratio, 3)

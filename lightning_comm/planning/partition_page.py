@@ -38,7 +38,7 @@ def partition_page(journal: PartitionJournal) -> str:
 
     Example:
         >>> run = {"samples": 640, "global_batch_size": 64, "ranks": 2, "seed": 0, "shuffle": True, "tail": "keep"}
-        >>> run |= {"sampler": "", "steps_per_epoch": 10}
+        >>> run |= {"sampler": "", "steps_per_epoch": 10, "min_per_rank": [1, 1], "max_per_rank": [None, None]}
         >>> journal = PartitionJournal(run, "fixed", (Change(0, 0, (16, 48), "start"),))
         >>> "Shares of the batch: 16, 48." in partition_page(journal)
         True
