@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_comm.callbacks import partition_checks as checks
 from lightning_comm.callbacks.partition_session import PartitionSession
-from lightning_comm.callbacks.partition_settings import PartitionSettings
+from lightning_comm.callbacks.partition_settings import PartitionSettings, plain
 from lightning_comm.planning.partition_journal import PartitionJournal
 
 
@@ -100,16 +100,16 @@ class AdaptivePartition(Callback):
     ) -> None:
         self.settings = PartitionSettings(
             mode=mode,
-            shares=None if shares is None else tuple(shares),
-            batch_sizes=None if batch_sizes is None else tuple(batch_sizes),
-            min_per_rank=min_per_rank if min_per_rank is None or isinstance(min_per_rank, int) else tuple(min_per_rank),
-            max_per_rank=max_per_rank if max_per_rank is None or isinstance(max_per_rank, int) else tuple(max_per_rank),
+            shares=_list("shares", shares),
+            batch_sizes=_list("batch_sizes", batch_sizes),
+            min_per_rank=plain("min_per_rank", min_per_rank),
+            max_per_rank=plain("max_per_rank", max_per_rank),
             window_steps=window_steps,
             min_gain=min_gain,
             warmup_steps=warmup_steps,
             loss_reduction=loss_reduction,
-            replay=replay,
-            folder=folder,
+            replay=str(replay) if isinstance(replay, Path) else replay,
+            folder=str(folder) if isinstance(folder, Path) else folder,
         )
         self._session: PartitionSession | None = None
         self._loaded: dict[str, Any] | None = None
@@ -154,10 +154,12 @@ class AdaptivePartition(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._loaded = None  # what a checkpoint held that was read to validate or test
         if stage != "fit":
             return
         self._session = None
         checks.check_strategy(trainer)
+        checks.check_module(pl_module)
         self.settings.check_ranks(trainer.world_size)
         weigh_by_samples = getattr(trainer.strategy, "weigh_by_samples", None)
         if weigh_by_samples is not None:  # LocalUpdateStrategy averages parameters, not gradients
@@ -171,7 +173,7 @@ class AdaptivePartition(Callback):
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._session is not None:
-            self._session.follow_new_loaders()
+            self._session.begin_epoch()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -226,3 +228,10 @@ class AdaptivePartition(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what :meth:`state_dict` returned, until training starts."""
         self._loaded = state_dict or None
+
+
+def _list(name: str, value: Any) -> tuple[Any, ...] | None:
+    numbers = plain(name, value)
+    if numbers is None or isinstance(numbers, tuple):
+        return numbers
+    raise ValueError(f"AdaptivePartition: `{name}` must be a list of one number for each rank; got {value!r}.")

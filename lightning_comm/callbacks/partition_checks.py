@@ -7,15 +7,31 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from lightning_comm.callbacks.partition_settings import PartitionSettings
 from lightning_comm.data.adaptive_partition import PartitionedLoader
 from lightning_comm.lightning_internals import model_averaging_period
 from lightning_comm.transport.clocks import device_of_group, gather_json
 from lightning_comm.transport.compression.no_sync import NoSync
 
 _WHERE = "AdaptivePartition"
+
+
+def check_module(module: LightningModule) -> None:
+    """Refuse a training step that fetches its batches itself, after they would have to be known.
+
+    Raises:
+        MisconfigurationException: If it takes a ``dataloader_iter``.
+
+    """
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise MisconfigurationException(
+            f"{_WHERE}: `training_step` takes `dataloader_iter`, so it fetches batches after their samples are counted "
+            "and weighted. Let it take `batch`."
+        )
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -57,20 +73,24 @@ def loaders_of(trainer: Trainer) -> list[Any]:
     return list(_leaves(trainer.train_dataloader))
 
 
-def agreed_loaders(trainer: Trainer) -> list[PartitionedLoader]:
-    """Return the loaders of the training data, after checking that all ranks have the same.
+def agreed_loaders(trainer: Trainer, settings: PartitionSettings) -> list[PartitionedLoader]:
+    """Return the loaders of the training data, after checking that all ranks have the same, and the same settings.
 
     Raises:
         MisconfigurationException: On all ranks, if the data of one is something else.
-        ValueError: On all ranks, if their loaders differ in what decides about samples.
+        ValueError: On all ranks, if their loaders differ in what decides about samples, or the callback's settings.
 
     Note:
-        *Communication.* The settings of the loaders from each rank.
+        *Communication.* The settings of the loaders and of the callback from each rank.
 
     """
     found = loaders_of(trainer)
     problem = _problem_with(found)
-    own = {"problem": problem, "loaders": [] if problem else [_settings(loader) for loader in found]}
+    own: dict[str, Any] = {
+        "problem": problem,
+        "loaders": [] if problem else [_settings(loader) for loader in found],
+        "callback": settings.shared(),
+    }
     rows = [own]
     if dist.is_available() and dist.is_initialized() and trainer.world_size > 1:
         rows = gather_json(own, device_of_group(trainer.strategy.root_device))
@@ -78,6 +98,13 @@ def agreed_loaders(trainer: Trainer) -> list[PartitionedLoader]:
         if row["problem"]:
             raise MisconfigurationException(f"{_WHERE}: {row['problem']} (on rank {rank})")
     for rank, row in enumerate(rows):
+        different = [name for name, value in row["callback"].items() if value != rows[0]["callback"][name]]
+        if different:
+            values = " and ".join(repr(each["callback"][different[0]]) for each in (row, rows[0]))
+            raise ValueError(
+                f"{_WHERE}: `{different[0]}` must be the same on all ranks, which decide by it alike; got {values} on "
+                f"rank {rank} and rank 0. For a bound of each rank's own give all ranks the list of all bounds."
+            )
         if row["loaders"] != rows[0]["loaders"]:
             raise ValueError(
                 f"{_WHERE}: the loaders of rank {rank} and rank 0 differ: {_differences(row, rows[0])}. Every rank "
@@ -86,13 +113,22 @@ def agreed_loaders(trainer: Trainer) -> list[PartitionedLoader]:
     return found
 
 
-def check_same_order(fingerprints: list[int]) -> None:
+def check_same_order(fingerprints: list[int], failed: int) -> None:
     """Refuse orders of samples that differ between ranks.
 
+    Args:
+        fingerprints: Of the order of each rank.
+        failed: What stands there where a sampler has failed.
+
     Raises:
-        ValueError: On all ranks, if they do.
+        ValueError: On all ranks, if they differ.
 
     """
+    if failed in fingerprints:
+        raise ValueError(
+            f"{_WHERE}: the sampler failed on rank {fingerprints.index(failed)}, whose own message says why. It must "
+            "draw the same order on all ranks."
+        )
     different = [rank for rank, each in enumerate(fingerprints) if each != fingerprints[0]]
     if different:
         raise ValueError(
@@ -143,8 +179,14 @@ def _not_partitioned(loader: Any) -> str:
         )
     if isinstance(sampler, DistributedSampler):
         what += " with a DistributedSampler, which gives each rank as many samples as the others"
-    hint = "`PartitionedLoader.from_dataloader(loader, global_batch_size=…)` makes one from a DataLoader"
-    way_out = f"{hint}, with its sampler left out." if isinstance(loader, DataLoader) else f"{hint}."
+    of_its_own = type(loader).__iter__ is not DataLoader.__iter__ if isinstance(loader, DataLoader) else True
+    way_out = (
+        "Make one of its dataset, `PartitionedLoader(dataset, global_batch_size=…)`; the examples' DigitsData does so "
+        "if it is given `global_batch_size`."
+        if of_its_own
+        else "`PartitionedLoader.from_dataloader(loader, global_batch_size=…)` makes one from a DataLoader whose "
+        "sampler is left out."
+    )
     return f"the training data must be a PartitionedLoader; got a {what}. {way_out}"
 
 

@@ -62,7 +62,7 @@ class PartitionFiles:
         if not self._writes:
             return
         self.save(journal)
-        if journal.windows:
+        if journal.windows or journal.mode != "fixed":
             rank_zero_info(summary(journal))
         if self.folder is None or self._failed:
             return

@@ -28,12 +28,12 @@ from lightning_comm.callbacks.partition_start import StartOfRun
 from lightning_comm.core.balancing import Balancer, memory_cap
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.partition_plan import Place
-from lightning_comm.data.partition_slices import Slice
 from lightning_comm.planning.partition_journal import PartitionJournal
 from lightning_comm.transport.recording import Recorder, another_group
 
 _DATA_BOUND = 0.2  # of the busy time
 _LOGGED_RANKS = 16
+_FAILED = -1  # in place of a fingerprint
 
 
 class PartitionSession:
@@ -54,9 +54,10 @@ class PartitionSession:
         self, trainer: Trainer, module: LightningModule, settings: PartitionSettings, loaded: dict[str, Any] | None
     ) -> None:
         self._trainer = trainer
+        self._module = module
         self._settings = settings
         self._rank, self._ranks = trainer.global_rank, trainer.world_size
-        self._loaders = checks.agreed_loaders(trainer)
+        self._loaders = checks.agreed_loaders(trainer, settings)
         start = StartOfRun(trainer, module, settings, self._loaders, loaded)
         self.plan, self._replays = start.plan, start.replays
         self.record = PartitionRecord(start.run, settings.mode, start.plan, start.why, start.windows)
@@ -65,17 +66,18 @@ class PartitionSession:
         self._balancer: Balancer | None = None
         if settings.mode != "fixed":
             self._meter = PartitionMeter(trainer.strategy.root_device, settings.warmup_steps)
+            self._meter.timer.listen()
             self._balancer = Balancer(self._ranks, sum(self.plan.sizes), start.lo, start.hi, min_gain=settings.min_gain)
             if start.balancer is not None:
                 self._balancer.load_state_dict(start.balancer)
         self._group: dist.ProcessGroup | None = None
         self._recorder: Recorder | None = None
         self._meet_in_a_group()
-        self._scaling: RemovableHandle | None = None  # of the loss that a backward goes on from
+        self._scaling: list[RemovableHandle] = []  # hooks of the present backward
         self._peaks: list[tuple[int, int]] = []  # of memory, at each size that was the largest so far
-        self._checked_epoch = -1
+        self._compared_epoch = -1
         self._rounds_seen = 0
-        self._warned_of_data = False
+        self._warned_of_data = self._warned_of_waits = False
         self._logs_checked = 0
         self.weight = 1.0
         self.sizes: tuple[int, ...] = ()
@@ -95,7 +97,7 @@ class PartitionSession:
     def follow_new_loaders(self) -> None:
         """Follow loaders that the Trainer has made anew."""
         if checks.loaders_of(self._trainer) != self._loaders:
-            self._loaders = checks.agreed_loaders(self._trainer)
+            self._loaders = checks.agreed_loaders(self._trainer, self._settings)
             self._attach()
 
     def _attach(self) -> None:
@@ -107,6 +109,11 @@ class PartitionSession:
         if hears is not None and self._meter is not None:
             hears(self._meter.timer.gradients_ready)
 
+    def begin_epoch(self) -> None:
+        """Compare the order of a new epoch, before any rank has drawn from it."""
+        self.follow_new_loaders()
+        self._compare_orders(self._trainer.current_epoch)
+
     # ---- a batch -----------------------------------------------------------------------------------------------------
 
     def begin_batch(self) -> None:
@@ -115,7 +122,8 @@ class PartitionSession:
         if not slices:
             return
         latest = max(slices, key=lambda each: each.place)
-        self._check_order(latest)
+        if latest.place.epoch != self._compared_epoch:  # resumed in the middle of one
+            self._compare_orders(latest.place.epoch)
         self.sizes, self.weight = latest.sizes, latest.weight
         count = getattr(self._trainer.strategy, "count_samples", None)
         if count is not None:
@@ -135,8 +143,11 @@ class PartitionSession:
         """Let the gradient of a loss count by the samples that it is the mean of; its value stays as it is."""
         self._hears_of_backward = True
         factor = self._gradient_factor()
-        if factor != 1.0 and loss.requires_grad:
-            self._scaling = loss.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
+        if factor == 0.0:  # of a dummy, whose gradient may be anything, also NaN, which 0.0 times is NaN
+            trained = [each for each in self._module.parameters() if each.requires_grad]
+            self._scaling = [each.register_hook(torch.zeros_like) for each in trained]  # type: ignore[no-untyped-call]
+        elif factor != 1.0 and loss.requires_grad:
+            self._scaling = [loss.register_hook(lambda gradient: gradient * factor)]  # type: ignore[no-untyped-call]
         if self._meter is not None:
             self._meter.timer.before_backward(loss)
 
@@ -148,9 +159,9 @@ class PartitionSession:
 
     def after_backward(self) -> None:
         """Note that a backward has returned."""
-        if self._scaling is not None:  # the same loss may be part of another backward
-            self._scaling.remove()
-            self._scaling = None
+        for handle in self._scaling:  # the same loss may be part of another backward
+            handle.remove()
+        self._scaling = []
         if self._meter is not None:
             self._meter.timer.after_backward()
 
@@ -198,6 +209,7 @@ class PartitionSession:
         forecast = balancer.forecast()
         self.record.add_window(self._place, sizes, rows, step_s, forecast)
         self._warn_of_slow_data(rows)
+        self._warn_of_hidden_waits(meter)
         proposal = balancer.propose() if self._settings.mode == "balance" and not self._replays else None
         if proposal is not None and forecast is not None and proposal != sizes:
             start = max(Place(int(row.epoch), int(row.batch)) for row in rows)
@@ -230,16 +242,21 @@ class PartitionSession:
         total = torch.cuda.get_device_properties(device).total_memory
         return memory_cap(self._peaks, total, present=own)
 
-    def _check_order(self, latest: Slice) -> None:
-        if latest.place.epoch == self._checked_epoch:
-            return
-        self._checked_epoch = latest.place.epoch
+    def _compare_orders(self, epoch: int) -> None:
+        """Compare what samplers of the user's draw on the ranks; one that fails on a rank fails on all."""
+        self._compared_epoch = epoch
         if self._recorder is None or not any(loader.settings["sampler"] for loader in self._loaders):
             return
-        own = sum(loader.order_fingerprint() for loader in self._loaders) % 2**48
+        own, failure = _FAILED, None
+        try:
+            own = sum(loader.order_fingerprint() for loader in self._loaders) % 2**48
+        except Exception as error:  # whatever it is, the others wait for word of it
+            failure = error
         rows, pending = self._recorder.all_gather(torch.tensor([own], dtype=torch.float64), "partition")
         pending.wait()
-        checks.check_same_order([int(each) for each in rows.view(-1).tolist()])
+        if failure is not None:
+            raise failure
+        checks.check_same_order([int(each) for each in rows.view(-1).tolist()], _FAILED)
 
     # ---- what is said ------------------------------------------------------------------------------------------------
 
@@ -258,6 +275,17 @@ class PartitionSession:
             rank_zero_warn(
                 f"AdaptivePartition: ranks {slow} wait for data for up to {100 * share:.0f} % of their busy time. "
                 "Shares follow that too, but more loader workers (`num_workers`) may help more."
+            )
+
+    def _warn_of_hidden_waits(self, meter: PartitionMeter) -> None:
+        on_cuda = self._trainer.strategy.root_device.type == "cuda"
+        if on_cuda and meter.timer.messages_within and not self._warned_of_waits:
+            self._warned_of_waits = True
+            rank_zero_warn(
+                "AdaptivePartition: there are messages between ranks in the forward (a metric that is reduced on each "
+                "step, BatchNorm's buffers or SyncBatchNorm, `all_gather`). On a GPU the wait in them cannot be told "
+                "from compute, so ranks look more alike than they are. Log with `on_step=False`, and gather after the "
+                "backward."
             )
 
     def _warn_of_plain_means(self) -> None:
@@ -287,6 +315,7 @@ class PartitionSession:
 
     def finish(self) -> None:
         """Write the journal and the page, and say what was seen."""
+        self._close_meter()
         self.files.finish(self.record.journal())
         if self._group is not None:
             dist.destroy_process_group(self._group)
@@ -294,7 +323,12 @@ class PartitionSession:
 
     def abandon(self) -> None:
         """Write the journal of a run that failed, without a word to other ranks."""
+        self._close_meter()
         self.files.save(self.record.journal())
+
+    def _close_meter(self) -> None:
+        if self._meter is not None:
+            self._meter.timer.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run goes on from; alike on all ranks, in plain types."""

@@ -1,7 +1,11 @@
 """What the user chose for a partitioned run, and the shares that it starts from."""
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from numbers import Number
+from types import NoneType
 from typing import Any, Literal
 
 from lightning_comm.core.adaptive_partition import UNBOUNDED, proportional_sizes
@@ -27,6 +31,9 @@ class PartitionSettings:
     folder: str | None
 
     def __post_init__(self) -> None:
+        for name in ("folder", "replay"):
+            if not isinstance(getattr(self, name), (str, NoneType)):
+                raise ValueError(f"{_WHERE}: `{name}` must be a path as text; got {getattr(self, name)!r}.")
         for name, choices in (("mode", ("balance", "observe", "fixed")), ("loss_reduction", ("mean", "sum"))):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -54,7 +61,20 @@ class PartitionSettings:
                 f"{self.min_gain!r}. 0.05 moves shares where a step lasts more than 1.05 times the best one."
             )
 
+    def shared(self) -> dict[str, Any]:
+        """Return what must be the same on all ranks, as JSON carries it; files are rank 0's affair."""
+        plain: dict[str, Any] = json.loads(
+            json.dumps({**asdict(self), "folder": None, "replay": self.replay is not None})
+        )
+        return plain
+
     def _check_split(self) -> None:
+        for name in ("shares", "batch_sizes"):
+            if self.replay is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{_WHERE}: `replay` takes the shares of an earlier run, so `{name}` cannot be given; got "
+                    f"{list(getattr(self, name))}. Leave out one of the two."
+                )
         if self.shares is not None and self.batch_sizes is not None:
             raise ValueError(
                 f"{_WHERE}: `shares` and `batch_sizes` say the same thing, so only one can be given; got "
@@ -133,6 +153,24 @@ class PartitionSettings:
                 f"{list(self.batch_sizes)}, at least {list(lo)} and at most {list(hi)}. Change one of them."
             )
         return self.batch_sizes
+
+
+def plain(name: str, value: Any) -> Any:
+    """Return numbers and sequences of them, also numpy's, as numbers and tuples of Python.
+
+    Raises:
+        ValueError: If it is something else.
+
+    """
+    if value is None or isinstance(value, (int, float)):
+        return value
+    if isinstance(value, Number) and hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, (str, dict, set)) or not isinstance(value, Iterable):
+        raise ValueError(
+            f"{_WHERE}: `{name}` must be a number or a list of one for each rank; got {value!r}. [1, 3] is a list."
+        )
+    return tuple(plain(name, each) for each in (value.tolist() if hasattr(value, "tolist") else value))
 
 
 def _for_each(value: int | tuple[int, ...], ranks: int) -> tuple[int, ...]:

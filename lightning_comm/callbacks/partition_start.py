@@ -92,10 +92,24 @@ class StartOfRun:
                 f"{_WHERE}: `replay` must be the journal of a run like this one; got {path!r}, which differs: "
                 f"{'; '.join(different)}. Restore these, or leave `replay` out."
             )
+        outside = [list(change.sizes) for change in journal.changes if not self._within_bounds(change.sizes)]
+        if outside:
+            raise ValueError(
+                f"{_WHERE}: `replay` must keep to the bounds of this run; got {path!r}, in which ranks take "
+                f"{outside[0]} samples, with at least {list(self.lo)} and at most {list(self.hi)}. Change "
+                "`min_per_rank` or `max_per_rank`, or leave `replay` out."
+            )
         self.plan = journal.plan(self.hi, self.lo)
         self.why = {change.place: "replay" for change in journal.changes}
 
     def _resume(self, loaded: dict[str, Any], place: Place) -> None:
+        if loaded.get("version") != 1:
+            rank_zero_warn(
+                f"{_WHERE}: the checkpoint holds shares of version {loaded.get('version')!r}, which this version of "
+                f"lightning_comm cannot read. The run goes on from the shares {list(self.plan.sizes)}, and measures "
+                "anew."
+            )
+            return
         same = all(loaded["run"][name] == self.run[name] for name in ("ranks", "global_batch_size"))
         if not same:
             before = loaded["run"]
@@ -162,7 +176,6 @@ def _journal_of_rank_0(trainer: Trainer, path: str) -> dict[str, Any]:
     content, problem = trainer.strategy.broadcast((content, problem))
     if problem:
         raise ValueError(
-            f"{_WHERE}: `replay` must be the journal of an earlier run, on rank 0; got {path!r}: {problem}. Leave it "
-            "out to start from `shares`."
+            f"{_WHERE}: `replay` must be the journal of an earlier run, on rank 0; got {path!r}. {problem}"
         )
     return content

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from lightning_comm.core.adaptive_partition import proportional_sizes
 from lightning_comm.core.partition_plan import PartitionPlan, Place
-from lightning_comm.data.global_order import GlobalBatches, GlobalOrder, Tail, mixed_seed
+from lightning_comm.data.global_order import Draws, GlobalBatches, GlobalOrder, Tail, mixed_seed
 from lightning_comm.data.partition_arguments import (
     arguments_of,
+    batches_of,
     check_batches,
     check_plan,
     check_ranks,
@@ -120,7 +120,7 @@ class PartitionedLoader:
         self._order = GlobalOrder(samples, shuffle=sampler is None and shuffle is not False, seed=seed, sampler=sampler)
         self._dispatcher = SliceDispatcher(self._order, batches, tagged=seed_samples)
         # Every pass draws a number from the generator. An own one leaves the global random state where it is.
-        self._draws = torch.Generator()
+        self._draws = Draws()
         self._inner: DataLoader[Any] = DataLoader(
             SeededSamples(dataset, seed) if seed_samples else dataset,
             batch_sampler=self._dispatcher,
@@ -131,6 +131,7 @@ class PartitionedLoader:
         self._position = (0, 0, 0)  # epoch, pass in it, batches of the pass that were handed out
         self._begun: object | None = None  # the pass that moves the position; None until its first batch
         self._loaded: dict[str, Any] | None = None
+        self._goes_on = False  # in the epoch of the state that was loaded
         self._latest: Slice | None = None
         self._latest_read = self._warned = False
 
@@ -218,6 +219,8 @@ class PartitionedLoader:
         """Begin an epoch with the next pass, or go on in it, if a state from the middle of it has been loaded."""
         if self._loaded is None or self._position[0] != epoch:
             self._position, self._begun, self._loaded = (epoch, 0, 0), None, None
+        else:
+            self._goes_on = True
 
     def repeat_first_epoch(self) -> None:
         """Let all epochs be alike, in the order of the dataset (of a sampler: that of its first), for overfitting."""
@@ -244,8 +247,6 @@ class PartitionedLoader:
         if self._loaded is not None:
             return dict(self._loaded)
         epoch, passes, done = self._position
-        if done == len(self):
-            passes, done = passes + 1, 0
         place = {"epoch": epoch, "passes": passes, "batches_done": done}
         return {"version": _STATE_VERSION, **self.settings, **place, "order": self.order_fingerprint() if done else 0}
 
@@ -262,7 +263,7 @@ class PartitionedLoader:
                 "with the version of lightning_comm, and the kind of loader, that wrote it."
             )
         self._position = state["epoch"], state["passes"], state["batches_done"]
-        self._begun, self._loaded = None, dict(state)
+        self._begun, self._loaded, self._goes_on = None, dict(state), False
 
     @property
     def num_workers(self) -> int:
@@ -295,10 +296,15 @@ class PartitionedLoader:
     def _begin_pass(self) -> object:
         if not self._followed:
             self._share_evenly()
-        self._check_loaded()
         epoch, passes, done = self._position
-        if self._begun is not None:
+        # A state from behind the last batch ends a pass that an epoch goes on with, as of a shorter one of several
+        # loaders; without an epoch to go on with, it is the start of the next pass.
+        is_over = self._loaded is not None and done == batches_of(self._loaded) and not self._goes_on
+        if self._begun is not None or is_over:
             epoch, passes, done = self._position = epoch, passes + 1, 0
+            self._loaded = None
+        self._check_loaded()
+        self._goes_on = False
         self._begun = begun = object()
         self._draws.manual_seed(mixed_seed(self._seed, epoch, passes, self._dispatcher.rank))
         self._dispatcher.begin(epoch, passes, done)

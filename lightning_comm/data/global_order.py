@@ -30,6 +30,16 @@ def mixed_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
+class Draws(torch.Generator):
+    """A generator that each pass seeds anew, and that goes to a spawned process without its state.
+
+    Some systems cannot send the state, which torch puts into shared memory.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Draws, ()
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Let Python's, numpy's and torch's CPU generators start from ``seed``, and put their states back at the end.

@@ -98,7 +98,8 @@ def check_batches(batches: GlobalBatches) -> None:
     if batches.number == 0:
         raise ValueError(
             f"PartitionedLoader: `dataset` must make at least one global batch; got {batches.samples} samples for "
-            f'`global_batch_size`={batches.size}, `tail`={batches.tail!r}. Take a smaller batch or `tail="keep"`.'
+            f"`global_batch_size`={batches.size}, `tail`={batches.tail!r}. "
+            + ('Take a smaller batch or `tail="keep"`.' if batches.samples else "Give a dataset with samples.")
         )
 
 
@@ -225,3 +226,8 @@ def _order_of(loader: Any) -> dict[str, Any]:
 def in_group() -> bool:
     """Return whether this process has joined others."""
     return dist.is_available() and dist.is_initialized()
+
+
+def batches_of(state: dict[str, Any]) -> int:
+    """Return how many batches a pass had in the run that a state is from."""
+    return GlobalBatches(state["samples"], state["global_batch_size"], state["tail"]).number

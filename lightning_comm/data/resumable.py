@@ -7,10 +7,11 @@ with its checkpoints and hands it back when a run is resumed in the middle of an
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
+
+from lightning_comm.data.global_order import Draws
 
 T_co = TypeVar("T_co", covariant=True)
 _OWN_OPTIONS = ("sampler", "batch_sampler", "generator")
@@ -105,7 +106,7 @@ class ResumableLoader(DataLoader[T_co]):
             dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed, drop_last=drop_last
         )
         # Every pass draws a number from the generator. An own one leaves the global random state where it is.
-        self._draws = torch.Generator()
+        self._draws = Draws()
         super().__init__(
             dataset, batch_size, sampler=self._order, drop_last=drop_last, generator=self._draws, **options
         )

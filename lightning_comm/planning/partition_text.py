@@ -75,7 +75,11 @@ def sentences(journal: PartitionJournal) -> list[str]:
         return ["One rank takes the whole batch: there is nothing to share."]
     if found is None:
         split = f"Shares of the batch: {_numbers(journal.changes[-1].sizes)}."
-        return [split, "Nothing was measured, so nothing is known of the ranks' speeds."]
+        return [
+            split,
+            "Nothing was measured, so nothing is known of the ranks' speeds: that takes `warmup_steps` and then "
+            "`window_steps` full batches under the same shares.",
+        ]
     return [*_speeds(found), *_gained(found), *_to_gain(found, journal), *_data(found), *_unmeasured(journal)]
 
 
@@ -117,7 +121,8 @@ def _gained(found: Findings) -> list[str]:
     saved = 1 - found.step_s / found.even_step_s
     so = f"so these shares save {percent(saved)} of it" if saved > 0 else "so these shares save nothing"
     said.append(
-        f"At the speeds of the last windows an even split would take {duration(found.even_step_s)} a step, {so}."
+        f"If a batch's time is in proportion to its samples, an even split would take {duration(found.even_step_s)} a "
+        f"step at the speeds of the last windows, {so}; fixed costs of a batch make that less."
     )
     return said
 

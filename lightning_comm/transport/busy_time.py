@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_comm.core.ledger import CommRecord
+from lightning_comm.transport.watching import Watcher
+
 Mark = Any  # a moment: seconds of the monotonic clock, or an event of CUDA
 
 
@@ -47,6 +50,11 @@ class _Batch:
 class BusyTimer:
     """Measures the busy time of each batch on this rank.
 
+    Messages in the forward (a metric that is reduced on each step, DDP's broadcast of buffers, SyncBatchNorm) let all
+    ranks wait for the slowest, and so look alike. Between :meth:`listen` and :meth:`close` the calls of
+    ``torch.distributed`` are watched, and on the CPU the time in them is left out. On CUDA it cannot be told from
+    compute; :attr:`messages_within` says that there are such messages.
+
     A batch may have several backward passes, as under manual optimization; the time in which one returns late, because
     it waits for other ranks, is left out, and so is what follows the last one.
 
@@ -75,7 +83,21 @@ class BusyTimer:
         self._began: Mark = None
         self._in_backward = False
         self._watching: RemovableHandle | None = None
+        self._waits: list[tuple[float, float]] = []  # start and duration of messages since the last span
+        self._watcher = Watcher(self._heard, lambda: 0, lambda call: call())
+        self.messages_within = 0  # in the busy times so far
         self._measured: deque[_Batch] = deque()
+
+    def listen(self) -> None:
+        """Begin to watch messages."""
+        self._watcher.install()
+
+    def close(self) -> None:
+        """Stop to watch messages."""
+        self._watcher.remove()
+
+    def _heard(self, record: CommRecord) -> None:
+        self._waits.append((record.start_s, record.duration_s))
 
     def begin(self, key: Any, started_s: float, fetch_s: float) -> None:
         """Begin a batch whose data were asked for at ``started_s`` (monotonic clock) and came ``fetch_s`` later.
@@ -84,6 +106,7 @@ class BusyTimer:
         """
         self._batch = _Batch(key, fetch_s)
         self._began = self._now() if self._on_cuda else started_s
+        self._waits = [] if self._on_cuda else [wait for wait in self._waits if wait[0] >= started_s]
         self._in_backward = False
 
     def before_backward(self, loss: Tensor) -> None:
@@ -103,8 +126,14 @@ class BusyTimer:
         """
         if self._batch is not None and self._in_backward:
             self._in_backward = False
-            self._batch.waited_s += waited_s
+            self._batch.waited_s += waited_s + self._waited_since(self._began)
             self._batch.spans.append((self._began, self._now()))
+
+    def _waited_since(self, began: Mark) -> float:
+        within = [seconds for start_s, seconds in self._waits if self._on_cuda or start_s >= began]
+        self.messages_within += len(within)
+        self._waits.clear()
+        return 0.0 if self._on_cuda else sum(within)
 
     def after_backward(self) -> None:
         """Note that a backward has returned; what is computed from here on counts, if another one follows."""
@@ -112,6 +141,7 @@ class BusyTimer:
         if self._watching is not None:  # the same loss may be part of another backward
             self._watching.remove()
             self._watching = None
+        self._waits.clear()
         self._began = self._now()
 
     def end(self) -> None:

@@ -72,6 +72,8 @@ _LOOKED_THROUGH = ("torch", "contextlib", "functools")
 class Watcher:
     """Reports each call of a collective as a record.
 
+    Several may be on at once; each hears of every call.
+
     Args:
         report: Called with each record.
         step: Returns the optimizer steps done.
@@ -95,9 +97,54 @@ class Watcher:
         self._report = report
         self._step = step
         self._safely = safely
-        self._replaced: list[tuple[Any, str, Any, Any]] = []
 
     def install(self) -> None:
+        """Begin to listen; the first one to do so wraps the functions."""
+        if not _WRAPPERS.listeners:
+            _WRAPPERS.put_on()
+        _WRAPPERS.listeners.append(self)
+
+    def remove(self) -> None:
+        """Stop to listen; the last one to do so puts the functions back."""
+        if self in _WRAPPERS.listeners:
+            _WRAPPERS.listeners.remove(self)
+            if not _WRAPPERS.listeners:
+                _WRAPPERS.take_off()
+
+    def hear(self, kind: str, frame: Any, read: Callable[[], tuple[int, Any]], times: tuple[float, float]) -> None:
+        """Report a call that was made from a frame; without one, it was DDP's own of its buffers."""
+
+        def note() -> None:
+            payload_bytes, group = read()
+            world_size = dist.get_world_size(group)
+            if world_size > 1:  # -1 where this rank is not in the group
+                purpose = "buffers" if frame is None else self._purpose(frame)
+                sent = wire_bytes(kind, payload_bytes, world_size)
+                self._report(CommRecord(kind, purpose, payload_bytes, sent, self._step(), *times))
+
+        self._safely(note)
+
+    def _purpose(self, frame: Any) -> str:
+        while frame is not None:
+            module = str(frame.f_globals.get("__name__", ""))
+            for part, purpose in _PARTS_OF_TORCH.items():
+                if module.startswith(part):
+                    return purpose
+            package = module.partition(".")[0]
+            if package not in _LOOKED_THROUGH:
+                return "gradients" if self.in_backward else _PACKAGES.get(package, "user")
+            frame = frame.f_back
+        return "gradients"  # nothing but torch on the stack: one of its threads, which runs a hook
+
+
+class _Wrappers:
+    """The functions of ``torch.distributed`` while somebody listens."""
+
+    def __init__(self) -> None:
+        self.listeners: list[Watcher] = []
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
+
+    def put_on(self) -> None:
         """Wrap the functions."""
         there = {name: entry for name, entry in NEWER.items() if hasattr(dist, name)}
         for name, (kind, argument) in {**FUNCTIONS, **there}.items():
@@ -107,7 +154,7 @@ class Watcher:
                 self._replace(owner, name, wrapper)
         self._replace(dist, COALESCED, self._wrapped_coalesced(getattr(dist, COALESCED)))
 
-    def remove(self) -> None:
+    def take_off(self) -> None:
         """Put the functions back, but for those that somebody else has wrapped since."""
         while self._replaced:
             owner, name, original, wrapper = self._replaced.pop()
@@ -123,7 +170,7 @@ class Watcher:
     ) -> Callable[..., Any]:
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not self._replaced or is_counted_elsewhere():
+            if not self.listeners or is_counted_elsewhere():
                 return original(*args, **kwargs)
             started = time.monotonic()
             with counted_elsewhere():
@@ -131,7 +178,8 @@ class Watcher:
             is_over = not isinstance(result, (dist.Work, list))
             duration_s = time.monotonic() - started if is_over else 0.0
             frame = sys._getframe(1)
-            self._safely(lambda: self._note(kind, self._purpose(frame), *read(args, kwargs), (started, duration_s)))
+            for listener in tuple(self.listeners):
+                listener.hear(kind, frame, lambda: read(args, kwargs), (started, duration_s))
             return result
 
         return call
@@ -142,29 +190,14 @@ class Watcher:
             started = time.monotonic()
             result = original(group, tensors, *args, **kwargs)
             times = started, time.monotonic() - started
-            if self._replaced:
-                self._safely(lambda: self._note("broadcast", "buffers", sum(map(_NBYTES, tensors)), group, times))
+            for listener in tuple(self.listeners):
+                listener.hear("broadcast", None, lambda: (sum(map(_NBYTES, tensors)), group), times)
             return result
 
         return call
 
-    def _note(self, kind: str, purpose: str, payload_bytes: int, group: Any, times: tuple[float, float]) -> None:
-        world_size = dist.get_world_size(group)
-        if world_size > 1:  # -1 where this rank is not in the group
-            sent = wire_bytes(kind, payload_bytes, world_size)
-            self._report(CommRecord(kind, purpose, payload_bytes, sent, self._step(), *times))
 
-    def _purpose(self, frame: Any) -> str:
-        while frame is not None:
-            module = str(frame.f_globals.get("__name__", ""))
-            for part, purpose in _PARTS_OF_TORCH.items():
-                if module.startswith(part):
-                    return purpose
-            package = module.partition(".")[0]
-            if package not in _LOOKED_THROUGH:
-                return "gradients" if self.in_backward else _PACKAGES.get(package, "user")
-            frame = frame.f_back
-        return "gradients"  # nothing but torch on the stack: one of its threads, which runs a hook
+_WRAPPERS = _Wrappers()
 
 
 def _reader(function: Callable[..., Any], argument: str | None) -> Callable[..., tuple[int, Any]]:
