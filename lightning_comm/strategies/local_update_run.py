@@ -39,8 +39,9 @@ from lightning_comm.transport.agreement import Agreement, Decision, PeerFailure,
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.flat import Drift
+from lightning_comm.transport.optimizer_state import optimizer_tensors
 from lightning_comm.transport.recording import Pending, Recorder
-from lightning_comm.transport.replica import Replica, optimizer_tensors
+from lightning_comm.transport.replica import Replica
 
 
 class LocalUpdateRun:

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_comm.strategies import mask_files
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
-from lightning_comm.transport.replica import optimizer_tensors
+from lightning_comm.transport.optimizer_state import optimizer_tensors
 
 
 def state_of(run: LocalUpdateRun) -> dict[str, Any]:

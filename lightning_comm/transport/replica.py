@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.optim import Optimizer
 
 from lightning_comm.transport.averaging import Averager, Averaging, broadcast_
 from lightning_comm.transport.compression.base import Codec
@@ -15,6 +14,7 @@ from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.differences import DifferenceAverager
 from lightning_comm.transport.flat import Drift
+from lightning_comm.transport.optimizer_state import is_averageable
 from lightning_comm.transport.recording import Recorder
 
 Shadows = Callable[[], Mapping[str, Module]]
@@ -106,7 +106,7 @@ class Replica:
 
     def float_buffers(self) -> dict[str, Tensor]:
         """Return the buffers that can be averaged, by name."""
-        return {name: buffer for name, buffer in self._module.named_buffers() if _is_averageable(buffer)}
+        return {name: buffer for name, buffer in self._module.named_buffers() if is_averageable(buffer)}
 
     def averaged(self) -> dict[str, dict[str, Tensor]]:
         """Return all tensors that a synchronisation averages: by purpose, then by name."""
@@ -117,7 +117,7 @@ class Replica:
             f"{label}.{name}": tensor
             for label, module in self._shadows().items()
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-            if _is_averageable(tensor)
+            if is_averageable(tensor)
         }
         if shadows:
             groups["weight_averages"] = shadows
@@ -218,7 +218,7 @@ class Replica:
         for name, group in groups.items():
             self._averager.average_(list(group.values()), purpose or name, weight)
         if self._average_buffers:
-            others = [buffer for buffer in self._module.buffers() if not _is_averageable(buffer)]
+            others = [buffer for buffer in self._module.buffers() if not is_averageable(buffer)]
             broadcast_(others, self._recorder, purpose or "buffers", self._bucket_bytes)
 
     @torch.no_grad()
@@ -333,7 +333,7 @@ class Replica:
 
     @torch.no_grad()
     def average_momenta(self, momenta: list[Tensor], weight: float | None = None) -> None:
-        """Average the state of the optimizers, as :func:`optimizer_tensors` returns it, in place."""
+        """Average the state of the optimizers, as :func:`~lightning_comm.transport.optimizer_state.optimizer_tensors` returns it, in place."""
         self._averager.average_(momenta, "optimizer_state", weight)
 
     def _changed_by_average(self) -> dict[str, Tensor]:
@@ -369,43 +369,8 @@ def fingerprint(named: Iterable[tuple[str, Tensor]]) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
-def optimizer_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:
-    """Return the state tensors that can be averaged, in an order given by the parameters.
-
-    Raises:
-        ValueError: If a state is not made of floating-point tensors and counts, so that a mean has no meaning.
-
-    """
-    tensors = []
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                state = optimizer.state.get(parameter, {})
-                for key in sorted(state):
-                    value = state[key]
-                    if isinstance(value, Tensor) and value.dim() > 0:
-                        if not _is_averageable(value):
-                            raise _no_mean(optimizer, key, value.dtype)
-                        tensors.append(value)
-                    elif isinstance(value, (list, dict)):
-                        raise _no_mean(optimizer, key, type(value).__name__)
-    return tensors
-
-
-def _no_mean(optimizer: Optimizer, key: str, kind: object) -> ValueError:
-    name = type(optimizer).__name__
-    return ValueError(
-        f"LocalUpdateStrategy: `optimizer_state='average'` needs states that have a mean, and {name} keeps {key!r} as "
-        f"{kind}. Use 'local', as the authors of QSR do."
-    )
-
-
 def _few_entries(tensor: Tensor) -> Tensor:
     return tensor.detach().flatten()[:: max(1, tensor.numel() // 16)].clone()
-
-
-def _is_averageable(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _copy_into(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -6,8 +6,9 @@ from torch import nn
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.averaging import Averaging
+from lightning_comm.transport.optimizer_state import optimizer_tensors
 from lightning_comm.transport.recording import Recorder
-from lightning_comm.transport.replica import Replica, optimizer_tensors
+from lightning_comm.transport.replica import Replica
 
 
 def build(rank: int, buffers: str = "average", shadows=dict):

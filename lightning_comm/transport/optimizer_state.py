@@ -1,0 +1,42 @@
+"""What of the state of optimizers can be averaged over ranks."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def is_averageable(tensor: Tensor) -> bool:
+    """Whether a mean of such tensors has a meaning."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def optimizer_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    """Return the state tensors that can be averaged, in an order given by the parameters.
+
+    Raises:
+        ValueError: If a state is not made of floating-point tensors and counts, so that a mean has no meaning.
+
+    """
+    tensors = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter, {})
+                for key in sorted(state):
+                    value = state[key]
+                    if isinstance(value, Tensor) and value.dim() > 0:
+                        if not is_averageable(value):
+                            raise _no_mean(optimizer, key, value.dtype)
+                        tensors.append(value)
+                    elif isinstance(value, (list, dict)):
+                        raise _no_mean(optimizer, key, type(value).__name__)
+    return tensors
+
+
+def _no_mean(optimizer: Optimizer, key: str, kind: object) -> ValueError:
+    name = type(optimizer).__name__
+    return ValueError(
+        f"LocalUpdateStrategy: `optimizer_state='average'` needs states that have a mean, and {name} keeps {key!r} as "
+        f"{kind}. Use 'local', as the authors of QSR do."
+    )
