@@ -333,7 +333,7 @@ class Replica:
 
     @torch.no_grad()
     def average_momenta(self, momenta: list[Tensor], weight: float | None = None) -> None:
-        """Average the state of the optimizers, as :func:`~lightning_comm.transport.optimizer_state.optimizer_tensors` returns it, in place."""
+        """Average the state of the optimizers, as ``optimizer_tensors`` returns it, in place."""
         self._averager.average_(momenta, "optimizer_state", weight)
 
     def _changed_by_average(self) -> dict[str, Tensor]:
