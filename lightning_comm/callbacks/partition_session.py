@@ -66,7 +66,6 @@ class PartitionSession:
         self._balancer: Balancer | None = None
         if settings.mode != "fixed":
             self._meter = PartitionMeter(trainer.strategy.root_device, settings.warmup_steps)
-            self._meter.timer.listen()
             self._balancer = Balancer(self._ranks, sum(self.plan.sizes), start.lo, start.hi, min_gain=settings.min_gain)
             if start.balancer is not None:
                 self._balancer.load_state_dict(start.balancer)
@@ -84,6 +83,8 @@ class PartitionSession:
         self._place = Place(0, 0)
         self._hears_of_backward = self._warned_of_backward = False
         self._attach()
+        if self._meter is not None:
+            self._meter.timer.listen()  # last, since what fails before it would leave it on
 
     def _meet_in_a_group(self) -> None:
         """Make a group for the messages of windows and orders, if there are any."""
