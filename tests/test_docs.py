@@ -144,6 +144,7 @@ def test_the_speeds_on_the_card_of_compression_are_those_of_the_results_file():
     [
         ("compression", "Break-even bandwidths", "sparse_mask_synchronisation_2026-11-24", [0, 1, 2, 3]),
         ("sparse_mask", "Results", "compression_accuracy_2026-11-24", [0, 1, 2, 4]),
+        ("adaptive_partition", "Results", "adaptive_partition_2026-11-27", [3, 4, 5, 7, 8]),
     ],
 )
 def test_other_figures_on_the_cards_are_those_of_the_results_files(card, section, results, columns):
