@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from support.partition import BATCH, Fit, Points, fit, loader_of
+from support.partition import BATCH, Fit, Points, ddp, fit, loader_of
 from support.processes import launch, outcomes
 from support.training import network
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
@@ -59,10 +59,6 @@ def _refused(rank, options, make_loader, strategy, ranks):
     except (ValueError, MisconfigurationException) as error:
         return type(error).__name__, str(error)
     return "none", "nothing was refused"
-
-
-def _ddp():
-    return DDPStrategy(timeout=timedelta(seconds=30))
 
 
 def _whole(rank):
@@ -150,12 +146,12 @@ def _by_rank(rank):
         ({}, _two_sizes, ["global_batch_size", "[12, 8]", "one plan", "ConcatDataset"]),
         ({}, _two_with_a_tail, ["one plan", "49", "tail='drop'"]),
         ({}, _by_rank, ["sampler", "[1]", "another order", "global"]),
-        ({"mode": "observe", "replay": "nowhere.json"}, _whole, ["replay", "nowhere.json", "Leave"]),
+        ({"mode": "observe", "replay": "nowhere.json"}, _whole, ["replay", "nowhere.json", "leave `replay` out"]),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_does_not_fit_is_refused_on_all_ranks(options, make_loader, must_say):
-    for kind, message in launch(_refused, options, make_loader, _ddp, 2, world_size=2):
+    for kind, message in launch(_refused, options, make_loader, ddp, 2, world_size=2):
         assert kind != "none"
         assert "AdaptivePartition" in message
         assert [word for word in must_say if word not in message] == [], message
@@ -233,7 +229,7 @@ def _nothing(content):
 def test_a_journal_of_another_run_or_a_damaged_one_is_refused(change, make_loader, must_say):
     launch(_journal, change, world_size=2)
     options = {"replay": "one/run_0/journal.json"}
-    for kind, message in launch(_refused, options, make_loader, _ddp, 2, world_size=2):
+    for kind, message in launch(_refused, options, make_loader, ddp, 2, world_size=2):
         assert kind == "ValueError"
         assert [word for word in ["replay", *must_say] if word not in message] == [], message
 
@@ -241,14 +237,14 @@ def test_a_journal_of_another_run_or_a_damaged_one_is_refused(change, make_loade
 def test_a_journal_of_other_ranks_is_refused():
     launch(_journal, _nothing, world_size=2)
     options = {"replay": "one/run_0/journal.json"}
-    for kind, message in launch(_refused, options, _whole, _ddp, 3, world_size=3):
+    for kind, message in launch(_refused, options, _whole, ddp, 3, world_size=3):
         assert kind == "ValueError"
         assert "ranks: 2 in the journal, 3 in this run" in message
 
 
 def _fails_on_one(rank):
     loader = _plain(rank) if rank == 1 else _whole(rank)
-    fit(_ddp(), 2, Fit(), loader, AdaptivePartition())
+    fit(ddp(), 2, Fit(), loader, AdaptivePartition())
 
 
 def test_a_loader_of_the_wrong_kind_on_one_rank_is_named_on_both():

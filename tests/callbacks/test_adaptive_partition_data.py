@@ -1,15 +1,13 @@
 """Partitioned runs with other ways of giving data, of stopping, and of going on."""
 
 import warnings
-from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
-from support.partition import BATCH, Fit, Points, fit, loader_of, one_process
+from support.partition import BATCH, Fit, Points, close, ddp, fit, loader_of, one_process
 from support.processes import launch
 from support.training import Stop, network, weights
 from torch import nn
@@ -26,14 +24,6 @@ UNEVEN = {"mode": "fixed", "batch_sizes": [9, 3]}
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def ddp():
-    return DDPStrategy(timeout=timedelta(seconds=30))
-
-
-def close(got, expected):
-    return all(np.abs(a - b).max() <= 1e-12 for a, b in zip(got, expected, strict=True))
 
 
 class Both(Fit):

@@ -5,7 +5,7 @@ from datetime import timedelta
 import numpy as np
 import pytest
 import torch
-from support.partition import BATCH, Fit, fit, loader_of
+from support.partition import BATCH, Fit, close, fit, loader_of
 from support.processes import launch
 from support.training import Stop, network, weights
 from torch import nn
@@ -60,10 +60,6 @@ def by_hand(seen, period, samples, gradient_steps=0):
                     each.data.copy_(mean)
             counted = [0] * len(seen)
     return weights(nets[0])
-
-
-def close(got, expected, tolerance=1e-12):
-    return all(np.abs(a - b).max() <= tolerance for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("gradient_steps", [0, 3])

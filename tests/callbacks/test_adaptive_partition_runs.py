@@ -2,10 +2,9 @@
 
 from datetime import timedelta
 
-import numpy as np
 import pytest
 import torch
-from support.partition import BATCH, Fit, Manual, Move, TwiceFromOneLoss, fit, loader_of, one_process
+from support.partition import BATCH, Fit, Manual, Move, TwiceFromOneLoss, close, fit, loader_of, one_process
 from support.processes import launch
 from support.training import Stop, network, weights
 
@@ -40,10 +39,6 @@ def _fit(rank, strategy, plan, module, samples, dtype, moves, kwargs):
     movers = [Move(partition, moves)] if moves else []
     fit(_strategy(strategy), kwargs.pop("ranks", 2), model, loader, partition, movers, max_epochs=2, **kwargs)
     return weights(model), model.seen, model.losses
-
-
-def close(got, expected, tolerance):
-    return all(np.abs(a - b).max() <= tolerance * max(1.0, np.abs(b).max()) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)

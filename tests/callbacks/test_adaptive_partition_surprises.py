@@ -3,15 +3,13 @@
 import pickle
 import time
 import warnings
-from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from support.partition import BATCH, Fit, Points, fit, loader_of, one_process
+from support.partition import BATCH, Fit, Points, close, ddp, fit, loader_of, one_process
 from support.processes import launch, outcomes
 from support.training import Stop, network, weights
 from torch import nn
@@ -26,14 +24,6 @@ UNEVEN = {"mode": "fixed", "batch_sizes": [9, 3]}
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def ddp(**kwargs):
-    return DDPStrategy(timeout=timedelta(seconds=20), **kwargs)
-
-
-def close(got, expected):
-    return all(np.abs(a - b).max() <= 1e-12 for a, b in zip(got, expected, strict=True))
 
 
 # ---- messages in the forward -----------------------------------------------------------------------------------------

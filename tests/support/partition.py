@@ -1,10 +1,13 @@
 """Fits with a partitioned global batch, and what one process makes of the same samples."""
 
 import time
+from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -117,6 +120,16 @@ class Move(Callback):
             session = self.partition._session
             lead = runner.train_dataloader.dispatched  # workers are the same on all ranks here
             session.plan.change_at(lead, self.moves[self.batches])
+
+
+def ddp(**kwargs: Any) -> DDPStrategy:
+    return DDPStrategy(timeout=timedelta(seconds=30), **kwargs)
+
+
+def close(got: list[Any], expected: list[Any], tolerance: float = 1e-12) -> bool:
+    """Whether weights are those of another run up to rounding."""
+    pairs = zip(got, expected, strict=True)
+    return all(np.abs(a - b).max() <= tolerance * max(1.0, np.abs(b).max()) for a, b in pairs)
 
 
 def one_process(module: LightningModule, loader: Any, **kwargs: Any) -> list[Any]:
