@@ -75,10 +75,12 @@ def sentences(journal: PartitionJournal) -> list[str]:
         return ["One rank takes the whole batch: there is nothing to share."]
     if found is None:
         split = f"Shares of the batch: {_numbers(journal.changes[-1].sizes)}."
+        nothing = "Nothing was measured, so nothing is known of the ranks' speeds"
+        if journal.mode == "fixed":
+            return [split, f"{nothing}."]
         return [
             split,
-            "Nothing was measured, so nothing is known of the ranks' speeds: that takes `warmup_steps` and then "
-            "`window_steps` full batches under the same shares.",
+            f"{nothing}: that takes `warmup_steps` and then `window_steps` full batches under the same shares.",
         ]
     return [*_speeds(found), *_gained(found), *_to_gain(found, journal), *_data(found), *_unmeasured(journal)]
 

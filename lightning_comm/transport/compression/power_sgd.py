@@ -83,7 +83,7 @@ class PowerSGDCodec(Codec):
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
         recorder, purpose, ranks = self.context.recorder, self.context.purpose, self.world_size
         rows = list(zip(layout.slots, layout.split(values), strict=True))
-        low = [(slot, row.view(_matrix(slot)).float()) for slot, row in rows if self._columns(slot)]
+        low = [(slot, _aligned(row.view(_matrix(slot)))) for slot, row in rows if self._columns(slot)]
         full = [row for slot, row in rows if not self._columns(slot)]
         if sent is not None:
             sent.copy_(values)  # low-rank parameters are overwritten below
@@ -96,7 +96,8 @@ class PowerSGDCodec(Codec):
             row.copy_(part)
         if not low:
             return
-        lefts = [orthogonal_columns(part.view_as(left)) for left, part in zip(lefts, parts[: len(low)], strict=True)]
+        parts = parts[: len(low)]
+        lefts = [orthogonal_columns(_aligned(part.view_as(left))) for left, part in zip(lefts, parts, strict=True)]
         bases = [matrix.T @ left for (_, matrix), left in zip(low, lefts, strict=True)]
         if sent is not None:
             _put(
@@ -109,7 +110,7 @@ class PowerSGDCodec(Codec):
 
         products = {}
         for (slot, _), left, base in zip(low, lefts, torch.split(second, [b.numel() for b in bases]), strict=True):
-            basis = base.view(-1, left.shape[1])
+            basis = _aligned(base.view(-1, left.shape[1]))
             products[slot.name] = left @ basis.T
             usable = torch.isfinite(basis).all() & (basis != 0).any()  # else it would stay so for ever
             self._bases[slot.name] = torch.where(usable, basis, self._basis(slot, values.device))
@@ -147,6 +148,15 @@ def orthogonal_columns(matrix: Tensor) -> Tensor:
             column = column - (earlier @ column) * earlier
         columns.append(column / (torch.linalg.vector_norm(column) + _TINY))
     return torch.stack(columns, 1)
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """Return a copy in memory of its own, in float32.
+
+    On some processors the last bits of a product depend on where in memory its factors begin, and so on which other
+    parameters lie before them in a bucket.
+    """
+    return matrix.to(torch.float32, copy=True)
 
 
 def _matrix(slot: Slot) -> tuple[int, int]:
