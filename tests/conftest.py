@@ -19,6 +19,12 @@ def run_ranks():
     return start_ranks
 
 
+@pytest.fixture
+def in_own_folder(tmp_path, monkeypatch):
+    """Run in an empty folder, for what writes files where it is started."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def labs_can_be_made():
     """`None`, or one line that says why emulated hosts cannot be had here."""

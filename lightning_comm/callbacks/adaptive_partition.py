@@ -221,7 +221,7 @@ class AdaptivePartition(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the shares, what is known of the ranks' speeds, and where the loaders stand; alike on all ranks."""
+        """Return the shares, what is known of speeds, and what was measured; loaders save where they stand."""
         return self._session.state_dict() if self._session is not None else {}
 
     @override

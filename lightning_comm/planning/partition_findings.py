@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from lightning_comm.core.adaptive_partition import speedup_of_balancing
 from lightning_comm.planning.partition_journal import PartitionJournal, Window
 
 
@@ -80,7 +81,7 @@ class Findings:
 
         That is mean speed by lowest speed: the fixed costs of a batch and whole samples are not in it.
         """
-        return None if self.speeds is None else sum(self.speeds) / len(self.speeds) / min(self.speeds)
+        return None if self.speeds is None else speedup_of_balancing(self.speeds)
 
     @property
     def exposed_s(self) -> float | None:
@@ -120,18 +121,19 @@ def findings(journal: PartitionJournal) -> Findings | None:
     """Return what the windows of a run come to, or ``None`` if it has none.
 
     Note:
-        *Communication.* None.
+            *Communication.* None.
 
     Example:
-        >>> from lightning_comm.planning.partition_journal import Change
-        >>> run = {"samples": 640, "global_batch_size": 64, "ranks": 2, "seed": 0, "shuffle": True, "tail": "keep"}
-        >>> run |= {"sampler": "", "steps_per_epoch": 10, "min_per_rank": [1, 1], "max_per_rank": [None, None]}
-        >>> window = Window(0, 19, 2.0, (32, 32), busy_s=(0.032, 0.096), fetch_s=(0.0, 0.0), step_s=0.1)
-        >>> found = findings(PartitionJournal(run, "observe", (Change(0, 0, (32, 32), "start"),), (window,)))
-        >>> [round(rank.score, 3) for rank in found.ranks], round(found.even_ratio, 3)
-        ([1.0, 0.333], 2.0)
-        >>> round(found.best_step_s, 3)
-        0.052
+            >>> from lightning_comm.core.adaptive_partition import speedup_of_balancing
+    from lightning_comm.planning.partition_journal import Change
+            >>> run = {"samples": 640, "global_batch_size": 64, "ranks": 2, "seed": 0, "shuffle": True, "tail": "keep"}
+            >>> run |= {"sampler": "", "steps_per_epoch": 10, "min_per_rank": [1, 1], "max_per_rank": [None, None]}
+            >>> window = Window(0, 19, 2.0, (32, 32), busy_s=(0.032, 0.096), fetch_s=(0.0, 0.0), step_s=0.1)
+            >>> found = findings(PartitionJournal(run, "observe", (Change(0, 0, (32, 32), "start"),), (window,)))
+            >>> [round(rank.score, 3) for rank in found.ranks], round(found.even_ratio, 3)
+            ([1.0, 0.333], 2.0)
+            >>> round(found.best_step_s, 3)
+            0.052
 
     """
     if not journal.windows:

@@ -22,6 +22,7 @@ from typing_extensions import override
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.strategies import compression_files, rank_files
 from lightning_comm.strategies.checks import check_replica
+from lightning_comm.strategies.loss_scale import loss_scale
 from lightning_comm.strategies.sparse_mask import PrunedWeights, check_optimizers
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.no_sync import NoSync
@@ -267,8 +268,7 @@ class CompressedDDPStrategy(DDPStrategy):
         return super().training_step(*args, **kwargs)
 
     def _loss_scale(self) -> float:
-        scaler = getattr(self.precision_plugin, "scaler", None)
-        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+        return loss_scale(self.precision_plugin) or 1.0
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:

@@ -31,6 +31,7 @@ from lightning_comm.lightning_internals import weight_average_of
 from lightning_comm.strategies import control
 from lightning_comm.strategies.background import BackgroundAverage
 from lightning_comm.strategies.control import ControlRow
+from lightning_comm.strategies.loss_scale import loss_scale, take_smallest_scale
 from lightning_comm.strategies.round_log import RoundLog
 from lightning_comm.strategies.sample_weights import SampleWeights
 from lightning_comm.strategies.settings import Settings
@@ -182,7 +183,7 @@ class LocalUpdateRun:
             else:
                 drift = self._average(weight, in_full=in_full or self._run_is_over())
                 self._note(drift, met - started, time.monotonic() - met)
-        self._agree_on_scale(rows)
+        take_smallest_scale(self.trainer.precision_plugin, [row.loss_scale for row in rows])
         self._end_round(weight)
         if rows[0].next_steps != control.UNDECIDED:
             self._begin(rows)
@@ -307,7 +308,7 @@ class LocalUpdateRun:
             lr=self.lr(),
             steps_done=self.clock.steps_done,
             layout=self.replica.layout(self._momenta()),
-            loss_scale=self._scale() or 0.0,
+            loss_scale=loss_scale(self.trainer.precision_plugin) or 0.0,
             urgent=self.agreement.urgent,
             stands=stand,
             samples=self.samples.sent,
@@ -378,19 +379,6 @@ class LocalUpdateRun:
     def _weight_averages(self) -> dict[str, torch.nn.Module]:
         models = [weight_average_of(callback) for callback in getattr(self.trainer, "callbacks", [])]
         return {str(k): model for k, model in enumerate(model for model in models if model is not None)}
-
-    def _scaler(self) -> Any:
-        return getattr(self.trainer.precision_plugin, "scaler", None)
-
-    def _scale(self) -> float | None:
-        scaler = self._scaler()
-        return None if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
-
-    def _agree_on_scale(self, rows: list[ControlRow]) -> None:
-        """Take the smallest loss scale of the ranks, which each adjusts to its own gradients."""
-        smallest = min(row.loss_scale for row in rows)
-        if self._scale() is not None and smallest > 0 and self._scale() != smallest:
-            self._scaler().update(smallest)
 
     def _note_gradients(self, ticks: int) -> None:
         """Record what DDP sends in the gradient phase: the gradients and, before each forward, the buffers."""

@@ -16,14 +16,10 @@ from lightning_comm import AdaptivePartition, CompressedDDPStrategy, Int8
 from lightning_comm.core.partition_plan import Place
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("in_own_folder")  # journals are written there
 
 TOTAL = 32
 SLOW = 500.0  # samples per second; 16 samples take 32 ms
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # journals are written there
 
 
 class ChangeSpeed(Callback):

@@ -17,11 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from lightning_comm import AdaptivePartition, CompressedDDPStrategy, NoSync, PartitionedLoader
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_own_folder")  # journals are written there
 
 
 @pytest.mark.parametrize(

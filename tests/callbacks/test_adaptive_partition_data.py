@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import CombinedLoader
-from support.partition import BATCH, Fit, Points, close, ddp, fit, loader_of, one_process
+from support.partition import BATCH, SLOW, UNEVEN, Fit, Points, close, ddp, fit, loader_of, one_process
 from support.processes import launch
 from support.training import Stop, network, weights
 from torch import nn
@@ -17,13 +17,7 @@ from lightning_comm import AdaptivePartition, CommProfiler, PartitionedLoader
 from lightning_comm.transport import recording
 
 torch.set_num_threads(1)
-SLOW = 500.0
-UNEVEN = {"mode": "fixed", "batch_sizes": [9, 3]}
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_own_folder")  # journals are written there
 
 
 class Both(Fit):

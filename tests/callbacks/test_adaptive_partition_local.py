@@ -14,13 +14,9 @@ from lightning_comm import AdaptivePartition, Averaging, FixedPeriod, LocalUpdat
 from lightning_comm.transport import recording
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("in_own_folder")  # journals are written there
 SLOW = 500.0
 SIZES = (9, 3)
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def local(period, **kwargs):

@@ -12,11 +12,7 @@ from lightning_comm import AdaptivePartition, CompressedDDPStrategy
 from lightning_comm.transport.compression.full import Full
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # journals are written there
+pytestmark = pytest.mark.usefixtures("in_own_folder")  # journals are written there
 
 
 PLANS = {

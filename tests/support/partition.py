@@ -15,6 +15,8 @@ from lightning_comm import AdaptivePartition, PartitionedLoader
 from support.training import FEATURES, Regression, network, trainer, weights
 
 BATCH = 12
+SLOW = 500.0  # samples per second; 16 samples take 32 ms
+UNEVEN = {"mode": "fixed", "batch_sizes": [9, 3]}
 
 
 class Points(Dataset):
