@@ -121,19 +121,18 @@ def findings(journal: PartitionJournal) -> Findings | None:
     """Return what the windows of a run come to, or ``None`` if it has none.
 
     Note:
-            *Communication.* None.
+        *Communication.* None.
 
     Example:
-            >>> from lightning_comm.core.adaptive_partition import speedup_of_balancing
-    from lightning_comm.planning.partition_journal import Change
-            >>> run = {"samples": 640, "global_batch_size": 64, "ranks": 2, "seed": 0, "shuffle": True, "tail": "keep"}
-            >>> run |= {"sampler": "", "steps_per_epoch": 10, "min_per_rank": [1, 1], "max_per_rank": [None, None]}
-            >>> window = Window(0, 19, 2.0, (32, 32), busy_s=(0.032, 0.096), fetch_s=(0.0, 0.0), step_s=0.1)
-            >>> found = findings(PartitionJournal(run, "observe", (Change(0, 0, (32, 32), "start"),), (window,)))
-            >>> [round(rank.score, 3) for rank in found.ranks], round(found.even_ratio, 3)
-            ([1.0, 0.333], 2.0)
-            >>> round(found.best_step_s, 3)
-            0.052
+        >>> from lightning_comm.planning.partition_journal import Change
+        >>> run = {"samples": 640, "global_batch_size": 64, "ranks": 2, "seed": 0, "shuffle": True, "tail": "keep"}
+        >>> run |= {"sampler": "", "steps_per_epoch": 10, "min_per_rank": [1, 1], "max_per_rank": [None, None]}
+        >>> window = Window(0, 19, 2.0, (32, 32), busy_s=(0.032, 0.096), fetch_s=(0.0, 0.0), step_s=0.1)
+        >>> found = findings(PartitionJournal(run, "observe", (Change(0, 0, (32, 32), "start"),), (window,)))
+        >>> [round(rank.score, 3) for rank in found.ranks], round(found.even_ratio, 3)
+        ([1.0, 0.333], 2.0)
+        >>> round(found.best_step_s, 3)
+        0.052
 
     """
     if not journal.windows:
