@@ -1,7 +1,7 @@
 """A rank that trains at the pace of a device of a stated speed, whatever it really runs on."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,7 +10,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from lightning_comm.core.ledger import CommRecord
 from lightning_comm.lab.device import DevicePacer, check_device
+from lightning_comm.transport.recording import observe
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class EmulatedDevice(Callback):
         self.batch_size = batch_size
         self.forward_share = forward_share
         self.pacer: DevicePacer | None = None  # of the last or current fit
+        self._end_watch: Callable[[], None] = _nothing
 
     def summary(self) -> str:
         """Say that the device is emulated, how fast it is, and whether the last run kept its pace."""
@@ -106,6 +109,12 @@ class EmulatedDevice(Callback):
             speed=self._speed_of(trainer.global_rank, trainer.world_size),
         )
         self.pacer.attach()
+        self._end_watch()
+        self._end_watch = observe(self._on_message)
+
+    def _on_message(self, record: CommRecord) -> None:
+        if record.kind == "receive" and self.pacer is not None:  # compute has waited for it, in the middle of a pass
+            self.pacer.idle(record.duration_s)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -123,7 +132,7 @@ class EmulatedDevice(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.pacer is None:
             return
-        self.pacer.detach()
+        self._stop()
         if self.pacer.overruns or self.pacer.unpaced_batches:
             _log.warning("Rank %d: %s", trainer.global_rank, self.pacer.summary())
         elif isinstance(self.speed, tuple):
@@ -133,8 +142,17 @@ class EmulatedDevice(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        self._end_watch()
+        self._end_watch = _nothing
         if self.pacer is not None:
             self.pacer.detach()
+
+
+def _nothing() -> None:
+    """In place of what ends watching, where nobody watches."""
 
 
 def _each(speed: float | tuple[float, ...] | None) -> tuple[float | None, ...]:

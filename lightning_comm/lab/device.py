@@ -142,6 +142,11 @@ class DevicePacer:
         self._seen = []
         self._phase = "between"
 
+    def idle(self, seconds: float) -> None:
+        """Note that the device has just waited so long within a pass: what is left of it comes so much later."""
+        if self._phase in ("forward", "backward"):
+            self._clock.put_off(seconds)
+
     def end_step(self) -> None:
         """End a batch: what follows, up to the next :meth:`begin_step`, is not paced."""
         if self._phase == "off":

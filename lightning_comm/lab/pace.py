@@ -44,6 +44,10 @@ class PaceClock:
             time.sleep(rest_s)
             self.slept_s += time.perf_counter() - now
 
+    def put_off(self, seconds: float) -> None:
+        """Let everything else of the pass be so much later, since the device had nothing to do for so long."""
+        self._began_s += seconds
+
     def end_pass(self) -> None:
         """End the pass, and count its time."""
         self.paced_s += time.perf_counter() - self._began_s
