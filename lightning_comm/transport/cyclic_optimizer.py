@@ -98,9 +98,8 @@ class StageOptimizer:
 
     def state_bytes(self) -> int:
         """Return the bytes of tensors that the state of this rank's optimizer holds."""
-        tensors = [
-            value for state in self._twin.state.values() for value in state.values() if isinstance(value, Tensor)
-        ]
+        states = [state for twin in self._twins.values() for state in twin.state.values()]
+        tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _clip(self, step: int, squared: float, gradients: Sequence[Tensor]) -> None:
