@@ -245,8 +245,8 @@ class CyclicRun:
         if self.stages and now != trained:
             raise RuntimeError(
                 f"{WHERE}: the optimizer trains {now} parameters at step {self.steps_done}, and {trained} when the "
-                "model was cut into stages, so other ranks would wait for gradients that do not come. Freeze, unfreeze and add "
-                "parameters before `fit`; to change them later, save a checkpoint and start another `fit` from it."
+                "model was cut into stages, so other ranks would wait for gradients that do not come. Freeze, unfreeze "
+                "and add parameters before `fit`; to change them later, save a checkpoint and start another `fit`."
             )
 
     def _user_settings_changed(self) -> None:
