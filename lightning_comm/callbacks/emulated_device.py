@@ -1,7 +1,8 @@
 """A rank that trains at the pace of a device of a stated speed, whatever it really runs on."""
 
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,7 +11,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from lightning_comm.core.ledger import CommRecord
 from lightning_comm.lab.device import DevicePacer, check_device
+from lightning_comm.transport.recording import observe
 
 _log = logging.getLogger(__name__)
 
@@ -22,6 +25,9 @@ class EmulatedDevice(Callback):
     so that overlap, stragglers and more ranks than cores can be studied. Layers take their share of the time and
     gradients are ready when they would be; weights and losses are those of a run without it. See
     :class:`lightning_comm.lab.device.DevicePacer` for how, and for what is not paced.
+
+    Where compute waits inside a pass for what other ranks send, as in cyclic data parallelism, that comes on top:
+    a strategy records it with the purpose ``"wait"``.
 
     Every batch is a step of its own, also under gradient accumulation, and takes time in proportion to its samples,
     which are counted as ``self.log`` counts them. Validation is not paced.
@@ -69,6 +75,7 @@ class EmulatedDevice(Callback):
         self.batch_size = batch_size
         self.forward_share = forward_share
         self.pacer: DevicePacer | None = None  # of the last or current fit
+        self._end_watch: Callable[[], None] = _nothing
 
     def summary(self) -> str:
         """Say that the device is emulated, how fast it is, and whether the last run kept its pace."""
@@ -106,6 +113,14 @@ class EmulatedDevice(Callback):
             speed=self._speed_of(trainer.global_rank, trainer.world_size),
         )
         self.pacer.attach()
+        pacer, compute = self.pacer, threading.get_ident()
+
+        def see(record: CommRecord) -> None:
+            if record.purpose == "wait" and threading.get_ident() == compute:
+                pacer.pause(record.duration_s)
+
+        self._end_watch()
+        self._end_watch = observe(see)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -121,6 +136,7 @@ class EmulatedDevice(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_watch()
         if self.pacer is None:
             return
         self.pacer.detach()
@@ -133,8 +149,13 @@ class EmulatedDevice(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end_watch()
         if self.pacer is not None:
             self.pacer.detach()
+
+
+def _nothing() -> None:
+    """End no watch, since there is none yet."""
 
 
 def _each(speed: float | tuple[float, ...] | None) -> tuple[float | None, ...]:

@@ -35,6 +35,10 @@ class PaceClock:
         """Begin a pass that is to take so many seconds from now."""
         self._began_s, self._length_s, self._pass_late_s = time.perf_counter(), length_s, 0.0
 
+    def move(self, seconds: float) -> None:
+        """Move what is left of the pass, and its end, to so many seconds later."""
+        self._began_s += seconds
+
     def wait(self, share: float) -> None:
         """Sleep until this share of the pass's time has gone by; not at all if it has already."""
         now = time.perf_counter()
