@@ -199,13 +199,13 @@ has the update rule of v1. What overlaps with the next step is timed in the midd
 the start in place of what is under way at the end.
 
 *step*: seconds of the slowest host. *of the bound*: the bound is the longer of a step without communication and an
-isolated all-reduce of the model, in one piece or in DDP's best buckets, whichever is faster, in each repeat. *mean delay*: by how many updates the parameters that a step computes
-with are too old, over ranks and stages. *optimizer state on a rank*: of the whole model's. *payload*: from the ledger,
-per host and step; DDP has none. *sent*: on the interface. *of 2(N-1)/N*: of that many times the model, what a ring
-needs. Peaks: what an interface sent, read every 20 ms; the median over hosts and repeats of the 95th percentile and of
-the highest rate in a segment, and of the highest over a quarter of a step's compute. A link that is busy sends at its
-full rate whoever uses it; the configuration on {roomy}, where the same step needs a tenth of the link, shows how
-traffic would peak if it could."""
+isolated all-reduce of the model, in one piece or in DDP's best buckets, whichever is faster, in each repeat. *mean
+delay*: by how many updates the parameters that a step computes with are too old, over ranks and stages. *optimizer
+state on a rank*: of the whole model's. *payload*: from the ledger, per host and step; DDP has none. *sent*: on the
+interface. *of 2(N-1)/N*: of that many times the model, what a ring needs. Peaks: what an interface sent, read every 20
+ms; the median over hosts and repeats of the 95th percentile and of the highest rate in a segment, and of the highest
+over a quarter of a step's compute. A link that is busy sends at its full rate whoever uses it; the configuration on
+{roomy}, where the same step needs a tenth of the link, shows how traffic would peak if it could."""
 
 
 if __name__ == "__main__":
