@@ -4,12 +4,13 @@ Importing this package registers its strategies, so that ``Trainer(strategy="qsr
 """
 
 from lightning_comm.callbacks import AdaptivePartition, BatchNormReestimation, CommProfiler, EmulatedDevice
+from lightning_comm.core.cyclic import CyclicSchedule
 from lightning_comm.core.ledger import CommLedger, CommRecord
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, PowerPeriod, QuadraticPeriod, RoundClock
 from lightning_comm.core.sparse_mask import PruningSchedule
 from lightning_comm.data.adaptive_partition import PartitionedLoader
 from lightning_comm.planning.profile_files import load_profile
-from lightning_comm.strategies import CompressedDDPStrategy, LocalUpdateStrategy, register_strategies
+from lightning_comm.strategies import CompressedDDPStrategy, CyclicStrategy, LocalUpdateStrategy, register_strategies
 from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.cast import Cast
@@ -38,6 +39,8 @@ __all__ = [
     "CommRecord",
     "CompressedDDPStrategy",
     "Compression",
+    "CyclicSchedule",
+    "CyclicStrategy",
     "EmulatedDevice",
     "FixedPeriod",
     "GraSPPruning",

@@ -1,7 +1,6 @@
 """A rank that trains at the pace of a device of a stated speed, whatever it really runs on."""
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,9 +24,6 @@ class EmulatedDevice(Callback):
     so that overlap, stragglers and more ranks than cores can be studied. Layers take their share of the time and
     gradients are ready when they would be; weights and losses are those of a run without it. See
     :class:`lightning_comm.lab.device.DevicePacer` for how, and for what is not paced.
-
-    Where compute waits inside a pass for what other ranks send, as in cyclic data parallelism, that comes on top:
-    a strategy records it with the purpose ``"wait"``.
 
     Every batch is a step of its own, also under gradient accumulation, and takes time in proportion to its samples,
     which are counted as ``self.log`` counts them. Validation is not paced.
@@ -113,14 +109,12 @@ class EmulatedDevice(Callback):
             speed=self._speed_of(trainer.global_rank, trainer.world_size),
         )
         self.pacer.attach()
-        pacer, compute = self.pacer, threading.get_ident()
-
-        def see(record: CommRecord) -> None:
-            if record.purpose == "wait" and threading.get_ident() == compute:
-                pacer.pause(record.duration_s)
-
         self._end_watch()
-        self._end_watch = observe(see)
+        self._end_watch = observe(self._on_message)
+
+    def _on_message(self, record: CommRecord) -> None:
+        if record.kind == "receive" and self.pacer is not None:  # compute has waited for it, in the middle of a pass
+            self.pacer.idle(record.duration_s)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -136,10 +130,9 @@ class EmulatedDevice(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_watch()
         if self.pacer is None:
             return
-        self.pacer.detach()
+        self._stop()
         if self.pacer.overruns or self.pacer.unpaced_batches:
             _log.warning("Rank %d: %s", trainer.global_rank, self.pacer.summary())
         elif isinstance(self.speed, tuple):
@@ -149,13 +142,17 @@ class EmulatedDevice(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         self._end_watch()
+        self._end_watch = _nothing
         if self.pacer is not None:
             self.pacer.detach()
 
 
 def _nothing() -> None:
-    """End no watch, since there is none yet."""
+    """In place of what ends watching, where nobody watches."""
 
 
 def _each(speed: float | tuple[float, ...] | None) -> tuple[float | None, ...]:

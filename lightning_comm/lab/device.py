@@ -29,7 +29,7 @@ class DevicePacer:
     forward hook sleeps until then, and in backward a hook on each parameter does, *before* the gradient is handed on.
     So DDP sends its buckets at the moments at which the device would. The deadlines include the real compute: a late
     layer takes nothing from those behind it as long as there is slack. What waits for others in the middle of a pass
-    has to say so by :meth:`pause`, or that wait would pass for compute.
+    has to say so by :meth:`idle`, or that wait would pass for compute.
 
     The first step after :meth:`attach`, and after a parameter begins to require gradients, finds out which layers run;
     it is lengthened as a whole. A step that is late by more than 1 % of its time, and by more than 1 ms, is an overrun,
@@ -143,14 +143,10 @@ class DevicePacer:
         self._seen = []
         self._phase = "between"
 
-    def pause(self, seconds: float) -> None:
-        """Say that the device had nothing to compute for the last so many seconds, since it waited for others.
-
-        A wait in the middle of a pass, for parameters say, makes the pass that much longer: without this call the
-        layers behind it would make up for it, which no device can do. Between passes the call changes nothing.
-        """
-        if self._phase in ("forward", "backward") and self._current is not None:
-            self._clock.move(seconds)
+    def idle(self, seconds: float) -> None:
+        """Note that the device has just waited so long within a pass: what is left of it comes so much later."""
+        if self._phase in ("forward", "backward"):
+            self._clock.put_off(seconds)
 
     def end_step(self) -> None:
         """End a batch: what follows, up to the next :meth:`begin_step`, is not paced."""

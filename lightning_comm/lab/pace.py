@@ -35,10 +35,6 @@ class PaceClock:
         """Begin a pass that is to take so many seconds from now."""
         self._began_s, self._length_s, self._pass_late_s = time.perf_counter(), length_s, 0.0
 
-    def move(self, seconds: float) -> None:
-        """Move what is left of the pass, and its end, to so many seconds later."""
-        self._began_s += seconds
-
     def wait(self, share: float) -> None:
         """Sleep until this share of the pass's time has gone by; not at all if it has already."""
         now = time.perf_counter()
@@ -47,6 +43,10 @@ class PaceClock:
         if rest_s > 0:
             time.sleep(rest_s)
             self.slept_s += time.perf_counter() - now
+
+    def put_off(self, seconds: float) -> None:
+        """Let everything else of the pass be so much later, since the device had nothing to do for so long."""
+        self._began_s += seconds
 
     def end_pass(self) -> None:
         """End the pass, and count its time."""

@@ -37,7 +37,7 @@ _AUTO_SOURCES = {
 _WRAPPERS = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 # Optimizers that communicate in their `step`, by class name: some exist only in builds with distributed support.
-_COMMUNICATING = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
+COMMUNICATING = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
 _ADAM_LIKE = ("Adam", "Adan", "Adopt", "Lamb", "NAdam", "RAdam")  # with these names or names that begin so
 
 
@@ -82,16 +82,16 @@ def checked(settings: Settings) -> Settings:
     return settings
 
 
-def check_module(module: LightningModule) -> None:
+def check_module(module: LightningModule, where: str) -> None:
     """Refuse models whose replicas cannot be averaged, or that communicate in their forward."""
     for name, part in module.named_modules():
         if isinstance(part, nn.SyncBatchNorm):
             raise MisconfigurationException(
-                f"{_WHERE}: module {name!r} is a SyncBatchNorm, which talks to all ranks in every forward, so nothing "
+                f"{where}: module {name!r} is a SyncBatchNorm, which talks to all ranks in every forward, so nothing "
                 "would be saved and ranks could not run apart. Use BatchNorm; its statistics are averaged with the "
                 "weights, and BatchNormReestimation brings them up to date before evaluation."
             )
-    check_replica(module, _WHERE)
+    check_replica(module, where)
 
 
 def check_replica(module: LightningModule, where: str) -> None:
@@ -110,39 +110,39 @@ def check_replica(module: LightningModule, where: str) -> None:
             )
 
 
-def check_trainer(trainer: Trainer, sync_batchnorm: bool) -> None:
+def check_trainer(trainer: Trainer, sync_batchnorm: bool, where: str) -> None:
     """Refuse settings and callbacks of the Trainer that communicate, or decide, on each rank by itself."""
     if sync_batchnorm:
         raise MisconfigurationException(
-            f"{_WHERE}: `Trainer(sync_batchnorm=True)` talks to all ranks in every forward, so nothing would be saved "
+            f"{where}: `Trainer(sync_batchnorm=True)` talks to all ranks in every forward, so nothing would be saved "
             "and ranks could not run apart. Leave it out; BatchNorm statistics are averaged with the weights."
         )
     if validates_by_the_clock(trainer):
         raise MisconfigurationException(
-            f"{_WHERE}: `Trainer(val_check_interval=...)` is a time, so each rank would validate when its own clock "
+            f"{where}: `Trainer(val_check_interval=...)` is a time, so each rank would validate when its own clock "
             "says so, and wait there for ever for the others. Give a number of batches or a share of the epoch."
         )
     for callback in getattr(trainer, "callbacks", []):
         if isinstance(callback, ModelPruning):
             raise MisconfigurationException(
-                f"{_WHERE}: the callback ModelPruning chooses a mask from each rank's own weights, so ranks would "
+                f"{where}: the callback ModelPruning chooses a mask from each rank's own weights, so ranks would "
                 "prune differently. Prune before training, alike on all ranks, or use plain DDP."
             )
         if isinstance(callback, StochasticWeightAveraging):
             raise MisconfigurationException(
-                f"{_WHERE}: the callback StochasticWeightAveraging averages each rank's own weights and swaps them in "
+                f"{where}: the callback StochasticWeightAveraging averages each rank's own weights and swaps them in "
                 "at the end of the run, so ranks would end with different models. Use WeightAveraging or "
                 "EMAWeightAveraging, whose copies are averaged with the weights."
             )
 
 
-def check_twin_callbacks(callbacks: list[Any]) -> None:
+def check_twin_callbacks(callbacks: list[Any], where: str) -> None:
     """Refuse callbacks of the package ``pytorch_lightning``, which the Trainer of ``lightning`` takes unnoticed."""
     twin = sys.modules.get("pytorch_lightning")
     for callback in callbacks:
         if twin is not None and isinstance(callback, twin.Callback) and not isinstance(callback, Callback):
             raise MisconfigurationException(
-                f"{_WHERE}: the callback {type(callback).__name__} comes from `pytorch_lightning`, and this Trainer "
+                f"{where}: the callback {type(callback).__name__} comes from `pytorch_lightning`, and this Trainer "
                 "from `lightning.pytorch`: two packages with classes of their own. Import everything from one: `from "
                 "lightning.pytorch.callbacks import ...` instead of `from pytorch_lightning.callbacks import ...`."
             )
@@ -151,7 +151,7 @@ def check_twin_callbacks(callbacks: list[Any]) -> None:
 def check_optimizers(optimizers: list[Optimizer], settings: Settings) -> None:
     """Refuse optimizers that communicate in their ``step``, and a ``counted_optimizer`` that is not there."""
     for optimizer in optimizers:
-        if any(base.__name__ in _COMMUNICATING for base in type(optimizer).__mro__):
+        if any(base.__name__ in COMMUNICATING for base in type(optimizer).__mro__):
             raise MisconfigurationException(
                 f"{_WHERE}: the optimizer {type(optimizer).__name__} communicates in its `step`, where ranks run apart."
                 " Use the plain optimizer inside it."
@@ -233,12 +233,12 @@ def warn_of_uncounted_steps(steps_done: int) -> None:
         )
 
 
-def warn_of_per_step_sync(trainer: Trainer) -> None:
+def warn_of_per_step_sync(trainer: Trainer, where: str) -> None:
     """Name what is logged with a collective on every step, which keeps ranks in step with each other."""
     names = sorted({metric.name for metric in logged_metrics(trainer) if metric.synchronised and metric.on_step})
     if names:
         rank_zero_warn(
-            f"{_WHERE}: {', '.join(map(repr, names))} is logged with `sync_dist=True` on every step. That is a "
+            f"{where}: {', '.join(map(repr, names))} is logged with `sync_dist=True` on every step. That is a "
             "collective a step, so ranks cannot run apart and most of the time saved is lost. Log it with "
             "`on_step=False, on_epoch=True`, or without `sync_dist`."
         )
@@ -293,13 +293,13 @@ def resolved_period(trainer: Trainer, settings: Settings, total: int | None, sav
     return resolved
 
 
-def check_plateau_monitors(trainer: Trainer) -> None:
+def check_plateau_monitors(trainer: Trainer, where: str) -> None:
     """Refuse a ReduceLROnPlateau that watches a value which differs between ranks, once that value is known."""
     monitored = {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
     for metric in logged_metrics(trainer):
         if metric.name in monitored and not metric.synchronised:
             raise MisconfigurationException(
-                f"{_WHERE}: ReduceLROnPlateau watches `monitor`={metric.name!r}, which is logged without "
+                f"{where}: ReduceLROnPlateau watches `monitor`={metric.name!r}, which is logged without "
                 "`sync_dist=True`, so each rank would lower its learning rate when its own value says so. Log it with "
                 f"`self.log({metric.name!r}, ..., sync_dist=True)`, or as a torchmetrics object."
             )

@@ -1,21 +1,40 @@
 """The callback that the strategy adds to the Trainer, for the moments at which strategies are not called."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-if TYPE_CHECKING:
-    from lightning_comm.strategies.local_update import LocalUpdateStrategy
+
+class Accompanied(Protocol):
+    """A strategy that is called at these moments."""
+
+    def end_batch(self) -> None:
+        """A training batch is over, and so are its schedulers."""
+
+    def end_epoch(self) -> None:
+        """A training epoch is over."""
+
+    def begin_evaluation(self) -> None:
+        """Validation begins."""
+
+    def end_evaluation_epoch(self) -> None:
+        """All validation batches are done and their metrics known."""
+
+    def finish(self) -> None:
+        """Training is over."""
+
+    def report_failure(self, exception: BaseException) -> None:
+        """This rank has failed."""
 
 
-class LocalUpdateCompanion(Callback):
+class Companion(Callback):
     """Calls the strategy first of all callbacks: after a batch's learning-rate schedulers, before any checkpoint.
 
-    Added by :meth:`LocalUpdateStrategy.connect` at the head of the Trainer's callbacks. It has no state of its own.
+    Added by the strategy in ``connect`` at the head of the Trainer's callbacks. It has no state of its own.
     """
 
-    def __init__(self, strategy: "LocalUpdateStrategy") -> None:
+    def __init__(self, strategy: Accompanied) -> None:
         self._strategy = strategy
 
     @override

@@ -77,7 +77,7 @@ def check_same_work(rows: list[ControlRow]) -> None:
         )
 
 
-def check_same_model(rows: list[ControlRow]) -> None:
+def check_same_model(rows: list[ControlRow], where: str) -> None:
     """Refuse ranks that have built different models.
 
     Raises:
@@ -87,12 +87,12 @@ def check_same_model(rows: list[ControlRow]) -> None:
     different = [rank for rank, row in enumerate(rows) if row.layout != rows[0].layout]
     if different:
         raise ValueError(
-            f"LocalUpdateStrategy: the model on ranks {different} differs from that of rank 0 in names, shapes, memory "
+            f"{where}: the model on ranks {different} differs from that of rank 0 in names, shapes, memory "
             "formats or types of parameters or buffers. Build it alike on all ranks."
         )
 
 
-def check_same_batches(rows: list[ControlRow]) -> None:
+def check_same_batches(rows: list[ControlRow], where: str) -> None:
     """Refuse ranks with different numbers of training batches.
 
     Raises:
@@ -102,7 +102,7 @@ def check_same_batches(rows: list[ControlRow]) -> None:
     batches = [int(row.batches) for row in rows]
     if len(set(batches)) > 1:
         raise ValueError(
-            f"LocalUpdateStrategy: ranks have different numbers of training batches, {batches} by rank, so one would "
+            f"{where}: ranks have different numbers of training batches, {batches} by rank, so one would "
             "wait for ever for the others. Give all ranks the same number: `Trainer(limit_train_batches="
             f"{min(batches)})`, `drop_last=True`, or a DistributedSampler, which pads."
         )

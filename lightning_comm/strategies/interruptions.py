@@ -6,6 +6,7 @@ on which the ranks agree without a collective (:mod:`lightning_comm.transport.ag
 
 import os
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from lightning.pytorch import Trainer
@@ -13,9 +14,25 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_comm import lightning_internals as internals
-from lightning_comm.strategies.local_update_run import LocalUpdateRun
-from lightning_comm.transport.agreement import Decision
+from lightning_comm.transport.agreement import Decision, Kind
 from lightning_comm.transport.random_state import random_state, set_random_state
+
+
+class Stoppable(Protocol):
+    """What is needed of a run whose ranks agree on requests."""
+
+    on_decision: Callable[[Decision], None]
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps done."""
+        ...
+
+    def request(self, kind: Kind, reason: str) -> None:
+        """Ask for something that all ranks are to do."""
+
+    def check_start(self, batches: float) -> None:
+        """Refuse ranks with different numbers of training batches in an epoch."""
 
 
 class Interruptions:
@@ -25,12 +42,14 @@ class Interruptions:
         trainer: The Trainer.
         run: Where steps are counted.
         any_rank: Whether any rank says yes; a collective, used only where ranks have just met in another one.
+        where: The strategy, for messages.
 
     """
 
-    def __init__(self, trainer: Trainer, run: LocalUpdateRun, any_rank: Callable[[bool], bool]) -> None:
+    def __init__(self, trainer: Trainer, run: Stoppable, any_rank: Callable[[bool], bool], where: str) -> None:
         self._trainer = trainer
         self._run = run
+        self._where = where
         self._any_rank = any_rank
         self._patches = internals.Patches()
         self._save_now = False
@@ -56,12 +75,12 @@ class Interruptions:
         self._settle_stop()
         for callback in getattr(trainer, "callbacks", []):
             if isinstance(callback, Timer):
-                internals.replace_timer_check(callback, patches, lambda why: self._run.agreement.request("stop", why))
+                internals.replace_timer_check(callback, patches, lambda why: self._run.request("stop", why))
             elif isinstance(callback, ModelCheckpoint):
                 internals.replace_timed_checkpoint(
                     callback,
                     patches,
-                    on_time=lambda: self._run.agreement.request("checkpoint", "the time for a checkpoint has come"),
+                    on_time=lambda: self._run.request("checkpoint", "the time for a checkpoint has come"),
                     agreed=lambda: self._save_now,
                 )
 
@@ -79,12 +98,12 @@ class Interruptions:
 
     def carry_out(self, decision: Decision) -> None:
         """Do what all ranks agreed on; every rank is here, after the same step unless ``at_step`` is ``None``."""
-        step = self._run.clock.steps_done
+        step = self._run.steps_done
         if decision.kind == "checkpoint":
             self._save_now = True
             return
         where = f"at step {step}" if decision.at_step is not None else "where each rank stands"
-        rank_zero_info(f"LocalUpdateStrategy: {decision.reason}; all ranks agreed to {decision.kind} {where}.")
+        rank_zero_info(f"{self._where}: {decision.reason}; all ranks agreed to {decision.kind} {where}.")
         if decision.kind == "stop":
             self._stop_is_agreed = True
             self._trainer.should_stop = True
@@ -121,7 +140,7 @@ class Interruptions:
             self.met = False
         elif self._trainer.should_stop:
             self._trainer.should_stop = False
-            self._run.agreement.request("stop", "`Trainer.should_stop` was set")
+            self._run.request("stop", "`Trainer.should_stop` was set")
 
     def _on_sigterm(self, signum: int) -> None:
         """Handle SIGTERM: pass it on to the processes that this one launched, once, and ask for the end."""
@@ -131,20 +150,20 @@ class Interruptions:
         launcher = self._trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signum)
-        self._run.agreement.request("terminate", f"received signal {int(signum)}")
+        self._run.request("terminate", f"received signal {int(signum)}")
 
     def _on_requeue(self, signum: int) -> None:
-        self._run.agreement.request("requeue", f"SLURM announced the end of the job by signal {int(signum)}")
+        self._run.request("requeue", f"SLURM announced the end of the job by signal {int(signum)}")
 
     def _save_before_termination(self, step: int) -> None:
         callback = self._trainer.checkpoint_callback
         folder = getattr(callback, "dirpath", None)
         if not folder or getattr(self._trainer, "fast_dev_run", False):
-            rank_zero_warn("LocalUpdateStrategy: no ModelCheckpoint is configured, so nothing is saved before the end.")
+            rank_zero_warn(f"{self._where}: no ModelCheckpoint is configured, so nothing is saved before the end.")
             return
         path = os.path.join(folder, f"last-terminated-step={step}.ckpt")
         self._trainer.save_checkpoint(path)
-        rank_zero_info(f"LocalUpdateStrategy: saved {path}; resume with `ckpt_path={path!r}` or `ckpt_path='last'`.")
+        rank_zero_info(f"{self._where}: saved {path}; resume with `ckpt_path={path!r}` or `ckpt_path='last'`.")
 
 
 def _without_drawing(call: Callable[[], None]) -> None:

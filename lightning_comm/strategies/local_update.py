@@ -28,7 +28,7 @@ from lightning_comm import lightning_internals
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update import PeriodRule
 from lightning_comm.strategies import checks, control, rank_files, run_state
-from lightning_comm.strategies.companion import LocalUpdateCompanion
+from lightning_comm.strategies.companion import Companion
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
 from lightning_comm.strategies.sample_weights import SampleWeights
@@ -208,10 +208,10 @@ class LocalUpdateStrategy(DDPStrategy):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         callbacks: list[Any] = getattr(model.trainer, "callbacks", [])
-        checks.check_twin_callbacks(callbacks)
+        checks.check_twin_callbacks(callbacks, "LocalUpdateStrategy")
         callbacks[:] = [
-            LocalUpdateCompanion(self),
-            *(callback for callback in callbacks if not isinstance(callback, LocalUpdateCompanion)),
+            Companion(self),
+            *(callback for callback in callbacks if not isinstance(callback, Companion)),
         ]
         if model.trainer.state.fn == TrainerFn.FITTING:
             self._run = self._resume = None
@@ -232,8 +232,8 @@ class LocalUpdateStrategy(DDPStrategy):
             return
         module = self.lightning_module
         assert module is not None
-        checks.check_trainer(trainer, self._layer_sync is not None)
-        checks.check_module(module)
+        checks.check_trainer(trainer, self._layer_sync is not None, "LocalUpdateStrategy")
+        checks.check_module(module, "LocalUpdateStrategy")
         super().setup(trainer)
         checks.check_optimizers(self.optimizers, self.settings)
         if isinstance(self.settings.averaging.method, SparseMask):
@@ -248,7 +248,7 @@ class LocalUpdateStrategy(DDPStrategy):
         )
         self._run.samples = self._samples
         self._interruptions = Interruptions(
-            trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False)
+            trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False), "LocalUpdateStrategy"
         )
         self._interruptions.install_signal_handlers()
 
@@ -261,7 +261,8 @@ class LocalUpdateStrategy(DDPStrategy):
         recorder = Recorder(self._ledger)
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         row = control.ControlRow(layout=fingerprint(named))
-        control.check_same_model(control.exchange(row, recorder, self.root_device, Pending.wait))
+        rows = control.exchange(row, recorder, self.root_device, Pending.wait)
+        control.check_same_model(rows, "LocalUpdateStrategy")
         with torch.no_grad():
             broadcast_([tensor for _, tensor in named], recorder, "start", self.settings.averaging.bucket_bytes)
 
@@ -276,7 +277,7 @@ class LocalUpdateStrategy(DDPStrategy):
         assert run is not None
         assert trainer is not None
         assert self._interruptions is not None
-        if not any(isinstance(callback, LocalUpdateCompanion) for callback in getattr(trainer, "callbacks", [])):
+        if not any(isinstance(callback, Companion) for callback in getattr(trainer, "callbacks", [])):
             return  # a trial run of a learning-rate finder, which sets callbacks aside and undoes all that it did
         lightning_internals.load_skipped_loader_states(trainer)
         run.check_start(float(trainer.num_training_batches))
@@ -328,14 +329,14 @@ class LocalUpdateStrategy(DDPStrategy):
         logged = lightning_internals.number_of_logged_metrics(self._trainer)
         if logged > self._logs_checked:
             self._logs_checked = logged
-            checks.warn_of_per_step_sync(self._trainer)
+            checks.warn_of_per_step_sync(self._trainer, "LocalUpdateStrategy")
         self._run.end_batch()
 
     def end_epoch(self) -> None:
         """Called by the companion at the end of a training epoch."""
         assert self._run is not None
         assert self._trainer is not None
-        checks.check_plateau_monitors(self._trainer)
+        checks.check_plateau_monitors(self._trainer, "LocalUpdateStrategy")
         checks.warn_of_uncounted_steps(self._run.clock.steps_done)
         if self._trainer.num_training_batches == float("inf"):
             self._run.meet_at_epoch_end()
@@ -359,7 +360,7 @@ class LocalUpdateStrategy(DDPStrategy):
     def end_evaluation_epoch(self) -> None:
         """Called by the companion when all validation batches are done and their metrics known."""
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            checks.check_plateau_monitors(self._trainer)
+            checks.check_plateau_monitors(self._trainer, "LocalUpdateStrategy")
 
     @override
     def on_validation_end(self) -> None:
@@ -396,7 +397,7 @@ class LocalUpdateStrategy(DDPStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        rank_files.refuse_sharded(checkpoint_path)
+        rank_files.refuse_sharded(checkpoint_path, "LocalUpdateStrategy")
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._run is not None:

@@ -36,7 +36,7 @@ from lightning_comm.strategies.round_log import RoundLog
 from lightning_comm.strategies.sample_weights import SampleWeights
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.strategies.sparse_mask import PrunedWeights
-from lightning_comm.transport.agreement import Agreement, Decision, PeerFailure, Position
+from lightning_comm.transport.agreement import Agreement, Decision, Kind, PeerFailure, Position
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.flat import Drift
@@ -105,6 +105,15 @@ class LocalUpdateRun:
     # ---- counting ------------------------------------------------------------------------------------------------
 
     @property
+    def steps_done(self) -> int:
+        """Optimizer steps done."""
+        return self.clock.steps_done
+
+    def request(self, kind: Kind, reason: str) -> None:
+        """Ask for something that all ranks are to do at the same step."""
+        self.agreement.request(kind, reason)
+
+    @property
     def in_gradient_phase(self) -> bool:
         """Whether DDP still averages gradients at every step."""
         return self.clock.steps_done < self.gradient_steps
@@ -153,7 +162,8 @@ class LocalUpdateRun:
         """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
         row = ControlRow(batches=batches if math.isfinite(batches) else -1)
         with self.agreement.first_error_shown():
-            control.check_same_batches(control.exchange(row, self.recorder, self._control_device, Pending.wait))
+            rows = control.exchange(row, self.recorder, self._control_device, Pending.wait)
+            control.check_same_batches(rows, "LocalUpdateStrategy")
 
     def set_period(self, rule: PeriodRule, total_steps: int | None) -> None:
         """Begin to count, with a rule whose coefficient is known and the length of the run, if that is."""

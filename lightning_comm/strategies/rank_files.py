@@ -219,7 +219,7 @@ def first_problem(strategy: ParallelStrategy, recorder: Recorder, problem: str |
     return strategy.broadcast(problem, src=troubled[0]) if troubled else None
 
 
-def refuse_sharded(filepath: _PATH) -> None:
+def refuse_sharded(filepath: _PATH, where: str) -> None:
     """Refuse the checkpoint of a strategy that shards the model: a folder.
 
     Raises:
@@ -228,7 +228,7 @@ def refuse_sharded(filepath: _PATH) -> None:
     """
     if get_filesystem(filepath).isdir(str(filepath)):
         raise MisconfigurationException(
-            f"LocalUpdateStrategy: `ckpt_path`={str(filepath)!r} is a folder, as sharded strategies (FSDP, DeepSpeed, "
+            f"{where}: `ckpt_path`={str(filepath)!r} is a folder, as sharded strategies (FSDP, DeepSpeed, "
             "ModelParallel) write it, and every rank here needs the whole model from one file. Make one with `python "
             "-m lightning.pytorch.utilities.consolidate_checkpoint` (DeepSpeed: "
             "`convert_zero_checkpoint_to_fp32_state_dict`) and give its path."

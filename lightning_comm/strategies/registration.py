@@ -5,8 +5,10 @@ from typing import Any, NoReturn
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lightning_utilities.core import rank_zero
 
+from lightning_comm.core.cyclic import Rule
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticPeriod
 from lightning_comm.strategies.compression import CompressedDDPStrategy
+from lightning_comm.strategies.cyclic import CyclicStrategy
 from lightning_comm.strategies.local_update import LocalUpdateStrategy
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.cast import Cast
@@ -32,6 +34,10 @@ _COMPRESSED: dict[str, tuple[Compression | str, str]] = {
     "ddp_sparse_mask": ("sparse_mask", "DDP of a pruned model, without the gradients of pruned weights"),
     "pactrain": (SparseMask(then=Cast("bf16")), "the same, with what is left in bf16"),
 }
+_CYCLIC: dict[str, tuple[Rule, str]] = {
+    "cyclic": ("v2", "Cyclic Data Parallelism: gradients travel round a ring, parameters at most one update old"),
+    "cyclic_v1": ("v1", "the same with all parameters one update old"),
+}
 
 
 class TwinTrainerError:
@@ -52,6 +58,8 @@ def register_strategies() -> None:
         names += _register(base, LocalUpdateStrategy, description, period=period, **arguments)
     for base, (compression, description) in _COMPRESSED.items():
         names += _register(base, CompressedDDPStrategy, description, compression=compression)
+    for base, (rule, description) in _CYCLIC.items():
+        names += _register(base, CyclicStrategy, description, rule=rule)
     _register_with_the_twin(names)
 
 

@@ -3,6 +3,7 @@
 import atexit
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Recorder:
         self._group = group
         self._beside_compute = beside_compute
         self._hold = hold
-        self._held: list[CommRecord] = []
+        self._held: deque[CommRecord] = deque()  # one thread may add while another writes down
 
     def all_reduce(self, tensor: Tensor, purpose: str, op: Any = dist.ReduceOp.SUM) -> Pending:
         """Start summing ``tensor`` over the ranks, or reducing it otherwise, in place."""
@@ -127,6 +128,36 @@ class Recorder:
             return dist.all_gather_into_tensor(flat, row.contiguous().view(-1), group, async_op=True)
 
         return rows, self._issue("all_gather", purpose, row, start)
+
+    def send(self, memory: Tensor, target: int, purpose: str, payload_bytes: int, *, tag: int) -> dist.Work:
+        """Start sending to one rank, and record it with the time that it does not take whoever sends.
+
+        Args:
+            memory: What to send; it must be kept, like the result, until that has been waited for.
+            target: The rank.
+            purpose: What it is for.
+            payload_bytes: How much of the memory is payload; the rest is recorded as ``"control"``.
+            tag: Which message it is, where the backend tells them apart; they are received in the order of sending.
+
+        """
+        with counted_elsewhere():
+            work = dist.isend(memory, target, self._group, tag)
+        assert work is not None  # `None` is for ranks outside the group, and the group is all ranks
+        self.note("send", purpose, payload_bytes)
+        if control_bytes := memory.numel() * memory.element_size() - payload_bytes:
+            self.note("send", "control", control_bytes)
+        return work
+
+    def receive(self, memory: Tensor, source: int, *, tag: int) -> dist.Work:
+        """Start receiving from one rank; its bytes are counted there."""
+        with counted_elsewhere():
+            work = dist.irecv(memory, source, self._group, tag)
+        assert work is not None
+        return work
+
+    def waited(self, purpose: str, since_s: float) -> None:
+        """Record that compute has waited until now for what others sent."""
+        self._write("receive", purpose, 0, since_s, time.monotonic() - since_s)
 
     def note(self, kind: str, purpose: str, payload_bytes: int) -> None:
         """Record a message that somebody else sends (DDP its gradients), whose duration is not known."""
@@ -161,8 +192,8 @@ class Recorder:
 
     def write_held(self) -> None:
         """Write down what has been held back; called by the thread that trains, when the other one is done."""
-        held, self._held = self._held, []
-        for record in held:
+        while self._held:
+            record = self._held.popleft()
             self.ledger.add(record)
             for observer in tuple(_observers):
                 observer(record)

@@ -351,7 +351,7 @@ def test_a_wait_inside_a_pass_lengthens_the_step_only_if_the_pacer_is_told(told)
     def wait(*_):
         time.sleep(waited_s)
         if told:
-            pacer.pause(waited_s)
+            pacer.idle(waited_s)
 
     with paced(module, step_s=0.12) as pacer:
         module[1].register_forward_pre_hook(wait)
@@ -366,8 +366,8 @@ def test_a_pause_between_passes_changes_nothing():
     with paced(module) as pacer:
         for _ in range(3):
             pacer.begin_step(8)
-            pacer.pause(5.0)
+            pacer.idle(5.0)
             started = time.perf_counter()
             step(module)
-            pacer.pause(5.0)
+            pacer.idle(5.0)
             assert time.perf_counter() - started < 2.0

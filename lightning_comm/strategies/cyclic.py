@@ -1,0 +1,424 @@
+"""Cyclic Data Parallelism as a Lightning strategy: a thin shell that sets up, asks `core` and calls `transport`."""
+
+import itertools
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_comm import lightning_internals
+from lightning_comm.core.cyclic import CyclicSchedule, Rule
+from lightning_comm.core.ledger import CommLedger
+from lightning_comm.strategies import checks, control, cyclic_checks, cyclic_files, rank_files
+from lightning_comm.strategies.companion import Companion
+from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
+from lightning_comm.strategies.cyclic_files import CyclicResume
+from lightning_comm.strategies.cyclic_run import CyclicRun
+from lightning_comm.strategies.interruptions import Interruptions
+from lightning_comm.transport.agreement import Agreement, PeerFailure, default_store
+from lightning_comm.transport.averaging import broadcast_
+from lightning_comm.transport.cyclic_optimizer import ClipBy
+from lightning_comm.transport.cyclic_requests import Requests
+from lightning_comm.transport.random_state import set_random_state
+from lightning_comm.transport.recording import Pending, Recorder, leave_group_at_exit
+from lightning_comm.transport.replica import fingerprint
+
+_T = TypeVar("_T")
+_BUCKET_BYTES = 2**25  # of the broadcast at the start
+_fits = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
+
+
+class CyclicStrategy(DDPStrategy):
+    """Let ranks take turns: gradients and new parameters travel round a ring, stage by stage, beside compute.
+
+    The model is cut into *stages* in the order in which its modules run. As soon as backward has passed a stage, its
+    gradient is added to the sum that comes round the ring; at its end the stage's *owner* updates it, and the new
+    version goes on round the ring. No rank waits for all others at the end of a step. Instead some compute with
+    parameters that are one update old: under rule ``"v2"`` a rank uses the newest version where its turn comes late
+    enough for it, (N - 1) / 2N of all stages and ranks are stale, and under ``"v1"`` all are.
+
+    Registered as ``cyclic`` and ``cyclic_v1``, each also with ``_spawn``, ``_fork`` and ``_notebook`` for the way
+    processes are started.
+
+    Args:
+        rule: ``"v2"`` or ``"v1"``, as above.
+        lag: For rule ``"v2"`` with as many stages as ranks: so many ranks more are stale at each stage. 1 takes away
+            the messages without slack, and the number of ranks gives ``"v1"``.
+        warmup_sync_steps: So many optimizer steps at first all compute with the newest parameters, as under DDP.
+        stages: How many, a multiple of the number of ranks; or the name of the first module of each
+            (:attr:`stages_by_first_module` of an earlier run); ``None`` for three for each rank where the model has as
+            many modules. A number is cut by the time that modules take in the first forward, so two runs may cut in
+            other places and then differ in rounding and staleness; names, or a resumed run, keep the places.
+        stagger: ``"step"``: each rank starts a batch 1/N of its time after the one before it, which lowers the sum of
+            activations where ranks share a memory, and costs about what a barrier costs; ``"none"``: ranks start when
+            they can.
+        clip_norm: Bounds the gradient norm; ``None`` does not. ``Trainer(gradient_clip_val=...)`` is refused: the norm
+            of the whole gradient is not known when the first stages are updated.
+        clip_by: ``"stage"``: each stage's gradient is clipped by its own norm; ``"previous_norm"``: by the norm of the
+            whole gradient of the step before, and in the first step by stage.
+        accelerator: As in Lightning's ``DDPStrategy``, and so are the arguments below.
+        parallel_devices: Set by the Trainer.
+        cluster_environment: Where ranks and addresses come from.
+        checkpoint_io: How files are written.
+        precision_plugin: Set by the Trainer.
+        process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if left out.
+        timeout: How long a rank waits for the others.
+        start_method: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: At set-up, if the Trainer, the model or the optimizer cannot work with it.
+
+    Note:
+        *Communication.* For each stage and step the gradient goes from rank to rank in N - 1 messages, and so does the
+        new version: 2 (N - 1) / N of the model a rank and step, as in a ring all-reduce, from neighbour to neighbour.
+        Each message has 64 bytes of notes, by which ranks agree on stops and hear of losses that are not finite.
+
+        *Flush.* Before validation, checkpoints and the end of training all ranks take up the newest version of
+        everything, and average buffers (BatchNorm). The step after a flush computes with it everywhere, so where
+        flushes fall is a part of the run.
+
+        *Gradients.* Are handed over during backward, so ``on_after_backward`` and ``on_before_optimizer_step`` find
+        none, and weights seen between steps are those that this rank computed with.
+
+        *Memory.* Optimizer state of the owned stages only, 1/N; a copy of these stages; and up to two versions of
+        other stages that wait to be taken up. Gradients live until their stage is sent.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_comm import CyclicStrategy
+        >>> strategy = CyclicStrategy(rule="v2", warmup_sync_steps=100)
+        >>> trainer = Trainer(strategy=strategy, accelerator="cpu", devices=4, logger=False)
+
+    References:
+        L. Fournier, E. Oyallon. `Cyclic Data Parallelism for Efficient Parallelism of Deep Neural Networks
+        <https://arxiv.org/abs/2403.08837>`_. 2024.
+
+    """
+
+    def __init__(  # noqa: PLR0913  (the last eight are Lightning's)
+        self,
+        rule: Rule = "v2",
+        *,
+        lag: int = 0,
+        warmup_sync_steps: int = 0,
+        stages: int | list[str] | None = None,
+        stagger: Literal["none", "step"] = "none",
+        clip_norm: float | None = None,
+        clip_by: ClipBy = "stage",
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self.settings = cyclic_checks.checked(
+            CyclicSettings(rule, lag, warmup_sync_steps, stages, stagger, clip_norm, clip_by)
+        )
+        self._ledger = CommLedger()
+        self._run: CyclicRun | None = None
+        self._interruptions: Interruptions | None = None
+        self._trainer: Trainer | None = None
+        self._resume: CyclicResume | None = None
+        self._logs_checked = 0
+
+    # ---- what can be seen ----------------------------------------------------------------------------------------
+
+    @property
+    def ledger(self) -> CommLedger:
+        """Every message of the last or current run that this rank sent, and how long compute waited for others."""
+        return self._ledger
+
+    @property
+    def schedule(self) -> CyclicSchedule | None:
+        """The rules of the last or current ``fit``, once the model is cut into stages."""
+        return self._run.schedule if self._run is not None else None
+
+    @property
+    def stage_names(self) -> list[list[str]]:
+        """The names of the parameters of each stage, once the model is cut."""
+        return [list(stage.parameters) for stage in self._run.stages] if self._run is not None else []
+
+    @property
+    def stages_by_first_module(self) -> list[str]:
+        """The name of the first module of each stage, once the model is cut: for ``stages`` of another run."""
+        return [stage.modules[0] for stage in self._run.stages] if self._run is not None else []
+
+    @property
+    def optimizer_state_bytes(self) -> int:
+        """The bytes of optimizer state that this rank holds."""
+        optimizer = self._run.optimizer if self._run is not None else None
+        return optimizer.state_bytes() if optimizer is not None else 0
+
+    # ---- set-up --------------------------------------------------------------------------------------------------
+
+    @override
+    def connect(self, model: LightningModule) -> None:
+        super().connect(model)
+        callbacks: list[Any] = getattr(model.trainer, "callbacks", [])
+        checks.check_twin_callbacks(callbacks, WHERE)
+        callbacks[:] = [Companion(self), *(each for each in callbacks if not isinstance(each, Companion))]
+        if model.trainer.state.fn == TrainerFn.FITTING:
+            self._run = self._resume = None
+            self._ledger = CommLedger()
+            self._logs_checked = 0
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        leave_group_at_exit()
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        if trainer.state.fn != TrainerFn.FITTING:
+            super().setup(trainer)
+            return
+        module = self.lightning_module
+        assert module is not None
+        cyclic_checks.check_ranks(self.settings, self.world_size)
+        cyclic_checks.check_trainer(trainer, self._layer_sync is not None)
+        cyclic_checks.check_module(module)
+        super().setup(trainer)
+        optimizer = cyclic_checks.check_optimizers(module, self.optimizers)
+        cyclic_checks.warn_of_memory(self.settings, self.world_size, self.root_device.type == "cuda")
+        namespace = f"lightning_comm/cyclic/{next(_fits)}"
+        store = default_store()
+        self._run = CyclicRun(
+            trainer,
+            module,
+            optimizer,
+            self.settings,
+            self._ledger,
+            Agreement(store, self.global_rank, self.world_size, namespace, poll_interval_s=1.0),
+            Requests(store, self.global_rank, namespace),
+            self.broadcast,
+            self._timeout or timedelta(minutes=30),
+        )
+        self._interruptions = Interruptions(
+            trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False), WHERE
+        )
+        self._interruptions.install_signal_handlers()
+
+    @override
+    def configure_ddp(self) -> None:
+        assert self.model is not None
+        recorder = Recorder(self._ledger)
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        row = control.ControlRow(layout=fingerprint(named))
+        control.check_same_model(control.exchange(row, recorder, self.root_device, Pending.wait), WHERE)
+        with torch.no_grad():
+            broadcast_([tensor for _, tensor in named], recorder, "start", _BUCKET_BYTES)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        run, trainer = self._run, self._trainer
+        assert run is not None
+        assert trainer is not None
+        assert self._interruptions is not None
+        if not any(isinstance(callback, Companion) for callback in getattr(trainer, "callbacks", [])):
+            return  # a trial run of a learning-rate finder, which sets callbacks aside and undoes all that it did
+        lightning_internals.load_skipped_loader_states(trainer)
+        cyclic_checks.check_batches(trainer)
+        run.check_start(float(trainer.num_training_batches))
+        resume, self._resume = self._resume or CyclicResume(), None
+        run.start(trainer.global_step, resume.stages, resume.previous_norm)
+        if resume.ledger is not None:
+            self._ledger.load_state_dict(resume.ledger)
+        self._interruptions.install()
+        if resume.random is not None:
+            set_random_state(resume.random)  # last, since what comes before may draw from the generators
+            if resume.epoch_is_over:
+                lightning_internals.begin_loaders_again(trainer)
+
+    # ---- steps ---------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._interruptions is not None and self._run is not None and self._run.active:
+            self._interruptions.begin_batch()
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._run is not None:
+            self._run.begin_forward()
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        super().pre_backward(closure_loss)
+        if self._run is not None:
+            self._run.begin_backward(closure_loss)
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        if self._run is not None:
+            self._run.end_backward()
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        if self._run is not None:
+            self._run.step_is_due()
+        # the closure hands all gradients over, so that the optimizer itself finds nothing to step on
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._run is not None:
+            self._run.count_step()
+        return output
+
+    def end_batch(self) -> None:
+        """Called by the companion after every training batch and its schedulers, before any other callback."""
+        assert self._run is not None
+        assert self._trainer is not None
+        logged = lightning_internals.number_of_logged_metrics(self._trainer)
+        if logged > self._logs_checked:
+            self._logs_checked = logged
+            checks.warn_of_per_step_sync(self._trainer, WHERE)
+        self._run.end_batch()
+
+    def end_epoch(self) -> None:
+        """Called by the companion at the end of a training epoch."""
+        assert self._trainer is not None
+        checks.check_plateau_monitors(self._trainer, WHERE)
+
+    # ---- meeting -------------------------------------------------------------------------------------------------
+
+    def begin_evaluation(self) -> None:
+        """Called by the companion when validation starts: all ranks take up the newest parameters."""
+        run, trainer = self._run, self._trainer
+        if run is None or trainer is None or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        if self._interruptions is not None:
+            self._interruptions.remember_random_state()
+            self._interruptions.met |= not run.flushed
+        run.flush()
+
+    def end_evaluation_epoch(self) -> None:
+        """Called by the companion when all validation batches are done and their metrics known."""
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            checks.check_plateau_monitors(self._trainer, WHERE)
+
+    def finish(self) -> None:
+        """Called by the companion when training ends, before any other callback."""
+        if self._run is not None:
+            self._run.finish()
+
+    def report_failure(self, exception: BaseException) -> None:
+        """Called by the companion when this rank fails: tell the others, without a collective."""
+        if self._run is None or isinstance(exception, (PeerFailure, SIGTERMException)):
+            return
+        with suppress(RuntimeError):  # the store is gone with rank 0, and then everybody knows
+            self._run.agreement.report_failure(f"{type(exception).__name__}: {exception}")
+
+    def _is_fitting(self) -> bool:
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        return fitting and self._run is not None and dist.is_initialized()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        # here, where all ranks come for a checkpoint
+        if self._is_fitting() and self._trainer is not None and self._run is not None and not self._trainer.interrupted:
+            self._run.flush()
+        return super().lightning_module_state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        run, trainer = self._run, self._trainer
+        if run is None or trainer is None or not self._is_fitting() or trainer.interrupted:
+            return super().optimizer_state(optimizer)
+        return cyclic_files.gathered_state(run, getattr(optimizer, "_optimizer", optimizer))
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        run, trainer = self._run, self._trainer
+        fitting = run is not None and trainer is not None and self._is_fitting() and not trainer.interrupted
+        if fitting and run is not None and "optimizer_states" in checkpoint:
+            cyclic_files.write(run, checkpoint)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        rank_files.refuse_sharded(checkpoint_path, WHERE)
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._run is not None:
+            return checkpoint  # not for `fit`, or a tuner within it puts back what it has changed
+        self._resume = cyclic_files.load(checkpoint, checkpoint_path, self.global_rank, self.world_size)
+        return checkpoint
+
+    # ---- Lightning's own collectives -----------------------------------------------------------------------------
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        self._together(lambda: DDPStrategy.barrier(self, *args, **kwargs), None)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return self._together(lambda: DDPStrategy.broadcast(self, obj, src), obj)
+
+    @override
+    def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
+        return self._together(lambda: DDPStrategy.reduce(self, tensor, group, reduce_op), tensor)
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        return self._together(lambda: DDPStrategy.all_gather(self, tensor, group, sync_grads), tensor)
+
+    def _together(self, collective: Callable[[], _T], alone: _T) -> _T:
+        """Note that all ranks meet; once a rank has failed, when no collective would end, do without."""
+        if self._interruptions is not None:
+            self._interruptions.met = True
+        if self._trainer is not None and self._trainer.interrupted:
+            return alone
+        if self._run is None:
+            return collective()
+        with self._run.agreement.first_error_shown():
+            return collective()
+
+    @override
+    def teardown(self) -> None:
+        if self._interruptions is not None:
+            self._interruptions.undo()
+            self._interruptions = None
+        if self._run is not None and self._run.active:
+            self._run.abandon()
+        super().teardown()
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        # for start methods that pickle: what exists before processes start, without a run's handles
+        return {
+            **super().__getstate__(),
+            "_run": None,
+            "_interruptions": None,
+            "_trainer": None,
+            "_resume": None,
+        }

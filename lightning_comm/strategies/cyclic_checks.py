@@ -1,0 +1,201 @@
+"""What cannot work together under Cyclic Data Parallelism is refused before training starts."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_comm.core.cyclic import RULES, CyclicSchedule, Rule
+from lightning_comm.strategies import checks
+from lightning_comm.transport.cyclic_optimizer import ClipBy
+
+WHERE = "CyclicStrategy"
+_CHOICES = {"rule": RULES, "stagger": ("none", "step"), "clip_by": ("stage", "previous_norm")}
+
+
+@dataclass(frozen=True)
+class CyclicSettings:
+    """The arguments of ``CyclicStrategy``, which explains them."""
+
+    rule: Rule
+    lag: int
+    warmup_sync_steps: int
+    stages: int | list[str] | None
+    stagger: Literal["none", "step"]
+    clip_norm: float | None
+    clip_by: ClipBy
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def checked(settings: CyclicSettings) -> CyclicSettings:
+    """Return the settings if each is in range, as far as that can be said without the number of ranks.
+
+    Raises:
+        ValueError: If one is not.
+
+    """
+    for name, choices in _CHOICES.items():
+        if getattr(settings, name) not in choices:
+            raise ValueError(
+                f"{WHERE}: `{name}` must be one of {', '.join(map(repr, choices))}; got {getattr(settings, name)!r}."
+            )
+    for name, what in (("lag", "workers"), ("warmup_sync_steps", "optimizer steps")):
+        if not _is_count(getattr(settings, name), 0):
+            raise ValueError(
+                f"{WHERE}: `{name}` counts {what}, so it must be a whole number >= 0; got {getattr(settings, name)!r}. "
+                "0 is the default."
+            )
+    if settings.rule == "v1" and settings.lag:
+        raise ValueError(
+            f"{WHERE}: `lag`={settings.lag} is for rule 'v2'; under 'v1' all workers are one update behind already. "
+            "Leave it out."
+        )
+    stages = settings.stages
+    names = isinstance(stages, list) and bool(stages) and all(isinstance(name, str) for name in stages)
+    if stages is not None and not names and not _is_count(stages, 1):
+        raise ValueError(
+            f"{WHERE}: `stages` must be a number of stages, a multiple of the number of ranks, or a list with the name "
+            f"of the first module of each; got {stages!r}. None takes three for each rank, where the model has as many "
+            "modules."
+        )
+    if isinstance(stages, list) and len(set(stages)) < len(stages):
+        raise ValueError(f"{WHERE}: `stages` names a module twice: {stages!r}. Name each stage's first module once.")
+    clip = settings.clip_norm
+    if clip is not None and not (isinstance(clip, (int, float)) and math.isfinite(clip) and clip > 0):
+        raise ValueError(f"{WHERE}: `clip_norm` must be a finite number > 0; got {clip!r}. None does not clip.")
+    return settings
+
+
+def check_ranks(settings: CyclicSettings, world_size: int) -> None:
+    """Refuse stages and a lag that do not fit the number of ranks."""
+    stages = settings.stages
+    count = len(stages) if isinstance(stages, list) else stages
+    if count is None:
+        count = world_size if settings.lag else 3 * world_size
+    if count % world_size:
+        raise ValueError(
+            f"{WHERE}: `stages`={stages!r} makes {count} stages, and with {world_size} ranks it must be a multiple of "
+            f"{world_size}. Give {world_size}, {2 * world_size} or {3 * world_size}, or leave it out."
+        )
+    try:
+        CyclicSchedule(world_size, count, settings.rule, settings.lag, settings.warmup_sync_steps)
+    except ValueError as error:
+        raise ValueError(str(error).replace("CyclicSchedule:", f"{WHERE}:", 1)) from error
+    if world_size == 1:
+        rank_zero_warn(
+            f"{WHERE}: one process only, so there is nobody to take turns with; training goes on as without the "
+            "strategy, one update late under rule 'v1' and with a lag. Give the Trainer `devices=2` or more; to see on "
+            "one device what the delay does, use `simulate_delay`."
+        )
+
+
+def check_trainer(trainer: Trainer, sync_batchnorm: bool) -> None:
+    """Refuse settings and callbacks of the Trainer that this cannot honour."""
+    checks.check_trainer(trainer, sync_batchnorm, WHERE)
+    clip = trainer.gradient_clip_val
+    if clip:
+        raise MisconfigurationException(
+            f"{WHERE}: `Trainer(gradient_clip_val={clip!r})` would clip nothing: stages are updated one by one, before "
+            "the norm of the whole gradient is known. Use `CyclicStrategy(clip_norm=..., clip_by='stage')`, which "
+            "clips each stage by its own norm, or `clip_by='previous_norm'`, by the whole norm of the step before."
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise MisconfigurationException(
+            f"{WHERE}: `Trainer(precision='16-mixed')` needs a gradient scaler, which skips a step when any stage "
+            "overflows, and stages are updated before that is known. Use 'bf16-mixed' or '32-true'."
+        )
+    for callback in getattr(trainer, "callbacks", []):
+        if isinstance(callback, WeightAveraging):
+            raise MisconfigurationException(
+                f"{WHERE}: the callback {type(callback).__name__} averages the weights that a rank computes with, and "
+                "these are of two versions, another mix on each rank. Leave it out, or average checkpoints, which hold "
+                "one version."
+            )
+        if type(callback).__name__ == "AdaptivePartition":
+            raise MisconfigurationException(
+                f"{WHERE}: the callback AdaptivePartition measures how long ranks wait for each other at the end of a "
+                "step, and here they wait inside it. Leave it out, or use DDPStrategy."
+            )
+
+
+def check_batches(trainer: Trainer) -> None:
+    """Refuse a run whose number of batches is not known; when loaders are there."""
+    if trainer.num_training_batches == float("inf"):
+        raise MisconfigurationException(
+            f"{WHERE}: the number of training batches is not known, and a rank that ends its epoch first would let the "
+            "others wait for its gradients. Give the Trainer `limit_train_batches=<number>`."
+        )
+
+
+def check_module(module: LightningModule) -> None:
+    """Refuse modules that hooks cannot follow, or that communicate in their forward."""
+    checks.check_module(module, WHERE)
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{WHERE}: `automatic_optimization=False` lets the module step its optimizers, and here stages are updated "
+            "one by one, beside compute. Use automatic optimization with one optimizer."
+        )
+    if getattr(module, "_compiler_ctx", None) is not None:
+        raise MisconfigurationException(
+            f"{WHERE}: a model from torch.compile runs as one piece, so it cannot be cut into stages. Leave "
+            "torch.compile out, or compile its blocks one by one (`block.compile()`)."
+        )
+    for name, part in module.named_modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
+            raise MisconfigurationException(
+                f"{WHERE}: {type(part).__name__} {name!r} has `sparse=True`, and a sparse gradient cannot be added up "
+                "along the ring. Leave `sparse` out."
+            )
+
+
+def check_optimizers(module: LightningModule, optimizers: list[Optimizer]) -> Optimizer:
+    """Return the one optimizer, if it can update stages one by one."""
+    if len(optimizers) != 1:
+        raise MisconfigurationException(
+            f"{WHERE}: `configure_optimizers` must return one optimizer; got {len(optimizers)}. Use parameter groups "
+            "for parts with other settings."
+        )
+    optimizer = optimizers[0]
+    names = [base.__name__ for base in type(optimizer).__mro__]
+    if isinstance(optimizer, LBFGS) or any(name.upper().endswith("SAM") for name in names):
+        raise MisconfigurationException(
+            f"{WHERE}: the optimizer {names[0]} needs the whole gradient more than once in a step, so it cannot update "
+            "stages one by one. Use one that treats each parameter by itself, such as SGD or AdamW."
+        )
+    if any(name in checks.COMMUNICATING for name in names):
+        raise MisconfigurationException(
+            f"{WHERE}: the optimizer {names[0]} communicates in its `step`, and here each rank updates other stages. "
+            "Use the plain optimizer inside it; its state is sharded by the strategy."
+        )
+    in_model = {id(parameter) for parameter in module.parameters()}
+    strangers = sum(id(each) not in in_model for group in optimizer.param_groups for each in group["params"])
+    if strangers:
+        raise MisconfigurationException(
+            f"{WHERE}: the optimizer {names[0]} has {strangers} parameter(s) that are not in the model, so no rank "
+            "would own them. Register them in the LightningModule (`self.part = ...`), or leave them out of it."
+        )
+    if not any(each.requires_grad for group in optimizer.param_groups for each in group["params"]):
+        raise MisconfigurationException(
+            f"{WHERE}: no parameter of the optimizer {names[0]} requires a gradient, so there is nothing to train. "
+            "Check `requires_grad` and what `configure_optimizers` passes on."
+        )
+    return optimizer
+
+
+def warn_of_memory(settings: CyclicSettings, devices_here: int, on_cuda: bool) -> None:
+    """Say where turns in time are asked for and bring no memory."""
+    if settings.stagger == "step" and on_cuda:
+        rank_zero_warn(
+            f"{WHERE}: `stagger='step'` lowers the sum of activations over the ranks. On {devices_here} devices with a "
+            "memory of their own each, none of them needs less. It costs what a barrier a step costs; leave it out "
+            "unless ranks share a memory."
+        )

@@ -1,0 +1,114 @@
+"""Checkpoints of Cyclic Data Parallelism: complete and ordinary, with what an exact continuation needs beside.
+
+Weights are of one version, since ranks flush before, and the optimizer's state is gathered into its ordinary form, so
+any strategy can go on from the file. Under ``lightning_comm.cyclic`` there are the stages and, for each rank, its
+random state, its place in the data and its schedulers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_comm.lightning_internals import close_finished_epoch
+from lightning_comm.strategies.cyclic_checks import WHERE
+from lightning_comm.strategies.cyclic_run import CyclicRun
+from lightning_comm.transport.cyclic_stages import Stage
+from lightning_comm.transport.random_state import random_state
+
+KEY = "lightning_comm.cyclic"
+VERSION = 1
+_RANK_KEYS = ("lr_schedulers", "loops")  # what Lightning restores and what may differ between ranks
+
+
+@dataclass(frozen=True)
+class CyclicResume:
+    """How far a checkpoint can bring a run back.
+
+    Args:
+        stages: Where the model was cut; empty where it must be cut anew.
+        previous_norm: The gradient norm of the last step, if it is known.
+        ledger: The sums of the ledger of this rank.
+        random: This rank's random state, or ``None``.
+        epoch_is_over: Whether it was saved at the end of an epoch.
+
+    """
+
+    stages: Sequence[Stage] = ()
+    previous_norm: float | None = None
+    ledger: dict[str, Any] | None = None
+    random: dict[str, Any] | None = None
+    epoch_is_over: bool = False
+
+
+def gathered_state(run: CyclicRun, optimizer: Optimizer) -> dict[str, Any]:
+    """Return the optimizer's ``state_dict`` with the state of all ranks on rank 0; every rank calls this.
+
+    Note:
+        *Communication.* The state of every rank travels to rank 0.
+
+    """
+    state = optimizer.state_dict()
+    if run.optimizer is None:
+        return state
+    own = run.optimizer.own_state()
+    everybody: list[dict[int, Any]] | None = [{}] * run.recorder.world_size if run.recorder.rank == 0 else None
+    with run.agreement.first_error_shown():
+        dist.gather_object(own, everybody)
+    parts = everybody if everybody is not None else [own]
+    state["state"] = {number: values for part in parts for number, values in part.items()}
+    state["state"] = dict(sorted(state["state"].items()))
+    return state
+
+
+def write(run: CyclicRun, checkpoint: dict[str, Any]) -> None:
+    """Put what an exact continuation needs into a checkpoint; every rank calls this."""
+    own = {
+        "random": random_state(),
+        "epoch_is_over": run.trainer.is_last_batch,
+        "ledger": run.recorder.ledger.state_dict(),
+        "checkpoint": {key: checkpoint[key] for key in _RANK_KEYS if key in checkpoint},
+    }
+    ranks: list[Any] = [None] * run.recorder.world_size
+    with run.agreement.first_error_shown():
+        dist.all_gather_object(ranks, own)
+    checkpoint[KEY] = {
+        "version": VERSION,
+        "world_size": run.recorder.world_size,
+        "stages": [[list(stage.modules), list(stage.parameters)] for stage in run.stages],
+        "previous_norm": run.previous_norm(),
+        "ranks": ranks,
+    }
+
+
+def load(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: int) -> CyclicResume:
+    """Put this rank's own state into a checkpoint that was read; return what the run takes up from it."""
+    saved: dict[str, Any] = checkpoint.get(KEY, {})
+    reason = None
+    if not saved:
+        reason = "another strategy wrote it"
+    elif saved["version"] != VERSION:
+        reason = f"its format is {saved['version']!r}, and this version reads {VERSION}"
+    elif saved["world_size"] != world_size:
+        reason = f"it was written by {saved['world_size']} ranks, and there are {world_size} now"
+    if reason is not None:
+        rank_zero_warn(
+            f"{WHERE}: `ckpt_path`={str(filepath)!r} is taken up with its weights, its optimizer state and its place "
+            f"in the schedule, but the run will not repeat the one that wrote it bit for bit: {reason}. The model "
+            "is cut into stages anew."
+        )
+        norm = saved["previous_norm"] if saved.get("version") == VERSION else None
+        return CyclicResume(previous_norm=norm)
+    own = saved["ranks"][rank]
+    checkpoint.update(own["checkpoint"])
+    close_finished_epoch(checkpoint["loops"])
+    return CyclicResume(
+        [Stage(tuple(modules), tuple(parameters)) for modules, parameters in saved["stages"]],
+        saved["previous_norm"],
+        own["ledger"],
+        own["random"],
+        own["epoch_is_over"],
+    )

@@ -1,0 +1,409 @@
+"""One ``fit`` under Cyclic Data Parallelism: which version the model holds, what is handed over, and when all meet.
+
+`CyclicStrategy` is the shell that Lightning calls; its hooks and the companion callback call this.
+
+In each optimizer step: `begin_forward` opens it; at the first call of a stage's modules `_enter` puts the version that
+the schedule says in place; when the gradients of a stage are ready they are handed to the ring; `count_step` closes it.
+In the first step of a run the forward is traced instead, and the model is cut into stages before its backward.
+Parameters are written by this thread alone, between a stage's backward and its next forward.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_comm.core.cyclic import CyclicSchedule
+from lightning_comm.core.cyclic_stages import default_stages
+from lightning_comm.core.ledger import CommLedger
+from lightning_comm.strategies import control
+from lightning_comm.strategies.control import ControlRow
+from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
+from lightning_comm.transport.agreement import Agreement, Decision, Kind
+from lightning_comm.transport.cyclic import CyclicRing
+from lightning_comm.transport.cyclic_buffers import average_buffers
+from lightning_comm.transport.cyclic_messages import StageLayout
+from lightning_comm.transport.cyclic_optimizer import SQUARED_NORM, StageOptimizer
+from lightning_comm.transport.cyclic_requests import Requests, check_finite
+from lightning_comm.transport.cyclic_stages import START, ForwardTrace, Stage, cut, cut_at
+from lightning_comm.transport.cyclic_stagger import Stagger
+from lightning_comm.transport.recording import Pending, Recorder, another_group
+
+_NOTICEABLE_S = 5e-5  # shorter waits are not worth a record
+
+
+class CyclicRun:
+    """The state of one ``fit``.
+
+    Args:
+        trainer: The Trainer.
+        module: The model.
+        optimizer: Its optimizer.
+        settings: What the user chose.
+        ledger: Where messages are written down.
+        agreement: Tells of failures.
+        requests: What ranks ask for.
+        broadcast: Gives all ranks an object of rank 0's.
+        timeout: How long messages wait for other ranks.
+
+    """
+
+    def __init__(  # noqa: PLR0913  (each is made by the strategy)
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        optimizer: Optimizer,
+        settings: CyclicSettings,
+        ledger: CommLedger,
+        agreement: Agreement,
+        requests: Requests,
+        broadcast: Callable[[Any], Any],
+        timeout: timedelta,
+    ) -> None:
+        self.trainer = trainer
+        self.settings = settings
+        self.agreement = agreement
+        self.recorder = Recorder(ledger)
+        self.steps_done = 0
+        self.flushed_at = 0  # steps done when all ranks last took up the newest version of everything
+        self.stages: list[Stage] = []  # empty until the model is cut
+        self.schedule: CyclicSchedule | None = None
+        self.optimizer: StageOptimizer | None = None
+        self.active = False  # not in a trial run, such as that of a learning-rate finder
+        self.on_decision: Callable[[Decision], None] = lambda decision: None
+        self._module = module
+        self._user_optimizer = optimizer
+        self._requests = requests
+        self._broadcast = broadcast
+        # one group for each lane, whose messages keep no order with those of the other or of Lightning
+        groups = [another_group(timeout), another_group(timeout)]
+        self._lanes = [Recorder(ledger, group, hold=True) for group in groups]
+        staggered = settings.stagger == "step" and self.recorder.world_size > 1
+        self._stagger_group = another_group(timeout, "gloo") if staggered else None
+        self._stagger: Stagger | None = None
+        self._trace: ForwardTrace | None = None
+        self._ring: CyclicRing | None = None
+        self._handles: list[RemovableHandle] = []
+        self._parameters: list[list[Parameter]] = []  # by stage
+        self._versions: list[int] = []  # which the module holds, by stage
+        self._began_at = 0
+        self._saved_norm: float | None = None
+        self._open = self._stepping = self._counted = False
+        self._entered: set[int] = set()
+        self._ready: list[int] = []
+        self._handed: set[int] = set()
+        self._non_finite: Tensor | None = None
+
+    # ---- set-up --------------------------------------------------------------------------------------------------
+
+    def start(self, steps_done: int, stages: Sequence[Stage], previous_norm: float | None) -> None:
+        """Begin at a step, with the stages of the run that is resumed, or without: then the first forward is traced."""
+        self.active = True
+        self.steps_done = self.flushed_at = self._began_at = steps_done
+        self._saved_norm = previous_norm
+        self.recorder.step = steps_done
+        if stages:
+            self._build(stages)
+        else:
+            self._trace = ForwardTrace(self._module, _trained(self._user_optimizer))
+
+    def check_start(self, batches: float) -> None:
+        """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
+        row = ControlRow(batches=batches if math.isfinite(batches) else -1)
+        with self.agreement.first_error_shown():
+            rows = control.exchange(row, self.recorder, self._module.device, Pending.wait)
+            control.check_same_batches(rows, WHERE)
+
+    def _cut(self, trace: ForwardTrace) -> list[Stage]:
+        """Cut the model as rank 0 measured it, so that all ranks have the same stages."""
+        units, problem, found = trace.units(), None, []
+        if self.recorder.rank == 0:
+            try:
+                found = self._choose(units)
+            except ValueError as error:
+                problem = str(error)
+        sent = [(stage.modules, stage.parameters) for stage in found]
+        problem, sent = self._broadcast((problem, sent))
+        if problem is not None:
+            raise ValueError(problem)
+        return [Stage(tuple(modules), tuple(parameters)) for modules, parameters in sent]
+
+    def _choose(self, units: Sequence[Any]) -> list[Stage]:
+        wanted, workers = self.settings.stages, self.recorder.world_size
+        if isinstance(wanted, list):
+            return cut_at(units, wanted, WHERE)
+        count = wanted or default_stages(len(units), workers, self.settings.lag)
+        if count > len(units):
+            raise ValueError(
+                f"{WHERE}: `stages`={count} is more than the {len(units)} modules with trainable parameters that ran: "
+                f"{', '.join(unit.module or '(none)' for unit in units)}. Leave `stages` out, or give a multiple of "
+                f"the number of ranks, {workers}, that is not above {len(units)}."
+            )
+        return cut(units, count)
+
+    def _build(self, stages: Sequence[Stage]) -> None:
+        settings, rank = self.settings, self.recorder.rank
+        self.stages = list(stages)
+        self.schedule = schedule = CyclicSchedule(
+            self.recorder.world_size, len(stages), settings.rule, settings.lag, settings.warmup_sync_steps
+        )
+        parameters = dict(self._module.named_parameters())
+        self._parameters = [[parameters[name] for name in stage.parameters] for stage in stages]
+        self._versions = [self.steps_done] * len(stages)
+        self._ready = [0] * len(stages)
+        owned = {stage: self._parameters[stage] for stage in schedule.owned(rank)}
+        self.optimizer = StageOptimizer(
+            self._user_optimizer, owned, settings.clip_norm, settings.clip_by, self._previous_norm
+        )
+        layouts = [StageLayout(each) for each in self._parameters]
+        sums, versions = self._lanes
+        self._ring = CyclicRing(schedule, layouts, self.optimizer.update, sums, versions, self._module.device)
+        modules = dict(self._module.named_modules())
+        for number, stage in enumerate(stages):
+            for name in stage.modules:
+                if name != START:
+                    enter = partial(self._on_forward, number)
+                    # in front of hooks that read parameters, such as those of weight normalisation
+                    self._handles.append(modules[name].register_forward_pre_hook(enter, prepend=True))
+            for parameter in self._parameters[number]:
+                ready = partial(self._on_gradient, number)
+                handle = parameter.register_post_accumulate_grad_hook(ready)  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
+        if self._stagger_group is not None:
+            self._stagger = Stagger(schedule, self._stagger_group, self.agreement.listen)
+
+    # ---- a step --------------------------------------------------------------------------------------------------
+
+    def begin_forward(self) -> None:
+        """Open the step, if this is its first batch; called before every training step of the module's."""
+        if not self.active:
+            return
+        first, self._open = not self._open, True
+        if self._trace is not None:
+            self._trace.begin()
+            return
+        assert self._ring is not None
+        if self._stagger is not None:
+            with self.agreement.first_error_shown():
+                self._stagger.begin_batch()
+        if first:
+            self._entered.clear()
+            self._ring.begin_step(self.steps_done)
+        if START in self.stages[0].modules:
+            self._enter(0)
+
+    def begin_backward(self, loss: Tensor) -> None:
+        """Note whether the loss is finite; in the first step, cut the model into stages."""
+        if not self.active:
+            return
+        bad = (~torch.isfinite(loss.detach()).all()).to(torch.float64)
+        self._non_finite = bad if self._non_finite is None else torch.maximum(self._non_finite, bad)
+        if self._trace is not None:
+            trace, self._trace = self._trace, None
+            self._build(self._cut(trace))
+            assert self._ring is not None
+            self._entered = set(range(len(self.stages)))
+            if self._stepping:
+                self._user_settings_changed()
+            self._ring.begin_step(self.steps_done)
+        if self._stagger is not None:
+            self._stagger.reach(len(self.stages))
+
+    def step_is_due(self) -> None:
+        """Note that this batch ends in an optimizer step, and the settings that count for it."""
+        if self.active:
+            self._stepping = True
+            self._user_settings_changed()
+
+    def _user_settings_changed(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.note_settings(self.steps_done)
+
+    def end_backward(self) -> None:
+        """Hand over what no hook has, and refuse parameters that had no part in the step."""
+        if self._stagger is not None:
+            self._stagger.reach(2 * len(self.stages))
+        if not self.active or not self._stepping:
+            return
+        for stage in reversed(range(len(self.stages))):
+            if stage not in self._handed:
+                self._hand_over(stage)
+
+    def count_step(self) -> None:
+        """Close the step; called after what Lightning takes for the optimizer's step."""
+        if not self.active:
+            return
+        self.steps_done += 1
+        self.recorder.step = self.steps_done
+        self._open = self._stepping = False
+        self._counted = True
+        self._handed.clear()
+        self._ready = [0] * len(self.stages)
+        self._non_finite = None
+
+    def end_batch(self) -> None:
+        """Do what ranks agreed on, if a step is over; called after every batch, before other callbacks."""
+        if not self._counted:
+            return
+        self._counted = False
+        for lane in self._lanes:
+            lane.write_held()
+        version = self.steps_done - 2  # the newest that every rank has, whatever it computes with
+        if version > self._began_at:
+            notes = self._notes_of(version)
+            check_finite(version - 1, notes, WHERE)
+            for decision in self._requests.decided(version - 1, notes, self.steps_done):
+                self.on_decision(decision)
+
+    def _on_forward(self, stage: int, *_: Any) -> None:
+        if self._open and self._ring is not None:
+            self._enter(stage)
+
+    def _enter(self, stage: int) -> None:
+        """Put the version in place with which this step computes; at the first call of each step."""
+        if stage in self._entered or self.schedule is None:
+            return
+        self._entered.add(stage)
+        if self._stagger is not None:
+            self._stagger.reach(stage)
+        version = self.schedule.version(self.recorder.rank, stage, self.steps_done, self.flushed_at)
+        if version > self._versions[stage]:
+            with self.agreement.first_error_shown():
+                self._take_up(stage, version)
+
+    def _take_up(self, stage: int, version: int) -> None:
+        assert self._ring is not None
+        since_s = time.monotonic()
+        message = self._ring.take(stage, version, self.agreement.listen)
+        if time.monotonic() - since_s > _NOTICEABLE_S:
+            self.recorder.waited("wait", since_s)
+        with torch.no_grad():
+            for parameter, part in zip(self._parameters[stage], message.parts, strict=True):
+                parameter.copy_(part)
+        self._ring.release(stage, version)
+        self._versions[stage] = version
+
+    def _on_gradient(self, stage: int, parameter: Tensor) -> None:
+        if not self._stepping:
+            return
+        if stage in self._handed:
+            raise RuntimeError(
+                f"{WHERE}: a gradient of stage {stage} (modules {', '.join(self.stages[stage].modules)}) came after "
+                "the stage's gradients had been sent: there was a second backward in the batch, or a part of the model "
+                "under reentrant checkpointing runs twice. Let one backward a batch compute all gradients, and use "
+                "`checkpoint(..., use_reentrant=False)`."
+            )
+        self._ready[stage] += 1
+        if self._ready[stage] == len(self._parameters[stage]):
+            self._hand_over(stage)
+
+    def _hand_over(self, stage: int) -> None:
+        assert self._ring is not None
+        parameters = self._parameters[stage]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if len(gradients) < len(parameters):
+            unused = [
+                name
+                for name, parameter in zip(self.stages[stage].parameters, parameters, strict=True)
+                if parameter.grad is None
+            ]
+            raise RuntimeError(
+                f"{WHERE}: {len(unused)} parameter(s) had no part in the loss of step {self.steps_done}, so their "
+                f"gradient, which other ranks wait for, does not exist: {', '.join(unused[:8])}. Use them in every "
+                "step, or freeze them with `requires_grad_(False)` and leave them out of the optimizer; DDPStrategy("
+                "find_unused_parameters=True) can do with parameters that are sometimes unused."
+            )
+        for parameter in parameters:
+            parameter.grad = None
+        self._handed.add(stage)
+        notes = self._requests.notes(self.steps_done, self._non_finite, self._module.device)
+        self._ring.hand_over(stage, gradients, notes)
+
+    # ---- meeting -------------------------------------------------------------------------------------------------
+
+    @property
+    def flushed(self) -> bool:
+        """Whether this rank holds the newest version of everything."""
+        return self.flushed_at == self.steps_done
+
+    def flush(self) -> None:
+        """Take up the newest version of everything, and average buffers; on all ranks after the same step."""
+        if self._ring is None or self.flushed:
+            return
+        with self.agreement.first_error_shown():
+            for stage in reversed(range(len(self.stages))):
+                if self._versions[stage] < self.steps_done:
+                    self._take_up(stage, self.steps_done)
+            for version in (self.steps_done - 1, self.steps_done):
+                if version > self._began_at:
+                    check_finite(version - 1, self._notes_of(version), WHERE)
+            average_buffers(self._module, self.recorder)
+        self.flushed_at = self.steps_done
+
+    def finish(self) -> None:
+        """End the run: all ranks hold the newest parameters, and nothing is under way."""
+        if self._ring is None:
+            return
+        self.flush()
+        if self._stagger is not None:
+            with self.agreement.first_error_shown():
+                self._stagger.close()
+        self._ring.close()
+        for lane in self._lanes:
+            lane.write_held()
+        self._end_hooks()
+        self.active = False
+
+    def abandon(self) -> None:
+        """Take the hooks away and end the lanes, where the run has not ended as it should."""
+        self._end_hooks()
+        if self._ring is not None:
+            self._ring.abandon()
+        self.active = False
+
+    def request(self, kind: Kind, reason: str) -> None:
+        """Ask for something that all ranks are to do at the same step."""
+        self._requests.ask(kind, reason)
+
+    def previous_norm(self) -> float | None:
+        """Return the gradient norm of the last step, after a flush; ``None`` where it is not known."""
+        return self._previous_norm(self.steps_done)
+
+    def stage_report(self) -> None:
+        """Say on rank 0 how the model was cut."""
+        rows = [
+            f"  stage {k}: {stage.modules[0] or '(start)'} to {stage.modules[-1] or '(start)'}, "
+            f"{sum(each.numel() for each in self._parameters[k]):,} parameters"
+            for k, stage in enumerate(self.stages)
+        ]
+        rank_zero_info("\n".join([f"{WHERE}: {len(self.stages)} stages.", *rows]))
+
+    def _notes_of(self, version: int) -> list[float]:
+        assert self._ring is not None
+        return self._ring.notes(version, [0], self.agreement.listen)[0]
+
+    def _previous_norm(self, step: int) -> float | None:
+        if step == self._began_at or self._ring is None:
+            return self._saved_norm
+        # in a lane, which need not hear of failures: compute does
+        rows = self._ring.notes(step, range(len(self.stages)), lambda: None)
+        return math.sqrt(sum(row[SQUARED_NORM] for row in rows))
+
+    def _end_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _trained(optimizer: Optimizer) -> list[Parameter]:
+    return [each for group in optimizer.param_groups for each in group["params"] if each.requires_grad]

@@ -1,0 +1,150 @@
+"""A rank's part of an optimizer: it updates the stages that the rank owns, one at a time, beside compute."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from lightning_comm.transport.cyclic_messages import Message
+
+ClipBy = Literal["stage", "previous_norm"]
+SQUARED_NORM = 7  # where a stage's squared gradient norm stands in the notes of its new version
+
+
+class StageOptimizer:
+    """Steps the owned stages of an optimizer on copies of their parameters, with the settings of the gradient's step.
+
+    The optimizer itself stays as its user made it: its groups hold the module's parameters and are what schedulers
+    change, and it steps on nothing, since gradients are handed over before. A twin of it holds copies of the owned
+    parameters, and all the state that there is. Compute reads the module's parameters and this thread writes the
+    copies, so neither is in the other's way.
+
+    Args:
+        optimizer: The user's.
+        owned: The parameters of each stage that this rank owns, in the order of their gradients in a message.
+        clip_norm: Bounds the norm of the mean gradient, or ``None``.
+        clip_by: Whether the norm is that of the stage alone, or that of the whole model one step before.
+        previous_norm: Returns the norm of the whole mean gradient of the step before a step, ``None`` before the first.
+
+    Note:
+        *Communication.* None.
+
+        *Memory.* A copy of the owned parameters, beside their optimizer state.
+
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        owned: Mapping[int, Sequence[Parameter]],
+        clip_norm: float | None,
+        clip_by: ClipBy,
+        previous_norm: Callable[[int], float | None],
+    ) -> None:
+        self._optimizer = optimizer
+        self._clip_norm, self._clip_by, self._previous_norm = clip_norm, clip_by, previous_norm
+        self._settings: dict[int, list[dict[str, Any]]] = {}  # by step
+        copies = {id(parameter): _copy_of(parameter) for parameters in owned.values() for parameter in parameters}
+        self._copies = {stage: [copies[id(each)] for each in parameters] for stage, parameters in owned.items()}
+        self._twin = _twin_of(optimizer, copies)
+        self._numbers = {
+            number: copies[id(parameter)]
+            for number, parameter in enumerate(_parameters(optimizer))
+            if id(parameter) in copies
+        }
+        for parameter in _parameters(optimizer):
+            state = optimizer.state.pop(parameter, None)  # restored from a checkpoint, of all parameters
+            if state is not None and id(parameter) in copies:
+                self._twin.state[copies[id(parameter)]] = state
+
+    def note_settings(self, step: int) -> None:
+        """Note the learning rates and other settings of the groups that count for a step's gradient."""
+        self._settings[step] = [_settings_of(group) for group in self._optimizer.param_groups]
+        for old in [each for each in self._settings if each < step - 4]:
+            del self._settings[old]
+
+    def update(self, step: int, stage: int, message: Message) -> None:
+        """Take the mean gradient of a stage from a message, update the stage, and leave its new parameters there."""
+        squared = sum(_squared_norm(gradient) for gradient in message.parts)
+        message.notes[SQUARED_NORM] = squared
+        self._clip(step, squared, message.parts)
+        for group, settings in zip(self._twin.param_groups, self._settings[step], strict=True):
+            group.update(settings)
+        copies = self._copies[stage]
+        for copy, gradient in zip(copies, message.parts, strict=True):
+            copy.grad = gradient
+        self._twin.step()
+        for copy, part in zip(copies, message.parts, strict=True):
+            copy.grad = None
+            part.copy_(copy)
+
+    def own_state(self) -> dict[int, dict[str, Any]]:
+        """Return the state of the owned parameters, by their number in the optimizer's ``state_dict``."""
+        return {
+            number: {key: _on_host(value) for key, value in self._twin.state[copy].items()}
+            for number, copy in self._numbers.items()
+            if copy in self._twin.state
+        }
+
+    def state_bytes(self) -> int:
+        """Return the bytes of tensors that the state of this rank's optimizer holds."""
+        tensors = [
+            value for state in self._twin.state.values() for value in state.values() if isinstance(value, Tensor)
+        ]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _clip(self, step: int, squared: float, gradients: Sequence[Tensor]) -> None:
+        if self._clip_norm is None:
+            return
+        norm = self._previous_norm(step) if self._clip_by == "previous_norm" else None
+        if norm is None:
+            norm = math.sqrt(squared)
+        if norm > self._clip_norm:
+            for gradient in gradients:
+                gradient.mul_(self._clip_norm / norm)
+
+
+def _twin_of(optimizer: Optimizer, copies: Mapping[int, Parameter]) -> Optimizer:
+    """Return an optimizer of the same kind and settings, over the copies alone and without state."""
+    twin: Optimizer = object.__new__(type(optimizer))
+    twin.__dict__.update(optimizer.__dict__)
+    twin.__dict__.pop("step", None)  # a learning-rate scheduler has put a counter of its own around the original's
+    twin.param_groups = [
+        {**group, "params": [copies[id(each)] for each in group["params"] if id(each) in copies]}
+        for group in optimizer.param_groups
+    ]
+    twin.state = defaultdict(dict)
+    return twin
+
+
+def _copy_of(parameter: Parameter) -> Parameter:
+    return Parameter(parameter.detach().clone(memory_format=torch.preserve_format))
+
+
+def _parameters(optimizer: Optimizer) -> list[Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.detach().clone() if isinstance(value, Tensor) else value
+        for key, value in group.items()
+        if key != "params"
+    }
+
+
+def _squared_norm(gradient: Tensor) -> float:
+    return float(torch.linalg.vector_norm(gradient, dtype=_widest(gradient))) ** 2
+
+
+def _widest(tensor: Tensor) -> torch.dtype:
+    return torch.complex128 if tensor.is_complex() else torch.float64
+
+
+def _on_host(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value

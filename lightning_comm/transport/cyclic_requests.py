@@ -1,0 +1,89 @@
+"""How ranks agree on a stop, or a save, under Cyclic Data Parallelism: requests travel with the gradients."""
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from lightning_comm.transport.agreement import Decision, KeyValueStore, Kind
+from lightning_comm.transport.cyclic_messages import NOTES
+
+_KINDS: tuple[Kind, ...] = get_args(Kind)
+NON_FINITE, NON_FINITE_RANKS = len(_KINDS), len(_KINDS) + 1  # how many losses were not finite; the sum of their ranks
+
+
+class Requests:
+    """What this rank asks for, and what all ranks have heard.
+
+    A rank counts its request into its notes of one step. They are added up along the ring with the gradients, and the
+    sum comes back with the new version. Two steps later every rank has it, and all act at the end of the same step. The
+    reason, for people, is left in the process group's store.
+
+    Args:
+        store: A store that all ranks share.
+        rank: This rank.
+        namespace: Keeps the keys of one run apart from those of another; the same on all ranks.
+
+    Note:
+        *Communication.* None of its own; for each request one small write to the store, and one read on each rank.
+
+    """
+
+    def __init__(self, store: KeyValueStore, rank: int, namespace: str) -> None:
+        self._store, self._rank, self._namespace = store, rank, namespace
+        self._wanted: dict[Kind, str] = {}
+
+    def ask(self, kind: Kind, reason: str) -> None:
+        """Ask for something; it travels with the next gradient. A signal handler may call this."""
+        self._wanted.setdefault(kind, f"rank {self._rank}: {reason}")
+
+    def notes(self, step: int, non_finite: Tensor | None, device: torch.device) -> Tensor:
+        """Return this rank's notes of a step, in which what was asked for since the last ones is counted.
+
+        Args:
+            step: Which.
+            non_finite: Whether a loss of this rank was not finite, as a tensor on the device; ``None`` for no.
+            device: Where gradients are.
+
+        """
+        row = [0.0] * NOTES
+        for kind in tuple(self._wanted):
+            self._store.compare_set(self._key(kind, step), "", self._wanted.pop(kind))
+            row[_KINDS.index(kind)] = 1.0
+        notes = torch.tensor(row, dtype=torch.float64, device=device)
+        if non_finite is not None:
+            notes[NON_FINITE] = non_finite
+            notes[NON_FINITE_RANKS] = non_finite * self._rank
+        return notes
+
+    def decided(self, step: int, notes: list[float], at_step: int) -> list[Decision]:
+        """Return what all ranks do now, from the summed notes of a step.
+
+        Args:
+            step: Whose notes.
+            notes: Their sum over the ranks.
+            at_step: Optimizer steps done now.
+
+        """
+        kinds = [kind for kind, count in zip(_KINDS, notes, strict=False) if count > 0]
+        return [Decision(kind, self._store.get(self._key(kind, step)).decode(), at_step) for kind in kinds]
+
+    def _key(self, kind: Kind, step: int) -> str:
+        return f"{self._namespace}/request/{step}/{kind}"
+
+
+def check_finite(step: int, notes: list[float], where: str) -> None:
+    """Refuse to go on after a loss that was not finite, from the summed notes of a step.
+
+    Raises:
+        RuntimeError: On every rank alike.
+
+    """
+    count = int(notes[NON_FINITE])
+    if count:
+        which = f"of rank {int(notes[NON_FINITE_RANKS])}" if count == 1 else f"of {count} ranks"
+        raise RuntimeError(
+            f"{where}: the loss {which} was not finite (NaN or infinity) at optimizer step {step}, and its gradient "
+            "has reached the parameters of all ranks by now. Go on from the last checkpoint, with a lower learning "
+            "rate, `clip_norm`, or more `warmup_sync_steps`: delayed gradients want smaller steps."
+        )
