@@ -167,7 +167,15 @@ class CyclicRun:
         )
         layouts = [StageLayout(each) for each in self._parameters]
         sums, versions = self._lanes
-        self._ring = CyclicRing(schedule, layouts, self.optimizer.update, sums, versions, self._module.device)
+        self._ring = CyclicRing(
+            schedule,
+            layouts,
+            self.optimizer.update,
+            sums,
+            versions,
+            self._module.device,
+            in_any_order=self._module.device.type == "cpu",
+        )
         modules = dict(self._module.named_modules())
         for number, stage in enumerate(stages):
             for name in stage.modules:

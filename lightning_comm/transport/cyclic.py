@@ -1,34 +1,35 @@
 """The ring of Cyclic Data Parallelism: gradients and new parameters travel from neighbour to neighbour.
 
-Every rank has two *lanes*, each a thread with a process group of its own, so that nothing of this is in the way of
-compute. For each step, and within it for each stage in the order in which backward finishes them:
+Every rank has *lanes*, threads beside the one that computes, so that nothing of this is in its way. In each step
 
-- the gradient lane adds this rank's gradient to the sum that comes from the rank before, and passes it on; at the
-  stage's owner it divides by the number of ranks and updates the stage;
-- the parameter lane takes the new version from the rank before, or from its own update, passes it on, and keeps it
-  until compute takes it up.
+- a gradient lane adds this rank's gradient of a stage to the sum that comes from the rank before, and passes it on; at
+  the stage's owner it divides by the number of ranks and updates the stage;
+- a parameter lane takes the stage's new version from the rank before, or from its own update, passes it on, and keeps
+  it until compute takes it up.
 
-That order is the same on all ranks and does not depend on timing; :mod:`lightning_comm.core.cyclic_check` shows that
-nobody waits in a circle, also where a message lasts until the other end has asked for it, as under NCCL.
+On gloo each stage has two lanes of its own, and messages are told apart by tags: a stage whose gradient is late holds
+no other one up, which on a link that is always busy would cost up to two fifths of the speed. NCCL carries out what it
+is asked for in order, so there one lane for gradients and one for parameters handle all stages in the order in which
+backward finishes them, the same on all ranks. :mod:`lightning_comm.core.cyclic_check` shows that nobody waits in a
+circle.
 """
 
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from queue import SimpleQueue
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_comm.core.cyclic import CyclicSchedule
 from lightning_comm.transport.cyclic_messages import Mark, Message, StageLayout
 from lightning_comm.transport.recording import Recorder
 
-# Receives that a gradient lane has asked for ahead. On gloo a sender waits until it was told of the request, and that
-# small message waits behind bulk traffic. NCCL carries out what is asked for in order, so there none is.
-_AHEAD = 4
 _LISTEN_S = 1.0  # how often somebody who waits looks whether a rank has failed; a look takes up to 70 ms on a slow link
 
 Kind = Literal["gradient", "parameters"]
@@ -58,12 +59,13 @@ class CyclicRing:
         gradients: Sends and records gradients, on a process group of its own.
         parameters: Sends and records new versions, on another one.
         device: Where the tensors are.
+        in_any_order: Whether the backend tells messages by their tags, as gloo does and NCCL does not.
 
     Note:
         *Communication.* For each stage and step N - 1 messages of its size for the gradient and N - 1 for the new
         version, over all N ranks, each with 64 bytes of notes that are counted as ``"control"``.
 
-        *Memory.* Up to two versions of each stage that wait to be taken up, and a few stages' gradients on their way.
+        *Memory.* Up to two versions of each stage that wait to be taken up, and one gradient on its way.
 
     """
 
@@ -75,15 +77,15 @@ class CyclicRing:
         gradients: Recorder,
         parameters: Recorder,
         device: torch.device,
+        *,
+        in_any_order: bool = True,
     ) -> None:
         self._schedule, self._layouts, self._update, self._device = schedule, layouts, update, device
         self._rank = gradients.rank
         self._recorders: dict[Kind, Recorder] = {"gradient": gradients, "parameters": parameters}
-        one_at_a_time = device.type != "cpu"
-        self._ahead: dict[Kind, int] = {
-            "gradient": 0 if one_at_a_time else _AHEAD,
-            "parameters": 0 if one_at_a_time else schedule.stages,
-        }
+        # On gloo a sender waits until it was told that it may send, by a small message that waits behind bulk traffic:
+        # so what a step will bring is asked for at once.
+        self._ask_at_once = in_any_order
         self._free: list[deque[Message]] = [deque() for _ in layouts]
         self._own: list[SimpleQueue[Gradients | None]] = [SimpleQueue() for _ in layouts]
         self._updated: list[SimpleQueue[Message | None]] = [SimpleQueue() for _ in layouts]
@@ -92,15 +94,18 @@ class CyclicRing:
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._closed = False
-        self._steps: dict[Kind, SimpleQueue[int | None]] = {"gradient": SimpleQueue(), "parameters": SimpleQueue()}
-        self._lanes = [self._lane("gradient", self._gradients), self._lane("parameters", self._parameters)]
+        self._lanes: list[threading.Thread] = []
+        self._steps: list[SimpleQueue[int | None]] = []  # by lane
+        for stages in [[stage] for stage in schedule.order()] if in_any_order else [list(schedule.order())]:
+            self._start(partial(self._gradients, stages), f"gradients of stages {stages}")
+            self._start(partial(self._parameters, stages), f"parameters of stages {stages}")
 
     # ---- called by compute ---------------------------------------------------------------------------------------
 
     def begin_step(self, step: int) -> None:
         """Let the lanes ask for the messages of a step; called on every rank, for each step in turn."""
         self._raise_error()
-        for steps in self._steps.values():
+        for steps in self._steps:
             steps.put(step)
 
     def hand_over(self, stage: int, gradients: Sequence[Tensor], notes: Tensor) -> None:
@@ -156,10 +161,10 @@ class CyclicRing:
 
     # ---- the lanes -----------------------------------------------------------------------------------------------
 
-    def _gradients(self, step: int) -> None:
+    def _gradients(self, stages: Sequence[int], step: int) -> None:
         schedule, rank = self._schedule, self._rank
-        incoming = self._receive("gradient")
-        for stage in schedule.order():
+        incoming = self._receive("gradient", stages)
+        for stage in stages:
             own = self._own[stage].get()
             if own is None:
                 raise _ClosedError
@@ -177,7 +182,7 @@ class CyclicRing:
                     part.copy_(gradient)
             own.ready.keep_for_this_stream(own.parts)
             if schedule.sends(rank, stage, "gradient"):
-                self._send("gradient", stage, message)
+                self._send("gradient", step, stage, message)
                 self._free[stage].append(message)
                 continue
             for part in message.parts:
@@ -186,10 +191,10 @@ class CyclicRing:
             message.written = Mark(self._device)
             self._updated[stage].put(message)
 
-    def _parameters(self, step: int) -> None:
+    def _parameters(self, stages: Sequence[int], step: int) -> None:
         schedule, rank = self._schedule, self._rank
-        incoming = self._receive("parameters")
-        for stage in schedule.order():
+        incoming = self._receive("parameters", stages)
+        for stage in stages:
             if schedule.owner(stage) == rank:
                 updated = self._updated[stage].get()
                 if updated is None:
@@ -199,7 +204,7 @@ class CyclicRing:
             else:
                 message = next(incoming)
             if schedule.sends(rank, stage, "parameters"):
-                self._send("parameters", stage, message)
+                self._send("parameters", step, stage, message)
             message.written = Mark(self._device)
             notes = message.notes.tolist()
             with self._changed:
@@ -209,38 +214,29 @@ class CyclicRing:
                     del self._notes[old]
                 self._changed.notify_all()
 
-    def _receive(self, kind: Kind) -> Iterator[Message]:
-        """Ask for the messages of a step, some of them ahead; yield each when it has arrived."""
+    def _receive(self, kind: Kind, stages: Sequence[int]) -> Iterator[Message]:
+        """Ask for the messages of these stages in a step; yield each when it has arrived."""
         schedule, before = self._schedule, (self._rank - 1) % self._schedule.workers
-        to_come = [stage for stage in schedule.order() if schedule.receives(self._rank, stage, kind)]
-        asked: deque[tuple[Message, torch.distributed.Work]] = deque()
+        to_come = [stage for stage in stages if schedule.receives(self._rank, stage, kind)]
 
-        def ask() -> None:
-            if to_come:
-                stage = to_come.pop(0)
-                message = self._empty(stage)
-                asked.append((message, self._recorders[kind].receive(message.memory, before, tag=stage)))
+        def ask(stage: int) -> tuple[Message, dist.Work]:
+            message = self._empty(stage)
+            return message, self._recorders[kind].receive(message.memory, before, tag=stage)
 
-        for _ in range(self._ahead[kind]):
-            ask()
+        asked = list(map(ask, to_come)) if self._ask_at_once else map(ask, to_come)
 
         def arrivals() -> Iterator[Message]:
-            while asked or to_come:
-                if not asked:
-                    ask()
-                message, work = asked.popleft()
+            for message, work in asked:
                 work.wait()
-                if self._ahead[kind]:
-                    ask()
                 yield message
 
         return arrivals()
 
-    def _send(self, kind: Kind, stage: int, message: Message) -> None:
+    def _send(self, kind: Kind, step: int, stage: int, message: Message) -> None:
         payload_bytes = self._layouts[stage].payload_bytes
         purpose = "gradients" if kind == "gradient" else "parameters"
         message.sending = self._recorders[kind].send(
-            message.memory, self._schedule.after(self._rank), purpose, payload_bytes, tag=stage
+            message.memory, self._schedule.after(self._rank), purpose, payload_bytes, tag=stage, step=step
         )
 
     def _empty(self, stage: int) -> Message:
@@ -255,19 +251,20 @@ class CyclicRing:
 
     # ---- threads -------------------------------------------------------------------------------------------------
 
-    def _lane(self, kind: Kind, handle: Callable[[int], None]) -> threading.Thread:
+    def _start(self, handle: Callable[[int], None], what: str) -> None:
+        steps: SimpleQueue[int | None] = SimpleQueue()
         # a daemon, so that a message whose other end is gone does not keep the process alive
-        lane = threading.Thread(target=self._run, args=(kind, handle), name=f"lightning_comm {kind} lane", daemon=True)
+        lane = threading.Thread(target=self._run, args=(steps, handle), name=f"lightning_comm {what}", daemon=True)
+        self._steps.append(steps)
+        self._lanes.append(lane)
         lane.start()
-        return lane
 
-    def _run(self, kind: Kind, handle: Callable[[int], None]) -> None:
+    def _run(self, steps: "SimpleQueue[int | None]", handle: Callable[[int], None]) -> None:
         on_cuda = self._device.type == "cuda"
         try:
             stream = torch.cuda.Stream(self._device) if on_cuda else None  # type: ignore[no-untyped-call]
             with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else nullcontext():
-                while (step := self._steps[kind].get()) is not None:
-                    self._recorders[kind].step = step
+                while (step := steps.get()) is not None:
                     handle(step)
         except _ClosedError:
             return
@@ -294,7 +291,7 @@ class CyclicRing:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for steps in self._steps.values():
+        for steps in self._steps:
             steps.put(None)
         for own in self._own:
             own.put(None)

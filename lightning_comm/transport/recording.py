@@ -129,7 +129,7 @@ class Recorder:
 
         return rows, self._issue("all_gather", purpose, row, start)
 
-    def send(self, memory: Tensor, target: int, purpose: str, payload_bytes: int, *, tag: int) -> dist.Work:
+    def send(self, memory: Tensor, target: int, purpose: str, payload_bytes: int, *, tag: int, step: int) -> dist.Work:
         """Start sending to one rank, and record it with the time that it does not take whoever sends.
 
         Args:
@@ -138,14 +138,15 @@ class Recorder:
             purpose: What it is for.
             payload_bytes: How much of the memory is payload; the rest is recorded as ``"control"``.
             tag: Which message it is, where the backend tells them apart; they are received in the order of sending.
+            step: Optimizer steps done before what it belongs to.
 
         """
         with counted_elsewhere():
             work = dist.isend(memory, target, self._group, tag)
         assert work is not None  # `None` is for ranks outside the group, and the group is all ranks
-        self.note("send", purpose, payload_bytes)
+        self._write("send", purpose, payload_bytes, time.monotonic(), 0.0, step=step)
         if control_bytes := memory.numel() * memory.element_size() - payload_bytes:
-            self.note("send", "control", control_bytes)
+            self._write("send", "control", control_bytes, time.monotonic(), 0.0, step=step)
         return work
 
     def receive(self, memory: Tensor, source: int, *, tag: int) -> dist.Work:
@@ -182,10 +183,18 @@ class Recorder:
         return Pending(work, written)
 
     def _write(
-        self, kind: str, purpose: str, payload_bytes: int, start_s: float, duration_s: float, hidden_s: float = 0.0
+        self,
+        kind: str,
+        purpose: str,
+        payload_bytes: int,
+        start_s: float,
+        duration_s: float,
+        hidden_s: float = 0.0,
+        step: int | None = None,
     ) -> None:
         sent = wire_bytes(kind, payload_bytes, self.world_size)
-        record = CommRecord(kind, purpose, payload_bytes, sent, self.step, start_s, duration_s, hidden_s)
+        step = self.step if step is None else step
+        record = CommRecord(kind, purpose, payload_bytes, sent, step, start_s, duration_s, hidden_s)
         self._held.append(record)
         if not self._hold:
             self.write_held()
