@@ -19,6 +19,7 @@ from lightning_comm.transport.compression.power_sgd import PowerSGD
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.ternary import Ternary
 from lightning_comm.transport.compression.top_k import TopK
+from lightning_comm.transport.cyclic_delay import DelayedRun, simulate_delay
 from lightning_comm.transport.pruning import (
     GraSPPruning,
     MagnitudePruning,
@@ -38,6 +39,7 @@ __all__ = [
     "CommRecord",
     "CompressedDDPStrategy",
     "Compression",
+    "DelayedRun",
     "EmulatedDevice",
     "FixedPeriod",
     "GraSPPruning",
@@ -60,6 +62,7 @@ __all__ = [
     "Ternary",
     "TopK",
     "load_profile",
+    "simulate_delay",
 ]
 __version__ = "0.1.0"
 
