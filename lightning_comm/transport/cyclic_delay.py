@@ -144,7 +144,7 @@ def simulate_delay(  # noqa: PLR0913  (one flat list: the words of the strategy,
         raise ValueError(f"simulate_delay: `addition` must be 'ring' or 'arrival'; got {addition!r}.")
     if min(flush_after, default=1) < 1:
         raise ValueError(
-            f"simulate_delay: `flush_after` holds numbers of steps done, so each must be >= 1; got {min(flush_after)!r}."
+            f"simulate_delay: `flush_after` counts steps done, so its numbers must be >= 1; got {min(flush_after)!r}."
         )
     parameters = parameters_by_stage(network, stages)
     check_optimizer("simulate_delay", optimizer, [each for stage in parameters for each in stage])
