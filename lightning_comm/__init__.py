@@ -10,6 +10,7 @@ from lightning_comm.core.sparse_mask import PruningSchedule
 from lightning_comm.data.adaptive_partition import PartitionedLoader
 from lightning_comm.planning.profile_files import load_profile
 from lightning_comm.strategies import CompressedDDPStrategy, LocalUpdateStrategy, register_strategies
+from lightning_comm.transport.activation_meter import ActivationMeter, SharedCounter
 from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.cast import Cast
@@ -30,6 +31,7 @@ from lightning_comm.transport.pruning import (
 )
 
 __all__ = [
+    "ActivationMeter",
     "AdaptivePartition",
     "Averaging",
     "BatchNormReestimation",
@@ -58,6 +60,7 @@ __all__ = [
     "PruningSchedule",
     "QuadraticPeriod",
     "RoundClock",
+    "SharedCounter",
     "SparseMask",
     "Ternary",
     "TopK",

@@ -87,7 +87,7 @@ def equal(a, b) -> bool:
 
 
 def farthest(a, b) -> float:
-    return max(float((p - q).abs().max()) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    return max(float((p - q).detach().abs().max()) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 GRID = [(n, per_worker * n, {"rule": rule}) for rule in ("v1", "v2") for n in (2, 3, 4, 6) for per_worker in (1, 2, 3)]
