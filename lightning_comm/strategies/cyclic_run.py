@@ -129,7 +129,7 @@ class CyclicRun:
             control.check_same_batches(rows, WHERE)
 
     def _cut(self, trace: ForwardTrace) -> list[Stage]:
-        """Cut the model as rank 0 measured it, so that all ranks have the same stages."""
+        """Cut the model as rank 0 saw it run, so that all ranks have the same stages."""
         units, problem, found = trace.units(), None, []
         if self.recorder.rank == 0:
             try:
@@ -202,7 +202,6 @@ class CyclicRun:
             return
         first, self._open = not self._open, True
         if self._trace is not None:
-            self._trace.begin()
             return
         assert self._ring is not None
         if self._stagger is not None:
