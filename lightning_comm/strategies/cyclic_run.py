@@ -85,8 +85,10 @@ class CyclicRun:
         self._user_optimizer = optimizer
         self._requests = requests
         self._broadcast = broadcast
-        # one group for each lane, whose messages keep no order with those of the other or of Lightning
-        groups = [another_group(timeout), another_group(timeout)]
+        # Messages keep no order with those of Lightning. Where tags tell them apart, gradients and parameters share a
+        # group, since two connections would get in each other's way on a link; otherwise they keep no order either.
+        self._tagged = module.device.type == "cpu"
+        groups = [another_group(timeout)] * 2 if self._tagged else [another_group(timeout), another_group(timeout)]
         self._lanes = [Recorder(ledger, group, hold=True) for group in groups]
         staggered = settings.stagger == "step" and self.recorder.world_size > 1
         self._stagger_group = another_group(timeout, "gloo") if staggered else None
@@ -174,7 +176,7 @@ class CyclicRun:
             sums,
             versions,
             self._module.device,
-            in_any_order=self._module.device.type == "cpu",
+            in_any_order=self._tagged,
         )
         modules = dict(self._module.named_modules())
         for number, stage in enumerate(stages):
