@@ -1,6 +1,7 @@
 """A rank's part of an optimizer: it updates the stages that the rank owns, one at a time, beside compute."""
 
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -49,6 +50,9 @@ class StageOptimizer:
         self._optimizer = optimizer
         self._clip_norm, self._clip_by, self._previous_norm = clip_norm, clip_by, previous_norm
         self._settings: dict[int, list[dict[str, Any]]] = {}  # by step
+        # Each stage may have a lane of its own, and the twin steps on whatever has a gradient. Not held while clipping
+        # waits for the norm of the step before, which another stage of this rank may still have to add to.
+        self._stepping = threading.Lock()
         copies = {id(parameter): _copy_of(parameter) for parameters in owned.values() for parameter in parameters}
         self._copies = {stage: [copies[id(each)] for each in parameters] for stage, parameters in owned.items()}
         self._twin = _twin_of(optimizer, copies)
@@ -73,14 +77,16 @@ class StageOptimizer:
         squared = sum(_squared_norm(gradient) for gradient in message.parts)
         message.notes[SQUARED_NORM] = squared
         self._clip(step, squared, message.parts)
-        for group, settings in zip(self._twin.param_groups, self._settings[step], strict=True):
-            group.update(settings)
         copies = self._copies[stage]
-        for copy, gradient in zip(copies, message.parts, strict=True):
-            copy.grad = gradient
-        self._twin.step()
+        with self._stepping:
+            for group, settings in zip(self._twin.param_groups, self._settings[step], strict=True):
+                group.update(settings)
+            for copy, gradient in zip(copies, message.parts, strict=True):
+                copy.grad = gradient
+            self._twin.step()
+            for copy in copies:
+                copy.grad = None
         for copy, part in zip(copies, message.parts, strict=True):
-            copy.grad = None
             part.copy_(copy)
 
     def own_state(self) -> dict[int, dict[str, Any]]:
