@@ -37,18 +37,21 @@ class _Lane:
 
 
 class CyclicEngine:
-    """Trains a model that is cut into stages on one device, with as many micro-batches on their way as stages.
+    """Trains a model that is cut into stages on one device, with several micro-batches at different stages at a time.
 
-    The micro-batches of a step start one after the other, 2 slots apart, so that their activations never peak together:
-    the sum over them is N (N + 1) / 2 activations of a stage at any time, N^2 / 2 with backwards first and N even,
-    where one batch of their size has N^2 at its peak. Plain accumulation of gradients needs less, N; it has no
-    micro-batches at work at the same time.
+    The N micro-batches of a step start one after the other, so that their activations never peak together. With N
+    equal stages the sum over them is N (N + 1) / 2 activations of a stage at any time, N^2 / 2 with backwards first and
+    N even, where one batch of their size has N^2 at its peak. Plain accumulation of gradients needs less, N: its
+    micro-batches are never on their way at the same time.
 
     Args:
-        model: The stages in order: an ``nn.Sequential`` or a list of modules, each a stage, and N in all. Group layers
-            with ``nn.Sequential``; equal stages give the figures above. A stage takes and returns a tensor, or a tuple
-            of them as one argument; what a later stage needs has to travel through those between.
+        model: The stages in order: an ``nn.Sequential`` or a list of modules, each a stage. Group layers with
+            ``nn.Sequential``; equal stages give the figures above. A stage takes and returns a tensor, or a tuple of
+            them as one argument; what a later stage needs has to travel through those between.
         optimizer: Over the model's parameters; it is stepped once for each stage.
+        workers: N, how many micro-batches a step takes; the number of stages is a multiple of it, and that number is
+            the default. Several stages for each spare memory where a model keeps most of its activations in a few
+            layers.
         rule: As in :class:`~lightning_comm.core.cyclic.CyclicSchedule`, and so are ``lag`` and ``warmup_sync_steps``.
         lag: So many workers later the newest parameters count as fresh.
         warmup_sync_steps: So many steps at first all use the newest parameters; each of them ends with a drain.
@@ -90,6 +93,7 @@ class CyclicEngine:
         model: nn.Sequential | Sequence[nn.Module],
         optimizer: torch.optim.Optimizer,
         *,
+        workers: int | None = None,
         rule: Rule = "v2",
         lag: int = 0,
         warmup_sync_steps: int = 0,
@@ -103,14 +107,19 @@ class CyclicEngine:
         _check(self._named, order)
         check_optimizer("CyclicEngine", optimizer, [each for stage in self._stages for each in stage.parameters()])
         count = len(self._stages)
-        self.schedule = CyclicSchedule(count, count, rule, lag, warmup_sync_steps)
+        if workers is not None and not 2 <= workers <= count:
+            raise ValueError(
+                f"CyclicEngine: `workers` must be from 2 to the number of stages, {count}; got {workers!r}. Cut the "
+                "model into a multiple of it."
+            )
+        self.schedule = CyclicSchedule(workers or count, count, rule, lag, warmup_sync_steps)
         self._places = [_places(stage, named) for stage, named in zip(self._stages, self._named, strict=True)]
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._order = order
         # the newest version shares its memory with the parameters; an update moves these to a copy first
         self._versions: list[dict[int, dict[str, Tensor]]] = [{0: _leaves(named)} for named in self._named]
-        self._lanes = [_Lane() for _ in self._stages]
+        self._lanes = [_Lane() for _ in range(self.workers)]
         self._arrived: list[list[list[Tensor | None]]] = [[] for _ in self._stages]
         self._losses: dict[int, list[Tensor]] = {}
         self._slot = 0
@@ -121,7 +130,7 @@ class CyclicEngine:
 
     @property
     def workers(self) -> int:
-        """N: how many micro-batches a step takes, and how many stages there are."""
+        """N: how many micro-batches a step takes."""
         return self.schedule.workers
 
     def tensors(self) -> Iterator[Tensor]:
@@ -159,7 +168,7 @@ class CyclicEngine:
         return DelayedRun(tuple(losses), tuple(flushes), left_over)
 
     def step(self, micro_batches: Sequence[Any], loss: Loss) -> list[tuple[float, ...]]:
-        """Begin a step: its first micro-batch starts at once, the others 2 slots apart, and the last one ends later.
+        """Begin a step: its first micro-batch starts at once, the others follow, and the last ones end later.
 
         Args:
             micro_batches: N of them.
@@ -171,12 +180,12 @@ class CyclicEngine:
         """
         if len(micro_batches) != self.workers:
             raise ValueError(
-                f"CyclicEngine: `micro_batches` must be as many as stages, {self.workers}; got {len(micro_batches)}. "
+                f"CyclicEngine: `micro_batches` must be `workers` of them, {self.workers}; got {len(micro_batches)}. "
                 "Leave out what does not fill a step."
             )
         waiting = {worker: (micro_batch, loss) for worker, micro_batch in enumerate(micro_batches)}
         self._begun += 1
-        ended = self._take_slots(2 * self.workers, waiting)
+        ended = self._take_slots(2 * len(self._stages), waiting)
         if self._begun <= self.schedule.warmup_sync_steps:
             ended += self._drain()  # the next step needs the newest version of everything
         return ended
@@ -195,7 +204,8 @@ class CyclicEngine:
     # ---- slots -------------------------------------------------------------------------------------------------------
 
     def _drain(self) -> list[tuple[float, ...]]:
-        ended = self._take_slots(2 * (self.workers - 1), {}) if self._begun > self._filled_at else []
+        on_its_way = self._begun > self._filled_at
+        ended = self._take_slots(self.schedule.delay_slots * (self.workers - 1), {}) if on_its_way else []
         self._slot, self._filled_at = 0, self._begun
         return ended
 
@@ -229,14 +239,14 @@ class CyclicEngine:
         argument = into if isinstance(lane.value, tuple) else into[0]
         swapped = {place: leaves[name] for place, name in self._places[stage].items()}
         value = torch.func.functional_call(self._stages[stage], swapped, (argument,), tie_weights=False)
-        if stage == self.workers - 1:
+        if stage == len(self._stages) - 1:
             assert lane.loss is not None
             value = lane.loss(value, lane.micro_batch)
             lane.gradients = (torch.ones_like(value),)
             self._losses.setdefault(step, []).append(value.detach())
         lane.value = value
         lane.passed[stage] = _Passed(into, value if isinstance(value, tuple) else (value,), leaves)
-        if stage == self.workers - 1:
+        if stage == len(self._stages) - 1:
             lane.value = ()
 
     def _backward(self, worker: int, turn: Turn) -> list[tuple[float, ...]]:

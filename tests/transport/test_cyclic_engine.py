@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_comm import ActivationMeter, CyclicEngine, simulate_delay
+from lightning_comm.core.cyclic import CyclicSchedule
 
 STEPS, FEATURES = 6, 5
 
@@ -60,7 +61,7 @@ def by_the_reference(model, workers, make=momentum, scheduled=False, **kwargs):
         lambda network, batch: error(network(batch[0]), batch),
         optimizer,
         workers=workers,
-        stages=[[name for name, _ in model.named_parameters() if name.startswith(f"{k}.")] for k in range(workers)],
+        stages=[[name for name, _ in model.named_parameters() if name.startswith(f"{k}.")] for k in range(len(model))],
         addition="arrival",
         scheduler=falling(optimizer) if scheduled else None,
         **kwargs,
@@ -86,6 +87,20 @@ def test_parameters_and_losses_are_those_of_the_reference_bit_for_bit(workers, k
     assert equal(model, reference)
     assert run == expected
     assert not equal(model, by_the_reference(start, workers, make, warmup_sync_steps=STEPS)[0])
+
+
+@pytest.mark.parametrize("make", [momentum, adamw])
+@pytest.mark.parametrize("rule", ["v1", "v2"])
+@pytest.mark.parametrize("order", ["backward_first", "forward_first"])
+@pytest.mark.parametrize(("workers", "per_worker"), [(2, 2), (2, 3), (3, 2), (4, 2), (4, 3)])
+def test_several_stages_for_each_worker_are_as_in_the_reference(workers, per_worker, order, rule, make):
+    start, kwargs = stages(workers * per_worker), {"rule": rule, "flush_after": (3,)}
+    model = copy.deepcopy(start)
+    engine = CyclicEngine(model, make(model.parameters()), workers=workers, order=order, rule=rule)
+    run = engine.run(micro_batches(workers * STEPS), error, flush_after=(3,))
+    reference, expected = by_the_reference(start, workers, make, **kwargs)
+    assert equal(model, reference)
+    assert run == expected
 
 
 @pytest.mark.parametrize(
@@ -202,20 +217,21 @@ class Shift(nn.Module):
         return (x + self.bias).tanh()
 
 
-def peak_units(workers: int, step, source=None) -> float:
-    model = nn.Sequential(*(Shift() for _ in range(workers)))
-    with ActivationMeter(source or model) as meter:
+def peak_units(depth: int, step) -> float:
+    model = nn.Sequential(*(Shift() for _ in range(depth)))
+    with ActivationMeter(model) as meter:
         step(model)
         assert meter.live_bytes == 0
     return meter.peak_bytes / UNIT
 
 
-def engine_peak(workers: int, order: str, rule: str = "v2") -> float:
+def engine_peak(workers: int, order: str, rule: str = "v2", per_worker: int = 1) -> float:
     def train(model):
-        engine = CyclicEngine(model, torch.optim.SGD(model.parameters(), 0.1), order=order, rule=rule)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        engine = CyclicEngine(model, optimizer, workers=workers, order=order, rule=rule)
         engine.run([torch.ones(4, 8)] * (3 * workers), lambda output, _: output.sum())
 
-    return peak_units(workers, train)
+    return peak_units(workers * per_worker, train)
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4, 5, 8])
@@ -228,6 +244,13 @@ def test_the_peak_with_forwards_first_is_exactly_half_of_n_times_n_plus_one(work
 @pytest.mark.parametrize("rule", ["v1", "v2"])
 def test_the_peak_with_backwards_first_is_exactly_half_of_n_squared_where_n_is_even(workers, rule):
     assert engine_peak(workers, "backward_first", rule) == workers**2 / 2
+
+
+@pytest.mark.parametrize(("workers", "per_worker"), [(2, 2), (4, 2), (4, 3), (3, 2)])
+def test_the_peak_with_several_stages_for_each_worker_is_what_the_schedule_says(workers, per_worker):
+    schedule = CyclicSchedule(workers, workers * per_worker)
+    expected = max(schedule.live_stages(slot) for slot in range(6 * schedule.stages))
+    assert engine_peak(workers, "forward_first", per_worker=per_worker) == expected
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4, 8])
@@ -272,6 +295,8 @@ def test_two_versions_are_kept_and_no_more():
         (lambda: [nn.Linear(2, 2)] * 2, {}, ["model", "0.weight", "1.bias", "same stage"]),
         (lambda: stages(2), {"order": "any"}, ["order", "any", "forward_first"]),
         (lambda: stages(2), {"lag": 3}, ["lag", "3", "2"]),
+        (lambda: stages(2), {"workers": 4}, ["workers", "4", "2", "multiple"]),
+        (lambda: stages(3), {"workers": 2}, ["stages", "3", "2"]),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value_and_a_way_out(model, kwargs, must_say):
