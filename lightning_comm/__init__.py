@@ -11,6 +11,7 @@ from lightning_comm.core.sparse_mask import PruningSchedule
 from lightning_comm.data.adaptive_partition import PartitionedLoader
 from lightning_comm.planning.profile_files import load_profile
 from lightning_comm.strategies import CompressedDDPStrategy, CyclicStrategy, LocalUpdateStrategy, register_strategies
+from lightning_comm.transport.activation_meter import ActivationMeter, SharedCounter
 from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.cast import Cast
@@ -20,6 +21,7 @@ from lightning_comm.transport.compression.power_sgd import PowerSGD
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.ternary import Ternary
 from lightning_comm.transport.compression.top_k import TopK
+from lightning_comm.transport.cyclic_delay import DelayedRun, simulate_delay
 from lightning_comm.transport.pruning import (
     GraSPPruning,
     MagnitudePruning,
@@ -30,6 +32,7 @@ from lightning_comm.transport.pruning import (
 )
 
 __all__ = [
+    "ActivationMeter",
     "AdaptivePartition",
     "Averaging",
     "BatchNormReestimation",
@@ -41,6 +44,7 @@ __all__ = [
     "Compression",
     "CyclicSchedule",
     "CyclicStrategy",
+    "DelayedRun",
     "EmulatedDevice",
     "FixedPeriod",
     "GraSPPruning",
@@ -59,10 +63,12 @@ __all__ = [
     "PruningSchedule",
     "QuadraticPeriod",
     "RoundClock",
+    "SharedCounter",
     "SparseMask",
     "Ternary",
     "TopK",
     "load_profile",
+    "simulate_delay",
 ]
 __version__ = "0.1.0"
 

@@ -1,0 +1,160 @@
+"""What all forms of Cyclic Data Parallelism on one device share: stages of names, and the update of one stage."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+ClipBy = Literal["stage", "previous_norm"]
+
+
+def equal_stages(network: nn.Module, count: int) -> list[list[str]]:
+    """Cut the parameters' names, in their order, into so many groups of about as many entries each.
+
+    Args:
+        network: Whose parameters.
+        count: How many groups; at most one for each parameter.
+
+    Example:
+        >>> equal_stages(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), 2)
+        [['0.weight', '0.bias'], ['1.weight', '1.bias']]
+
+    """
+    sizes = [(name, parameter.numel()) for name, parameter in network.named_parameters()]
+    if not 1 <= count <= len(sizes):
+        raise ValueError(
+            f"simulate_delay: `stages`={count!r} must be from 1 to the number of parameter tensors, {len(sizes)}, "
+            "since each stage has one at least. Give fewer stages."
+        )
+    total = sum(size for _, size in sizes)
+    groups: list[list[str]] = [[] for _ in range(count)]
+    before, last = 0, 0
+    for index, (name, size) in enumerate(sizes):
+        wanted = int((before + size / 2) * count / total)
+        # no stage may stay empty: neither one before this parameter's, nor one behind the last parameter's
+        last = max(min(wanted, last + bool(groups[last]), count - 1), last, count - len(sizes) + index)
+        groups[last].append(name)
+        before += size
+    return groups
+
+
+def parameters_by_stage(network: nn.Module, stages: int | Sequence[Sequence[str]]) -> list[list[nn.Parameter]]:
+    """Return the trained parameters of each stage.
+
+    Raises:
+        ValueError: If names are unknown, missing, or in two stages.
+
+    """
+    names = equal_stages(network, stages) if isinstance(stages, int) else [list(each) for each in stages]
+    known = dict(network.named_parameters())
+    given = [name for stage in names for name in stage]
+    unknown = sorted(set(given) - set(known))
+    twice = sorted({name for name in given if given.count(name) > 1})
+    missing = [name for name, parameter in known.items() if parameter.requires_grad and name not in set(given)]
+    if unknown or twice or missing:
+        raise ValueError(
+            f"simulate_delay: `stages` must name each trained parameter of the network once; unknown: {unknown}, in "
+            f"two places: {twice}, missing: {missing}. A whole number cuts the parameters by itself."
+        )
+    return [[known[name] for name in stage if known[name].requires_grad] for stage in names]
+
+
+def check_optimizer(where: str, optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter]) -> None:
+    """Refuse optimizers that cannot be stepped stage by stage, or that train something else."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            f"{where}: `optimizer` is stepped a stage at a time, which LBFGS cannot be, since it mixes all parameters "
+            "and calls the model itself. Use SGD, AdamW or another that treats each parameter alone."
+        )
+    ours = {id(parameter) for parameter in trained}
+    foreign = sum(id(each) not in ours for group in optimizer.param_groups for each in group["params"])
+    if foreign:
+        raise ValueError(
+            f"{where}: `optimizer` must hold parameters of the model that are trained, and no others; {foreign} of its "
+            "tensors are not. Build it over the parameters of this model."
+        )
+
+
+def mean_gradients(parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """Return the mean of the workers' gradients of a stage: added in the order given, then divided.
+
+    Args:
+        parts: For each worker, the gradient of each parameter. ``None`` is 0, and the mean of ``None`` alone is
+            ``None``, so that the optimizer leaves that parameter out.
+
+    """
+    means: list[Tensor | None] = []
+    for column in zip(*parts, strict=True):
+        some = next((gradient for gradient in column if gradient is not None), None)
+        if some is None:
+            means.append(None)
+            continue
+        total: Tensor | None = None
+        for gradient in column:
+            own = torch.zeros_like(some) if gradient is None else gradient
+            total = own.clone() if total is None else total.add_(own)
+        assert total is not None
+        means.append(total.div_(len(parts)))
+    return means
+
+
+class StageClip:
+    """Scales the mean gradient of a stage where a norm is above a limit.
+
+    Args:
+        limit: The largest norm; ``None`` leaves gradients as they are.
+        by: ``"stage"``: the norm of the stage's own mean gradient; ``"previous_norm"``: the norm over all stages of the
+            step before, as it was before clipping, and in the first step each stage's own.
+        stages: How many there are.
+
+    """
+
+    def __init__(self, limit: float | None, by: ClipBy, stages: int) -> None:
+        if limit is not None and not (math.isfinite(limit) and limit > 0):
+            raise ValueError(
+                f"simulate_delay: `clip_norm` is the largest norm of a gradient, so it must be finite and > 0; got "
+                f"{limit!r}. None does not clip."
+            )
+        if by not in ("stage", "previous_norm"):
+            raise ValueError(f"simulate_delay: `clip_by` must be 'stage' or 'previous_norm'; got {by!r}.")
+        self._limit = limit
+        self._by = by
+        self._squares = [0.0] * stages
+        self._previous: float | None = None
+
+    def scale_(self, stage: int, gradients: Sequence[Tensor | None]) -> None:
+        """Scale one stage's mean gradient, in place."""
+        if self._limit is None:
+            return
+        self._squares[stage] = square = squared_norm(gradients)
+        norm = math.sqrt(square) if self._by == "stage" or self._previous is None else self._previous
+        if norm > self._limit:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(self._limit / norm)
+
+    def end_step(self) -> None:
+        """Say that every stage has had its turn."""
+        self._previous = math.sqrt(sum(self._squares))
+
+
+def squared_norm(gradients: Sequence[Tensor | None]) -> float:
+    """Return the squared norm of gradients, added in float64 in their order."""
+    total = 0.0
+    for gradient in gradients:
+        if gradient is not None:
+            total += float(torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2)
+    return total
+
+
+def step_stage(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]
+) -> None:
+    """Let the optimizer update these parameters and leave all others as they are; no other may have a gradient."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
