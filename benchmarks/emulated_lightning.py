@@ -1,6 +1,6 @@
 """Optimizer steps under Lightning that are timed on emulated hosts, as `emulated_steps` times those of a plain loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,21 +37,28 @@ class Stopwatch(pl.Callback):
         steps: How many are timed. Where others follow, the time lasts until the first of those begins.
         ledger: Returns where payload is written down, if anywhere.
         together: Whether hosts start the time together.
+        purposes: Which payload counts; all if left out.
 
     """
 
     def __init__(
-        self, warmup: int, steps: int, ledger: Callable[[], CommLedger] | None, *, together: bool = True
+        self,
+        warmup: int,
+        steps: int,
+        ledger: Callable[[], CommLedger] | None,
+        *,
+        together: bool = True,
+        purposes: Sequence[str] = (),
     ) -> None:
         self.warmup, self.steps = warmup, steps
-        self._ledger, self._together = ledger, together
+        self._ledger, self._together, self._purposes = ledger, together, purposes
         self._meter: Meter | None = None
         self._next_batch = 0
         self.result: Timed | None = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.warmup:
-            self._meter = Meter(self._ledger, together=self._together)
+            self._meter = Meter(self._ledger, together=self._together, purposes=self._purposes)
         elif batch_idx == self.warmup + self.steps:
             self._read()
         self._next_batch = batch_idx + 1
@@ -73,6 +80,8 @@ def lightning(
     *,
     cooldown: int = 0,
     together: bool = True,
+    callbacks: Sequence[pl.Callback] = (),
+    purposes: Sequence[str] = (),
 ) -> Segment:
     """Train under Lightning: each segment is a ``fit`` of its own.
 
@@ -83,18 +92,20 @@ def lightning(
         num_nodes: All hosts if left out.
         cooldown: Steps after those that are timed.
         together: Whether hosts start the time together.
+        callbacks: What else the Trainer is to call.
+        purposes: Which of the strategy's payload counts; all if left out.
 
     """
 
     def segment(steps: int) -> Timed:
         made = strategy()
         ledger = (lambda: made.ledger) if hasattr(made, "ledger") else None
-        stopwatch = Stopwatch(warmup, steps, ledger, together=together)
+        stopwatch = Stopwatch(warmup, steps, ledger, together=together, purposes=purposes)
         device = EmulatedDevice(job.step_s, job.batch)
         total = warmup + steps + cooldown
         trainer = pl.Trainer(
             accelerator="cpu", devices=1, num_nodes=num_nodes or dist.get_world_size(), strategy=made,
-            callbacks=[stopwatch, device], max_steps=total, logger=False, enable_checkpointing=False,
+            callbacks=[stopwatch, device, *callbacks], max_steps=total, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         )  # fmt: skip
         trainer.fit(Classifier(job.network()), DataLoader(TensorDataset(*job.samples(total)), batch_size=job.batch))

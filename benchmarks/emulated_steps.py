@@ -6,7 +6,7 @@ long they took. All methods of a comparison use the process group of the host's 
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +36,7 @@ class Timed:
         overruns: Steps in which the emulated device could not keep its pace.
         real_share: The share of forward and backward that was real compute so far.
         payload_bytes: What the method's ledger wrote down; None where it has none.
+        began_s: When it began, on this process's clock.
 
     """
 
@@ -44,6 +45,7 @@ class Timed:
     overruns: int
     real_share: float
     payload_bytes: int | None = None
+    began_s: float = 0.0
 
 
 Segment = Callable[[int], Timed]
@@ -96,23 +98,27 @@ class Meter:
     Args:
         ledger: Returns where the payload is written down; ``None`` if it is nowhere.
         together: Whether hosts start together, from a barrier. That waits for what is under way.
+        purposes: Which payload counts; all if left out.
 
     """
 
-    def __init__(self, ledger: Callable[[], CommLedger] | None = None, *, together: bool = True) -> None:
-        self._ledger = ledger
+    def __init__(
+        self, ledger: Callable[[], CommLedger] | None = None, *, together: bool = True, purposes: Sequence[str] = ()
+    ) -> None:
+        self._ledger, self._purposes = ledger, tuple(purposes)
         if together:
             dist.barrier()
         self._began = self._figures()
 
     def _figures(self) -> tuple[float, int, int]:
-        payload = 0 if self._ledger is None else self._ledger().payload_bytes()
+        payload = 0 if self._ledger is None else self._ledger().payload_bytes(*self._purposes)
         return time.perf_counter(), interface_sent_bytes(), payload
 
     def read(self, overruns: int = 0, real_share: float = 0.0) -> Timed:
         """Return what has been since."""
         seconds, sent, payload = (now - then for now, then in zip(self._figures(), self._began, strict=True))
-        return Timed(seconds, int(sent), overruns, real_share, None if self._ledger is None else int(payload))
+        payload_bytes = None if self._ledger is None else int(payload)
+        return Timed(seconds, int(sent), overruns, real_share, payload_bytes, self._began[0])
 
 
 def interface_sent_bytes() -> int:

@@ -151,7 +151,7 @@ class Session:
     # ---- inside --------------------------------------------------------------------------------------------------
 
     def _recorded(self, record: CommRecord) -> None:
-        if record.duration_s > 0:  # otherwise others send and time it: DDP
+        if record.duration_s > 0 or record.kind == "send":  # otherwise others send and time it: DDP
             self._records_append(record)
 
     def _records_append(self, record: CommRecord) -> None:

@@ -28,7 +28,8 @@ class DevicePacer:
     samples take time in proportion. Each layer has a deadline within its pass, by its share of the multiply-adds: a
     forward hook sleeps until then, and in backward a hook on each parameter does, *before* the gradient is handed on.
     So DDP sends its buckets at the moments at which the device would. The deadlines include the real compute: a late
-    layer takes nothing from those behind it as long as there is slack.
+    layer takes nothing from those behind it as long as there is slack. What waits for others in the middle of a pass
+    has to say so by :meth:`idle`, or that wait would pass for compute.
 
     The first step after :meth:`attach`, and after a parameter begins to require gradients, finds out which layers run;
     it is lengthened as a whole. A step that is late by more than 1 % of its time, and by more than 1 ms, is an overrun,

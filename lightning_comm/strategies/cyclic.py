@@ -410,6 +410,8 @@ class CyclicStrategy(DDPStrategy):
             self._interruptions = None
         if self._run is not None and self._run.active:
             self._run.abandon()
+        elif self._run is not None and dist.is_initialized():
+            self._run.leave()
         super().teardown()
 
     @override

@@ -59,7 +59,8 @@ def gathered_state(run: CyclicRun, optimizer: Optimizer) -> dict[str, Any]:
     with run.agreement.first_error_shown():
         dist.gather_object(own, everybody)
     parts = everybody if everybody is not None else [own]
-    state["state"] = {number: values for part in parts for number, values in part.items()}
+    for part in parts:
+        state["state"].update(part)
     state["state"] = dict(sorted(state["state"].items()))
     return state
 

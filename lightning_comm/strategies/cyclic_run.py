@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -85,11 +86,14 @@ class CyclicRun:
         self._user_optimizer = optimizer
         self._requests = requests
         self._broadcast = broadcast
-        # one group for each lane, whose messages keep no order with those of the other or of Lightning
-        groups = [another_group(timeout), another_group(timeout)]
-        self._lanes = [Recorder(ledger, group, hold=True) for group in groups]
+        # Messages keep no order with those of Lightning. Where tags tell them apart, gradients and parameters share a
+        # group, since two connections would get in each other's way on a link; otherwise they keep no order either.
+        self._tagged = module.device.type == "cpu"
+        self._groups = [another_group(timeout) for _ in range(1 if self._tagged else 2)]
+        self._lanes = [Recorder(ledger, self._groups[k], hold=True) for k in (0, 0 if self._tagged else 1)]
         staggered = settings.stagger == "step" and self.recorder.world_size > 1
-        self._stagger_group = another_group(timeout, "gloo") if staggered else None
+        if staggered:
+            self._groups.append(another_group(timeout, "gloo"))
         self._stagger: Stagger | None = None
         self._trace: ForwardTrace | None = None
         self._ring: CyclicRing | None = None
@@ -174,7 +178,7 @@ class CyclicRun:
             sums,
             versions,
             self._module.device,
-            in_any_order=self._module.device.type == "cpu",
+            in_any_order=self._tagged,
         )
         modules = dict(self._module.named_modules())
         for number, stage in enumerate(stages):
@@ -187,8 +191,8 @@ class CyclicRun:
                 ready = partial(self._on_gradient, number)
                 handle = parameter.register_post_accumulate_grad_hook(ready)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
-        if self._stagger_group is not None:
-            self._stagger = Stagger(schedule, self._stagger_group, self.agreement.listen)
+        if len(self._groups) > (1 if self._tagged else 2):
+            self._stagger = Stagger(schedule, self._groups[-1], self.agreement.listen)
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
@@ -206,7 +210,8 @@ class CyclicRun:
                 self._stagger.begin_batch()
         if first:
             self._entered.clear()
-            self._ring.begin_step(self.steps_done)
+            with self.agreement.first_error_shown():
+                self._ring.begin_step(self.steps_done)
         if START in self.stages[0].modules:
             self._enter(0)
 
@@ -231,7 +236,18 @@ class CyclicRun:
         """Note that this batch ends in an optimizer step, and the settings that count for it."""
         if self.active:
             self._stepping = True
+            self._check_trained()
             self._user_settings_changed()
+
+    def _check_trained(self) -> None:
+        trained = sum(map(len, self._parameters))
+        now = len(_trained(self._user_optimizer))
+        if self.stages and now != trained:
+            raise RuntimeError(
+                f"{WHERE}: the optimizer trains {now} parameters at step {self.steps_done}, and {trained} when the "
+                "model was cut into stages, so other ranks would wait for gradients that do not come. Freeze, unfreeze "
+                "and add parameters before `fit`; to change them later, save a checkpoint and start another `fit`."
+            )
 
     def _user_settings_changed(self) -> None:
         if self.optimizer is not None:
@@ -335,7 +351,8 @@ class CyclicRun:
             parameter.grad = None
         self._handed.add(stage)
         notes = self._requests.notes(self.steps_done, self._non_finite, self._module.device)
-        self._ring.hand_over(stage, gradients, notes)
+        with self.agreement.first_error_shown():
+            self._ring.hand_over(stage, gradients, notes)
 
     # ---- meeting -------------------------------------------------------------------------------------------------
 
@@ -371,6 +388,12 @@ class CyclicRun:
             lane.write_held()
         self._end_hooks()
         self.active = False
+
+    def leave(self) -> None:
+        """Leave the process groups of a run that has ended as it should."""
+        for group in self._groups:
+            dist.destroy_process_group(group)
+        self._groups.clear()
 
     def abandon(self) -> None:
         """Take the hooks away and end the lanes, where the run has not ended as it should."""

@@ -221,7 +221,7 @@ class CyclicRing:
 
         def ask(stage: int) -> tuple[Message, dist.Work]:
             message = self._empty(stage)
-            return message, self._recorders[kind].receive(message.memory, before, tag=stage)
+            return message, self._recorders[kind].receive(message.memory, before, tag=self._tag(kind, stage))
 
         asked = list(map(ask, to_come)) if self._ask_at_once else map(ask, to_come)
 
@@ -236,8 +236,16 @@ class CyclicRing:
         payload_bytes = self._layouts[stage].payload_bytes
         purpose = "gradients" if kind == "gradient" else "parameters"
         message.sending = self._recorders[kind].send(
-            message.memory, self._schedule.after(self._rank), purpose, payload_bytes, tag=stage, step=step
+            message.memory,
+            self._schedule.after(self._rank),
+            purpose,
+            payload_bytes,
+            tag=self._tag(kind, stage),
+            step=step,
         )
+
+    def _tag(self, kind: Kind, stage: int) -> int:
+        return stage if kind == "gradient" else self._schedule.stages + stage
 
     def _empty(self, stage: int) -> Message:
         """Return memory for a message of a stage: that of an old one, once it has left."""

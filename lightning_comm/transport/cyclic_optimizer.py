@@ -20,9 +20,9 @@ class StageOptimizer:
     """Steps the owned stages of an optimizer on copies of their parameters, with the settings of the gradient's step.
 
     The optimizer itself stays as its user made it: its groups hold the module's parameters and are what schedulers
-    change, and it steps on nothing, since gradients are handed over before. A twin of it holds copies of the owned
-    parameters, and all the state that there is. Compute reads the module's parameters and this thread writes the
-    copies, so neither is in the other's way.
+    change, and it steps on nothing, since gradients are handed over before. For each owned stage a twin of it holds
+    copies of the parameters, and all the state that there is. Compute reads the module's parameters, and lanes write
+    the copies, each those of its stage, so that none is in another's way.
 
     Args:
         optimizer: The user's.
@@ -49,18 +49,23 @@ class StageOptimizer:
         self._optimizer = optimizer
         self._clip_norm, self._clip_by, self._previous_norm = clip_norm, clip_by, previous_norm
         self._settings: dict[int, list[dict[str, Any]]] = {}  # by step
-        copies = {id(parameter): _copy_of(parameter) for parameters in owned.values() for parameter in parameters}
-        self._copies = {stage: [copies[id(each)] for each in parameters] for stage, parameters in owned.items()}
-        self._twin = _twin_of(optimizer, copies)
-        self._numbers = {
-            number: copies[id(parameter)]
-            for number, parameter in enumerate(_parameters(optimizer))
-            if id(parameter) in copies
-        }
-        for parameter in _parameters(optimizer):
+        self._copies: dict[int, list[Parameter]] = {}
+        self._twins: dict[int, Optimizer] = {}
+        self._owned: dict[int, tuple[Optimizer, Parameter]] = {}  # by number in the optimizer's `state_dict`
+        numbers = {id(parameter): number for number, parameter in enumerate(_parameters(optimizer))}
+        for stage, parameters in owned.items():
+            copies = {id(parameter): _copy_of(parameter) for parameter in parameters}
+            twin = _twin_of(optimizer, copies)
+            self._copies[stage], self._twins[stage] = list(copies.values()), twin
+            for parameter in parameters:
+                self._owned[numbers[id(parameter)]] = twin, copies[id(parameter)]
+        for number, parameter in enumerate(_parameters(optimizer)):
+            if not parameter.requires_grad:
+                continue  # frozen now: its state stays where it is, and goes into the next checkpoint
             state = optimizer.state.pop(parameter, None)  # restored from a checkpoint, of all parameters
-            if state is not None and id(parameter) in copies:
-                self._twin.state[copies[id(parameter)]] = state
+            if state is not None and number in self._owned:
+                twin, copy = self._owned[number]
+                twin.state[copy] = state
 
     def note_settings(self, step: int) -> None:
         """Note the learning rates and other settings of the groups that count for a step's gradient."""
@@ -73,12 +78,12 @@ class StageOptimizer:
         squared = sum(_squared_norm(gradient) for gradient in message.parts)
         message.notes[SQUARED_NORM] = squared
         self._clip(step, squared, message.parts)
-        for group, settings in zip(self._twin.param_groups, self._settings[step], strict=True):
+        twin, copies = self._twins[stage], self._copies[stage]
+        for group, settings in zip(twin.param_groups, self._settings[step], strict=True):
             group.update(settings)
-        copies = self._copies[stage]
         for copy, gradient in zip(copies, message.parts, strict=True):
             copy.grad = gradient
-        self._twin.step()
+        twin.step()
         for copy, part in zip(copies, message.parts, strict=True):
             copy.grad = None
             part.copy_(copy)
@@ -86,16 +91,15 @@ class StageOptimizer:
     def own_state(self) -> dict[int, dict[str, Any]]:
         """Return the state of the owned parameters, by their number in the optimizer's ``state_dict``."""
         return {
-            number: {key: _on_host(value) for key, value in self._twin.state[copy].items()}
-            for number, copy in self._numbers.items()
-            if copy in self._twin.state
+            number: {key: _on_host(value) for key, value in twin.state[copy].items()}
+            for number, (twin, copy) in self._owned.items()
+            if copy in twin.state
         }
 
     def state_bytes(self) -> int:
         """Return the bytes of tensors that the state of this rank's optimizer holds."""
-        tensors = [
-            value for state in self._twin.state.values() for value in state.values() if isinstance(value, Tensor)
-        ]
+        states = [state for twin in self._twins.values() for state in twin.state.values()]
+        tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _clip(self, step: int, squared: float, gradients: Sequence[Tensor]) -> None:

@@ -12,7 +12,9 @@ from support.training import Regression, loader, local_update, trainer, weights
 from torch.utils.data import DataLoader
 
 from lightning_comm import EmulatedDevice, FixedPeriod
+from lightning_comm.core.ledger import CommRecord
 from lightning_comm.lab.device import DevicePacer
+from lightning_comm.transport import recording
 
 STEP_S = 0.04
 
@@ -103,6 +105,20 @@ def test_every_batch_is_a_step_under_gradient_accumulation():
     times = fit(device, loader(4, rank=0), accumulate_grad_batches=2)
     assert min(times.lengths) >= STEP_S
     assert device.pacer.steps == 3
+
+
+def test_a_wait_for_other_ranks_inside_a_pass_comes_on_top_of_it_and_nobody_watches_after_the_run():
+    def wait(*_):
+        time.sleep(0.03)
+        for observer in recording._observers:
+            observer(CommRecord("receive", "wait", 0, 0, step=0, start_s=0.0, duration_s=0.03))
+
+    module = Regression()
+    module.net[-1].register_forward_pre_hook(wait)
+    watching = list(recording._observers)
+    times = fit(EmulatedDevice(step_s=0.12, batch_size=4, speed=1.0), loader(4, rank=0), module=module)
+    assert min(times.lengths[1:]) >= 0.12 + 0.03
+    assert recording._observers == watching
 
 
 def test_validation_is_not_paced():

@@ -342,3 +342,32 @@ def test_a_compiled_part_is_refused():
 
 def test_the_private_name_of_torch_that_ends_a_paced_backward_is_there():
     assert callable(torch.autograd.Variable._execution_engine.queue_callback)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_wait_inside_a_pass_lengthens_the_step_only_if_the_pacer_is_told(told):
+    module, waited_s = stack(), 0.03
+
+    def wait(*_):
+        time.sleep(waited_s)
+        if told:
+            pacer.idle(waited_s)
+
+    with paced(module, step_s=0.12) as pacer:
+        module[1].register_forward_pre_hook(wait)
+        took_s = [seconds(pacer, lambda: step(module)) for _ in range(4)][1:]
+    assert min(took_s) >= 0.12 + waited_s * told
+    if not told:
+        assert min(took_s) < 0.12 + waited_s  # the layers behind it make up for it
+
+
+def test_a_pause_between_passes_changes_nothing():
+    module = stack()
+    with paced(module) as pacer:
+        for _ in range(3):
+            pacer.begin_step(8)
+            pacer.idle(5.0)
+            started = time.perf_counter()
+            step(module)
+            pacer.idle(5.0)
+            assert time.perf_counter() - started < 2.0
