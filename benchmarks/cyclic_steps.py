@@ -182,15 +182,14 @@ def alone(job: Job, bucket_cap_mb: float = math.inf) -> Segment:
 
 
 class Inspection(pl.Callback):
-    """Notes at the end of a fit what share of the optimizer's state is on this rank."""
+    """Notes what share of the optimizer's state is on this rank, where momentum is all of it."""
 
     def __init__(self) -> None:
         self.state_share = 0.0
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
-        entries = sum(each.numel() for state in states for each in state.values() if isinstance(each, Tensor))
-        self.state_share = entries / sum(each.numel() for each in pl_module.parameters())
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        whole_bytes = sum(each.numel() * each.element_size() for each in pl_module.parameters())
+        self.state_share = trainer.strategy.optimizer_state_bytes / whole_bytes
 
 
 def cyclic(job: Job, inspection: Inspection, **settings: Any) -> Segment:
