@@ -5,12 +5,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from cyclic_report import ALONE, BEST, BUCKETS, DEFAULT, DELAYED, LIGHTNING, V1, V2, peaks_of
+from cyclic_report import ALONE, BEST, BUCKETS, DEFAULT, DELAYED, LIGHTNING, V1, V2, V2_DEFAULT, peaks_of
 from emulated_host import together
 from emulated_lightning import lightning
 from emulated_steps import TIMEOUT, Job, Meter, Segment, Timed, ddp, interface_sent_bytes, no_communication
@@ -19,6 +20,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from steps_report import LIMIT
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+from lightning_comm import CyclicStrategy
 
 SAMPLE_S = 0.02
 WARMUP, COOLDOWN = 4, 2  # steps before and after those that are timed, of what overlaps with the next step
@@ -182,33 +185,39 @@ def alone(job: Job, bucket_cap_mb: float = math.inf) -> Segment:
 
 
 class Inspection(pl.Callback):
-    """Notes at the end of a fit what share of the optimizer's state is on this rank."""
+    """Notes what share of the optimizer's state is on this rank, where momentum is all of it."""
 
     def __init__(self) -> None:
         self.state_share = 0.0
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
-        entries = sum(each.numel() for state in states for each in state.values() if isinstance(each, Tensor))
-        self.state_share = entries / sum(each.numel() for each in pl_module.parameters())
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        whole_bytes = sum(each.numel() * each.element_size() for each in pl_module.parameters())
+        self.state_share = trainer.strategy.optimizer_state_bytes / whole_bytes
+
+
+def stages_of(count: int, blocks: int = 12) -> list[str]:
+    """Return the first modules of so many stages of about as many blocks each; what is not a block goes along."""
+    firsts = [blocks * stage // count for stage in range(count)]
+    return ["network.patch_embed", *(f"network.blocks.{first}" for first in firsts[1:])]
 
 
 def cyclic(job: Job, inspection: Inspection, **settings: Any) -> Segment:
     """Train under the strategy, with Lightning."""
-    from lightning_comm import CyclicStrategy
+    made: list[CyclicStrategy] = []
 
     def strategy() -> CyclicStrategy:
-        return CyclicStrategy(timeout=TIMEOUT, **settings)
+        made[:] = [CyclicStrategy(timeout=TIMEOUT, **settings)]
+        return made[0]
 
-    return lightning(
-        job,
-        strategy,
-        WARMUP,
-        cooldown=COOLDOWN,
-        together=False,  # a barrier would wait for what is under way
-        callbacks=[inspection],
-        purposes=("gradients", "parameters"),
-    )
+    # started without a barrier, which would wait for what is under way
+    run = lightning(job, strategy, WARMUP, cooldown=COOLDOWN, together=False, callbacks=[inspection])
+
+    def segment(steps: int) -> Timed:
+        timed = run(steps)
+        sent = made[0].ledger.payload_bytes("gradients", "parameters")  # of the whole run, with nothing under way
+        return replace(timed, payload_bytes=sent * steps / (WARMUP + steps + COOLDOWN))
+
+    return segment
 
 
 def limit_in_lightning(job: Job) -> Segment:
@@ -218,7 +227,8 @@ def limit_in_lightning(job: Job) -> Segment:
 
 def segments_of(names: Sequence[str], job: Job, best_mb: float) -> tuple[dict[str, Segment], dict[str, Inspection]]:
     """Make the methods, in this order, and what looks at optimizers."""
-    inspections = {name: Inspection() for name in (V1, V2)}
+    inspections = {name: Inspection() for name in (V1, V2, V2_DEFAULT)}
+    stages = stages_of(3 * dist.get_world_size())
     make: dict[str, Callable[[], Segment]] = {
         LIMIT: lambda: no_communication(job),
         LIGHTNING: lambda: limit_in_lightning(job),
@@ -227,8 +237,9 @@ def segments_of(names: Sequence[str], job: Job, best_mb: float) -> tuple[dict[st
         DEFAULT: lambda: ddp(job),
         BEST: lambda: ddp(job, best_mb),
         DELAYED: lambda: delayed(job, best_mb),
-        V2: lambda: cyclic(job, inspections[V2], rule="v2"),
-        V1: lambda: cyclic(job, inspections[V1], rule="v1"),
+        V2: lambda: cyclic(job, inspections[V2], rule="v2", stages=stages),
+        V1: lambda: cyclic(job, inspections[V1], rule="v1", stages=stages),
+        V2_DEFAULT: lambda: cyclic(job, inspections[V2_DEFAULT], rule="v2"),
     }
     return {name: make[name]() for name in names}, inspections
 

@@ -37,28 +37,21 @@ class Stopwatch(pl.Callback):
         steps: How many are timed. Where others follow, the time lasts until the first of those begins.
         ledger: Returns where payload is written down, if anywhere.
         together: Whether hosts start the time together.
-        purposes: Which payload counts; all if left out.
 
     """
 
     def __init__(
-        self,
-        warmup: int,
-        steps: int,
-        ledger: Callable[[], CommLedger] | None,
-        *,
-        together: bool = True,
-        purposes: Sequence[str] = (),
+        self, warmup: int, steps: int, ledger: Callable[[], CommLedger] | None, *, together: bool = True
     ) -> None:
         self.warmup, self.steps = warmup, steps
-        self._ledger, self._together, self._purposes = ledger, together, purposes
+        self._ledger, self._together = ledger, together
         self._meter: Meter | None = None
         self._next_batch = 0
         self.result: Timed | None = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.warmup:
-            self._meter = Meter(self._ledger, together=self._together, purposes=self._purposes)
+            self._meter = Meter(self._ledger, together=self._together)
         elif batch_idx == self.warmup + self.steps:
             self._read()
         self._next_batch = batch_idx + 1
@@ -81,7 +74,6 @@ def lightning(
     cooldown: int = 0,
     together: bool = True,
     callbacks: Sequence[pl.Callback] = (),
-    purposes: Sequence[str] = (),
 ) -> Segment:
     """Train under Lightning: each segment is a ``fit`` of its own.
 
@@ -93,14 +85,13 @@ def lightning(
         cooldown: Steps after those that are timed.
         together: Whether hosts start the time together.
         callbacks: What else the Trainer is to call.
-        purposes: Which of the strategy's payload counts; all if left out.
 
     """
 
     def segment(steps: int) -> Timed:
         made = strategy()
         ledger = (lambda: made.ledger) if hasattr(made, "ledger") else None
-        stopwatch = Stopwatch(warmup, steps, ledger, together=together, purposes=purposes)
+        stopwatch = Stopwatch(warmup, steps, ledger, together=together)
         device = EmulatedDevice(job.step_s, job.batch)
         total = warmup + steps + cooldown
         trainer = pl.Trainer(

@@ -6,7 +6,7 @@ long they took. All methods of a comparison use the process group of the host's 
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -44,7 +44,7 @@ class Timed:
     sent_bytes: int
     overruns: int
     real_share: float
-    payload_bytes: int | None = None
+    payload_bytes: float | None = None
     began_s: float = 0.0
 
 
@@ -98,20 +98,17 @@ class Meter:
     Args:
         ledger: Returns where the payload is written down; ``None`` if it is nowhere.
         together: Whether hosts start together, from a barrier. That waits for what is under way.
-        purposes: Which payload counts; all if left out.
 
     """
 
-    def __init__(
-        self, ledger: Callable[[], CommLedger] | None = None, *, together: bool = True, purposes: Sequence[str] = ()
-    ) -> None:
-        self._ledger, self._purposes = ledger, tuple(purposes)
+    def __init__(self, ledger: Callable[[], CommLedger] | None = None, *, together: bool = True) -> None:
+        self._ledger = ledger
         if together:
             dist.barrier()
         self._began = self._figures()
 
     def _figures(self) -> tuple[float, int, int]:
-        payload = 0 if self._ledger is None else self._ledger().payload_bytes(*self._purposes)
+        payload = 0 if self._ledger is None else self._ledger().payload_bytes()
         return time.perf_counter(), interface_sent_bytes(), payload
 
     def read(self, overruns: int = 0, real_share: float = 0.0) -> Timed:
