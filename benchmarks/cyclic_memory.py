@@ -25,6 +25,7 @@ from lightning_comm import ActivationMeter, CyclicEngine
 
 MODELS = ("resnet50", "vit_base_patch16_224")
 MOST_STAGES_A_WORKER = 4
+PROFILED_STEPS = 5
 Batch = tuple[Tensor, Tensor]
 
 
@@ -152,18 +153,20 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def profile(model: nn.Sequential, batch: Batch, workers: int) -> dict[str, Any]:
-    """Return the live bytes of one worker over a step, and the peak of shifted copies."""
-    with ActivationMeter(model, timeline=True) as meter:
-        for _ in range(2):  # the first warms up
-            meter.reset_peak()
+    """Return the live bytes of one worker over a step, and the peaks of shifted copies, by step."""
+    shifted, told, peak = [], [], 0
+    for turn in range(PROFILED_STEPS + 1):
+        with ActivationMeter(model, timeline=True) as meter:
             began = time.monotonic()
             error(model(batch[0]), batch).backward()
             ended = time.monotonic()
-    model.zero_grad()
-    timeline = meter.timeline or []
-    shifted = shifted_peak(timeline, began, ended, workers)
-    told = [(round(at - began, 4), size) for at, size in timeline]
-    return {"peak_bytes": meter.peak_bytes, "shifted_bytes": shifted, "step_s": ended - began, "timeline": told}
+        model.zero_grad()
+        timeline = meter.timeline or []
+        if turn:  # the first warms up
+            shifted.append(shifted_peak(timeline, began, ended, workers))
+        peak = meter.peak_bytes
+        told = [(round(at - began, 4), size) for at, size in timeline]
+    return {"peak_bytes": peak, "shifted_bytes": shifted, "step_s": ended - began, "timeline": told}
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:

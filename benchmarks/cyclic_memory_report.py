@@ -106,11 +106,12 @@ def page(report: Mapping[str, Any], command: str) -> str:
 def _said(model: Mapping[str, Any]) -> list[str]:
     alone = model["profile"]["peak_bytes"]
     single = model["workers"] * alone
-    shifted = 100 * saving(model["profile"]["shifted_bytes"], single)
+    savings = [100 * saving(each, single) for each in model["profile"]["shifted_bytes"]]
     stages = ", ".join(f"{share:.1f} %" for share in model["stage_shares"])
     kept = ", ".join(f"{size / 2**20:.1f}" for size in model["stage_bytes"])
     return [
-        f"Saving from shifted profiles of one worker: **{shifted:.1f} %** ({single / 2**20:.1f} MiB without shifts). "
+        f"Saving from shifted profiles of one worker: **{statistics.median(savings):.1f} %** ({min(savings):.1f} to "
+        f"{max(savings):.1f} over {len(savings)} steps; {single / 2**20:.1f} MiB without shifts). "
         "An engine whose stages are coarse keeps more, where a model keeps most of its activations in a few layers.",
         f"N = {model['workers']} micro-batches of {model['batch']} images of {model['size']} pixels a side; with S = N "
         f"stages take {stages} of the time, and keep {kept} MiB each.",

@@ -30,7 +30,7 @@ def test_the_page_has_a_row_for_each_method_with_its_saving():
     model = {
         "title": "a model", "workers": 4, "batch": 8, "size": 224, "steps": 3, "threads": 2, "load": 0.1,
         "cuts": {"coarse": [0, 1, 2, 3, 4], "fine": list(range(9))}, "stage_shares": [25.0] * 4,
-        "stage_bytes": [2**20] * 4, "profile": {"peak_bytes": 250, "shifted_bytes": 690},
+        "stage_bytes": [2**20] * 4, "profile": {"peak_bytes": 250, "shifted_bytes": [690, 700, 600]},
         "peak_bytes": sizes, "step_s": {key: [1.0, 2.0, 3.0] for key in report.ARMS},
     }  # fmt: skip
     page = report.page({"title": "T", "date": "D", "environment": "E", "configurations": [model]}, "python x.py")
@@ -38,4 +38,4 @@ def test_the_page_has_a_row_for_each_method_with_its_saving():
     assert len(rows) == 2 + len(report.ARMS)
     assert "| `CyclicEngine`, S = N, backwards first | 0.0 | 0.500 | 50.0 % | 2.00 (1.00 to 3.00) | 1.00 |" in rows
     assert any("S = 8, backwards" in row and "52.5 %" in row for row in rows)
-    assert "**31.0 %**" in page
+    assert "**31.0 %** (30.0 to 40.0 over 3 steps" in page
