@@ -146,6 +146,11 @@ class CyclicRun:
         wanted, workers = self.settings.stages, self.recorder.world_size
         if isinstance(wanted, list):
             return cut_at(units, wanted, WHERE)
+        if len(units) < workers:
+            raise ValueError(
+                f"{WHERE}: the model has {len(units)} module(s) with trainable parameters that ran, and each of the "
+                f"{workers} ranks needs a stage of at least one. Use fewer ranks, or build the model of more modules."
+            )
         count = wanted or default_stages(len(units), workers, self.settings.lag)
         if count > len(units):
             raise ValueError(
