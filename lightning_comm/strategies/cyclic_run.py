@@ -374,9 +374,10 @@ class CyclicRun:
             for stage in reversed(range(len(self.stages))):
                 if self._versions[stage] < self.steps_done:
                     self._take_up(stage, self.steps_done)
-            for version in (self.steps_done - 1, self.steps_done):
-                if version > self._began_at:
-                    self._check_finite(version, self._notes_of(version))
+        for version in (self.steps_done - 1, self.steps_done):
+            if version > self._began_at:
+                self._check_finite(version, self._notes_of(version))
+        with self.agreement.first_error_shown():
             average_buffers(self._module, self.recorder)
         self.flushed_at = self.steps_done
 
