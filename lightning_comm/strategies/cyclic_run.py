@@ -374,9 +374,10 @@ class CyclicRun:
             for stage in reversed(range(len(self.stages))):
                 if self._versions[stage] < self.steps_done:
                     self._take_up(stage, self.steps_done)
-        for version in (self.steps_done - 1, self.steps_done):
-            if version > self._began_at:
-                self._check_finite(version, self._notes_of(version))
+            versions = [each for each in (self.steps_done - 1, self.steps_done) if each > self._began_at]
+            notes = {version: self._notes_of(version) for version in versions}
+        for version in versions:
+            self._check_finite(version, notes[version])  # every rank's own error, not that of the first to find it
         with self.agreement.first_error_shown():
             average_buffers(self._module, self.recorder)
         self.flushed_at = self.steps_done
