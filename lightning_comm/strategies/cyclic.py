@@ -31,8 +31,8 @@ from lightning_comm.strategies.cyclic_run import CyclicRun
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.transport.agreement import Agreement, PeerFailure, default_store
 from lightning_comm.transport.averaging import broadcast_
-from lightning_comm.transport.cyclic_optimizer import ClipBy
 from lightning_comm.transport.cyclic_requests import Requests
+from lightning_comm.transport.cyclic_update import ClipBy
 from lightning_comm.transport.random_state import set_random_state
 from lightning_comm.transport.recording import Pending, Recorder, leave_group_at_exit
 from lightning_comm.transport.replica import fingerprint

@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_comm.core.cyclic import RULES, CyclicSchedule, Rule
 from lightning_comm.strategies import checks
-from lightning_comm.transport.cyclic_optimizer import ClipBy
+from lightning_comm.transport.cyclic_update import ClipBy
 
 WHERE = "CyclicStrategy"
 _CHOICES = {"rule": RULES, "stagger": ("none", "step"), "clip_by": ("stage", "previous_norm")}

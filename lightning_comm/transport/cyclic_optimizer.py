@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_comm.transport.cyclic_messages import Message
+from lightning_comm.transport.cyclic_update import ClipBy, squared_norm
 
-ClipBy = Literal["stage", "previous_norm"]
 SQUARED_NORM = 7  # where a stage's squared gradient norm stands in the notes of its new version
 
 
@@ -75,7 +75,7 @@ class StageOptimizer:
 
     def update(self, step: int, stage: int, message: Message) -> None:
         """Take the mean gradient of a stage from a message, update the stage, and leave its new parameters there."""
-        squared = sum(_squared_norm(gradient) for gradient in message.parts)
+        squared = squared_norm(message.parts)
         message.notes[SQUARED_NORM] = squared
         self._clip(step, squared, message.parts)
         twin, copies = self._twins[stage], self._copies[stage]
@@ -140,14 +140,6 @@ def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
         for key, value in group.items()
         if key != "params"
     }
-
-
-def _squared_norm(gradient: Tensor) -> float:
-    return float(torch.linalg.vector_norm(gradient, dtype=_widest(gradient))) ** 2
-
-
-def _widest(tensor: Tensor) -> torch.dtype:
-    return torch.complex128 if tensor.is_complex() else torch.float64
 
 
 def _on_host(value: Any) -> Any:

@@ -145,7 +145,8 @@ def squared_norm(gradients: Sequence[Tensor | None]) -> float:
     total = 0.0
     for gradient in gradients:
         if gradient is not None:
-            total += float(torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2)
+            widest = torch.complex128 if gradient.is_complex() else torch.float64
+            total += float(torch.linalg.vector_norm(gradient, dtype=widest)) ** 2
     return total
 
 
