@@ -34,11 +34,9 @@ from lightning_comm.examples import DigitsData, TimmClassifier
 from lightning_comm.planning.report import duration
 
 WORKERS, STAGES, BATCH = 4, 12, 16
-_VIT = (
-    "vit_tiny_patch16_224",
-    {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 4, "num_heads": 2},
-)
-_RESNET = ("resnet10t", {"in_chans": 1, "channels": [8, 16, 32, 64]})
+_VIT_ARGS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 64, "depth": 2, "num_heads": 2}
+_VIT: tuple[str, dict[str, Any]] = ("vit_tiny_patch16_224", _VIT_ARGS)
+_RESNET: tuple[str, dict[str, Any]] = ("resnet10t", {"in_chans": 1, "channels": [8, 16, 32, 64]})
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,10 @@ class Case:
 CASES = {
     "vit_sgd": Case("ViT, SGD", _VIT, "sgd", 0.2),
     "vit_momentum": Case("ViT, SGD, momentum 0.9", _VIT, "sgd", 0.02, 0.9),
-    "vit_adamw": Case("ViT, AdamW", _VIT, "adamw", 0.003),
+    "vit_adamw": Case("ViT, AdamW", _VIT, "adamw", 0.002),
     "resnet_sgd": Case("ResNet, SGD", _RESNET, "sgd", 0.2),
     "resnet_momentum": Case("ResNet, SGD, momentum 0.9", _RESNET, "sgd", 0.02, 0.9),
-    "vit_momentum_high": Case("ViT, SGD, momentum 0.9, high rate", _VIT, "sgd", 0.2, 0.9),
+    "vit_momentum_high": Case("ViT, SGD, momentum 0.9, high rate", _VIT, "sgd", 0.05, 0.9),
     "resnet_momentum_high": Case("ResNet, SGD, momentum 0.9, high rate", _RESNET, "sgd", 0.2, 0.9),
 }
 RULES: dict[str, tuple[str, dict[str, Any]]] = {
