@@ -179,12 +179,12 @@ def main() -> None:
 
 
 _INTRODUCTION = """{workers} ranks on one machine over gloo, {batch} samples of {image} x {image} each, SGD with
-momentum, with emulated devices that take {step_ms:g} ms for forward and backward. In each rank an `ActivationMeter` counts the
-bytes that autograd keeps, and adds them into one `SharedCounter`: what is shown is the peak of that sum as measured,
-from the start of each of rank 0's steps to the next. *Peak of the sum*: the median over steps and repeats; behind it
-the range over repeats. *Of DDP's*: paired by repeat. *Predicted*: from the profile of one rank that trains alone with
-the same device: {workers} copies of it, each shifted by 1/{workers} of a step, against {workers} at once. The medians
-over its steps.
+momentum, with emulated devices that take {step_ms:g} ms for forward and backward. In each rank an `ActivationMeter`
+counts the bytes that autograd keeps, and adds them into one `SharedCounter`: what is shown is the peak of that sum as
+measured, from the start of each of rank 0's steps to the next. *Peak of the sum*: the median over steps and repeats;
+behind it the range over repeats. *Of DDP's*: paired by repeat. *Predicted*: from the profile of one rank that trains
+alone with the same device: {workers} copies of it, each shifted by 1/{workers} of a step, against {workers} at once.
+The medians over its steps.
 
 Ranks on separate devices do not gain this: there each device has its own peak, which is that of DDP."""
 
