@@ -79,6 +79,7 @@ benchmark-partition: setup
 # Some 55 minutes in all, on a quiet machine: step times 35, a memory that ranks share 8, accuracy on digits 10.
 benchmark-cyclic: setup
 	$(BIN)/python benchmarks/cyclic.py
+	$(BIN)/python benchmarks/cyclic_memory.py
 	$(BIN)/python benchmarks/cyclic_shared_memory.py
 	$(BIN)/python benchmarks/cyclic_accuracy.py
 

@@ -1,110 +1,120 @@
-"""The report of `cyclic_shared_memory.py`: peaks of the sum over ranks, beside what one rank's profile predicts."""
+"""The arithmetic and the page of `cyclic_memory.py`."""
 
-import bisect
 import statistics
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import combinations, pairwise
 from typing import Any
 
-from tools_report import spread
+from tools_report import indented
 
 from lightning_comm.planning.report import markdown_table
 
-DDP, NONE, STEP, STEP_V1 = "ddp", "none", "step", "step_v1"
-LABELS = {
-    DDP: "DDP",
-    NONE: '`CyclicStrategy(stagger="none")`',
-    STEP: '`CyclicStrategy(stagger="step")`',
-    STEP_V1: '`CyclicStrategy(rule="v1", stagger="step")`',
+ARMS = {
+    "one batch": "one batch of all",
+    "accumulation": "gradient accumulation",
+    "forward_first": "`CyclicEngine`, S = N, forwards first",
+    "backward_first": "`CyclicEngine`, S = N, backwards first",
+    "fine_forward_first": "`CyclicEngine`, S = {fine}, forwards first",
+    "fine_backward_first": "`CyclicEngine`, S = {fine}, backwards first",
 }
-_POINTS = 2000  # of a step at which a profile is read
-_HEADER = (
-    "method", "peak of the sum, MB", "lowest to highest", "of DDP's", "predicted", "highest of all steps, MB",
-    "step, ms",
-)  # fmt: skip
-
-Profile = Sequence[tuple[float, int]]
 
 
-def level(profile: Profile, at_s: float) -> int:
-    """Return what was kept at a time: what the last change before it left."""
-    place = bisect.bisect_right(profile, at_s, key=lambda change: change[0])
-    return profile[place - 1][1] if place else 0
+def best_cuts(seconds: Sequence[float], stages: int) -> list[int]:
+    """Return where to cut layers, so that the slowest stage is as fast as can be: where each but the first begins.
 
-
-def shifted_peak(profile: Profile, began_s: float, length_s: float, workers: int) -> float:
-    """Return the peak of the sum of so many copies of a step, each shifted by 1/N of it after the one before.
-
-    Args:
-        profile: Times, and the bytes kept from then on.
-        began_s: When the step began.
-        length_s: How long it took.
-        workers: N.
-
+    >>> best_cuts([1, 1, 2, 4], 2)
+    [3]
     """
-    points = _POINTS // workers * workers
-    levels = [level(profile, began_s + length_s * k / points) for k in range(points)]
-    shift = points // workers
-    return max(sum(levels[(k + shift * worker) % points] for worker in range(workers)) for k in range(shift))
+    edges = range(1, len(seconds))
+
+    def slowest(cuts: Sequence[int]) -> float:
+        bounds = [0, *cuts, len(seconds)]
+        return max(sum(seconds[a:b]) for a, b in pairwise(bounds))
+
+    return list(min(combinations(edges, stages - 1), key=slowest))
 
 
-def predictions(profiles: Sequence[Mapping[str, Any]], workers: int) -> dict[str, float]:
-    """Return, as medians over the steps of one rank alone, N times its peak, and the peak of shifted copies."""
-    together, shifted = [], []
-    for each in profiles:
-        profile = [(float(at_s), int(size)) for at_s, size in each["profile"]]
-        together.append(workers * max(size for _, size in profile))
-        shifted.append(shifted_peak(profile, each["began_s"], each["length_s"], workers))
-    return {"together": statistics.median(together), "shifted": statistics.median(shifted)}
+def shifted_peak(timeline: Sequence[tuple[float, int]], begin: float, end: float, copies: int) -> int:
+    """Return the peak of the sum of copies of one worker's live bytes, each behind the last by a part of the step.
+
+    >>> shifted_peak([(0.0, 10), (1.0, 20), (2.0, 10), (3.0, 0)], begin=0.0, end=4.0, copies=2)
+    20
+    """
+    times = [at - begin for at, _ in timeline]
+    step = end - begin
+
+    def live(at: float) -> int:
+        place = bisect_right(times, at % step) - 1
+        return timeline[place][1] if place >= 0 else 0
+
+    shifts = [step * k / copies for k in range(copies)]
+    # the sum rises only where one of the copies does; a hair later, since that moment is not hit exactly
+    moments = [at + shift + 1e-9 * step for at in times for shift in shifts]
+    return max(sum(live(moment - shift) for shift in shifts) for moment in moments)
 
 
-def rows_of(configuration: Mapping[str, Any], workers: int) -> list[tuple[str, ...]]:
-    """Return a row for each method that was measured: the median over repeats of the median over steps."""
-    predicted = predictions(configuration["profiles"], workers)
-    ratio = predicted["shifted"] / predicted["together"]
+def saving(part: float, whole: float) -> float:
+    """Return by which share a part is less than the whole."""
+    return 1 - part / whole
+
+
+def _rows(model: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    whole = model["peak_bytes"]["one batch"]
+    base_s = statistics.median(model["step_s"]["accumulation"])
     rows = []
-    for name, label in LABELS.items():
-        seen = [each["arms"][name] for each in configuration["repeats"] if name in each["arms"]]
-        if not seen:
-            continue
-        peaks = [statistics.median(each["peaks_bytes"]) for each in seen]
-        of_ddp = [
-            statistics.median(each["arms"][name]["peaks_bytes"]) / statistics.median(each["arms"][DDP]["peaks_bytes"])
-            for each in configuration["repeats"]
-            if name in each["arms"] and DDP in each["arms"]
-        ]
-        rows.append((
-            label,
-            f"{statistics.median(peaks) / 1e6:.2f}",
-            f"{min(peaks) / 1e6:.2f} to {max(peaks) / 1e6:.2f}",
-            f"{statistics.median(of_ddp):.3f}" if of_ddp else "",
-            {DDP: "1.000", NONE: ""}.get(name, f"{ratio:.3f}"),
-            f"{max(max(each['peaks_bytes']) for each in seen) / 1e6:.2f}",
-            f"{1e3 * statistics.median(each['step_s'] for each in seen):.0f}",
-        ))  # fmt: skip
+    for key, label in ARMS.items():
+        peak, times = model["peak_bytes"][key], model["step_s"][key]
+        rows.append(
+            (
+                label.format(fine=len(model["cuts"]["fine"]) - 1),
+                f"{peak / 2**20:.1f}",
+                f"{peak / whole:.3f}",
+                f"{100 * saving(peak, whole):.1f} %",
+                f"{statistics.median(times):.2f} ({min(times):.2f} to {max(times):.2f})",
+                f"{statistics.median(times) / base_s:.2f}",
+            )
+        )
     return rows
 
 
-def page(report: Mapping[str, Any], introduction: str) -> str:
-    """Return the whole report in Markdown."""
-    workers = report["settings"]["workers"]
+def page(report: Mapping[str, Any], command: str) -> str:
+    """Return the report as a page."""
     parts = [
         f"# {report['title']}, {report['date']}",
-        introduction,
-        f"    {report['command']}",
+        "Activations are what autograd keeps for backward, by `ActivationMeter`: storages of saved tensors, without "
+        "parameters and buffers. *peak*: the most that is kept at once in a run of several steps. One batch of all has "
+        "as many images as the micro-batches of a step together. *shifted profiles*: the live bytes of one worker "
+        "over one step, as many copies of it as workers, each behind the last by the same part of the step, added up; "
+        "its peak against as many times one worker's peak. That is what separate workers in one memory would need, "
+        "and no engine at all. S: into how many stages the model is cut, for N micro-batches of a step. *step*: "
+        "median seconds without the meter, with the range; rows alternate.",
+        indented(command),
         report["environment"],
     ]
-    for each in report["configurations"]:
-        parts.append(f"## {each['title']}")
-        if not each["repeats"]:
-            continue
-        predicted = predictions(each["profiles"], workers)
-        saved = 1 - predicted["shifted"] / predicted["together"]
-        steps_s = [profile["length_s"] for profile in each["profiles"]]
+    for model in report["configurations"]:
         parts += [
-            markdown_table(_HEADER, rows_of(each, workers)),
-            f"{len(each['repeats'])} repeats. One rank alone: a peak of {predicted['together'] / workers / 1e6:.2f} MB "
-            f"in steps of {1e3 * statistics.median(steps_s):.0f} ms, which spread by {100 * spread(steps_s):.1f} %. "
-            f"{workers} at once: {predicted['together'] / 1e6:.2f} MB; {workers}, each 1/{workers} of a step after the "
-            f"one before: {predicted['shifted'] / 1e6:.2f} MB, {100 * saved:.1f} % less.",
+            f"## {model['title']}",
+            markdown_table(
+                ("method", "peak, MiB", "of one batch", "saving", "step, s", "times accumulation's step"), _rows(model)
+            ),
+            "\n".join(f"- {line}" for line in _said(model)),
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def _said(model: Mapping[str, Any]) -> list[str]:
+    alone = model["profile"]["peak_bytes"]
+    single = model["workers"] * alone
+    savings = [100 * saving(each, single) for each in model["profile"]["shifted_bytes"]]
+    stages = ", ".join(f"{share:.1f} %" for share in model["stage_shares"])
+    kept = ", ".join(f"{size / 2**20:.1f}" for size in model["stage_bytes"])
+    return [
+        f"Saving from shifted profiles of one worker: **{statistics.median(savings):.1f} %** ({min(savings):.1f} to "
+        f"{max(savings):.1f} over {len(savings)} steps; {single / 2**20:.1f} MiB without shifts). "
+        "An engine whose stages are coarse keeps more, where a model keeps most of its activations in a few layers.",
+        f"N = {model['workers']} micro-batches of {model['batch']} images of {model['size']} pixels a side; with S = N "
+        f"stages take {stages} of the time, and keep {kept} MiB each.",
+        f"{len(model['step_s']['accumulation'])} repeats of {model['steps']} steps; {model['threads']} threads; load "
+        f"average before: {model['load']:.1f}.",
+    ]

@@ -19,7 +19,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from cyclic_memory_report import DDP, NONE, STEP, STEP_V1, page
+from cyclic_shared_memory_report import DDP, NONE, STEP, STEP_V1, page
 from emulated_run import as_report, results_file, write
 from lightning.pytorch.strategies import DDPStrategy
 from partition_fits import quiet

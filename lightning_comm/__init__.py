@@ -22,6 +22,7 @@ from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.ternary import Ternary
 from lightning_comm.transport.compression.top_k import TopK
 from lightning_comm.transport.cyclic_delay import DelayedRun, simulate_delay
+from lightning_comm.transport.cyclic_engine import CyclicEngine
 from lightning_comm.transport.pruning import (
     GraSPPruning,
     MagnitudePruning,
@@ -42,6 +43,7 @@ __all__ = [
     "CommRecord",
     "CompressedDDPStrategy",
     "Compression",
+    "CyclicEngine",
     "CyclicSchedule",
     "CyclicStrategy",
     "DelayedRun",

@@ -131,8 +131,8 @@ def check_trainer(trainer: Trainer, sync_batchnorm: bool, where: str) -> None:
         if isinstance(callback, StochasticWeightAveraging):
             raise MisconfigurationException(
                 f"{where}: the callback StochasticWeightAveraging averages each rank's own weights and swaps them in "
-                "at the end of the run, so ranks would end with different models. Use WeightAveraging or "
-                "EMAWeightAveraging, whose copies are averaged with the weights."
+                "at the end of the run, so ranks would end with different models. Average checkpoints, or under "
+                "LocalUpdateStrategy use WeightAveraging, whose copies are averaged with the weights."
             )
 
 

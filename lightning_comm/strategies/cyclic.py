@@ -61,8 +61,8 @@ class CyclicStrategy(DDPStrategy):
         warmup_sync_steps: So many optimizer steps at first all compute with the newest parameters, as under DDP.
         stages: How many, a multiple of the number of ranks; or the name of the first module of each
             (:attr:`stages_by_first_module` of an earlier run); ``None`` for three for each rank where the model has as
-            many modules. A number is cut by the time that modules take in the first forward, so two runs may cut in
-            other places and then differ in rounding and staleness; names, or a resumed run, keep the places.
+            many modules. A number is cut so that stages share the multiply-adds and the bytes about equally, counted in
+            the first forward.
         stagger: ``"step"``: each rank starts a batch 1/N of its time after the one before it, which lowers the sum of
             activations where ranks share a memory, and costs about what a barrier costs; ``"none"``: ranks start when
             they can.

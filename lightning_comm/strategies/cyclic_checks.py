@@ -70,7 +70,8 @@ def checked(settings: CyclicSettings) -> CyclicSettings:
     if isinstance(stages, list) and len(set(stages)) < len(stages):
         raise ValueError(f"{WHERE}: `stages` names a module twice: {stages!r}. Name each stage's first module once.")
     clip = settings.clip_norm
-    if clip is not None and not (isinstance(clip, (int, float)) and math.isfinite(clip) and clip > 0):
+    number = isinstance(clip, (int, float)) and not isinstance(clip, bool)
+    if clip is not None and not (number and math.isfinite(clip) and clip > 0):
         raise ValueError(f"{WHERE}: `clip_norm` must be a finite number > 0; got {clip!r}. None does not clip.")
     return settings
 

@@ -129,7 +129,7 @@ class CyclicRun:
             control.check_same_batches(rows, WHERE)
 
     def _cut(self, trace: ForwardTrace) -> list[Stage]:
-        """Cut the model as rank 0 measured it, so that all ranks have the same stages."""
+        """Cut the model as rank 0 saw it run, so that all ranks have the same stages."""
         units, problem, found = trace.units(), None, []
         if self.recorder.rank == 0:
             try:
@@ -146,6 +146,11 @@ class CyclicRun:
         wanted, workers = self.settings.stages, self.recorder.world_size
         if isinstance(wanted, list):
             return cut_at(units, wanted, WHERE)
+        if len(units) < workers:
+            raise ValueError(
+                f"{WHERE}: the model has {len(units)} module(s) with trainable parameters that ran, and each of the "
+                f"{workers} ranks needs a stage of at least one. Use fewer ranks, or build the model of more modules."
+            )
         count = wanted or default_stages(len(units), workers, self.settings.lag)
         if count > len(units):
             raise ValueError(
@@ -202,7 +207,6 @@ class CyclicRun:
             return
         first, self._open = not self._open, True
         if self._trace is not None:
-            self._trace.begin()
             return
         assert self._ring is not None
         if self._stagger is not None:

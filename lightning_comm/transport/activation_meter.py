@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -131,13 +132,14 @@ class ActivationMeter:
 
     Args:
         sources: What is kept anyway and does not count: modules, whose parameters and buffers these are, and functions
-            that return tensors, such as :meth:`CyclicEngine.tensors`. Both are asked anew whenever something is saved.
+            that return tensors, such as :meth:`CyclicEngine.tensors`. Both are asked anew while the context lasts, so
+            that parameters may move; but their sizes are those of its beginning.
         shared: Counts in it as well, so that several processes have one sum and one peak.
         timeline: Whether to note every change.
 
     Note:
         *Communication.* None. *Time.* A call of Python for each saved tensor, and a look at all parameters for each
-        new storage; so measure times without it.
+        new storage that is as large as one of theirs; so measure times without it.
 
         *What it leaves out.* Tensors that no backward needs, such as outputs that are only passed on, gradients, and
         what kernels use while they run. What was saved before the context began does not count.
@@ -163,12 +165,14 @@ class ActivationMeter:
         self._shared = shared
         self._holders: Counter[int] = Counter()
         self._lock = threading.RLock()  # on CUDA autograd has threads of its own; a collection may come in between
+        self._sizes: set[int] = set()
         self._hooks: Any = None
         self.live_bytes = 0
         self.peak_bytes = 0
         self.timeline: list[tuple[float, int]] | None = [] if timeline else None
 
     def __enter__(self) -> Self:
+        self._sizes = {storage.nbytes() for storage in self._kept_anyway()}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         self._hooks.__enter__()
         return self
@@ -190,9 +194,10 @@ class ActivationMeter:
         key = storage._cdata  # its address, which no other storage has while this one lives
         with self._lock:
             if not self._holders[key]:
-                if key in self._kept_anyway():
+                size = storage.nbytes()
+                if size in self._sizes and any(key == each._cdata for each in self._kept_anyway()):
                     return tensor
-                self._change(storage.nbytes())
+                self._change(size)
             self._holders[key] += 1
             # an output comes with the function that saves it: kept whole, the two would keep each other alive
             return _Kept(tensor.detach(), self, key)
@@ -212,14 +217,11 @@ class ActivationMeter:
         if self.timeline is not None:
             self.timeline.append((time.monotonic(), self.live_bytes))
 
-    def _kept_anyway(self) -> set[int]:
-        tensors: list[Tensor] = []
+    def _kept_anyway(self) -> Iterator[torch.UntypedStorage]:
         for source in self._sources:
-            if isinstance(source, nn.Module):
-                tensors += [*source.parameters(), *source.buffers()]
-            else:
-                tensors += source()
-        return {tensor.untyped_storage()._cdata for tensor in tensors}
+            tensors = chain(source.parameters(), source.buffers()) if isinstance(source, nn.Module) else source()
+            for tensor in tensors:
+                yield tensor.untyped_storage()
 
 
 def _unpack(kept: Any) -> Tensor:

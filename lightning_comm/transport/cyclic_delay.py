@@ -147,7 +147,7 @@ def simulate_delay(  # noqa: PLR0913  (one flat list: the words of the strategy,
             f"simulate_delay: `flush_after` counts steps done, so its numbers must be >= 1; got {min(flush_after)!r}."
         )
     parameters = parameters_by_stage(network, stages)
-    check_optimizer("simulate_delay", optimizer, [each for stage in parameters for each in stage])
+    check_optimizer("simulate_delay", optimizer, network.parameters())
     schedule = CyclicSchedule(workers, len(parameters), rule, lag, warmup_sync_steps)
     simulation = _Simulation(network, parameters, optimizer, schedule, StageClip(clip_norm, clip_by, len(parameters)))
     simulation.in_ring_order = addition == "ring"

@@ -1,11 +1,12 @@
-"""Where a model is cut into stages: modules in the order in which they run, with what each takes."""
+"""Where a model is cut into stages: modules in the order in which they run, with how much work each is."""
 
-import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
@@ -22,80 +23,75 @@ class Unit:
         module: Its name. A parameter whose own module is not called (an attention's projection) belongs to the nearest
             module above that is; what none is above of belongs to the start of the step.
         parameters: Their names.
-        cost: Seconds of forward from its first call to that of the next unit.
+        work: Multiply-adds of a forward with these parameters.
+        size_bytes: Of the parameters.
 
     """
 
     module: str
     parameters: tuple[str, ...]
-    cost: float
+    work: int
+    size_bytes: int
 
 
 class ForwardTrace:
-    """Notes which modules run in a forward pass, in which order, and what they take. Ends with :meth:`units`.
+    """Notes which modules run in a forward pass, in which order, and how much work it is. Ends with :meth:`units`.
+
+    Work is counted, not timed: the first forward of a run is full of what happens only once, and a cut that depended on
+    the clock would let two runs of the same job differ in rounding and staleness.
 
     Args:
         module: The model.
         parameters: Those that are to be cut into stages.
 
     Note:
-        *Communication.* None. On CUDA :meth:`units` waits for the device once.
+        *Communication.* None.
 
     """
 
     def __init__(self, module: nn.Module, parameters: Iterable[Parameter]) -> None:
         self._module = module
         self._wanted = {id(parameter) for parameter in parameters}
-        self._device = next(module.parameters()).device
-        self._called: dict[str, float | torch.cuda.Event] = {}
-        self._handles: list[RemovableHandle] = [
-            part.register_forward_pre_hook(lambda part, inputs, name=name: self._note(name), prepend=True)
-            for name, part in module.named_modules()
-            if name and any(id(parameter) in self._wanted for parameter in part.parameters())
-        ]
+        self._called = {START: 0}  # positions of what each module has given so far, in the order of first calls
+        self._handles: list[RemovableHandle] = []
+        for name, part in module.named_modules():
+            if name and any(id(parameter) in self._wanted for parameter in part.parameters()):
+                self._handles += [
+                    part.register_forward_pre_hook(partial(self._begin, name), prepend=True),
+                    part.register_forward_hook(partial(self._end, name)),
+                ]
 
-    def begin(self) -> None:
-        """Note the start of a step; the first time counts."""
-        self._note(START)
+    def _begin(self, name: str, *_: Any) -> None:
+        self._called.setdefault(name, 0)
 
-    def _note(self, name: str) -> None:
-        if name not in self._called:
-            self._called[name] = self._now()
-
-    def _now(self) -> float | torch.cuda.Event:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
+    def _end(self, name: str, part: nn.Module, inputs: Any, output: Any) -> None:
+        self._called[name] += _positions(part, output)
 
     def units(self) -> list[Unit]:
         """Take the hooks away, and return the units in the order in which they ran."""
-        end = self._now()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         place = {name: k for k, name in enumerate(self._called)}
         first_use: dict[int, str] = {}
         names: dict[int, str] = {}
+        work: dict[int, int] = defaultdict(int)
+        sizes: dict[int, int] = {}
         for name, parameter in self._module.named_parameters(remove_duplicate=False):
-            if id(parameter) not in self._wanted:
+            key, guard = id(parameter), self._guard(name)
+            if key not in self._wanted:
                 continue
-            names.setdefault(id(parameter), name)
-            guard = self._guard(name)
-            other = first_use.setdefault(id(parameter), guard)
-            if place[guard] < place[other]:
-                first_use[id(parameter)] = guard  # a tied weight: its gradient is ready after its earliest use
-        guards = sorted(set(first_use.values()), key=lambda guard: place[guard])
-        marks = [*(self._called[guard] for guard in guards), end]
-        return [
-            Unit(
-                guard,
-                tuple(names[key] for key, its_guard in first_use.items() if its_guard == guard),
-                self._seconds(marks[k], marks[k + 1]),
-            )
-            for k, guard in enumerate(guards)
-        ]
+            names.setdefault(key, name)
+            sizes[key] = parameter.numel() * parameter.element_size()
+            work[key] += self._called[guard] * parameter.numel() if parameter.ndim > 1 else 0
+            if place[guard] < place[first_use.setdefault(key, guard)]:
+                first_use[key] = guard  # a tied weight: its gradient is ready after its earliest use
+        units = []
+        for guard in sorted(set(first_use.values()), key=lambda guard: place[guard]):
+            keys = [key for key, its_guard in first_use.items() if its_guard == guard]
+            parameters = tuple(names[key] for key in keys)
+            units.append(Unit(guard, parameters, sum(work[key] for key in keys), sum(sizes[key] for key in keys)))
+        return units
 
     def _guard(self, parameter: str) -> str:
         module = parameter.rpartition(".")[0]
@@ -103,13 +99,15 @@ class ForwardTrace:
             module = module.rpartition(".")[0]
         return module
 
-    def _seconds(self, begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-        if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-            torch.cuda.synchronize(self._device)
-            return float(begin.elapsed_time(end)) / 1000
-        assert isinstance(begin, float)
-        assert isinstance(end, float)
-        return end - begin
+
+def _positions(part: nn.Module, output: Any) -> int:
+    """Return how often a module has used each weight for what it has given."""
+    while isinstance(output, (list, tuple)) and output:
+        output = output[0]
+    if not isinstance(output, Tensor) or not output.ndim or isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+        return 0
+    channels = int(getattr(part, "out_channels", output.shape[-1]))
+    return output.numel() // channels if channels else 0
 
 
 @dataclass(frozen=True)
@@ -121,8 +119,9 @@ class Stage:
 
 
 def cut(units: Sequence[Unit], stages: int) -> list[Stage]:
-    """Cut units into so many stages of about equal cost."""
-    return _joined(units, balanced_cuts([unit.cost for unit in units], stages))
+    """Cut units into so many stages that share work and bytes about equally: compute wants one, messages the other."""
+    work, size = (max(1, sum(each)) for each in zip(*((unit.work, unit.size_bytes) for unit in units), strict=True))
+    return _joined(units, balanced_cuts([unit.work / work + unit.size_bytes / size for unit in units], stages))
 
 
 def cut_at(units: Sequence[Unit], names: Sequence[str], where: str) -> list[Stage]:

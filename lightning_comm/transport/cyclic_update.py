@@ -1,7 +1,7 @@
 """What all forms of Cyclic Data Parallelism on one device share: stages of names, and the update of one stage."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -61,19 +61,19 @@ def parameters_by_stage(network: nn.Module, stages: int | Sequence[Sequence[str]
     return [[known[name] for name in stage if known[name].requires_grad] for stage in names]
 
 
-def check_optimizer(where: str, optimizer: torch.optim.Optimizer, trained: Sequence[nn.Parameter]) -> None:
+def check_optimizer(where: str, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Refuse optimizers that cannot be stepped stage by stage, or that train something else."""
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             f"{where}: `optimizer` is stepped a stage at a time, which LBFGS cannot be, since it mixes all parameters "
             "and calls the model itself. Use SGD, AdamW or another that treats each parameter alone."
         )
-    ours = {id(parameter) for parameter in trained}
+    ours = {id(parameter) for parameter in parameters}
     foreign = sum(id(each) not in ours for group in optimizer.param_groups for each in group["params"])
     if foreign:
         raise ValueError(
-            f"{where}: `optimizer` must hold parameters of the model that are trained, and no others; {foreign} of its "
-            "tensors are not. Build it over the parameters of this model."
+            f"{where}: `optimizer` must hold parameters of the model, and no others; {foreign} of its tensors "
+            "are not. Build it over the parameters of this model."
         )
 
 

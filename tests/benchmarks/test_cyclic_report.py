@@ -3,8 +3,8 @@
 import cyclic
 import cyclic_accuracy
 import cyclic_accuracy_report as accuracy
-import cyclic_memory_report as memory
 import cyclic_report as report
+import cyclic_shared_memory_report as memory
 import pytest
 from cyclic_report import ALONE, BEST, BUCKETS, V1, V2
 from steps_report import LIMIT
@@ -85,6 +85,13 @@ def test_peaks_are_of_one_sample_to_the_next_and_over_the_longer_window():
     assert peaks["window"] == pytest.approx(4000 / 0.12)
     assert peaks["p95"] == pytest.approx(1000 / 0.02)
     assert report.peaks_of([(0.0, 0), (0.02, 5)], window_s=1.0) == {}
+
+
+def test_a_sample_that_follows_a_late_one_closely_is_no_peak():
+    samples = [(0.02 * k, 1000 * k) for k in range(8)]
+    late = [*samples[:3], (0.0595, 3000 - 500), *samples[3:]]
+    assert report.peaks_of(late, window_s=0.05)["highest"] == pytest.approx(1e6)
+    assert report.peaks_of(late, window_s=0.05, shortest_s=0.01)["highest"] == pytest.approx(50_000)
 
 
 def test_the_page_has_every_row_with_delay_memory_and_bytes_and_says_what_ended_early():

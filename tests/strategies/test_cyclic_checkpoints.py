@@ -1,0 +1,185 @@
+"""A run resumed at any step goes on as the run that saved there, bit for bit; and files are ordinary ones."""
+
+import random
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from support.cyclic import adamw, cyclic, deep, momentum, reference, state
+from support.processes import launch, outcomes
+from support.training import Regression, Samples, loader, trainer
+from torch import nn
+
+from lightning_comm.data.resumable import ResumableLoader
+
+PER_EPOCH, EPOCHS = 5, 2
+
+
+class Noisy(Regression):
+    """Draws from every generator in each step, so that a random state that is not restored shows."""
+
+    def __init__(self, optimizer):
+        torch.manual_seed(0)
+        parts = [nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Dropout(0.3)]
+        parts += [nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 7), nn.Dropout(0.1), nn.Linear(7, 1)]
+        super().__init__(nn.Sequential(*parts).double(), optimizer, lambda step: 0.85**step)
+
+    def training_step(self, batch, batch_idx):
+        noise = 0.01 * (random.random() + float(np.random.rand()))
+        return super().training_step(batch, batch_idx) * (1 + noise)
+
+
+class Save(Callback):
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, runner, *args):
+        if runner.global_step == self.step:
+            runner.save_checkpoint(self.path)
+
+
+def seed_everything(seed):
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def fit(rank, world_size, make, settings, *, ckpt_path=None, seed=0, callbacks=(), strategy=None, **options):
+    seed_everything(100 * seed + rank)
+    module = make()
+    data = ResumableLoader(Samples(PER_EPOCH * 4, rank), 4, seed=3, num_replicas=1, rank=0)
+    runner = trainer(
+        strategy or cyclic(**settings), world_size, callbacks=list(callbacks), **{"max_epochs": EPOCHS, **options}
+    )
+    seed_everything(100 * seed + rank)
+    runner.fit(module, data, loader(1, rank), ckpt_path=ckpt_path)
+    return module, runner
+
+
+def _resume_everywhere(rank, world_size, folder, make, settings, options):
+    for step in (1, 3, 5, 8):
+        path = f"{folder}/{step}.ckpt"
+        whole, _ = fit(rank, world_size, make, settings, callbacks=[Save(step, path)], **options)
+        resumed, _ = fit(rank, world_size, make, settings, ckpt_path=path, seed=9, **options)
+        assert resumed.losses == whole.losses[len(whole.losses) - len(resumed.losses) :], step
+        assert len(resumed.losses) == len(whole.losses) * (EPOCHS * PER_EPOCH - step) // (EPOCHS * PER_EPOCH)
+        for mine, theirs in zip(state(resumed), state(whole), strict=True):
+            np.testing.assert_array_equal(mine, theirs, err_msg=f"resumed after {step}")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "optimizer", "settings", "options"),
+    [
+        (2, adamw, {}, {}),
+        (2, momentum, {"rule": "v1", "clip_norm": 0.1, "clip_by": "previous_norm"}, {}),
+        (3, momentum, {"warmup_sync_steps": 2, "stages": 3}, {"limit_val_batches": 1, "val_check_interval": 2}),
+    ],
+    ids=["adamw", "v1, clipped", "three, validated"],
+)
+def test_a_resumed_run_repeats_bit_for_bit(tmp_path, world_size, optimizer, settings, options):
+    launch(
+        _resume_everywhere, world_size, str(tmp_path), lambda: Noisy(optimizer), settings, options,
+        world_size=world_size,
+    )  # fmt: skip
+
+
+def _save(rank, world_size, path, step=4, **kwargs):
+    module = Regression(deep(8), adamw)
+    strategy = cyclic()
+    runner = trainer(strategy, world_size, callbacks=[Save(step, path)])
+    runner.fit(module, loader(6, rank))
+    return strategy.stage_names
+
+
+def test_the_file_holds_one_version_and_the_whole_optimizer_state(tmp_path):
+    names = launch(_save, 2, str(tmp_path / "a.ckpt"), world_size=2)[0]
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    expected = Regression(deep(8), adamw)
+    optimizer = reference(expected, 2, 4, names)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(content["state_dict"][name], tensor)
+    ours, theirs = content["optimizer_states"][0], optimizer.state_dict()
+    assert ours["state"].keys() == theirs["state"].keys()
+    for number, values in theirs["state"].items():
+        for key, value in values.items():
+            assert torch.equal(ours["state"][number][key], value), (number, key)
+
+
+def _go_on(rank, world_size, path, strategy):
+    module = Regression(deep(8), adamw)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        runner = trainer(strategy or cyclic(), world_size)
+        runner.fit(module, loader(6, rank), ckpt_path=path)
+    held = [len(values) for values in runner.optimizers[0].state.values()]
+    return runner.global_step, state(module), held, [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("auto", 1)])
+def test_other_strategies_go_on_from_the_file(tmp_path, strategy, world_size):
+    path = str(tmp_path / "a.ckpt")
+    launch(_save, 2, path, world_size=2)
+    answers = launch(_go_on, world_size, path, strategy, world_size=world_size)
+    assert [answer[0] for answer in answers] == [6] * world_size
+    assert answers[0][2] == [3] * 16  # both moments and the number of steps of each tensor
+
+
+def _save_plainly(rank, world_size, path):
+    trainer("ddp", world_size, callbacks=[Save(4, path)]).fit(Regression(deep(8), adamw), loader(6, rank))
+
+
+@pytest.mark.parametrize(
+    ("save", "world_size", "must_say"),
+    [(_save_plainly, 2, "another strategy wrote it"), (_save, 3, "written by 2 ranks, and there are 3 now")],
+)
+def test_files_of_others_are_taken_up_with_a_warning(tmp_path, save, world_size, must_say):
+    path = str(tmp_path / "a.ckpt")
+    launch(save, 2, path, world_size=2)
+    answers = launch(_go_on, world_size, path, None, world_size=world_size)
+    for steps, weights, _, _ in answers:
+        assert steps == 6
+        for mine, first in zip(weights, answers[0][1], strict=True):
+            np.testing.assert_array_equal(mine, first)
+    assert [text for text in answers[0][3] if must_say in text and "ckpt_path" in text]
+
+
+def _callbacks(rank, world_size, folder):
+    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    only = ModelCheckpoint(folder, filename="only-{step}", every_n_train_steps=4, save_top_k=-1, save_weights_only=True)
+    module, runner = fit(rank, world_size, lambda: Noisy(adamw), {}, callbacks=[save, only], enable_checkpointing=True)
+    runner.save_checkpoint(f"{folder}/after.ckpt")
+    return state(module)
+
+
+def test_model_checkpoint_and_a_save_after_the_fit(tmp_path):
+    answers = launch(_callbacks, 2, str(tmp_path), world_size=2)
+    names = {f"step={step}.ckpt" for step in (3, 6, 9)} | {f"only-step={step}.ckpt" for step in (4, 8)}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"after.ckpt"}
+    after = torch.load(tmp_path / "after.ckpt", weights_only=True)
+    for tensor, one, two in zip(after["state_dict"].values(), *answers, strict=True):
+        np.testing.assert_array_equal(tensor.numpy(), one)
+        np.testing.assert_array_equal(one, two)
+    assert len(after["optimizer_states"][0]["state"]) == len(list(Noisy(adamw).parameters()))
+    assert "optimizer_states" not in torch.load(tmp_path / "only-step=4.ckpt", weights_only=True)
+
+
+class Fail(Callback):
+    def on_train_batch_end(self, runner, *args):
+        if runner.global_step == 4 and runner.global_rank == 1:
+            raise ValueError("boom")
+
+
+def _failing(rank, world_size, folder):
+    save = ModelCheckpoint(folder, save_on_exception=True)
+    fit(rank, world_size, lambda: Noisy(adamw), {}, callbacks=[Fail(), save], enable_checkpointing=True)
+
+
+def test_a_checkpoint_on_an_exception_of_one_rank_lets_nobody_hang(tmp_path):
+    answers = outcomes(_failing, 2, str(tmp_path), world_size=2, timeout_s=30)
+    assert "ValueError: boom" in answers[1][1]
+    assert "rank 1 failed: ValueError: boom" in answers[0][1]
+    assert all(isinstance(path, Path) for path in tmp_path.iterdir())

@@ -1,0 +1,237 @@
+"""What cannot work is refused with where, argument, value, rule and way out; what works badly is warned of."""
+
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from support.cyclic import cyclic, deep, momentum
+from support.processes import launch, outcomes
+from support.training import Regression, loader, sample, trainer
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_comm import AdaptivePartition, CyclicStrategy
+from lightning_comm.strategies.cyclic_checks import check_optimizers
+
+pytestmark = pytest.mark.filterwarnings("ignore:CyclicStrategy. one process only")
+
+
+def says(text, words):
+    missing = [word for word in ["CyclicStrategy", *words] if word not in text]
+    assert missing == [], f"{missing} not in: {text}"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"rule": "v3"}, ["`rule`", "'v3'", "'v1', 'v2'"]),
+        ({"lag": -1}, ["`lag`", "-1", ">= 0"]),
+        ({"lag": True}, ["`lag`", "True"]),
+        ({"lag": 1, "rule": "v1"}, ["`lag`=1", "'v1'", "Leave it out"]),
+        ({"warmup_sync_steps": 0.5}, ["`warmup_sync_steps`", "0.5", "optimizer steps"]),
+        ({"stages": 0}, ["`stages`", "got 0", "multiple of the number of ranks"]),
+        ({"stages": True}, ["`stages`", "got True"]),
+        ({"stages": []}, ["`stages`", "got []"]),
+        ({"stages": ["a", 1]}, ["`stages`", "['a', 1]"]),
+        ({"stages": ["a", "b", "a"]}, ["`stages`", "twice", "'b'"]),
+        ({"clip_norm": 0}, ["`clip_norm`", "got 0", "None"]),
+        ({"clip_norm": float("nan")}, ["`clip_norm`", "nan"]),
+        ({"clip_norm": True}, ["`clip_norm`", "True"]),
+        ({"clip_by": "norm"}, ["`clip_by`", "'norm'", "'previous_norm'"]),
+        ({"stagger": "slot"}, ["`stagger`", "'slot'", "'step'"]),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value_and_a_way_out(kwargs, words):
+    with pytest.raises(ValueError, match="CyclicStrategy") as caught:
+        CyclicStrategy(**kwargs)
+    says(str(caught.value), words)
+
+
+class Started(Callback):
+    def on_train_batch_start(self, *args):
+        pytest.fail("training started")
+
+
+def errors(make, world_size, steps=6, **kwargs):
+    """What each rank says when it fails; `make` gives a module, the strategy's settings and the Trainer's options."""
+
+    def run(rank):
+        module, settings, options = make()
+        data = options.pop("data") if "data" in options else loader(steps, rank)
+        callbacks = [*options.pop("callbacks", []), *kwargs.get("callbacks", [])]
+        trainer(cyclic(**settings), world_size, callbacks=callbacks, **options).fit(module, data)
+
+    answers = outcomes(run, world_size=world_size, timeout_s=40)
+    assert all(error is not None for _, error in answers)
+    return [error for _, error in answers]
+
+
+class With(Regression):
+    """A model with one part more, which is or is not used."""
+
+    def __init__(self, part, optimizer=momentum):
+        super().__init__(deep(6), optimizer)
+        self.part = part.double()
+
+
+class Manual(Regression):
+    def __init__(self):
+        super().__init__(deep(6))
+        self.automatic_optimization = False
+
+
+class SAM(torch.optim.SGD):
+    pass
+
+
+class Zero(Regression):
+    def configure_optimizers(self):
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(self.parameters(), torch.optim.SGD, lr=0.1)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield sample(0, 0)
+
+
+def plain(optimizer=momentum, **options):
+    return Regression(deep(6), optimizer), {}, options
+
+
+def scaler():
+    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: plain(gradient_clip_val=0.5), ["gradient_clip_val=0.5", "clip_norm", "'previous_norm'"]),
+        (lambda: plain(plugins=[scaler()]), ["16-mixed", "gradient scaler", "bf16-mixed"]),
+        (lambda: (Manual(), {}, {}), ["automatic_optimization=False", "one optimizer"]),
+        (lambda: plain(torch.optim.LBFGS), ["LBFGS", "AdamW"]),
+        (lambda: plain(lambda p: SAM(p, 0.1)), ["SAM", "whole gradient", "AdamW"]),
+        (lambda: (Zero(deep(6)), {}, {}), ["ZeroRedundancyOptimizer", "communicates", "plain optimizer"]),
+        (lambda: plain(lambda p: momentum(nn.Linear(2, 2).parameters())), ["2 parameter(s)", "not in the model"]),
+        (
+            lambda: plain(lambda p: momentum([each.requires_grad_(False) for each in p])),
+            ["no parameter", "requires a gradient", "configure_optimizers"],
+        ),
+        (lambda: (With(nn.Embedding(3, 2, sparse=True)), {}, {}), ["'part'", "sparse=True", "Leave `sparse` out"]),
+        (lambda: (With(nn.SyncBatchNorm(7)), {}, {}), ["'part'", "SyncBatchNorm", "Use BatchNorm"]),
+        (lambda: plain(sync_batchnorm=True), ["sync_batchnorm=True", "Leave it out"]),
+        (lambda: (torch.compile(Regression(deep(6))), {}, {}), ["torch.compile", "block.compile()"]),
+        (lambda: plain(callbacks=[EMAWeightAveraging()]), ["EMAWeightAveraging", "two versions", "checkpoints"]),
+        (lambda: plain(callbacks=[StochasticWeightAveraging(0.1)]), ["StochasticWeightAveraging"]),
+        (lambda: plain(callbacks=[AdaptivePartition()]), ["AdaptivePartition", "DDPStrategy"]),
+        (lambda: plain(data=DataLoader(Endless(), 4)), ["number of training batches", "limit_train_batches"]),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(make, words):
+    (text,) = errors(make, 1, callbacks=[Started()])
+    says(text, words)
+    assert "training started" not in text
+
+
+def test_a_callback_of_the_twin_package_is_refused():
+    import pytorch_lightning
+
+    (text,) = errors(lambda: plain(callbacks=[pytorch_lightning.callbacks.Timer()]), 1)
+    says(text, ["Timer", "pytorch_lightning", "lightning.pytorch"])
+
+
+def test_two_optimizers_are_refused():
+    module = Regression(deep(6))
+    optimizers = [momentum(module.net[:4].parameters()), momentum(module.net[4:].parameters())]
+    with pytest.raises(MisconfigurationException) as caught:
+        check_optimizers(module, optimizers)
+    says(str(caught.value), ["one optimizer", "got 2", "parameter groups"])
+
+
+class Unused(With):
+    def __init__(self):
+        super().__init__(nn.Linear(2, 2))
+
+
+class Backward(Regression):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.trainer.global_step == 2:
+            loss.backward(retain_graph=True)
+        return loss
+
+
+class Unfreeze(Callback):
+    def on_train_batch_start(self, runner, module, batch, batch_idx):
+        module.net[4].requires_grad_(runner.global_step >= 3)
+
+
+def thawing():
+    module, *others = plain(callbacks=[Unfreeze()])
+    module.net[4].requires_grad_(False)
+    return module, *others
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: (Regression(deep(6)), {"stages": 3}, {}), ["`stages`=3", "2 ranks", "multiple of 2"]),
+        (lambda: (Regression(deep(6)), {"stages": ["net.0"]}, {}), ["`stages`=['net.0']", "1 stages", "multiple of 2"]),
+        (lambda: (Regression(deep(6)), {"stages": 4, "lag": 1}, {}), ["`lag`=1", "`stages`=4"]),
+        (lambda: (Regression(deep(6)), {"lag": 3}, {}), ["`lag`", "got 3"]),
+        (lambda: (Regression(deep(6)), {"stages": 8}, {}), ["`stages`=8", "6 modules", "net.10", "Leave `stages` out"]),
+        (
+            lambda: (Regression(nn.Linear(5, 1).double()), {}, {}),
+            ["1 module(s)", "2 ranks", "Use fewer ranks"],
+        ),
+        (lambda: (Regression(deep(6)), {"stages": ["net.0", "net.7"]}, {}), ["'net.7'", "no module", "net.4"]),
+        (lambda: (Regression(deep(6)), {"stages": ["net.4", "net.2"]}, {}), ["'net.2'", "in the order", "net.10"]),
+        (lambda: (Unused(), {}, {}), ["2 parameter(s)", "step 0", "part.weight", "requires_grad_(False)"]),
+        (lambda: (Backward(deep(6)), {}, {}), ["second backward", "one backward a batch", "use_reentrant=False"]),
+        (thawing, ["12 parameters at step 3", "and 10 when", "another `fit`"]),
+    ],
+)
+def test_what_shows_only_with_the_ranks_or_in_a_step_is_refused(make, words):
+    texts = errors(make, 2)
+    says(texts[0], words)
+    assert "CyclicStrategy" in texts[1] or "PeerFailure" in texts[1]
+
+
+class Logs(Regression):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("each", loss, sync_dist=True, on_step=True)
+        return loss
+
+
+def _warned(rank, world_size, make):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(cyclic(), world_size).fit(make(), loader(6, rank))
+    return [str(each.message) for each in caught if "CyclicStrategy" in str(each.message)]
+
+
+def test_one_process_and_a_collective_in_each_step_are_warned_of():
+    ((text,),) = launch(_warned, 1, lambda: Regression(deep(6)), world_size=1)
+    says(text, ["one process", "devices=2", "simulate_delay"])
+    texts, _ = launch(_warned, 2, lambda: Logs(deep(6)), world_size=2)
+    says(" ".join(texts), ["'each'", "sync_dist=True", "every step"])
+
+
+@pytest.mark.parametrize("base", ["cyclic", "cyclic_v1"])
+@pytest.mark.parametrize("suffix", ["", "_spawn", "_fork", "_notebook"])
+def test_the_names_of_the_registry_give_the_rule_and_an_error_in_the_twin(base, suffix):
+    import pytorch_lightning
+
+    options = {"accelerator": "cpu", "devices": 2, "logger": False, "enable_checkpointing": False}
+    strategy = Trainer(strategy=base + suffix, **options).strategy
+    assert type(strategy) is CyclicStrategy
+    assert strategy.settings.rule == ("v1" if base == "cyclic_v1" else "v2")
+    with pytest.raises(ImportError, match=r"from lightning\.pytorch import Trainer"):
+        pytorch_lightning.Trainer(strategy=base + suffix, **options)

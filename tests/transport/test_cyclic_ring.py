@@ -1,0 +1,80 @@
+"""Sums travel round the ring in the order of the path, owners update, and new versions reach every rank."""
+
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+from support.processes import start_ranks
+
+from lightning_comm.core.cyclic import CyclicSchedule
+from lightning_comm.core.ledger import CommLedger
+from lightning_comm.transport.cyclic import CyclicRing
+from lightning_comm.transport.cyclic_messages import NOTES, StageLayout
+from lightning_comm.transport.recording import Recorder, another_group
+
+STEPS = 4
+
+
+def gradient(rank, stage, step):
+    generator = torch.Generator().manual_seed(1000 * rank + 10 * stage + step)
+    return torch.randn(stage + 2, generator=generator, dtype=torch.float64)
+
+
+def version(schedule, stage, step):
+    """The mean in the order of the path; the owner adds the step to it."""
+    first, *others = schedule.path(stage)
+    total = gradient(first, stage, step)
+    for rank in others:
+        total = total + gradient(rank, stage, step)
+    return total / schedule.workers + step
+
+
+def _ring(rank, world_size, stages, in_any_order, late, fault=False):
+    schedule, ledger, updated = CyclicSchedule(world_size, stages), CommLedger(), []
+
+    def update(step, stage, message):
+        if fault and rank == 0:
+            raise ValueError("boom")
+        updated.append((step, stage))
+        message.parts[0].add_(step)
+
+    lanes = [Recorder(ledger, another_group(timedelta(seconds=20)), hold=True) for _ in range(2)]
+    layouts = [StageLayout([gradient(0, stage, 0)]) for stage in range(stages)]
+    ring = CyclicRing(schedule, layouts, update, *lanes, torch.device("cpu"), in_any_order=in_any_order)
+    for step in range(STEPS):
+        ring.begin_step(step)
+        for stage in schedule.order():
+            if rank == late:
+                time.sleep(0.01)
+            notes = torch.zeros(NOTES, dtype=torch.float64)
+            notes[:2] = torch.tensor([1.0, rank])
+            ring.hand_over(stage, [gradient(rank, stage, step)], notes)
+        for stage in range(stages):
+            message = ring.take(stage, step + 1, lambda: None)
+            assert torch.equal(message.parts[0], version(schedule, stage, step)), (rank, stage, step)
+            ring.release(stage, step + 1)
+        rows = ring.notes(step + 1, range(stages), lambda: None)
+        assert all(row[:2] == [world_size, sum(range(world_size))] for row in rows)
+    ring.close()
+    for lane in lanes:
+        lane.write_held()
+    stage_bytes = [layout.payload_bytes for layout in layouts]
+    sent = ledger.payload_bytes("gradients") + ledger.payload_bytes("parameters")
+    assert sent == STEPS * schedule.sent_bytes(rank, stage_bytes)
+    assert sorted(updated) == [(step, stage) for step in range(STEPS) for stage in sorted(schedule.owned(rank))]
+
+
+@pytest.mark.parametrize("in_any_order", [True, False])
+@pytest.mark.parametrize(("world_size", "stages", "late"), [(1, 2, -1), (2, 2, 0), (3, 6, 1), (4, 4, -1), (4, 2, 3)])
+def test_every_version_is_the_owners_update_of_the_mean(world_size, stages, late, in_any_order):
+    start_ranks(_ring, world_size, stages, in_any_order, late, world_size=world_size, timeout_s=40)
+
+
+def _alone(rank):
+    with pytest.raises(ValueError, match="boom"):
+        _ring(rank, 1, 1, True, -1, fault=True)
+
+
+def test_what_goes_wrong_in_a_lane_is_raised_where_compute_waits():
+    start_ranks(_alone, world_size=1)
