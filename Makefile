@@ -14,7 +14,7 @@ help:
 	@echo "make benchmark-tools  step times of other tools and ours on emulated hosts (half an hour)"
 	@echo "make benchmark-compression  what compression and overlap save on emulated hosts, and accuracy under them (75 minutes)"
 	@echo "make benchmark-partition  what shares by speed gain, what they cost, and accuracy under them (40 minutes)"
-	@echo "make benchmark-cyclic  what staggered workers gain on emulated hosts and in a shared memory, and accuracy under delay (55 minutes)"
+	@echo "make benchmark-cyclic  what staggered workers gain on emulated hosts and in a shared memory, and accuracy under delay (1 hour)"
 	@echo "make docs       the documentation as HTML in docs/_build"
 
 setup: $(VENV)/.ready
@@ -76,7 +76,7 @@ benchmark-partition: setup
 	$(BIN)/python benchmarks/adaptive_partition.py
 	$(BIN)/python benchmarks/adaptive_partition_accuracy.py
 
-# Some 55 minutes in all, on a quiet machine: step times 35, a memory that ranks share 8, accuracy on digits 10.
+# Some 60 minutes in all, on a quiet machine: step times 35, one device a few, a memory that ranks share 8, accuracy 10.
 benchmark-cyclic: setup
 	$(BIN)/python benchmarks/cyclic.py
 	$(BIN)/python benchmarks/cyclic_memory.py
