@@ -76,7 +76,7 @@ benchmark-partition: setup
 	$(BIN)/python benchmarks/adaptive_partition.py
 	$(BIN)/python benchmarks/adaptive_partition_accuracy.py
 
-# Some 60 minutes in all, on a quiet machine: step times 35, one device a few, a memory that ranks share 8, accuracy 10.
+# Some 60 minutes in all, on a quiet machine: step times 35, activations 10, a memory that ranks share 8, accuracy 10.
 benchmark-cyclic: setup
 	$(BIN)/python benchmarks/cyclic.py
 	$(BIN)/python benchmarks/cyclic_memory.py

@@ -40,6 +40,7 @@ from lightning_comm.transport.cyclic_stages import START, ForwardTrace, Stage, c
 from lightning_comm.transport.cyclic_stagger import Stagger
 from lightning_comm.transport.recording import Pending, Recorder, another_group
 
+_NOTED = 0  # the stage whose notes all ranks read
 _NOTICEABLE_S = 5e-5  # shorter waits are not worth a record
 
 
@@ -289,7 +290,7 @@ class CyclicRun:
         version = self.steps_done - 2  # the newest that every rank has, whatever it computes with
         if version > self._began_at:
             notes = self._notes_of(version)
-            check_finite(version - 1, notes, WHERE)
+            self._check_finite(version, notes)
             for decision in self._requests.decided(version - 1, notes, self.steps_done):
                 self.on_decision(decision)
 
@@ -354,7 +355,7 @@ class CyclicRun:
         for parameter in parameters:
             parameter.grad = None
         self._handed.add(stage)
-        notes = self._requests.notes(self.steps_done, self._non_finite, self._module.device)
+        notes = self._requests.notes(self.steps_done, self._non_finite, self._module.device, asking=stage == _NOTED)
         with self.agreement.first_error_shown():
             self._ring.hand_over(stage, gradients, notes)
 
@@ -373,9 +374,11 @@ class CyclicRun:
             for stage in reversed(range(len(self.stages))):
                 if self._versions[stage] < self.steps_done:
                     self._take_up(stage, self.steps_done)
-            for version in (self.steps_done - 1, self.steps_done):
-                if version > self._began_at:
-                    check_finite(version - 1, self._notes_of(version), WHERE)
+            versions = [each for each in (self.steps_done - 1, self.steps_done) if each > self._began_at]
+            notes = {version: self._notes_of(version) for version in versions}
+        for version in versions:
+            self._check_finite(version, notes[version])  # every rank's own error, not that of the first to find it
+        with self.agreement.first_error_shown():
             average_buffers(self._module, self.recorder)
         self.flushed_at = self.steps_done
 
@@ -425,7 +428,16 @@ class CyclicRun:
 
     def _notes_of(self, version: int) -> list[float]:
         assert self._ring is not None
-        return self._ring.notes(version, [0], self.agreement.listen)[0]
+        return self._ring.notes(version, [_NOTED], self.agreement.listen)[0]
+
+    def _check_finite(self, version: int, notes: list[float]) -> None:
+        try:
+            check_finite(version - 1, notes, WHERE)
+        except RuntimeError:
+            # All ranks have these notes and come here; who left at once would take along what others wait for.
+            with self.agreement.first_error_shown():
+                control.exchange(ControlRow(), self.recorder, self._module.device, Pending.wait)
+            raise
 
     def _previous_norm(self, step: int) -> float | None:
         if step == self._began_at or self._ring is None:

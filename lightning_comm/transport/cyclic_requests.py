@@ -37,17 +37,19 @@ class Requests:
         """Ask for something; it travels with the next gradient. A signal handler may call this."""
         self._wanted.setdefault(kind, f"rank {self._rank}: {reason}")
 
-    def notes(self, step: int, non_finite: Tensor | None, device: torch.device) -> Tensor:
-        """Return this rank's notes of a step, in which what was asked for since the last ones is counted.
+    def notes(self, step: int, non_finite: Tensor | None, device: torch.device, *, asking: bool) -> Tensor:
+        """Return this rank's notes of a step and stage.
 
         Args:
             step: Which.
             non_finite: Whether a loss of this rank was not finite, as a tensor on the device; ``None`` for no.
             device: Where gradients are.
+            asking: Whether this is the stage whose notes all ranks read: what was asked for since its last ones is
+                counted into these, and into those of no other stage.
 
         """
         row = [0.0] * NOTES
-        for kind in tuple(self._wanted):
+        for kind in tuple(self._wanted) if asking else ():
             self._store.compare_set(self._key(kind, step), "", self._wanted.pop(kind))
             row[_KINDS.index(kind)] = 1.0
         notes = torch.tensor(row, dtype=torch.float64, device=device)

@@ -74,7 +74,7 @@ def assert_ended_together(answers):
 def test_should_stop_on_one_rank_stops_all_at_one_step(world_size, times, stagger):
     answers = launch(lambda rank: run(rank, world_size, times, 8, settings={"stagger": stagger}), world_size=world_size)
     assert_ended_together(answers)
-    assert 8 <= answers[0][0] <= 12
+    assert 8 <= answers[0][0] <= 12, answers[0][0]
 
 
 def test_a_time_limit_stops_all_ranks_of_a_run_without_end():
