@@ -6,7 +6,8 @@ A ratio is the time that a step's transfer takes over the time of its compute. T
 device as fast as that asks for; below 0.25 the link is ten times faster instead, which leaves room for peaks. DDP's
 best `bucket_cap_mb` is searched first; then all methods run in the same processes, in an order that rotates from repeat
 to repeat. The results, `docs/results/cyclic_steps_<date>.md` and a JSON file with every repeat beside it, are written
-again after each repeat. With the defaults about half an hour; `--quick` is a trial of some 2 minutes.
+again after each repeat. With the defaults about half an hour; `--quick` is a trial of some 2 minutes that
+writes to `build` instead.
 """
 
 import argparse
@@ -139,6 +140,8 @@ def main() -> None:
     report["command"] = shlex.join(["python", "benchmarks/cyclic.py", *sys.argv[1:]])
     report["settings"] = {"batch": options.batch, "hosts": options.hosts, "parameters": parameters}
     out = Path(options.out) if options.out else results_file("cyclic_steps", report)
+    if options.quick and not options.out:
+        out = Path("build") / out.name  # a trial is no result
     introduction = _INTRODUCTION.format(
         model=MODEL, parameters=parameters, megabytes=4e-6 * parameters, image=IMAGE, batch=options.batch,
         roomy=ROOMY, link=LINK,
@@ -199,8 +202,7 @@ buckets of the best DDP, sends them beside compute, and applies the gradients of
 has the update rule of v1. What overlaps with the next step is timed in the middle of a run, with what was under way at
 the start in place of what is under way at the end.
 
-Stages are a block each. By itself the strategy cuts by the time that modules take in the first forward, which here is
-real compute on shared processors and not that of the emulated device; one row shows that.
+Stages are a block each, by name. One more row has the stages that the strategy cuts by itself.
 
 *step*: seconds of the slowest host. *of the bound*: the bound is the longer of a step without communication and an
 isolated all-reduce of the model, in one piece or in DDP's best buckets, whichever is faster, in each repeat. *mean

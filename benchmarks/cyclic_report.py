@@ -80,12 +80,13 @@ class Row:
         return statistics.median(self.of_bound)
 
 
-def peaks_of(samples: Sequence[tuple[float, int]], window_s: float) -> dict[str, float]:
+def peaks_of(samples: Sequence[tuple[float, int]], window_s: float, shortest_s: float = 0.0) -> dict[str, float]:
     """Return what the counter of an interface tells of the traffic's peaks, in bytes per second.
 
     Args:
         samples: Times in seconds, and what had been sent by then.
         window_s: How long the longer window is.
+        shortest_s: Samples that lie closer together say nothing: the second came late by less than the first.
 
     Returns:
         ``p95`` and ``highest`` between one sample and the next, and ``window``, the highest over the longer window;
@@ -95,6 +96,7 @@ def peaks_of(samples: Sequence[tuple[float, int]], window_s: float) -> dict[str,
     rates = [
         (later_bytes - bytes_) / (later_s - at_s)
         for (at_s, bytes_), (later_s, later_bytes) in itertools.pairwise(samples)
+        if later_s - at_s >= shortest_s
     ]
     over = []
     end = 0

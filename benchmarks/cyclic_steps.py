@@ -39,7 +39,11 @@ class LinkSampler:
     def _run(self) -> None:
         at = time.perf_counter()
         while not self._ended.is_set():
-            self._samples.append((time.perf_counter(), interface_sent_bytes()))
+            before_s = time.perf_counter()
+            sent = interface_sent_bytes()
+            after_s = time.perf_counter()
+            if after_s - before_s < SAMPLE_S / 10:  # otherwise the time at which it was so is not known
+                self._samples.append(((before_s + after_s) / 2, sent))
             at = max(at + SAMPLE_S, time.perf_counter())
             time.sleep(max(0.0, at - time.perf_counter()))
 
@@ -247,7 +251,7 @@ def segments_of(names: Sequence[str], job: Job, best_mb: float) -> tuple[dict[st
 def measured(segment: Segment, steps: int, step_s: float, sampler: LinkSampler) -> dict[str, Any]:
     """Time a segment on all hosts, with the peaks on their links."""
     own = segment(steps)
-    peaks = peaks_of(sampler.within(own.began_s, own.seconds), step_s / 4)
+    peaks = peaks_of(sampler.within(own.began_s, own.seconds), step_s / 4, shortest_s=SAMPLE_S / 2)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, peaks)
     return {**together(own, steps), "peaks": [each for each in gathered if each]}
