@@ -1,10 +1,8 @@
 """Cyclic Data Parallelism as a Lightning strategy: a thin shell that sets up, asks `core` and calls `transport`."""
 
 import itertools
-from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,9 +11,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -29,20 +25,20 @@ from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
 from lightning_comm.strategies.cyclic_files import CyclicResume
 from lightning_comm.strategies.cyclic_run import CyclicRun
 from lightning_comm.strategies.interruptions import Interruptions
-from lightning_comm.transport.agreement import Agreement, PeerFailure, default_store
+from lightning_comm.strategies.ranks_apart import RanksApartStrategy
+from lightning_comm.transport.agreement import Agreement, default_store
 from lightning_comm.transport.averaging import broadcast_
 from lightning_comm.transport.cyclic_requests import Requests
 from lightning_comm.transport.cyclic_update import ClipBy
 from lightning_comm.transport.random_state import set_random_state
-from lightning_comm.transport.recording import Pending, Recorder, leave_group_at_exit
+from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.replica import fingerprint
 
-_T = TypeVar("_T")
 _BUCKET_BYTES = 2**25  # of the broadcast at the start
 _fits = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
 
 
-class CyclicStrategy(DDPStrategy):
+class CyclicStrategy(RanksApartStrategy):
     """Let ranks take turns: gradients and new parameters travel round a ring, stage by stage, beside compute.
 
     The model is cut into *stages* in the order in which its modules run. As soon as backward has passed a stage, its
@@ -144,8 +140,6 @@ class CyclicStrategy(DDPStrategy):
         )
         self._ledger = CommLedger()
         self._run: CyclicRun | None = None
-        self._interruptions: Interruptions | None = None
-        self._trainer: Trainer | None = None
         self._resume: CyclicResume | None = None
         self._logs_checked = 0
 
@@ -190,10 +184,10 @@ class CyclicStrategy(DDPStrategy):
             self._ledger = CommLedger()
             self._logs_checked = 0
 
+    @property
     @override
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        leave_group_at_exit()
+    def _agreement(self) -> Agreement | None:
+        return self._run.agreement if self._run is not None else None
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -331,13 +325,6 @@ class CyclicStrategy(DDPStrategy):
         if self._run is not None:
             self._run.finish()
 
-    def report_failure(self, exception: BaseException) -> None:
-        """Called by the companion when this rank fails: tell the others, without a collective."""
-        if self._run is None or isinstance(exception, (PeerFailure, SIGTERMException)):
-            return
-        with suppress(RuntimeError):  # the store is gone with rank 0, and then everybody knows
-            self._run.agreement.report_failure(f"{type(exception).__name__}: {exception}")
-
     def _is_fitting(self) -> bool:
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         return fitting and self._run is not None and dist.is_initialized()
@@ -373,35 +360,6 @@ class CyclicStrategy(DDPStrategy):
             return checkpoint  # not for `fit`, or a tuner within it puts back what it has changed
         self._resume = cyclic_files.load(checkpoint, checkpoint_path, self.global_rank, self.world_size)
         return checkpoint
-
-    # ---- Lightning's own collectives -----------------------------------------------------------------------------
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        self._together(lambda: DDPStrategy.barrier(self, *args, **kwargs), None)
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return self._together(lambda: DDPStrategy.broadcast(self, obj, src), obj)
-
-    @override
-    def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
-        return self._together(lambda: DDPStrategy.reduce(self, tensor, group, reduce_op), tensor)
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        return self._together(lambda: DDPStrategy.all_gather(self, tensor, group, sync_grads), tensor)
-
-    def _together(self, collective: Callable[[], _T], alone: _T) -> _T:
-        """Note that all ranks meet; once a rank has failed, when no collective would end, do without."""
-        if self._interruptions is not None:
-            self._interruptions.met = True
-        if self._trainer is not None and self._trainer.interrupted:
-            return alone
-        if self._run is None:
-            return collective()
-        with self._run.agreement.first_error_shown():
-            return collective()
 
     @override
     def teardown(self) -> None:

@@ -1,6 +1,7 @@
 """What cannot work together under Cyclic Data Parallelism is refused before training starts."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -190,6 +191,34 @@ def check_optimizers(module: LightningModule, optimizers: list[Optimizer]) -> Op
             "Check `requires_grad` and what `configure_optimizers` passes on."
         )
     return optimizer
+
+
+def other_parameters(step: int, before: int, now: int) -> RuntimeError:
+    """Return the error of parameters that began, or ceased, to be trained in the middle of a run."""
+    return RuntimeError(
+        f"{WHERE}: the optimizer trains {now} parameters at step {step}, and {before} when the model was cut into "
+        "stages, so other ranks would wait for gradients that do not come. Freeze, unfreeze and add parameters before "
+        "`fit`; to change them later, save a checkpoint and start another `fit`."
+    )
+
+
+def late_gradient(stage: int, modules: Sequence[str]) -> RuntimeError:
+    """Return the error of a gradient that comes when its stage's have been sent."""
+    return RuntimeError(
+        f"{WHERE}: a gradient of stage {stage} (modules {', '.join(modules)}) came after the stage's gradients had "
+        "been sent: there was a second backward in the batch, or a part of the model under reentrant checkpointing "
+        "runs twice. Let one backward a batch compute all gradients, and use `checkpoint(..., use_reentrant=False)`."
+    )
+
+
+def without_gradient(step: int, names: Sequence[str]) -> RuntimeError:
+    """Return the error of parameters that had no part in a step."""
+    return RuntimeError(
+        f"{WHERE}: {len(names)} parameter(s) had no part in the loss of step {step}, so their gradient, which other "
+        f"ranks wait for, does not exist: {', '.join(names[:8])}. Use them in every step, or freeze them with "
+        "`requires_grad_(False)` and leave them out of the optimizer; DDPStrategy(find_unused_parameters=True) can do "
+        "with parameters that are sometimes unused."
+    )
 
 
 def warn_of_memory(settings: CyclicSettings, devices_here: int, on_cuda: bool) -> None:

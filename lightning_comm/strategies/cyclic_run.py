@@ -6,6 +6,8 @@ In each optimizer step: `begin_forward` opens it; at the first call of a stage's
 the schedule says in place; when the gradients of a stage are ready they are handed to the ring; `count_step` closes it.
 In the first step of a run the forward is traced instead, and the model is cut into stages before its backward.
 Parameters are written by this thread alone, between a stage's backward and its next forward.
+
+A little longer than other files, since what a step hands over and what it takes up share one state.
 """
 
 import math
@@ -25,18 +27,18 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_comm.core.cyclic import CyclicSchedule
-from lightning_comm.core.cyclic_stages import default_stages
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.strategies import control
+from lightning_comm.strategies import control, cyclic_checks
 from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
+from lightning_comm.strategies.cyclic_cut import agreed_stages
 from lightning_comm.transport.agreement import Agreement, Decision, Kind
 from lightning_comm.transport.cyclic import CyclicRing
 from lightning_comm.transport.cyclic_buffers import average_buffers
 from lightning_comm.transport.cyclic_messages import StageLayout
 from lightning_comm.transport.cyclic_optimizer import SQUARED_NORM, StageOptimizer
 from lightning_comm.transport.cyclic_requests import Requests, check_finite
-from lightning_comm.transport.cyclic_stages import START, ForwardTrace, Stage, cut, cut_at
+from lightning_comm.transport.cyclic_stages import START, ForwardTrace, Stage
 from lightning_comm.transport.cyclic_stagger import Stagger
 from lightning_comm.transport.recording import Pending, Recorder, another_group
 
@@ -93,8 +95,7 @@ class CyclicRun:
         self._groups = [another_group(timeout) for _ in range(1 if self._tagged else 2)]
         self._lanes = [Recorder(ledger, self._groups[k], hold=True) for k in (0, 0 if self._tagged else 1)]
         staggered = settings.stagger == "step" and self.recorder.world_size > 1
-        if staggered:
-            self._groups.append(another_group(timeout, "gloo"))
+        self._tokens = another_group(timeout, "gloo") if staggered else None
         self._stagger: Stagger | None = None
         self._trace: ForwardTrace | None = None
         self._ring: CyclicRing | None = None
@@ -128,38 +129,6 @@ class CyclicRun:
         with self.agreement.first_error_shown():
             rows = control.exchange(row, self.recorder, self._module.device, Pending.wait)
             control.check_same_batches(rows, WHERE)
-
-    def _cut(self, trace: ForwardTrace) -> list[Stage]:
-        """Cut the model as rank 0 saw it run, so that all ranks have the same stages."""
-        units, problem, found = trace.units(), None, []
-        if self.recorder.rank == 0:
-            try:
-                found = self._choose(units)
-            except ValueError as error:
-                problem = str(error)
-        sent = [(stage.modules, stage.parameters) for stage in found]
-        problem, sent = self._broadcast((problem, sent))
-        if problem is not None:
-            raise ValueError(problem)
-        return [Stage(tuple(modules), tuple(parameters)) for modules, parameters in sent]
-
-    def _choose(self, units: Sequence[Any]) -> list[Stage]:
-        wanted, workers = self.settings.stages, self.recorder.world_size
-        if isinstance(wanted, list):
-            return cut_at(units, wanted, WHERE)
-        if len(units) < workers:
-            raise ValueError(
-                f"{WHERE}: the model has {len(units)} module(s) with trainable parameters that ran, and each of the "
-                f"{workers} ranks needs a stage of at least one. Use fewer ranks, or build the model of more modules."
-            )
-        count = wanted or default_stages(len(units), workers, self.settings.lag)
-        if count > len(units):
-            raise ValueError(
-                f"{WHERE}: `stages`={count} is more than the {len(units)} modules with trainable parameters that ran: "
-                f"{', '.join(unit.module or '(none)' for unit in units)}. Leave `stages` out, or give a multiple of "
-                f"the number of ranks, {workers}, that is not above {len(units)}."
-            )
-        return cut(units, count)
 
     def _build(self, stages: Sequence[Stage]) -> None:
         settings, rank = self.settings, self.recorder.rank
@@ -197,8 +166,8 @@ class CyclicRun:
                 ready = partial(self._on_gradient, number)
                 handle = parameter.register_post_accumulate_grad_hook(ready)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
-        if len(self._groups) > (1 if self._tagged else 2):
-            self._stagger = Stagger(schedule, self._groups[-1], self.agreement.listen)
+        if self._tokens is not None:
+            self._stagger = Stagger(schedule, self._tokens, self.agreement.listen)
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
@@ -228,11 +197,13 @@ class CyclicRun:
         self._non_finite = bad if self._non_finite is None else torch.maximum(self._non_finite, bad)
         if self._trace is not None:
             trace, self._trace = self._trace, None
-            self._build(self._cut(trace))
+            rank, workers = self.recorder.rank, self.recorder.world_size
+            self._build(agreed_stages(trace.units(), self.settings, rank, workers, self._broadcast))
+            self._say_stages()
             assert self._ring is not None
             self._entered = set(range(len(self.stages)))
             if self._stepping:
-                self._user_settings_changed()
+                self._note_settings()
             self._ring.begin_step(self.steps_done)
         if self._stagger is not None:
             self._stagger.reach(len(self.stages))
@@ -242,19 +213,15 @@ class CyclicRun:
         if self.active:
             self._stepping = True
             self._check_trained()
-            self._user_settings_changed()
+            self._note_settings()
 
     def _check_trained(self) -> None:
         trained = sum(map(len, self._parameters))
         now = len(_trained(self._user_optimizer))
         if self.stages and now != trained:
-            raise RuntimeError(
-                f"{WHERE}: the optimizer trains {now} parameters at step {self.steps_done}, and {trained} when the "
-                "model was cut into stages, so other ranks would wait for gradients that do not come. Freeze, unfreeze "
-                "and add parameters before `fit`; to change them later, save a checkpoint and start another `fit`."
-            )
+            raise cyclic_checks.other_parameters(self.steps_done, trained, now)
 
-    def _user_settings_changed(self) -> None:
+    def _note_settings(self) -> None:
         if self.optimizer is not None:
             self.optimizer.note_settings(self.steps_done)
 
@@ -326,12 +293,7 @@ class CyclicRun:
         if not self._stepping:
             return
         if stage in self._handed:
-            raise RuntimeError(
-                f"{WHERE}: a gradient of stage {stage} (modules {', '.join(self.stages[stage].modules)}) came after "
-                "the stage's gradients had been sent: there was a second backward in the batch, or a part of the model "
-                "under reentrant checkpointing runs twice. Let one backward a batch compute all gradients, and use "
-                "`checkpoint(..., use_reentrant=False)`."
-            )
+            raise cyclic_checks.late_gradient(stage, self.stages[stage].modules)
         self._ready[stage] += 1
         if self._ready[stage] == len(self._parameters[stage]):
             self._hand_over(stage)
@@ -346,12 +308,7 @@ class CyclicRun:
                 for name, parameter in zip(self.stages[stage].parameters, parameters, strict=True)
                 if parameter.grad is None
             ]
-            raise RuntimeError(
-                f"{WHERE}: {len(unused)} parameter(s) had no part in the loss of step {self.steps_done}, so their "
-                f"gradient, which other ranks wait for, does not exist: {', '.join(unused[:8])}. Use them in every "
-                "step, or freeze them with `requires_grad_(False)` and leave them out of the optimizer; DDPStrategy("
-                "find_unused_parameters=True) can do with parameters that are sometimes unused."
-            )
+            raise cyclic_checks.without_gradient(self.steps_done, unused)
         for parameter in parameters:
             parameter.grad = None
         self._handed.add(stage)
@@ -398,9 +355,9 @@ class CyclicRun:
 
     def leave(self) -> None:
         """Leave the process groups of a run that has ended as it should."""
-        for group in self._groups:
+        for group in (*self._groups, *([] if self._tokens is None else [self._tokens])):
             dist.destroy_process_group(group)
-        self._groups.clear()
+        self._groups, self._tokens = [], None
 
     def abandon(self) -> None:
         """Take the hooks away and end the lanes, where the run has not ended as it should."""
@@ -417,8 +374,7 @@ class CyclicRun:
         """Return the gradient norm of the last step, after a flush; ``None`` where it is not known."""
         return self._previous_norm(self.steps_done)
 
-    def stage_report(self) -> None:
-        """Say on rank 0 how the model was cut."""
+    def _say_stages(self) -> None:
         rows = [
             f"  stage {k}: {stage.modules[0] or '(start)'} to {stage.modules[-1] or '(start)'}, "
             f"{sum(each.numel() for each in self._parameters[k]):,} parameters"

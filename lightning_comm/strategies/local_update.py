@@ -5,10 +5,9 @@ rest are hooks of a few lines each.
 """
 
 import itertools
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,10 +16,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -31,21 +27,21 @@ from lightning_comm.strategies import checks, control, rank_files, run_state
 from lightning_comm.strategies.companion import Companion
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
+from lightning_comm.strategies.ranks_apart import RanksApartStrategy
 from lightning_comm.strategies.sample_weights import SampleWeights
 from lightning_comm.strategies.settings import Round, Settings
 from lightning_comm.strategies.sparse_mask import check_optimizers
-from lightning_comm.transport.agreement import Agreement, PeerFailure, default_store
+from lightning_comm.transport.agreement import Agreement, default_store
 from lightning_comm.transport.averaging import Averaging, broadcast_
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.random_state import set_random_state
-from lightning_comm.transport.recording import Pending, Recorder, another_group, leave_group_at_exit
+from lightning_comm.transport.recording import Pending, Recorder, another_group
 from lightning_comm.transport.replica import fingerprint
 
-_T = TypeVar("_T")
 _fits = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
 
 
-class LocalUpdateStrategy(DDPStrategy):
+class LocalUpdateStrategy(RanksApartStrategy):
     """Train ranks apart, and average their parameters once a round.
 
     No gradient is sent. Every rank takes optimizer steps on its own data; when a round is over, the parameters are
@@ -158,8 +154,6 @@ class LocalUpdateStrategy(DDPStrategy):
         self._ledger = CommLedger()
         self._samples = SampleWeights()
         self._run: LocalUpdateRun | None = None
-        self._interruptions: Interruptions | None = None
-        self._trainer: Trainer | None = None
         self._resume: rank_files.Resume | None = None
         self._logs_checked = 0
         self._group: dist.ProcessGroup | None = None
@@ -219,10 +213,10 @@ class LocalUpdateStrategy(DDPStrategy):
             self._samples = SampleWeights()
             self._logs_checked = 0
 
+    @property
     @override
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        leave_group_at_exit()
+    def _agreement(self) -> Agreement | None:
+        return self._run.agreement if self._run is not None else None
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -412,40 +406,6 @@ class LocalUpdateStrategy(DDPStrategy):
         super().remove_checkpoint(filepath)
         if self.local_rank == 0:
             rank_files.remove(self.checkpoint_io, filepath)
-
-    @override
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        self._together(lambda: DDPStrategy.barrier(self, *args, **kwargs), None)
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return self._together(lambda: DDPStrategy.broadcast(self, obj, src), obj)
-
-    @override
-    def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
-        return self._together(lambda: DDPStrategy.reduce(self, tensor, group, reduce_op), tensor)
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        return self._together(lambda: DDPStrategy.all_gather(self, tensor, group, sync_grads), tensor)
-
-    def _together(self, collective: Callable[[], _T], alone: _T) -> _T:
-        """Note that all ranks meet; once a rank has failed, when no collective would end, do without."""
-        if self._interruptions is not None:
-            self._interruptions.met = True
-        if self._trainer is not None and self._trainer.interrupted:
-            return alone
-        if self._run is None:
-            return collective()
-        with self._run.agreement.first_error_shown():
-            return collective()
-
-    def report_failure(self, exception: BaseException) -> None:
-        """Called by the companion when this rank fails: tell the others, without a collective."""
-        if self._run is None or isinstance(exception, (PeerFailure, SIGTERMException)):
-            return
-        with suppress(RuntimeError):  # the store is gone with rank 0, and then everybody knows
-            self._run.agreement.report_failure(f"{type(exception).__name__}: {exception}")
 
     @override
     def teardown(self) -> None:

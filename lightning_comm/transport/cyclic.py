@@ -8,10 +8,9 @@ Every rank has *lanes*, threads beside the one that computes, so that nothing of
   it until compute takes it up.
 
 On gloo each stage has two lanes of its own, and messages are told apart by tags: a stage whose gradient is late holds
-no other one up, which on a link that is always busy would cost up to two fifths of the speed. NCCL carries out what it
-is asked for in order, so there one lane for gradients and one for parameters handle all stages in the order in which
-backward finishes them, the same on all ranks. :mod:`lightning_comm.core.cyclic_check` shows that nobody waits in a
-circle.
+no other one up, which counts on a link that is always busy. NCCL carries out what it is asked for in order, so there
+one lane for gradients and one for parameters handle all stages in the order in which backward finishes them, the same
+on all ranks. :mod:`lightning_comm.core.cyclic_check` shows that nobody waits in a circle.
 """
 
 import threading
