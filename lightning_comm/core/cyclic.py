@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Rule = Literal["v1", "v2"]
+MessageKind = Literal["gradient", "parameters"]
 RULES: tuple[Rule, ...] = ("v1", "v2")
 
 
@@ -36,7 +37,7 @@ class Message:
 
     """
 
-    kind: Literal["gradient", "parameters"]
+    kind: MessageKind
     source: int
     target: int
     stage: int
@@ -154,12 +155,12 @@ class CyclicSchedule:
         """Return the workers in the order in which they add their gradients of a stage: from behind its owner to it."""
         return tuple((self.owner(stage) + 1 + k) % self.workers for k in range(self.workers))
 
-    def sends(self, worker: int, stage: int, kind: Literal["gradient", "parameters"]) -> bool:
+    def sends(self, worker: int, stage: int, kind: MessageKind) -> bool:
         """Whether a worker passes a stage's gradient, or its new version, on to the next one."""
         end = self.owner(stage) if kind == "gradient" else self.path(stage)[-2 if self.workers > 1 else -1]
         return worker != end
 
-    def receives(self, worker: int, stage: int, kind: Literal["gradient", "parameters"]) -> bool:
+    def receives(self, worker: int, stage: int, kind: MessageKind) -> bool:
         """Whether a worker gets a stage's gradient, or its new version, from the one before it."""
         return self.sends((worker - 1) % self.workers, stage, kind)
 
@@ -175,6 +176,35 @@ class CyclicSchedule:
                 yield Message("gradient", source, target, stage, step)
             for source, target in itertools.pairwise((path[-1], *path[:-1])):
                 yield Message("parameters", source, target, stage, step)
+
+    def needed_slot(self, source: int, kind: MessageKind, stage: int, step: int) -> int:
+        """Return the slot of the forward that needs a message first: where several wait for a link, it goes first.
+
+        That is the earliest among the workers that the new version reaches through this message. It is never before
+        step ``step + 1`` begins, so what a worker waits for in step ``step - 1`` or earlier is always more urgent.
+
+        Args:
+            source: The worker that sends it.
+            kind: What it holds.
+            stage: Of which stage.
+            step: The step whose gradient it is, or of which the new version is made.
+
+        Example:
+            >>> schedule = CyclicSchedule(workers=4, stages=4)
+            >>> [schedule.needed_slot(source, "parameters", stage=2, step=0) for source in (1, 2, 3)]
+            [14, 16, 18]
+
+        """
+        path = self.path(stage)
+        targets = (path[-1], *path[:-1])  # in the order in which they get the new version
+        if kind == "parameters":
+            targets = targets[targets.index(source) + 1 :]
+        return min(
+            (step + (1 if self.version(each, stage, step + 1) == step + 1 else 2)) * 2 * self.stages
+            + self.delay_slots * each
+            + stage
+            for each in targets
+        )
 
     def sent_bytes(self, worker: int, stage_bytes: list[int]) -> int:
         """Return the payload that a worker sends in a step: gradients of a step, and the versions made of them.

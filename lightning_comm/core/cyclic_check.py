@@ -9,13 +9,12 @@ import graphlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from lightning_comm.core.cyclic import CyclicSchedule, Message
+from lightning_comm.core.cyclic import CyclicSchedule, Message, MessageKind
 from lightning_comm.core.cyclic_stagger import token_boundary
 
-Kind = Literal["gradient", "parameters"]
-KINDS: tuple[Kind, ...] = ("gradient", "parameters")
+KINDS: tuple[MessageKind, ...] = ("gradient", "parameters")
 
 
 class ScheduleError(ValueError):
@@ -244,7 +243,7 @@ class _Waits:
             waits.append(_stage_pass(schedule, giver, step if worker else step - 1, token_after - 1))
         return waits
 
-    def _pass_on(self, worker: int, kind: Kind) -> None:
+    def _pass_on(self, worker: int, kind: MessageKind) -> None:
         """The events of a thread that receives, adds or keeps, and sends on, a stage after the other."""
         schedule = self.case.schedule
         held = "gradient added" if kind == "gradient" else "parameters held"
@@ -263,7 +262,7 @@ class _Waits:
                     self.waits[sent].append(ready._replace(worker=schedule.after(worker)))
                 before = sent
 
-    def _sources(self, worker: int, kind: Kind, stage: int, step: int) -> list[Event]:
+    def _sources(self, worker: int, kind: MessageKind, stage: int, step: int) -> list[Event]:
         """Return what a worker itself contributes: its gradient, or the new version if it owns the stage."""
         if kind == "gradient":
             return [Event("backward", worker, stage, step)]

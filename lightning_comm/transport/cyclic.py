@@ -8,7 +8,8 @@ Every rank has *lanes*, threads beside the one that computes, so that nothing of
   it until compute takes it up.
 
 On gloo each stage has two lanes of its own, and messages are told apart by tags: a stage whose gradient is late holds
-no other one up, which counts on a link that is always busy. NCCL carries out what it is asked for in order, so there
+no other one up, and what is needed first is sent first (:mod:`lightning_comm.transport.cyclic_link`); both count on a
+link that is always busy. NCCL carries out what it is asked for in order, so there
 one lane for gradients and one for parameters handle all stages in the order in which backward finishes them, the same
 on all ranks. :mod:`lightning_comm.core.cyclic_check` shows that nobody waits in a circle.
 """
@@ -19,19 +20,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from queue import SimpleQueue
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_comm.core.cyclic import CyclicSchedule
+from lightning_comm.core.cyclic import CyclicSchedule, MessageKind
+from lightning_comm.transport.cyclic_link import UrgentFirst
 from lightning_comm.transport.cyclic_messages import Mark, Message, StageLayout
 from lightning_comm.transport.recording import Recorder
 
 _LISTEN_S = 1.0  # how often somebody who waits looks whether a rank has failed; a look takes up to 70 ms on a slow link
 
-Kind = Literal["gradient", "parameters"]
 Update = Callable[[int, int, Message], None]
 
 
@@ -62,9 +63,10 @@ class CyclicRing:
 
     Note:
         *Communication.* For each stage and step N - 1 messages of its size for the gradient and N - 1 for the new
-        version, over all N ranks, each with 64 bytes of notes that are counted as ``"control"``.
+        version, over all N ranks, each with 64 bytes of notes that are counted as ``"control"``. On gloo, with three
+        ranks and more, 8 bytes come back for each.
 
-        *Memory.* Up to two versions of each stage that wait to be taken up, and one gradient on its way.
+        *Memory.* Up to two versions of each stage that wait to be taken up, and what waits for the link.
 
     """
 
@@ -81,10 +83,12 @@ class CyclicRing:
     ) -> None:
         self._schedule, self._layouts, self._update, self._device = schedule, layouts, update, device
         self._rank = gradients.rank
-        self._recorders: dict[Kind, Recorder] = {"gradient": gradients, "parameters": parameters}
+        self._recorders: dict[MessageKind, Recorder] = {"gradient": gradients, "parameters": parameters}
         # On gloo a sender waits until it was told that it may send, by a small message that waits behind bulk traffic:
         # so what a step will bring is asked for at once.
         self._ask_at_once = in_any_order
+        urgent_first = in_any_order and schedule.workers > 2 and device.type == "cpu"
+        self._link = UrgentFirst(schedule, parameters, tag=2 * schedule.stages) if urgent_first else None
         self._free: list[deque[Message]] = [deque() for _ in layouts]
         self._own: list[SimpleQueue[Gradients | None]] = [SimpleQueue() for _ in layouts]
         self._updated: list[SimpleQueue[Message | None]] = [SimpleQueue() for _ in layouts]
@@ -98,12 +102,16 @@ class CyclicRing:
         for stages in [[stage] for stage in schedule.order()] if in_any_order else [list(schedule.order())]:
             self._start(partial(self._gradients, stages), f"gradients of stages {stages}")
             self._start(partial(self._parameters, stages), f"parameters of stages {stages}")
+        if self._link is not None:
+            self._start(self._link.handle_words, "words of the next rank")
 
     # ---- called by compute ---------------------------------------------------------------------------------------
 
     def begin_step(self, step: int) -> None:
         """Let the lanes ask for the messages of a step; called on every rank, for each step in turn."""
         self._raise_error()
+        if self._link is not None:
+            self._link.begin_step()
         for steps in self._steps:
             steps.put(step)
 
@@ -153,6 +161,8 @@ class CyclicRing:
         for messages in self._free:
             for message in messages:
                 message.sent()
+        if self._link is not None:
+            self._link.close()
 
     def abandon(self) -> None:
         """End the lanes without waiting, where another rank may be gone."""
@@ -162,7 +172,7 @@ class CyclicRing:
 
     def _gradients(self, stages: Sequence[int], step: int) -> None:
         schedule, rank = self._schedule, self._rank
-        incoming = self._receive("gradient", stages)
+        incoming = self._receive("gradient", step, stages)
         for stage in stages:
             own = self._own[stage].get()
             if own is None:
@@ -192,7 +202,7 @@ class CyclicRing:
 
     def _parameters(self, stages: Sequence[int], step: int) -> None:
         schedule, rank = self._schedule, self._rank
-        incoming = self._receive("parameters", stages)
+        incoming = self._receive("parameters", step, stages)
         for stage in stages:
             if schedule.owner(stage) == rank:
                 updated = self._updated[stage].get()
@@ -213,37 +223,46 @@ class CyclicRing:
                     del self._notes[old]
                 self._changed.notify_all()
 
-    def _receive(self, kind: Kind, stages: Sequence[int]) -> Iterator[Message]:
+    def _receive(self, kind: MessageKind, step: int, stages: Sequence[int]) -> Iterator[Message]:
         """Ask for the messages of these stages in a step; yield each when it has arrived."""
         schedule, before = self._schedule, (self._rank - 1) % self._schedule.workers
         to_come = [stage for stage in stages if schedule.receives(self._rank, stage, kind)]
 
-        def ask(stage: int) -> tuple[Message, dist.Work]:
+        def ask(stage: int) -> tuple[int, Message, dist.Work]:
             message = self._empty(stage)
-            return message, self._recorders[kind].receive(message.memory, before, tag=self._tag(kind, stage))
+            return stage, message, self._recorders[kind].receive(message.memory, before, tag=self._tag(kind, stage))
 
         asked = list(map(ask, to_come)) if self._ask_at_once else map(ask, to_come)
 
         def arrivals() -> Iterator[Message]:
-            for message, work in asked:
+            for stage, message, work in asked:
                 work.wait()
+                if self._link is not None:
+                    self._link.arrived(kind, stage, step)
                 yield message
 
         return arrivals()
 
-    def _send(self, kind: Kind, step: int, stage: int, message: Message) -> None:
+    def _send(self, kind: MessageKind, step: int, stage: int, message: Message) -> None:
         payload_bytes = self._layouts[stage].payload_bytes
         purpose = "gradients" if kind == "gradient" else "parameters"
-        message.sending = self._recorders[kind].send(
-            message.memory,
-            self._schedule.after(self._rank),
-            purpose,
-            payload_bytes,
-            tag=self._tag(kind, stage),
-            step=step,
-        )
 
-    def _tag(self, kind: Kind, stage: int) -> int:
+        def send() -> dist.Work:
+            return self._recorders[kind].send(
+                message.memory,
+                self._schedule.after(self._rank),
+                purpose,
+                payload_bytes,
+                tag=self._tag(kind, stage),
+                step=step,
+            )
+
+        if self._link is None:
+            message.sending = send()
+        else:
+            message.sending = self._link.send(kind, stage, step, self._layouts[stage].message_bytes, send)
+
+    def _tag(self, kind: MessageKind, stage: int) -> int:
         return stage if kind == "gradient" else self._schedule.stages + stage
 
     def _empty(self, stage: int) -> Message:
@@ -251,6 +270,10 @@ class CyclicRing:
         try:
             message = self._free[stage].popleft()
         except IndexError:
+            return Message(self._layouts[stage], self._device)
+        if self._link is not None and not message.has_left():
+            # nobody waits for it: what lets it go may itself wait for what this rank is to receive
+            self._free[stage].append(message)
             return Message(self._layouts[stage], self._device)
         message.sent()
         message.read.wait()

@@ -1,6 +1,7 @@
 """What travels on the ring of Cyclic Data Parallelism: the tensors of a stage, and notes, in one piece of memory."""
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,33 @@ class Mark:
         if self._event is not None:
             for tensor in tensors:
                 tensor.record_stream(torch.cuda.current_stream())
+
+
+class Departure:
+    """A message that leaves when its turn comes; :meth:`wait` blocks until it has arrived."""
+
+    def __init__(self, urgency: int, message_bytes: int, send: Callable[[], dist.Work]) -> None:
+        self.urgency, self.message_bytes = urgency, message_bytes
+        self._send, self._arrived = send, threading.Event()
+        self._work: dist.Work | None = None
+
+    def start(self) -> None:
+        """Hand the message to the socket."""
+        self._work = self._send()
+
+    def end(self) -> None:
+        """Note that the message has arrived."""
+        assert self._work is not None
+        self._work.wait()
+        self._arrived.set()
+
+    def wait(self) -> None:
+        """Block until the message has arrived."""
+        self._arrived.wait()
+
+    def is_over(self) -> bool:
+        """Whether the message has arrived."""
+        return self._arrived.is_set()
 
 
 class StageLayout:
@@ -62,7 +90,7 @@ class Message:
         self.memory = torch.empty(layout.message_bytes, dtype=torch.uint8, device=device)
         self.notes = self.memory[:NOTES_BYTES].view(torch.float64)
         self.parts = layout.parts(self.memory)
-        self.sending: dist.Work | None = None
+        self.sending: dist.Work | Departure | None = None
         self.written = self.read = Mark(device)
 
     def sent(self) -> None:
@@ -70,3 +98,7 @@ class Message:
         if self.sending is not None:
             self.sending.wait()
             self.sending = None
+
+    def has_left(self) -> bool:
+        """Whether it has left, as far as that is known without waiting."""
+        return self.sending is None or (isinstance(self.sending, Departure) and self.sending.is_over())

@@ -185,3 +185,45 @@ def test_a_bad_argument_is_named_with_its_value_and_a_way_out(kwargs, must_say):
     with pytest.raises(ValueError, match=r"CyclicSchedule: .*(must be|needs)") as caught:
         CyclicSchedule(**kwargs)
     assert [word for word in must_say if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("rule", ["v1", "v2"])
+@pytest.mark.parametrize(("workers", "stages"), [pair for pair in GRID if pair[0] > 1])
+def test_a_message_is_needed_when_the_first_worker_that_it_reaches_computes_with_its_version(workers, stages, rule):
+    schedule = CyclicSchedule(workers, stages, rule)
+    for message in schedule.messages(step=3):
+        reached, at = [], message.target
+        if message.kind == "gradient":
+            reached = list(range(workers))
+        while message.kind == "parameters":
+            reached.append(at)
+            if not schedule.sends(at, message.stage, "parameters"):
+                break
+            at = schedule.after(at)
+        forwards = [
+            slot_of(schedule, worker, message.stage, step, True)
+            for worker in reached
+            for step in (4, 5)
+            if schedule.version(worker, message.stage, step) == 4
+        ]
+        assert schedule.needed_slot(message.source, message.kind, message.stage, 3) == min(forwards)
+
+
+@pytest.mark.parametrize("warmup_sync_steps", [0, 2, 3, 100])
+@pytest.mark.parametrize("rule", ["v1", "v2"])
+@pytest.mark.parametrize(("workers", "stages"), [pair for pair in GRID if pair[0] > 1])
+def test_what_a_worker_waits_for_is_more_urgent_than_what_it_cannot_take_yet(workers, stages, rule, warmup_sync_steps):
+    """Messages of step t are taken from the start of step t on. Whoever is before that waits for others: they pass."""
+    schedule = CyclicSchedule(workers, stages, rule, warmup_sync_steps=warmup_sync_steps)
+    cannot_be_taken = min(schedule.needed_slot(each.source, each.kind, each.stage, 4) for each in schedule.messages(4))
+    for worker in range(workers):
+        for stage in range(stages):
+            for step in range(1, 4):
+                needed = schedule.version(worker, stage, step) - 1  # the step of which it is made
+                for message in schedule.messages(needed):
+                    path = schedule.path(stage)
+                    order = (path[-1], *path[:-1])
+                    on_its_way = message.kind == "gradient" or order.index(message.source) < order.index(worker)
+                    if message.stage == stage and on_its_way:
+                        urgency = schedule.needed_slot(message.source, message.kind, stage, needed)
+                        assert urgency < cannot_be_taken, (message, worker, step)
