@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cyclic_report import ALONE, BEST, BUCKETS, DEFAULT, DELAYED, LABELS, V1, V2, V2_DEFAULT, page
+from cyclic_report import ALONE, BEST, BUCKETS, DEFAULT, DELAYED, LABELS, V1, V2, V2_DEFAULT, V2_FINE, V2_TWO, page
 from emulated_run import as_report, close_host, measure, rate_of, results_file, write
 from lab import PAYLOAD_SHARE
 from steps_report import LIMIT
@@ -36,7 +36,14 @@ BUCKETS_MB = (0.2, 0.4, 0.5, 1.0, 2.0)
 FEW_BUCKETS = 10
 ALWAYS = (LIMIT, ALONE, BUCKETS, BEST)  # without which there is no bound and no ratio
 _SEGMENT_S = 6.0  # what a method is timed for in a repeat, where that is no less than 4 steps and no more than 10
-_AROUND = {V1: 8, V2: 8, V2_DEFAULT: 8, DELAYED: 6}  # steps of a segment that are not timed, start and end among them
+_AROUND = {
+    V1: 8,
+    V2: 8,
+    V2_DEFAULT: 8,
+    V2_TWO: 8,
+    V2_FINE: 8,
+    DELAYED: 6,
+}  # steps of a segment that are not timed, start and end among them
 _TIMEOUT_S = 2400
 
 
@@ -93,7 +100,7 @@ def as_host(options: dict[str, Any]) -> None:
     for name in names:
         if name in (DEFAULT, BEST, DELAYED):
             found["delays"][name] = 1.0 if name == DELAYED else 0.0
-        elif name in (V1, V2, V2_DEFAULT):
+        elif name in (V1, V2, V2_DEFAULT, V2_TWO, V2_FINE):
             hosts = dist.get_world_size()
             rule: Rule = "v1" if name == V1 else "v2"
             found["delays"][name] = delays_of(CyclicSchedule(hosts, 3 * hosts, rule))

@@ -16,7 +16,7 @@ from tools_report import MAX_LIMIT_SPREAD, indented, overruns, paired_ratio, spr
 from lightning_comm.planning.report import markdown_table
 
 LIGHTNING, ALONE, BUCKETS, DEFAULT, BEST = "limit_lightning", "alone", "alone_buckets", "ddp", "best"
-DELAYED, V2, V1, V2_DEFAULT = "delayed", "v2", "v1", "v2_default"
+DELAYED, V2, V1, V2_DEFAULT, V2_TWO, V2_FINE = "delayed", "v2", "v1", "v2_default", "v2_two", "v2_fine"
 LABELS = {
     LIMIT: "no communication",
     LIGHTNING: "no communication, Lightning",
@@ -28,6 +28,8 @@ LABELS = {
     V2: '`CyclicStrategy(rule="v2")`',
     V1: '`CyclicStrategy(rule="v1")`',
     V2_DEFAULT: "v2, stages as it cuts them itself",
+    V2_TWO: "v2, two stages a block",
+    V2_FINE: "v2, three stages a block",
 }
 TARGETS: dict[float, dict[str, float]] = {0.5: {V2: 0.95}, 1: {V2: 0.85, V1: 0.95}, 2: {V2: 0.95, V1: 0.95}}
 BEST_TARGETS = {1: 1.2}  # times as fast as the best DDP, for v2

@@ -11,7 +11,20 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from cyclic_report import ALONE, BEST, BUCKETS, DEFAULT, DELAYED, LIGHTNING, V1, V2, V2_DEFAULT, peaks_of
+from cyclic_report import (
+    ALONE,
+    BEST,
+    BUCKETS,
+    DEFAULT,
+    DELAYED,
+    LIGHTNING,
+    V1,
+    V2,
+    V2_DEFAULT,
+    V2_FINE,
+    V2_TWO,
+    peaks_of,
+)
 from emulated_host import together
 from emulated_lightning import lightning
 from emulated_steps import TIMEOUT, Job, Meter, Segment, Timed, ddp, interface_sent_bytes, no_communication
@@ -231,7 +244,7 @@ def limit_in_lightning(job: Job) -> Segment:
 
 def segments_of(names: Sequence[str], job: Job, best_mb: float) -> tuple[dict[str, Segment], dict[str, Inspection]]:
     """Make the methods, in this order, and what looks at optimizers."""
-    inspections = {name: Inspection() for name in (V1, V2, V2_DEFAULT)}
+    inspections = {name: Inspection() for name in (V1, V2, V2_DEFAULT, V2_TWO, V2_FINE)}
     stages = stages_of(3 * dist.get_world_size())
     make: dict[str, Callable[[], Segment]] = {
         LIMIT: lambda: no_communication(job),
@@ -244,6 +257,8 @@ def segments_of(names: Sequence[str], job: Job, best_mb: float) -> tuple[dict[st
         V2: lambda: cyclic(job, inspections[V2], rule="v2", stages=stages),
         V1: lambda: cyclic(job, inspections[V1], rule="v1", stages=stages),
         V2_DEFAULT: lambda: cyclic(job, inspections[V2_DEFAULT], rule="v2"),
+        V2_TWO: lambda: cyclic(job, inspections[V2_TWO], rule="v2", stages=24),
+        V2_FINE: lambda: cyclic(job, inspections[V2_FINE], rule="v2", stages=36),
     }
     return {name: make[name]() for name in names}, inspections
 

@@ -41,8 +41,9 @@ def default_stages(units: int, workers: int, lag: int = 0) -> int:
 def balanced_cuts(costs: Sequence[float], parts: int) -> list[int]:
     """Return where each of so many contiguous groups begins, such that the greatest sum of costs is smallest.
 
-    The answer is exact. Of several, the one whose list of first indices is lexicographically smallest is returned, so
-    that all ranks that are given the same costs cut alike.
+    Of such cuts it is one with the least sum of squares, since the group that decides the greatest sum would otherwise
+    leave all others to chance. The answer is exact. Of several, the one whose list of first indices is
+    lexicographically smallest is returned, so that all ranks that are given the same costs cut alike.
 
     Args:
         costs: What each unit costs, in any unit; finite and at least 0.
@@ -78,14 +79,7 @@ def balanced_cuts(costs: Sequence[float], parts: int) -> list[int]:
             highest = middle
         else:
             lowest = middle + 1
-    groups = _groups_from(sizes, lowest)
-    firsts = [0]
-    for left in range(parts - 1, 0, -1):
-        begin = firsts[-1] + 1
-        while groups[begin] > left:
-            begin += 1
-        firsts.append(begin)
-    return firsts
+    return _most_even(sizes, parts, lowest)
 
 
 def _integers(costs: Sequence[float]) -> list[int]:
@@ -106,3 +100,28 @@ def _groups_from(sizes: Sequence[int], limit: int) -> list[int]:
             total -= sizes[end]
         groups[begin] = 1 + groups[end]
     return groups
+
+
+def _most_even(sizes: Sequence[int], parts: int, limit: int) -> list[int]:
+    """Return where groups begin that are all within the limit, with the least sum of squares."""
+    count = len(sizes)
+    squares: list[int | None] = [None] * count + [0]  # of what begins there, in so many groups; None: it cannot be
+    ends: list[list[int]] = []  # for ever more groups: where the first of them ends
+    for _ in range(parts):
+        least: list[int | None] = [None] * (count + 1)
+        end = [0] * (count + 1)
+        for begin in range(count):
+            total = 0
+            for after in range(begin + 1, count + 1):
+                total += sizes[after - 1]
+                if total > limit:
+                    break
+                rest, so_far = squares[after], least[begin]
+                if rest is not None and (so_far is None or rest + total**2 < so_far):
+                    least[begin], end[begin] = rest + total**2, after
+        squares = least
+        ends.append(end)
+    firsts = [0]
+    for end in reversed(ends[1:]):
+        firsts.append(end[firsts[-1]])
+    return firsts

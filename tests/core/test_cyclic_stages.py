@@ -16,10 +16,18 @@ def greatest(costs, firsts):
     return max(sum(map(Fraction, costs[a:b])) for a, b in itertools.pairwise([*firsts, len(costs)]))
 
 
+def squares(costs, firsts):
+    return sum(sum(map(Fraction, costs[a:b])) ** 2 for a, b in itertools.pairwise([*firsts, len(costs)]))
+
+
 def best_of_all(costs, parts):
     """The first of the best, over all lists of first indices in lexicographic order."""
     every = [(0, *rest) for rest in itertools.combinations(range(1, len(costs)), parts - 1)]
-    return list(min(every, key=lambda firsts: greatest(costs, firsts)))
+    return list(min(every, key=lambda firsts: (greatest(costs, firsts), squares(costs, firsts))))
+
+
+def test_a_large_unit_leaves_the_other_groups_even():
+    assert balanced_cuts([1] * 8 + [9], parts=5) == [0, 2, 4, 6, 8]
 
 
 def test_the_cut_is_the_first_of_the_best_among_all_cuts():
