@@ -174,11 +174,14 @@ class CyclicRing:
         schedule, rank = self._schedule, self._rank
         incoming = self._receive("gradient", step, stages)
         for stage in stages:
+            receives = schedule.receives(rank, stage, "gradient")
+            # where it is asked for already, its arrival is noted at once, so that the next one may be sent
+            arrived = next(incoming) if receives and self._ask_at_once else None
             own = self._own[stage].get()
             if own is None:
                 raise _ClosedError
-            if schedule.receives(rank, stage, "gradient"):
-                message = next(incoming)
+            if receives:
+                message = arrived or next(incoming)
                 own.ready.wait()
                 message.notes.add_(own.notes)
                 for part, gradient in zip(message.parts, own.parts, strict=True):
