@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cyclic_report import ALONE, BEST, BUCKETS, DEFAULT, DELAYED, LABELS, V1, V2, V2_DEFAULT, V2_FINE, V2_TWO, page
+from cyclic_report import ALONE, BEST, BUCKETS, DEFAULT, DELAYED, LABELS, V1, V2, V2_DEFAULT, V2_FINE, page
 from emulated_run import as_report, close_host, measure, rate_of, results_file, write
 from lab import PAYLOAD_SHARE
 from steps_report import LIMIT
@@ -40,7 +40,6 @@ _AROUND = {
     V1: 8,
     V2: 8,
     V2_DEFAULT: 8,
-    V2_TWO: 8,
     V2_FINE: 8,
     DELAYED: 6,
 }  # steps of a segment that are not timed, start and end among them
@@ -100,10 +99,11 @@ def as_host(options: dict[str, Any]) -> None:
     for name in names:
         if name in (DEFAULT, BEST, DELAYED):
             found["delays"][name] = 1.0 if name == DELAYED else 0.0
-        elif name in (V1, V2, V2_DEFAULT, V2_TWO, V2_FINE):
+        elif name in (V1, V2, V2_DEFAULT, V2_FINE):
             hosts = dist.get_world_size()
             rule: Rule = "v1" if name == V1 else "v2"
-            found["delays"][name] = delays_of(CyclicSchedule(hosts, 3 * hosts, rule))
+            stages = 6 * hosts if name == V2_FINE else 3 * hosts
+            found["delays"][name] = delays_of(CyclicSchedule(hosts, stages, rule))
     say("RESULT", json.dumps(found))
     segments, inspections = segments_of(names, job, best)
     steps = {}
@@ -209,7 +209,8 @@ buckets of the best DDP, sends them beside compute, and applies the gradients of
 has the update rule of v1. What overlaps with the next step is timed in the middle of a run, with what was under way at
 the start in place of what is under way at the end.
 
-Stages are a block each, by name. One more row has the stages that the strategy cuts by itself.
+Stages are a block each, by name. One more row has as many stages that the strategy cuts by itself, and one has twice
+as many, cut by itself.
 
 *step*: seconds of the slowest host. *of the bound*: the bound is the longer of a step without communication and an
 isolated all-reduce of the model, in one piece or in DDP's best buckets, whichever is faster, in each repeat. *mean

@@ -244,7 +244,7 @@ def limit_in_lightning(job: Job) -> Segment:
 
 def segments_of(names: Sequence[str], job: Job, best_mb: float) -> tuple[dict[str, Segment], dict[str, Inspection]]:
     """Make the methods, in this order, and what looks at optimizers."""
-    inspections = {name: Inspection() for name in (V1, V2, V2_DEFAULT, V2_TWO, V2_FINE)}
+    inspections = {name: Inspection() for name in (V1, V2, V2_DEFAULT, V2_FINE)}
     stages = stages_of(3 * dist.get_world_size())
     make: dict[str, Callable[[], Segment]] = {
         LIMIT: lambda: no_communication(job),
@@ -257,8 +257,7 @@ def segments_of(names: Sequence[str], job: Job, best_mb: float) -> tuple[dict[st
         V2: lambda: cyclic(job, inspections[V2], rule="v2", stages=stages),
         V1: lambda: cyclic(job, inspections[V1], rule="v1", stages=stages),
         V2_DEFAULT: lambda: cyclic(job, inspections[V2_DEFAULT], rule="v2"),
-        V2_TWO: lambda: cyclic(job, inspections[V2_TWO], rule="v2", stages=24),
-        V2_FINE: lambda: cyclic(job, inspections[V2_FINE], rule="v2", stages=36),
+        V2_FINE: lambda: cyclic(job, inspections[V2_FINE], rule="v2", stages=2 * len(stages)),
     }
     return {name: make[name]() for name in names}, inspections
 
