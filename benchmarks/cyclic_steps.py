@@ -22,7 +22,6 @@ from cyclic_report import (
     V2,
     V2_DEFAULT,
     V2_FINE,
-    V2_TWO,
     peaks_of,
 )
 from emulated_host import together

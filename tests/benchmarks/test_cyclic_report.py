@@ -57,8 +57,8 @@ def test_shares_and_ratios_are_paired_by_repeat():
 def test_what_was_asked_stands_beside_what_was_measured(rule, asked, word):
     found = configuration()
     said = report.verdicts(found, report.rows_of(found))
-    assert f"asked of {rule}: {asked} of the bound; measured 0.900: {word}" in said
-    assert "asked of v2: 1.2 times as fast as the best DDP; measured 1.25: reached" in said
+    assert f"asked of {LABELS[rule]}: {asked} of the bound; measured 0.900: {word}" in said
+    assert f"asked of {LABELS[V2]}: 1.2 times as fast as the best DDP; measured 1.25: reached" in said
 
 
 def test_nothing_is_asked_where_the_link_is_roomy():
