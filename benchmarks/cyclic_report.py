@@ -175,7 +175,7 @@ def verdicts(configuration: Mapping[str, Any], rows: Mapping[str, Row]) -> list[
         if asked_ratio is not None and speedup is not None:
             word, called = "reached" if speedup >= asked_ratio else "**missed**", rows[name].label
             said.append(
-                f"asked of {called}: {asked_ratio:g} times as fast as the best DDP; measured {speedup:.2f}: {word}"
+                f"asked of {called}: {asked_ratio:g} times as fast as the best DDP; measured {speedup:.3f}: {word}"
             )
     if V2 in rows and DELAYED in rows:
         against = rows[V2].median_s / rows[DELAYED].median_s - 1

@@ -155,3 +155,17 @@ def test_other_figures_on_the_cards_are_those_of_the_results_files(card, section
     assert len(shown) > 5
     for label, cells in list(shown.items())[1:]:
         assert cells == [measured[label][column] for column in columns], label
+
+
+def test_the_accuracy_on_the_card_of_cyclic_is_that_of_the_results_file():
+    measured = {}
+    for line in (
+        (ROOT / "docs/results/cyclic_accuracy_2026-11-27.md").read_text().split("## Every seed")[0].splitlines()
+    ):
+        case, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if len(cells) == 7 and cells[1].endswith("%"):
+            measured.setdefault(case, []).append(cells[1])
+    shown = rows_by_title(ROOT / "docs/techniques/cyclic.md")["Delay with momentum"]
+    assert len(measured) == 7
+    shown.pop("case, peak of the learning rate")
+    assert shown == measured

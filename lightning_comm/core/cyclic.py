@@ -91,6 +91,10 @@ class CyclicSchedule:
 
     def __post_init__(self) -> None:
         n, s = self.workers, self.stages
+        for name in ("workers", "stages", "lag", "warmup_sync_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"CyclicSchedule: `{name}` must be a whole number; got {value!r}.")
         if n < 1:
             raise ValueError(f"CyclicSchedule: `workers` must be >= 1; got {n!r}. It is the number of ranks.")
         if s < 1 or (s % n and 2 * s != n):

@@ -200,6 +200,7 @@ class CyclicStrategy(RanksApartStrategy):
         cyclic_checks.check_ranks(self.settings, self.world_size)
         cyclic_checks.check_trainer(trainer, self._layer_sync is not None)
         cyclic_checks.check_module(module)
+        cyclic_checks.warn_of_gradient_hooks(trainer, module)
         super().setup(trainer)
         optimizer = cyclic_checks.check_optimizers(module, self.optimizers)
         cyclic_checks.warn_of_memory(self.settings, self.world_size, self.root_device.type == "cuda")
@@ -271,6 +272,15 @@ class CyclicStrategy(RanksApartStrategy):
         super().pre_backward(closure_loss)
         if self._run is not None:
             self._run.begin_backward(closure_loss)
+
+    @override
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super().backward(closure_loss, *args, **kwargs)
+        except RuntimeError as error:
+            if self._run is not None and self._run.active and "modified by an inplace operation" in str(error):
+                raise cyclic_checks.used_before_its_module(error) from error
+            raise
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
@@ -349,6 +359,8 @@ class CyclicStrategy(RanksApartStrategy):
         fitting = run is not None and trainer is not None and self._is_fitting() and not trainer.interrupted
         if fitting and run is not None and "optimizer_states" in checkpoint:
             cyclic_files.write(run, checkpoint)
+        elif run is not None and trainer is not None and trainer.interrupted and run.stages:
+            cyclic_files.mark_incomplete(checkpoint, filepath)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override

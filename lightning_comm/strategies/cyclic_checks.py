@@ -5,16 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from lightning_comm.core.cyclic import RULES, CyclicSchedule, Rule
 from lightning_comm.strategies import checks
-from lightning_comm.transport.cyclic_update import ClipBy
+from lightning_comm.transport.cyclic_update import ClipBy, clips_by_itself, why_not_by_stage
 
 WHERE = "CyclicStrategy"
 _CHOICES = {"rule": RULES, "stagger": ("none", "step"), "clip_by": ("stage", "previous_norm")}
@@ -151,6 +152,12 @@ def check_module(module: LightningModule) -> None:
             f"{WHERE}: a model from torch.compile runs as one piece, so it cannot be cut into stages. Leave "
             "torch.compile out, or compile its blocks one by one (`block.compile()`)."
         )
+    if is_overridden("configure_gradient_clipping", module):
+        raise MisconfigurationException(
+            f"{WHERE}: `{type(module).__name__}.configure_gradient_clipping` would clip nothing: gradients are handed "
+            "over during backward. Take it out and use `CyclicStrategy(clip_norm=..., clip_by='stage')` or "
+            "`clip_by='previous_norm'`."
+        )
     for name, part in module.named_modules():
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
             raise MisconfigurationException(
@@ -168,10 +175,13 @@ def check_optimizers(module: LightningModule, optimizers: list[Optimizer]) -> Op
         )
     optimizer = optimizers[0]
     names = [base.__name__ for base in type(optimizer).__mro__]
-    if isinstance(optimizer, LBFGS) or any(name.upper().endswith("SAM") for name in names):
-        raise MisconfigurationException(
-            f"{WHERE}: the optimizer {names[0]} needs the whole gradient more than once in a step, so it cannot update "
-            "stages one by one. Use one that treats each parameter by itself, such as SGD or AdamW."
+    if (problem := why_not_by_stage(optimizer)) is not None:
+        raise MisconfigurationException(f"{WHERE}: the optimizer {problem}")
+    if clips_by_itself(optimizer):
+        rank_zero_warn(
+            f"{WHERE}: the optimizer {names[0]} bounds the norm of the gradients that it is given (`max_grad_norm`), "
+            "and it is given those of one stage at a time, so it clips by stage. Give it `max_grad_norm=None`, and the "
+            "strategy `clip_norm` and `clip_by`, which say by which norm."
         )
     if any(name in checks.COMMUNICATING for name in names):
         raise MisconfigurationException(
@@ -191,6 +201,44 @@ def check_optimizers(module: LightningModule, optimizers: list[Optimizer]) -> Op
             "Check `requires_grad` and what `configure_optimizers` passes on."
         )
     return optimizer
+
+
+def warn_of_gradient_hooks(trainer: Trainer, module: LightningModule) -> None:
+    """Say which hooks look for gradients where there are none any more."""
+    callbacks = [each for each in getattr(trainer, "callbacks", []) if not _is_ours(each)]
+    found = [
+        f"{type(each).__name__}.{hook}"
+        for each, parent in [(module, LightningModule), *((each, Callback) for each in callbacks)]
+        for hook in ("on_after_backward", "on_before_optimizer_step")
+        if is_overridden(hook, each, parent)
+    ]
+    if found:
+        rank_zero_warn(
+            f"{WHERE}: gradients are handed over during backward, so {', '.join(found)} finds none: what is done to "
+            "gradients there (clipping, noise, logging of norms) has no effect. Use `clip_norm` to clip."
+        )
+
+
+def _is_ours(callback: Callback) -> bool:
+    return type(callback).__module__.startswith("lightning_comm.")
+
+
+def used_before_its_module(error: RuntimeError) -> RuntimeError:
+    """Return the error of a parameter that was read before its stage's version was in place."""
+    return RuntimeError(
+        f"{WHERE}: a parameter was used in this batch before the module that it belongs to was called, and the version "
+        "with which this step computes is put in place at that call. Compute penalties on weights behind the forward, "
+        "and use a weight that two modules share through the module that runs first. If the model changes a tensor in "
+        f"place itself, that is the reason instead: {error}"
+    )
+
+
+def sparse_gradient(names: Sequence[str]) -> RuntimeError:
+    """Return the error of gradients that cannot be added up along the ring."""
+    return RuntimeError(
+        f"{WHERE}: the gradient of {', '.join(names)} is sparse, and a sparse gradient cannot be added up along the "
+        "ring. Leave out `sparse=True`."
+    )
 
 
 def other_parameters(step: int, before: int, now: int) -> RuntimeError:

@@ -85,10 +85,27 @@ def write(run: CyclicRun, checkpoint: dict[str, Any]) -> None:
     }
 
 
+def mark_incomplete(checkpoint: dict[str, Any], filepath: object) -> None:
+    """Say in a checkpoint, and to people, that it was written when ranks could not meet any more."""
+    checkpoint[KEY] = {"version": VERSION, "incomplete": True}
+    rank_zero_warn(
+        f"{WHERE}: {str(filepath)!r} is written after an error, when ranks cannot meet any more: its weights are those "
+        "that rank 0 computed with, of two versions, and it has no optimizer state. Go on from an earlier checkpoint "
+        "if there is one."
+    )
+
+
 def load(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: int) -> CyclicResume:
     """Put this rank's own state into a checkpoint that was read; return what the run takes up from it."""
     saved: dict[str, Any] = checkpoint.get(KEY, {})
     reason = None
+    if saved.get("incomplete"):
+        rank_zero_warn(
+            f"{WHERE}: `ckpt_path`={str(filepath)!r} was written after an error, when ranks could not meet any more. "
+            "Its weights are those that rank 0 computed with, of two versions, and it has no optimizer state, so "
+            "momenta start anew. Give an earlier checkpoint if there is one."
+        )
+        return CyclicResume()
     if not saved:
         reason = "another strategy wrote it"
     elif saved["version"] != VERSION:

@@ -38,7 +38,7 @@ from lightning_comm.transport.cyclic_buffers import average_buffers
 from lightning_comm.transport.cyclic_messages import StageLayout
 from lightning_comm.transport.cyclic_optimizer import SQUARED_NORM, StageOptimizer
 from lightning_comm.transport.cyclic_requests import Requests, check_finite
-from lightning_comm.transport.cyclic_stages import START, ForwardTrace, Stage
+from lightning_comm.transport.cyclic_stages import START, ForwardTrace, Stage, not_compiled
 from lightning_comm.transport.cyclic_stagger import Stagger
 from lightning_comm.transport.recording import Pending, Recorder, another_group
 
@@ -97,6 +97,7 @@ class CyclicRun:
         staggered = settings.stagger == "step" and self.recorder.world_size > 1
         self._tokens = another_group(timeout, "gloo") if staggered else None
         self._stagger: Stagger | None = None
+        self._uncut = False  # the model is to be cut in the first forward
         self._trace: ForwardTrace | None = None
         self._ring: CyclicRing | None = None
         self._handles: list[RemovableHandle] = []
@@ -121,7 +122,7 @@ class CyclicRun:
         if stages:
             self._build(stages)
         else:
-            self._trace = ForwardTrace(self._module, _trained(self._user_optimizer))
+            self._uncut = True
 
     def check_start(self, batches: float) -> None:
         """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
@@ -159,7 +160,7 @@ class CyclicRun:
         for number, stage in enumerate(stages):
             for name in stage.modules:
                 if name != START:
-                    enter = partial(self._on_forward, number)
+                    enter = not_compiled(partial(self._on_forward, number))
                     # in front of hooks that read parameters, such as those of weight normalisation
                     self._handles.append(modules[name].register_forward_pre_hook(enter, prepend=True))
             for parameter in self._parameters[number]:
@@ -176,6 +177,9 @@ class CyclicRun:
         if not self.active:
             return
         first, self._open = not self._open, True
+        if self._uncut:
+            # only from here: callbacks may call modules before, in another order
+            self._trace, self._uncut = ForwardTrace(self._module, _trained(self._user_optimizer)), False
         if self._trace is not None:
             return
         assert self._ring is not None
@@ -259,6 +263,8 @@ class CyclicRun:
             notes = self._notes_of(version)
             self._check_finite(version, notes)
             for decision in self._requests.decided(version - 1, notes, self.steps_done):
+                if decision.kind in ("terminate", "requeue"):
+                    self._meet()  # whoever ends at once takes along the store, in which others still read the reason
                 self.on_decision(decision)
 
     def _on_forward(self, stage: int, *_: Any) -> None:
@@ -301,14 +307,14 @@ class CyclicRun:
     def _hand_over(self, stage: int) -> None:
         assert self._ring is not None
         parameters = self._parameters[stage]
+        names = self.stages[stage].parameters
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if len(gradients) < len(parameters):
-            unused = [
-                name
-                for name, parameter in zip(self.stages[stage].parameters, parameters, strict=True)
-                if parameter.grad is None
-            ]
+            unused = [name for name, parameter in zip(names, parameters, strict=True) if parameter.grad is None]
             raise cyclic_checks.without_gradient(self.steps_done, unused)
+        if any(gradient.is_sparse for gradient in gradients):
+            sparse = [name for name, gradient in zip(names, gradients, strict=True) if gradient.is_sparse]
+            raise cyclic_checks.sparse_gradient(sparse)
         for parameter in parameters:
             parameter.grad = None
         self._handed.add(stage)
@@ -390,10 +396,13 @@ class CyclicRun:
         try:
             check_finite(version - 1, notes, WHERE)
         except RuntimeError:
-            # All ranks have these notes and come here; who left at once would take along what others wait for.
-            with self.agreement.first_error_shown():
-                control.exchange(ControlRow(), self.recorder, self._module.device, Pending.wait)
+            self._meet()  # whoever left at once would take along what others wait for
             raise
+
+    def _meet(self) -> None:
+        """Wait for all ranks, where the same notes have brought them to the same place."""
+        with self.agreement.first_error_shown():
+            control.exchange(ControlRow(), self.recorder, self._module.device, Pending.wait)
 
     def _previous_norm(self, step: int) -> float | None:
         if step == self._began_at or self._ring is None:

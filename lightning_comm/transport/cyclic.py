@@ -8,8 +8,8 @@ Every rank has *lanes*, threads beside the one that computes, so that nothing of
   it until compute takes it up.
 
 On gloo each stage has two lanes of its own, and messages are told apart by tags: a stage whose gradient is late holds
-no other one up, and what is needed first is sent first (:mod:`lightning_comm.transport.cyclic_link`); both count on a
-link that is always busy. NCCL carries out what it is asked for in order, so there
+no other one up, and under rule v2 what is needed first is sent first (:mod:`lightning_comm.transport.cyclic_link`);
+both count on a link that is always busy. NCCL carries out what it is asked for in order, so there
 one lane for gradients and one for parameters handle all stages in the order in which backward finishes them, the same
 on all ranks. :mod:`lightning_comm.core.cyclic_check` shows that nobody waits in a circle.
 """
@@ -31,6 +31,7 @@ from lightning_comm.transport.cyclic_link import UrgentFirst
 from lightning_comm.transport.cyclic_messages import Mark, Message, StageLayout
 from lightning_comm.transport.recording import Recorder
 
+_END_S = 5.0  # how long a lane may take to end once nothing holds it any more
 _LISTEN_S = 1.0  # how often somebody who waits looks whether a rank has failed; a look takes up to 70 ms on a slow link
 
 Update = Callable[[int, int, Message], None]
@@ -63,8 +64,8 @@ class CyclicRing:
 
     Note:
         *Communication.* For each stage and step N - 1 messages of its size for the gradient and N - 1 for the new
-        version, over all N ranks, each with 64 bytes of notes that are counted as ``"control"``. On gloo, with three
-        ranks and more, 8 bytes come back for each.
+        version, over all N ranks, each with 64 bytes of notes that are counted as ``"control"``. On gloo, under
+        rule v2 with three ranks and more, 8 bytes come back for each.
 
         *Memory.* Up to two versions of each stage that wait to be taken up, and what waits for the link.
 
@@ -87,7 +88,8 @@ class CyclicRing:
         # On gloo a sender waits until it was told that it may send, by a small message that waits behind bulk traffic:
         # so what a step will bring is asked for at once.
         self._ask_at_once = in_any_order
-        urgent_first = in_any_order and schedule.workers > 2 and device.type == "cpu"
+        # with two ranks there is no quiet way back, and under v1 nothing is urgent
+        urgent_first = in_any_order and schedule.workers > 2 and schedule.rule == "v2" and device.type == "cpu"
         self._link = UrgentFirst(schedule, parameters, tag=2 * schedule.stages) if urgent_first else None
         self._free: list[deque[Message]] = [deque() for _ in layouts]
         self._own: list[SimpleQueue[Gradients | None]] = [SimpleQueue() for _ in layouts]
@@ -165,8 +167,16 @@ class CyclicRing:
             self._link.close()
 
     def abandon(self) -> None:
-        """End the lanes without waiting, where another rank may be gone."""
+        """End the lanes where another rank is gone, or this one is about to go. No rank can use the group after it."""
         self._stop()
+        if self._device.type != "cpu" or self._schedule.workers == 1:
+            return
+        # A thread that wakes up while Python shuts down takes the whole process with it, so none is left waiting.
+        self._recorders["gradient"].hang_up(
+            (self._rank - 1) % self._schedule.workers, tag=2 * self._schedule.stages + 1
+        )
+        for lane in self._lanes:
+            lane.join(_END_S)
 
     # ---- the lanes -----------------------------------------------------------------------------------------------
 
@@ -239,7 +249,7 @@ class CyclicRing:
 
         def arrivals() -> Iterator[Message]:
             for stage, message, work in asked:
-                work.wait()
+                self._recorders[kind].wait_for(work, before)
                 if self._link is not None:
                     self._link.arrived(kind, stage, step)
                 yield message

@@ -15,6 +15,7 @@ from lightning_comm.transport.cyclic_update import (
     check_optimizer,
     mean_gradients,
     parameters_by_stage,
+    settings_of,
     step_stage,
 )
 
@@ -142,10 +143,15 @@ def simulate_delay(  # noqa: PLR0913  (one flat list: the words of the strategy,
     """
     if addition not in ("ring", "arrival"):
         raise ValueError(f"simulate_delay: `addition` must be 'ring' or 'arrival'; got {addition!r}.")
+    if not isinstance(flush_after, Collection):
+        raise ValueError(f"simulate_delay: `flush_after` must be a list of steps; got {flush_after!r}.")
     if min(flush_after, default=1) < 1:
         raise ValueError(
             f"simulate_delay: `flush_after` counts steps done, so its numbers must be >= 1; got {min(flush_after)!r}."
         )
+    for name, value in (("workers", workers), ("max_steps", 1 if max_steps is None else max_steps)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"simulate_delay: `{name}` must be a whole number >= 1; got {value!r}.")
     parameters = parameters_by_stage(network, stages)
     check_optimizer("simulate_delay", optimizer, network.parameters())
     schedule = CyclicSchedule(workers, len(parameters), rule, lag, warmup_sync_steps)
@@ -230,11 +236,12 @@ class _Simulation:
             gradients.append(gradient)
         for stage in range(self._schedule.stages):
             self._take_up(stage, step)
+        settings = settings_of(self._optimizer)
         for stage in self._schedule.order():
             path = self._schedule.path(stage) if self.in_ring_order else range(self._schedule.workers)
             mean = mean_gradients([gradients[worker][stage] for worker in path])
             self._clip.scale_(stage, mean)
-            step_stage(self._optimizer, self._parameters[stage], mean)
+            step_stage(self._optimizer, self._parameters[stage], mean, settings)
         self._clip.end_step()
         self._versions = {step: self._versions[step], step + 1: _copies(self._all_parameters())}
         return tuple(losses)

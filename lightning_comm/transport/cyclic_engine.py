@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_comm.core.cyclic import CyclicSchedule, Rule, Turn
 from lightning_comm.transport.cyclic_delay import DelayedRun, by_step
-from lightning_comm.transport.cyclic_update import check_optimizer, mean_gradients, step_stage
+from lightning_comm.transport.cyclic_update import check_optimizer, mean_gradients, settings_of, step_stage
 
 Order = Literal["backward_first", "forward_first"]
 Loss = Callable[[Any, Any], Tensor]
@@ -277,7 +277,9 @@ class CyclicEngine:
         self._arrived[stage] = []
         for parameter in self._named[stage].values():
             parameter.data = parameter.data.clone()
-        step_stage(self._optimizer, list(self._named[stage].values()), mean)
+        if stage == len(self._named) - 1:  # the first of a step
+            self._settings = settings_of(self._optimizer)
+        step_stage(self._optimizer, list(self._named[stage].values()), mean, self._settings)
         newest = self._versions[stage][step]
         self._versions[stage] = {step: newest, step + 1: _leaves(self._named[stage])}
         if stage == 0 and self._scheduler is not None:

@@ -86,7 +86,7 @@ class UrgentFirst:
         """Let messages go as word comes that others have arrived, for as many as a step has; in a thread of its own."""
         for _ in range(self._in_step):
             word, work = self._asked.popleft()
-            work.wait()
+            self._recorder.wait_for(work, self._after)
             with self._lock:
                 departure = self._on_the_way.pop(int(word))
                 self._let_go()

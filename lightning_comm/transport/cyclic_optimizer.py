@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_comm.transport.cyclic_messages import Message
-from lightning_comm.transport.cyclic_update import ClipBy, squared_norm
+from lightning_comm.transport.cyclic_update import ClipBy, settings_of, squared_norm
 
 SQUARED_NORM = 7  # where a stage's squared gradient norm stands in the notes of its new version
 
@@ -69,7 +69,7 @@ class StageOptimizer:
 
     def note_settings(self, step: int) -> None:
         """Note the learning rates and other settings of the groups that count for a step's gradient."""
-        self._settings[step] = [_settings_of(group) for group in self._optimizer.param_groups]
+        self._settings[step] = settings_of(self._optimizer)
         for old in [each for each in self._settings if each < step - 4]:
             del self._settings[old]
 
@@ -132,14 +132,6 @@ def _copy_of(parameter: Parameter) -> Parameter:
 
 def _parameters(optimizer: Optimizer) -> list[Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: value.detach().clone() if isinstance(value, Tensor) else value
-        for key, value in group.items()
-        if key != "params"
-    }
 
 
 def _on_host(value: Any) -> Any:

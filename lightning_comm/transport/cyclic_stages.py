@@ -1,11 +1,13 @@
 """Where a model is cut into stages: modules in the order in which they run, with how much work each is."""
 
+import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
@@ -34,6 +36,14 @@ class Unit:
     size_bytes: int
 
 
+def not_compiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """Keep a hook out of what `torch.compile` makes of the module that it is on."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        return hook
+    outside: Callable[..., None] = torch.compiler.disable(hook)
+    return outside
+
+
 class ForwardTrace:
     """Notes which modules run in a forward pass, in which order, and how much work it is. Ends with :meth:`units`.
 
@@ -57,8 +67,8 @@ class ForwardTrace:
         for name, part in module.named_modules():
             if name and any(id(parameter) in self._wanted for parameter in part.parameters()):
                 self._handles += [
-                    part.register_forward_pre_hook(partial(self._begin, name), prepend=True),
-                    part.register_forward_hook(partial(self._end, name)),
+                    part.register_forward_pre_hook(not_compiled(partial(self._begin, name)), prepend=True),
+                    part.register_forward_hook(not_compiled(partial(self._end, name))),
                 ]
 
     def _begin(self, name: str, *_: Any) -> None:

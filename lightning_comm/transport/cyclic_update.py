@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,11 @@ def parameters_by_stage(network: nn.Module, stages: int | Sequence[Sequence[str]
         ValueError: If names are unknown, missing, or in two stages.
 
     """
+    lists = isinstance(stages, Sequence) and not any(isinstance(each, str) for each in stages)
+    if not isinstance(stages, int) and not lists:
+        raise ValueError(
+            f"simulate_delay: `stages` must be a number, or for each stage a list of parameters' names; got {stages!r}."
+        )
     names = equal_stages(network, stages) if isinstance(stages, int) else [list(each) for each in stages]
     known = dict(network.named_parameters())
     given = [name for stage in names for name in stage]
@@ -61,13 +66,43 @@ def parameters_by_stage(network: nn.Module, stages: int | Sequence[Sequence[str]
     return [[known[name] for name in stage if known[name].requires_grad] for stage in names]
 
 
+def why_not_by_stage(optimizer: torch.optim.Optimizer) -> str | None:
+    """Return why an optimizer cannot update stages one by one, and what to do; ``None`` if it can."""
+    names = [base.__name__ for base in type(optimizer).__mro__]
+    if isinstance(optimizer, torch.optim.LBFGS) or any(name.upper().endswith("SAM") for name in names):
+        return (
+            f"{names[0]} needs the whole gradient more than once in a step, so it cannot update stages one by one. Use "
+            "one that treats each parameter by itself, such as SGD or AdamW."
+        )
+    if any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values()):
+        return (
+            f"{names[0]} is wrapped around another optimizer, whose parameters would be left as they are. Use the "
+            "optimizer inside it by itself."
+        )
+    return None
+
+
+def clips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer bounds the norm of all gradients that it is given (timm's Lamb and others)."""
+    return any(group.get("max_grad_norm") is not None for group in optimizer.param_groups)
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the learning rates and other settings of each group, as they are now."""
+    return [
+        {
+            key: value.detach().clone() if isinstance(value, Tensor) else value
+            for key, value in group.items()
+            if key != "params"
+        }
+        for group in optimizer.param_groups
+    ]
+
+
 def check_optimizer(where: str, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Refuse optimizers that cannot be stepped stage by stage, or that train something else."""
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            f"{where}: `optimizer` is stepped a stage at a time, which LBFGS cannot be, since it mixes all parameters "
-            "and calls the model itself. Use SGD, AdamW or another that treats each parameter alone."
-        )
+    if (problem := why_not_by_stage(optimizer)) is not None:
+        raise ValueError(f"{where}: `optimizer` is stepped a stage at a time, and {problem}")
     ours = {id(parameter) for parameter in parameters}
     foreign = sum(id(each) not in ours for group in optimizer.param_groups for each in group["params"])
     if foreign:
@@ -151,9 +186,26 @@ def squared_norm(gradients: Sequence[Tensor | None]) -> float:
 
 
 def step_stage(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    gradients: Sequence[Tensor | None],
+    settings: Sequence[dict[str, Any]],
 ) -> None:
-    """Let the optimizer update these parameters and leave all others as they are; no other may have a gradient."""
+    """Let the optimizer update these parameters and leave all others as they are; no other may have a gradient.
+
+    Args:
+        optimizer: Over these parameters and others.
+        parameters: Those of a stage.
+        gradients: Theirs.
+        settings: Of the groups at the start of the step (:func:`settings_of`): some optimizers count steps in them.
+
+    """
+    for group, noted in zip(optimizer.param_groups, settings, strict=True):
+        for key, value in noted.items():
+            if isinstance(value, Tensor):
+                group[key].copy_(value)  # schedulers keep the tensor
+            else:
+                group[key] = value
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     optimizer.step()

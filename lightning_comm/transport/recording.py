@@ -5,7 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -155,6 +155,33 @@ class Recorder:
             work = dist.irecv(memory, source, self._group, tag)
         assert work is not None
         return work
+
+    def wait_for(self, work: dist.Work, source: int) -> None:
+        """Wait for a message of one rank.
+
+        Raises:
+            RuntimeError: If it does not come; the message names the rank.
+
+        """
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"Rank {source} does not answer: the connection to it is lost, or nothing came within `timeout`. Look "
+                f"for the first error in the output of that rank; without one it was killed, or hangs. ({error})"
+            ) from error
+
+    def hang_up(self, source: int, *, tag: int) -> None:
+        """Close this rank's connections of a gloo group, so that whoever waits at them gets an error at once.
+
+        Args:
+            source: Another rank.
+            tag: Of a message that nobody ever sends.
+
+        """
+        # torch offers nothing that ends a wait of gloo's, except that a message which is late closes all connections
+        with suppress(RuntimeError):
+            self.receive(torch.empty(1), source, tag=tag).wait(timedelta(milliseconds=1))
 
     def waited(self, purpose: str, since_s: float) -> None:
         """Record that compute has waited until now for what others sent."""

@@ -6,7 +6,7 @@ import cyclic_accuracy_report as accuracy
 import cyclic_report as report
 import cyclic_shared_memory_report as memory
 import pytest
-from cyclic_report import ALONE, BEST, BUCKETS, V1, V2
+from cyclic_report import ALONE, BEST, BUCKETS, LABELS, V1, V2
 from steps_report import LIMIT
 
 from lightning_comm.core.cyclic import CyclicSchedule
@@ -58,7 +58,7 @@ def test_what_was_asked_stands_beside_what_was_measured(rule, asked, word):
     found = configuration()
     said = report.verdicts(found, report.rows_of(found))
     assert f"asked of {LABELS[rule]}: {asked} of the bound; measured 0.900: {word}" in said
-    assert f"asked of {LABELS[V2]}: 1.2 times as fast as the best DDP; measured 1.25: reached" in said
+    assert f"asked of {LABELS[V2]}: 1.2 times as fast as the best DDP; measured 1.250: reached" in said
 
 
 def test_nothing_is_asked_where_the_link_is_roomy():

@@ -171,6 +171,9 @@ def test_four_workers_have_the_versions_of_the_derived_table():
     ("kwargs", "must_say"),
     [
         ({"workers": 0, "stages": 1}, ["workers", "got 0", ">= 1", "number of ranks"]),
+        ({"workers": 2.0, "stages": 2}, ["`workers`", "2.0", "whole number"]),
+        ({"workers": True, "stages": 2}, ["`workers`", "True"]),
+        ({"workers": 2, "stages": 2, "lag": 1.5}, ["`lag`", "1.5"]),
         ({"workers": 4, "stages": 6}, ["stages", "4", "got 6", "Use 4, 8 or 12"]),
         ({"workers": 3, "stages": 1}, ["stages", "3", "got 1", "Use 3, 6 or 9"]),
         ({"workers": 3, "stages": 0}, ["stages", "got 0", "Use 3, 6 or 9"]),

@@ -88,6 +88,22 @@ class SAM(torch.optim.SGD):
     pass
 
 
+class Around(torch.optim.Optimizer):
+    """Wrapped around another optimizer, as Lookahead is."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+class Clips(Regression):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self.clip_gradients(optimizer, 0.1, "norm")
+
+
 class Zero(Regression):
     def configure_optimizers(self):
         from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -118,6 +134,8 @@ def scaler():
         (lambda: plain(torch.optim.LBFGS), ["LBFGS", "AdamW"]),
         (lambda: plain(lambda p: SAM(p, 0.1)), ["SAM", "whole gradient", "AdamW"]),
         (lambda: (Zero(deep(6)), {}, {}), ["ZeroRedundancyOptimizer", "communicates", "plain optimizer"]),
+        (lambda: plain(lambda p: Around(momentum(p))), ["Around", "wrapped around another", "by itself"]),
+        (lambda: (Clips(deep(6)), {}, {}), ["Clips.configure_gradient_clipping", "clip_norm", "'previous_norm'"]),
         (lambda: plain(lambda p: momentum(nn.Linear(2, 2).parameters())), ["2 parameter(s)", "not in the model"]),
         (
             lambda: plain(lambda p: momentum([each.requires_grad_(False) for each in p])),
@@ -159,6 +177,26 @@ class Unused(With):
         super().__init__(nn.Linear(2, 2))
 
 
+class Sparse(Regression):
+    """A sparse gradient that no module tells of."""
+
+    def __init__(self):
+        super().__init__(deep(6))
+        self.table = nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))
+
+    def training_step(self, batch, batch_idx):
+        rows = nn.functional.embedding(torch.tensor([1]), self.table, sparse=True)
+        return super().training_step(batch, batch_idx) + rows.sum()
+
+
+class Penalty(Regression):
+    """Uses parameters in front of the forward that brings their version."""
+
+    def training_step(self, batch, batch_idx):
+        penalty = sum(parameter.pow(2).sum() for parameter in self.parameters())
+        return super().training_step(batch, batch_idx) + penalty
+
+
 class Backward(Regression):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -194,6 +232,8 @@ def thawing():
         (lambda: (Regression(deep(6)), {"stages": ["net.4", "net.2"]}, {}), ["'net.2'", "in the order", "net.10"]),
         (lambda: (Unused(), {}, {}), ["2 parameter(s)", "step 0", "part.weight", "requires_grad_(False)"]),
         (lambda: (Backward(deep(6)), {}, {}), ["second backward", "one backward a batch", "use_reentrant=False"]),
+        (lambda: (Sparse(), {}, {}), ["table", "is sparse", "Leave out `sparse=True`"]),
+        (lambda: (Penalty(deep(6)), {}, {}), ["before the module", "behind the forward"]),
         (thawing, ["12 parameters at step 3", "and 10 when", "another `fit`"]),
     ],
 )
@@ -203,6 +243,20 @@ def test_what_shows_only_with_the_ranks_or_in_a_step_is_refused(make, words):
     assert "CyclicStrategy" in texts[1] or "PeerFailure" in texts[1]
 
 
+class Hooks(Regression):
+    def on_before_optimizer_step(self, optimizer):
+        nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+
+class Norms(Callback):
+    def on_after_backward(self, runner, module):
+        module.log("norm", 0.0)
+
+
+def bounded(parameters):
+    return torch.optim.SGD([{"params": list(parameters), "max_grad_norm": 1.0}], 0.05)
+
+
 class Logs(Regression):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -210,16 +264,23 @@ class Logs(Regression):
         return loss
 
 
-def _warned(rank, world_size, make):
+def _warned(rank, world_size, make, callbacks=()):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer(cyclic(), world_size).fit(make(), loader(6, rank))
+        trainer(cyclic(), world_size, callbacks=list(callbacks)).fit(make(), loader(6, rank))
     return [str(each.message) for each in caught if "CyclicStrategy" in str(each.message)]
 
 
-def test_one_process_and_a_collective_in_each_step_are_warned_of():
+def test_what_works_badly_is_warned_of():
     ((text,),) = launch(_warned, 1, lambda: Regression(deep(6)), world_size=1)
     says(text, ["one process", "devices=2", "simulate_delay"])
+
+    def gradients():
+        return Hooks(deep(6), bounded)
+
+    (texts,) = launch(_warned, 1, gradients, [Norms()], world_size=1)
+    says(" ".join(texts), ["Hooks.on_before_optimizer_step", "Norms.on_after_backward", "has no effect", "clip_norm"])
+    says(" ".join(texts), ["SGD", "`max_grad_norm`", "clips by stage", "clip_by"])
     texts, _ = launch(_warned, 2, lambda: Logs(deep(6)), world_size=2)
     says(" ".join(texts), ["'each'", "sync_dist=True", "every step"])
 

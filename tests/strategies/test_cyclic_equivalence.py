@@ -126,6 +126,24 @@ class Checkpointed(nn.Module):
         return self.net[12:](checkpoint(self.net[6:12], x, use_reentrant=False))
 
 
+class Counting(torch.optim.SGD):
+    """Counts its steps in a group, as timm's Lamb does, and takes ever smaller ones."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, 0.05)
+        self.param_groups[0]["count"] = 0
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        group = self.param_groups[0]
+        group["count"] += 1
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                with torch.no_grad():
+                    parameter.sub_(parameter.grad, alpha=group["lr"] / group["count"])
+        return loss
+
+
 def unsteady():
     net = deep(8)
     return Regression(nn.Sequential(*[part for each in net for part in (each, Unsteady())]), adamw)
@@ -150,6 +168,7 @@ MODELS = {
         {"flush_after": (2, 4)}, VALIDATED,
     ),
     "batch norm": (lambda: Regression(deep(8, norm=True), momentum), {}, {"flush_after": (2, 4)}, VALIDATED),
+    "counter in a group": (lambda: Regression(deep(8), Counting), {}),
     "frozen": (frozen, {}),
     "tied": (tied, {}),
     "twice": (lambda: Regression(Twice(), momentum), {}),

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,8 +137,8 @@ def _killed(rank, path):
     started = time.monotonic()
     try:
         run(rank, 3, (0.001,) * 3, 10, vanish, 2)
-    except BaseException:
-        (path / f"{rank}").write_text(str(time.monotonic() - started))
+    except BaseException as error:
+        (path / f"{rank}").write_text(f"{time.monotonic() - started} {error}")
         os._exit(1)
 
 
@@ -143,7 +146,50 @@ def test_a_killed_rank_ends_the_others_soon(tmp_path):
     with pytest.raises(pytest.fail.Exception):
         outcomes(_killed, tmp_path, world_size=3, timeout_s=14)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
-    assert all(float(path.read_text()) < 12 for path in tmp_path.iterdir())
+    assert all(float(path.read_text().split()[0]) < 12 for path in tmp_path.iterdir())
+    assert any("Rank 2 does not answer" in path.read_text() for path in tmp_path.iterdir())
+
+
+SCRIPT = """
+import os, signal, sys
+from lightning.pytorch import Trainer
+sys.path.insert(0, {support!r})
+from support.cyclic import cyclic, deep, momentum
+from support.training import Regression, loader
+
+class Fails(Regression):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 20 and self.global_rank == {who}:
+            {action}
+        return super().training_step(batch, batch_idx)
+
+if __name__ == "__main__":
+    runner = Trainer(
+        accelerator="cpu", devices=2, strategy=cyclic(), max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    runner.fit(Fails(deep(6), momentum), loader(400, 0))
+"""
+
+
+@pytest.mark.parametrize(
+    ("action", "who", "status"),
+    [
+        ("raise ValueError('boom')", 0, 1),
+        ("raise ValueError('boom')", 1, 1),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 0, 0),
+        ("os.kill(os.getpid(), signal.SIGINT)", 0, 1),
+    ],
+)
+def test_a_process_that_ends_early_does_so_in_order(tmp_path, action, who, status):
+    """A thread that waits for a message while Python shuts down would abort the process."""
+    script = tmp_path / "train.py"
+    support = str(Path(__file__).parents[1])
+    script.write_text(SCRIPT.format(support=support, who=who, action=action))
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=80)
+    assert ended.returncode == status, ended.stderr
+    assert "terminate called" not in ended.stderr
+    assert "boom" in ended.stderr or "boom" not in action
 
 
 class Nan(Regression):

@@ -247,6 +247,11 @@ def test_the_network_can_be_evaluated_after_each_step():
         ({"stages": [["0.weight"], ["0.weight"]]}, ["stages", "two places: ['0.weight']"]),
         ({"stages": 27}, ["stages", "27", "26", "fewer"]),
         ({"workers": 0}, ["workers", "0"]),
+        ({"workers": 2.0}, ["`workers`", "2.0", "whole number"]),
+        ({"max_steps": -1}, ["`max_steps`", "-1"]),
+        ({"stages": None}, ["`stages`", "None", "a list of parameters' names"]),
+        ({"stages": ["0.weight", "0.bias"]}, ["`stages`", "['0.weight', '0.bias']"]),
+        ({"flush_after": 3}, ["`flush_after`", "3", "list of steps"]),
         ({"clip_norm": 0.0}, ["clip_norm", "0.0", "None"]),
         ({"clip_by": "norm"}, ["clip_by", "norm", "previous_norm"]),
         ({"addition": "any"}, ["addition", "any", "ring"]),
@@ -260,10 +265,17 @@ def test_a_bad_argument_is_named_with_its_value_and_a_way_out(kwargs, must_say):
     assert [word for word in must_say if word not in str(caught.value)] == []
 
 
+class Around(torch.optim.Optimizer):
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+
 @pytest.mark.parametrize(
     ("make", "must_say"),
     [
         (lambda network: torch.optim.LBFGS(network.parameters()), ["LBFGS", "AdamW"]),
+        (lambda network: Around(momentum(network.parameters())), ["Around", "wrapped around another"]),
         (lambda network: momentum(deep().parameters()), ["optimizer", "26 of its tensors"]),
     ],
 )

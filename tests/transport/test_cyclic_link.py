@@ -28,6 +28,10 @@ class ByHand:
         self.words.append((word, arrived))
         return arrived
 
+    def wait_for(self, arrived, source):
+        assert source == 1
+        assert arrived.wait(10)
+
 
 class Sent:
     def wait(self):
