@@ -175,6 +175,11 @@ def check_optimizers(module: LightningModule, optimizers: list[Optimizer]) -> Op
         )
     optimizer = optimizers[0]
     names = [base.__name__ for base in type(optimizer).__mro__]
+    if any(name in checks.COMMUNICATING for name in names):
+        raise MisconfigurationException(
+            f"{WHERE}: the optimizer {names[0]} communicates in its `step`, and here each rank updates other stages. "
+            "Use the plain optimizer inside it; its state is sharded by the strategy."
+        )
     if (problem := why_not_by_stage(optimizer)) is not None:
         raise MisconfigurationException(f"{WHERE}: the optimizer {problem}")
     if clips_by_itself(optimizer):
@@ -182,11 +187,6 @@ def check_optimizers(module: LightningModule, optimizers: list[Optimizer]) -> Op
             f"{WHERE}: the optimizer {names[0]} bounds the norm of the gradients that it is given (`max_grad_norm`), "
             "and it is given those of one stage at a time, so it clips by stage. Give it `max_grad_norm=None`, and the "
             "strategy `clip_norm` and `clip_by`, which say by which norm."
-        )
-    if any(name in checks.COMMUNICATING for name in names):
-        raise MisconfigurationException(
-            f"{WHERE}: the optimizer {names[0]} communicates in its `step`, and here each rank updates other stages. "
-            "Use the plain optimizer inside it; its state is sharded by the strategy."
         )
     in_model = {id(parameter) for parameter in module.parameters()}
     strangers = sum(id(each) not in in_model for group in optimizer.param_groups for each in group["params"])

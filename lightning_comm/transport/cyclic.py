@@ -14,6 +14,7 @@ one lane for gradients and one for parameters handle all stages in the order in 
 on all ranks. :mod:`lightning_comm.core.cyclic_check` shows that nobody waits in a circle.
 """
 
+import itertools
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -91,7 +92,11 @@ class CyclicRing:
         # with two ranks there is no quiet way back, and under v1 nothing is urgent
         urgent_first = in_any_order and schedule.workers > 2 and schedule.rule == "v2" and device.type == "cpu"
         self._link = UrgentFirst(schedule, parameters, tag=2 * schedule.stages) if urgent_first else None
-        self._free: list[deque[Message]] = [deque() for _ in layouts]
+        # Memory to use again, for each kind of lane. What a lane waits for there was sent in an earlier step by a lane
+        # of this kind; with one pool for both, two ranks could wait for each other to receive.
+        self._free: dict[MessageKind, list[deque[Message]]] = {
+            kind: [deque() for _ in layouts] for kind in self._recorders
+        }
         self._own: list[SimpleQueue[Gradients | None]] = [SimpleQueue() for _ in layouts]
         self._updated: list[SimpleQueue[Message | None]] = [SimpleQueue() for _ in layouts]
         self._arrived: list[dict[int, Message]] = [{} for _ in layouts]
@@ -141,12 +146,13 @@ class CyclicRing:
 
     def release(self, stage: int, version: int) -> None:
         """Give back the memory of a version that has been taken up, and of older ones."""
+        receives_it: MessageKind = "gradient" if self._schedule.owner(stage) == self._rank else "parameters"
         with self._changed:
             arrived = self._arrived[stage]
             for old in [each for each in arrived if each <= version]:
                 message = arrived.pop(old)
                 message.read = Mark(self._device)
-                self._free[stage].append(message)
+                self._free[receives_it][stage].append(message)
 
     def notes(self, version: int, stages: Sequence[int], listen: Callable[[], None]) -> list[list[float]]:
         """Wait for the notes that came with a version of some stages, and return them."""
@@ -160,9 +166,8 @@ class CyclicRing:
         for lane in self._lanes:
             lane.join()
         self._raise_error()
-        for messages in self._free:
-            for message in messages:
-                message.sent()
+        for message in itertools.chain(*itertools.chain(*self._free.values())):
+            message.sent()
         if self._link is not None:
             self._link.close()
 
@@ -197,7 +202,7 @@ class CyclicRing:
                 for part, gradient in zip(message.parts, own.parts, strict=True):
                     part.add_(gradient)
             else:
-                message = self._empty(stage)
+                message = self._empty("gradient", stage)
                 own.ready.wait()
                 message.notes.copy_(own.notes)
                 for part, gradient in zip(message.parts, own.parts, strict=True):
@@ -205,7 +210,7 @@ class CyclicRing:
             own.ready.keep_for_this_stream(own.parts)
             if schedule.sends(rank, stage, "gradient"):
                 self._send("gradient", step, stage, message)
-                self._free[stage].append(message)
+                self._free["gradient"][stage].append(message)
                 continue
             for part in message.parts:
                 part.div_(schedule.workers)
@@ -242,7 +247,7 @@ class CyclicRing:
         to_come = [stage for stage in stages if schedule.receives(self._rank, stage, kind)]
 
         def ask(stage: int) -> tuple[int, Message, dist.Work]:
-            message = self._empty(stage)
+            message = self._empty(kind, stage)
             return stage, message, self._recorders[kind].receive(message.memory, before, tag=self._tag(kind, stage))
 
         asked = list(map(ask, to_come)) if self._ask_at_once else map(ask, to_come)
@@ -278,15 +283,16 @@ class CyclicRing:
     def _tag(self, kind: MessageKind, stage: int) -> int:
         return stage if kind == "gradient" else self._schedule.stages + stage
 
-    def _empty(self, stage: int) -> Message:
+    def _empty(self, kind: MessageKind, stage: int) -> Message:
         """Return memory for a message of a stage: that of an old one, once it has left."""
+        free = self._free[kind][stage]
         try:
-            message = self._free[stage].popleft()
+            message = free.popleft()
         except IndexError:
             return Message(self._layouts[stage], self._device)
         if self._link is not None and not message.has_left():
             # nobody waits for it: what lets it go may itself wait for what this rank is to receive
-            self._free[stage].append(message)
+            free.append(message)
             return Message(self._layouts[stage], self._device)
         message.sent()
         message.read.wait()

@@ -40,7 +40,7 @@ def not_compiled(hook: Callable[..., None]) -> Callable[..., None]:
     """Keep a hook out of what `torch.compile` makes of the module that it is on."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
         return hook
-    outside: Callable[..., None] = torch.compiler.disable(hook)
+    outside: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
     return outside
 
 

@@ -29,7 +29,8 @@ class Mark(Callback):
 torch.set_num_threads(1)
 module, strategy = Paced(deep(9), momentum), cyclic()
 runner = Trainer(
-    accelerator="cpu", devices=1, num_nodes=3, strategy=strategy, max_epochs=1, logger=False, callbacks=[Mark()],
+    accelerator="cpu", devices=1, num_nodes=3, strategy=strategy, max_epochs=1, logger=False,
+    use_distributed_sampler=False, callbacks=[Mark()],
     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
 )
 runner.fit(module, loader(STEPS, int(os.environ["NODE_RANK"])))
