@@ -169,3 +169,18 @@ def test_the_accuracy_on_the_card_of_cyclic_is_that_of_the_results_file():
     assert len(measured) == 7
     shown.pop("case, peak of the learning rate")
     assert shown == measured
+
+
+def test_the_step_times_on_the_card_of_cyclic_are_those_of_the_results_file():
+    shown = rows_by_title(ROOT / "docs/techniques/cyclic.md")["Results"]
+    shown.pop("method")
+    assert len(shown) == 7
+    page = (ROOT / "docs/results/cyclic_steps_2026-11-27.md").read_text()
+    measured = {}
+    for section in page.split("\n## transfer ")[1:]:  # of its two tables, the first has the times
+        rows = (line.strip("|").split("|") for line in section.split("\n\n")[1].splitlines())
+        measured[section.split()[0]] = {label.strip(): [cell.strip() for cell in cells] for label, *cells in rows}
+    assert set(measured) == {"0.5", "1", "2", "0.1"}
+    for label, cells in shown.items():
+        half, one, two = (measured[ratio][label] for ratio in ("0.5", "1", "2"))
+        assert cells == [half[2], one[2], two[2], one[4], two[4], one[5], one[6]], label
