@@ -184,3 +184,22 @@ def test_the_step_times_on_the_card_of_cyclic_are_those_of_the_results_file():
     for label, cells in shown.items():
         half, one, two = (measured[ratio][label] for ratio in ("0.5", "1", "2"))
         assert cells == [half[2], one[2], two[2], one[4], two[4], one[5], one[6]], label
+
+
+def test_the_memory_on_the_card_of_cyclic_is_that_of_the_results_files():
+    shown = rows_by_title(ROOT / "docs/techniques/cyclic.md")["Memory"]
+    engine = rows_by_title(ROOT / "docs/results/cyclic_memory_2026-11-27.md")
+    shared = rows_by_title(ROOT / "docs/results/cyclic_shared_memory_2026-11-27.md")
+    one_device = [engine[model] for model in ("resnet50", "vit_base_patch16_224")]
+    processes = [shared[model] for model in ("vit_tiny_patch16_224", "resnet26")]
+    compared = 0
+    for label, cells in shown.items():
+        if label in one_device[0]:
+            assert cells == [rows[label][1] for rows in one_device], label
+            compared += 1
+        elif label in processes[0]:
+            assert cells == [rows[label][2] for rows in processes], label
+            compared += 1
+    assert compared == 7
+    staggered = '`CyclicStrategy(stagger="step")`'
+    assert shown["predicted from one rank's profile"] == [rows[staggered][3] for rows in processes]
