@@ -16,6 +16,7 @@ on all ranks. :mod:`lightning_comm.core.cyclic_check` shows that nobody waits in
 
 import itertools
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -32,7 +33,7 @@ from lightning_comm.transport.cyclic_link import UrgentFirst
 from lightning_comm.transport.cyclic_messages import Mark, Message, StageLayout
 from lightning_comm.transport.recording import Recorder
 
-_END_S = 5.0  # how long a lane may take to end once nothing holds it any more
+_END_S = 5.0  # how long lanes may take to end once nothing holds them any more
 _LISTEN_S = 1.0  # how often somebody who waits looks whether a rank has failed; a look takes up to 70 ms on a slow link
 
 Update = Callable[[int, int, Message], None]
@@ -180,8 +181,9 @@ class CyclicRing:
         self._recorders["gradient"].hang_up(
             (self._rank - 1) % self._schedule.workers, tag=2 * self._schedule.stages + 1
         )
+        until_s = time.monotonic() + _END_S
         for lane in self._lanes:
-            lane.join(_END_S)
+            lane.join(max(0.0, until_s - time.monotonic()))
 
     # ---- the lanes -----------------------------------------------------------------------------------------------
 

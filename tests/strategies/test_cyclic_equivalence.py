@@ -196,6 +196,19 @@ def test_messages_in_one_order_for_all_stages_give_the_same(world_size):
         assert_equal([answer[k] for answer in answers], name)
 
 
+def _one_at_a_time(rank, world_size, cases):
+    cyclic_link._AT_ONCE, cyclic_link._AT_ONCE_BYTES = 1, 0
+    return _cases(rank, world_size, cases)
+
+
+@pytest.mark.parametrize("world_size", [3, 4])
+def test_messages_that_wait_for_the_link_give_the_same(world_size):
+    cases = {name: MODELS[name] for name in ("sleeps", "flushes", "warm-up", "clip by previous", "accumulation")}
+    answers = launch(_one_at_a_time, world_size, list(cases.values()), world_size=world_size, timeout_s=90)
+    for k, name in enumerate(cases):
+        assert_equal([answer[k] for answer in answers], name)
+
+
 def _mixed(rank, world_size):
     def loss(model, part):
         with torch.autocast("cpu", torch.bfloat16):

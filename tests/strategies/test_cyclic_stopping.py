@@ -164,6 +164,7 @@ class Fails(Regression):
         return super().training_step(batch, batch_idx)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background begins without it
     runner = Trainer(
         accelerator="cpu", devices=2, strategy=cyclic(), max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False,

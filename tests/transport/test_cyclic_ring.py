@@ -9,6 +9,7 @@ from support.processes import start_ranks
 
 from lightning_comm.core.cyclic import CyclicSchedule
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.transport import cyclic_link
 from lightning_comm.transport.cyclic import CyclicRing
 from lightning_comm.transport.cyclic_messages import NOTES, StageLayout
 from lightning_comm.transport.recording import Recorder, another_group
@@ -69,6 +70,17 @@ def _ring(rank, world_size, stages, in_any_order, late, fault=False):
 @pytest.mark.parametrize(("world_size", "stages", "late"), [(1, 2, -1), (2, 2, 0), (3, 6, 1), (4, 4, -1), (4, 2, 3)])
 def test_every_version_is_the_owners_update_of_the_mean(world_size, stages, late, in_any_order):
     start_ranks(_ring, world_size, stages, in_any_order, late, world_size=world_size, timeout_s=40)
+
+
+def _one_at_a_time(rank, world_size, stages, at_once, late):
+    cyclic_link._AT_ONCE, cyclic_link._AT_ONCE_BYTES = at_once, 0
+    _ring(rank, world_size, stages, True, late)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize(("world_size", "stages", "late"), [(3, 3, 0), (3, 9, 1), (4, 8, 2), (4, 2, -1), (5, 15, 4)])
+def test_messages_that_wait_for_the_link_arrive_all_the_same(world_size, stages, late, at_once):
+    start_ranks(_one_at_a_time, world_size, stages, at_once, late, world_size=world_size, timeout_s=60)
 
 
 def _alone(rank):
