@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lightning_comm.strategies.cyclic_run as cyclic_run
+from lightning_comm.transport import cyclic_link
 
 STEPS = 6
 GRID = [(n, k * n, rule) for n in (2, 3, 4, 6) for k in (1, 2, 3) for rule in ("v1", "v2")]
