@@ -36,13 +36,8 @@ BUCKETS_MB = (0.2, 0.4, 0.5, 1.0, 2.0)
 FEW_BUCKETS = 10
 ALWAYS = (LIMIT, ALONE, BUCKETS, BEST)  # without which there is no bound and no ratio
 _SEGMENT_S = 6.0  # what a method is timed for in a repeat, where that is no less than 4 steps and no more than 10
-_AROUND = {
-    V1: 8,
-    V2: 8,
-    V2_DEFAULT: 8,
-    V2_FINE: 8,
-    DELAYED: 6,
-}  # steps of a segment that are not timed, start and end among them
+# steps of a segment that are not timed, start and end among them
+_AROUND = {V1: 8, V2: 8, V2_DEFAULT: 8, V2_FINE: 8, DELAYED: 6}
 _TIMEOUT_S = 2400
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 
 Rule = Literal["v1", "v2"]
 MessageKind = Literal["gradient", "parameters"]
+MESSAGE_KINDS: tuple[MessageKind, ...] = ("gradient", "parameters")
 RULES: tuple[Rule, ...] = ("v1", "v2")
 
 
@@ -159,10 +160,15 @@ class CyclicSchedule:
         """Return the workers in the order in which they add their gradients of a stage: from behind its owner to it."""
         return tuple((self.owner(stage) + 1 + k) % self.workers for k in range(self.workers))
 
+    def way_back(self, stage: int) -> tuple[int, ...]:
+        """Return the workers in the order in which they get a new version of a stage, the owner first."""
+        *others, owner = self.path(stage)
+        return (owner, *others)
+
     def sends(self, worker: int, stage: int, kind: MessageKind) -> bool:
         """Whether a worker passes a stage's gradient, or its new version, on to the next one."""
-        end = self.owner(stage) if kind == "gradient" else self.path(stage)[-2 if self.workers > 1 else -1]
-        return worker != end
+        way = self.path(stage) if kind == "gradient" else self.way_back(stage)
+        return worker != way[-1]
 
     def receives(self, worker: int, stage: int, kind: MessageKind) -> bool:
         """Whether a worker gets a stage's gradient, or its new version, from the one before it."""
@@ -175,10 +181,9 @@ class CyclicSchedule:
     def messages(self, step: int) -> Iterator[Message]:
         """Yield all messages of a step, a stage after the other along its path: gradients, then parameters."""
         for stage in self.order():
-            path = self.path(stage)
-            for source, target in itertools.pairwise(path):
+            for source, target in itertools.pairwise(self.path(stage)):
                 yield Message("gradient", source, target, stage, step)
-            for source, target in itertools.pairwise((path[-1], *path[:-1])):
+            for source, target in itertools.pairwise(self.way_back(stage)):
                 yield Message("parameters", source, target, stage, step)
 
     def needed_slot(self, source: int, kind: MessageKind, stage: int, step: int) -> int:
@@ -199,8 +204,7 @@ class CyclicSchedule:
             [14, 16, 18]
 
         """
-        path = self.path(stage)
-        targets = (path[-1], *path[:-1])  # in the order in which they get the new version
+        targets = self.way_back(stage)
         if kind == "parameters":
             targets = targets[targets.index(source) + 1 :]
         return min(

@@ -11,10 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lightning_comm.core.cyclic import CyclicSchedule, Message, MessageKind
+from lightning_comm.core.cyclic import MESSAGE_KINDS, CyclicSchedule, Message, MessageKind
 from lightning_comm.core.cyclic_stagger import token_boundary
-
-KINDS: tuple[MessageKind, ...] = ("gradient", "parameters")
 
 
 class ScheduleError(ValueError):
@@ -143,7 +141,7 @@ def _match_messages(case: _Case, table: Callable[[int], Iterable[Message]]) -> i
             raise ScheduleError(f"worker {worker} handles stages {order}; it must be each of {schedule.stages} once.")
     for step in range(case.steps):
         listed = Counter(table(step))
-        for kind in KINDS:
+        for kind in MESSAGE_KINDS:
             for source in range(schedule.workers):
                 target = schedule.after(source)
                 sent = [
@@ -213,7 +211,7 @@ class _Waits:
     def of_all(self) -> dict[Event, list[Event]]:
         for worker in range(self.case.schedule.workers):
             self._compute(worker)
-            for kind in KINDS:
+            for kind in MESSAGE_KINDS:
                 self._pass_on(worker, kind)
         everything = list(self.waits)
         for point in self.case.flush_after:

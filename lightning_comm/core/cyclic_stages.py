@@ -75,7 +75,7 @@ def balanced_cuts(costs: Sequence[float], parts: int) -> list[int]:
     lowest, highest = max(sizes), sum(sizes)
     while lowest < highest:
         middle = (lowest + highest) // 2
-        if _groups_from(sizes, middle)[0] <= parts:
+        if _fewest_groups(sizes, middle) <= parts:
             highest = middle
         else:
             lowest = middle + 1
@@ -89,16 +89,13 @@ def _integers(costs: Sequence[float]) -> list[int]:
     return [int(cost * scale) for cost in exact]
 
 
-def _groups_from(sizes: Sequence[int], limit: int) -> list[int]:
-    """Return for each index how few groups, none above the limit, hold all that comes from there on."""
-    count, end, total = len(sizes), len(sizes), 0
-    groups = [0] * (count + 1)
-    for begin in reversed(range(count)):
-        total += sizes[begin]
-        while total > limit:
-            end -= 1
-            total -= sizes[end]
-        groups[begin] = 1 + groups[end]
+def _fewest_groups(sizes: Sequence[int], limit: int) -> int:
+    """Return how few groups, none above the limit, hold all."""
+    groups, total = 1, 0
+    for size in sizes:
+        if total + size > limit:
+            groups, total = groups + 1, 0
+        total += size
     return groups
 
 

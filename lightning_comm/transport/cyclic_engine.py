@@ -122,6 +122,7 @@ class CyclicEngine:
         self._lanes = [_Lane() for _ in range(self.workers)]
         self._arrived: list[list[list[Tensor | None]]] = [[] for _ in self._stages]
         self._losses: dict[int, list[Tensor]] = {}
+        self._settings: list[dict[str, Any]] = []  # of the optimizer's groups, for the step whose update has begun
         self._slot = 0
         self._filled_at = 0
         self._begun = 0

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_comm.core.cyclic import CyclicSchedule, MessageKind
+from lightning_comm.core.cyclic import MESSAGE_KINDS, CyclicSchedule, MessageKind
 from lightning_comm.transport.cyclic_messages import Departure
 from lightning_comm.transport.recording import Recorder
 
@@ -46,8 +46,9 @@ class UrgentFirst:
         self._schedule, self._recorder, self._tag = schedule, recorder, tag
         rank, workers = recorder.rank, schedule.workers
         self._after, self._before = schedule.after(rank), (rank - 1) % workers
-        kinds: tuple[MessageKind, ...] = ("gradient", "parameters")
-        self._in_step = sum(schedule.sends(rank, stage, kind) for stage in range(schedule.stages) for kind in kinds)
+        self._in_step = sum(
+            schedule.sends(rank, stage, kind) for stage in range(schedule.stages) for kind in MESSAGE_KINDS
+        )
         self._lock = threading.Lock()
         self._count = itertools.count()
         self._waiting: list[tuple[int, int, int, Departure]] = []  # a heap: urgency, order, name

@@ -224,8 +224,7 @@ def test_what_a_worker_waits_for_is_more_urgent_than_what_it_cannot_take_yet(wor
             for step in range(1, 4):
                 needed = schedule.version(worker, stage, step) - 1  # the step of which it is made
                 for message in schedule.messages(needed):
-                    path = schedule.path(stage)
-                    order = (path[-1], *path[:-1])
+                    order = schedule.way_back(stage)
                     on_its_way = message.kind == "gradient" or order.index(message.source) < order.index(worker)
                     if message.stage == stage and on_its_way:
                         urgency = schedule.needed_slot(message.source, message.kind, stage, needed)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from support.processes import start_ranks
 
-from lightning_comm.core.cyclic import CyclicSchedule
+from lightning_comm.core.cyclic import MESSAGE_KINDS, CyclicSchedule
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.cyclic_link import UrgentFirst
 from lightning_comm.transport.recording import Recorder, another_group
@@ -97,14 +97,13 @@ def _between_ranks(rank, world_size):
     schedule, ledger = CyclicSchedule(world_size, world_size, rule="v1"), CommLedger()
     recorder = Recorder(ledger, another_group(timedelta(seconds=20)), hold=True)
     link = UrgentFirst(schedule, recorder, tag=99)
-    kinds = ("gradient", "parameters")
     for step in range(3):
         link.begin_step()
         words = threading.Thread(target=link.handle_words, args=(step,))
         words.start()
         departures, receiving = [], []
         for stage in range(world_size):
-            for kind in kinds:
+            for kind in MESSAGE_KINDS:
                 tag = 2 * stage + (kind == "gradient")
                 if schedule.receives(rank, stage, kind):
                     memory = torch.empty(LARGE, dtype=torch.uint8)
@@ -123,7 +122,7 @@ def _between_ranks(rank, world_size):
         words.join()
     link.close()
     recorder.write_held()
-    received = 3 * sum(schedule.receives(rank, stage, kind) for stage in range(world_size) for kind in kinds)
+    received = 3 * sum(schedule.receives(rank, stage, kind) for stage in range(world_size) for kind in MESSAGE_KINDS)
     assert ledger.payload_bytes("control") == 8 * received
 
 
