@@ -1,4 +1,4 @@
-"""PowerSGD does not depend on the scale of gradients nor on the rank of their matrix: against QR in float64, and torch."""
+"""PowerSGD depends neither on the scale of gradients nor on the rank: against QR in float64, and torch's hook."""
 
 import logging
 
