@@ -1,4 +1,4 @@
-"""Every private part of Lightning that this package touches, in one place.
+"""Every private part of Lightning and of torch that this package touches, in one place.
 
 Lightning offers no public way to leave out the collectives that it issues on each batch. What we do instead is to
 replace a few methods on the *instances* of one run, and to put them back when the run ends. ``INTERNALS`` lists each
@@ -10,17 +10,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.strategies import Strategy
-from torch.nn import Module
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True)
 class Internal:
-    """A private name of Lightning.
+    """A private name of Lightning or of torch.
 
     Args:
         owner: Module and class, or function, as one dotted path.
@@ -79,6 +81,16 @@ INTERNALS = (
         "lightning.pytorch.strategies.ParallelStrategy",
         "_layer_sync",
         "`Trainer(sync_batchnorm=True)`, which is refused",
+    ),
+    Internal(
+        "torch.nn.parallel.DistributedDataParallel",
+        "_build_params_for_reducer",
+        "the order in which DDP numbers parameters",
+    ),
+    Internal(
+        "torch._C._distributed_c10d.Reducer",
+        "_get_local_used_map",
+        "how many ranks have used each of them, and so whose gradients DDP throws away",
     ),
 )
 
@@ -290,3 +302,23 @@ def logged_metrics(trainer: Trainer) -> Iterator[LoggedMetric]:
         meta = result.meta
         is_metric = not result.is_tensor
         yield LoggedMetric(meta.name, bool(meta.sync.should) or is_metric, bool(meta.on_step), is_metric)
+
+
+def unused_by_all_ranks(model: DistributedDataParallel) -> Callable[[], list[Parameter]]:
+    """Return a function that tells which parameters no rank has used in the last backward that was synchronised.
+
+    Call this when the model has just been wrapped: DDP numbers the parameters that are trained then.
+
+    Note:
+        *Communication.* None: DDP's reducer has counted over all ranks. On CUDA the function waits for the device.
+
+    """
+    parameters: list[Parameter] = model._build_params_for_reducer()[0]  # type: ignore[no-untyped-call]
+
+    def unused() -> list[Parameter]:
+        used: Tensor | None = cast(Any, model.reducer)._get_local_used_map()
+        if used is None:  # DDP was not told that there may be any
+            return []
+        return [each for each, ranks in zip(parameters, used.tolist(), strict=True) if ranks == 0]
+
+    return unused

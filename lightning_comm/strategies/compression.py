@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.lightning_internals import unused_by_all_ranks
 from lightning_comm.strategies import compression_files, rank_files
 from lightning_comm.strategies.checks import check_replica
 from lightning_comm.strategies.loss_scale import loss_scale
@@ -251,8 +253,10 @@ class CompressedDDPStrategy(DDPStrategy):
         assert isinstance(self.model, DistributedDataParallel)
         assert module is not None
         self._recorder = Recorder(self._ledger, beside_compute=True)
-        codec = self.compression.codec(Context(self._recorder, "gradients", self._seed))
-        self._sync = GradientSync(codec, self._recorder, module.named_parameters(), self._loss_scale)
+        context = Context(self._recorder, "gradients", self._seed, revocable=self._may_throw_away(module))
+        codec = self.compression.codec(context)
+        unused = unused_by_all_ranks(self.model)
+        self._sync = GradientSync(codec, self._recorder, module.named_parameters(), self._loss_scale, unused)
         if self._resume is not None:
             self._sync.load_state_dict(self._resume)
             self._resume = None
@@ -267,6 +271,27 @@ class CompressedDDPStrategy(DDPStrategy):
             self._pruned.before_step(self._trainer.global_step)
         return super().training_step(*args, **kwargs)
 
+    def _may_throw_away(self, module: LightningModule) -> bool:
+        """Whether an averaged gradient may be thrown away: by DDP, by a gradient scaler, or by the user's own code."""
+        return (
+            bool(self._ddp_kwargs["find_unused_parameters"] or self._ddp_kwargs["static_graph"])
+            or loss_scale(self.precision_plugin) is not None
+            or not module.automatic_optimization
+            or is_overridden("optimizer_step", module)
+        )
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        super().pre_backward(closure_loss)
+        if self._sync is not None:
+            self._sync.take_back_cleared()
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        if self._sync is not None:
+            self._sync.settle()
+
     def _loss_scale(self) -> float:
         return loss_scale(self.precision_plugin) or 1.0
 
@@ -274,7 +299,13 @@ class CompressedDDPStrategy(DDPStrategy):
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         if self._recorder is not None and self._trainer is not None:
             self._recorder.step = self._trainer.global_step
+        scale = self._loss_scale()
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._sync is not None:
+            stepped = [each for group in optimizer.param_groups for each in group["params"]]
+            # a gradient scaler lowers its scale where it has skipped a step, and only there
+            told = self._sync.thrown_away if self._loss_scale() < scale else self._sync.applied
+            told(stepped)
         if self._pruned is not None:
             self._pruned.keep_at_zero()
         if not self._warned and self.root_device.type == "cpu" and self.non_finite_steps:

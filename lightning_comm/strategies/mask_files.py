@@ -70,4 +70,4 @@ def _named(filepath: _PATH | None) -> str:
 
 
 def _reckoned(settings: SparseMask) -> list[Any]:
-    return [settings.dense_above, settings.link]
+    return [settings.dense_above, settings.link, repr(settings.then)]

@@ -199,7 +199,8 @@ class PrunedWeights:
             try:
                 link = LinkProfile.load(str(self._settings.link))
                 ranks = self._recorder.world_size
-                send_s = link.time_s("all_reduce", ROW_BYTES, ranks) - link.time_s("all_reduce", 4, ranks)
+                row_bytes = self._codec.row_bytes(ROW_BYTES // 4)  # as `then` sends it
+                send_s = link.time_s("all_reduce", row_bytes, ranks) - link.time_s("all_reduce", 4, ranks)
                 share[0] = break_even_share(packing_times(device), send_s)
             except (OSError, ValueError) as error:  # the others wait for word of it
                 problem = f"SparseMask: `link`={self._settings.link!r} cannot be used. {error}"

@@ -49,6 +49,8 @@ class GradientSync:
         recorder: Sends what a codec cannot take: gradients that are sparse tensors, or complex.
         named_parameters: The parameters of the model, with the names that state is kept by.
         loss_scale: Returns the factor by which gradients are scaled at the moment.
+        unused: Returns the parameters that no rank has used in the last backward, whose means DDP throws away. Asked
+            after a backward, on any rank at any time.
 
     Attributes:
         on_last_bucket: Called when the last bucket of a backward has come, so all local gradients are there, before its
@@ -65,11 +67,15 @@ class GradientSync:
         recorder: Recorder,
         named_parameters: Iterable[tuple[str, Parameter]],
         loss_scale: Callable[[], float] = lambda: 1.0,
+        unused: Callable[[], Iterable[Tensor]] = tuple,
     ) -> None:
         self.codec = codec
         self._recorder = recorder
-        self._names = {id(parameter): name for name, parameter in named_parameters}
+        self._parameters = dict(named_parameters)
+        self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._loss_scale = loss_scale
+        self._unused = unused
+        self._settled = True
         self.on_last_bucket: Callable[[float], None] = lambda waited_s: None
         self._waited_s = 0.0
         self._scale: float | None = None
@@ -101,9 +107,11 @@ class GradientSync:
         return begun.arrived
 
     def _conversation(self, bucket: GradBucket, buffer: Tensor) -> Conversation:
-        if buffer.layout != torch.strided or buffer.is_complex():
+        parameters = bucket.parameters()
+        # DDP hands over complex gradients as pairs of real numbers, in buckets of their own
+        if buffer.layout != torch.strided or any(each.is_complex() for each in parameters):
             return self._in_full(buffer)
-        return self.codec.mean(buffer, self._layout_of(bucket.parameters()))
+        return self.codec.mean(buffer, self._layout_of(parameters))
 
     def _in_full(self, buffer: Tensor) -> Conversation:
         yield Message(self._recorder.all_reduce(buffer.mul_(1 / self._recorder.world_size), "gradients"))
@@ -112,13 +120,51 @@ class GradientSync:
         key = tuple(map(id, parameters))
         layout = self._layouts.get(key)
         if layout is None:
-            slots = (Slot(self._names[id(each)], each.numel(), tuple(each.shape)) for each in parameters)
+            slots = (Slot(self._names[id(each)], each.numel(), shape_in_memory(each)) for each in parameters)
             layout = self._layouts[key] = Layout(tuple(slots))
         return layout
+
+    def settle(self) -> None:
+        """Restore what was kept of parameters whose means DDP has thrown away, since no rank has used them.
+
+        Called after a backward; nothing is done where that has been settled already.
+
+        Note:
+            *Communication.* None. On CUDA it waits for the device where means may be thrown away.
+
+        """
+        if self._settled:
+            return
+        self._settled = True
+        unused = [self._names[id(each)] for each in self._unused()]
+        if unused:
+            self.codec.take_back(unused, last_only=True)
+
+    def applied(self, parameters: Iterable[Tensor]) -> None:
+        """Take note that an optimizer has stepped with the means of these parameters."""
+        if self.codec.unapplied:
+            self.codec.applied([self._names[id(each)] for each in parameters if id(each) in self._names])
+
+    def thrown_away(self, parameters: Iterable[Tensor]) -> None:
+        """Restore what was kept of these parameters, since an optimizer's step with their means was skipped."""
+        if self.codec.unapplied:
+            self.codec.take_back([self._names[id(each)] for each in parameters if id(each) in self._names])
+
+    def take_back_cleared(self) -> None:
+        """Restore what was kept of parameters whose gradients were cleared before any optimizer stepped with them.
+
+        Called before a backward.
+        """
+        self.settle()
+        open_ = [(name, self._parameters[name].grad) for name in sorted(self.codec.unapplied)]
+        cleared = [name for name, gradient in open_ if gradient is None or not gradient.any()]
+        if cleared:
+            self.codec.take_back(cleared)
 
     def _begin_step(self) -> None:
         self._waited_s = 0.0
         self._under_way.clear()  # what a backward that failed has left
+        self.settle()
         scale = self._loss_scale()
         if self._scale is not None and scale != self._scale:
             self.codec.rescale(scale / self._scale)
@@ -137,6 +183,7 @@ class GradientSync:
         if spoilt is not None:
             self._spoilt = spoilt.long() if self._spoilt is None else self._spoilt + spoilt
         self.codec.end_step()
+        self._settled = False  # DDP knows only later which means it throws away
 
     @property
     def non_finite_steps(self) -> int:
@@ -145,9 +192,29 @@ class GradientSync:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, by parameter name. Tensors belong to this rank alone."""
+        self.settle()
         return {"codec": self.codec.state_dict(), "loss_scale": self._scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned."""
         self.codec.load_state_dict(state["codec"])
         self._scale = state["loss_scale"]
+        self._settled = True
+
+
+def shape_in_memory(parameter: Tensor) -> tuple[int, ...]:
+    """Return the parameter's dimensions in the order in which they lie in memory, and so in a bucket of DDP.
+
+    That is the order of its strides where it fills its memory without gaps, and otherwise its own.
+
+    Example:
+        >>> shape_in_memory(torch.zeros(2, 3)), shape_in_memory(torch.zeros(2, 3).T)
+        ((2, 3), (3, 2))
+        >>> shape_in_memory(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last))
+        (2, 4, 4, 3)
+
+    """
+    if parameter.is_contiguous() or torch.empty_like(parameter).stride() != parameter.stride():
+        return tuple(parameter.shape)
+    order = sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
+    return tuple(parameter.shape[dimension] for dimension in order)

@@ -12,7 +12,7 @@ first steps and after a resume. Scales, counts and random numbers belong to a pa
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -111,6 +111,8 @@ class Context:
         seed: Random numbers depend on it, on the step, on the rank and on the parameter's name, and on nothing else.
         feedback: Whether what a method drops is kept and added to the next step's entries, where the method needs it.
             Local updates keep it in the weights and have it off.
+        revocable: Whether a mean may be thrown away after it has arrived, so that codecs remember what they had kept
+            before, for :meth:`Codec.take_back`.
 
     """
 
@@ -118,6 +120,7 @@ class Context:
     purpose: str
     seed: int = 0
     feedback: bool = True
+    revocable: bool = False
 
     def generator(self, name: str, step: int, device: torch.device, *, shared: bool = False) -> torch.Generator:
         """Return random numbers for one parameter at one step, this rank's own or the same on all ranks."""
@@ -132,11 +135,14 @@ class Codec(ABC):
 
     Attributes:
         is_local: Whether its state differs between ranks, so that each must save its own.
+        entrywise: Whether what becomes of an entry depends on that entry of the ranks alone, and not on what lies
+            beside it in the row.
         step: How often all parameters have been synchronised; whoever runs the codec counts it up.
 
     """
 
     is_local: bool = False
+    entrywise: bool = False
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -165,12 +171,46 @@ class Codec(ABC):
 
         """
 
+    def mean_and_rest(self, entries: Tensor, layout: Layout, means: Tensor) -> Conversation:
+        """Compute the mean of what each rank sent, as :meth:`mean` does, and leave in the entries what was not sent.
+
+        Args:
+            entries: The bucket; what this rank sent is subtracted from it.
+            layout: What lies in it.
+            means: A row of the same length that takes the mean.
+
+        Yields:
+            Each message, as there.
+
+        """
+        sent = torch.empty_like(entries)
+        yield from self.mean(means.copy_(entries), layout, sent)
+        entries.sub_(sent)
+
     def begin_step(self) -> None:  # noqa: B027  (most have nothing to do)
         """Called before the first bucket of a step, on all ranks alike."""
 
     def end_step(self) -> None:
         """Called after the last bucket of a step has arrived, on all ranks alike."""
         self.step += 1
+
+    @property
+    def unapplied(self) -> frozenset[str]:
+        """The parameters for which :meth:`take_back` can undo more than the last step; none if nothing is kept."""
+        return frozenset()
+
+    def take_back(self, names: Iterable[str], *, last_only: bool = False) -> None:  # noqa: B027  (as `rescale`)
+        """Restore what was kept of these parameters before their means, which have been thrown away.
+
+        Args:
+            names: The parameters. Those of which nothing is remembered are left as they are.
+            last_only: Whether it is only the mean of the last step that was thrown away, and not all of those since
+                :meth:`applied`.
+
+        """
+
+    def applied(self, names: Iterable[str]) -> None:  # noqa: B027  (as `rescale`)
+        """Forget what was kept before: an optimizer has stepped with the means of these parameters."""
 
     def rescale(self, factor: float) -> None:  # noqa: B027  (only what keeps residuals has something to scale)
         """Follow a change of the loss scale, in which kept residuals are measured."""

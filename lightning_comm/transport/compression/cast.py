@@ -52,6 +52,8 @@ class Cast(Compression):
 class CastCodec(Codec):
     """Rounds to 16 bits and sums in them."""
 
+    entrywise = True
+
     def __init__(self, context: Context, dtype: torch.dtype) -> None:
         super().__init__(context)
         self._dtype = dtype

@@ -1,6 +1,7 @@
 """Error feedback: what a method did not send is added to what it sends next time."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,11 +14,17 @@ from lightning_comm.transport.compression.base import Codec, Conversation, Layou
 class Feedback(Codec):
     """Keeps what a codec drops, by parameter, and adds it to the next step's entries.
 
-    After every step and for each parameter ``entries + residual before = sent + residual after``. A parameter with an
-    entry that is not finite keeps the residual that it had, so that one bad step does not spoil all later ones.
+    After every step and for each parameter ``entries + residual before = sent + residual after``. A parameter whose
+    mean is not finite keeps the residual that it had, on all ranks, so that one bad step does not spoil all later ones.
+
+    A mean may also be thrown away once it has arrived: by DDP, where no rank has used a parameter; by a gradient
+    scaler, which skips a step; by whoever clears a gradient before any optimizer has stepped with it. Then
+    :meth:`take_back` restores the residual of before, or what had been moved out of it would be lost.
 
     Note:
-        *Memory.* One residual as large as the model, and while a bucket is on its way a row as large as the bucket.
+        *Memory.* One residual as large as the model, and while a bucket is on its way a row as large as the bucket, or
+        two, as the method needs. Where means may be thrown away (:attr:`Context.revocable`), a second residual as large
+        as the model, from a backward until the optimizer has stepped.
 
     """
 
@@ -28,6 +35,8 @@ class Feedback(Codec):
         self._codec = codec
         self._residuals: dict[str, Tensor] = {}  # rows of buckets, cut by parameter
         self._buckets: dict[tuple[Slot, ...], Tensor] = {}
+        self._before_last: dict[str, Tensor] = {}  # residuals before the last backward
+        self._before_first: dict[str, Tensor] = {}  # and before the first one since an optimizer has stepped
 
     @override
     def payload_bytes(self, layout: Layout) -> int:
@@ -35,16 +44,21 @@ class Feedback(Codec):
 
     @override
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
-        residual = self._residual_of(layout, values)
-        before = residual.clone()
-        values.add_(residual)
-        residual.copy_(values)
-        sent = torch.empty_like(values) if sent is None else sent
-        yield from self._codec.mean(values, layout, sent)
-        residual.sub_(sent)
-        rows = zip(layout.split(residual), layout.split(before), strict=True)
-        for row, row_before in rows:
-            row.copy_(torch.where(torch.isfinite(row).all(), row, row_before))
+        before = self._residual_of(layout, values)
+        after = values + before
+        if sent is not None:
+            sent.copy_(after)
+        yield from self._codec.mean_and_rest(after, layout, values)
+        if sent is not None:
+            sent.sub_(after)
+        _restore_where_not_finite(layout, values, before, after)
+        # rows change places instead of being copied: what was kept before is still there if it is wanted
+        self._buckets[layout.slots] = after
+        for slot, row, row_before in zip(layout.slots, layout.split(after), layout.split(before), strict=True):
+            self._residuals[slot.name] = row
+            if self.context.revocable:
+                self._before_last[slot.name] = row_before
+                self._before_first.setdefault(slot.name, row_before)
 
     def _residual_of(self, layout: Layout, like: Tensor) -> Tensor:
         """Return the bucket's residuals as one row; under a new layout, put together from those of the old one."""
@@ -74,6 +88,7 @@ class Feedback(Codec):
 
     @override
     def begin_step(self) -> None:
+        self._before_last = {}
         self._codec.begin_step()
 
     @override
@@ -81,31 +96,68 @@ class Feedback(Codec):
         super().end_step()
         self._codec.end_step()
 
+    @property
+    @override
+    def unapplied(self) -> frozenset[str]:
+        return frozenset(self._before_first)
+
+    @override
+    def take_back(self, names: Iterable[str], *, last_only: bool = False) -> None:
+        remembered = self._before_last if last_only else self._before_first
+        for name in names:
+            before = remembered.get(name)
+            if before is None:
+                continue
+            self._residuals[name].copy_(before)
+            last = self._before_last.pop(name, None)
+            if not last_only or last is self._before_first.get(name):
+                self._before_first.pop(name, None)
+
+    @override
+    def applied(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._before_last.pop(name, None)
+            self._before_first.pop(name, None)
+
     @override
     def rescale(self, factor: float) -> None:
-        for row in self._residuals.values():
+        rows = [*self._residuals.values(), *self._before_last.values(), *self._before_first.values()]
+        for row in {id(row): row for row in rows}.values():
             row.mul_(factor)
         self._codec.rescale(factor)
 
     @override
     def regroup(self, places: Mapping[str, Tensor]) -> None:
         self._buckets = {}
-        for name, row in self._residuals.items():
-            moved = places.get(name)
-            # -1 finds the zero at the end; a clone, since a row must not hold on to the bucket that it lay in
-            self._residuals[name] = (
-                row.clone() if moved is None else torch.cat([row, row.new_zeros(1)])[moved.to(row.device)]
-            )
+        for rows in (self._residuals, self._before_last, self._before_first):
+            for name, row in rows.items():
+                moved = places.get(name)
+                # -1 finds the zero at the end; a clone, since a row must not hold on to the bucket that it lay in
+                rows[name] = row.clone() if moved is None else torch.cat([row, row.new_zeros(1)])[moved.to(row.device)]
         self._codec.regroup(places)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        residuals = {name: row.detach().clone() for name, row in self._residuals.items()}
+        # a gradient is not saved, so for a resumed run a mean that no optimizer has applied is thrown away
+        residuals = {name: row.detach().clone() for name, row in {**self._residuals, **self._before_first}.items()}
         return {**super().state_dict(), "residuals": residuals, "codec": self._codec.state_dict()}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._buckets = {}
+        self._buckets, self._before_last, self._before_first = {}, {}, {}
         self._residuals = dict(state["residuals"])
         self._codec.load_state_dict(state["codec"])
+
+
+def _restore_where_not_finite(layout: Layout, means: Tensor, before: Tensor, after: Tensor) -> None:
+    """Put the residual of before in place of that of after, for each parameter that has not become finite numbers.
+
+    The means are the same on all ranks, and so is what they decide.
+    """
+    # sums cost a tenth of a look at each entry; on other devices their values are not there to be looked at
+    if means.device.type == "cpu" and math.isfinite(float(means.sum() + after.sum())):
+        return
+    for row_mean, row_before, row in zip(*map(layout.split, (means, before, after)), strict=True):
+        finite = torch.isfinite(row_mean).all() & torch.isfinite(row).all()
+        row.copy_(torch.where(finite, row, row_before))

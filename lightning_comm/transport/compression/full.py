@@ -32,6 +32,8 @@ class Full(Compression):
 class FullCodec(Codec):
     """Divides by the number of ranks and sums, in this order, as DDP does."""
 
+    entrywise = True
+
     @override
     def payload_bytes(self, layout: Layout, itemsize: int = 4) -> int:
         return layout.numel * itemsize

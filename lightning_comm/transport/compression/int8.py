@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Message
 from lightning_comm.transport.compression.feedback import Feedback
-from lightning_comm.transport.compression.rounding import round_stochastically
+from lightning_comm.transport.compression.rounding import largest_entries, round_stochastically, scale_type
 
 _LARGEST = 127
 _SCALE_BYTES = 4
@@ -25,7 +25,7 @@ class Int8(Compression):
 
     Note:
         *Communication.* 2 bytes an entry, of which a rank sends ``2(n-1)/n``, in an all-to-all and an all-gather a
-        bucket; and 4 bytes for each parameter, rank and bucket.
+        bucket; and 4 bytes for each parameter, rank and bucket (8 where gradients are float64).
 
         *Overlap.* The all-gather needs what the all-to-all brings. It is started when the next bucket is ready, so all
         but the last one go on beside the backward.
@@ -58,8 +58,9 @@ class Int8Codec(Codec):
     @override
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
         ranks, part, count, recorder = self.world_size, self._part(layout), len(layout.slots), self.context.recorder
-        scales = (torch.stack(torch._foreach_norm(layout.split(values), float("inf"))) / _LARGEST).float()
-        wire = torch.zeros(ranks, part + _SCALE_BYTES * count, dtype=torch.int8, device=values.device)
+        scales = largest_entries(layout, values) / _LARGEST
+        scale_bytes = scales.element_size()
+        wire = torch.zeros(ranks, part + scale_bytes * count, dtype=torch.int8, device=values.device)
         wire[:, part:] = scales.view(torch.int8)
         whole = torch.zeros(ranks * part, dtype=torch.int8, device=values.device)
         self._round(values, layout, scales, whole, shared=False)
@@ -69,8 +70,9 @@ class Int8Codec(Codec):
         arrived, pending = recorder.all_to_all(wire, self.context.purpose)
         yield Message(pending, more=True)
 
-        all_scales = arrived[:, part:].clone(memory_format=torch.contiguous_format).view(torch.float32)
-        mean_scales = all_scales.mean(0)  # no mean of entries is larger than 127 of these, and all ranks have them
+        all_scales = arrived[:, part:].clone(memory_format=torch.contiguous_format).view(scale_type(values))
+        # no mean of entries is larger than 127 of these, and all ranks have them; divided first, or huge ones overflow
+        mean_scales = all_scales.div(ranks).sum(0)
         values.zero_()
         for rank in range(ranks):
             self._add_part(values, layout, arrived[rank, :part], all_scales[rank])

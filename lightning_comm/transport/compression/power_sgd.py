@@ -9,8 +9,12 @@ from typing_extensions import override
 
 from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Message, Slot
 from lightning_comm.transport.compression.feedback import Feedback
+from lightning_comm.transport.compression.rounding import scale_type
 
-_TINY = 1e-8  # added to the norm of a column, so that a gradient of zeros does not become NaN
+_DEPENDENT = 1e-10  # of the largest column: what is left of one that the columns before it explain, up to rounding
+_ALIGNED_BYTES = 64
+
+_Row = tuple[Slot, Tensor]
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class PowerSGD(Compression):
     """Send two thin matrices for each parameter's gradient, and keep what they miss for later (error feedback).
 
     The gradient of a parameter is taken as a matrix ``M`` (its first dimension by all others) and approximated by
-    ``P Q^T`` of rank ``rank``, with one step of power iteration that starts where the last one ended.
+    ``P Q^T`` of rank ``rank``, with one step of power iteration that starts where the last one ended. ``P`` and the
+    ``Q`` that the next step starts from have orthonormal columns, so the scale of gradients does not matter.
 
     Args:
         rank: Columns of the two matrices; at least 1. 1 to 4 are usual.
@@ -28,7 +33,7 @@ class PowerSGD(Compression):
 
     Note:
         *Communication.* Two all-reduces a bucket: of ``P`` with all parameters that are vectors or would not become
-        smaller, then of ``Q``; 4 bytes a number.
+        smaller, then of ``Q``; 4 bytes a number (8 where gradients are float64).
 
         *Overlap.* The second all-reduce needs what the first one brings. It is started when the next bucket is ready,
         so all but the last one go on beside the backward.
@@ -38,7 +43,7 @@ class PowerSGD(Compression):
         *Beside torch's hook.* ``powerSGD_hook`` starts its second all-reduce from a callback of the first, which on
         gloo hangs or aborts with two buckets, and keeps its residuals by the number of the bucket, which does not
         survive a resume. The arithmetic here is the same, but everything is kept by the parameter's name, and the
-        residual is what this rank itself did not send.
+        residual is what this rank itself did not send. A gradient of zeros gives zeros, where the hook gives NaN.
 
     Example:
         >>> PowerSGD(rank=2)
@@ -67,9 +72,9 @@ class PowerSGDCodec(Codec):
     def __init__(self, context: Context, rank: int) -> None:
         super().__init__(context)
         self._rank = rank
-        self._bases: dict[str, Tensor] = {}  # Q of the step before
+        self._bases: dict[str, Tensor] = {}  # Q of the step before, one direction a row
 
-    def _columns(self, slot: Slot) -> int:
+    def _directions(self, slot: Slot) -> int:
         """Return the rank that a parameter is sent with; 0 if it is sent in full."""
         rows, columns = _matrix(slot)
         rank = min(self._rank, rows, columns)
@@ -77,51 +82,68 @@ class PowerSGDCodec(Codec):
 
     @override
     def payload_bytes(self, layout: Layout) -> int:
-        return 4 * sum(sum(_matrix(slot)) * self._columns(slot) or slot.numel for slot in layout.slots)
+        return 4 * sum(sum(_matrix(slot)) * self._directions(slot) or slot.numel for slot in layout.slots)
 
     @override
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
+        return self._mean(values, layout, sent, None)
+
+    @override
+    def mean_and_rest(self, entries: Tensor, layout: Layout, means: Tensor) -> Conversation:
+        return self._mean(means, layout, None, entries)
+
+    def _mean(self, values: Tensor, layout: Layout, sent: Tensor | None, rest: Tensor | None) -> Conversation:
+        """Write into the values their mean; or that of the rest, if there is one, and leave in it what is not sent."""
         recorder, purpose, ranks = self.context.recorder, self.context.purpose, self.world_size
-        rows = list(zip(layout.slots, layout.split(values), strict=True))
-        low = [(slot, _aligned(row.view(_matrix(slot)))) for slot, row in rows if self._columns(slot)]
-        full = [row for slot, row in rows if not self._columns(slot)]
+        low, full = self._divided(layout, values if rest is None else rest)
+        workspace = _Workspace(values, [slot for slot, _ in low])
+        old = [self._basis(slot, values) for slot, _ in low]
+        # one direction a row throughout: of the ways to multiply by so thin a matrix the one that reads along memory
+        lefts = [workspace.matrix(slot, row) @ basis.T for (slot, row), basis in zip(low, old, strict=True)]
+        numbers = [each.reshape(-1).to(workspace.dtype) for each in [*lefts, *(row for _, row in full)]]
+        first = torch.cat(numbers).mul_(1 / ranks)
         if sent is not None:
-            sent.copy_(values)  # low-rank parameters are overwritten below
-        lefts = [matrix @ self._basis(slot, values.device) for slot, matrix in low]
-        first = torch.cat([each.reshape(-1).float() for each in [*lefts, *full]]).mul_(1 / ranks)
+            _copy(full, self._divided(layout, sent)[1])
         yield Message(recorder.all_reduce(first, purpose), more=bool(low))
 
-        parts = torch.split(first, [each.numel() for each in [*lefts, *full]])
-        for row, part in zip(full, parts[len(low) :], strict=True):
-            row.copy_(part)
+        parts = torch.split(first, [each.numel() for each in numbers])
+        low_means, full_means = self._divided(layout, values)
+        _copy([(slot, part) for (slot, _), part in zip(full, parts[len(low) :], strict=True)], full_means)
+        if rest is not None:
+            for _, row in full:
+                row.zero_()
         if not low:
             return
-        parts = parts[: len(low)]
-        lefts = [orthogonal_columns(_aligned(part.view_as(left))) for left, part in zip(lefts, parts, strict=True)]
-        bases = [matrix.T @ left for (_, matrix), left in zip(low, lefts, strict=True)]
+        lefts = [orthonormal_rows(part.view_as(left).T) for left, part in zip(lefts, parts, strict=False)]
+        bases = [left @ workspace.matrix(slot, row) for (slot, row), left in zip(low, lefts, strict=True)]
         if sent is not None:
-            _put(
-                layout,
-                sent,
-                {slot.name: left @ base.T for (slot, _), left, base in zip(low, lefts, bases, strict=True)},
-            )
+            _multiply(lefts, bases, self._divided(layout, sent)[0])
+        if rest is not None:
+            _multiply(lefts, bases, low, subtract=True)
         second = torch.cat([base.reshape(-1) for base in bases]).mul_(1 / ranks)
         yield Message(recorder.all_reduce(second, purpose))
 
-        products = {}
-        for (slot, _), left, base in zip(low, lefts, torch.split(second, [b.numel() for b in bases]), strict=True):
-            basis = _aligned(base.view(-1, left.shape[1]))
-            products[slot.name] = left @ basis.T
-            usable = torch.isfinite(basis).all() & (basis != 0).any()  # else it would stay so for ever
-            self._bases[slot.name] = torch.where(usable, basis, self._basis(slot, values.device))
-        _put(layout, values, products)
+        parts = torch.split(second, [base.numel() for base in bases])
+        bases = [_aligned(part.view_as(base)) for part, base in zip(parts, bases, strict=True)]
+        _multiply(lefts, bases, low_means)
+        for (slot, _), base, before in zip(low, bases, old, strict=True):
+            self._bases[slot.name] = _next_basis(base, before)
 
-    def _basis(self, slot: Slot, device: torch.device) -> Tensor:
+    def _divided(self, layout: Layout, values: Tensor) -> tuple[list[_Row], list[_Row]]:
+        """Return the parameters' rows, those that are sent with a low rank and those that are sent in full."""
+        rows = list(zip(layout.slots, layout.split(values), strict=True))
+        low = [(slot, row) for slot, row in rows if self._directions(slot)]
+        return low, [(slot, row) for slot, row in rows if not self._directions(slot)]
+
+    def _basis(self, slot: Slot, values: Tensor) -> Tensor:
+        """Return the directions that a parameter's iteration starts from; at first, or in another shape, at random."""
+        shape = self._directions(slot), _matrix(slot)[1]
         kept = self._bases.get(slot.name)
-        if kept is not None:
+        if kept is not None and kept.shape == shape:
             return kept
-        generator = self.context.generator(slot.name, 0, device, shared=True)
-        return torch.randn(_matrix(slot)[1], self._columns(slot), generator=generator, device=device)
+        generator = self.context.generator(slot.name, 0, values.device, shared=True)
+        drawn = torch.randn(shape, generator=generator, device=values.device, dtype=scale_type(values))
+        return orthonormal_rows(drawn)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -133,38 +155,97 @@ class PowerSGDCodec(Codec):
         self._bases = dict(state["bases"])
 
 
-def orthogonal_columns(matrix: Tensor) -> Tensor:
-    """Return the matrix with orthogonal columns of length 1, one after the other (Gram-Schmidt); zeros stay zero.
+class _Workspace:
+    """Memory for one matrix at a time, small enough to stay in the processor's cache.
 
-    Example:
-        >>> columns = orthogonal_columns(torch.tensor([[3.0, 1.0], [4.0, 1.0]]))
-        >>> torch.allclose(columns.T @ columns, torch.eye(2), atol=1e-5)
-        True
+    On some processors the last bits of a product depend on where in memory its factors begin, and so on which other
+    parameters lie before them in a bucket. So matrices that begin in an odd place, or are of a narrow type, are copied.
+
+    Args:
+        values: The bucket.
+        slots: Its parameters that are taken as matrices.
 
     """
-    columns: list[Tensor] = []
-    for column in matrix.unbind(1):
-        for earlier in columns:
-            column = column - (earlier @ column) * earlier
-        columns.append(column / (torch.linalg.vector_norm(column) + _TINY))
-    return torch.stack(columns, 1)
+
+    def __init__(self, values: Tensor, slots: list[Slot]) -> None:
+        self.dtype = scale_type(values)
+        entries = max((slot.numel for slot in slots), default=0)
+        self._memory = torch.empty(entries, dtype=self.dtype, device=values.device)
+
+    def matrix(self, slot: Slot, row: Tensor) -> Tensor:
+        """Return a parameter's entries as a matrix, valid until the next call."""
+        if row.dtype == self.dtype and row.data_ptr() % _ALIGNED_BYTES == 0:
+            return row.view(_matrix(slot))
+        return self._memory[: slot.numel].copy_(row).view(_matrix(slot))
+
+
+def _copy(rows: list[_Row], into: list[_Row]) -> None:
+    for (_, row), (_, target) in zip(rows, into, strict=True):
+        target.copy_(row)
+
+
+def _multiply(lefts: list[Tensor], bases: list[Tensor], rows: list[_Row], *, subtract: bool = False) -> None:
+    """Write the products of two thin matrices, given as directions, into the rows of their parameters.
+
+    Args:
+        lefts: The directions of the one matrix.
+        bases: Those of the other.
+        rows: Where the products go.
+        subtract: Whether they are subtracted from what is there.
+
+    """
+    for left, base, (slot, row) in zip(lefts, bases, rows, strict=True):
+        matrix = row.view(_matrix(slot))
+        if matrix.dtype != base.dtype:
+            product = left.T @ base
+            matrix.copy_(matrix - product if subtract else product)
+        elif subtract:
+            matrix.addmm_(left.T, base, alpha=-1)
+        else:
+            torch.mm(left.T, base, out=matrix)
+
+
+def orthonormal_rows(directions: Tensor) -> Tensor:
+    """Return rows that span what the given ones span, each of length 1 and orthogonal to the others.
+
+    A row that the rows before it explain, up to rounding in float64, becomes zeros: any other direction would be
+    chosen by rounding, which processors do differently. What is not finite stays so.
+
+    Args:
+        directions: Rows of float32 or float64, no more of them than each is long.
+
+    Example:
+        >>> rows = orthonormal_rows(torch.tensor([[3.0, 4.0], [1.0, 1.0]]))
+        >>> torch.allclose(rows @ rows.T, torch.eye(2))
+        True
+        >>> orthonormal_rows(torch.tensor([[0.0, 3e-20, 4e-20], [0.0, 6e-20, 8e-20]])).abs().tolist()
+        [[0.0, 0.6000000238418579, 0.800000011920929], [0.0, 0.0, 0.0]]
+
+    """
+    columns = directions.T.to(torch.float64, copy=True)
+    orthonormal, triangle = torch.linalg.qr(columns)
+    own = triangle.diagonal().abs()
+    orthonormal = orthonormal.masked_fill(own <= _DEPENDENT * own.max(), 0)
+    spoilt = columns - columns  # zeros, and NaN where an entry is not finite, which the decomposition may hide
+    return _aligned((orthonormal + spoilt).T.to(directions.dtype))
+
+
+def _next_basis(base: Tensor, before: Tensor) -> Tensor:
+    """Return the directions for the next step; where there is nothing to see, those of before.
+
+    A direction that has become zero, as the second one does under a matrix of rank 1, starts again from the old one:
+    zeros would stay so for ever.
+    """
+    seen = (base != 0).any(1, keepdim=True)
+    rows = orthonormal_rows(torch.where(seen, base, before))
+    return torch.where(torch.isfinite(base).all() & seen.any(), rows, before)
 
 
 def _aligned(matrix: Tensor) -> Tensor:
-    """Return a copy in memory of its own, in float32.
-
-    On some processors the last bits of a product depend on where in memory its factors begin, and so on which other
-    parameters lie before them in a bucket.
-    """
-    return matrix.to(torch.float32, copy=True)
+    """Return a copy in memory of its own, row by row."""
+    return matrix.clone(memory_format=torch.contiguous_format)
 
 
 def _matrix(slot: Slot) -> tuple[int, int]:
     rows = slot.shape[0] if len(slot.shape) > 1 and slot.numel else 1
     return rows, slot.numel // rows
-
-
-def _put(layout: Layout, into: Tensor, matrices: dict[str, Tensor]) -> None:
-    for slot, row in zip(layout.slots, layout.split(into), strict=True):
-        if slot.name in matrices:
-            row.copy_(matrices[slot.name].reshape(-1))

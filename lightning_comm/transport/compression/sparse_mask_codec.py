@@ -1,4 +1,11 @@
-"""The working side of a sparse mask: gathers kept entries, lets another codec send them, and puts them back."""
+"""The working side of a sparse mask: gathers kept entries, lets another codec send them, and puts them back.
+
+Before masks are there, and in steps that somebody wanted dense, gradients go in full and exactly. Otherwise everything
+goes through the other codec: gathered; or as the whole bucket, pruned entries being zero, where most of it is kept
+and the codec looks at single entries. One that looks at a whole row, to draw random numbers for it or to keep a
+residual of it, is always given the kept entries: which buckets are sent whole depends on how DDP has cut them, and a
+run's results must not.
+"""
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,16 +24,16 @@ from lightning_comm.transport.recording import Pending
 
 
 class _Plan(NamedTuple):
-    """How a bucket is gathered: where its kept entries are, and what then lies in the row of them."""
+    """How a bucket is sent: where its kept entries are, and what lies in the row that the other codec is given."""
 
     kept: Tensor
     pruned: Tensor
     layout: Layout
-    sparse: bool
+    gathered: bool
 
 
 class SparseMaskCodec(Codec):
-    """Gathers, lets another codec send, and scatters. Before masks are installed it sends in full."""
+    """Gathers, lets another codec send, and scatters. Before masks are installed it sends in full and exactly."""
 
     def __init__(self, context: Context, inner: Codec, dense_above: float | None) -> None:
         super().__init__(context)
@@ -103,7 +110,7 @@ class SparseMaskCodec(Codec):
     @override
     def payload_bytes(self, layout: Layout) -> int:
         plan = self._plan_of(layout, torch.device("cpu"))
-        if self._dense_steps or plan is None or not plan.sparse:
+        if self._dense_steps or plan is None:
             return self._full.payload_bytes(layout)
         return self._inner.payload_bytes(plan.layout) if plan.layout.slots else 0
 
@@ -116,9 +123,9 @@ class SparseMaskCodec(Codec):
         if plan is None or self._dense_steps:
             yield from self._full.mean(values, layout, sent)
             return
-        if not plan.sparse:
+        if not plan.gathered:
             # never `values * mask`: infinity times 0 is NaN
-            yield from self._full.mean(values.masked_fill_(plan.pruned, 0), layout, sent)
+            yield from self._inner.mean(values.masked_fill_(plan.pruned, 0), layout, sent)
             return
         row = values.index_select(0, plan.kept)
         sent_row = torch.empty_like(row) if sent is not None else None
@@ -129,7 +136,7 @@ class SparseMaskCodec(Codec):
             sent.zero_().scatter_(0, plan.kept, sent_row)
 
     def _plan_of(self, layout: Layout, device: torch.device) -> _Plan | None:
-        if not self._rows or not any(slot.name in self._rows for slot in layout.slots):
+        if not self._rows:
             return None
         plan = self._plans.get(layout.slots)
         if plan is None:
@@ -138,13 +145,24 @@ class SparseMaskCodec(Codec):
                 for slot in layout.slots
             ]
             mask = torch.cat([row.to(device) for row in rows])
-            kept = mask.nonzero().view(-1)
+            n_kept = int(mask.sum())
             slots = [(slot, int(row.sum())) for slot, row in zip(layout.slots, rows, strict=True)]
             inner = Layout(tuple(Slot(slot.name, count, (count,)) for slot, count in slots if count))
-            dense_above = 1.0 if self.dense_above is None else self.dense_above
-            plan = _Plan(kept, ~mask, inner, kept.numel() <= dense_above * layout.numel)
+            gathered = self._is_gathered(n_kept, layout.numel)
+            kept = mask.nonzero().view(-1) if gathered else torch.empty(0, dtype=torch.int64, device=device)
+            plan = _Plan(kept, ~mask, inner if gathered else layout, gathered)
             self._plans[layout.slots] = plan
         return plan
+
+    def _is_gathered(self, kept: int, entries: int) -> bool:
+        if kept == entries:
+            return False
+        dense_above = 1.0 if self.dense_above is None else self.dense_above
+        return kept <= dense_above * entries or not self._inner.entrywise
+
+    def row_bytes(self, entries: int) -> int:
+        """Return the bytes that so many kept entries of one parameter are sent in."""
+        return self._inner.payload_bytes(Layout((Slot("row", entries, (entries,)),)))
 
     @override
     def begin_step(self) -> None:
@@ -158,6 +176,19 @@ class SparseMaskCodec(Codec):
             self._send_flags(self._masks_changed())
         self.was_dense = self._dense_steps > 0
         self._dense_steps = max(0, self._dense_steps - 1)
+
+    @property
+    @override
+    def unapplied(self) -> frozenset[str]:
+        return self._inner.unapplied
+
+    @override
+    def take_back(self, names: Iterable[str], *, last_only: bool = False) -> None:
+        self._inner.take_back(names, last_only=last_only)
+
+    @override
+    def applied(self, names: Iterable[str]) -> None:
+        self._inner.applied(names)
 
     @override
     def rescale(self, factor: float) -> None:

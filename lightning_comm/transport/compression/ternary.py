@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Message
-from lightning_comm.transport.compression.rounding import round_stochastically
+from lightning_comm.transport.compression.rounding import largest_entries, round_stochastically
 
 _MOST_RANKS = 127  # whose sum has room in 8 bits
 
@@ -21,8 +21,8 @@ class Ternary(Compression):
     is large. No residual is kept. The sums are those of 8-bit numbers.
 
     Note:
-        *Communication.* 1 byte an entry in an all-reduce, and before it 4 bytes a parameter in another one, which
-        agrees on the maxima; both once a bucket.
+        *Communication.* 1 byte an entry in an all-reduce, and before it 4 bytes a parameter (8 where gradients are
+        float64) in another one, which agrees on the maxima; both once a bucket.
 
         *Overlap.* The second all-reduce needs what the first one brings. It is started when the next bucket is ready,
         so all but the last one go on beside the backward.
@@ -58,7 +58,7 @@ class TernaryCodec(Codec):
     @override
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
         recorder, purpose = self.context.recorder, self.context.purpose
-        scales = torch.stack(torch._foreach_norm(layout.split(values), float("inf"))).float()
+        scales = largest_entries(layout, values)
         scales = torch.where(torch.isfinite(scales), scales, torch.inf)  # a maximum with NaN is not the same everywhere
         yield Message(recorder.all_reduce(scales, purpose, op=dist.ReduceOp.MAX), more=True)
 

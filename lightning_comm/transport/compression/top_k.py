@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Message
 from lightning_comm.transport.compression.feedback import Feedback
+from lightning_comm.transport.compression.rounding import scale_type
 
 _BYTES = 8  # a number and an index
 
@@ -28,7 +29,8 @@ class TopK(Compression):
         ValueError: If the ratio is out of range.
 
     Note:
-        *Communication.* ``8 k`` bytes in one all-gather a bucket, of which each rank sends ``n-1`` copies.
+        *Communication.* ``8 k`` bytes in one all-gather a bucket, of which each rank sends ``n-1`` copies (``12 k``
+        where gradients are float64).
 
         *Memory.* A residual as large as the model.
 
@@ -76,7 +78,8 @@ class TopKCodec(Codec):
             chosen.append(where.add_(start))
             start += slot.numel
         indices = torch.cat(chosen)
-        picked = values.index_select(0, indices).float()
+        numbers_type = scale_type(values)
+        picked = values.index_select(0, indices).to(numbers_type)
         if sent is not None:
             sent.zero_().index_copy_(0, indices, picked.to(sent.dtype))
         wire = torch.cat([picked.view(torch.int32), indices.to(torch.int32)])
@@ -85,6 +88,6 @@ class TopKCodec(Codec):
 
         values.zero_()
         for row in rows:
-            numbers, places = row.chunk(2)
-            values.index_add_(0, places, numbers.view(torch.float32).to(values.dtype))
-        values.mul_(1 / self.world_size)
+            bits, places = row.split([row.numel() - indices.numel(), indices.numel()])
+            numbers = bits.clone().view(numbers_type).to(values.dtype)  # a clone, since float64 wants its own alignment
+            values.index_add_(0, places, numbers, alpha=1 / self.world_size)  # divided first, or huge ones overflow
