@@ -126,8 +126,9 @@ class Averager:
         bucket_bytes: Size of a bucket; at least one entry of the widest type.
 
     A mean of finite numbers is finite, the mean of equal numbers is that number (also ``inf`` and ``nan``), and a rank
-    of weight 0 contributes nothing, whatever it holds. Equal numbers stay equal bit for bit on 2 and 3 ranks that count
-    equally and, where weights are given as :class:`Share`, on any number; otherwise they may change in the last digit.
+    of weight 0 contributes nothing, whatever it holds. Equal numbers stay equal bit for bit, unless weights are
+    plain numbers: then they may change in the last digit. Where more than two ranks count, that takes more than a sum
+    that is divided, which loses digits: :meth:`Share.part_` says what.
 
     Note:
         *Communication.* One all-reduce a bucket, in the order of the tensors within each accumulation type. The payload
@@ -159,7 +160,9 @@ class Averager:
             How far this rank's tensors were from the mean.
 
         """
-        drift = Drift(0.0, 0.0)
+        drift, ranks = Drift(0.0, 0.0), self._recorder.world_size
+        if weight is None and ranks > 2:
+            weight = Share.of([1] * ranks, self._recorder.rank)
         flat = [Flat.of(tensor) for tensor in tensors]
         for (device, dtype), group in _by_accumulation_type(flat):
             rows = [tensor.entries for tensor in group]

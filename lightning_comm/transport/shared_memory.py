@@ -1,8 +1,8 @@
 """Tensors that share entries in memory: views of each other under different names."""
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,51 @@ def shared(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, ...]]:
             groups += _exact_groups(touching)
     positions = sorted(sorted((part.position, part.name) for part in group) for group in groups if len(group) > 1)
     return [tuple(name for _, name in group) for group in positions]
+
+
+def covered(named: Iterable[tuple[str, Tensor]]) -> set[str]:
+    """Return the names whose entries are all entries of another of these tensors, which is not among them.
+
+    Example:
+        >>> matrix = torch.zeros(4, 6)
+        >>> covered([("transposed", matrix.t()), ("matrix", matrix), ("rows", matrix[1:3])])
+        {'matrix', 'rows'}
+
+    """
+    ranges = {part.name: part for parts in _on_each_device(named).values() for part in parts}
+    inside: set[str] = set()
+    for group in shared((name, part.tensor) for name, part in ranges.items()):
+        parts = [ranges[name] for name in group]
+        whole = max(parts, key=lambda part: (part.end - part.begin, -part.position))
+        if _has_no_gaps(whole.tensor):
+            inside |= {
+                part.name for part in parts if part is not whole and whole.begin <= part.begin <= part.end <= whole.end
+            }
+    return inside
+
+
+class SharedMemory:
+    """Which parameters share entries, looked up anew only where they lie elsewhere than before."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], tuple[set[str], set[str]]] = {}
+
+    def covered(self, parameters: Mapping[str, Tensor]) -> set[str]:
+        """Return those whose entries are all entries of another one."""
+        return self._of(parameters)[0]
+
+    def shared(self, parameters: Mapping[str, Tensor]) -> set[str]:
+        """Return those that share entries with others."""
+        return self._of(parameters)[1]
+
+    def _of(self, parameters: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
+        key = tuple((name, p.data_ptr(), p.shape, p.stride()) for name, p in parameters.items())
+        if key not in self._known:
+            if len(self._known) > 8:
+                self._known.clear()
+            groups = shared(parameters.items())
+            self._known[key] = covered(parameters.items()), {name for group in groups for name in group}
+        return self._known[key]
 
 
 class _Range(NamedTuple):
