@@ -365,12 +365,12 @@ class LocalUpdateStrategy(RanksApartStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        # here, where all ranks come for a checkpoint, and before hooks that rename or move what is saved
-        state = super().lightning_module_state_dict()
+        # here, where all ranks come for a checkpoint; the average stays in place until the file is written, so that
+        # whatever the module and the hooks of a save make of the weights is made of averaged ones
         run, trainer = self._run, self._trainer
-        if run is None or trainer is None or not self._is_fitting() or trainer.interrupted:
-            return state
-        return run.average_for_checkpoint(state)
+        if run is not None and trainer is not None and self._is_fitting() and not trainer.interrupted:
+            run.enter_checkpoint()
+        return super().lightning_module_state_dict()
 
     def _is_fitting(self) -> bool:
         """Whether ranks run under the strategy's rounds, or did in the last ``fit``; not in a tuner's trial run."""
@@ -385,9 +385,21 @@ class LocalUpdateStrategy(RanksApartStrategy):
             return
         if trainer.interrupted:  # a rank has failed, and no collective would end
             checkpoint[rank_files.KEY] = rank_files.shared_state(run, "", complete=False, averaged=not run.apart)
-        else:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        try:
             filepath = rank_files.write(self, run, checkpoint, filepath)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+            if self.is_global_zero:
+                checkpoint = rank_files.kept_from_change(checkpoint, run.replica, self.checkpoint_io)
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        finally:
+            run.leave_checkpoint()
+
+    @override
+    def report_failure(self, exception: BaseException) -> None:
+        if self._run is not None:
+            self._run.replica.leave_average()
+        super().report_failure(exception)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
@@ -412,6 +424,8 @@ class LocalUpdateStrategy(RanksApartStrategy):
         if self._interruptions is not None:
             self._interruptions.undo()
             self._interruptions = None
+        if self._run is not None:
+            self._run.replica.leave_average()
         quiet = self._run is None or self._run.replica.is_quiet(timeout_s=5.0)  # not where other ranks are gone
         if self._group is not None and dist.is_initialized() and quiet:
             dist.destroy_process_group(self._group)

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -40,7 +41,7 @@ from lightning_comm.transport.agreement import Agreement, Decision, Kind, PeerFa
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.flat import Drift
-from lightning_comm.transport.optimizer_state import optimizer_tensors
+from lightning_comm.transport.optimizer_state import optimizer_tensors, saved_tensors
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.replica import Replica
 
@@ -120,6 +121,7 @@ class LocalUpdateRun:
 
     def begin_batch(self) -> None:
         """Open a round if none is open; called before every batch."""
+        self.leave_checkpoint()  # still there where a user's hook made a checkpoint's content and saved none
         if self.in_gradient_phase:
             return
         if not self.clock.in_round:
@@ -134,6 +136,7 @@ class LocalUpdateRun:
 
     def end_batch(self) -> None:
         """Synchronise if the round is over, and carry out what ranks agreed on; called after every batch."""
+        self.leave_checkpoint()
         ticks, self._ticks = self._ticks, 0
         self.samples.end_batch(in_round=not self.in_gradient_phase)
         if ticks == 0:
@@ -202,6 +205,7 @@ class LocalUpdateRun:
 
     def enter_average(self, purpose: str) -> None:
         """Put averaged weights in place for an evaluation, after checking that all ranks are here for it."""
+        self.leave_checkpoint()
         if not self.apart:
             return
         with self.agreement.first_error_shown():
@@ -217,6 +221,7 @@ class LocalUpdateRun:
 
     def finish(self) -> None:
         """End the run averaged, also where its length was not known."""
+        self.leave_checkpoint()
         if self.in_gradient_phase or not self.apart:
             return
         started = time.monotonic()
@@ -401,9 +406,28 @@ class LocalUpdateRun:
 
     # ---- what is shown and saved ---------------------------------------------------------------------------------
 
-    def average_for_checkpoint(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return a state dict with averaged copies of the weights, unless averaged ones are in place anyway."""
-        if not self.apart or self.replica.kept is not None:
-            return state_dict
+    def enter_checkpoint(self) -> None:
+        """Put averaged weights in place for a checkpoint, unless they are there anyway."""
+        if not self.apart or self.replica.average_is_for is not None:
+            return
         with self.agreement.first_error_shown():
-            return self.replica.average_state_dict(state_dict, "checkpoint", self._weight())
+            # only what rank 0 holds is saved
+            self.replica.enter_average("checkpoint", self._weight(), broadcast=False)
+
+    def average_optimizer_states(self, states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return averaged copies of the optimizers' states, if these are averaged and the weights are now.
+
+        Note:
+            *Memory.* A second copy of the states.
+
+        """
+        if self.settings.optimizer_state != "average" or not self.apart or self.replica.average_is_for is None:
+            return states
+        copies = apply_to_collection(states, Tensor, lambda tensor: tensor.detach().clone())
+        alike = self.replica.average_copies(saved_tensors(copies))
+        return copies if alike else states
+
+    def leave_checkpoint(self) -> None:
+        """Put each rank's own weights back, if an average is in place for a checkpoint."""
+        if self.replica.average_is_for == "checkpoint":
+            self.replica.leave_average()

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 
 from lightning_comm.lightning_internals import close_finished_epoch
 from lightning_comm.strategies import mask_files
@@ -25,6 +27,7 @@ from lightning_comm.strategies.run_state import state_of
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.random_state import random_state
 from lightning_comm.transport.recording import Recorder
+from lightning_comm.transport.replica import Replica
 
 KEY = "lightning_comm.local_update"
 VERSION = 1
@@ -104,15 +107,44 @@ def write(strategy: ParallelStrategy, run: LocalUpdateRun, checkpoint: dict[str,
 
     """
     filepath, token = agreed_path(strategy, filepath)
-    if "current_model_state" in checkpoint:  # a WeightAveraging callback has put its own copy into the file
-        checkpoint["state_dict"] = run.average_for_checkpoint(checkpoint["state_dict"])
     complete = "optimizer_states" in checkpoint  # not with `save_weights_only`
     if complete:
         keys = (*RANK_KEYS, type(strategy.precision_plugin).__qualname__)
         own = own_state(run, {key: checkpoint[key] for key in keys if key in checkpoint})
         write_own(strategy, filepath, token, own)
+        checkpoint["optimizer_states"] = run.average_optimizer_states(checkpoint["optimizer_states"])
     checkpoint[KEY] = shared_state(run, token, complete=complete, averaged=True)
     return filepath
+
+
+def kept_from_change(checkpoint: dict[str, Any], replica: Replica, io: CheckpointIO) -> dict[str, Any]:
+    """Return a checkpoint that stays as it is when ranks take their own weights up again.
+
+    Note:
+        *Memory.* Nothing where the file is written before that, as Lightning's own way does. With another
+        ``CheckpointIO``, which may write it later, a copy of the averaged tensors that are saved. Those that share
+        memory (tied weights) share that of the copy.
+
+    """
+    changing = replica.changed_storages()
+    if type(io) is TorchCheckpointIO or not changing:
+        return checkpoint
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided or tensor.untyped_storage().data_ptr() not in changing:
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in storages:
+            storages[storage.data_ptr()] = storage.clone()  # type: ignore[no-untyped-call]
+        copy = storages[storage.data_ptr()]
+        return tensor.detach().new_empty(0).set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    state = checkpoint["state_dict"]
+    checkpoint = {key: apply_to_collection(value, Tensor, copied) for key, value in checkpoint.items()}
+    if hasattr(state, "_metadata"):  # versions of modules, which a copied dictionary does not take along
+        checkpoint["state_dict"]._metadata = state._metadata
+    return checkpoint
 
 
 def agreed_path(strategy: ParallelStrategy, filepath: _PATH) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from lightning_comm.core.periods import is_whole
 from lightning_comm.strategies import control
 from lightning_comm.strategies.control import ControlRow
 from lightning_comm.transport.recording import Pending, Recorder
+from lightning_comm.transport.share import Share
 
 
 class SampleWeights:
@@ -72,10 +73,10 @@ class SampleWeights:
         """
         if not self.active:
             return None
-        total = sum(row.samples or 0.0 for row in rows)
-        if total > 0:
-            return (rows[rank].samples or 0.0) / total
-        return 1 / len(rows) if self._last is None else self._last
+        counts = [row.samples or 0.0 for row in rows]
+        if sum(counts) > 0:
+            return Share.of(counts, rank)
+        return Share.of([1] * len(rows), rank) if self._last is None else self._last
 
     def exchange(self, recorder: Recorder, device: torch.device, wait: Callable[[Pending], None]) -> float | None:
         """Return what this rank counts for, from rows that all ranks send here if anything is weighted."""
@@ -90,9 +91,12 @@ class SampleWeights:
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what a resumed run needs to go on within a round; ``None`` if nothing is weighted."""
-        return {"samples": self._round, "last_weight": self._last} if self.active else None
+        last = self._last
+        saved = [float(last), last.begin, last.end] if isinstance(last, Share) else last
+        return {"samples": self._round, "last_weight": saved} if self.active else None
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Take up what :meth:`state_dict` returned; of a run that did not count, a round from 0 samples on."""
         if state is not None:
-            self._round, self._last = int(state["samples"]), state["last_weight"]
+            last = state["last_weight"]
+            self._round, self._last = int(state["samples"]), Share(*last) if isinstance(last, list) else last

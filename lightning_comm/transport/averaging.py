@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_comm.core.periods import is_whole
@@ -18,6 +19,7 @@ from lightning_comm.transport.compression.ternary import Ternary
 from lightning_comm.transport.compression.words import compression_of
 from lightning_comm.transport.flat import Drift, Flat, drift_of, sample
 from lightning_comm.transport.recording import Pending, Recorder
+from lightning_comm.transport.share import Share, is_finite
 
 IN_FLIGHT = 3  # buckets: gloo sends two at a time, and the third is packed or unpacked meanwhile
 
@@ -123,10 +125,16 @@ class Averager:
         recorder: Sends and records.
         bucket_bytes: Size of a bucket; at least one entry of the widest type.
 
+    A mean of finite numbers is finite, the mean of equal numbers is that number (also ``inf`` and ``nan``), and a rank
+    of weight 0 contributes nothing, whatever it holds. Equal numbers stay equal bit for bit, unless weights are
+    plain numbers: then they may change in the last digit. Where more than two ranks count, that takes more than a sum
+    that is divided, which loses digits: :meth:`Share.part_` says what.
+
     Note:
         *Communication.* One all-reduce a bucket, in the order of the tensors within each accumulation type. The payload
         is 4 bytes an entry (8 for float64, and twice that for complex types), since narrower types are summed in
-        float32.
+        float32. A bucket whose sums are not all finite, which all ranks see alike, has one number more, which says
+        whether a sum may just have been too large; if so, those entries once more.
 
         *Memory.* Three buckets, whatever the size of the model. They are kept, since fresh memory costs as much time
         as a pass over the model.
@@ -145,14 +153,16 @@ class Averager:
             tensors: Floating-point or complex tensors, in an order and of shapes that are the same on all ranks.
                 Storage stays where it is, so optimizers, views and compiled code that hold it go on working.
             purpose: What the records say that the messages were for.
-            weight: What this rank counts for in the mean; those of all ranks sum to 1. ``None`` on all ranks: equally.
+            weight: What this rank counts for in the mean; those of all ranks sum to 1, and all are a :class:`Share` or
+                none is. ``None`` on all ranks: equally.
 
         Returns:
             How far this rank's tensors were from the mean.
 
         """
-        drift = Drift(0.0, 0.0)
-        divisor = self._recorder.world_size if weight is None else 1
+        drift, ranks = Drift(0.0, 0.0), self._recorder.world_size
+        if weight is None and ranks > 2:
+            weight = Share.of([1] * ranks, self._recorder.rank)
         flat = [Flat.of(tensor) for tensor in tensors]
         for (device, dtype), group in _by_accumulation_type(flat):
             rows = [tensor.entries for tensor in group]
@@ -160,17 +170,55 @@ class Averager:
             travelling: deque[_Travelling] = deque()
             for turn, pieces in enumerate(_buckets(rows, max(1, self._bucket_bytes // dtype.itemsize))):
                 if len(travelling) == IN_FLIGHT:
-                    drift = drift.plus(_unpack(travelling.popleft(), divisor))
+                    drift = drift.plus(self._unpack(travelling.popleft(), weight))
                 used = _pack(pieces, scratch[turn % IN_FLIGHT])
                 own = sample(used)
-                if weight is not None:
-                    used.mul_(weight)  # in the accumulation type, and after the sample, which is of this rank's own
-                travelling.append(_Travelling(pieces, used, own, self._recorder.all_reduce(used, purpose)))
+                _weigh(used, weight)  # in the accumulation type, and after the sample, which is of this rank's own
+                travelling.append(_Travelling(pieces, used, own, self._recorder.all_reduce(used, purpose), purpose))
             while travelling:
-                drift = drift.plus(_unpack(travelling.popleft(), divisor))
+                drift = drift.plus(self._unpack(travelling.popleft(), weight))
         for tensor in flat:
             tensor.write_back()
         return drift
+
+    def _unpack(self, bucket: "_Travelling", weight: float | None) -> Drift:
+        bucket.pending.wait()
+        sums = bucket.sums
+        # a tensor, since CUDA multiplies by the reciprocal of a number, and 3 x times that is not always x
+        divisor = sums.new_tensor(self._recorder.world_size if weight is None else 1)
+        if is_finite(sums):
+            for piece, total in zip(bucket.pieces, _like(bucket.pieces, sums), strict=True):
+                torch.div(total, divisor, out=piece)
+            return drift_of(sums.numel(), bucket.own_sample, sample(sums).div_(divisor))
+        where = (~sums.isfinite()).nonzero().flatten()
+        mended = self._mean_of_large(where, bucket, weight)
+        means = sums.div_(divisor)
+        if mended is not None:
+            means[where] = mended
+        torch._foreach_copy_(bucket.pieces, _like(bucket.pieces, means))
+        return drift_of(means.numel(), bucket.own_sample, sample(means))
+
+    def _mean_of_large(self, where: Tensor, bucket: "_Travelling", weight: float | None) -> Tensor | None:
+        """Return the mean of entries whose sum is not finite, or ``None`` if no sum was just too large.
+
+        All ranks have the same sums, so all are here for the same entries.
+        """
+        own = torch.cat([piece.to(bucket.sums.dtype) for piece in bucket.pieces])[where]
+        ranks, largest = self._recorder.world_size, torch.finfo(own.dtype).max
+        counts = weight is None or weight > 0
+        may_overflow = (own.isfinite() & (own.abs() > largest / (2 * ranks))).any() & counts
+        vote = may_overflow.to(own.dtype).view(1)
+        self._recorder.all_reduce(vote, bucket.purpose, dist.ReduceOp.MAX).wait()
+        if vote.item() == 0:  # somebody holds `inf` or `nan`, as in the mask of an attention
+            return None
+        _weigh(own, weight)
+        scale = 2.0 ** (ranks.bit_length() + 1)  # a power of two, which rounds nothing that is large
+        own.div_(scale)
+        self._recorder.all_reduce(own, bucket.purpose).wait()
+        if weight is None:
+            own.div_(own.new_tensor(ranks))
+        rounded = own.isfinite() & (own.abs() > largest / scale)
+        return torch.where(rounded, own.sign() * largest, own * scale)
 
     def _buckets_of(self, device: torch.device, dtype: torch.dtype, entries: int) -> list[Tensor]:
         size = min(max(self._bucket_bytes, dtype.itemsize), entries * dtype.itemsize) // dtype.itemsize * dtype.itemsize
@@ -209,13 +257,17 @@ class _Travelling(NamedTuple):
     sums: Tensor
     own_sample: Tensor
     pending: Pending
+    purpose: str
 
 
-def _unpack(bucket: _Travelling, divisor: int) -> Drift:
-    bucket.pending.wait()
-    for piece, total in zip(bucket.pieces, _like(bucket.pieces, bucket.sums), strict=True):
-        torch.div(total, divisor, out=piece)
-    return drift_of(bucket.sums.numel(), bucket.own_sample, sample(bucket.sums).div_(divisor))
+def _weigh(row: Tensor, weight: float | None) -> None:
+    """Replace entries by what this rank contributes to their sum."""
+    if weight == 0:
+        row.fill_(-0.0)  # the one number that changes no sum, not even that of others' -0.0
+    elif isinstance(weight, Share):
+        weight.part_(row)
+    elif weight is not None:
+        row.mul_(weight)
 
 
 def _by_accumulation_type(flat: list[Flat]) -> list[tuple[tuple[torch.device, torch.dtype], list[Flat]]]:

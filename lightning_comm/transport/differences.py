@@ -11,7 +11,8 @@ from lightning_comm.transport.averaging import IN_FLIGHT
 from lightning_comm.transport.compression.base import Codec, Compression, Context, Layout, Slot
 from lightning_comm.transport.compression.conversations import Talk
 from lightning_comm.transport.errand import Errand
-from lightning_comm.transport.flat import Drift, Flat, drift_of, sample
+from lightning_comm.transport.flat import Drift, Flat, drift_of, sample, squared_norm
+from lightning_comm.transport.limits import drop_unsent_, is_large, limit_, limit_differences_, limit_moved_
 from lightning_comm.transport.recording import Recorder
 
 
@@ -35,6 +36,11 @@ class DifferenceAverager:
     :math:`a = w_k` times the number of ranks, so that :math:`m` is :math:`\sum_k w_k d_k` where nothing is dropped, and
     moves by :math:`m - s/a`; what it keeps is :math:`d - s/a`. Then the weighted mean of the ranks' weights moves by
     :math:`m - \bar s` too. A rank of weight 0 sends zeros, and takes up the reference.
+
+    *Near the limits.* A difference or a weight that is too large for its type becomes the largest finite number. Where
+    the mean of what was sent is infinite (a sum that is too large, or a type of the wire that is too narrow), which all
+    ranks see alike, nothing counts as sent, and the entry waits in each rank's own weights. Where reference and weights
+    are the same ``inf``, their difference is 0.
 
     Args:
         recorder: Sends and records.
@@ -152,17 +158,16 @@ class DifferenceAverager:
         row, sent = self._kept_rows.get(layout.slots) or (_empty(layout, rows), _empty(layout, rows))
         # all that must be done before training goes on: a copy takes two thirds of the time of a difference
         torch._foreach_copy_(layout.split(row), [each.weights.entries for each in rows])
-        return _Flight(layout, row, sent, [])
+        return _Flight(layout, row, sent, [], [])
 
     def _travel(self, scale: float) -> None:
         """Average what has departed: move the references, and make corrections of the differences."""
         for flight in self._flights:
             torch._foreach_sub_(flight.layout.split(flight.row), self._references_of(flight))
+            if is_large(flight.row):
+                limit_differences_(flight.row, self._references_of(flight))
         samples = [sample(flight.row) for flight in self._flights]
-        # where nothing is sent of a difference it stays in its row, since all of it is taken back at landing
-        means = [torch.zeros_like(flight.row) if scale == 0 else flight.row for flight in self._flights]
-        if scale not in (0, 1):
-            torch._foreach_mul_(means, scale)
+        means = [_scaled(flight.row, scale) for flight in self._flights]
         talks = [
             Talk(self._codec.mean(mean, flight.layout, flight.sent))
             for flight, mean in zip(self._flights, means, strict=True)
@@ -173,13 +178,26 @@ class DifferenceAverager:
                     talk.go_on()
         for flight, mean, talk, own in zip(self._flights, means, talks, samples, strict=True):
             talk.finish()
-            references = self._references_of(flight)
-            torch._foreach_add_(references, flight.layout.split(mean))
-            flight.drifts.append(_drift(references, own, mean))
-            if scale == 0:
-                torch.sub(mean, flight.row, out=flight.row)
-            else:
-                flight.row.sub_(flight.sent, alpha=1 / scale)
+            self._settle(flight, mean, own, scale)
+
+    def _settle(self, flight: "_Flight", mean: Tensor, own_sample: Tensor, scale: float) -> None:
+        """Move the references by the mean, and leave the correction in the flight's row."""
+        large = is_large(mean) or is_large(flight.row)
+        if large:
+            drop_unsent_(mean, flight.sent)
+            finite = flight.row.isfinite()
+        references, moves = self._references_of(flight), flight.layout.split(mean)
+        torch._foreach_add_(references, moves)
+        if large:
+            limit_moved_(references, moves)
+        flight.drifts.append(_drift(references, own_sample, mean))
+        if scale == 0:
+            torch.sub(mean, flight.row, out=flight.row)
+        else:
+            flight.row.sub_(flight.sent, alpha=1 / scale)
+        if large:
+            limit_(flight.row, finite)
+        flight.large.append(large)
 
     def _references_of(self, flight: "_Flight") -> list[Tensor]:
         return [self._reference[slot.name] for slot in flight.layout.slots]
@@ -230,6 +248,8 @@ class DifferenceAverager:
             weights = [Flat.of(tensors[name]) for name in found]
             if found:
                 torch._foreach_add_([each.entries for each in weights], list(found.values()))
+            if any(flight.large):
+                limit_moved_([each.entries for each in weights], list(found.values()))
             for each in weights:
                 each.write_back()
 
@@ -256,24 +276,37 @@ class DifferenceAverager:
         difference = _empty(layout, rows)
         for row, entries in zip(rows, layout.split(difference), strict=True):
             torch.sub(row.weights.entries, row.reference, out=entries)
+        large = is_large(difference)
+        if large:
+            limit_differences_(difference, [row.reference for row in rows])
         own = sample(difference)
-        if scale != 1:
-            difference.mul_(scale)
+        difference = _scaled(difference, scale)
         mean, sent = difference.clone(), torch.empty_like(difference)
-        return _Travelling(rows, difference, mean, sent, own, scale, Talk(self._codec.mean(mean, layout, sent)))
+        talk = Talk(self._codec.mean(mean, layout, sent))
+        return _Travelling(rows, difference, mean, sent, own, scale, large, talk)
 
     def _take(self, bucket: "_Travelling") -> Drift:
         bucket.talk.finish()
+        large = bucket.large or is_large(bucket.mean)
+        if large:
+            drop_unsent_(bucket.mean, bucket.sent)
+            finite = bucket.difference.isfinite()
         dropped = bucket.difference.sub_(bucket.sent)
         if bucket.scale not in (0, 1):
             dropped.div_(bucket.scale)
+        if large:
+            limit_(dropped, finite)
         sizes = [row.reference.numel() for row in bucket.rows]
         for row, moved, left in zip(
             bucket.rows, torch.split(bucket.mean, sizes), torch.split(dropped, sizes), strict=True
         ):
             row.reference.add_(moved)
+            if large:
+                limit_moved_([row.reference], [moved])
             # not `w + (m - s)`: so what was sent in full ends exactly at the reference, and equal on all ranks
             torch.add(row.reference, left, out=row.weights.entries)
+            if large:
+                limit_moved_([row.weights.entries], [left])
             row.weights.write_back()
         return _drift([row.reference for row in bucket.rows], bucket.own_sample, bucket.mean)
 
@@ -306,7 +339,7 @@ class DifferenceAverager:
             slots = tuple(Slot(name, numel, tuple(shape)) for name, numel, shape in saved["slots"])
             row = saved["correction"].to(self._reference[slots[0].name].device, copy=True)
             drifts = [Drift(*drift) for drift in saved["drifts"]]
-            self._flights.append(_Flight(Layout(slots), row, row, drifts))  # its messages have arrived
+            self._flights.append(_Flight(Layout(slots), row, row, drifts, [is_large(row)]))  # its messages have arrived
         if state["compression"] == repr(self._compression):
             self._codec.load_state_dict(state["codec"])
 
@@ -319,11 +352,24 @@ def _empty(layout: Layout, rows: list["_Row"]) -> Tensor:
     return torch.empty(layout.numel, dtype=rows[0].reference.dtype, device=rows[0].reference.device)
 
 
+def _scaled(row: Tensor, scale: float) -> Tensor:
+    """Return what a rank that counts for so much has to send of a difference, in place where it sends anything.
+
+    Where nothing is sent the difference stays in its row, since all of it is taken back at landing.
+    """
+    if scale == 0:
+        return torch.zeros_like(row)
+    if scale != 1:
+        row.mul_(scale)
+        if is_large(row):
+            limit_(row)
+    return row
+
+
 def _drift(references: list[Tensor], own_sample: Tensor, mean: Tensor) -> Drift:
     """Return how far a rank was from the references of now, which have moved by the mean."""
     distance_sq = drift_of(mean.numel(), own_sample, sample(mean)).distance_sq
-    norms = torch.stack(torch._foreach_norm(references))
-    return Drift(distance_sq, float(norms.square().sum()))
+    return Drift(distance_sq, sum(squared_norm(reference) for reference in references))
 
 
 class _Row(NamedTuple):
@@ -345,6 +391,7 @@ class _Travelling(NamedTuple):
         sent: What this rank sent.
         own_sample: Of the difference itself.
         scale: What this rank counts for in the mean, times the number of ranks.
+        large: Whether an entry of the difference is near the limit of its type.
         talk: Its messages.
 
     """
@@ -355,6 +402,7 @@ class _Travelling(NamedTuple):
     sent: Tensor
     own_sample: Tensor
     scale: float
+    large: bool
     talk: Talk
 
 
@@ -367,6 +415,7 @@ class _Flight(NamedTuple):
             the parameters.
         sent: What this rank sent.
         drifts: How far it was from the mean, once that is known.
+        large: Whether a move is near the limit of its type, once that is known.
 
     """
 
@@ -374,3 +423,4 @@ class _Flight(NamedTuple):
     row: Tensor
     sent: Tensor
     drifts: list[Drift]
+    large: list[bool]

@@ -26,7 +26,7 @@ class Drift(NamedTuple):
     @property
     def relative(self) -> float:
         """The distance as a share of the norm of the mean; 0.0 where the mean is zero."""
-        return math.sqrt(self.distance_sq / self.mean_sq) if self.mean_sq > 0 else 0.0
+        return math.sqrt(self.distance_sq / self.mean_sq) if self.mean_sq != 0 else 0.0
 
 
 class Flat(NamedTuple):
@@ -37,8 +37,8 @@ class Flat(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Flat":
-        """Return the entries in the order in which they lie in memory."""
-        tensor = tensor.detach()
+        """Return the entries in the order in which they lie in memory, those of an expanded tensor once."""
+        tensor = distinct(tensor.detach())
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         if real.is_contiguous():
             return cls(real.view(-1), None)
@@ -56,6 +56,20 @@ class Flat(NamedTuple):
         """Bring changed entries to where they came from."""
         if self.copied_from is not None:
             self.copied_from.copy_(self.entries.view(self.copied_from.shape))
+
+
+def distinct(tensor: Tensor) -> Tensor:
+    """Return a view that has each entry of an expanded tensor once, so that it can be written to.
+
+    Example:
+        >>> distinct(torch.zeros(3, 1).expand(3, 5)).shape
+        torch.Size([3, 1])
+
+    """
+    for dimension, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dimension, 0, 1)
+    return tensor
 
 
 def _fills_its_memory(tensor: Tensor) -> bool:
@@ -80,5 +94,10 @@ def sample(bucket: Tensor) -> Tensor:
 def drift_of(bucket_entries: int, own: Tensor, mean: Tensor) -> Drift:
     """Estimate how far this rank's part of a bucket was from the mean, from samples of both."""
     share = bucket_entries / own.numel()
-    distance, size = torch.linalg.vector_norm(own.sub_(mean)), torch.linalg.vector_norm(mean)
-    return Drift(share * float(distance) ** 2, share * float(size) ** 2)
+    return Drift(share * squared_norm(own.sub_(mean)), share * squared_norm(mean))
+
+
+def squared_norm(row: Tensor) -> float:
+    """Return the sum of the squares; infinite, and no error, where that is too large for a float."""
+    norm = float(torch.linalg.vector_norm(row, dtype=torch.float64))
+    return norm * norm

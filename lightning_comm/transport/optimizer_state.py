@@ -1,6 +1,7 @@
 """What of the state of optimizers can be averaged over ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -31,6 +32,18 @@ def optimizer_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:
                         tensors.append(value)
                     elif isinstance(value, (list, dict)):
                         raise _no_mean(optimizer, key, type(value).__name__)
+    return tensors
+
+
+def saved_tensors(states: Iterable[Mapping[str, Any]]) -> list[Tensor]:
+    """Return those of :func:`optimizer_tensors` in what ``Optimizer.state_dict`` returned, in the same order."""
+    tensors = []
+    for state in states:
+        for group in state["param_groups"]:
+            for parameter in group["params"]:
+                entries = state["state"].get(parameter, {})
+                values = [entries[key] for key in sorted(entries)]
+                tensors += [v for v in values if isinstance(v, Tensor) and v.dim() > 0 and is_averageable(v)]
     return tensors
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,12 +10,14 @@ from torch.nn import Module
 
 from lightning_comm.transport.averaging import Averager, Averaging, broadcast_
 from lightning_comm.transport.compression.base import Codec
+from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.differences import DifferenceAverager
-from lightning_comm.transport.flat import Drift
+from lightning_comm.transport.flat import Drift, distinct
 from lightning_comm.transport.optimizer_state import is_averageable
 from lightning_comm.transport.recording import Recorder
+from lightning_comm.transport.shared_memory import SharedMemory
 
 Shadows = Callable[[], Mapping[str, Module]]
 _Groups = Mapping[str, Mapping[str, Tensor]]  # by purpose, then by name
@@ -43,7 +45,10 @@ class Replica:
 
         *With a compression* trained parameters are brought together by a :class:`DifferenceAverager` and ranks are not
         equal afterwards. One that has no reference yet (it was unfrozen since) and one that is no longer trained are
-        averaged in full, once, and the first has a reference from then on.
+        averaged in full, once, and the first has a reference from then on. Complex parameters always travel in full,
+        and so do those that share entries with others in a way that none of them has all.
+
+        *Shared memory.* A parameter that is a view of another one is averaged with that one, once.
 
         *Weights.* Averages take what this rank counts for in the mean (``weight``; those of all ranks sum to 1), for
         everything that one call averages; ``None`` on all ranks: equally.
@@ -71,7 +76,8 @@ class Replica:
         self._shadows = shadows
         self._trained: set[str] = set()
         self._frozen: dict[str, Tensor] = {}
-        self.kept: dict[str, Tensor] | None = None
+        self._kept: _Kept | None = None
+        self._shared_memory = SharedMemory()
 
     def begin_round(self, *, equal: bool = False) -> None:
         """Note which parameters are trained from here on.
@@ -84,22 +90,30 @@ class Replica:
         self._trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
         self._frozen = {name: _few_entries(p) for name, p in parameters.items() if name not in self._trained}
         if equal and self._differences is not None:
-            self._differences.restart({name: p for name, p in parameters.items() if name in self._trained})
+            self._differences.restart(self._sent_as_differences(self.parameters()))
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the parameters that are averaged, by name."""
         # one with a reference may differ between ranks, also when it has been frozen between two rounds
         apart = self._trained if self._differences is None else self._trained | self._differences.names
-        return {
+        changed = {
             name: parameter
             for name, parameter in self._module.named_parameters()
             if parameter.requires_grad or name in apart or self._has_moved(name, parameter)
         }
+        return {name: p for name, p in changed.items() if name not in self._shared_memory.covered(changed)}
 
     def _compressed(self) -> dict[str, Tensor]:
         """Return the parameters of which only differences are sent, by name."""
         names = set() if self._differences is None else self._differences.names
-        return {name: p for name, p in self._module.named_parameters() if p.requires_grad and name in names}
+        return {name: p for name, p in self._sent_as_differences(self.parameters()).items() if name in names}
+
+    def _sent_as_differences(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of the parameters that have a reference, or are to have one."""
+        in_full = self._shared_memory.shared(parameters)  # a correction would be added more than once
+        if not isinstance(self._method, Full):
+            in_full |= {name for name, parameter in parameters.items() if parameter.is_complex()}
+        return {name: p for name, p in parameters.items() if p.requires_grad and name not in in_full}
 
     def _has_moved(self, name: str, parameter: Tensor) -> bool:
         return name in self._frozen and not torch.equal(self._frozen[name], _few_entries(parameter))
@@ -176,7 +190,7 @@ class Replica:
         in_full = {name: parameter for name, parameter in parameters.items() if name not in compressed}
         drift = self._averager.average_(list(in_full.values()), "parameters", weight)
         self._differences.forget(set(in_full))
-        self._differences.refer_to({name: p for name, p in in_full.items() if p.requires_grad})
+        self._differences.refer_to(self._sent_as_differences(in_full))
         return drift
 
     @property
@@ -214,25 +228,42 @@ class Replica:
         if self._differences is not None:
             self._differences.arrive()
 
-    def _average_others(self, groups: _Groups, purpose: str | None, weight: float | None) -> None:
+    def _average_others(
+        self, groups: _Groups, purpose: str | None, weight: float | None, *, broadcast: bool = True
+    ) -> None:
         for name, group in groups.items():
             self._averager.average_(list(group.values()), purpose or name, weight)
-        if self._average_buffers:
+        if self._average_buffers and broadcast:
             others = [buffer for buffer in self._module.buffers() if not is_averageable(buffer)]
             broadcast_(others, self._recorder, purpose or "buffers", self._bucket_bytes)
 
+    @property
+    def average_is_for(self) -> str | None:
+        """What the average is in place for, between :meth:`enter_average` and :meth:`leave_average`; else ``None``."""
+        return None if self._kept is None else self._kept.purpose
+
     @torch.no_grad()
-    def enter_average(self, purpose: str, weight: float | None = None) -> None:
+    def enter_average(self, purpose: str, weight: float | None = None, *, broadcast: bool = True) -> None:
         """Average in place and keep this rank's own values aside, until :meth:`leave_average`.
+
+        Args:
+            purpose: What the records say.
+            weight: What this rank counts for in the mean.
+            broadcast: Whether buffers that have no mean are taken from rank 0; not needed where only rank 0 looks.
 
         Note:
             *Memory.* A second copy of the averaged tensors in between.
 
         """
         self.wait_for_background()
-        self.kept = {name: tensor.detach().clone() for name, tensor in self._changed_by_average().items()}
-        self._correct(self.parameters(), weight)
-        self.average(purpose, weight)
+        changed = self._changed_by_average()
+        own = {name: tensor.detach().clone() for name, tensor in changed.items()}
+        self._kept = _Kept(purpose, weight, changed, own)
+        groups = self.averaged()
+        parameters = groups.pop("parameters")
+        self._correct(parameters, weight)
+        self._averager.average_(list(parameters.values()), purpose, weight)
+        self._average_others(groups, purpose, weight, broadcast=broadcast)
 
     def _correct(self, parameters: Mapping[str, Tensor], weight: float | None) -> None:
         """Move parameters, or copies of them, by what is in flight, if ranks count for different shares of a mean.
@@ -249,15 +280,21 @@ class Replica:
 
     @torch.no_grad()
     def leave_average(self) -> None:
-        """Put this rank's own values back."""
-        if self.kept is not None:
-            _copy_into(self._changed_by_average(), self.kept)
-            self.kept = None
+        """Put this rank's own values back, if an average is in place."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            _copy_into(kept.places, kept.values)
+
+    def changed_storages(self) -> set[int]:
+        """Return the addresses of the memory that :meth:`leave_average` will write to."""
+        places = {} if self._kept is None else self._kept.places
+        return {tensor.untyped_storage().data_ptr() for tensor in places.values() if tensor.numel()}
 
     def local_state(self) -> dict[str, Tensor]:
         """Return what this rank alone holds: its own weights and buffers, also while averaged ones are in place."""
         now = self._changed_by_average() | {f"buffer:{name}": buffer for name, buffer in self._module.named_buffers()}
-        return {name: tensor.detach() for name, tensor in (now | (self.kept or {})).items()}
+        kept = {} if self._kept is None else self._kept.values
+        return {name: tensor.detach() for name, tensor in (now | kept).items()}
 
     def local_buffers(self) -> dict[str, Tensor]:
         """Return the part of :meth:`local_state` that may differ right after a synchronisation too."""
@@ -300,41 +337,33 @@ class Replica:
             self._differences.load_state_dict(state, dict(self._module.named_parameters()))
 
     @torch.no_grad()
-    def average_state_dict(self, state: dict[str, Any], purpose: str, weight: float | None = None) -> dict[str, Any]:
-        """Return a state dict of this model with averaged copies of what a synchronisation averages.
-
-        Args:
-            state: ``module.state_dict()``, or that of a weight average under the same names.
-            purpose: What the records say.
-            weight: What this rank counts for in the mean.
-
-        Note:
-            *Memory.* A second copy of the averaged tensors.
-
-        """
-        self.wait_for_background()
-        names = self._state_dict_names()
-        copies: dict[int, Tensor] = {}  # by address, so that tied weights stay tied in the file
-        for name, value in state.items():
-            if name in names and isinstance(value, Tensor) and value.data_ptr() not in copies:
-                copies[value.data_ptr()] = value.detach().clone()
-        own = {name: p.data_ptr() for name, p in self._module.named_parameters()}  # not a weight average's
-        self._correct({name: copies[place] for name, place in own.items() if place in copies}, weight)
-        self._averager.average_(list(copies.values()), purpose, weight)
-        return {
-            name: copies.get(value.data_ptr(), value) if name in names and isinstance(value, Tensor) else value
-            for name, value in state.items()
-        }
-
-    @torch.no_grad()
     def broadcast_momenta(self, momenta: list[Tensor]) -> None:
         """Give every rank the optimizer state of rank 0."""
         broadcast_(momenta, self._recorder, "start", self._bucket_bytes)
 
     @torch.no_grad()
-    def average_momenta(self, momenta: list[Tensor], weight: float | None = None) -> None:
+    def average_momenta(
+        self, momenta: list[Tensor], weight: float | None = None, purpose: str = "optimizer_state"
+    ) -> None:
         """Average the state of the optimizers, as ``optimizer_tensors`` returns it, in place."""
-        self._averager.average_(momenta, "optimizer_state", weight)
+        self._averager.average_(momenta, purpose, weight)
+
+    @torch.no_grad()
+    def average_copies(self, momenta: list[Tensor]) -> bool:
+        """Average copies of optimizers' state for a checkpoint, weighted as the weights that are in place for it.
+
+        Returns:
+            Whether it was done: not where ranks hold states of different layouts, as before a first step.
+
+        """
+        assert self._kept is not None
+        layout = torch.tensor([fingerprint(("", tensor) for tensor in momenta)], device=self._kept.device)
+        rows, pending = self._recorder.all_gather(layout, "checkpoint")
+        pending.wait()
+        alike = bool((rows == layout).all())
+        if alike:
+            self.average_momenta(momenta, self._kept.weight, "checkpoint")
+        return alike
 
     def _changed_by_average(self) -> dict[str, Tensor]:
         changed = {f"{purpose}:{name}": t for purpose, group in self.averaged().items() for name, t in group.items()}
@@ -343,16 +372,27 @@ class Replica:
             changed |= {f"buffer:{name}": buffer for name, buffer in self._module.named_buffers()}
         return changed
 
-    def _state_dict_names(self) -> set[str]:
-        """Names in a state dict that belong to averaged tensors: tied weights have several."""
-        wanted = {id(tensor) for tensor in self.parameters().values()}
-        if self._average_buffers:
-            wanted |= {id(tensor) for tensor in self.float_buffers().values()}
-        everything = [
-            *self._module.named_parameters(remove_duplicate=False),
-            *self._module.named_buffers(remove_duplicate=False),
-        ]
-        return {name for name, tensor in everything if id(tensor) in wanted}
+
+class _Kept(NamedTuple):
+    """This rank's own values, while an average is where they belong.
+
+    Args:
+        purpose: What the average is there for.
+        weight: What this rank counted for in it.
+        places: The tensors, by name.
+        values: What they held.
+
+    """
+
+    purpose: str
+    weight: float | None
+    places: dict[str, Tensor]
+    values: dict[str, Tensor]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next((tensor.device for tensor in self.places.values()), torch.device("cpu"))
 
 
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> int:
@@ -375,4 +415,5 @@ def _few_entries(tensor: Tensor) -> Tensor:
 
 def _copy_into(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
-        targets[name].detach().copy_(value)
+        target = distinct(targets[name].detach())
+        target.copy_(value[tuple(slice(size) for size in target.shape)])

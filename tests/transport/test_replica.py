@@ -76,21 +76,23 @@ def _state_dict(rank):
     torch.manual_seed(rank)
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
+    model.register_buffer("steps", torch.tensor(rank + 5))
     replica = Replica(model, Recorder(CommLedger()), Averaging(), "average")
     replica.begin_round()
-    live = model.state_dict()
-    averaged = replica.average_state_dict(live, "checkpoint")
-    tied = averaged["0.weight"].data_ptr() == averaged["1.weight"].data_ptr()
-    untouched = torch.equal(live["0.weight"], model[0].weight)
-    return model[0].weight.detach().numpy(), averaged["0.weight"].numpy(), tied, untouched
+    own = model[0].weight.detach().clone()
+    replica.enter_average("checkpoint", broadcast=False)
+    averaged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    purpose = replica.average_is_for
+    replica.leave_average()
+    restored = torch.equal(own, model[0].weight) and replica.average_is_for is None
+    return own.numpy(), averaged["0.weight"].numpy(), int(averaged["steps"]), purpose, restored
 
 
-def test_a_state_dict_is_averaged_in_a_copy_that_keeps_ties(run_ranks):
+def test_a_state_dict_is_made_of_averages_and_counts_of_the_rank_itself(run_ranks):
     answers = run_ranks(_state_dict, world_size=2)
-    for _, averaged, tied, untouched in answers:
+    for rank, (_, averaged, steps, purpose, restored) in enumerate(answers):
         assert (averaged == (answers[0][0] + answers[1][0]) / 2).all()
-        assert tied
-        assert untouched
+        assert (steps, purpose, restored) == (rank + 5, "checkpoint", True)
 
 
 def _layout(rank):
