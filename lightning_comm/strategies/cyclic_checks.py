@@ -270,7 +270,7 @@ def once(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
     def evaluate() -> Any:
         if next(calls):
             raise RuntimeError(
-                f"{WHERE}: the optimizer {type(optimizer).__name__} evaluates the closure more than once in a step, and "
+                f"{WHERE}: the optimizer {type(optimizer).__name__} evaluates the closure more than once a step, and "
                 "gradients are handed over the first time. Use one that takes a step from one gradient, such as SGD or "
                 "AdamW."
             )
@@ -293,8 +293,8 @@ def other_parameters(step: int, before: int, now: int) -> RuntimeError:
     than = f", and {before} when" if now != before else " than when"
     return RuntimeError(
         f"{WHERE}: the optimizer trains {what} at step {step}{than} the model was cut into stages, so others "
-        "would wait for gradients that do not come. Freeze, unfreeze and add parameters before `fit`; to change them later, "
-        "save a checkpoint and start another `fit`."
+        "would wait for gradients that do not come. Freeze, unfreeze and add parameters before `fit`; to change them "
+        "later, save a checkpoint and start another `fit`."
     )
 
 

@@ -20,10 +20,8 @@ _DEPTH = 4  # containers and objects within each other
 _ITEMS = 512  # of a container that are looked at
 _FIRST_LOOKS = 3  # copies may be made in the first steps
 # packages whose objects are left alone
-_FOREIGN = frozenset(
-    "builtins collections functools lightning lightning_comm lightning_fabric logging pytorch_lightning threading torch "
-    "torchmetrics".split()
-)
+_FOREIGN = {"builtins", "collections", "functools", "lightning", "lightning_comm", "lightning_fabric", "logging"}
+_FOREIGN |= {"pytorch_lightning", "threading", "torch", "torchmetrics"}
 _SKIPPED = (Trainer, Optimizer, LRScheduler, Dataset, DataLoader, torch.Generator)
 
 _COMPUTED_FROM = ("_v", "_orig")  # a plain tensor that is computed from parameters with these endings

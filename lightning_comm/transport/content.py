@@ -42,7 +42,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     if not real.is_contiguous():
         real = real.permute(sorted(range(real.ndim), key=real.stride, reverse=True))
-    row = real.reshape(-1)
+    row = real.reshape(-1).contiguous()
     if row.storage_offset() * row.element_size() % _WORD_BYTES:
         row = row.clone()
     return row.view(torch.uint8)

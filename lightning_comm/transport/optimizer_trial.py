@@ -133,7 +133,8 @@ def _samples(optimizer: Optimizer) -> list[_Sample]:
         smallest: dict[int, list[Parameter]] = defaultdict(list)
         for parameter in sorted(trained, key=Tensor.numel):
             smallest[parameter.ndim].append(parameter)
-        chosen += [parameter for same in smallest.values() for parameter in same[:2]]
+        taken = {id(parameter) for same in smallest.values() for parameter in same[:2]}
+        chosen += [parameter for parameter in trained if id(parameter) in taken]  # in their order
     generator = torch.Generator().manual_seed(0)
     return [_sample(parameter, generator) for parameter in chosen[:24]]
 
