@@ -20,6 +20,7 @@ from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticP
 from lightning_comm.lightning_internals import logged_metrics, validates_by_the_clock
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.transport.averaging import Averaging
+from lightning_comm.transport.optimizer_state import has_modes
 
 _WHERE = "LocalUpdateStrategy"
 
@@ -210,7 +211,7 @@ def warn_at_start(trainer: Trainer, settings: Settings, total: int | None, world
             "be very long. Set `h_max` on the rule, or `max_steps` on the Trainer."
         )
     for optimizer in trainer.optimizers if settings.optimizer_state == "local" else []:
-        if any(word in type(optimizer).__name__ for word in ("ScheduleFree", "Lookahead")):
+        if has_modes(optimizer) or "Lookahead" in type(optimizer).__name__:
             rank_zero_warn(
                 f"{_WHERE}: {type(optimizer).__name__} keeps a second copy of the weights in its state, which stays "
                 "local while the weights are averaged. Set `optimizer_state='average'`."

@@ -26,10 +26,12 @@ from lightning_comm.strategies.cyclic_files import CyclicResume
 from lightning_comm.strategies.cyclic_run import CyclicRun
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.ranks_apart import RanksApartStrategy
+from lightning_comm.strategies.unregistered import UnregisteredState
 from lightning_comm.transport.agreement import Agreement, default_store
 from lightning_comm.transport.averaging import broadcast_
 from lightning_comm.transport.cyclic_requests import Requests
 from lightning_comm.transport.cyclic_update import ClipBy
+from lightning_comm.transport.optimizer_messages import FirstSteps
 from lightning_comm.transport.random_state import set_random_state
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.replica import fingerprint
@@ -142,6 +144,8 @@ class CyclicStrategy(RanksApartStrategy):
         self._run: CyclicRun | None = None
         self._resume: CyclicResume | None = None
         self._logs_checked = 0
+        self._unregistered: UnregisteredState | None = None
+        self._first_steps = FirstSteps(WHERE)
 
     # ---- what can be seen ----------------------------------------------------------------------------------------
 
@@ -183,6 +187,8 @@ class CyclicStrategy(RanksApartStrategy):
             self._run = self._resume = None
             self._ledger = CommLedger()
             self._logs_checked = 0
+            self._unregistered = None
+            self._first_steps = FirstSteps(WHERE)
 
     @property
     @override
@@ -246,6 +252,7 @@ class CyclicStrategy(RanksApartStrategy):
         run.check_start(float(trainer.num_training_batches))
         resume, self._resume = self._resume or CyclicResume(), None
         run.start(trainer.global_step, resume.stages, resume.previous_norm)
+        self._unregistered = UnregisteredState(WHERE, trainer, run.module)
         if resume.ledger is not None:
             self._ledger.load_state_dict(resume.ledger)
         self._interruptions.install()
@@ -292,8 +299,10 @@ class CyclicStrategy(RanksApartStrategy):
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         if self._run is not None:
             self._run.step_is_due()
+            closure = cyclic_checks.once(closure, optimizer)
         # the closure hands all gradients over, so that the optimizer itself finds nothing to step on
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        with self._first_steps.watch(optimizer):
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self._run is not None:
             self._run.count_step()
         return output
@@ -307,6 +316,8 @@ class CyclicStrategy(RanksApartStrategy):
             self._logs_checked = logged
             checks.warn_of_per_step_sync(self._trainer, WHERE)
         self._run.end_batch()
+        if self._unregistered is not None and self._unregistered.is_new:
+            self._unregistered.look()
 
     def end_epoch(self) -> None:
         """Called by the companion at the end of a training epoch."""
@@ -323,7 +334,7 @@ class CyclicStrategy(RanksApartStrategy):
         if self._interruptions is not None:
             self._interruptions.remember_random_state()
             self._interruptions.met |= not run.flushed
-        run.flush()
+        self._flush(run)
 
     def end_evaluation_epoch(self) -> None:
         """Called by the companion when all validation batches are done and their metrics known."""
@@ -333,7 +344,14 @@ class CyclicStrategy(RanksApartStrategy):
     def finish(self) -> None:
         """Called by the companion when training ends, before any other callback."""
         if self._run is not None:
+            self._flush(self._run)
             self._run.finish()
+
+    def _flush(self, run: CyclicRun) -> None:
+        if run.active and not run.flushed:
+            run.flush()
+            if self._unregistered is not None:
+                self._unregistered.look()
 
     def _is_fitting(self) -> bool:
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
@@ -343,7 +361,7 @@ class CyclicStrategy(RanksApartStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         # here, where all ranks come for a checkpoint
         if self._is_fitting() and self._trainer is not None and self._run is not None and not self._trainer.interrupted:
-            self._run.flush()
+            self._flush(self._run)
         return super().lightning_module_state_dict()
 
     @override
@@ -393,4 +411,5 @@ class CyclicStrategy(RanksApartStrategy):
             "_interruptions": None,
             "_trainer": None,
             "_resume": None,
+            "_unregistered": None,
         }

@@ -1,9 +1,10 @@
 """What cannot work together under Cyclic Data Parallelism is refused before training starts."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
@@ -16,6 +17,8 @@ from torch.optim import Optimizer
 from lightning_comm.core.cyclic import RULES, CyclicSchedule, Rule
 from lightning_comm.strategies import checks
 from lightning_comm.transport.cyclic_update import ClipBy, clips_by_itself, why_not_by_stage
+from lightning_comm.transport.optimizer_trial import why_not_by_parameter
+from lightning_comm.transport.shared_memory import shared
 
 WHERE = "CyclicStrategy"
 _CHOICES = {"rule": RULES, "stagger": ("none", "step"), "clip_by": ("stage", "previous_norm")}
@@ -158,11 +161,36 @@ def check_module(module: LightningModule) -> None:
             "over during backward. Take it out and use `CyclicStrategy(clip_norm=..., clip_by='stage')` or "
             "`clip_by='previous_norm'`."
         )
+    _check_memory(module)
     for name, part in module.named_modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
+            raise MisconfigurationException(
+                f"{WHERE}: {type(part).__name__} {name!r} has `max_norm={part.max_norm}`, so its forward changes its "
+                "weight in place, and the rank that owns it would not know. Leave `max_norm` out, and bound the norm "
+                "of the rows that were looked up instead."
+            )
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
             raise MisconfigurationException(
                 f"{WHERE}: {type(part).__name__} {name!r} has `sparse=True`, and a sparse gradient cannot be added up "
                 "along the ring. Leave `sparse` out."
+            )
+
+
+def _check_memory(module: LightningModule) -> None:
+    """Refuse trained parameters that share memory: each of their owners would write into it."""
+    trained = [(name, each) for name, each in module.named_parameters() if each.requires_grad]
+    for names in shared(trained):
+        raise MisconfigurationException(
+            f"{WHERE}: the parameters {' and '.join(map(repr, names))} share memory (one is a view of the other), and "
+            "each would be updated by itself, on ranks that may not be the same. Register one parameter in both "
+            "modules (`second.weight = first.weight`), or compute the one from the other in the forward."
+        )
+    for name, parameter in trained:
+        if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
+            raise MisconfigurationException(
+                f"{WHERE}: the parameter {name!r} of shape {tuple(parameter.shape)} is expanded: several entries are "
+                "one number in memory, which no optimizer can update. Register the part that is not expanded, and "
+                "expand it in the forward."
             )
 
 
@@ -200,6 +228,8 @@ def check_optimizers(module: LightningModule, optimizers: list[Optimizer]) -> Op
             f"{WHERE}: no parameter of the optimizer {names[0]} requires a gradient, so there is nothing to train. "
             "Check `requires_grad` and what `configure_optimizers` passes on."
         )
+    if (problem := why_not_by_parameter(WHERE, optimizer, coupling=not clips_by_itself(optimizer))) is not None:
+        raise MisconfigurationException(f"{WHERE}: the optimizer {problem}")
     return optimizer
 
 
@@ -233,6 +263,22 @@ def used_before_its_module(error: RuntimeError) -> RuntimeError:
     )
 
 
+def once(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
+    """Return the closure, and refuse to evaluate it twice in a step: the first time hands the gradients over."""
+    calls = itertools.count()
+
+    def evaluate() -> Any:
+        if next(calls):
+            raise RuntimeError(
+                f"{WHERE}: the optimizer {type(optimizer).__name__} evaluates the closure more than once a step, and "
+                "gradients are handed over the first time. Use one that takes a step from one gradient, such as SGD or "
+                "AdamW."
+            )
+        return closure()
+
+    return evaluate
+
+
 def sparse_gradient(names: Sequence[str]) -> RuntimeError:
     """Return the error of gradients that cannot be added up along the ring."""
     return RuntimeError(
@@ -243,10 +289,33 @@ def sparse_gradient(names: Sequence[str]) -> RuntimeError:
 
 def other_parameters(step: int, before: int, now: int) -> RuntimeError:
     """Return the error of parameters that began, or ceased, to be trained in the middle of a run."""
+    what = f"{now} parameters" if now != before else "other parameters, or in other groups,"
+    than = f", and {before} when" if now != before else " than when"
     return RuntimeError(
-        f"{WHERE}: the optimizer trains {now} parameters at step {step}, and {before} when the model was cut into "
-        "stages, so other ranks would wait for gradients that do not come. Freeze, unfreeze and add parameters before "
-        "`fit`; to change them later, save a checkpoint and start another `fit`."
+        f"{WHERE}: the optimizer trains {what} at step {step}{than} the model was cut into stages, so others "
+        "would wait for gradients that do not come. Freeze, unfreeze and add parameters before `fit`; to change them "
+        "later, save a checkpoint and start another `fit`."
+    )
+
+
+def changed_parameters(step: int, names: Sequence[str]) -> RuntimeError:
+    """Return the error of parameters that were changed in place since their version was put in place."""
+    return RuntimeError(
+        f"{WHERE}: {len(names)} parameter(s) were changed outside of the optimizer before step {step}, and their next "
+        f"version knows nothing of it: {', '.join(names[:8])}. Ranks hold copies of versions that the owners of stages "
+        "make, so weights cannot be set, clamped, normalised or loaded between steps. Do it in the optimizer's `step`, "
+        "for each parameter by itself; or by a parametrization (`torch.nn.utils.parametrize`), in the forward; or "
+        "before `fit`; or use DDPStrategy."
+    )
+
+
+def changed_optimizer(optimizer: Optimizer, step: int, what: Sequence[str]) -> RuntimeError:
+    """Return the error of an optimizer that was changed where the stages' own copies do not see it."""
+    return RuntimeError(
+        f"{WHERE}: {', '.join(f'`{each}`' for each in what[:8])} of the optimizer {type(optimizer).__name__} was set, "
+        f"loaded or cleared before step {step}, and stages are updated by copies of it, on the ranks that own them, "
+        "which know nothing of it. Settings in `param_groups` may change between steps; to begin with another state, "
+        "start another `fit`."
     )
 
 

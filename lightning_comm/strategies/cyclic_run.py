@@ -33,13 +33,16 @@ from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
 from lightning_comm.strategies.cyclic_cut import agreed_stages
 from lightning_comm.transport.agreement import Agreement, Decision, Kind
+from lightning_comm.transport.content import Contents
 from lightning_comm.transport.cyclic import CyclicRing
 from lightning_comm.transport.cyclic_buffers import average_buffers
+from lightning_comm.transport.cyclic_guard import OptimizerGuard
 from lightning_comm.transport.cyclic_messages import StageLayout
 from lightning_comm.transport.cyclic_optimizer import SQUARED_NORM, StageOptimizer
 from lightning_comm.transport.cyclic_requests import Requests, check_finite
 from lightning_comm.transport.cyclic_stages import START, ForwardTrace, Stage, not_compiled
 from lightning_comm.transport.cyclic_stagger import Stagger
+from lightning_comm.transport.cyclic_untrained import UntrainedParameters
 from lightning_comm.transport.recording import Pending, Recorder, another_group
 
 _NOTED = 0  # the stage whose notes all ranks read
@@ -85,7 +88,7 @@ class CyclicRun:
         self.optimizer: StageOptimizer | None = None
         self.active = False  # not in a trial run, such as that of a learning-rate finder
         self.on_decision: Callable[[Decision], None] = lambda decision: None
-        self._module = module
+        self.module = module
         self._user_optimizer = optimizer
         self._requests = requests
         self._broadcast = broadcast
@@ -103,6 +106,9 @@ class CyclicRun:
         self._handles: list[RemovableHandle] = []
         self._parameters: list[list[Parameter]] = []  # by stage
         self._versions: list[int] = []  # which the module holds, by stage
+        self._contents = Contents([])  # of these versions
+        self._guard: OptimizerGuard | None = None
+        self._untrained = UntrainedParameters([])
         self._began_at = 0
         self._saved_norm: float | None = None
         self._open = self._stepping = self._counted = False
@@ -119,6 +125,8 @@ class CyclicRun:
         self.steps_done = self.flushed_at = self._began_at = steps_done
         self._saved_norm = previous_norm
         self.recorder.step = steps_done
+        trained = {id(each) for each in _trained(self._user_optimizer)}
+        self._untrained = UntrainedParameters(each for each in self.module.parameters() if id(each) not in trained)
         if stages:
             self._build(stages)
         else:
@@ -128,7 +136,7 @@ class CyclicRun:
         """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
         row = ControlRow(batches=batches if math.isfinite(batches) else -1)
         with self.agreement.first_error_shown():
-            rows = control.exchange(row, self.recorder, self._module.device, Pending.wait)
+            rows = control.exchange(row, self.recorder, self.module.device, Pending.wait)
             control.check_same_batches(rows, WHERE)
 
     def _build(self, stages: Sequence[Stage]) -> None:
@@ -137,7 +145,7 @@ class CyclicRun:
         self.schedule = schedule = CyclicSchedule(
             self.recorder.world_size, len(stages), settings.rule, settings.lag, settings.warmup_sync_steps
         )
-        parameters = dict(self._module.named_parameters())
+        parameters = dict(self.module.named_parameters())
         self._parameters = [[parameters[name] for name in stage.parameters] for stage in stages]
         self._versions = [self.steps_done] * len(stages)
         self._ready = [0] * len(stages)
@@ -145,6 +153,10 @@ class CyclicRun:
         self.optimizer = StageOptimizer(
             self._user_optimizer, owned, settings.clip_norm, settings.clip_by, self._previous_norm
         )
+        self._guard = OptimizerGuard(self._user_optimizer)
+        self._contents = Contents([{name: parameters[name] for name in stage.parameters} for stage in stages])
+        for number in range(len(stages)):
+            self._contents.note(number)
         layouts = [StageLayout(each) for each in self._parameters]
         sums, versions = self._lanes
         self._ring = CyclicRing(
@@ -153,10 +165,10 @@ class CyclicRun:
             self.optimizer.update,
             sums,
             versions,
-            self._module.device,
+            self.module.device,
             in_any_order=self._tagged,
         )
-        modules = dict(self._module.named_modules())
+        modules = dict(self.module.named_modules())
         for number, stage in enumerate(stages):
             for name in stage.modules:
                 if name != START:
@@ -179,7 +191,7 @@ class CyclicRun:
         first, self._open = not self._open, True
         if self._uncut:
             # only from here: callbacks may call modules before, in another order
-            self._trace, self._uncut = ForwardTrace(self._module, _trained(self._user_optimizer)), False
+            self._trace, self._uncut = ForwardTrace(self.module, _trained(self._user_optimizer)), False
         if self._trace is not None:
             return
         assert self._ring is not None
@@ -216,14 +228,17 @@ class CyclicRun:
         """Note that this batch ends in an optimizer step, and the settings that count for it."""
         if self.active:
             self._stepping = True
-            self._check_trained()
+            self._check_optimizer()
             self._note_settings()
 
-    def _check_trained(self) -> None:
-        trained = sum(map(len, self._parameters))
-        now = len(_trained(self._user_optimizer))
-        if self.stages and now != trained:
-            raise cyclic_checks.other_parameters(self.steps_done, trained, now)
+    def _check_optimizer(self) -> None:
+        if self._guard is None:
+            return
+        if self._guard.trains_others():
+            now = len(_trained(self._user_optimizer))
+            raise cyclic_checks.other_parameters(self.steps_done, self._guard.parameters, now)
+        if found := self._guard.changed():
+            raise cyclic_checks.changed_optimizer(self._user_optimizer, self.steps_done, found)
 
     def _note_settings(self) -> None:
         if self.optimizer is not None:
@@ -245,6 +260,8 @@ class CyclicRun:
             return
         self.steps_done += 1
         self.recorder.step = self.steps_done
+        if self._guard is not None:
+            self._guard.note()
         self._open = self._stepping = False
         self._counted = True
         self._handed.clear()
@@ -256,6 +273,7 @@ class CyclicRun:
         if not self._counted:
             return
         self._counted = False
+        self._check_contents()
         for lane in self._lanes:
             lane.write_held()
         version = self.steps_done - 2  # the newest that every rank has, whatever it computes with
@@ -280,8 +298,17 @@ class CyclicRun:
             self._stagger.reach(stage)
         version = self.schedule.version(self.recorder.rank, stage, self.steps_done, self.flushed_at)
         if version > self._versions[stage]:
+            self._contents.compare(stage)
+            self._check_contents()
             with self.agreement.first_error_shown():
                 self._take_up(stage, version)
+
+    def _check_contents(self, *, wait: bool = False) -> None:
+        """Refuse parameters that somebody else has changed since their version was put in place."""
+        if self._contents.changed(wait=wait):
+            for stage in range(len(self.stages)):
+                self._contents.compare(stage)  # to name those of other stages as well
+            raise cyclic_checks.changed_parameters(self.steps_done, self._contents.changed(wait=True))
 
     def _take_up(self, stage: int, version: int) -> None:
         assert self._ring is not None
@@ -294,6 +321,7 @@ class CyclicRun:
                 parameter.copy_(part)
         self._ring.release(stage, version)
         self._versions[stage] = version
+        self._contents.note(stage)
 
     def _on_gradient(self, stage: int, parameter: Tensor) -> None:
         if not self._stepping:
@@ -318,7 +346,7 @@ class CyclicRun:
         for parameter in parameters:
             parameter.grad = None
         self._handed.add(stage)
-        notes = self._requests.notes(self.steps_done, self._non_finite, self._module.device, asking=stage == _NOTED)
+        notes = self._requests.notes(self.steps_done, self._non_finite, self.module.device, asking=stage == _NOTED)
         with self.agreement.first_error_shown():
             self._ring.hand_over(stage, gradients, notes)
 
@@ -330,9 +358,12 @@ class CyclicRun:
         return self.flushed_at == self.steps_done
 
     def flush(self) -> None:
-        """Take up the newest version of everything, and average buffers; on all ranks after the same step."""
+        """Take up the newest version of everything, and average what no stage has; on all ranks after the same step."""
         if self._ring is None or self.flushed:
             return
+        for stage in range(len(self.stages)):
+            self._contents.compare(stage)
+        self._check_contents(wait=True)
         with self.agreement.first_error_shown():
             for stage in reversed(range(len(self.stages))):
                 if self._versions[stage] < self.steps_done:
@@ -342,7 +373,8 @@ class CyclicRun:
         for version in versions:
             self._check_finite(version, notes[version])  # every rank's own error, not that of the first to find it
         with self.agreement.first_error_shown():
-            average_buffers(self._module, self.recorder)
+            average_buffers(self.module, self.recorder)
+            self._untrained.bring_together(self.recorder)
         self.flushed_at = self.steps_done
 
     def finish(self) -> None:
@@ -402,7 +434,7 @@ class CyclicRun:
     def _meet(self) -> None:
         """Wait for all ranks, where the same notes have brought them to the same place."""
         with self.agreement.first_error_shown():
-            control.exchange(ControlRow(), self.recorder, self._module.device, Pending.wait)
+            control.exchange(ControlRow(), self.recorder, self.module.device, Pending.wait)
 
     def _previous_norm(self, step: int) -> float | None:
         if step == self._began_at or self._ring is None:

@@ -25,15 +25,18 @@ from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update import PeriodRule
 from lightning_comm.strategies import checks, control, rank_files, run_state
 from lightning_comm.strategies.companion import Companion
+from lightning_comm.strategies.group_numbers import GroupNumbers
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
 from lightning_comm.strategies.ranks_apart import RanksApartStrategy
 from lightning_comm.strategies.sample_weights import SampleWeights
 from lightning_comm.strategies.settings import Round, Settings
 from lightning_comm.strategies.sparse_mask import check_optimizers
+from lightning_comm.strategies.unregistered import UnregisteredState
 from lightning_comm.transport.agreement import Agreement, default_store
 from lightning_comm.transport.averaging import Averaging, broadcast_
 from lightning_comm.transport.compression.sparse_mask import SparseMask
+from lightning_comm.transport.optimizer_messages import FirstSteps
 from lightning_comm.transport.random_state import set_random_state
 from lightning_comm.transport.recording import Pending, Recorder, another_group
 from lightning_comm.transport.replica import fingerprint
@@ -157,6 +160,9 @@ class LocalUpdateStrategy(RanksApartStrategy):
         self._resume: rank_files.Resume | None = None
         self._logs_checked = 0
         self._group: dist.ProcessGroup | None = None
+        self._unregistered: UnregisteredState | None = None
+        self._first_steps = FirstSteps("LocalUpdateStrategy")
+        self._group_numbers = GroupNumbers("LocalUpdateStrategy")
 
     @property
     def ledger(self) -> CommLedger:
@@ -212,6 +218,9 @@ class LocalUpdateStrategy(RanksApartStrategy):
             self._ledger = CommLedger()
             self._samples = SampleWeights()
             self._logs_checked = 0
+            self._unregistered = None
+            self._first_steps = FirstSteps("LocalUpdateStrategy")
+            self._group_numbers = GroupNumbers("LocalUpdateStrategy")
 
     @property
     @override
@@ -280,6 +289,7 @@ class LocalUpdateStrategy(RanksApartStrategy):
         run.set_period(checks.resolved_period(trainer, run.settings, total, alpha), total)
         run.gradient_steps = checks.gradient_steps(run.settings, total)
         checks.warn_at_start(trainer, run.settings, total, self.world_size)
+        self._unregistered = UnregisteredState("LocalUpdateStrategy", trainer, trainer.lightning_module)
         run.replica.begin_round()
         resume = self._resume or rank_files.Resume(None, None)
         own = resume.own
@@ -302,9 +312,15 @@ class LocalUpdateStrategy(RanksApartStrategy):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         if run.pruned is not None:
             closure = run.pruned.masking(closure)
+        if run.settings.optimizer_state == "average":
+            closure = self._group_numbers.noting(optimizer, closure)
         # in the gradient phase the backward in the closure waits for other ranks
-        with run.agreement.first_error_shown() if run.in_gradient_phase else nullcontext():
+        with (
+            run.agreement.first_error_shown() if run.in_gradient_phase else nullcontext(),
+            self._first_steps.watch(optimizer),
+        ):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self._group_numbers.look(optimizer)
         run.keep_pruned_at_zero()
         run.count_step(optimizer)
         return output
@@ -324,7 +340,10 @@ class LocalUpdateStrategy(RanksApartStrategy):
         if logged > self._logs_checked:
             self._logs_checked = logged
             checks.warn_of_per_step_sync(self._trainer, "LocalUpdateStrategy")
+        rounds = self._run.rounds_done
         self._run.end_batch()
+        if self._unregistered is not None and (self._run.rounds_done > rounds or self._unregistered.is_new):
+            self._unregistered.look()
 
     def end_epoch(self) -> None:
         """Called by the companion at the end of a training epoch."""
@@ -442,4 +461,5 @@ class LocalUpdateStrategy(RanksApartStrategy):
             "_trainer": None,
             "_resume": None,
             "_group": None,
+            "_unregistered": None,
         }

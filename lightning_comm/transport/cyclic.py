@@ -2,8 +2,9 @@
 
 Every rank has *lanes*, threads beside the one that computes, so that nothing of this is in its way. In each step
 
-- a gradient lane adds this rank's gradient of a stage to the sum that comes from the rank before, and passes it on; at
-  the stage's owner it divides by the number of ranks and updates the stage;
+- a gradient lane divides this rank's gradient of a stage by the number of ranks, adds it to the sum that comes from the
+  rank before, and passes it on; at the stage's owner it updates the stage. Divided before it is added, as under DDP, so
+  that gradients near the limit of their type have a mean;
 - a parameter lane takes the stage's new version from the rank before, or from its own update, passes it on, and keeps
   it until compute takes it up.
 
@@ -202,20 +203,18 @@ class CyclicRing:
                 own.ready.wait()
                 message.notes.add_(own.notes)
                 for part, gradient in zip(message.parts, own.parts, strict=True):
-                    part.add_(gradient)
+                    part.add_(gradient / schedule.workers)
             else:
                 message = self._empty("gradient", stage)
                 own.ready.wait()
                 message.notes.copy_(own.notes)
                 for part, gradient in zip(message.parts, own.parts, strict=True):
-                    part.copy_(gradient)
+                    torch.div(gradient, schedule.workers, out=part)
             own.ready.keep_for_this_stream(own.parts)
             if schedule.sends(rank, stage, "gradient"):
                 self._send("gradient", step, stage, message)
                 self._free["gradient"][stage].append(message)
                 continue
-            for part in message.parts:
-                part.div_(schedule.workers)
             self._update(step, stage, message)
             message.written = Mark(self._device)
             self._updated[stage].put(message)

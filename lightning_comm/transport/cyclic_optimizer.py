@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from torch.optim import Optimizer
 
 from lightning_comm.transport.cyclic_messages import Message
 from lightning_comm.transport.cyclic_update import ClipBy, settings_of, squared_norm
+from lightning_comm.transport.optimizer_messages import NoMessages
+from lightning_comm.transport.optimizer_numbers import changed, numbers_of
+from lightning_comm.transport.optimizer_trial import counters_of, keeps_numbers
+
+_WHERE = "CyclicStrategy"
 
 SQUARED_NORM = 7  # where a stage's squared gradient norm stands in the notes of its new version
 
@@ -51,6 +57,8 @@ class StageOptimizer:
         self._settings: dict[int, list[dict[str, Any]]] = {}  # by step
         self._copies: dict[int, list[Parameter]] = {}
         self._twins: dict[int, Optimizer] = {}
+        self._counters = counters_of(_WHERE, optimizer)
+        self._watched: set[int] = set()  # stages whose first update is done
         self._owned: dict[int, tuple[Optimizer, Parameter]] = {}  # by number in the optimizer's `state_dict`
         numbers = {id(parameter): number for number, parameter in enumerate(_parameters(optimizer))}
         for stage, parameters in owned.items():
@@ -83,7 +91,14 @@ class StageOptimizer:
             group.update(settings)
         for copy, gradient in zip(copies, message.parts, strict=True):
             copy.grad = gradient
-        twin.step()
+        before = numbers_of(twin, scalars_only=True)
+        with nullcontext() if stage in self._watched else NoMessages(_WHERE, self._optimizer):
+            twin.step()
+        self._watched.add(stage)
+        moved = changed(before, numbers_of(twin, scalars_only=True))
+        if uncounted := [name for name in moved if name not in self._counters]:
+            # a trial has looked for them before training; these change only later
+            raise RuntimeError(f"{_WHERE}: the optimizer {keeps_numbers(twin, uncounted)}")
         for copy, part in zip(copies, message.parts, strict=True):
             copy.grad = None
             part.copy_(copy)

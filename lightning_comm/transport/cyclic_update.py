@@ -7,6 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_comm.transport.optimizer_state import has_modes
+from lightning_comm.transport.optimizer_trial import why_not_by_parameter
+
 ClipBy = Literal["stage", "previous_norm"]
 
 
@@ -69,6 +72,12 @@ def parameters_by_stage(network: nn.Module, stages: int | Sequence[Sequence[str]
 def why_not_by_stage(optimizer: torch.optim.Optimizer) -> str | None:
     """Return why an optimizer cannot update stages one by one, and what to do; ``None`` if it can."""
     names = [base.__name__ for base in type(optimizer).__mro__]
+    if has_modes(optimizer):
+        return (
+            f"{names[0]} has modes (`train` and `eval`), in which it exchanges the weights for others that it keeps; "
+            "here they are kept with the stages, on other ranks. Use one without, such as AdamW with a schedule, or "
+            "DDPStrategy."
+        )
     if isinstance(optimizer, torch.optim.LBFGS) or any(name.upper().endswith("SAM") for name in names):
         return (
             f"{names[0]} needs the whole gradient more than once in a step, so it cannot update stages one by one. Use "
@@ -103,6 +112,9 @@ def check_optimizer(where: str, optimizer: torch.optim.Optimizer, parameters: It
     """Refuse optimizers that cannot be stepped stage by stage, or that train something else."""
     if (problem := why_not_by_stage(optimizer)) is not None:
         raise ValueError(f"{where}: `optimizer` is stepped a stage at a time, and {problem}")
+    coupling = not clips_by_itself(optimizer)
+    if (problem := why_not_by_parameter(where, optimizer, coupling=coupling)) is not None:
+        raise ValueError(f"{where}: `optimizer` is stepped a stage at a time, and {problem}")
     ours = {id(parameter) for parameter in parameters}
     foreign = sum(id(each) not in ours for group in optimizer.param_groups for each in group["params"])
     if foreign:
@@ -113,7 +125,7 @@ def check_optimizer(where: str, optimizer: torch.optim.Optimizer, parameters: It
 
 
 def mean_gradients(parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
-    """Return the mean of the workers' gradients of a stage: added in the order given, then divided.
+    """Return the mean of the workers' gradients of a stage: each divided by their number, then added in this order.
 
     Args:
         parts: For each worker, the gradient of each parameter. ``None`` is 0, and the mean of ``None`` alone is
@@ -126,12 +138,11 @@ def mean_gradients(parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor | No
         if some is None:
             means.append(None)
             continue
-        total: Tensor | None = None
+        mean: Tensor | None = None
         for gradient in column:
-            own = torch.zeros_like(some) if gradient is None else gradient
-            total = own.clone() if total is None else total.add_(own)
-        assert total is not None
-        means.append(total.div_(len(parts)))
+            share = torch.zeros_like(some) if gradient is None else gradient / len(parts)
+            mean = share if mean is None else mean.add_(share)
+        means.append(mean)
     return means
 
 

@@ -12,6 +12,11 @@ def is_averageable(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def has_modes(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is switched between weights to train and weights to evaluate (as schedule-free ones are)."""
+    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
+
+
 def optimizer_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:
     """Return the state tensors that can be averaged, in an order given by the parameters.
 

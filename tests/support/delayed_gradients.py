@@ -59,7 +59,7 @@ class Emulation:
         gradients = [{name: p.grad for name, p in model.named_parameters()} for model in self.models]
         for stage, names in enumerate(self.names):
             order = ring_order(stage, self.workers, len(self.names))
-            average = [sum(gradients[w][n] for w in order) / self.workers for n in names]
+            average = [sum(gradients[w][n] / self.workers for w in order) for n in names]
             for worker in range(self.workers):
                 previous = self.waiting.pop((worker, stage), None)
                 if previous is not None:

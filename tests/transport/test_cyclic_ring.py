@@ -23,12 +23,12 @@ def gradient(rank, stage, step):
 
 
 def version(schedule, stage, step):
-    """The mean in the order of the path; the owner adds the step to it."""
+    """The mean, of shares that are added in the order of the path; the owner adds the step to it."""
     first, *others = schedule.path(stage)
-    total = gradient(first, stage, step)
+    mean = gradient(first, stage, step) / schedule.workers
     for rank in others:
-        total = total + gradient(rank, stage, step)
-    return total / schedule.workers + step
+        mean = mean + gradient(rank, stage, step) / schedule.workers
+    return mean + step
 
 
 def _ring(rank, world_size, stages, in_any_order, late, fault=False):
