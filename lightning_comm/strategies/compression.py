@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.lightning_internals import close_finished_epoch, load_skipped_loader_states
 from lightning_comm.strategies import compression_files, rank_files
 from lightning_comm.strategies.checks import check_replica
 from lightning_comm.strategies.loss_scale import loss_scale
@@ -234,6 +235,8 @@ class CompressedDDPStrategy(DDPStrategy):
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
+        if self._trainer is not None:
+            load_skipped_loader_states(self._trainer)
         if self._pruned is not None and self._trainer is not None:
             self._pruned.start(self._trainer, self.optimizers)  # here, since optimizer states have been restored
             self._pruned.before_step(self._trainer.global_step)
@@ -306,6 +309,7 @@ class CompressedDDPStrategy(DDPStrategy):
             state = compression_files.load(self, self.compression, checkpoint, checkpoint_path, weights_only)
             if self._sync is None:
                 self._resume = state  # taken up at set-up
+                close_finished_epoch(checkpoint.get("loops"))
             elif state is not None:
                 self._sync.load_state_dict(state)  # a tuner within `fit` puts back what its trial run has changed
         return checkpoint
