@@ -66,6 +66,7 @@ INTERNALS = (
     Internal(_FIT_LOOP, "_load_combined_loader_states", "skipped where `configure_optimizers` loads the data first"),
     Internal(_FIT_LOOP, "_combined_loader_states_to_load", "what it would have handed over, and has not"),
     Internal(f"{_COMBINED_LOADER}._ModeIterator", "_idx", "how many batches of a pass have been handed out"),
+    Internal(_EPOCH_LOOP, "restarted_on_train_batch_end", "a batch that is counted only as the resumed loop begins"),
     Internal(_EPOCH_LOOP, "_batches_that_stepped", "the axis on which Lightning logs everything"),
     Internal(_SIGNALS, "_sigterm_notifier_fn", "starts a broadcast inside a signal handler"),
     Internal(_SIGNALS, "_slurm_sigusr_handler_fn", "saves inside a signal handler, which is no place for a collective"),
@@ -249,6 +250,29 @@ def resumed_epoch() -> ResumedEpoch | None:
 
 
 find_resumed_epoch_by(resumed_epoch)
+
+
+def place_in_run(trainer: Trainer) -> tuple[int, int]:
+    """Return how many epochs are over when training starts, and how many batches of the one after them.
+
+    The second is 0 but where a run is resumed in the middle of an epoch.
+    """
+    fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    progress: Any = fit_loop.epoch_progress.current
+    epochs, batches = int(progress.processed), epoch_loop.batch_progress.current
+    if not fit_loop.restarting:
+        return epochs, 0
+    done = batches.completed
+    if epoch_loop.restarted_on_train_batch_end:  # saved in a hook, and counted when the loop begins
+        done += 1
+        if done >= trainer.num_training_batches:
+            return epochs, 0
+    return epochs, done
+
+
+def logged_step(trainer: Trainer) -> int:
+    """Return the step at which Lightning logs what is logged now: batches that stepped, whatever the optimizers."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def close_finished_epoch(loops: dict[str, Any] | None) -> None:

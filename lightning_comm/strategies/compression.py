@@ -24,6 +24,7 @@ from lightning_comm.lightning_internals import close_finished_epoch, load_skippe
 from lightning_comm.strategies import compression_files, rank_files
 from lightning_comm.strategies.checks import check_replica
 from lightning_comm.strategies.loss_scale import loss_scale
+from lightning_comm.strategies.run_length import restore_accumulation
 from lightning_comm.strategies.sparse_mask import PrunedWeights, check_optimizers
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.no_sync import NoSync
@@ -237,6 +238,7 @@ class CompressedDDPStrategy(DDPStrategy):
         super().on_train_start()
         if self._trainer is not None:
             load_skipped_loader_states(self._trainer)
+            restore_accumulation(self._trainer)
         if self._pruned is not None and self._trainer is not None:
             self._pruned.start(self._trainer, self.optimizers)  # here, since optimizer states have been restored
             self._pruned.before_step(self._trainer.global_step)
@@ -266,6 +268,9 @@ class CompressedDDPStrategy(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._recorder is not None and self._trainer is not None:
+            # here too: under manual optimization the backward, and its messages, come before the optimizer's step
+            self._recorder.step = self._trainer.global_step
         if self._pruned is not None and self._trainer is not None:
             self._pruned.before_step(self._trainer.global_step)
         return super().training_step(*args, **kwargs)
