@@ -7,6 +7,7 @@ name with the reason; a test looks each of them up, so a release that removes on
 
 import importlib
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,8 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
+
+from lightning_comm.data.resumable import ResumedEpoch, find_resumed_epoch_by
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ _LOOPS = "lightning.pytorch.loops"
 _EPOCH_LOOP = f"{_LOOPS}.training_epoch_loop._TrainingEpochLoop"
 _FIT_LOOP = f"{_LOOPS}.fit_loop._FitLoop"
 _EVALUATION_LOOP = f"{_LOOPS}.evaluation_loop._EvaluationLoop"
+_COMBINED_LOADER = "lightning.pytorch.utilities.combined_loader"
 _SIGNALS = "lightning.pytorch.trainer.connectors.signal_connector._SignalConnector"
 _DDP = "lightning.pytorch.strategies.DDPStrategy"
 _SETUP = "lightning.pytorch.trainer.setup._init_debugging_flags"
@@ -62,6 +66,10 @@ INTERNALS = (
     Internal(_FIT_LOOP, "_combined_loader", "to see whether a loader has a state of its own"),
     Internal(_FIT_LOOP, "_data_fetcher", "made before the random state is restored, so it is begun again"),
     Internal(_FIT_LOOP, "_load_combined_loader_states", "skipped where `configure_optimizers` loads the data first"),
+    Internal(_FIT_LOOP, "_combined_loader_states_to_load", "what it would have handed over, and has not"),
+    Internal(f"{_COMBINED_LOADER}._ModeIterator", "_idx", "how many batches of a pass have been handed out"),
+    Internal(_EPOCH_LOOP, "restarted_on_train_batch_end", "a batch that is counted only as the resumed loop begins"),
+    Internal(_EPOCH_LOOP, "_batches_that_stepped", "the axis on which Lightning logs everything"),
     Internal(_SIGNALS, "_sigterm_notifier_fn", "starts a broadcast inside a signal handler"),
     Internal(_SIGNALS, "_slurm_sigusr_handler_fn", "saves inside a signal handler, which is no place for a collective"),
     Internal(_SIGNALS, "received_sigterm", "set on all ranks at once, after the agreement"),
@@ -226,10 +234,60 @@ def load_skipped_loader_states(trainer: Trainer) -> None:
     ``trainer.estimated_stepping_batches`` in ``configure_optimizers`` builds the loaders too early, and Lightning then
     never restores them. Where it did restore them, nothing is pending and this does nothing.
     """
-    trainer.fit_loop._load_combined_loader_states()
+    fit_loop = trainer.fit_loop
+    pending = bool(fit_loop._combined_loader_states_to_load)
+    fit_loop._load_combined_loader_states()
+    if pending and fit_loop._data_fetcher is not None:
+        iter(fit_loop._data_fetcher)  # many loaders take up their state as a pass begins, and one has begun already
 
 
-def close_finished_epoch(loops: dict[str, Any]) -> None:
+def resumed_epoch() -> ResumedEpoch | None:
+    """Return where a Trainer resumes an epoch, if it is now asking for the first batch of training after that.
+
+    For loaders, which are not told of their Trainer: it is found among the callers.
+    """
+    begun = False
+    for frame, _ in traceback.walk_stack(None):
+        caller = frame.f_locals.get("self")
+        kind = type(caller).__name__  # by name, since `pytorch_lightning` has classes of its own
+        if any(base.__name__ == "_ModeIterator" for base in type(caller).__mro__):
+            begun = getattr(caller, "_idx", 0) > 0
+        if kind == "_EvaluationLoop":
+            return None
+        if kind == "_FitLoop" and caller is not None:
+            done = caller.epoch_loop.batch_progress.current.ready
+            resumes = caller.restarting and done > 0 and not begun
+            return ResumedEpoch(done, bool(caller._combined_loader_states_to_load)) if resumes else None
+    return None
+
+
+find_resumed_epoch_by(resumed_epoch)
+
+
+def place_in_run(trainer: Trainer) -> tuple[int, int]:
+    """Return how many epochs are over when training starts, and how many batches of the one after them.
+
+    The second is 0 but where a run is resumed in the middle of an epoch.
+    """
+    fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    progress: Any = fit_loop.epoch_progress.current
+    epochs, batches = int(progress.processed), epoch_loop.batch_progress.current
+    if not fit_loop.restarting:
+        return epochs, 0
+    done = batches.completed
+    if epoch_loop.restarted_on_train_batch_end:  # saved in a hook, and counted when the loop begins
+        done += 1
+        if done >= trainer.num_training_batches:
+            return epochs, 0
+    return epochs, done
+
+
+def logged_step(trainer: Trainer) -> int:
+    """Return the step at which Lightning logs what is logged now: batches that stepped, whatever the optimizers."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def close_finished_epoch(loops: dict[str, Any] | None) -> None:
     """Write into saved loop states that an epoch is over, where Lightning saved while it was ending.
 
     Lightning saves in the hooks at the end of an epoch, before it has counted the epoch as completed, and reads the
@@ -237,9 +295,11 @@ def close_finished_epoch(loops: dict[str, Any]) -> None:
     last batch of an epoch a second resume repeats batches.
 
     Args:
-        loops: The entry ``"loops"`` of a checkpoint; changed in place.
+        loops: The entry ``"loops"`` of a checkpoint; changed in place. ``None`` of one that holds weights alone.
 
     """
+    if loops is None:
+        return
     fit = loops["fit_loop"]
     epochs, batches = fit["epoch_progress"], fit["epoch_loop.batch_progress"]
     processed = epochs["total"]["processed"] == epochs["total"]["started"]

@@ -4,10 +4,9 @@ import math
 import warnings
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_comm.strategies.checks import total_steps
+from lightning_comm.strategies.run_length import accumulation, total_steps
 
 
 class ScheduleUnknown(Exception):
@@ -34,7 +33,7 @@ def use_up_schedule(trainer: Trainer, module: LightningModule, total: int) -> li
 
     """
     _check_schedulers(trainer, module)
-    epoch_batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    epoch_batches, accumulate = trainer.num_training_batches, accumulation(trainer, 0)
     groups = trainer.optimizers[0].param_groups
     rates: list[float] = []
     batch = epoch = 0
@@ -47,6 +46,7 @@ def use_up_schedule(trainer: Trainer, module: LightningModule, total: int) -> li
                 _move(trainer, "step", batch)
             if batch == epoch_batches:
                 batch, epoch = 0, epoch + 1
+                accumulate = accumulation(trainer, epoch)
                 _move(trainer, "epoch", epoch)
     trainer.lr_scheduler_configs.clear()
     return rates
@@ -77,10 +77,7 @@ def run_length(trainer: Trainer, module: LightningModule) -> int:
     """
     if not module.automatic_optimization:
         raise ScheduleUnknown("the model optimizes by hand, so only its code knows how many steps the run takes")
-    try:
-        total = total_steps(trainer)
-    except MisconfigurationException as error:
-        raise ScheduleUnknown(f"Lightning cannot say how many steps the run takes: {error}") from error
+    total = total_steps(trainer)
     if total is None:
         raise ScheduleUnknown("the length of the run is not known; give the Trainer a `max_steps` or `max_epochs`")
     return total

@@ -29,6 +29,7 @@ from lightning_comm.data.partition_arguments import (
     whole_number,
 )
 from lightning_comm.data.partition_slices import SeededSamples, Slice, SliceDispatcher
+from lightning_comm.data.resumable import warn_of_repeated_batches
 
 _STATE_VERSION = 1
 
@@ -297,6 +298,8 @@ class PartitionedLoader:
         if not self._followed:
             self._share_evenly()
         epoch, passes, done = self._position
+        if self._begun is None and self._loaded is None and self._dispatcher.rank == 0:
+            warn_of_repeated_batches("PartitionedLoader", epoch)
         # A state from behind the last batch ends a pass that an epoch goes on with, as of a shorter one of several
         # loaders; without an epoch to go on with, it is the start of the next pass.
         is_over = self._loaded is not None and done == batches_of(self._loaded) and not self._goes_on

@@ -4,8 +4,9 @@ torch.utils.data only. Lightning finds ``state_dict`` and ``load_state_dict`` on
 with its checkpoints and hands it back when a run is resumed in the middle of an epoch.
 """
 
-from collections.abc import Iterator
-from typing import Any, TypeVar
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -15,6 +16,60 @@ from lightning_comm.data.global_order import Draws
 
 T_co = TypeVar("T_co", covariant=True)
 _OWN_OPTIONS = ("sampler", "batch_sampler", "generator")
+
+
+class ResumedEpoch(NamedTuple):
+    """An epoch in which a Trainer goes on, at the first batch that it asks for.
+
+    Args:
+        batches_done: Batches of the epoch that were done before the stop.
+        state_is_pending: Whether the Trainer has a saved state of its loaders that it has not handed to them.
+
+    """
+
+    batches_done: int
+    state_is_pending: bool
+
+
+# Nothing here knows Lightning, so what finds the Trainer that asks for a batch is put in by the module that does.
+_finders: list[Callable[[], ResumedEpoch | None]] = []
+
+
+def find_resumed_epoch_by(finder: Callable[[], ResumedEpoch | None]) -> None:
+    """Let loaders ask ``finder``, as a pass begins, whether the code that asks for the batch resumes an epoch."""
+    _finders[:] = [finder]
+
+
+def warn_of_repeated_batches(loader: str, epoch: int) -> None:
+    """Say that a pass begins an epoch again in the middle of which a run is resumed.
+
+    For a loader that begins a pass and has not been told where to go on.
+
+    Args:
+        loader: Its class, for the message.
+        epoch: The epoch of the pass.
+
+    """
+    resumed = _finders[0]() if _finders else None
+    if resumed is None:
+        return
+    if resumed.state_is_pending:
+        why = (
+            "Lightning read the place of this loader from the checkpoint and never handed it over: the loader was "
+            "built too early, by `trainer.estimated_stepping_batches` in `configure_optimizers` (Lightning issue "
+            "20550). Give the schedule a number of steps of your own there, or train with a strategy of "
+            "lightning_comm or the callback AdaptivePartition, which hand it over"
+        )
+    else:
+        why = (
+            "the checkpoint has no place for it, as one that was written with another kind of loader. Resume with the "
+            "loader that the run was begun with, or from a checkpoint of the end of an epoch"
+        )
+    warnings.warn(
+        f"{loader}: the run is resumed after {resumed.batches_done} batches of epoch {epoch}, and this loader begins "
+        f"the epoch again, so batches come twice and others not at all. The reason: {why}.",
+        stacklevel=4,
+    )
 
 
 class ResumableSampler(DistributedSampler[T_co]):
@@ -64,10 +119,11 @@ class ResumableLoader(DataLoader[T_co]):
         save. A checkpoint that is written because a step failed counts the batch of that step as done.
 
         *Where Lightning 2.6 itself goes wrong*, whatever the loader. It drops the state if ``configure_optimizers`` has
-        asked for ``trainer.estimated_stepping_batches`` (Lightning issue 20550); ask in ``on_train_start``. And it
-        loses count of epochs if a run with ``max_steps`` is resumed from a checkpoint of ``on_train_epoch_end``, or any
-        run from a checkpoint that was written with the last batch of an epoch and then once more from the epoch after
-        it. Checkpoints that are written after validation have neither trouble. ``LocalUpdateStrategy`` mends all three.
+        asked for ``trainer.estimated_stepping_batches`` (Lightning issue 20550), and batches come twice: the loader
+        warns as it begins the epoch again. And it loses count of epochs if a run with ``max_steps`` is resumed from a
+        checkpoint of ``on_train_epoch_end``, or any run from a checkpoint that was written with the last batch of an
+        epoch and then once more from the epoch after it. Checkpoints that are written after validation have neither of
+        the last two troubles. All strategies of this package mend all three.
 
         *Communication.* None. The state is the same on all ranks, so that of rank 0 serves them all.
 
@@ -127,6 +183,7 @@ class ResumableLoader(DataLoader[T_co]):
         self._epoch = 0
         self._batches_done = 0
         self._loaded_plan: dict[str, int] | None = None
+        self._loaded_epoch: int | None = None
 
     @override
     def __iter__(self) -> Iterator[T_co]:  # type: ignore[override]  # torch promises its own class of iterator
@@ -146,10 +203,15 @@ class ResumableLoader(DataLoader[T_co]):
         """Let the next pass go on where ``state_dict`` was called, if it is a pass through the same epoch."""
         self._epoch, self._batches_done = state["epoch"], state["batches_done"]
         self._loaded_plan = {name: state[name] for name in self._plan}
+        self._loaded_epoch = self._epoch
         self._order.set_epoch(self._epoch)
 
     def _begin_pass(self) -> None:
         plan, self._loaded_plan = self._loaded_plan, None
+        if self._loaded_epoch != self._order.epoch:
+            self._loaded_epoch = None
+            if self._order.rank == 0:
+                warn_of_repeated_batches("ResumableLoader", self._order.epoch)
         # Lightning also hands back the state of an epoch that was over, and has called `set_epoch` for the next one.
         if plan is None or self._epoch != self._order.epoch:
             self._batches_done = 0

@@ -1,6 +1,5 @@
 """What cannot work together is refused before training starts: where, argument, value, rule, way out."""
 
-import math
 import sys
 from dataclasses import replace
 from typing import Any
@@ -169,24 +168,29 @@ def check_optimizers(optimizers: list[Optimizer], settings: Settings) -> None:
         )
 
 
-def total_steps(trainer: Trainer) -> int | None:
-    """Return how many optimizer steps the run has, or ``None`` where that cannot be known before."""
-    if not trainer.lightning_module.automatic_optimization:
-        return None  # the user's code decides how often to step
-    total = trainer.estimated_stepping_batches
-    return int(total) if math.isfinite(total) and total > 0 else None
+def gradient_steps(settings: Settings, total: int | None, *, automatic: bool = True) -> int:
+    """Return the length of the gradient phase in optimizer steps.
 
+    Args:
+        settings: What the user chose.
+        total: Optimizer steps of the run, if known.
+        automatic: Whether Lightning steps the optimizer, which decides what helps where the length is not known.
 
-def gradient_steps(settings: Settings, total: int | None) -> int:
-    """Return the length of the gradient phase in optimizer steps."""
+    """
     if isinstance(settings.gradient_steps, int):
         return settings.gradient_steps
     if settings.gradient_steps == 0:
         return 0
     if total is None:
+        why = (
+            "its length is not known before. Give a number of optimizer steps, such as `gradient_steps=500`"
+            if automatic
+            else "under manual optimization only your code knows how often it steps. Give a number of steps of the "
+            "counted optimizer, such as `LocalUpdateStrategy(FixedPeriod(8), gradient_steps=500)`"
+        )
+        way_out = ", or the Trainer a `max_steps`." if automatic else ", instead of a share or of `post_local_sgd`."
         raise ValueError(
-            f"{_WHERE}: `gradient_steps`={settings.gradient_steps!r} is a share of the run, and the length of this run "
-            "is not known before. Give a number of optimizer steps, or the Trainer a `max_steps`."
+            f"{_WHERE}: `gradient_steps`={settings.gradient_steps!r} is a share of the run, and {why}{way_out}"
         )
     return round(settings.gradient_steps * total)
 
@@ -206,9 +210,10 @@ def warn_at_start(trainer: Trainer, settings: Settings, total: int | None, world
             "the period stays constant. Return one from `configure_optimizers`, or use FixedPeriod."
         )
     if grows and total is None and getattr(rule, "h_max", None) is None:
+        automatic = trainer.lightning_module.automatic_optimization
         rank_zero_warn(
             f"{_WHERE}: the length of the run is not known before, so a round that starts at a small learning rate may "
-            "be very long. Set `h_max` on the rule, or `max_steps` on the Trainer."
+            f"be very long. Set `h_max` on the rule{', or `max_steps` on the Trainer' if automatic else ''}."
         )
     for optimizer in trainer.optimizers if settings.optimizer_state == "local" else []:
         if has_modes(optimizer) or "Lookahead" in type(optimizer).__name__:

@@ -21,10 +21,15 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.lightning_internals import unused_by_all_ranks
+from lightning_comm.lightning_internals import (
+    close_finished_epoch,
+    load_skipped_loader_states,
+    unused_by_all_ranks,
+)
 from lightning_comm.strategies import compression_files, rank_files
 from lightning_comm.strategies.checks import check_replica
 from lightning_comm.strategies.loss_scale import loss_scale
+from lightning_comm.strategies.run_length import restore_accumulation
 from lightning_comm.strategies.sparse_mask import PrunedWeights, check_optimizers
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.no_sync import NoSync
@@ -236,6 +241,9 @@ class CompressedDDPStrategy(DDPStrategy):
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
+        if self._trainer is not None:
+            load_skipped_loader_states(self._trainer)
+            restore_accumulation(self._trainer)
         if self._pruned is not None and self._trainer is not None:
             self._pruned.start(self._trainer, self.optimizers)  # here, since optimizer states have been restored
             self._pruned.before_step(self._trainer.global_step)
@@ -267,6 +275,9 @@ class CompressedDDPStrategy(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._recorder is not None and self._trainer is not None:
+            # here too: under manual optimization the backward, and its messages, come before the optimizer's step
+            self._recorder.step = self._trainer.global_step
         if self._pruned is not None and self._trainer is not None:
             self._pruned.before_step(self._trainer.global_step)
         return super().training_step(*args, **kwargs)
@@ -337,6 +348,7 @@ class CompressedDDPStrategy(DDPStrategy):
             state = compression_files.load(self, self.compression, checkpoint, checkpoint_path, weights_only)
             if self._sync is None:
                 self._resume = state  # taken up at set-up
+                close_finished_epoch(checkpoint.get("loops"))
             elif state is not None:
                 self._sync.load_state_dict(state)  # a tuner within `fit` puts back what its trial run has changed
         return checkpoint

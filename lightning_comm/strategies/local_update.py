@@ -29,6 +29,7 @@ from lightning_comm.strategies.group_numbers import GroupNumbers
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
 from lightning_comm.strategies.ranks_apart import RanksApartStrategy
+from lightning_comm.strategies.run_length import restore_accumulation, total_steps
 from lightning_comm.strategies.sample_weights import SampleWeights
 from lightning_comm.strategies.settings import Round, Settings
 from lightning_comm.strategies.sparse_mask import check_optimizers
@@ -283,19 +284,23 @@ class LocalUpdateStrategy(RanksApartStrategy):
         if not any(isinstance(callback, Companion) for callback in getattr(trainer, "callbacks", [])):
             return  # a trial run of a learning-rate finder, which sets callbacks aside and undoes all that it did
         lightning_internals.load_skipped_loader_states(trainer)
+        restore_accumulation(trainer)
         run.check_start(float(trainer.num_training_batches))
-        total = checks.total_steps(trainer)
+        resume = self._resume or rank_files.Resume(None, None)
+        run_state.begin_count(run, resumed=self._resume is not None, shared=resume.shared)
+        total = total_steps(trainer, run.clock.steps_done)
         alpha = rank_files.saved_alpha(self._resume)
         run.set_period(checks.resolved_period(trainer, run.settings, total, alpha), total)
-        run.gradient_steps = checks.gradient_steps(run.settings, total)
+        automatic = trainer.lightning_module.automatic_optimization
+        run.gradient_steps = checks.gradient_steps(run.settings, total, automatic=automatic)
         checks.warn_at_start(trainer, run.settings, total, self.world_size)
         self._unregistered = UnregisteredState("LocalUpdateStrategy", trainer, trainer.lightning_module)
         run.replica.begin_round()
-        resume = self._resume or rank_files.Resume(None, None)
         own = resume.own
         run_state.take_up(run, resume.shared, own, resume.masks)
         if run.pruned is not None:
-            run.pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored
+            # here, since optimizer states have been restored
+            run.pruned.start(trainer, self.optimizers, run.clock.steps_done, run.earlier_steps)
         if self.settings.starts_with_gradients and not run.in_gradient_phase:
             self._unwrap_ddp()
         self._interruptions.install()

@@ -89,6 +89,7 @@ class LocalUpdateRun:
         self._background_recorder = background
         self.samples = SampleWeights()  # equal ones, unless a callback has asked the strategy for others
         self.gradient_steps = 0
+        self.earlier_steps = 0  # of earlier fits of this Trainer; the clock counts those of this run
         self.rounds_done = 0  # since this run was started or resumed
         self.apart = False  # whether ranks may differ: not from an average in full until the next batch
         self.standing = False  # whether ranks stopped at different steps
@@ -163,10 +164,11 @@ class LocalUpdateRun:
 
     def check_start(self, batches: float) -> None:
         """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
-        row = ControlRow(batches=batches if math.isfinite(batches) else -1)
+        row = ControlRow(batches=batches if math.isfinite(batches) else -1, steps_done=self.trainer.global_step)
         with self.agreement.first_error_shown():
             rows = control.exchange(row, self.recorder, self._control_device, Pending.wait)
             control.check_same_batches(rows, "LocalUpdateStrategy")
+        self.earlier_steps = int(rows[0].steps_done)  # of rank 0: with several optimizers ranks may differ
 
     def set_period(self, rule: PeriodRule, total_steps: int | None) -> None:
         """Begin to count, with a rule whose coefficient is known and the length of the run, if that is."""

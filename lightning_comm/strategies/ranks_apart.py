@@ -5,12 +5,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_comm.lightning_internals import close_finished_epoch
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.transport.agreement import Agreement, PeerFailure
 from lightning_comm.transport.recording import leave_group_at_exit
@@ -36,6 +39,15 @@ class RanksApartStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         leave_group_at_exit()
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and self._agreement is None:
+            # not for a tuner within `fit`, which puts back what it has changed; also where another strategy wrote it
+            close_finished_epoch(checkpoint.get("loops"))
+        return checkpoint
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:

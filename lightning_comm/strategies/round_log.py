@@ -6,6 +6,7 @@ from collections import deque
 from lightning.pytorch import Trainer
 
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.lightning_internals import logged_step
 from lightning_comm.strategies.settings import Round
 from lightning_comm.transport.flat import Drift
 
@@ -32,8 +33,9 @@ class RoundLog:
         done = Round(self.rounds, step, period_steps, lr, drift.relative, wait_s, transfer_s)
         self.history.append(done)
         every = getattr(self._trainer, "log_every_n_steps", 1)
-        if self._trainer.is_global_zero and every > 0 and done.step - self._last_logged_step >= every:
-            self._last_logged_step = done.step
+        now = logged_step(self._trainer)
+        if self._trainer.is_global_zero and every > 0 and now - self._last_logged_step >= every:
+            self._last_logged_step = now
             metrics = {
                 "local_update/period_steps": done.period_steps,
                 "local_update/synchronisations": done.index,
@@ -45,4 +47,4 @@ class RoundLog:
                 "local_update/transfer_s": done.transfer_s,
             }
             for logger in self._trainer.loggers:
-                logger.log_metrics(metrics, step=self._trainer.global_step)
+                logger.log_metrics(metrics, step=now)

@@ -22,12 +22,14 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from lightning_comm.core.costs import LinkProfile
 from lightning_comm.core.sparse_mask import PruningSchedule, break_even_share
 from lightning_comm.lightning_internals import weight_average_of
+from lightning_comm.strategies.run_length import steps_to_come
 from lightning_comm.strategies.training_samples import training_samples
 from lightning_comm.transport.compression.packing import ROW_BYTES, packing_times
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.pruning import Masks, Moment, agree, check_agreement, checked_masks
 from lightning_comm.transport.pruning.agreement import raise_problem_of_rank_0
+from lightning_comm.transport.pruning.base import warn_of
 from lightning_comm.transport.recording import Recorder
 
 
@@ -51,21 +53,32 @@ class PrunedWeights:
         self._recorder = recorder
         self._pruned: list[tuple[Tensor, Tensor]] = []  # a parameter, and True where it is zero
         self._trainer: Trainer | None = None
+        self._earlier_steps = 0
         self._optimizers: list[Optimizer] = []
         self._watched: list[tuple[Tensor, int]] = []  # mask buffers as they were, each with its version
+        self._said: set[tuple[str, str]] = set()  # which parameters have been warned of, and of what
         self.dense_steps = 0  # that something changed for
         if settings.pruning.is_watched:
             codec.watch(self._masks_changed)
 
-    def start(self, trainer: Trainer, optimizers: Iterable[Optimizer]) -> None:
+    def start(
+        self, trainer: Trainer, optimizers: Iterable[Optimizer], step: int | None = None, earlier_steps: int = 0
+    ) -> None:
         """Begin a run, with the masks of the one that is resumed.
+
+        Args:
+            trainer: The Trainer.
+            optimizers: Those whose states are pruned along.
+            step: Where the caller's count of steps begins; ``trainer.global_step`` if left out.
+            earlier_steps: What to add to that count for the schedule: the steps of earlier fits of this Trainer.
 
         Raises:
             ValueError: On all ranks, if masks cannot be had or do not fit the model.
 
         """
         self._trainer, self._optimizers, self._pruned = trainer, list(optimizers), []
-        self._recorder.step = trainer.global_step
+        self._recorder.step = trainer.global_step if step is None else step
+        self._earlier_steps = earlier_steps
         if self._codec.dense_above is None:
             self._codec.dense_above = self._break_even()
         if self._codec.masks:
@@ -73,9 +86,9 @@ class PrunedWeights:
         _warn_of_late_steps(trainer, self._settings.schedule)
 
     def before_step(self, step: int) -> None:
-        """Prune if it is time. Called before every forward, with the number of optimizer steps done.
+        """Prune if it is time. Called before every forward, with the caller's count of optimizer steps done.
 
-        That number is the same for all batches of an accumulation window, so weights are pruned before its first one.
+        That count is the same for all batches of an accumulation window, so weights are pruned before its first one.
 
         Raises:
             ValueError: On all ranks, if masks cannot be had or do not fit the model.
@@ -83,7 +96,7 @@ class PrunedWeights:
         """
         if self._codec.masks and self._codec.take_flag():
             self._recorder.step = step
-            self._install_own(lambda: self._settings.pruning.masks(self._module))
+            self._install_own(self._read_masks)
             self._codec.request_dense(1)
             self.dense_steps += 1
             if self.dense_steps == 1:
@@ -91,12 +104,12 @@ class PrunedWeights:
                     "SparseMask: the model's masks have changed, or it had gradients outside them. Before optimizer "
                     f"step {step} they are read anew, and what is sent next travels in full. Later times are not said."
                 )
-        due, pruned_at = self._settings.schedule.last_due(step), self._codec.pruned_at
+        due, pruned_at = self._settings.schedule.last_due(step + self._earlier_steps), self._codec.pruned_at
         # what cannot be had bit by bit is chosen once, also where a run is resumed under another schedule
         chosen = pruned_at is not None and not hasattr(self._settings.pruning, "sparsity")
         if due is not None and due != pruned_at and not chosen:
             self._recorder.step = step
-            self._install(self._choose(step))
+            self._install(self._choose(step + self._earlier_steps))
             self._codec.pruned_at = due
 
     def install(self, masks: Mapping[str, Tensor]) -> None:
@@ -135,7 +148,7 @@ class PrunedWeights:
         ):
             return False
         try:
-            found = self._settings.pruning.masks(self._module)
+            found = self._read_masks()
         except ValueError:  # none left, or one that keeps nothing: said when all read them
             return True
         installed = self._codec.masks
@@ -145,6 +158,16 @@ class PrunedWeights:
             return True
         self._remember_buffers()  # written anew with the same bits, as DDP does before each forward
         return False
+
+    def _read_masks(self) -> Masks:
+        """Return the masks of a model that masks itself, on any rank; what there is to say, rank 0 said at first."""
+        return self._settings.pruning.masks(self._module, Moment(warn=lambda names, message: None))
+
+    def _warn(self, names: Iterable[str], message: str) -> None:
+        """Warn of parameters, on the rank that chooses masks, of each once in a run."""
+        new = [name for name in names if (name, message) not in self._said]
+        self._said.update((name, message) for name in new)
+        warn_of(new, message)
 
     def _mask_buffers(self) -> list[Tensor]:
         return [buffer for name, buffer in self._module.named_buffers() if name.endswith("_mask")]
@@ -172,7 +195,8 @@ class PrunedWeights:
         masks, problem = None, None
         if self._recorder.rank == 0:
             try:
-                masks = self._settings.pruning_at(step).masks(self._module, Moment(self._codec.masks, self._samples))
+                moment = Moment(self._codec.masks, self._samples, self._warn)
+                masks = self._settings.pruning_at(step).masks(self._module, moment)
             except Exception as error:  # whatever it is, the others wait for word of it
                 problem = str(error) or type(error).__name__  # an empty word would pass for none
         return agree(masks, problem, self._module, self._recorder)
@@ -229,21 +253,20 @@ class PrunedWeights:
 
 def _warn_of_late_steps(trainer: Trainer, schedule: PruningSchedule) -> None:
     """Say that a schedule goes beyond the end of training, as far as that is known."""
-    if not trainer.lightning_module.automatic_optimization:
-        return  # each optimizer counts then, and nobody knows how often they step
-    total_steps = trainer.estimated_stepping_batches
-    if not 0 <= total_steps < float("inf"):
+    rest = steps_to_come(trainer)
+    if rest is None:
         return
+    total_steps = trainer.global_step + rest
     if schedule.first_step >= total_steps:
         rank_zero_warn(
             f"SparseMask: `schedule` prunes for the first time before optimizer step {schedule.first_step}, and "
-            f"training ends after {total_steps:g}, so nothing is ever pruned and gradients are sent in full. Give an "
+            f"training ends after {total_steps}, so nothing is ever pruned and gradients are sent in full. Give an "
             "earlier step."
         )
     elif schedule.end_step is not None and schedule.end_step >= total_steps:
         rank_zero_warn(
             f"SparseMask: `schedule` reaches its final share before optimizer step {schedule.end_step}, and training "
-            f"ends after {total_steps:g}, so fewer weights are pruned than asked for. Give an earlier `end_step`."
+            f"ends after {total_steps}, so fewer weights are pruned than asked for. Give an earlier `end_step`."
         )
 
 

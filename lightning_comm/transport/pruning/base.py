@@ -1,5 +1,6 @@
 """What says which weights are pruned, and what masks must be like."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_comm.transport.pruning.unprunable import broken_weight, unprunable
+
 Masks = dict[str, Tensor]
+
+
+def warn_of(names: Sequence[str], message: str) -> None:
+    """Warn of parameters; ``message`` has a place for their ``{names}``."""
+    if names:
+        listed = ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        warnings.warn(message.format(names=listed), stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -21,11 +31,13 @@ class Moment:
         kept: The masks in force; empty before the first pruning. What they prune must not come back.
         samples: Returns so many samples of the training data, as pairs of a batch on the model's device and the number
             of samples in it: the same ones each time. ``None`` where there is no run.
+        warn: Takes names of parameters, and a warning about them with a place for ``{names}``.
 
     """
 
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     samples: Callable[[int], Iterable[tuple[Any, int]]] | None = None
+    warn: Callable[[Sequence[str], str], None] = field(default=warn_of)
 
 
 NOW = Moment()
@@ -54,8 +66,40 @@ class Pruning(ABC):
         """
 
 
-def prunable(module: nn.Module, skip: Sequence[str], where: str) -> dict[str, nn.Parameter]:
-    """Return the parameters that may be pruned, by name: trained ones with two dimensions or more, no embeddings."""
+def prunable(module: nn.Module, skip: Sequence[str], where: str, moment: Moment = NOW) -> dict[str, nn.Parameter]:
+    """Return the parameters that may be pruned, by name: trained ones with two dimensions or more, no embeddings.
+
+    Left out, and named in a warning, are those in which a zero is no zero of the weight, or one of another weight too.
+    """
+    _check_skip(module, skip, where)
+    embedded = {id(each.weight) for each in module.modules() if isinstance(each, (nn.Embedding, nn.EmbeddingBag))}
+    left = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+        and parameter.dim() >= 2
+        and parameter.numel() > 0
+        and (parameter.is_floating_point() or parameter.is_complex())
+        and id(parameter) not in embedded
+        and not any(fnmatch(name, pattern) for pattern in skip)
+    }
+    reasons = unprunable(module)
+    out = {name: reasons[id(parameter)] for name, parameter in left.items() if id(parameter) in reasons}
+    if len(out) == len(left):
+        why = "".join(f"; {name!r} cannot, since {reason}" for name, reason in list(out.items())[:3])
+        raise ValueError(
+            f"{where}: no parameter is left to prune. Those with two dimensions or more that are trained, are no "
+            f"embeddings and are not in `skip` can be{why}. Send the gradients of such a model by a compression "
+            "without a mask, such as 'bf16'."
+        )
+    for reason in sorted(set(out.values())):
+        text = reason.replace("{", "{{").replace("}", "}}")
+        names = [name for name in out if out[name] == reason]
+        moment.warn(names, f"{where}: not pruned: {{names}}, since {text}. `skip` leaves this message out.")
+    return {name: parameter for name, parameter in left.items() if name not in out}
+
+
+def _check_skip(module: nn.Module, skip: Sequence[str], where: str) -> None:
     names = [name for name, _ in module.named_parameters()]
     for pattern in skip:
         if not any(fnmatch(name, pattern) for name in names):
@@ -64,22 +108,6 @@ def prunable(module: nn.Module, skip: Sequence[str], where: str) -> dict[str, nn
                 f"{where}: `skip` must name parameters of the model, and {pattern!r} is none."
                 + (f" Did you mean {near[0]!r}?" if near else f" Its parameters are {', '.join(names[:5])}, …")
             )
-    embedded = {id(each.weight) for each in module.modules() if isinstance(each, (nn.Embedding, nn.EmbeddingBag))}
-    left = {
-        name: parameter
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-        and parameter.dim() >= 2
-        and parameter.is_floating_point()
-        and id(parameter) not in embedded
-        and not any(fnmatch(name, pattern) for pattern in skip)
-    }
-    if not left:
-        raise ValueError(
-            f"{where}: no parameter is left to prune. Those with two dimensions or more that are trained, are no "
-            "embeddings and are not in `skip` can be."
-        )
-    return left
 
 
 def check_sparsity(where: str, sparsity: object) -> None:
@@ -111,7 +139,7 @@ def checked_skip(where: str, skip: object) -> tuple[str, ...]:
 
 
 def checked_masks(masks: object, module: nn.Module, where: str) -> Masks:
-    """Return masks that a user gave, if each fits its parameter.
+    """Return masks that a user gave, if each fits its parameter; without those of parameters that have no entries.
 
     Raises:
         ValueError: If one does not; the message names it.
@@ -120,46 +148,70 @@ def checked_masks(masks: object, module: nn.Module, where: str) -> Masks:
     if not isinstance(masks, Mapping) or not masks:
         raise ValueError(f"{where}: masks must be a dictionary of tensors by parameter name, not empty; got {masks!r}.")
     parameters = dict(module.named_parameters())
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise ValueError(_unknown(str(name), module, parameters, where))
+        _check_fit(name, mask, parameters[name], where)
+    _check_gradients(masks, parameters, module, where)
+    masks = {str(name): mask.detach() for name, mask in masks.items() if mask.numel()}
+    _check_something_is_left(masks, where)
+    _check_not_inverted(masks, parameters, where)
+    broken = broken_weight(module, masks)
+    if broken is not None:
+        raise ValueError(
+            f"{where}: under the mask of {broken[0]!r} the weight {broken[1]!r}, which is computed from it, is not "
+            "finite: a whole row is zero, and its norm divides. Keep an entry that is not zero in each row, or drop "
+            "the mask."
+        )
+    return masks
+
+
+def _unknown(name: str, module: nn.Module, parameters: Mapping[str, nn.Parameter], where: str) -> str:
+    first = _first_name(module, name)
+    if first is not None:
+        return (
+            f"{where}: there is a mask for {name!r}, which is a second name of the tied weight {first!r}. Give the "
+            f"mask under its first name, {first!r}."
+        )
+    near = get_close_matches(name, parameters, n=1)
+    way_out = f"Did you mean {near[0]!r}?" if near else "Names are those of `named_parameters()`."
+    return f"{where}: there is a mask for {name!r}, which is no parameter of the model. {way_out}"
+
+
+def _check_fit(name: str, mask: object, parameter: nn.Parameter, where: str) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"{where}: the mask of {name!r} must be a tensor of torch.bool, True where a weight is kept; got "
+            f"{kind}. `mask != 0` makes one of numbers."
+        )
+    if mask.shape != parameter.shape:
+        raise ValueError(
+            f"{where}: the mask of {name!r} must have the parameter's shape {tuple(parameter.shape)}; got "
+            f"{tuple(mask.shape)}. It may belong to another architecture."
+        )
+    if not parameter.requires_grad:
+        raise ValueError(f"{where}: {name!r} is frozen, so it has no gradient to leave out. Drop its mask.")
+
+
+def _check_gradients(
+    masks: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], module: nn.Module, where: str
+) -> None:
+    """Raise if a mask is on a parameter whose gradients, or whose entries, are not its own."""
     sparse = {
         f"{name}.weight"
         for name, each in module.named_modules()
         if isinstance(each, (nn.Embedding, nn.EmbeddingBag)) and each.sparse
     }
-    for name, mask in masks.items():
-        if name not in parameters:
-            first = _first_name(module, str(name))
-            if first is not None:
-                raise ValueError(
-                    f"{where}: there is a mask for {name!r}, which is a second name of the tied weight {first!r}. Give "
-                    f"the mask under its first name, {first!r}."
-                )
-            near = get_close_matches(str(name), parameters, n=1)
-            raise ValueError(
-                f"{where}: there is a mask for {name!r}, which is no parameter of the model."
-                + (f" Did you mean {near[0]!r}?" if near else " Names are those of `named_parameters()`.")
-            )
-        parameter = parameters[name]
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"{where}: the mask of {name!r} must be a tensor of torch.bool, True where a weight is kept; got "
-                f"{kind}. `mask != 0` makes one of numbers."
-            )
-        if mask.shape != parameter.shape:
-            raise ValueError(
-                f"{where}: the mask of {name!r} must have the parameter's shape {tuple(parameter.shape)}; got "
-                f"{tuple(mask.shape)}. It may belong to another architecture."
-            )
-        if not parameter.requires_grad:
-            raise ValueError(f"{where}: {name!r} is frozen, so it has no gradient to leave out. Drop its mask.")
+    reasons = unprunable(module, computed=False)
+    for name in masks:
         if name in sparse:
             raise ValueError(
                 f"{where}: {name!r} has sparse gradients, which DDP sends by themselves. Drop its mask, or build the "
                 "embedding with sparse=False."
             )
-    _check_something_is_left(masks, where)
-    _check_not_inverted(masks, parameters, where)
-    return {str(name): mask.detach() for name, mask in masks.items()}
+        if id(parameters[name]) in reasons:
+            raise ValueError(f"{where}: {name!r} cannot have a mask: {reasons[id(parameters[name])]}. Drop its mask.")
 
 
 def _first_name(module: nn.Module, name: str) -> str | None:

@@ -65,6 +65,8 @@ class ModulePruning(Pruning):
     rank; in the step after that gradients go in full, ranks read and compare their masks, and go on with them. Masks
     that shrink lose nothing on the way; of masks that grow the first step's gradients of what has grown are left out.
 
+    A weight that several modules share keeps an entry if any of them keeps it; one that uses it unpruned keeps all.
+
     Raises:
         ValueError: If no module has such a buffer.
 
@@ -81,15 +83,37 @@ class ModulePruning(Pruning):
 
     @override
     def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
-        buffers = dict(module.named_buffers())
-        found = {
-            name: buffers[f"{name.removesuffix('_orig')}_mask"] != 0
-            for name, _ in module.named_parameters()
-            if name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in buffers
-        }
+        found = _masks_of_uses(module, moment)
         if not found:
             raise ValueError(
                 "ModulePruning: it reads the masks that torch.nn.utils.prune leaves in a model, and this one has none. "
                 "Prune before training, if only by torch.nn.utils.prune.identity, or use MagnitudePruning."
             )
         return checked_masks(found, module, "ModulePruning")
+
+
+def _masks_of_uses(module: nn.Module, moment: Moment) -> Masks:
+    """Return the masks of parameters, by their first names, each the union over the modules that use the parameter."""
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    uses: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        uses.setdefault(id(parameter), []).append(name)
+    found: Masks = {}
+    whole = []
+    for name, parameter in module.named_parameters():
+        own = [each for each in uses[id(parameter)] if _mask_name(each) in buffers]
+        if own:
+            found[name] = torch.stack([buffers[_mask_name(each)] != 0 for each in own]).any(0)
+        if own and len(own) < len(uses[id(parameter)]):
+            found[name].fill_(True)
+            whole += own
+    moment.warn(
+        whole,
+        "ModulePruning: the mask of {names} leaves out no gradients, since another module uses the same weight "
+        "unpruned. Prune the weight in each module that shares it, with the same mask.",
+    )
+    return found
+
+
+def _mask_name(parameter: str) -> str:
+    return f"{parameter.removesuffix('_orig')}_mask" if parameter.endswith("_orig") else ""

@@ -21,7 +21,7 @@ from lightning_comm.transport.pruning.base import (
     checked_skip,
     prunable,
 )
-from lightning_comm.transport.pruning.scores import keep_largest
+from lightning_comm.transport.pruning.scores import choose
 from lightning_comm.transport.random_state import random_state, set_random_state
 
 _SCOPES = ("global", "layer")
@@ -55,6 +55,9 @@ class GraSPPruning(Pruning):
 
         *Memory.* Two copies of the weights, and the graph of one batch for a second derivative. Attention goes through
         torch's plain kernel meanwhile, since the fused ones have none.
+
+        *Left whole*, and named in a warning, is what :class:`MagnitudePruning` leaves whole, with scores for
+        magnitudes: a parameter that the loss does not depend on scores zero everywhere.
 
         *The model* is left as it was: its gradients, buffers (BatchNorm statistics), modes and the random state. It is
         run in the modes that it is in, so in a fit BatchNorm takes the statistics of the batch; only SyncBatchNorm,
@@ -103,7 +106,7 @@ class GraSPPruning(Pruning):
 
     @override
     def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
-        weights = prunable(module, self.skip, "GraSPPruning")
+        weights = prunable(module, self.skip, "GraSPPruning", moment)
         if moment.samples is None:
             raise ValueError(
                 "GraSPPruning: it needs samples of the training data, and there are none here. Let a Trainer's "
@@ -112,7 +115,7 @@ class GraSPPruning(Pruning):
         batches = list(moment.samples(self.samples))
         with _left_as_it_was(module):
             scores = gradient_flow_scores(module, weights, batches, self._loss)
-        return keep_largest(scores, self.sparsity, self.scope, moment.kept)
+        return choose(scores, self.sparsity, self.scope, moment, "GraSPPruning")
 
     def _loss(self, module: nn.Module, batch: Any) -> Tensor:
         if self.loss is not None:

@@ -17,7 +17,7 @@ from lightning_comm.transport.pruning.base import (
     checked_skip,
     prunable,
 )
-from lightning_comm.transport.pruning.scores import SCOPES, keep_largest
+from lightning_comm.transport.pruning.scores import SCOPES, choose
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,13 @@ class MagnitudePruning(Pruning):
     Note:
         *Communication.* None; whoever installs the masks broadcasts them.
 
-        *Global scope.* Keeps at least one weight of each parameter, since a layer without any passes nothing on.
+        *Global scope.* Keeps at least one weight of each parameter, since a layer without any passes nothing on. A
+        parameter that keeps no more than that, or hardly any, is named in a warning.
+
+        *Left whole*, and named in a warning, are parameters from which a weight is only computed (weight
+        normalisation, spectral norm, any parametrization), that share memory with others, or whose entries are all
+        equal: one that starts at zero, such as the second matrix of a LoRA adapter, has no magnitudes to choose by. At
+        a later pruning of a :class:`PruningSchedule` it is judged like the others.
 
     Example:
         >>> import torch
@@ -60,7 +66,6 @@ class MagnitudePruning(Pruning):
 
     @override
     def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
-        weights = prunable(module, self.skip, "MagnitudePruning")
-        return keep_largest(
-            {name: weight.detach().abs() for name, weight in weights.items()}, self.sparsity, self.scope, moment.kept
-        )
+        weights = prunable(module, self.skip, "MagnitudePruning", moment)
+        magnitudes = {name: weight.detach().abs() for name, weight in weights.items()}
+        return choose(magnitudes, self.sparsity, self.scope, moment, "MagnitudePruning")

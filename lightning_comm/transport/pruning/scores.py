@@ -6,9 +6,74 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_comm.transport.pruning.base import Masks
+from lightning_comm.transport.pruning.base import Masks, Moment
 
 SCOPES = ("global", "layer", "erk")
+
+
+def choose(scores: Mapping[str, Tensor], sparsity: float, scope: str, moment: Moment, where: str) -> Masks:
+    """Return masks that keep the largest scores, and warn of parameters that these say little or nothing about.
+
+    A parameter whose scores are all equal, as those of one that starts at zero, gets no mask: nothing says which of
+    its entries to keep. At a later pruning of the schedule it is judged like the others. Where all parameters are so
+    and not zero, entries are chosen by their places.
+
+    Args:
+        scores: By parameter name.
+        sparsity: Share of the entries that are pruned.
+        scope: One of :data:`SCOPES`.
+        moment: The masks in force. A parameter that has one keeps it where there is no score for it.
+        where: Who asks, for messages.
+
+    Raises:
+        ValueError: If no scores say anything.
+
+    """
+    level = [name for name, score in scores.items() if name not in moment.kept and _is_level(score)]
+    if len(level) == len(scores):  # equal weights, and no others, are chosen by their places
+        level = [name for name in level if not bool(scores[name].any())]
+    told = {name: score for name, score in scores.items() if name not in level}
+    if not told:
+        raise ValueError(
+            f"{where}: nothing can be pruned yet: in each parameter that may be, all scores are 0, as in {level[0]!r}. "
+            "Train the model first, by `PruningSchedule(start_step=...)`."
+        )
+    moment.warn(
+        level,
+        f"{where}: not pruned: {{names}}, since all entries score alike, as in a parameter that starts at zero, so "
+        "nothing says which of them to keep. At a later pruning of a schedule it is looked at again. To prune it, let "
+        "it train first, by `PruningSchedule(start_step=...)`; `skip` leaves this message out.",
+    )
+    masks = keep_largest(told, sparsity, scope, moment.kept)
+    _warn_of_small_rests(told, masks, sparsity, moment, where)
+    return {**{name: mask for name, mask in moment.kept.items() if name not in masks}, **masks}
+
+
+def _is_level(score: Tensor) -> bool:
+    return score.numel() > 1 and bool((score == score.reshape(-1)[0]).all())
+
+
+def _warn_of_small_rests(
+    scores: Mapping[str, Tensor], masks: Masks, sparsity: float, moment: Moment, where: str
+) -> None:
+    shares = {name: (int(mask.sum()), (1 - sparsity) * mask.numel()) for name, mask in masks.items()}
+    moment.warn(
+        [name for name, (left, fair) in shares.items() if left < 0.1 * fair or (left == 1 and fair >= 2)],
+        f"{where}: pruned to one entry, or hardly any: {{names}}, whose scores are small beside those of others. Where "
+        "the model needs it, name it in `skip`, or take scope='layer', which prunes the same share of each parameter.",
+    )
+    moment.warn(
+        [name for name, mask in masks.items() if name not in moment.kept and _loses_zero_rows(scores[name], mask)],
+        f"{where}: pruned where whole rows or columns are zero, which so stay zero: {{names}}. Where they only start "
+        "at zero and should be trained, name the parameter in `skip`, or prune when it has been trained, by "
+        "`PruningSchedule(start_step=...)`.",
+    )
+
+
+def _loses_zero_rows(score: Tensor, mask: Tensor) -> bool:
+    """Whether all scores of a row or of a column are zero, and nothing of it is kept."""
+    live = (score != 0) | mask
+    return any(not bool(live.transpose(0, way).flatten(1).any(1).all()) for way in range(min(2, score.dim())))
 
 
 def keep_largest(
@@ -30,6 +95,12 @@ def keep_largest(
         {'a': [False, True], 'b': [False, True]}
 
     """
+    empty = {name: torch.zeros_like(score, dtype=torch.bool) for name, score in scores.items() if not score.numel()}
+    scores = {name: score for name, score in scores.items() if name not in empty}
+    if not scores:
+        return empty
+    if empty:
+        return {**keep_largest(scores, sparsity, scope, kept), **empty}
     if kept:
         scores = {
             name: score.float().masked_fill(~kept[name].to(score.device), -torch.inf) if name in kept else score

@@ -1,0 +1,75 @@
+"""How many optimizer steps a run takes: counted as it takes them, from where it stands.
+
+A run is one `fit`, or several that resume each other. Lightning's own estimate counts from the first epoch of the
+Trainer, with the accumulation of the moment, and is no count of any single optimizer under manual optimization.
+"""
+
+import math
+from functools import partial
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from lightning_comm.lightning_internals import place_in_run
+
+
+def steps_to_come(trainer: Trainer) -> int | None:
+    """Return how many optimizer steps are still to be taken, or ``None`` where that cannot be known before.
+
+    It is the same on all ranks that have as many batches. Under manual optimization the user's code decides how often
+    to step. An early stop, and steps that the module leaves out, nobody knows.
+
+    Args:
+        trainer: When training starts, or later.
+
+    """
+    if not trainer.lightning_module.automatic_optimization:
+        return None
+    limits = [] if trainer.max_steps == -1 else [max(0, trainer.max_steps - trainer.global_step)]
+    in_epochs = _steps_in_epochs(trainer)
+    if in_epochs is not None:
+        limits.append(in_epochs)
+    return min(limits, default=None)
+
+
+def total_steps(trainer: Trainer, steps_done: int = 0) -> int | None:
+    """Return how many optimizer steps the run has, or ``None`` where that cannot be known before.
+
+    Args:
+        trainer: When training starts.
+        steps_done: Those of the run that is resumed.
+
+    """
+    rest = steps_to_come(trainer)
+    return steps_done + rest if rest is not None and steps_done + rest > 0 else None
+
+
+def accumulation(trainer: Trainer, epoch: int) -> int:
+    """Return how many batches make an optimizer step in an epoch."""
+    schedulers = [each for each in getattr(trainer, "callbacks", []) if isinstance(each, GradientAccumulationScheduler)]
+    if not schedulers:
+        return trainer.accumulate_grad_batches
+    return schedulers[-1].get_accumulate_grad_batches(epoch)  # each sets the Trainer's number as an epoch begins
+
+
+def restore_accumulation(trainer: Trainer) -> None:
+    """Go on with the accumulation of an epoch that is resumed in its middle; schedulers set it when an epoch begins."""
+    epoch, batches_done = place_in_run(trainer)
+    if batches_done:
+        trainer.accumulate_grad_batches = accumulation(trainer, epoch)
+
+
+def _steps_in_epochs(trainer: Trainer) -> int | None:
+    batches, last = trainer.num_training_batches, trainer.max_epochs
+    if not math.isfinite(batches) or last is None or last < 0:
+        return None
+    epoch, batches_done = place_in_run(trainer)
+    in_epoch = partial(_steps_in_epoch, trainer, int(batches))
+    if epoch >= last:
+        return 0
+    rest = max(0, in_epoch(epoch) - batches_done // accumulation(trainer, epoch)) if batches_done < batches else 0
+    return rest + sum(map(in_epoch, range(epoch + 1, last)))
+
+
+def _steps_in_epoch(trainer: Trainer, batches: int, epoch: int) -> int:
+    return math.ceil(batches / accumulation(trainer, epoch))
