@@ -4,7 +4,6 @@ The oracle is the weights: while gradients are averaged, ranks that see other da
 """
 
 import math
-import pathlib
 from datetime import timedelta
 
 import pytest
@@ -131,7 +130,7 @@ def resumed_in_a_schedule(rank, steps, folder):
     return seen
 
 
-# of each: what it does, how many steps a run takes, and after how many of them the phase of a given number or share ends
+# how many steps each run takes, and after how many of them the phase of a given number or share ends
 CASES = {
     automatic: (12, {5: 5, 0.5: 6}),
     accumulation: (6, {4: 4, 0.5: 3}),
