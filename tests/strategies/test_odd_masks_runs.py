@@ -119,6 +119,33 @@ def test_what_is_left_whole_is_named_once_and_by_rank_0_alone(name, odd):
     assert odd[1][name][2] == []
 
 
+class Directions(Module):
+    """Normalises the rows of a weight in its forward, which nobody can see before."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.last = nn.Linear(FEATURES, 32, bias=False), nn.Linear(32, 1)
+        self.double()
+
+    def forward(self, x):
+        weight = self.rows.weight
+        return self.last(torch.tanh(x @ (weight / weight.norm(dim=1, keepdim=True)).t()))
+
+
+def _directions(rank):
+    strategy = CompressedDDPStrategy(SparseMask(MagnitudePruning(0.8)), timeout=WAIT)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(strategy, 2).fit(Directions(), loader(3, rank))
+    return [str(each.message) for each in caught if "is not finite" in str(each.message)]
+
+
+def test_where_gradients_are_not_finite_masks_that_leave_out_whole_rows_are_named():
+    (said,), _ = launch(_directions, world_size=2)
+    assert "The masks of 'rows.weight' leave out whole rows" in said
+    assert "`skip`" in said
+
+
 class TiedModule(Module):
     """One weight in two modules, of which those named are pruned."""
 

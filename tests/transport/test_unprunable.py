@@ -271,6 +271,17 @@ def test_the_mask_of_a_weight_that_modules_share_is_the_union_of_theirs(names):
         assert torch.equal(found["body.weight_orig"], torch.eye(4).bool())
 
 
+def test_weights_that_the_model_masks_itself_are_the_first_to_be_pruned():
+    net = nn.Linear(8, 8)
+    mask = torch.rand(8, 8, generator=torch.Generator().manual_seed(3)) > 0.5
+    prune.custom_from_mask(net, "weight", mask.float())
+    chosen = MagnitudePruning(0.7).masks(net)["weight_orig"]
+    assert int(chosen.sum()) == round(0.3 * 64) < int(mask.sum())
+    assert not bool((chosen & ~mask).any())
+    used = net.weight.detach().abs()
+    assert used[chosen].min() >= used[~chosen].max()
+
+
 def test_one_module_under_two_names_has_its_own_mask():
     part = prune.custom_from_mask(nn.Linear(4, 4), "weight", torch.eye(4))
     net = nn.ModuleDict({"a": part, "b": part})
