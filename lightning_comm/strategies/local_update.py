@@ -282,12 +282,12 @@ class LocalUpdateStrategy(RanksApartStrategy):
         resume = self._resume or rank_files.Resume(None, None)
         run_state.begin_count(run, resumed=self._resume is not None, shared=resume.shared)
         total = total_steps(trainer, run.clock.steps_done)
-        alpha = rank_files.saved_alpha(self._resume)
-        run.set_period(checks.resolved_period(trainer, run.settings, total, alpha), total)
-        automatic = trainer.lightning_module.automatic_optimization
         length = None if total is None else total - run.began_at
+        alpha = rank_files.saved_alpha(self._resume)
+        run.set_period(checks.resolved_period(trainer, run.settings, length, alpha), total)
+        automatic = trainer.lightning_module.automatic_optimization
         run.gradient_steps = run.began_at + checks.gradient_steps(run.settings, length, automatic=automatic)
-        checks.warn_at_start(trainer, run.settings, total, self.world_size)
+        checks.warn_at_start(trainer, run.settings, length, self.world_size)
         run.replica.begin_round()
         own = resume.own
         run_state.take_up(run, resume.shared, own, resume.masks)

@@ -165,6 +165,13 @@ def table(rank, folder):
     look = Look(counted=1)
     two = watched(rank, 2, TwoOptimizers(), look, strategy=phase(2, counted_optimizer=1), max_epochs=2)
     answers["two optimizers", 2] = two[0]
+    saved = str(folder / "ddp.ckpt")
+    plain = {"strategy": DDPStrategy(timeout=WAIT), "callbacks": [Stop(3, saved)]}
+    watched(rank, 0, TwoOptimizers(), max_epochs=2, **plain)
+    look, goes_on = Look(counted=1), phase(2, counted_optimizer=1)
+    with pytest.warns(UserWarning, match="steps of all optimizers, 3, and not") if rank == 0 else nullcontext():
+        resumed = watched(rank, 2, TwoOptimizers(), look, strategy=goes_on, ckpt_path=saved, max_epochs=2)
+    answers["two optimizers, resumed from ddp", 2] = resumed[0]
     with pytest.raises(ValueError, match="gradient_steps") as refused:
         watched(rank, 0.5, TwoOptimizers(), max_epochs=2)
     compressed = resumed_in_a_schedule(rank, 0, folder, lambda: CompressedDDPStrategy("bf16", timeout=WAIT))
@@ -201,6 +208,7 @@ def test_an_accumulation_schedule_goes_on_in_an_epoch_that_is_resumed_under_comp
 
 def test_with_several_optimizers_a_number_counts_the_steps_of_the_counted_one(seen):
     assert end_of_phase(seen, ("two optimizers", 2)) == (2, 6)
+    assert end_of_phase(seen, ("two optimizers, resumed from ddp", 2)) == (2, 5)  # whose file does not count them
 
 
 def test_with_several_optimizers_a_share_is_refused_before_training_with_a_way_out_that_works(seen):
