@@ -21,6 +21,7 @@ from lightning_comm import (
     GraSPPruning,
     LocalUpdateStrategy,
     MagnitudePruning,
+    MaskFunction,
     ModulePruning,
     PruningSchedule,
     SparseMask,
@@ -53,18 +54,29 @@ class Odd(Module):
         self.first = weight_norm(nn.Linear(FEATURES, 32))
         self.base = nn.Linear(32, 16)
         self.down, self.up = nn.Parameter(torch.randn(3, 32)), nn.Parameter(torch.zeros(16, 3))
-        self.nothing = nn.Parameter(torch.empty(0, 4))
+        self.nothing, self.scale = nn.Parameter(torch.empty(0, 4)), nn.Parameter(torch.tensor(1.0))
         self.last = nn.Linear(16, 1)
         self.double()
 
     def forward(self, x):
         hidden = torch.tanh(self.first(x))
         hidden = self.base(hidden) + hidden @ self.down.t() @ self.up.t()
-        return self.last(torch.tanh(hidden)) + self.nothing.sum()
+        return self.scale * self.last(torch.tanh(hidden)) + self.nothing.sum()
 
 
 def flow_loss(module, batch):
     return nn.functional.mse_loss(module(batch[0]), batch[1])
+
+
+def given(module):
+    """Masks of a user's: of the adapter, of the normalised layer, of a number and of what has no entries."""
+    normalised = torch.arange(32 * FEATURES).view(32, FEATURES) % 2 == 0
+    return {
+        "first.parametrizations.weight.original1": normalised,
+        "up": torch.eye(16, 3).bool(),
+        "scale": torch.tensor(True),
+        "nothing": torch.empty(0, 4, dtype=torch.bool),
+    }
 
 
 LATE = PruningSchedule(2, 6, 2)
@@ -75,9 +87,13 @@ MASKS = {
 }
 
 
+GIVEN = "masks of a user"
+
+
 def strategies():
     for name, mask in MASKS.items():
         yield name, CompressedDDPStrategy(mask, timeout=WAIT)
+    yield GIVEN, CompressedDDPStrategy(SparseMask(MaskFunction(given)), timeout=WAIT)
     yield "local", LocalUpdateStrategy(FixedPeriod(2), averaging=Averaging(compression=MASKS["pactrain"]), timeout=WAIT)
 
 
@@ -117,6 +133,14 @@ def test_what_is_left_whole_is_named_once_and_by_rank_0_alone(name, odd):
         if not (name == "gradual" and parameter == "'up'"):  # trained before the first pruning
             assert len([each for each in said if "not pruned" in each and parameter in each]) == 1, said
     assert odd[1][name][2] == []
+
+
+def test_masks_of_a_user_hold_on_parameters_that_are_left_whole_otherwise(odd):
+    for losses, zeros, said in (answers[GIVEN] for answers in odd):
+        assert all(map(math.isfinite, losses))
+        assert zeros["first.parametrizations.weight.original1"] == 16 * FEATURES
+        assert zeros["up"] == 16 * 3 - 3
+        assert said == []
 
 
 class Directions(Module):

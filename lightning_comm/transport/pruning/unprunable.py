@@ -69,7 +69,7 @@ def _sharing_memory(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
     """Yield each parameter that has entries in the memory of another one, with that one's name."""
     by_memory: dict[int, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in module.named_parameters():
-        if parameter.layout == torch.strided and parameter.numel():
+        if parameter.layout == torch.strided and parameter.numel() and not parameter.is_meta:
             by_memory.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
     for group in by_memory.values():
         for name, parameter in group:
