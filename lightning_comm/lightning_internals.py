@@ -283,8 +283,11 @@ def place_in_run(trainer: Trainer) -> tuple[int, int]:
 
 
 def logged_step(trainer: Trainer) -> int:
-    """Return the step at which Lightning logs what is logged now: batches that stepped, whatever the optimizers."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+    """Return how many batches have stepped when the present one ends, whatever the optimizers: Lightning's log axis.
+
+    Under automatic optimization that is ``trainer.global_step``, which otherwise counts each optimizer.
+    """
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped) + 1
 
 
 def close_finished_epoch(loops: dict[str, Any] | None) -> None:

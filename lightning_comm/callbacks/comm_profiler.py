@@ -23,7 +23,6 @@ from lightning_comm.core.costs import LinkProfile
 from lightning_comm.core.key_figures import RunFigures, StepFigures
 from lightning_comm.core.ledger import wire_bytes
 from lightning_comm.core.rank_profile import RankProfile, combine, inferred_waits, with_waits
-from lightning_comm.lightning_internals import logged_step
 from lightning_comm.planning.profile_files import Profile, RankFile, next_run, run_folder
 from lightning_comm.planning.profile_text import summary
 from lightning_comm.transport.clocks import compare_clocks, device_of_group, gather_json, number_from_rank_0
@@ -251,7 +250,7 @@ class CommProfiler(Callback):
         if every > 0 and (step.step + step.optimizer_steps) // every > step.step // every:
             metrics = self._window.take()
             for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=logged_step(trainer))
+                logger.log_metrics(metrics, step=trainer.global_step)
 
     # ---- the end -------------------------------------------------------------------------------------------------
 

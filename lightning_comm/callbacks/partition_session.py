@@ -28,7 +28,6 @@ from lightning_comm.callbacks.partition_start import StartOfRun
 from lightning_comm.core.balancing import Balancer, memory_cap
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.partition_plan import Place
-from lightning_comm.lightning_internals import logged_step
 from lightning_comm.planning.partition_journal import PartitionJournal
 from lightning_comm.transport.recording import Recorder, another_group
 
@@ -267,7 +266,7 @@ class PartitionSession:
             return
         metrics = self.record.metrics(_LOGGED_RANKS)
         for logger in self._trainer.loggers:
-            logger.log_metrics(metrics, step=logged_step(self._trainer))
+            logger.log_metrics(metrics, step=self._trainer.global_step)
 
     def _warn_of_slow_data(self, rows: list[Row]) -> None:
         slow = [rank for rank, row in enumerate(rows) if row.fetch_s > _DATA_BOUND * row.busy_s]

@@ -98,7 +98,8 @@ class RoundClock:
             if steps >= ENDLESS:
                 raise ValueError(
                     f"RoundClock: learning rate {lr!r} at step {self.steps_done} asks for a round without end, and the "
-                    "length of the run is not known. Give the rule an `h_max`."
+                    "length of the run is not known. Give the rule an `h_max`, or under automatic optimization the "
+                    "Trainer a `max_steps`."
                 )
             return steps
         rest = self.total_steps - self.steps_done

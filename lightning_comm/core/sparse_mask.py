@@ -19,8 +19,9 @@ class PruningSchedule:
 
     is the final one: many while the network has many to spare, ever fewer towards the end.
 
-    Steps are optimizer steps done, as in ``trainer.global_step``: *before step 100* is when 100 are done. Until the
-    first pruning the model trains dense.
+    Steps are optimizer steps done, as in ``trainer.global_step``: *before step 100* is when 100 are done. So under
+    manual optimization those of all optimizers count, and a second ``fit`` of a Trainer goes on counting; under local
+    updates the steps of a run are those of the counted optimizer. Until the first pruning the model trains dense.
 
     Args:
         start_step: When the pruning begins; at least 0.

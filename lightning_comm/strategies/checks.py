@@ -173,7 +173,7 @@ def gradient_steps(settings: Settings, total: int | None, *, automatic: bool = T
 
     Args:
         settings: What the user chose.
-        total: Optimizer steps of the run, if known.
+        total: Optimizer steps of the run, from its beginning, if known.
         automatic: Whether Lightning steps the optimizer, which decides what helps where the length is not known.
 
     """

@@ -325,6 +325,7 @@ class CompressedDDPStrategy(DDPStrategy):
                 f"{_WHERE}: the gradient of optimizer step {self._recorder.step if self._recorder else 0} is not "
                 "finite (NaN or infinity), alike on all ranks. Later ones are counted in `strategy.non_finite_steps` "
                 "without a word. A lower learning rate, gradient clipping or bf16 instead of fp16 may help."
+                f"{self._pruned.suspects() if self._pruned is not None else ''}"
             )
         return output
 

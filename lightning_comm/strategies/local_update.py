@@ -58,7 +58,9 @@ class LocalUpdateStrategy(RanksApartStrategy):
     Args:
         period: How long rounds are, in optimizer steps.
         gradient_steps: Until then gradients are averaged by DDP at every step, exactly as under ``ddp``. A number of
-            optimizer steps, or a float from 0.0 to 1.0: a share of the run.
+            steps of the counted optimizer, or a float from 0.0 to 1.0: a share of the steps that the run takes. A run
+            is one ``fit`` with those that resume it by ``ckpt_path``; any other ``fit``, also of the same Trainer,
+            counts from its own start. Under manual optimization the length of a run is not known, so give a number.
         warmup_steps: How long rounds keep the rule's shortest period: a number of optimizer steps, or ``"auto"``: the
             first round, and as long as rounds start at ever higher learning rates.
         optimizer_state: ``"local"``: every rank keeps its momenta, as the authors of QSR do; ``"average"``: they are
@@ -289,18 +291,19 @@ class LocalUpdateStrategy(RanksApartStrategy):
         resume = self._resume or rank_files.Resume(None, None)
         run_state.begin_count(run, resumed=self._resume is not None, shared=resume.shared)
         total = total_steps(trainer, run.clock.steps_done)
+        length = None if total is None else total - run.began_at
         alpha = rank_files.saved_alpha(self._resume)
-        run.set_period(checks.resolved_period(trainer, run.settings, total, alpha), total)
+        run.set_period(checks.resolved_period(trainer, run.settings, length, alpha), total)
         automatic = trainer.lightning_module.automatic_optimization
-        run.gradient_steps = checks.gradient_steps(run.settings, total, automatic=automatic)
-        checks.warn_at_start(trainer, run.settings, total, self.world_size)
+        run.gradient_steps = run.began_at + checks.gradient_steps(run.settings, length, automatic=automatic)
+        checks.warn_at_start(trainer, run.settings, length, self.world_size)
         self._unregistered = UnregisteredState("LocalUpdateStrategy", trainer, trainer.lightning_module)
         run.replica.begin_round()
         own = resume.own
         run_state.take_up(run, resume.shared, own, resume.masks)
         if run.pruned is not None:
-            # here, since optimizer states have been restored
-            run.pruned.start(trainer, self.optimizers, run.clock.steps_done, run.earlier_steps)
+            run.pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored
+            run.recorder.step = run.clock.steps_done
         if self.settings.starts_with_gradients and not run.in_gradient_phase:
             self._unwrap_ddp()
         self._interruptions.install()

@@ -88,8 +88,8 @@ class LocalUpdateRun:
             self.pruned = PrunedWeights(module, codec, method, recorder)
         self._background_recorder = background
         self.samples = SampleWeights()  # equal ones, unless a callback has asked the strategy for others
-        self.gradient_steps = 0
-        self.earlier_steps = 0  # of earlier fits of this Trainer; the clock counts those of this run
+        self.began_at = 0  # what the clock showed when the run began; a second fit of a Trainer goes on counting
+        self.gradient_steps = 0  # until when gradients are averaged
         self.rounds_done = 0  # since this run was started or resumed
         self.apart = False  # whether ranks may differ: not from an average in full until the next batch
         self.standing = False  # whether ranks stopped at different steps
@@ -139,6 +139,7 @@ class LocalUpdateRun:
         """Synchronise if the round is over, and carry out what ranks agreed on; called after every batch."""
         self.leave_checkpoint()
         ticks, self._ticks = self._ticks, 0
+        self.log.end_batch()
         self.samples.end_batch(in_round=not self.in_gradient_phase)
         if ticks == 0:
             return
@@ -168,12 +169,14 @@ class LocalUpdateRun:
         with self.agreement.first_error_shown():
             rows = control.exchange(row, self.recorder, self._control_device, Pending.wait)
             control.check_same_batches(rows, "LocalUpdateStrategy")
-        self.earlier_steps = int(rows[0].steps_done)  # of rank 0: with several optimizers ranks may differ
+        self.began_at = self.clock.steps_done = int(rows[0].steps_done)  # with several optimizers ranks may differ
 
     def set_period(self, rule: PeriodRule, total_steps: int | None) -> None:
         """Begin to count, with a rule whose coefficient is known and the length of the run, if that is."""
         self.settings = replace(self.settings, period=rule)
         self.clock.rule, self.clock.total_steps = rule, total_steps
+        if isinstance(self.settings.warmup_steps, int):
+            self.clock.warmup_steps = self.began_at + self.settings.warmup_steps
         self.active = True
 
     def synchronise(self, *, answering: bool = True, in_full: bool = False) -> None:

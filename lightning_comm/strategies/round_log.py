@@ -26,6 +26,11 @@ class RoundLog:
         self._trainer = trainer
         self._ledger = ledger
         self._last_logged_step = -1
+        self._batch_step: int | None = None  # Lightning's count at the end of the last batch
+
+    def end_batch(self) -> None:
+        """Log what follows at the end of this batch, also when training is over."""
+        self._batch_step = logged_step(self._trainer)
 
     def add(self, *, step: int, period_steps: int, lr: float, wait_s: float, transfer_s: float, drift: Drift) -> None:
         """Note a synchronisation, and log it as often as the Trainer logs."""
@@ -33,7 +38,7 @@ class RoundLog:
         done = Round(self.rounds, step, period_steps, lr, drift.relative, wait_s, transfer_s)
         self.history.append(done)
         every = getattr(self._trainer, "log_every_n_steps", 1)
-        now = logged_step(self._trainer)
+        now = logged_step(self._trainer) if self._batch_step is None else self._batch_step
         if self._trainer.is_global_zero and every > 0 and now - self._last_logged_step >= every:
             self._last_logged_step = now
             metrics = {

@@ -19,33 +19,31 @@ def state_of(run: LocalUpdateRun) -> dict[str, Any]:
         "in_flight": run.background.state_dict(),
         "ledger": run.recorder.ledger.state_dict(),
         "gradient_steps": run.gradient_steps,
-        "earlier_steps": run.earlier_steps,
+        "began_at": run.began_at,
         "period": {"alpha": getattr(run.settings.period, "alpha", None)},
     }
 
 
 def begin_count(run: LocalUpdateRun, *, resumed: bool, shared: dict[str, Any] | None) -> None:
-    """Set the count of steps to that of the run which is resumed, or to 0: every other fit is a run of its own.
+    """Set the count of steps, and where in it the run began: with this fit, or with the one that it resumes.
 
     Args:
-        run: The run, with ``earlier_steps`` for one that begins now.
+        run: The run, whose count is that of the Trainer.
         resumed: Whether there is a checkpoint.
         shared: The strategy's entry of its main file.
 
     """
-    if not resumed:
-        run.clock.steps_done = 0
-    elif shared is not None:
+    if shared is not None:
         state = shared["run"]
-        run.clock.steps_done, run.earlier_steps = int(state["clock"]["steps_done"]), int(state.get("earlier_steps", 0))
-    elif len(run.optimizers()) == 1:
-        run.clock.steps_done, run.earlier_steps = run.earlier_steps, 0  # another strategy's, where one optimizer counts
-    else:
+        run.clock.steps_done, run.began_at = int(state["clock"]["steps_done"]), int(state.get("began_at", 0))
+    elif resumed and len(run.optimizers()) == 1:
+        run.began_at = 0  # another strategy's run, of which each step was one of this optimizer
+    elif resumed:
         rank_zero_warn(
             f"LocalUpdateStrategy: the checkpoint of another strategy counts the steps of all optimizers, "
-            f"{run.earlier_steps}, and not those of the counted one (`counted_optimizer`="
-            f"{run.settings.counted_optimizer}). They are counted from 0 here, so `gradient_steps` and `warmup_steps` "
-            "begin again. Give 0 for what is over."
+            f"{run.clock.steps_done}, and not those of the counted one (`counted_optimizer`="
+            f"{run.settings.counted_optimizer}), so `gradient_steps` and `warmup_steps` are counted from here. Give 0 "
+            "for what is over."
         )
     run.recorder.step = run.clock.steps_done
 

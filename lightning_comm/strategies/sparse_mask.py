@@ -53,7 +53,6 @@ class PrunedWeights:
         self._recorder = recorder
         self._pruned: list[tuple[Tensor, Tensor]] = []  # a parameter, and True where it is zero
         self._trainer: Trainer | None = None
-        self._earlier_steps = 0
         self._optimizers: list[Optimizer] = []
         self._watched: list[tuple[Tensor, int]] = []  # mask buffers as they were, each with its version
         self._said: set[tuple[str, str]] = set()  # which parameters have been warned of, and of what
@@ -61,24 +60,15 @@ class PrunedWeights:
         if settings.pruning.is_watched:
             codec.watch(self._masks_changed)
 
-    def start(
-        self, trainer: Trainer, optimizers: Iterable[Optimizer], step: int | None = None, earlier_steps: int = 0
-    ) -> None:
+    def start(self, trainer: Trainer, optimizers: Iterable[Optimizer]) -> None:
         """Begin a run, with the masks of the one that is resumed.
-
-        Args:
-            trainer: The Trainer.
-            optimizers: Those whose states are pruned along.
-            step: Where the caller's count of steps begins; ``trainer.global_step`` if left out.
-            earlier_steps: What to add to that count for the schedule: the steps of earlier fits of this Trainer.
 
         Raises:
             ValueError: On all ranks, if masks cannot be had or do not fit the model.
 
         """
         self._trainer, self._optimizers, self._pruned = trainer, list(optimizers), []
-        self._recorder.step = trainer.global_step if step is None else step
-        self._earlier_steps = earlier_steps
+        self._recorder.step = trainer.global_step
         if self._codec.dense_above is None:
             self._codec.dense_above = self._break_even()
         if self._codec.masks:
@@ -86,9 +76,9 @@ class PrunedWeights:
         _warn_of_late_steps(trainer, self._settings.schedule)
 
     def before_step(self, step: int) -> None:
-        """Prune if it is time. Called before every forward, with the caller's count of optimizer steps done.
+        """Prune if it is time. Called before every forward, with the number of optimizer steps done.
 
-        That count is the same for all batches of an accumulation window, so weights are pruned before its first one.
+        That number is the same for all batches of an accumulation window, so weights are pruned before its first one.
 
         Raises:
             ValueError: On all ranks, if masks cannot be had or do not fit the model.
@@ -104,12 +94,12 @@ class PrunedWeights:
                     "SparseMask: the model's masks have changed, or it had gradients outside them. Before optimizer "
                     f"step {step} they are read anew, and what is sent next travels in full. Later times are not said."
                 )
-        due, pruned_at = self._settings.schedule.last_due(step + self._earlier_steps), self._codec.pruned_at
+        due, pruned_at = self._settings.schedule.last_due(step), self._codec.pruned_at
         # what cannot be had bit by bit is chosen once, also where a run is resumed under another schedule
         chosen = pruned_at is not None and not hasattr(self._settings.pruning, "sparsity")
         if due is not None and due != pruned_at and not chosen:
             self._recorder.step = step
-            self._install(self._choose(step + self._earlier_steps))
+            self._install(self._choose(step))
             self._codec.pruned_at = due
 
     def install(self, masks: Mapping[str, Tensor]) -> None:
@@ -125,6 +115,20 @@ class PrunedWeights:
     def request_dense(self, n_steps: int) -> None:
         """Leave the gradients of the next steps whole."""
         self._codec.request_dense(n_steps)
+
+    def suspects(self) -> str:
+        """Return a sentence that names masks under which a division by the norm of a row is one by zero."""
+        emptied = [
+            name
+            for name, mask in self._codec.masks.items()
+            if mask.dim() > 1 and not bool(mask.flatten(1).any(1).all())
+        ]
+        if not emptied:
+            return ""
+        return (
+            f" The masks of {', '.join(map(repr, emptied[:5]))} leave out whole rows: if the model divides such a "
+            "weight by the norm of its rows, name it in `skip`."
+        )
 
     def finish(self) -> None:
         """Wait for what is under way."""

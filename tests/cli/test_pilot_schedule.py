@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from support.training import Regression, loader, trainer
 from torch.optim import lr_scheduler
 
@@ -98,6 +99,16 @@ def test_it_equals_the_rates_of_a_real_run(name, kwargs):
     assert read.read == pytest.approx(rates.seen)
     assert len(rates.seen) in (40, 16, 23)
     assert name == "none" or len(set(rates.seen)) > 1
+
+
+def test_it_follows_an_accumulation_that_changes_between_epochs():
+    read, rates = ReadFirst(), Rates()
+    for each in (read, rates):
+        run = trainer("auto", 1, callbacks=[each, GradientAccumulationScheduler({0: 1, 1: 4, 3: 2})], max_epochs=4)
+        run.fit(Scheduled(SCHEDULES["every-third-batch"]), loader(STEPS_IN_EPOCH, rank=0))
+    assert read.read == pytest.approx(rates.seen)
+    assert len(rates.seen) == 10 + 3 + 3 + 5
+    assert len(set(rates.seen)) > 1
 
 
 def manual(model):

@@ -3,20 +3,23 @@
 The oracle is the weights: while gradients are averaged, ranks that see other data are equal after every batch.
 """
 
+import csv
 import math
 import pathlib
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from support.processes import launch
 from support.training import Regression, Stop, loader, trainer
 from torch import nn
 
-from lightning_comm import FixedPeriod, LocalUpdateStrategy
+from lightning_comm import CompressedDDPStrategy, FixedPeriod, LocalUpdateStrategy
 
 LONG = FixedPeriod(1000)  # nothing is averaged before the end of a run
 WAIT = timedelta(seconds=60)
@@ -123,15 +126,20 @@ def resumed_from_ddp(rank, steps, folder):
     return watched(rank, steps, look=look, ckpt_path=folder / "b.ckpt", max_epochs=2)[0]
 
 
-def resumed_in_a_schedule(rank, steps, folder):
-    """Stopped in the first window of the third epoch but one: Lightning sets the schedule only as an epoch begins."""
-    schedule = GradientAccumulationScheduler({0: 1, 1: 3})
+def resumed_in_a_schedule(rank, steps, folder, strategy=None):
+    """Stopped in the second of three epochs, after its first window: schedules are set only as an epoch begins."""
+    schedule = {"batches": 7, "max_epochs": 3}
     stop = Stop(8, str(folder / "c.ckpt"))
-    seen, _ = watched(rank, steps, batches=9, max_epochs=3, callbacks=[schedule, stop])
-    return seen
+    callbacks = [GradientAccumulationScheduler({0: 1, 1: 3}), stop]
+    seen, _ = watched(rank, steps, strategy=strategy and strategy(), callbacks=callbacks, **schedule)
+    look = Look()
+    look.steps, look.seen = 8, seen
+    callbacks = [GradientAccumulationScheduler({0: 1, 1: 3})]
+    again = {"look": look, "ckpt_path": folder / "c.ckpt", "strategy": strategy and strategy()}
+    return watched(rank, steps, callbacks=callbacks, **again, **schedule)[0]
 
 
-# of each: what it does, how many steps a run takes, and after how many of them the phase of a given number or share ends
+# how many steps each run takes, and after how many of them the phase of a given number or share ends
 CASES = {
     automatic: (12, {5: 5, 0.5: 6}),
     accumulation: (6, {4: 4, 0.5: 3}),
@@ -142,6 +150,7 @@ CASES = {
     second_trainer: (12, {5: 5, 0.5: 6}),
     resumed: (12, {5: 5, 0.5: 6}),
     resumed_from_ddp: (12, {5: 5, 0.5: 6}),
+    resumed_in_a_schedule: (13, {9: 9, 0.7: 9}),
 }
 
 
@@ -156,9 +165,17 @@ def table(rank, folder):
     look = Look(counted=1)
     two = watched(rank, 2, TwoOptimizers(), look, strategy=phase(2, counted_optimizer=1), max_epochs=2)
     answers["two optimizers", 2] = two[0]
+    saved = str(folder / "ddp.ckpt")
+    plain = {"strategy": DDPStrategy(timeout=WAIT), "callbacks": [Stop(3, saved)]}
+    watched(rank, 0, TwoOptimizers(), max_epochs=2, **plain)
+    look, goes_on = Look(counted=1), phase(2, counted_optimizer=1)
+    with pytest.warns(UserWarning, match="steps of all optimizers, 3, and not") if rank == 0 else nullcontext():
+        resumed = watched(rank, 2, TwoOptimizers(), look, strategy=goes_on, ckpt_path=saved, max_epochs=2)
+    answers["two optimizers, resumed from ddp", 2] = resumed[0]
     with pytest.raises(ValueError, match="gradient_steps") as refused:
         watched(rank, 0.5, TwoOptimizers(), max_epochs=2)
-    return answers, str(refused.value)
+    compressed = resumed_in_a_schedule(rank, 0, folder, lambda: CompressedDDPStrategy("bf16", timeout=WAIT))
+    return answers, str(refused.value), compressed[-1][0]
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +185,7 @@ def seen(tmp_path_factory):
 
 def end_of_phase(seen, case):
     """Return after how many steps ranks were equal for the last time before they differed, and the steps of the run."""
-    one, two = (answers[case] for answers, _ in seen)
+    one, two = (answers[case] for answers, *_ in seen)
     assert [steps for steps, _ in one] == [steps for steps, _ in two]
     equal = [math.isclose(a, b, rel_tol=1e-12) for (_, a), (_, b) in zip(one, two, strict=True)]
     assert False in equal
@@ -185,13 +202,43 @@ def test_the_gradient_phase_ends_after_its_number_or_share_of_the_steps_that_the
     assert end_of_phase(seen, (case, steps)) == (end, total)
 
 
+def test_an_accumulation_schedule_goes_on_in_an_epoch_that_is_resumed_under_compressed_gradients_too(seen):
+    assert [steps for *_, steps in seen] == [7 + 3 + 3] * 2
+
+
 def test_with_several_optimizers_a_number_counts_the_steps_of_the_counted_one(seen):
     assert end_of_phase(seen, ("two optimizers", 2)) == (2, 6)
+    assert end_of_phase(seen, ("two optimizers, resumed from ddp", 2)) == (2, 5)  # whose file does not count them
 
 
 def test_with_several_optimizers_a_share_is_refused_before_training_with_a_way_out_that_works(seen):
-    for _, message in seen:
+    for _, message, _ in seen:
         assert "`gradient_steps`=0.5" in message
         assert "manual optimization" in message
         assert "gradient_steps=500" in message
         assert "max_steps" not in message
+
+
+class Logged(TwoOptimizers):
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        self.log("batch", float(batch_idx))
+
+
+def _axis(rank, folder):
+    logger = CSVLogger(folder / str(rank))
+    runner = trainer(LocalUpdateStrategy(FixedPeriod(4), timeout=WAIT), 2, logger=logger, log_every_n_steps=1)
+    runner.fit(Logged(), loader(10, rank))
+    compressed = CompressedDDPStrategy("bf16", timeout=WAIT)
+    trainer(compressed, 2).fit(TwoOptimizers(), loader(4, rank))
+    with (pathlib.Path(logger.log_dir) / "metrics.csv").open() if rank == 0 else nullcontext() as file:
+        return list(csv.DictReader(file or [])), {record.step for record in compressed.ledger.records}
+
+
+def test_with_several_optimizers_rounds_are_logged_at_the_batch_that_ends_them_and_messages_at_their_step(tmp_path):
+    (rows, sent_at), (_, sent_by_rank_1_at) = launch(_axis, tmp_path, world_size=2)
+    batches = {int(row["step"]): float(row["batch"]) for row in rows if row["batch"]}
+    assert batches == {step: float(step) for step in range(10)}  # each at the steps before it, rounds at those done
+    assert [int(row["step"]) for row in rows if row["local_update/drift"]] == [4, 8, 10]
+    # one step in the first batch and two in the second: each backward belongs to the steps that are done by then
+    assert sent_at == sent_by_rank_1_at == {0, 1, 3, 4}

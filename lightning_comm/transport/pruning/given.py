@@ -83,7 +83,12 @@ class ModulePruning(Pruning):
 
     @override
     def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
-        found = _masks_of_uses(module, moment)
+        found, useless = masks_in(module)
+        moment.warn(
+            useless,
+            "ModulePruning: the mask of {names} leaves out no gradients, since another module uses the same weight "
+            "unpruned. Prune the weight in each module that shares it, with the same mask.",
+        )
         if not found:
             raise ValueError(
                 "ModulePruning: it reads the masks that torch.nn.utils.prune leaves in a model, and this one has none. "
@@ -92,27 +97,26 @@ class ModulePruning(Pruning):
         return checked_masks(found, module, "ModulePruning")
 
 
-def _masks_of_uses(module: nn.Module, moment: Moment) -> Masks:
-    """Return the masks of parameters, by their first names, each the union over the modules that use the parameter."""
+def masks_in(module: nn.Module) -> tuple[Masks, list[str]]:
+    """Return the masks that ``torch.nn.utils.prune`` has left in a model, by the first names of parameters.
+
+    Each is the union over the modules that use the parameter. Second: masks of which nothing comes, since another
+    module uses the parameter unpruned.
+    """
     buffers = dict(module.named_buffers(remove_duplicate=False))
     uses: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         uses.setdefault(id(parameter), []).append(name)
     found: Masks = {}
-    whole = []
+    useless = []
     for name, parameter in module.named_parameters():
         own = [each for each in uses[id(parameter)] if _mask_name(each) in buffers]
         if own:
             found[name] = torch.stack([buffers[_mask_name(each)] != 0 for each in own]).any(0)
         if own and len(own) < len(uses[id(parameter)]):
             found[name].fill_(True)
-            whole += own
-    moment.warn(
-        whole,
-        "ModulePruning: the mask of {names} leaves out no gradients, since another module uses the same weight "
-        "unpruned. Prune the weight in each module that shares it, with the same mask.",
-    )
-    return found
+            useless += own
+    return found, useless
 
 
 def _mask_name(parameter: str) -> str:

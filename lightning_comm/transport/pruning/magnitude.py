@@ -17,6 +17,7 @@ from lightning_comm.transport.pruning.base import (
     checked_skip,
     prunable,
 )
+from lightning_comm.transport.pruning.given import masks_in
 from lightning_comm.transport.pruning.scores import SCOPES, choose
 
 
@@ -68,4 +69,7 @@ class MagnitudePruning(Pruning):
     def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
         weights = prunable(module, self.skip, "MagnitudePruning", moment)
         magnitudes = {name: weight.detach().abs() for name, weight in weights.items()}
+        for name, mask in masks_in(module)[0].items():  # what the model masks itself has no magnitude
+            if name in magnitudes:
+                magnitudes[name] = magnitudes[name].masked_fill(~mask, 0)
         return choose(magnitudes, self.sparsity, self.scope, moment, "MagnitudePruning")

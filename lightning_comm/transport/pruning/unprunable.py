@@ -57,15 +57,19 @@ def _computed_from(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _repeats_itself(parameter: Tensor) -> bool:
     if parameter.layout != torch.strided or parameter.numel() == 0:
         return False
-    reach = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True)) + 1
-    return reach < parameter.numel()
+    return _reach(parameter) < parameter.numel()
+
+
+def _reach(tensor: Tensor) -> int:
+    """Return how many entries of memory lie from the tensor's first one to its last one."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
 
 
 def _sharing_memory(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
     """Yield each parameter that has entries in the memory of another one, with that one's name."""
     by_memory: dict[int, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in module.named_parameters():
-        if parameter.layout == torch.strided and parameter.numel():
+        if parameter.layout == torch.strided and parameter.numel() and not parameter.is_meta:
             by_memory.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
     for group in by_memory.values():
         for name, parameter in group:
@@ -76,10 +80,13 @@ def _sharing_memory(module: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
-    size = one.untyped_storage().nbytes()
+    starts = [each.storage_offset() * each.element_size() for each in (one, other)]
+    ends = [start + _reach(each) * each.element_size() for start, each in zip(starts, (one, other), strict=True)]
+    if max(starts) >= min(ends):
+        return False  # one behind the other, as the weights of a recurrent layer on CUDA
     if one.element_size() != other.element_size():
         return True
-    taken = torch.zeros(size // one.element_size(), dtype=torch.bool)
+    taken = torch.zeros(one.untyped_storage().nbytes() // one.element_size(), dtype=torch.bool)
     taken.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
     return bool(taken.as_strided(other.shape, other.stride(), other.storage_offset()).any())
 
