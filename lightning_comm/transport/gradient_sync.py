@@ -130,15 +130,14 @@ class GradientSync:
         Called after a backward; nothing is done where that has been settled already.
 
         Note:
-            *Communication.* None. On CUDA it waits for the device where means may be thrown away.
+            *Communication.* None. On CUDA it waits for the device, where a codec remembers what it had kept.
 
         """
         if self._settled:
             return
         self._settled = True
-        unused = [self._names[id(each)] for each in self._unused()]
-        if unused:
-            self.codec.take_back(unused, last_only=True)
+        if self.codec.unapplied:  # or nothing could be restored
+            self.codec.take_back([self._names[id(each)] for each in self._unused()], last_only=True)
 
     def applied(self, parameters: Iterable[Tensor]) -> None:
         """Take note that an optimizer has stepped with the means of these parameters."""

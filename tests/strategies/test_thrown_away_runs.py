@@ -4,6 +4,7 @@ The loss is linear in the weights of two heads, so that gradients are known, and
 averaged gradient: after a run, the weights and the mean of what the ranks have kept are the sum of what was due.
 """
 
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
@@ -15,6 +16,7 @@ from support.training import Stop, loader, trainer
 from torch import nn
 
 from lightning_comm import CompressedDDPStrategy, Int8, MaskFunction, PowerSGD, SparseMask, TopK
+from lightning_comm.lightning_internals import unused_by_all_ranks
 
 SHAPE = (8, 6)
 STEPS = 12
@@ -191,3 +193,27 @@ def _resumed(rank, mode, path):
 def test_a_run_resumed_after_a_mean_was_thrown_away_is_the_one_that_was_never_stopped(tmp_path, mode):
     for whole, resumed in launch(_resumed, mode, str(tmp_path / "a.ckpt"), world_size=2):
         assert all((a == b).all() for a, b in zip(whole, resumed, strict=True))
+
+
+def _unused(rank):
+    """What DDP says that no rank has used, after each backward of three ranks; the second one is not synchronised."""
+    torch.manual_seed(0)
+    names = ("all", "frozen", "one", "quiet", "none")
+    layers = nn.ModuleDict({name: nn.Linear(3, 3, bias=False) for name in names})
+    layers["frozen"].requires_grad_(False)
+    layers.forward = lambda x, used: sum(layers[name](x).sum() for name in used)
+    ddp = nn.parallel.DistributedDataParallel(layers, find_unused_parameters=True)
+    unused = unused_by_all_ranks(ddp)
+    found = []
+    for step in range(4):
+        used = ["all", "frozen", *(["quiet"] if step == 1 else []), *(["one"] if step == 3 and rank == 1 else [])]
+        with ddp.no_sync() if step == 1 else nullcontext():
+            ddp(torch.ones(2, 3), used).backward()
+        if step != 1:
+            ids = {id(each) for each in unused()}
+            found.append([name for name in names if id(layers[name].weight) in ids])
+    return found
+
+
+def test_a_parameter_is_unused_only_if_no_rank_has_used_it_since_the_last_message(run_ranks):
+    assert run_ranks(_unused, world_size=3) == [[["one", "quiet", "none"], ["one", "none"], ["quiet", "none"]]] * 3
