@@ -207,7 +207,7 @@ def shape_in_memory(parameter: Tensor) -> tuple[int, ...]:
     That is the order of its strides where it fills its memory without gaps, and otherwise its own.
 
     Example:
-        >>> shape_in_memory(torch.zeros(2, 3)), shape_in_memory(torch.zeros(2, 3).T)
+        >>> shape_in_memory(torch.zeros(2, 3)), shape_in_memory(torch.zeros(3, 2).T)
         ((2, 3), (3, 2))
         >>> shape_in_memory(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last))
         (2, 4, 4, 3)
