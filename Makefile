@@ -62,11 +62,13 @@ benchmark-tools: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[benchmark]"
 	$(BIN)/python benchmarks/tools.py
 
-# Some 75 minutes in all, on a quiet machine: a synchronisation alone 4, steps under each compression 30, local updates
-# with and without overlap 20, accuracy on digits 20. Brings accelerate, to compare with.
+# Some 75 minutes in all, on a quiet machine: a synchronisation alone 4, PowerSGD beside torch's hook below 1, steps
+# under each compression 30, local updates with and without overlap 20, accuracy on digits 20. Brings accelerate, to
+# compare with.
 benchmark-compression: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[benchmark]"
 	$(BIN)/python benchmarks/synchronisation.py
+	$(BIN)/python benchmarks/power_sgd.py
 	$(BIN)/python benchmarks/compression_steps.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/compression_accuracy.py

@@ -88,6 +88,10 @@ class CompressedDDPStrategy(DDPStrategy):
         *Non-finite gradients.* Show on all ranks alike, are counted (:attr:`non_finite_steps`), and leave kept
         residuals as they were.
 
+        *Memory.* What the compression keeps; and a second residual as large as the model, from a backward until the
+        optimizer has stepped, where averaged gradients may be thrown away: under ``find_unused_parameters`` or
+        ``static_graph``, a gradient scaler, manual optimization, or an ``optimizer_step`` of the module's own.
+
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_comm import Cast, CompressedDDPStrategy

@@ -130,15 +130,14 @@ class GradientSync:
         Called after a backward; nothing is done where that has been settled already.
 
         Note:
-            *Communication.* None. On CUDA it waits for the device where means may be thrown away.
+            *Communication.* None. On CUDA it waits for the device, where a codec remembers what it had kept.
 
         """
         if self._settled:
             return
         self._settled = True
-        unused = [self._names[id(each)] for each in self._unused()]
-        if unused:
-            self.codec.take_back(unused, last_only=True)
+        if self.codec.unapplied:  # or nothing could be restored
+            self.codec.take_back([self._names[id(each)] for each in self._unused()], last_only=True)
 
     def applied(self, parameters: Iterable[Tensor]) -> None:
         """Take note that an optimizer has stepped with the means of these parameters."""
@@ -208,7 +207,7 @@ def shape_in_memory(parameter: Tensor) -> tuple[int, ...]:
     That is the order of its strides where it fills its memory without gaps, and otherwise its own.
 
     Example:
-        >>> shape_in_memory(torch.zeros(2, 3)), shape_in_memory(torch.zeros(2, 3).T)
+        >>> shape_in_memory(torch.zeros(2, 3)), shape_in_memory(torch.zeros(3, 2).T)
         ((2, 3), (3, 2))
         >>> shape_in_memory(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last))
         (2, 4, 4, 3)

@@ -51,7 +51,8 @@ def by_top_k(rows, name, step):
     for row in rows:
         kept = sorted(range(len(row)), key=lambda i: -abs(float(row[i])))[: max(1, math.ceil(0.1 * len(row)))]
         sent.append(torch.tensor([float(row[i]) if i in kept else 0.0 for i in range(len(row))]))
-    return sent, sum(sent[1:], sent[0]) * (1 / len(rows))
+    scaled = [row * (1 / len(rows)) for row in sent]
+    return sent, sum(scaled[1:], scaled[0])
 
 
 def by_int8(rows, name, step):
@@ -64,8 +65,9 @@ def by_int8(rows, name, step):
     total = torch.zeros_like(rows[0])
     for code, scale in zip(codes, scales / len(rows), strict=True):
         total += code * scale
-    again = round_stochastically(total, scales.mean(), 127, draw("all", f"{name}/mean"))
-    return [code * scale for code, scale in zip(codes, scales, strict=True)], again * scales.mean()
+    mean_scale = (scales / len(rows)).sum()
+    again = round_stochastically(total, mean_scale, 127, draw("all", f"{name}/mean"))
+    return [code * scale for code, scale in zip(codes, scales, strict=True)], again * mean_scale
 
 
 BY_HAND = {Full: in_full, Cast: by_cast, Int8: by_int8, TopK: by_top_k}

@@ -143,6 +143,57 @@ def test_a_chain_sends_what_the_formula_says_and_nothing_outside_the_mask(run_ra
             assert (sent[~outside] == before[~outside]).all()
 
 
+def _all_whole(rank, dense_above):
+    return [_whole(rank, then, dense_above, masked) for then in CHAINS for masked in (True, False)]
+
+
+def _whole(rank, then, dense_above, masked):
+    """A bucket of which more than `dense_above` is kept, or without any masked parameter beside one that has some."""
+    ledger = CommLedger()
+    codec = SparseMask(then=then, dense_above=dense_above).codec(Context(Recorder(ledger), "gradients", feedback=False))
+    masks, parameters = masks_and_parameters()
+    layout = Layout(LAYOUT.slots if masked else LAYOUT.slots[1:2])
+    values = [torch.randn(layout.numel, generator=torch.Generator().manual_seed(rank)) for _ in range(4)]
+    counted, said = [], []
+    for step, row in enumerate(values):
+        if step == 1:
+            codec.install(masks, parameters.items())
+        if step == 3:
+            codec.request_dense(1)
+        said.append(codec.payload_bytes(layout))
+        codec.begin_step()
+        run_alone(codec.mean(row, layout))
+        codec.end_step()
+        counted.append(ledger.payload_bytes() - sum(counted))
+    return [row.numpy() for row in values], counted, said
+
+
+def test_a_whole_bucket_goes_as_the_method_behind_the_mask_sends_it(run_ranks):
+    gathered = run_ranks(_all_whole, 1.0, world_size=2)
+    answers = run_ranks(_all_whole, 0.0, world_size=2)
+    cases = [(then, masked) for then in CHAINS for masked in (True, False)]
+    for number, (then, masked) in enumerate(cases):
+        _check_whole(then, masked, [each[number] for each in answers], [each[number] for each in gathered])
+
+
+def _check_whole(then, masked, answers, gathered):
+    entries, kept = (1000 + 40 + 1200, 250 + 40 + 300) if masked else (40, 40)
+    slots = 3 if masked else 1
+    formula = {
+        "NoneType": 4 * entries,
+        "Cast": 2 * entries,
+        # those that look at a whole row are given the kept entries, however DDP cuts its buckets
+        "Int8": 2 * (kept // 2 + 4 * slots) + kept // 2,
+        "Ternary": kept + 4 * slots,
+        "TopK": 8 * (25 + 4 + 30 if masked else 4),
+    }[type(then).__name__]
+    for (means, counted, said), (others, *_) in zip(answers, gathered, strict=True):
+        # exactly and in full before anything is pruned, and where that was asked for
+        assert counted == said == [4 * entries, formula, formula, 4 * entries]
+        assert (means[0] == means[3]).all()
+        assert all((one == other).all() for one, other in zip(means, others, strict=True))
+
+
 def _dense_on_request(rank):
     codec = SparseMask().codec(Context(Recorder(CommLedger()), "gradients"))
     masks, parameters = masks_and_parameters()

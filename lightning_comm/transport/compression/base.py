@@ -155,7 +155,7 @@ class Codec(ABC):
 
     @abstractmethod
     def payload_bytes(self, layout: Layout) -> int:
-        """Return how many bytes this rank hands over for a bucket, over all messages."""
+        """Return how many bytes this rank hands over for a bucket in float32, over all messages."""
 
     @abstractmethod
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:

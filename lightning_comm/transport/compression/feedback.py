@@ -155,8 +155,9 @@ def _restore_where_not_finite(layout: Layout, means: Tensor, before: Tensor, aft
 
     The means are the same on all ranks, and so is what they decide.
     """
-    # sums cost a tenth of a look at each entry; on other devices their values are not there to be looked at
-    if means.device.type == "cpu" and math.isfinite(float(means.sum() + after.sum())):
+    # A sum costs a tenth of a look at each entry, and is finite only if all of them are, and far from the largest
+    # number. On other devices its value is not there to be looked at.
+    if means.device.type == "cpu" and math.isfinite(float(means.sum())):
         return
     for row_mean, row_before, row in zip(*map(layout.split, (means, before, after)), strict=True):
         finite = torch.isfinite(row_mean).all() & torch.isfinite(row).all()

@@ -1,10 +1,12 @@
 """Matrices of low rank."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from typing_extensions import override
 
 from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Message, Slot
@@ -13,6 +15,7 @@ from lightning_comm.transport.compression.rounding import scale_type
 
 _DEPENDENT = 1e-10  # of the largest column: what is left of one that the columns before it explain, up to rounding
 _ALIGNED_BYTES = 64
+_ALIGNED_ENTRIES = 16  # of float32
 
 _Row = tuple[Slot, Tensor]
 
@@ -114,7 +117,7 @@ class PowerSGDCodec(Codec):
                 row.zero_()
         if not low:
             return
-        lefts = [orthonormal_rows(part.view_as(left).T) for left, part in zip(lefts, parts, strict=False)]
+        lefts = _by_shape(orthonormal_rows, [part.view_as(left).T for left, part in zip(lefts, parts, strict=False)])
         bases = [left @ workspace.matrix(slot, row) for (slot, row), left in zip(low, lefts, strict=True)]
         if sent is not None:
             _multiply(lefts, bases, self._divided(layout, sent)[0])
@@ -126,8 +129,7 @@ class PowerSGDCodec(Codec):
         parts = torch.split(second, [base.numel() for base in bases])
         bases = [_aligned(part.view_as(base)) for part, base in zip(parts, bases, strict=True)]
         _multiply(lefts, bases, low_means)
-        for (slot, _), base, before in zip(low, bases, old, strict=True):
-            self._bases[slot.name] = _next_basis(base, before)
+        self._bases.update(zip((slot.name for slot, _ in low), _by_shape(_next_bases, bases, old), strict=True))
 
     def _divided(self, layout: Layout, values: Tensor) -> tuple[list[_Row], list[_Row]]:
         """Return the parameters' rows, those that are sent with a low rank and those that are sent in full."""
@@ -143,23 +145,24 @@ class PowerSGDCodec(Codec):
             return kept
         generator = self.context.generator(slot.name, 0, values.device, shared=True)
         drawn = torch.randn(shape, generator=generator, device=values.device, dtype=scale_type(values))
-        return orthonormal_rows(drawn)
+        return _aligned(orthonormal_rows(drawn))
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "bases": dict(self._bases)}
+        return {**super().state_dict(), "bases": {name: basis.clone() for name, basis in self._bases.items()}}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._bases = dict(state["bases"])
+        self._bases = {name: _aligned(basis) for name, basis in state["bases"].items()}
 
 
 class _Workspace:
     """Memory for one matrix at a time, small enough to stay in the processor's cache.
 
     On some processors the last bits of a product depend on where in memory its factors begin, and so on which other
-    parameters lie before them in a bucket. So matrices that begin in an odd place, or are of a narrow type, are copied.
+    parameters lie before them in a bucket, or are stacked with them. So matrices that begin in an odd place, or are of
+    a narrow type, are copied.
 
     Args:
         values: The bucket.
@@ -212,7 +215,7 @@ def orthonormal_rows(directions: Tensor) -> Tensor:
     chosen by rounding, which processors do differently. What is not finite stays so.
 
     Args:
-        directions: Rows of float32 or float64, no more of them than each is long.
+        directions: Matrices of float32 or float64 that have no more rows than columns.
 
     Example:
         >>> rows = orthonormal_rows(torch.tensor([[3.0, 4.0], [1.0, 1.0]]))
@@ -222,28 +225,45 @@ def orthonormal_rows(directions: Tensor) -> Tensor:
         [[0.0, 0.6000000238418579, 0.800000011920929], [0.0, 0.0, 0.0]]
 
     """
-    columns = directions.T.to(torch.float64, copy=True)
-    orthonormal, triangle = torch.linalg.qr(columns)
-    own = triangle.diagonal().abs()
-    orthonormal = orthonormal.masked_fill(own <= _DEPENDENT * own.max(), 0)
-    spoilt = columns - columns  # zeros, and NaN where an entry is not finite, which the decomposition may hide
-    return _aligned((orthonormal + spoilt).T.to(directions.dtype))
+    padded = pad(directions.to(torch.float64), (0, -directions.shape[-1] % _ALIGNED_ENTRIES))
+    orthonormal, triangle = torch.linalg.qr(padded.mT)
+    own = triangle.diagonal(dim1=-2, dim2=-1).abs()
+    dependent = own <= _DEPENDENT * own.amax(-1, keepdim=True)
+    spoilt = padded - padded  # zeros, and NaN where an entry is not finite, which the decomposition may hide
+    rows: Tensor = orthonormal.mT.masked_fill(dependent.unsqueeze(-1), 0) + spoilt
+    return rows.to(directions.dtype).contiguous()[..., : directions.shape[-1]]
 
 
-def _next_basis(base: Tensor, before: Tensor) -> Tensor:
+def _next_bases(bases: Tensor, before: Tensor) -> Tensor:
     """Return the directions for the next step; where there is nothing to see, those of before.
 
     A direction that has become zero, as the second one does under a matrix of rank 1, starts again from the old one:
     zeros would stay so for ever.
     """
-    seen = (base != 0).any(1, keepdim=True)
-    rows = orthonormal_rows(torch.where(seen, base, before))
-    return torch.where(torch.isfinite(base).all() & seen.any(), rows, before)
+    seen = (bases != 0).any(-1, keepdim=True)
+    usable = torch.isfinite(bases).flatten(1).all(1) & seen.flatten(1).any(1)
+    return torch.where(usable[:, None, None], orthonormal_rows(torch.where(seen, bases, before)), before)
+
+
+def _by_shape(function: Callable[..., Tensor], *rows: list[Tensor]) -> list[Tensor]:
+    """Call a function once for all matrices of one shape, stacked; return its results in the order of the matrices."""
+    places: dict[torch.Size, list[int]] = {}
+    for place, matrix in enumerate(rows[0]):
+        places.setdefault(matrix.shape, []).append(place)
+    found: dict[int, Tensor] = {}
+    for same in places.values():
+        results = function(*(torch.stack([matrices[place] for place in same]) for matrices in rows))
+        found.update(zip(same, map(_aligned, results), strict=True))
+    return [found[place] for place in range(len(rows[0]))]
 
 
 def _aligned(matrix: Tensor) -> Tensor:
-    """Return a copy in memory of its own, row by row."""
-    return matrix.clone(memory_format=torch.contiguous_format)
+    """Return the matrix with rows that all begin in an even place in memory, as a copy where they do not."""
+    padded = matrix.shape[1] + -matrix.shape[1] % _ALIGNED_ENTRIES
+    if matrix.stride() == (padded, 1) and matrix.data_ptr() % _ALIGNED_BYTES == 0:
+        return matrix
+    memory = matrix.new_zeros(matrix.shape[0], padded)
+    return memory[:, : matrix.shape[1]].copy_(matrix)
 
 
 def _matrix(slot: Slot) -> tuple[int, int]:

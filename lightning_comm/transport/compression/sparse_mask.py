@@ -29,7 +29,8 @@ class SparseMask(Compression):
         then: What is done with the entries that are left: :class:`Cast`, :class:`Int8`, :class:`Ternary` or
             :class:`TopK`, or its word; in full if left out. ``[SparseMask(…), Cast("bf16")]`` is another way to write
             it.
-        dense_above: Buckets of which a larger share is kept are sent in full, since gathering costs more than it saves.
+        dense_above: Buckets of which a larger share is kept are sent whole, since gathering costs more than it saves:
+            in full, or as a ``then`` of :class:`Cast` sends them. Other methods are always given the kept entries.
             ``"auto"``: the share at which that is so on the link of ``link``, where packing takes as long as it does on
             rank 0 when training starts. A checkpoint keeps it.
         link: For ``"auto"``: a file that ``lightning-comm probe`` wrote, on rank 0.
@@ -39,8 +40,8 @@ class SparseMask(Compression):
         ValueError: If an argument is out of range, or if masks cannot be had bit by bit.
 
     Note:
-        *Communication.* As ``then`` sends the kept entries: in full 4 bytes for each of them, as bf16 2 bytes. At
-        each pruning the masks, one bit a weight.
+        *Communication.* As ``then`` sends the kept entries: in full 4 bytes for each of them, as bf16 2 bytes; of a
+        bucket that is sent whole, for all. At each pruning the masks, one bit a weight.
 
         *Memory.* An index of 8 bytes for each kept entry, and four masks of one byte a masked weight.
 
