@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback
-from support.processes import launch
-from support.training import FEATURES, Regression, Samples, local_update, trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from support.processes import launch, outcomes
+from support.training import FEATURES, Regression, Samples, local_update, network, trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_comm import Averaging, CompressedDDPStrategy, CyclicStrategy, FixedPeriod
 from lightning_comm.data.resumable import ResumableLoader
@@ -221,3 +224,91 @@ def assert_same(states, expected, what):
 def test_files_in_mid_round_hold_averages_whatever_a_module_makes_of_its_weights_and_a_resume_is_exact(tmp_path):
     for apart in launch(_every_case, str(tmp_path), world_size=2, timeout_s=120):
         assert all(apart[case] for case in CASES if case not in ("cyclic", "compressed-ddp")), "ranks were not apart"
+
+
+class Held(Callback):
+    """Notes what all ranks hold of the model and of its moving average, then saves."""
+
+    def __init__(self, ema, path):
+        self.ema, self.path, self.ranks, self.states = ema, path, None, {}
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        own, shadow = held_by(pl_module), held_by(self.ema._average_model.module)
+        self.states[trainer.global_step] = [*own.values(), *shadow.values()]
+        if self.path is not None and trainer.global_step == SAVED[0]:
+            self.ranks = [None] * trainer.world_size
+            torch.distributed.all_gather_object(self.ranks, (own, shadow))
+            trainer.save_checkpoint(self.path)
+
+
+def _moving_average(rank, path, kw):
+    def run(save_to, ckpt_path=None):
+        ema = EMAWeightAveraging(decay=0.8)
+        held = Held(ema, save_to)
+        torch.manual_seed(rank)
+        data = ResumableLoader(Samples(STEPS * 4, rank), 4, seed=3, num_replicas=1, rank=0)
+        module = Regression(network(norm=True), lambda p: torch.optim.AdamW(p, lr=0.02))
+        trainer(local_update(FixedPeriod(4), **kw), 2, callbacks=[ema, held]).fit(module, data, ckpt_path=ckpt_path)
+        held.states[STEPS + 1] = [p.detach() for p in module.parameters()]
+        return held
+
+    whole = run(path)
+    assert_same(run(None, path).states, whole.states, "resumed with a moving average")
+    saved = torch.load(path, weights_only=True)
+    for which, key in enumerate(("current_model_state", "state_dict")):
+        one, two = (ranks[which] for ranks in whole.ranks)
+        for name, mine in one.items():
+            wanted = (mine + two[name]) / 2 if mine.is_floating_point() else mine
+            assert torch.allclose(saved[key][name], wanted, rtol=1e-12, atol=1e-14), f"{name} in {key}"
+        assert not torch.equal(one["net.0.weight"], two["net.0.weight"]), "ranks were not apart"
+
+
+class Fails(Regression):
+    """Its hook fails on one rank, where an average is in place."""
+
+    def on_save_checkpoint(self, checkpoint):
+        self.seen = self.net[0].weight.detach().clone()
+        if self.trainer.global_rank == 1:
+            raise RuntimeError("the hook of rank 1 fails")
+
+
+class OnException(Callback):
+    """What this rank holds when callbacks hear of a failure."""
+
+    def on_exception(self, trainer, pl_module, exception):
+        self.held = pl_module.net[0].weight.detach().clone()
+
+
+def _failing_hook(rank, path):
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == 2:
+                self.held = pl_module.net[0].weight.detach().clone()
+                trainer.save_checkpoint(path)
+
+    module, saves, heard = Fails(), Saves(), OnException()
+    data = DataLoader(Samples(16, rank), 4)
+    with pytest.raises(RuntimeError, match="the hook of rank 1 fails"):
+        trainer(local_update(FixedPeriod(4)), 2, callbacks=[saves, heard]).fit(module, data)
+    assert not torch.equal(module.seen, saves.held), "no average was in place"
+    assert torch.equal(heard.held, saves.held)
+    assert torch.equal(module.net[0].weight, saves.held)
+    if rank == 1:
+        raise RuntimeError("all was as it should be")  # and the process ends, as it does after a failure
+
+
+def _moving_averages(rank, folder):
+    _moving_average(rank, f"{folder}/plain.ckpt", {})
+    _moving_average(rank, f"{folder}/in-flight.ckpt", {"averaging": Averaging(1e-4, overlap_steps=2)})
+
+
+def test_moving_averages_of_weights_are_saved_averaged_and_resumed_exactly(tmp_path):
+    launch(_moving_averages, str(tmp_path), world_size=2)
+
+
+def test_a_failing_hook_leaves_each_rank_its_own_weights(tmp_path):
+    (_, zero), (_, one) = outcomes(_failing_hook, str(tmp_path / "never.ckpt"), world_size=2)
+    assert zero is None, zero
+    assert one is not None
+    assert "all was as it should be" in one, one
+    assert not (tmp_path / "never.ckpt").exists()
