@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -19,6 +20,7 @@ from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticP
 from lightning_comm.lightning_internals import logged_metrics, validates_by_the_clock
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.transport.averaging import Averaging
+from lightning_comm.transport.flat import distinct
 from lightning_comm.transport.optimizer_state import has_modes
 
 _WHERE = "LocalUpdateStrategy"
@@ -107,6 +109,12 @@ def check_replica(module: LightningModule, where: str) -> None:
             raise MisconfigurationException(
                 f"{where}: parameter {name!r} is sharded (a DTensor), and this needs the whole model on each rank. "
                 "Leave out `fully_shard` and other sharding, or use FSDPStrategy, which synchronises at every step."
+            )
+        if parameter.requires_grad and not is_lazy(parameter) and distinct(parameter).numel() < parameter.numel():
+            raise MisconfigurationException(
+                f"{where}: parameter {name!r} of shape {tuple(parameter.shape)} is an expanded view, in which several "
+                "entries are one place in memory, and no optimizer can change it in place. Keep the small tensor as "
+                "the parameter and expand it in `forward`, or make it whole with `.clone()`."
             )
 
 

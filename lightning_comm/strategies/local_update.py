@@ -96,7 +96,8 @@ class LocalUpdateStrategy(RanksApartStrategy):
         before the average for a checkpoint, or at an end of unknown length, there is one more row.
 
         *Memory.* Three buckets of scratch, which are kept. A second copy of the averaged tensors exists only while
-        averaged weights are evaluated or saved in the middle of a round.
+        averaged weights are evaluated or saved in the middle of a round; where a ``CheckpointIO`` that is not
+        Lightning's own writes the file, rank 0 has a third copy of those that are saved, until it is written.
 
         *Where to look.* ``strategy.ledger`` has every message, ``strategy.history`` every synchronisation.
 

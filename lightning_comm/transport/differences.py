@@ -369,7 +369,7 @@ def _scaled(row: Tensor, scale: float) -> Tensor:
 def _drift(references: list[Tensor], own_sample: Tensor, mean: Tensor) -> Drift:
     """Return how far a rank was from the references of now, which have moved by the mean."""
     distance_sq = drift_of(mean.numel(), own_sample, sample(mean)).distance_sq
-    return Drift(distance_sq, sum(squared_norm(reference) for reference in references))
+    return Drift(distance_sq, squared_norm(references))
 
 
 class _Row(NamedTuple):

@@ -94,10 +94,12 @@ def sample(bucket: Tensor) -> Tensor:
 def drift_of(bucket_entries: int, own: Tensor, mean: Tensor) -> Drift:
     """Estimate how far this rank's part of a bucket was from the mean, from samples of both."""
     share = bucket_entries / own.numel()
-    return Drift(share * squared_norm(own.sub_(mean)), share * squared_norm(mean))
+    return Drift(share * squared_norm([own.sub_(mean)]), share * squared_norm([mean]))
 
 
-def squared_norm(row: Tensor) -> float:
-    """Return the sum of the squares; infinite, and no error, where that is too large for a float."""
-    norm = float(torch.linalg.vector_norm(row, dtype=torch.float64))
-    return norm * norm
+def squared_norm(rows: list[Tensor]) -> float:
+    """Return the sum of the squares of all entries; infinite, and no error, where that is too large for a float."""
+    norms = torch.stack(torch._foreach_norm(rows)).double()
+    if not norms.isfinite().all():  # a square was too large for the type; this takes ten times as long
+        norms = torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in rows])
+    return float(norms.square().sum())

@@ -78,6 +78,12 @@ class Sharded(Regression):
         fully_shard(self.net, mesh=init_device_mesh("cpu", (1,)))
 
 
+class Expanded(Regression):
+    def __init__(self):
+        super().__init__()
+        self.net[0].bias = nn.Parameter(torch.zeros(1, dtype=torch.float64).expand(7))
+
+
 class Zero(Regression):
     def configure_optimizers(self):
         from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -94,6 +100,7 @@ class Zero(Regression):
             ["sync_batchnorm=True", "Leave it out"],
         ),
         (lambda: (Sharded(), local_update(FixedPeriod(4)), {}), ["net.0.weight", "sharded", "FSDPStrategy"]),
+        (lambda: (Expanded(), local_update(FixedPeriod(4)), {}), ["net.0.bias", "(7,)", "expanded", ".clone()"]),
         (lambda: (Zero(), local_update(FixedPeriod(4)), {}), ["ZeroRedundancyOptimizer", "communicates", "plain"]),
         (
             lambda: (Regression(), local_update(FixedPeriod(4)), {"callbacks": [StochasticWeightAveraging(0.1)]}),

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from support.processes import start_ranks
 from torch import Tensor, nn
 
 from lightning_comm.core.ledger import CommLedger
@@ -45,6 +46,31 @@ def averaged(entries: Tensor, weight: float | None, bucket_bytes: int = 24) -> t
     return tensor, [record.payload_bytes for record in ledger.records]
 
 
+def _everything(rank, world_size):
+    """All that ranks do together in this module, in one start of them."""
+    answers = {"equal": _equal(rank, world_size), "finite": _finite(rank, world_size)}
+    answers |= {f"constants, weighted: {each}": _constants(rank, world_size, each) for each in (False, True)}
+    if world_size == 2:
+        answers |= {"not finite": _not_finite(rank), "bytes": _bytes(rank)}
+        answers |= {f"differences, weighted: {each}": _differences(rank, each) for each in (False, True)}
+    if world_size == 3:
+        answers["without weight"] = _without_weight(rank)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def answers_of():
+    """The answers of all ranks to one question, from runs of 2, 3 or 5 of them that are made once."""
+    known = {}
+
+    def answers(question, world_size):
+        if world_size not in known:
+            known[world_size] = start_ranks(_everything, world_size, world_size=world_size)
+        return [answers[question] for answers in known[world_size]]
+
+    return answers
+
+
 # ---- equal numbers ---------------------------------------------------------------------------------------------------
 
 
@@ -59,9 +85,9 @@ def _equal(rank, world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_the_mean_of_equal_numbers_is_that_number_to_the_bit(run_ranks, world_size):
+def test_the_mean_of_equal_numbers_is_that_number_to_the_bit(answers_of, world_size):
     expected = {str(dtype): extremes(dtype) for dtype in TYPES}
-    for answers in run_ranks(_equal, world_size, world_size=world_size):
+    for answers in answers_of("equal", world_size):
         for dtype, weight, got in answers:
             nan = expected[dtype].isnan().tolist()
             for mine, wanted, is_nan in zip(got, bits(expected[dtype]), nan, strict=True):
@@ -121,8 +147,8 @@ def _finite(rank, world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_the_mean_of_finite_numbers_is_finite_and_right(run_ranks, world_size):
-    answers = run_ranks(_finite, world_size, world_size=world_size)
+def test_the_mean_of_finite_numbers_is_finite_and_right(answers_of, world_size):
+    answers = answers_of("finite", world_size)
     for found in answers:
         for (dtype, weighted, got), (*_, first) in zip(found, answers[0], strict=True):
             assert got == first, "ranks differ"
@@ -144,8 +170,8 @@ def _without_weight(rank):
     return shares, averaged(entries, [0.75, 0.0, 0.25][rank])[0].tolist()
 
 
-def test_a_rank_of_weight_0_contributes_nothing_whatever_it_holds(run_ranks):
-    for shares, plain in run_ranks(_without_weight, world_size=3):
+def test_a_rank_of_weight_0_contributes_nothing_whatever_it_holds(answers_of):
+    for shares, plain in answers_of("without weight", 3):
         assert shares == pytest.approx([1.5 * 1.5, -2.0 * 1.5, 7.0 * 1.5], rel=1e-6)
         assert plain == pytest.approx(shares, rel=1e-6)
 
@@ -156,9 +182,9 @@ def _not_finite(rank):
     return [averaged(torch.tensor([row[rank]] * 3), None)[0].tolist() for row in rows]
 
 
-def test_what_is_not_finite_on_a_rank_stays_so(run_ranks):
+def test_what_is_not_finite_on_a_rank_stays_so(answers_of):
     largest = torch.finfo(torch.float32).max
-    for one, two, three, four, five in run_ranks(_not_finite, world_size=2):
+    for one, two, three, four, five in answers_of("not finite", 2):
         assert one == [math.inf] * 3
         assert all(math.isnan(entry) for entry in [*two, *five])
         assert three == [-math.inf] * 3
@@ -174,8 +200,8 @@ def _bytes(rank):
     return [averaged(entries, None, bucket_bytes=20)[1] for entries in (plain, mask, large, mixed)]
 
 
-def test_one_number_more_for_a_bucket_with_infinite_sums_and_entries_again_where_a_sum_was_too_large(run_ranks):
-    for plain, mask, large, mixed in run_ranks(_bytes, world_size=2):
+def test_one_number_more_for_a_bucket_with_infinite_sums_and_entries_again_where_a_sum_was_too_large(answers_of):
+    for plain, mask, large, mixed in answers_of("bytes", 2):
         assert plain == [20, 20]
         assert sorted(mask) == [4, 20, 20]
         assert sorted(large) == [4, 3 * 4, 20, 20]
@@ -217,11 +243,11 @@ def _constants(rank, world_size, weighted):
     return same, module.flags.tolist(), module.mean.tolist(), shadow.mean.tolist()
 
 
-@pytest.mark.parametrize(("world_size", "weighted"), [(2, True), (3, False), (5, False), (5, True)])
-def test_constants_in_buffers_stay_what_they_are_for_any_number_of_rounds(run_ranks, world_size, weighted):
+@pytest.mark.parametrize(("world_size", "weighted"), list(itertools.product([2, 3, 5], [False, True])))
+def test_constants_in_buffers_stay_what_they_are_for_any_number_of_rounds(answers_of, world_size, weighted):
     counts = COUNTS[world_size] if weighted else [1] * world_size
     mean = sum(rank * count for rank, count in enumerate(counts)) / sum(counts)
-    for same, flags, mine, of_shadow in run_ranks(_constants, world_size, weighted, world_size=world_size):
+    for same, flags, mine, of_shadow in answers_of(f"constants, weighted: {weighted}", world_size):
         assert all(same), same
         assert flags == [True, True], "from rank 0"
         assert mine == of_shadow == pytest.approx([mean] * 2, rel=1e-6)
@@ -249,8 +275,8 @@ def _differences(rank, weighted):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_differences_beyond_the_limits_leave_finite_weights_and_equal_references(run_ranks, weighted):
-    answers = run_ranks(_differences, weighted, world_size=2)
+def test_differences_beyond_the_limits_leave_finite_weights_and_equal_references(answers_of, weighted):
+    answers = answers_of(f"differences, weighted: {weighted}", 2)
     for found in answers:
         for kind, (weights, references) in found.items():
             assert references == answers[0][kind][1], f"{kind}: references differ"

@@ -77,7 +77,8 @@ def _state_dict(rank):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     model.register_buffer("steps", torch.tensor(rank + 5))
-    replica = Replica(model, Recorder(CommLedger()), Averaging(), "average")
+    ledger = CommLedger()
+    replica = Replica(model, Recorder(ledger), Averaging(), "average")
     replica.begin_round()
     own = model[0].weight.detach().clone()
     replica.enter_average("checkpoint", broadcast=False)
@@ -85,14 +86,16 @@ def _state_dict(rank):
     purpose = replica.average_is_for
     replica.leave_average()
     restored = torch.equal(own, model[0].weight) and replica.average_is_for is None
-    return own.numpy(), averaged["0.weight"].numpy(), int(averaged["steps"]), purpose, restored
+    sent = ledger.payload_bytes(), ledger.payload_bytes("checkpoint")
+    return own.numpy(), averaged["0.weight"].numpy(), int(averaged["steps"]), purpose, restored, sent
 
 
 def test_a_state_dict_is_made_of_averages_and_counts_of_the_rank_itself(run_ranks):
     answers = run_ranks(_state_dict, world_size=2)
-    for rank, (_, averaged, steps, purpose, restored) in enumerate(answers):
+    for rank, (_, averaged, steps, purpose, restored, sent) in enumerate(answers):
         assert (averaged == (answers[0][0] + answers[1][0]) / 2).all()
         assert (steps, purpose, restored) == (rank + 5, "checkpoint", True)
+        assert sent == (4 * (9 + 3 + 3),) * 2  # tied weights once, and no message for the count
 
 
 def _layout(rank):
