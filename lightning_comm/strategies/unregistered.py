@@ -96,7 +96,8 @@ class UnregisteredState:
                         yield f"{label} of {type(part).__name__}", tensor, place
         for callback in getattr(self._trainer, "callbacks", []):
             for name, value in {} if _is_foreign(callback) else vars(callback).items():
-                for tensor, place in _within(value, "attribute", _DEPTH, seen):
+                # single numbers of callbacks are scores
+                for tensor, place in ((t, p) for t, p in _within(value, "attribute", _DEPTH, seen) if t.ndim):
                     yield f"`{name}` of the callback {type(callback).__name__}", tensor, place
 
     def _warn(self, name: str) -> None:

@@ -15,11 +15,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:CyclicStrategy. one process only
 
 
 class At(Callback):
-    """Calls a function of the module at one of Lightning's moments, from a step on or in one."""
+    """Calls a function of the module at one of Lightning's moments, after a number of steps or always."""
 
-    def __init__(self, moment, change, *, step=None, least=0):
+    def __init__(self, moment, change, *, step=None):
         def call(runner, module, *args):
-            if not runner.sanity_checking and (runner.global_step == step or (step is None and runner.global_step >= least)):
+            if not runner.sanity_checking and (
+                runner.global_step == step or (step is None and runner.global_step >= least)
+            ):
                 with torch.no_grad():
                     change(module)
 
@@ -69,7 +71,9 @@ def partly_frozen():
 
 
 def two_groups():
-    return Regression(deep(6), lambda p: torch.optim.SGD([{"params": (all_of := list(p))[:4]}, {"params": all_of[4:]}], 0.1))
+    return Regression(
+        deep(6), lambda p: torch.optim.SGD([{"params": (all_of := list(p))[:4]}, {"params": all_of[4:]}], 0.1)
+    )
 
 
 def move_to_another_group(module):
@@ -94,6 +98,14 @@ class Decays(torch.optim.SGD):
     def __init__(self, parameters):
         self.decay = 0.5
         super().__init__(parameters, 0.05)
+
+
+def replace_state(module):
+    raw(module).state = defaultdict(dict)
+
+
+def with_decay():
+    return Regression(deep(6), Decays)
 
 
 def set_decay(module):
@@ -123,8 +135,16 @@ CHANGES = {
     "another group": (two_groups, At("on_train_batch_start", move_to_another_group, step=2), ["or in other groups"]),
     "state loaded": (None, At("on_train_batch_end", load_state, step=2), ["`state`", "SGD", "another `fit`"]),
     "state cleared": (None, At("on_train_batch_end", lambda m: raw(m).state.clear(), step=2), ["`state`", "SGD"]),
-    "state replaced": (None, At("on_train_batch_end", lambda m: setattr(raw(m), "state", defaultdict(dict))), ["`state`"]),
-    "number set": (lambda: Regression(deep(6), Decays), At("on_train_batch_end", set_decay, step=3), ["`decay`", "Decays"]),
+    "state replaced": (
+        None,
+        At("on_train_batch_end", lambda m: setattr(raw(m), "state", defaultdict(dict))),
+        ["`state`"],
+    ),
+    "number set": (
+        lambda: Regression(deep(6), Decays),
+        At("on_train_batch_end", set_decay, step=3),
+        ["`decay`", "Decays"],
+    ),
     "two evaluations": (lambda: Regression(deep(6), lambda p: Twice(p, 0.1)), None, ["Twice", "more than once"]),
 }
 
