@@ -19,9 +19,7 @@ class At(Callback):
 
     def __init__(self, moment, change, *, step=None):
         def call(runner, module, *args):
-            if not runner.sanity_checking and (
-                runner.global_step == step or (step is None and runner.global_step >= least)
-            ):
+            if runner.global_step == step or (step is None and not runner.sanity_checking):
                 with torch.no_grad():
                     change(module)
 
@@ -71,9 +69,11 @@ def partly_frozen():
 
 
 def two_groups():
-    return Regression(
-        deep(6), lambda p: torch.optim.SGD([{"params": (all_of := list(p))[:4]}, {"params": all_of[4:]}], 0.1)
-    )
+    def make(parameters):
+        first, *others = parameters
+        return torch.optim.SGD([{"params": [first, *others[:3]]}, {"params": others[3:]}], 0.1)
+
+    return Regression(deep(6), make)
 
 
 def move_to_another_group(module):
@@ -135,16 +135,8 @@ CHANGES = {
     "another group": (two_groups, At("on_train_batch_start", move_to_another_group, step=2), ["or in other groups"]),
     "state loaded": (None, At("on_train_batch_end", load_state, step=2), ["`state`", "SGD", "another `fit`"]),
     "state cleared": (None, At("on_train_batch_end", lambda m: raw(m).state.clear(), step=2), ["`state`", "SGD"]),
-    "state replaced": (
-        None,
-        At("on_train_batch_end", lambda m: setattr(raw(m), "state", defaultdict(dict))),
-        ["`state`"],
-    ),
-    "number set": (
-        lambda: Regression(deep(6), Decays),
-        At("on_train_batch_end", set_decay, step=3),
-        ["`decay`", "Decays"],
-    ),
+    "state replaced": (None, At("on_train_batch_end", replace_state), ["`state`"]),
+    "number set": (with_decay, At("on_train_batch_end", set_decay, step=3), ["`decay`", "Decays"]),
     "two evaluations": (lambda: Regression(deep(6), lambda p: Twice(p, 0.1)), None, ["Twice", "more than once"]),
 }
 
