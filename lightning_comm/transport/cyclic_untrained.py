@@ -26,7 +26,7 @@ class UntrainedParameters:
     def __init__(self, module: nn.Module, trained: Iterable[Tensor]) -> None:
         self._module = module
         self._trained = {id(parameter) for parameter in trained}
-        self._noted = {name: content([parameter])[0] for name, parameter in self._parameters().items()}
+        self._noted = {name: content(parameter) for name, parameter in self._parameters().items()}
 
     @torch.no_grad()
     def bring_together(self, recorder: Recorder) -> None:
@@ -43,11 +43,11 @@ class UntrainedParameters:
         for number, name in enumerate(anywhere):
             apart.register_buffer(str(number), parameters[name])
         average_buffers(apart, recorder)
-        self._noted |= {name: content([parameters[name]])[0] for name in anywhere}
+        self._noted |= {name: content(parameters[name]) for name in anywhere}
 
     def _parameters(self) -> dict[str, Tensor]:
         named = self._module.named_parameters()
         return {name: parameter.detach() for name, parameter in named if id(parameter) not in self._trained}
 
     def _is_as_noted(self, name: str, parameter: Tensor) -> bool:
-        return name in self._noted and torch.equal(self._noted[name], content([parameter])[0])
+        return name in self._noted and torch.equal(self._noted[name], content(parameter))
