@@ -140,6 +140,9 @@ def test_the_ring_divides_before_it_adds():
         assert all(((each > -4) & (each < -2)).all() for each in moved)
 
 
+KINDS = [torch.bool, torch.int8, torch.int16, torch.int32, torch.float16, torch.float32, torch.complex64]
+
+
 class Teacher(Regression):
     """A teacher that follows the student by hand, frozen numbers and a count that differ between ranks."""
 
@@ -150,6 +153,9 @@ class Teacher(Regression):
         self.counts = nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
         self.by_hand = nn.Parameter(torch.zeros(2))  # requires a gradient, and no optimizer has it
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        for dtype in KINDS:
+            self.register_buffer(f"buffer_{KINDS.index(dtype)}", torch.zeros(3).to(dtype))
+            self.register_parameter(f"kept_{KINDS.index(dtype)}", nn.Parameter(torch.zeros(3).to(dtype), False))
 
     def loss(self, batch):
         x, y = batch
@@ -168,6 +174,9 @@ class Teacher(Regression):
             self.counts += self.global_rank + 1
             self.by_hand += self.global_rank
             self.seen += self.global_rank + 1
+            for number, dtype in enumerate(KINDS):
+                for tensor in (getattr(self, f"buffer_{number}"), getattr(self, f"kept_{number}")):
+                    tensor.copy_(torch.full((3,), self.global_rank + self.global_step).to(dtype))
 
 
 class Save(Callback):
@@ -206,3 +215,6 @@ def test_what_the_module_changes_itself_is_equal_after_each_flush_and_resumes_ex
         at_3 = dict(zip(names, first[rule, True][0], strict=True))
         assert at_3["counts"].tolist() == [3, 3, 3], "whole numbers are those of rank 0"
         assert at_3["by_hand"].tolist() == [1.5, 1.5], "others are averaged"
+        for number, dtype in enumerate(KINDS):
+            expected = torch.full((3,), 2 + 0.5 * (dtype.is_floating_point or dtype.is_complex)).to(dtype).tolist()
+            assert at_3[f"buffer_{number}"].tolist() == at_3[f"kept_{number}"].tolist() == expected
