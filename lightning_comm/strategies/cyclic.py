@@ -87,11 +87,14 @@ class CyclicStrategy(RanksApartStrategy):
         Each message has 64 bytes of notes, by which ranks agree on stops and hear of losses that are not finite.
 
         *Flush.* Before validation, checkpoints and the end of training all ranks take up the newest version of
-        everything, and average buffers (BatchNorm). The step after a flush computes with it everywhere, so where
-        flushes fall is a part of the run.
+        everything, and average buffers (BatchNorm) and what has changed of parameters that no stage has (a teacher).
+        The step after a flush computes with it everywhere, so where flushes fall is a part of the run.
 
         *Gradients.* Are handed over during backward, so ``on_after_backward`` and ``on_before_optimizer_step`` find
-        none, and weights seen between steps are those that this rank computed with.
+        none.
+
+        *Weights between steps* are those that this rank computed with. If something else than the optimizer changes
+        them, or changes the optimizer's state, the run ends with an error that names it.
 
         *Memory.* Optimizer state of the owned stages only, 1/N; a copy of these stages; and up to two versions of
         other stages that wait to be taken up. Gradients live until their stage is sent.

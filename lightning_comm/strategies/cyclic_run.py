@@ -108,7 +108,7 @@ class CyclicRun:
         self._versions: list[int] = []  # which the module holds, by stage
         self._contents = Contents([])  # of these versions
         self._guard: OptimizerGuard | None = None
-        self._untrained = UntrainedParameters([])
+        self._untrained: UntrainedParameters | None = None
         self._began_at = 0
         self._saved_norm: float | None = None
         self._open = self._stepping = self._counted = False
@@ -125,8 +125,7 @@ class CyclicRun:
         self.steps_done = self.flushed_at = self._began_at = steps_done
         self._saved_norm = previous_norm
         self.recorder.step = steps_done
-        trained = {id(each) for each in _trained(self._user_optimizer)}
-        self._untrained = UntrainedParameters(each for each in self.module.parameters() if id(each) not in trained)
+        self._untrained = UntrainedParameters(self.module, _trained(self._user_optimizer))
         if stages:
             self._build(stages)
         else:
@@ -374,7 +373,8 @@ class CyclicRun:
             self._check_finite(version, notes[version])  # every rank's own error, not that of the first to find it
         with self.agreement.first_error_shown():
             average_buffers(self.module, self.recorder)
-            self._untrained.bring_together(self.recorder)
+            if self._untrained is not None:
+                self._untrained.bring_together(self.recorder)
         self.flushed_at = self.steps_done
 
     def finish(self) -> None:

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_comm.transport.optimizer_numbers import Numbers, changed, numbers_of
+from lightning_comm.transport.optimizer_numbers import Numbers, changed
 
 
 class GroupNumbers:
@@ -50,5 +50,9 @@ class GroupNumbers:
 
 
 def _fractions(optimizer: Optimizer) -> Numbers:
-    numbers = {name: value for name, value in numbers_of(optimizer).items() if name.startswith("param_groups")}
-    return {name: value for name, value in numbers.items() if isinstance(value, (float, Tensor))}
+    return {
+        f"param_groups[{index}]['{key}']": value.detach().clone() if isinstance(value, Tensor) else value
+        for index, group in enumerate(optimizer.param_groups)
+        for key, value in group.items()
+        if isinstance(value, (float, Tensor))
+    }

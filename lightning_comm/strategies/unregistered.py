@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_comm.transport.content import content
+
 _DEPTH = 4  # containers and objects within each other
 _ITEMS = 512  # of a container that are looked at
 _FIRST_LOOKS = 3  # copies may be made in the first steps
@@ -96,7 +98,8 @@ class UnregisteredState:
                         yield f"{label} of {type(part).__name__}", tensor, place
         for callback in getattr(self._trainer, "callbacks", []):
             for name, value in {} if _is_foreign(callback) else vars(callback).items():
-                for tensor, place in _within(value, "attribute", _DEPTH, seen):
+                # single numbers of callbacks are scores
+                for tensor, place in ((t, p) for t, p in _within(value, "attribute", _DEPTH, seen) if t.ndim):
                     yield f"`{name}` of the callback {type(callback).__name__}", tensor, place
 
     def _warn(self, name: str) -> None:
@@ -148,13 +151,13 @@ def _memory(tensor: Tensor) -> int:
 
 def _few_entries(tensor: Tensor) -> Tensor:
     flat = tensor.detach().flatten()
-    return flat[:: max(1, flat.numel() // 16)].clone()
+    return content(flat[:: max(1, flat.numel() // 16)])
 
 
 def _differ(before: list[Tensor], now: list[Tensor]) -> bool:
-    if [(each.shape, each.dtype) for each in before] != [(each.shape, each.dtype) for each in now]:
+    if [each.shape for each in before] != [each.shape for each in now]:
         return False  # another thing under the same name, such as what a step has left
-    return not all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(before, now, strict=True))
+    return not all(torch.equal(*pair) for pair in zip(before, now, strict=True))
 
 
 _OF_MODULES = frozenset(vars(LightningModule()))

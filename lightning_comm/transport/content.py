@@ -3,7 +3,7 @@
 A counter of changes would be cheaper, and misses what is done through ``.data``.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,29 +12,43 @@ _COLUMNS = 251  # odd, so that rows that change places are noticed
 _WORD_BYTES = 8
 
 
-def content(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return whole numbers for the bits of each tensor: the bits themselves if they are few, else sums over columns.
+class _Words:
+    """The memory of a tensor, as words: sums over columns stand for most of it, and the rest for itself."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._key = _place(tensor)
+        row = _bytes(tensor)
+        self._is_view = row.numel() == 0 or row.data_ptr() == tensor.data_ptr()
+        whole = row.numel() // _WORD_BYTES * _WORD_BYTES
+        words = row[:whole].view(torch.int64)
+        columns = words.numel() // _COLUMNS * _COLUMNS
+        self._columns = words[:columns].view(-1, _COLUMNS) if columns else None
+        self._rest = [words[columns:]] if columns < words.numel() else []
+        self._tail = row[whole:] if whole < row.numel() else None
+
+    def are_of(self, tensor: Tensor) -> bool:
+        """Whether they still are the memory of the tensor, and no copy of it."""
+        return self._is_view and self._key == _place(tensor)
+
+    def parts(self) -> list[Tensor]:
+        """Return whole numbers for what the memory holds now; some are views of it."""
+        sums = [] if self._columns is None else [self._columns.sum(0)]
+        tail = [] if self._tail is None else [self._tail.to(torch.int64)]
+        return [*sums, *self._rest, *tail]
+
+
+def content(tensor: Tensor) -> Tensor:
+    """Return whole numbers for the bits of a tensor: the bits themselves if they are few, else sums over columns.
 
     Note:
-        *Cost.* Each tensor is read once; on CUDA the host does not wait.
+        *Cost.* The tensor is read once; on CUDA the host does not wait.
 
     """
-    return [_sums(_bytes(tensor)) for tensor in tensors]
+    return torch.cat([*_Words(tensor).parts(), torch.empty(0, dtype=torch.int64, device=tensor.device)])
 
 
-def _sums(row: Tensor) -> Tensor:
-    whole = row.numel() // _WORD_BYTES * _WORD_BYTES
-    words = row[:whole].view(torch.int64)
-    columns = words.numel() // _COLUMNS * _COLUMNS
-    parts = [words[columns:]] if columns < words.numel() else []
-    if columns:
-        parts.append(words[:columns].view(-1, _COLUMNS).sum(0))
-    if whole < row.numel():
-        parts.append(row[whole:].to(torch.int64))
-    if len(parts) == 1:
-        # not a view of the tensor's memory
-        return parts[0] if columns else parts[0].clone()
-    return torch.cat(parts) if parts else row.new_empty(0, dtype=torch.int64)
+def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.stride()
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -65,30 +79,43 @@ class Contents:
     def __init__(self, groups: Sequence[Mapping[str, Tensor]]) -> None:
         self._names = [list(group) for group in groups]
         self._tensors = [list(group.values()) for group in groups]
+        self._strides: list[list[tuple[int, ...]]] = [[] for _ in groups]  # of the same memory, read in another way
+        self._words: list[list[_Words]] = [[] for _ in groups]
         self._noted: list[Tensor | None] = [None] * len(groups)
         self._found: dict[str, None] = {}  # names, each once
         self._under_way: list[tuple[int, Tensor, torch.cuda.Event]] = []
 
     def note(self, group: int) -> None:
         """Note what a group contains now."""
-        self._noted[group] = torch.cat(content(self._tensors[group])) if self._tensors[group] else None
+        parts = [part for each in self._parts(group) for part in each]
+        self._noted[group] = torch.cat(parts) if parts else None
+        self._strides[group] = [tensor.stride() for tensor in self._tensors[group]]
 
     def compare(self, group: int) -> None:
         """Compare a group with what was noted of it."""
         noted = self._noted[group]
         if noted is None:
             return
-        parts = content(self._tensors[group])
-        now, sizes = torch.cat(parts), [part.numel() for part in parts]
+        strides = zip(self._tensors[group], self._strides[group], strict=True)
+        self._add(group, [tensor.stride() != stride for tensor, stride in strides])
+        by_tensor = self._parts(group)
+        now = torch.cat([part for parts in by_tensor for part in parts])
+        sizes = [sum(part.numel() for part in parts) for parts in by_tensor]
         if noted.device.type == "cpu":
             if not torch.equal(noted, now):
-                same = [torch.equal(*pair) for pair in zip(torch.split(noted, sizes), parts, strict=True)]
-                self._add(group, [not each for each in same])
+                pairs = zip(noted.split(sizes), now.split(sizes), strict=True)  # type: ignore[no-untyped-call]
+                self._add(group, [not torch.equal(before, after) for before, after in pairs])
             return
         differ = torch.stack([each.any() for each in torch.split(noted != now, sizes)])
         answer = torch.empty(differ.shape, dtype=torch.bool, pin_memory=True)
         answer.copy_(differ, non_blocking=True)
         self._under_way.append((group, answer, torch.cuda.current_stream(differ.device).record_event()))
+
+    def _parts(self, group: int) -> list[list[Tensor]]:
+        tensors, words = self._tensors[group], self._words[group]
+        if not words or not all(each.are_of(tensor) for each, tensor in zip(words, tensors, strict=True)):
+            words = self._words[group] = [_Words(tensor) for tensor in tensors]
+        return [each.parts() for each in words]
 
     def changed(self, *, wait: bool = False) -> list[str]:
         """Return the names of the tensors that were found changed.

@@ -11,10 +11,11 @@ from lightning_comm.transport.recording import Recorder
 
 
 class UntrainedParameters:
-    """Brings parameters together that have changed on some rank since ranks were equal.
+    """Brings parameters together that have changed on some rank since ranks were equal, as they are now.
 
     Args:
-        parameters: The same ones on all ranks, equal now.
+        module: The model.
+        trained: Its parameters that stages have.
 
     Note:
         *Communication.* A byte for each parameter, by an all-gather, so that all ranks know what has changed on any;
@@ -22,25 +23,31 @@ class UntrainedParameters:
 
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._parameters = [parameter.detach() for parameter in parameters]
-        self._noted = content(self._parameters)
+    def __init__(self, module: nn.Module, trained: Iterable[Tensor]) -> None:
+        self._module = module
+        self._trained = {id(parameter) for parameter in trained}
+        self._noted = {name: content(parameter) for name, parameter in self._parameters().items()}
 
     @torch.no_grad()
     def bring_together(self, recorder: Recorder) -> None:
         """Average those that have changed on any rank; floating-point ones, and others are those of rank 0."""
-        if not self._parameters:
+        parameters = self._parameters()  # looked up anew: a module may have put another one in their place
+        if not parameters:
             return
-        now = content(self._parameters)
-        moved = [not torch.equal(*pair) for pair in zip(self._noted, now, strict=True)]
-        device = self._parameters[0].device
+        moved = [not self._is_as_noted(name, parameter) for name, parameter in parameters.items()]
+        device = next(iter(parameters.values())).device
         rows, pending = recorder.all_gather(torch.tensor(moved, dtype=torch.uint8, device=device), "control")
         pending.wait()
-        anywhere = rows.amax(0).tolist()
+        anywhere = [name for name, each in zip(parameters, rows.amax(0).tolist(), strict=True) if each]
         apart = nn.Module()
-        for number, parameter in enumerate(self._parameters):
-            if anywhere[number]:
-                apart.register_buffer(str(number), parameter)
+        for number, name in enumerate(anywhere):
+            apart.register_buffer(str(number), parameters[name])
         average_buffers(apart, recorder)
-        for number in (number for number, each in enumerate(anywhere) if each):
-            (self._noted[number],) = content([self._parameters[number]])
+        self._noted |= {name: content(parameters[name]) for name in anywhere}
+
+    def _parameters(self) -> dict[str, Tensor]:
+        named = self._module.named_parameters()
+        return {name: parameter.detach() for name, parameter in named if id(parameter) not in self._trained}
+
+    def _is_as_noted(self, name: str, parameter: Tensor) -> bool:
+        return name in self._noted and torch.equal(self._noted[name], content(parameter))

@@ -1,5 +1,6 @@
 """What all forms of Cyclic Data Parallelism on one device share: stages of names, and the update of one stage."""
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -82,6 +83,12 @@ def why_not_by_stage(optimizer: torch.optim.Optimizer) -> str | None:
         return (
             f"{names[0]} needs the whole gradient more than once in a step, so it cannot update stages one by one. Use "
             "one that treats each parameter by itself, such as SGD or AdamW."
+        )
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        return (
+            f"{names[0]} cannot take a step without a closure, and a stage is updated when its gradient is there. Use "
+            "one that needs no closure, such as SGD or AdamW."
         )
     if any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values()):
         return (

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_comm.transport.content import content
+
 _OF_TORCH = frozenset(vars(Optimizer([Parameter(torch.zeros(1))], {}))) | {"_opt_called", "_step_count"}
 
 Numbers = dict[str, Any]
@@ -54,7 +56,7 @@ def _copy(value: Any, parameters: set[int]) -> Any:
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
+        return one.shape == other.shape and torch.equal(content(one), content(other))
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
     if isinstance(one, list) and isinstance(other, list):

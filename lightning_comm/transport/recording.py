@@ -122,10 +122,12 @@ class Recorder:
     def all_gather(self, row: Tensor, purpose: str) -> tuple[Tensor, Pending]:
         """Start collecting ``row`` of every rank; the result has shape ``(world_size, *row.shape)``."""
         rows = torch.empty((self.world_size, *row.shape), dtype=row.dtype, device=row.device)
-        flat, group = rows.view(-1), self._group
+        # as bytes, since backends do not know every type (gloo: int16, complex)
+        flat, group = rows.view(-1).view(torch.uint8), self._group
 
         def start() -> dist.Work | None:
-            return dist.all_gather_into_tensor(flat, row.contiguous().view(-1), group, async_op=True)
+            own = row.contiguous().view(-1).view(torch.uint8)
+            return dist.all_gather_into_tensor(flat, own, group, async_op=True)
 
         return rows, self._issue("all_gather", purpose, row, start)
 

@@ -99,6 +99,47 @@ class Around(torch.optim.Optimizer):
         return self.inner.step(closure)
 
 
+class Estimates(torch.optim.SGD):
+    """Keeps an estimate for all parameters in its groups, as Prodigy does."""
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        gradients = [each.grad for each in self.param_groups[0]["params"] if each.grad is not None]
+        if gradients:
+            self.param_groups[0]["d"] = max(0.1, *(float(each.abs().max()) for each in gradients))
+        super().step()
+        return loss
+
+
+class ByTheWholeNorm(torch.optim.SGD):
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 0.1)
+        super().step()
+        return loss
+
+
+class Talks(torch.optim.SGD):
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        torch.distributed.barrier()
+        super().step()
+        return loss
+
+
+class Switched(torch.optim.SGD):
+    def train(self):
+        pass
+
+    def eval(self):
+        pass
+
+
+class NeedsAClosure(torch.optim.SGD):
+    def step(self, closure):
+        return super().step(closure)
+
+
 class Clips(Regression):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         self.clip_gradients(optimizer, 0.1, "norm")
@@ -135,6 +176,11 @@ def scaler():
         (lambda: plain(lambda p: SAM(p, 0.1)), ["SAM", "whole gradient", "AdamW"]),
         (lambda: (Zero(deep(6)), {}, {}), ["ZeroRedundancyOptimizer", "communicates", "plain optimizer"]),
         (lambda: plain(lambda p: Around(momentum(p))), ["Around", "wrapped around another", "by itself"]),
+        (lambda: plain(lambda p: Estimates(p, 0.1)), ["Estimates", "param_groups[0]['d']", "SGD or AdamW"]),
+        (lambda: plain(lambda p: ByTheWholeNorm(p, 0.1)), ["ByTheWholeNorm", "gradients of others", "SGD or AdamW"]),
+        (lambda: plain(lambda p: Talks(p, 0.1)), ["Talks", "communicates in its `step` (barrier)", "DDPStrategy"]),
+        (lambda: plain(lambda p: Switched(p, 0.1)), ["Switched", "`train` and `eval`", "AdamW"]),
+        (lambda: plain(lambda p: NeedsAClosure(p, 0.1)), ["NeedsAClosure", "without a closure", "SGD or AdamW"]),
         (lambda: (Clips(deep(6)), {}, {}), ["Clips.configure_gradient_clipping", "clip_norm", "'previous_norm'"]),
         (lambda: plain(lambda p: momentum(nn.Linear(2, 2).parameters())), ["2 parameter(s)", "not in the model"]),
         (
