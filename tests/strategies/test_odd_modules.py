@@ -37,9 +37,7 @@ def averaged(compression=None, **kwargs):
 
 
 def compressed(compression):
-    return lambda: CompressedDDPStrategy(
-        compression, timeout=LIMIT, bucket_cap_mb=0.0003, find_unused_parameters=True
-    )
+    return lambda: CompressedDDPStrategy(compression, timeout=LIMIT, bucket_cap_mb=0.0003, find_unused_parameters=True)
 
 
 def cyclic(**kwargs):

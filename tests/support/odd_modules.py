@@ -120,24 +120,36 @@ def by_hand(make: Any, ranks: int, steps: int, period: int | None) -> dict[str, 
     optimizers = [model.configure_optimizers() for model in models]
     for step in range(steps):
         for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-            model.train()
-            model.teacher.eval()
-            loss = model.loss(rank, step)
-            model.follow()
-            optimizer.zero_grad()
-            loss.backward()
+            _backward(model, optimizer, rank, step)
         if period is None:
-            for each in zip(*(model.parameters() for model in models), strict=True):
-                if each[0].grad is not None:
-                    total = mean([parameter.grad for parameter in each])
-                    for parameter in each:
-                        parameter.grad = total.clone()
+            _average_gradients(models)
         for optimizer in optimizers:
             optimizer.step()
         if period is not None and ((step + 1) % period == 0 or step + 1 == steps):
-            with torch.no_grad():
-                for each in zip(*(tensors(model).items() for model in models), strict=True):
-                    total = mean([tensor for _, tensor in each])
-                    for model in models:
-                        dict([*model.named_parameters(), *model.named_buffers()])[each[0][0]].copy_(total)
+            _average_tensors(models)
     return tensors(models[0])
+
+
+def _backward(model: Odd, optimizer: torch.optim.Optimizer, rank: int, step: int) -> None:
+    model.train()
+    model.teacher.eval()
+    loss = model.loss(rank, step)
+    model.follow()
+    optimizer.zero_grad()
+    loss.backward()
+
+
+def _average_gradients(models: list[Odd]) -> None:
+    for parameters in zip(*(model.parameters() for model in models), strict=True):
+        if parameters[0].grad is not None:
+            total = mean([parameter.grad for parameter in parameters])
+            for parameter in parameters:
+                parameter.grad = total.clone()
+
+
+@torch.no_grad()
+def _average_tensors(models: list[Odd]) -> None:
+    before = [tensors(model) for model in models]
+    for model in models:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.copy_(mean([each[name] for each in before]))
