@@ -56,7 +56,8 @@ class CyclicStrategy(RanksApartStrategy):
         rule: ``"v2"`` or ``"v1"``, as above.
         lag: For rule ``"v2"`` with as many stages as ranks: so many ranks more are stale at each stage. 1 takes away
             the messages without slack, and the number of ranks gives ``"v1"``.
-        warmup_sync_steps: So many optimizer steps at first all compute with the newest parameters, as under DDP.
+        warmup_sync_steps: So many optimizer steps at first all compute with the newest parameters, as under DDP. They
+            count from the beginning of the run: a ``fit`` and those that resume it.
         stages: How many, a multiple of the number of ranks; or the name of the first module of each
             (:attr:`stages_by_first_module` of an earlier run); ``None`` for three for each rank where the model has as
             many modules. A number is cut so that stages share the multiply-adds and the bytes about equally, counted in
@@ -253,8 +254,8 @@ class CyclicStrategy(RanksApartStrategy):
         lightning_internals.load_skipped_loader_states(trainer)
         cyclic_checks.check_batches(trainer)
         run.check_start(float(trainer.num_training_batches))
-        resume, self._resume = self._resume or CyclicResume(), None
-        run.start(trainer.global_step, resume.stages, resume.previous_norm)
+        resume, self._resume = self._resume or CyclicResume(run_began_at=trainer.global_step), None
+        run.start(trainer.global_step, resume.stages, resume.previous_norm, resume.run_began_at)
         self._unregistered = UnregisteredState(WHERE, trainer, run.module)
         if resume.ledger is not None:
             self._ledger.load_state_dict(resume.ledger)

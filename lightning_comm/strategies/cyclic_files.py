@@ -34,6 +34,7 @@ class CyclicResume:
         ledger: The sums of the ledger of this rank.
         random: This rank's random state, or ``None``.
         epoch_is_over: Whether it was saved at the end of an epoch.
+        run_began_at: The optimizer step at which the run that wrote it began, for steps that count from there.
 
     """
 
@@ -42,6 +43,7 @@ class CyclicResume:
     ledger: dict[str, Any] | None = None
     random: dict[str, Any] | None = None
     epoch_is_over: bool = False
+    run_began_at: int = 0
 
 
 def gathered_state(run: CyclicRun, optimizer: Optimizer) -> dict[str, Any]:
@@ -81,6 +83,7 @@ def write(run: CyclicRun, checkpoint: dict[str, Any]) -> None:
         "world_size": run.recorder.world_size,
         "stages": [[list(stage.modules), list(stage.parameters)] for stage in run.stages],
         "previous_norm": run.previous_norm(),
+        "run_began_at": run.run_began_at,
         "ranks": ranks,
     }
 
@@ -119,7 +122,7 @@ def load(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: in
             "is cut into stages anew."
         )
         norm = saved["previous_norm"] if saved.get("version") == VERSION else None
-        return CyclicResume(previous_norm=norm)
+        return CyclicResume(previous_norm=norm, run_began_at=saved.get("run_began_at", 0))
     own = saved["ranks"][rank]
     checkpoint.update(own["checkpoint"])
     close_finished_epoch(checkpoint["loops"])
@@ -129,4 +132,5 @@ def load(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: in
         own["ledger"],
         own["random"],
         own["epoch_is_over"],
+        saved.get("run_began_at", 0),  # not in older files, whose runs began at 0
     )

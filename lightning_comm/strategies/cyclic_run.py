@@ -109,7 +109,7 @@ class CyclicRun:
         self._contents = Contents([])  # of these versions
         self._guard: OptimizerGuard | None = None
         self._untrained: UntrainedParameters | None = None
-        self._began_at = 0
+        self._began_at = self.run_began_at = 0
         self._saved_norm: float | None = None
         self._open = self._stepping = self._counted = False
         self._entered: set[int] = set()
@@ -119,11 +119,22 @@ class CyclicRun:
 
     # ---- set-up --------------------------------------------------------------------------------------------------
 
-    def start(self, steps_done: int, stages: Sequence[Stage], previous_norm: float | None) -> None:
-        """Begin at a step, with the stages of the run that is resumed, or without: then the first forward is traced."""
+    def start(
+        self, steps_done: int, stages: Sequence[Stage], previous_norm: float | None, run_began_at: int = 0
+    ) -> None:
+        """Begin at a step, with the stages of the run that is resumed, or without: then the first forward is traced.
+
+        Args:
+            steps_done: Optimizer steps done, in this Trainer's count, which goes on over several fits.
+            stages: Those of the run that is resumed.
+            previous_norm: Of its last gradient.
+            run_began_at: The step at which the run began, with this fit or with the one that it resumes.
+
+        """
         self.active = True
         self.steps_done = self.flushed_at = self._began_at = steps_done
         self._saved_norm = previous_norm
+        self.run_began_at = run_began_at
         self.recorder.step = steps_done
         self._untrained = UntrainedParameters(self.module, _trained(self._user_optimizer))
         if stages:
@@ -141,8 +152,9 @@ class CyclicRun:
     def _build(self, stages: Sequence[Stage]) -> None:
         settings, rank = self.settings, self.recorder.rank
         self.stages = list(stages)
+        warmup_ends_at = self.run_began_at + settings.warmup_sync_steps
         self.schedule = schedule = CyclicSchedule(
-            self.recorder.world_size, len(stages), settings.rule, settings.lag, settings.warmup_sync_steps
+            self.recorder.world_size, len(stages), settings.rule, settings.lag, warmup_ends_at
         )
         parameters = dict(self.module.named_parameters())
         self._parameters = [[parameters[name] for name in stage.parameters] for stage in stages]

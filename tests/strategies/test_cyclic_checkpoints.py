@@ -193,3 +193,32 @@ def test_a_checkpoint_on_an_exception_of_one_rank_lets_nobody_hang(tmp_path):
     said, _ = launch(_after_an_error, 2, str(path), world_size=2)
     assert "was written after an error" in said
     assert "has no optimizer state" in said
+
+
+def _two_fits(rank, strategy, path):
+    """A second fit of the same Trainer, saved in its middle; and the run that resumes it."""
+    module = Regression(deep(6), momentum)
+    runner = trainer(strategy(), 2, callbacks=[Save(PER_EPOCH + 2, path)])
+    runner.fit(module, loader(PER_EPOCH, rank))
+    runner.fit_loop.max_epochs = 2
+    runner.fit(module, loader(PER_EPOCH, rank))
+    resumed = Regression(deep(6), momentum)
+    data = ResumableLoader(Samples(PER_EPOCH * 4, rank), 4, shuffle=False, num_replicas=1, rank=0)
+    data.load_state_dict({**data.state_dict(), "epoch": 1, "batches_done": 2})
+    trainer(strategy(), 2, max_epochs=2).fit(resumed, data, ckpt_path=path)
+    return state(module), state(resumed), runner.global_step
+
+
+def test_the_synchronous_start_counts_from_the_beginning_of_each_run_and_of_the_one_that_is_resumed(tmp_path):
+    def in_step():
+        return cyclic(warmup_sync_steps=PER_EPOCH)
+
+    answers = launch(_two_fits, in_step, str(tmp_path / "cyclic.ckpt"), world_size=2)
+    (expected, *_), _ = launch(_two_fits, lambda: "ddp", str(tmp_path / "ddp.ckpt"), world_size=2)
+    (delayed, *_), _ = launch(_two_fits, cyclic, str(tmp_path / "delayed.ckpt"), world_size=2)
+    for whole, resumed, steps in answers:
+        assert steps == 2 * PER_EPOCH
+        for mine, again, theirs, other in zip(whole, resumed, expected, delayed, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-12)
+            np.testing.assert_array_equal(mine, again)
+            assert abs(mine - other).max() > 1e-6
