@@ -185,13 +185,6 @@ def _check_memory(module: LightningModule) -> None:
             "each would be updated by itself, on ranks that may not be the same. Register one parameter in both "
             "modules (`second.weight = first.weight`), or compute the one from the other in the forward."
         )
-    for name, parameter in trained:
-        if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
-            raise MisconfigurationException(
-                f"{WHERE}: the parameter {name!r} of shape {tuple(parameter.shape)} is expanded: several entries are "
-                "one number in memory, which no optimizer can update. Register the part that is not expanded, and "
-                "expand it in the forward."
-            )
 
 
 def check_optimizers(module: LightningModule, optimizers: list[Optimizer]) -> Optimizer:

@@ -89,7 +89,7 @@ def largest_norm(module):
     [
         (transposed_view, ["'net.2.weight' and 'net.4.weight'", "share memory", "second.weight = first.weight"]),
         (overlapping_slices, ["'net.2.weight' and 'net.4.weight'", "share memory"]),
-        (expanded, ["'net.4.weight'", "(7, 7)", "expanded", "in the forward"]),
+        (expanded, ["'net.4.weight'", "(7, 7)", "expanded", "expand it in `forward`"]),
         (largest_norm, ["'table'", "max_norm=1.0", "Leave `max_norm` out"]),
     ],
 )

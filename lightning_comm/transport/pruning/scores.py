@@ -103,7 +103,7 @@ def keep_largest(
         return {**keep_largest(scores, sparsity, scope, kept), **empty}
     if kept:
         scores = {
-            name: score.float().masked_fill(~kept[name].to(score.device), -torch.inf) if name in kept else score
+            name: _wide(score).masked_fill(~kept[name].to(score.device), -torch.inf) if name in kept else score
             for name, score in scores.items()
         }
         masks = keep_largest(scores, sparsity, scope)
@@ -115,7 +115,7 @@ def keep_largest(
 
 
 def _keep_largest_of_all(scores: Mapping[str, Tensor], sparsity: float) -> Masks:
-    rows = [score.reshape(-1).float() for score in scores.values()]
+    rows = [_wide(score).reshape(-1) for score in scores.values()]  # in the widest of their types, once in one row
     total = sum(row.numel() for row in rows)
     kept = max(len(rows), round((1 - sparsity) * total))
     everything = torch.cat(rows)
@@ -143,6 +143,11 @@ def erk_shares(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, float
             return {name: 1.0 if name in full else scale * raw[name] for name in scores}
         full |= over
     return dict.fromkeys(scores, 1.0)
+
+
+def _wide(score: Tensor) -> Tensor:
+    """Return scores in float32, those of float64 as they are: they may be beyond what float32 can tell apart."""
+    return score if score.dtype == torch.float64 else score.float()
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
