@@ -72,6 +72,7 @@ benchmark-compression: setup
 	$(BIN)/python benchmarks/compression_steps.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/compression_accuracy.py
+	$(BIN)/python benchmarks/power_sgd.py
 
 # Some 40 minutes in all, on a quiet machine: unequal speeds 10, jitter 10, overhead 3, contention 5, accuracy on digits 10.
 benchmark-partition: setup
@@ -84,6 +85,7 @@ benchmark-cyclic: setup
 	$(BIN)/python benchmarks/cyclic_memory.py
 	$(BIN)/python benchmarks/cyclic_shared_memory.py
 	$(BIN)/python benchmarks/cyclic_accuracy.py
+	$(BIN)/python benchmarks/cyclic_contents.py
 
 docs: setup
 	$(BIN)/sphinx-build -W -b html docs docs/_build

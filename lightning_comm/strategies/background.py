@@ -76,9 +76,8 @@ class BackgroundAverage:
         flight, started = self._flight, time.monotonic()
         if flight is None:
             return
+        self.wait()
         with self._agreement.first_error_shown():
-            while not self._replica.is_quiet(timeout_s=0.05):
-                self._agreement.listen()  # or a rank that failed, and lives on, would be waited for
             drift = self._replica.land()
         self._flight = None
         self._log.add(
@@ -89,6 +88,13 @@ class BackgroundAverage:
             transfer_s=flight.transfer_s + time.monotonic() - started,
             drift=drift,
         )
+
+    def wait(self) -> None:
+        """Wait until the average has arrived, if one is in flight. The weights stay as they are."""
+        with self._agreement.first_error_shown():
+            while not self._replica.is_quiet(timeout_s=0.05):
+                self._agreement.listen()  # or a rank that failed, and lives on, would be waited for
+            self._replica.wait_for_background()
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what a resumed run needs beside what the replica keeps."""

@@ -86,6 +86,8 @@ class LocalUpdateRun:
         self.pruned: PrunedWeights | None = None
         if isinstance(codec, SparseMaskCodec) and isinstance(method, SparseMask):
             self.pruned = PrunedWeights(module, codec, method, recorder)
+            # its thread reads the masks bucket by bucket, and a rank whose thread is late would read the new ones
+            self.pruned.before_change = self.background.wait
         self._background_recorder = background
         self.samples = SampleWeights()  # equal ones, unless a callback has asked the strategy for others
         self.began_at = 0  # what the clock showed when the run began; a second fit of a Trainer goes on counting

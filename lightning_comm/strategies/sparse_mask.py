@@ -42,6 +42,10 @@ class PrunedWeights:
         settings: Where masks come from.
         recorder: Sends and records.
 
+    Attributes:
+        before_change: Called before masks change, on all ranks alike: what is under way with the old ones must arrive
+            first.
+
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class PrunedWeights:
         self._watched: list[tuple[Tensor, int]] = []  # mask buffers as they were, each with its version
         self._said: set[tuple[str, str]] = set()  # which parameters have been warned of, and of what
         self.dense_steps = 0  # that something changed for
+        self.before_change: Callable[[], None] = lambda: None
         if settings.pruning.is_watched:
             codec.watch(self._masks_changed)
 
@@ -99,6 +104,7 @@ class PrunedWeights:
         chosen = pruned_at is not None and not hasattr(self._settings.pruning, "sparsity")
         if due is not None and due != pruned_at and not chosen:
             self._recorder.step = step
+            self.before_change()
             self._install(self._choose(step))
             self._codec.pruned_at = due
 
@@ -135,6 +141,7 @@ class PrunedWeights:
         self._codec.take_flag()
 
     def _install_own(self, read: Callable[[], Masks]) -> None:
+        self.before_change()
         masks, problem = None, None
         try:
             masks = read()

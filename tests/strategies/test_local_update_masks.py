@@ -1,5 +1,7 @@
 """Local updates of a pruned model: only live weights are averaged, and pruned ones stay zero."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from support.processes import launch
 from support.training import Regression, loader, local_update, network, sample, trainer, weights
 
 from lightning_comm import Averaging, FixedPeriod, MagnitudePruning, PruningSchedule, SparseMask
+from lightning_comm.transport.differences import DifferenceAverager
 
 STEPS, PERIOD, BATCH = 14, 4, 4
 PRUNING = MagnitudePruning(sparsity=0.5)
@@ -74,6 +77,25 @@ def test_two_ranks_do_what_one_process_does_for_both_and_send_live_weights_alone
         for step, state in enumerate(states):
             for got, wanted in zip(state, expected[step][rank], strict=True):
                 np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12, err_msg=f"rank {rank} after {step + 1}")
+
+
+def _with_a_late_thread(rank, late):
+    travel = DifferenceAverager._travel
+
+    def later(self, scale):
+        time.sleep(0.2 if rank == late else 0)
+        travel(self, scale)
+
+    DifferenceAverager._travel = later
+    gradual = SparseMask(PRUNING, schedule=PruningSchedule(start_step=4, end_step=12, every_steps=4))
+    return _fit(rank, gradual, 2)[1]
+
+
+def test_masks_change_when_what_is_in_flight_has_arrived_on_every_rank():
+    runs = [launch(_with_a_late_thread, late, world_size=2) for late in (None, 0, 1)]
+    for one, *others in zip(*(arrays for run in runs for arrays in run), strict=True):
+        for other in others:
+            np.testing.assert_array_equal(other, one)
 
 
 def adamw(parameters):
