@@ -217,7 +217,9 @@ class LocalUpdateRun:
             return
         with self.agreement.first_error_shown():
             rows = self._meet()
-            if not self.standing:
+            if self.standing:
+                self.replica.agree_on_moved()
+            else:
                 self._check(rows)
             self.replica.enter_average(purpose, self.samples.weight_of(self.recorder.rank, rows))
 
@@ -346,6 +348,7 @@ class LocalUpdateRun:
     def _weight(self) -> float | None:
         """Return what this rank counts for in an average now; where counts matter, ranks exchange them here."""
         self.replica.wait_for_background()
+        self.replica.agree_on_moved()
         return self.samples.exchange(self.recorder, self._control_device, self._wait)
 
     def _wait(self, pending: Pending) -> None:
@@ -365,6 +368,7 @@ class LocalUpdateRun:
 
     def _check(self, rows: list[ControlRow]) -> None:
         control.check_same_work(rows)
+        self.replica.agree_on_moved()
         self._warned_about_lr = self._warned_about_lr or control.warn_of_different_rates(rows)
 
     # ---- stopping ------------------------------------------------------------------------------------------------

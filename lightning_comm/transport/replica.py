@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
 from torch.nn import Module
 
 from lightning_comm.transport.averaging import Averager, Averaging, broadcast_
@@ -13,6 +14,7 @@ from lightning_comm.transport.compression.base import Codec
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
+from lightning_comm.transport.content import content
 from lightning_comm.transport.differences import DifferenceAverager
 from lightning_comm.transport.flat import Drift, distinct
 from lightning_comm.transport.optimizer_state import is_averageable
@@ -41,7 +43,8 @@ class Replica:
         ``requires_grad`` and never by whether they have a gradient, so that a parameter that one rank did not use
         changes nothing for the others. Frozen parameters are equal on all ranks from the start and are not sent,
         unless they have changed since the last synchronisation, as those of a teacher that follows its student do;
-        that is seen from a few entries of each.
+        that is seen from their bits, and ranks agree on what has changed on any of them. Those without a mean are then
+        taken from rank 0.
 
         *With a compression* trained parameters are brought together by a :class:`DifferenceAverager` and ranks are not
         equal afterwards. One that has no reference yet (it was unfrozen since) and one that is no longer trained are
@@ -75,7 +78,8 @@ class Replica:
         self._average_buffers = buffers == "average"
         self._shadows = shadows
         self._trained: set[str] = set()
-        self._frozen: dict[str, Tensor] = {}
+        self._frozen: dict[str, Tensor] = {}  # what frozen parameters contained when ranks had the same
+        self._moved: set[str] = set()  # those that have changed since, on any rank
         self._kept: _Kept | None = None
         self._shared_memory = SharedMemory()
 
@@ -88,9 +92,31 @@ class Replica:
         """
         parameters = dict(self._module.named_parameters())
         self._trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
-        self._frozen = {name: _few_entries(p) for name, p in parameters.items() if name not in self._trained}
+        self._frozen = {
+            name: self._frozen[name] if name in self._frozen else content(parameter)
+            for name, parameter in parameters.items()
+            if name not in self._trained
+        }
         if equal and self._differences is not None:
             self._differences.restart(self._sent_as_differences(self.parameters()))
+
+    @torch.no_grad()
+    def agree_on_moved(self) -> None:
+        """Learn which frozen parameters have changed on any rank since they were averaged; where all ranks meet.
+
+        Note:
+            *Communication.* A byte for each frozen parameter in an all-reduce, and none without any.
+
+            *Cost.* Frozen parameters are read once.
+
+        """
+        frozen = {name: p for name, p in self._module.named_parameters() if name in self._frozen}
+        if not frozen:
+            return
+        flags = torch.stack([_differ(self._frozen[name], content(parameter)) for name, parameter in frozen.items()])
+        moved = flags.to(torch.uint8)
+        self._recorder.all_reduce(moved, "control", ReduceOp.MAX).wait()
+        self._moved = {name for name, flag in zip(frozen, moved.tolist(), strict=True) if flag}
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the parameters that are averaged, by name."""
@@ -99,7 +125,7 @@ class Replica:
         changed = {
             name: parameter
             for name, parameter in self._module.named_parameters()
-            if parameter.requires_grad or name in apart or self._has_moved(name, parameter)
+            if parameter.requires_grad or name in apart or (name in self._moved and is_averageable(parameter))
         }
         return {name: p for name, p in changed.items() if name not in self._shared_memory.covered(changed)}
 
@@ -115,8 +141,16 @@ class Replica:
             in_full |= {name for name, parameter in parameters.items() if parameter.is_complex()}
         return {name: p for name, p in parameters.items() if p.requires_grad and name not in in_full}
 
-    def _has_moved(self, name: str, parameter: Tensor) -> bool:
-        return name in self._frozen and not torch.equal(self._frozen[name], _few_entries(parameter))
+    def _note_frozen(self) -> None:
+        """Note what frozen parameters contain that have just been brought together."""
+        parameters = dict(self._module.named_parameters())
+        self._frozen |= {name: content(parameters[name]) for name in self._moved}
+        self._moved = set()
+
+    def _without_mean(self) -> dict[str, Tensor]:
+        """Return frozen parameters that have changed and can only be taken from one rank, by name."""
+        named = self._module.named_parameters()
+        return {name: p for name, p in named if name in self._moved and not is_averageable(p)}
 
     def float_buffers(self) -> dict[str, Tensor]:
         """Return the buffers that can be averaged, by name."""
@@ -164,6 +198,7 @@ class Replica:
         groups = self.averaged()
         drift = self._averager.average_(list(groups.pop("parameters").values()), purpose or "parameters", weight)
         self._average_others(groups, purpose, weight)
+        self._note_frozen()
         return drift
 
     @torch.no_grad()
@@ -180,6 +215,7 @@ class Replica:
         drift = self._differences.average_(compressed, weight)
         drift = drift.plus(self._average_in_full(parameters, compressed, weight))
         self._average_others(groups, None, weight)
+        self._note_frozen()
         return drift
 
     def _average_in_full(
@@ -206,6 +242,7 @@ class Replica:
         parameters, compressed = groups.pop("parameters"), self._compressed()
         self._average_in_full(parameters, compressed, weight)
         self._average_others(groups, None, weight)  # before the parameters, behind which it would wait on the network
+        self._note_frozen()
         self._differences.depart(compressed, weight)
 
     @torch.no_grad()
@@ -233,9 +270,12 @@ class Replica:
     ) -> None:
         for name, group in groups.items():
             self._averager.average_(list(group.values()), purpose or name, weight)
-        if self._average_buffers and broadcast:
+        if not broadcast:
+            return
+        if self._average_buffers:
             others = [buffer for buffer in self._module.buffers() if not is_averageable(buffer)]
             broadcast_(others, self._recorder, purpose or "buffers", self._bucket_bytes)
+        broadcast_(self._without_mean().values(), self._recorder, purpose or "parameters", self._bucket_bytes)
 
     @property
     def average_is_for(self) -> str | None:
@@ -370,7 +410,7 @@ class Replica:
         changed = {name.replace("buffers:", "buffer:", 1): tensor for name, tensor in changed.items()}
         if self._average_buffers:
             changed |= {f"buffer:{name}": buffer for name, buffer in self._module.named_buffers()}
-        return changed
+        return changed | {f"parameters:{name}": parameter for name, parameter in self._without_mean().items()}
 
 
 class _Kept(NamedTuple):
@@ -409,8 +449,9 @@ def fingerprint(named: Iterable[tuple[str, Tensor]]) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
-def _few_entries(tensor: Tensor) -> Tensor:
-    return tensor.detach().flatten()[:: max(1, tensor.numel() // 16)].clone()
+def _differ(before: Tensor, now: Tensor) -> Tensor:
+    same_size = before.shape == now.shape
+    return (before != now).any() if same_size else torch.ones((), dtype=torch.bool, device=now.device)
 
 
 def _copy_into(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

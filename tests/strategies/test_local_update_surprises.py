@@ -15,7 +15,7 @@ from support.training import Regression, Samples, loader, local_update, network,
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_comm import FixedPeriod, QuadraticPeriod
+from lightning_comm import Averaging, FixedPeriod, QuadraticPeriod
 
 
 def adamw(parameters):
@@ -97,6 +97,38 @@ def test_frozen_parameters_that_follow_the_trained_ones_end_equal(tmp_path):
     for part in range(2):
         for mine, theirs in zip(answers[0][part], answers[1][part], strict=True):
             np.testing.assert_array_equal(mine, theirs)
+
+
+class Codebook(Regression):
+    """Frozen entries that single samples move, on one rank only: those of a vector quantiser, and how often."""
+
+    def __init__(self):
+        super().__init__(network(), adamw)
+        self.codes = nn.Parameter(torch.zeros(500, 4, dtype=torch.float64), requires_grad=False)
+        self.uses = nn.Parameter(torch.zeros(500, dtype=torch.int64), requires_grad=False)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.global_rank == 1:
+            self.codes[37 + batch_idx] += 1.0
+        else:
+            self.uses[batch_idx] += 1
+
+
+def _codebook(rank, averaging):
+    module = Codebook()
+    trainer(local_update(FixedPeriod(4), averaging=averaging), 2).fit(module, loader(9, rank))
+    return module.codes[37:46, 0].tolist(), float(module.codes.abs().sum()), module.uses[:9].tolist()
+
+
+@pytest.mark.parametrize(
+    "averaging", [None, Averaging(compression="bf16", overlap_steps=1)], ids=["plain", "in flight"]
+)
+def test_frozen_parameters_that_one_rank_alone_moves_are_brought_together(averaging):
+    for codes, total, uses in launch(_codebook, averaging, world_size=2):
+        # the last batch is over when the strategy has already finished its round: its change is each rank's own
+        assert codes[:8] == [0.5] * 8
+        assert total - 4 * codes[8] == 4 * 8 * 0.5
+        assert uses[:8] == [1] * 8
 
 
 class Renaming(Regression):
