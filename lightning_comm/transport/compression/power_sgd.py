@@ -76,6 +76,7 @@ class PowerSGDCodec(Codec):
         super().__init__(context)
         self._rank = rank
         self._bases: dict[str, Tensor] = {}  # Q of the step before, one direction a row
+        self._starts: dict[str, Tensor] = {}  # that of the first step, which also gives spare ones
 
     def _directions(self, slot: Slot) -> int:
         """Return the rank that a parameter is sent with; 0 if it is sent in full."""
@@ -129,7 +130,9 @@ class PowerSGDCodec(Codec):
         parts = torch.split(second, [base.numel() for base in bases])
         bases = [_aligned(part.view_as(base)) for part, base in zip(parts, bases, strict=True)]
         _multiply(lefts, bases, low_means)
-        self._bases.update(zip((slot.name for slot, _ in low), _by_shape(_next_bases, bases, old), strict=True))
+        # another one in each step: all of them together reach everywhere
+        spare = [self._start(slot, values).roll(self.step + 1, -1) for slot, _ in low]
+        self._bases.update(zip((slot.name for slot, _ in low), _by_shape(_next_bases, bases, spare, old), strict=True))
 
     def _divided(self, layout: Layout, values: Tensor) -> tuple[list[_Row], list[_Row]]:
         """Return the parameters' rows, those that are sent with a low rank and those that are sent in full."""
@@ -139,13 +142,18 @@ class PowerSGDCodec(Codec):
 
     def _basis(self, slot: Slot, values: Tensor) -> Tensor:
         """Return the directions that a parameter's iteration starts from; at first, or in another shape, at random."""
+        start, kept = self._start(slot, values), self._bases.get(slot.name)
+        return kept if kept is not None and kept.shape == start.shape else start
+
+    def _start(self, slot: Slot, values: Tensor) -> Tensor:
+        """Return random directions, the same on all ranks and in all steps."""
         shape = self._directions(slot), _matrix(slot)[1]
-        kept = self._bases.get(slot.name)
-        if kept is not None and kept.shape == shape:
-            return kept
-        generator = self.context.generator(slot.name, 0, values.device, shared=True)
-        drawn = torch.randn(shape, generator=generator, device=values.device, dtype=scale_type(values))
-        return _aligned(orthonormal_rows(drawn))
+        start = self._starts.get(slot.name)
+        if start is None or start.shape != shape:
+            generator = self.context.generator(slot.name, 0, values.device, shared=True)
+            drawn = torch.randn(shape, generator=generator, device=values.device, dtype=scale_type(values))
+            start = self._starts[slot.name] = _aligned(orthonormal_rows(drawn))
+        return start
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -208,14 +216,16 @@ def _multiply(lefts: list[Tensor], bases: list[Tensor], rows: list[_Row], *, sub
             torch.mm(left.T, base, out=matrix)
 
 
-def orthonormal_rows(directions: Tensor) -> Tensor:
+def orthonormal_rows(directions: Tensor, spare: Tensor | None = None) -> Tensor:
     """Return rows that span what the given ones span, each of length 1 and orthogonal to the others.
 
-    A row that the rows before it explain, up to rounding in float64, becomes zeros: any other direction would be
-    chosen by rounding, which processors do differently. What is not finite stays so.
+    A row that the rows before it explain, up to rounding in float64, becomes zeros, or what is new in a spare one. A QR
+    decomposition would put a direction there that rounding has chosen, which processors do differently. So rows are
+    taken one after the other (Gram-Schmidt), twice, in float64. What is not finite stays so.
 
     Args:
         directions: Matrices of float32 or float64 that have no more rows than columns.
+        spare: Others of the same shape.
 
     Example:
         >>> rows = orthonormal_rows(torch.tensor([[3.0, 4.0], [1.0, 1.0]]))
@@ -226,23 +236,38 @@ def orthonormal_rows(directions: Tensor) -> Tensor:
 
     """
     padded = pad(directions.to(torch.float64), (0, -directions.shape[-1] % _ALIGNED_ENTRIES))
-    orthonormal, triangle = torch.linalg.qr(padded.mT)
-    own = triangle.diagonal(dim1=-2, dim2=-1).abs()
-    dependent = own <= _DEPENDENT * own.amax(-1, keepdim=True)
-    spoilt = padded - padded  # zeros, and NaN where an entry is not finite, which the decomposition may hide
-    rows: Tensor = orthonormal.mT.masked_fill(dependent.unsqueeze(-1), 0) + spoilt
+    spares = None if spare is None else pad(spare.to(torch.float64), (0, padded.shape[-1] - spare.shape[-1])).unbind(-2)
+    done: list[Tensor] = []
+    for place, row in enumerate(padded.unbind(-2)):
+        new = _new_in(row, done)
+        if spares is not None:
+            explained = (new == 0).all(-1, keepdim=True)
+            new = torch.where(explained, _new_in(spares[place], done), new)
+        done.append(new)
+    spoilt = padded - padded  # zeros, and NaN where an entry is not finite
+    rows = torch.stack(done, -2) + spoilt
     return rows.to(directions.dtype).contiguous()[..., : directions.shape[-1]]
 
 
-def _next_bases(bases: Tensor, before: Tensor) -> Tensor:
-    """Return the directions for the next step; where there is nothing to see, those of before.
+def _new_in(row: Tensor, done: list[Tensor]) -> Tensor:
+    """Return the part of a row that is orthogonal to the others, with length 1; zeros where there is none."""
+    largest = row.abs().amax(-1, keepdim=True)
+    row = row / torch.where(largest > 0, largest, 1)  # so that no square is too large or too small
+    length = torch.linalg.vector_norm(row, dim=-1, keepdim=True)
+    for other in [*done, *done]:
+        row = row - torch.linalg.vecdot(row, other).unsqueeze(-1) * other
+    left = torch.linalg.vector_norm(row, dim=-1, keepdim=True)
+    return torch.where(left > _DEPENDENT * length, row / torch.where(left > 0, left, 1), 0)
 
-    A direction that has become zero, as the second one does under a matrix of rank 1, starts again from the old one:
-    zeros would stay so for ever.
+
+def _next_bases(bases: Tensor, spare: Tensor, before: Tensor) -> Tensor:
+    """Return the directions for the next step.
+
+    Where there is nothing to see, as in the second direction of a matrix of rank 1, or in all of one that is orthogonal
+    to those of before, other directions are tried: zeros would stay so for ever. What is not finite is left out.
     """
-    seen = (bases != 0).any(-1, keepdim=True)
-    usable = torch.isfinite(bases).flatten(1).all(1) & seen.flatten(1).any(1)
-    return torch.where(usable[:, None, None], orthonormal_rows(torch.where(seen, bases, before)), before)
+    finite = torch.isfinite(bases).flatten(1).all(1)
+    return torch.where(finite[:, None, None], orthonormal_rows(bases, spare), before)
 
 
 def _by_shape(function: Callable[..., Tensor], *rows: list[Tensor]) -> list[Tensor]:
