@@ -143,8 +143,8 @@ def _few_directions(rank):
             found.setdefault("rank 1", []).append(
                 float((values - 1.5 / (rank + 1) * outer.view(-1)).abs().max()) / scale
             )
-        before = codec.state_dict()["bases"]["w"]
         found.setdefault("zeros", []).append(float(synchronise(codec, torch.zeros(40), layout).abs().max()))
+        before = codec.state_dict()["bases"]["w"]
         spoilt = torch.ones(40)
         spoilt[7] = torch.nan if rank == 1 else 1.0
         found.setdefault("finite", []).append(bool(torch.isfinite(synchronise(codec, spoilt, layout)).any()))
@@ -157,7 +157,47 @@ def _few_directions(rank):
     return found
 
 
-def test_rank_one_is_exact_zeros_and_nan_keep_the_basis_and_no_direction_is_lost_for_good(run_ranks):
+def _new_directions(rank):
+    """The residual after gradients whose rows change: of rank 1 all the time, each orthogonal to those before."""
+    layout, kept = Layout((Slot("w", 120, (12, 10)),)), []
+    for asked in (1, 2, 4):
+        codec, _ = codec_of(PowerSGD(asked))
+        for step in range(60):
+            outer = torch.zeros(12, 10)
+            outer[step % 12, step // 12] = 1.0  # the same on both ranks
+            synchronise(codec, outer.reshape(-1), layout)
+        for _ in range(4 * asked + 12):
+            synchronise(codec, torch.zeros(120), layout)
+        kept.append(float(codec.state_dict()["residuals"]["w"].abs().max()))
+    return kept
+
+
+def test_a_gradient_in_a_new_direction_is_sent_sooner_or_later(run_ranks):
+    for kept in run_ranks(_new_directions, world_size=2):
+        assert max(kept) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rows", "spare"),
+    [
+        ([[0, 0, 0], [1, 0, 0]], None),
+        ([[1, 2, 3], [1, 2, 3], [0, 1, 0]], None),
+        ([[1e-14, 0, 0], [3, 4, 0]], None),
+        ([[1, 0, 0], [0, 0, 0]], [[1, 0, 0], [1, 1, 0]]),
+    ],
+    ids=["zeros first", "repeated", "tiny first", "a spare one"],
+)
+def test_the_span_of_dependent_rows_is_kept_and_the_rows_are_orthonormal_or_zero(rows, spare):
+    rows = torch.tensor(rows, dtype=torch.float64)
+    found = orthonormal_rows(rows, None if spare is None else torch.tensor(spare, dtype=torch.float64))
+    torch.testing.assert_close(rows @ found.T @ found, rows, rtol=0, atol=1e-12)
+    products = found @ found.T
+    live = torch.linalg.matrix_rank(rows) if spare is None else len(rows)
+    torch.testing.assert_close(products, torch.diag(products.diagonal().round()), rtol=0, atol=1e-12)
+    assert int(products.diagonal().sum().round()) == int(live)
+
+
+def test_rank_one_is_exact_zeros_stay_zeros_nan_keeps_the_basis_and_no_direction_is_lost_for_good(run_ranks):
     for found in run_ranks(_few_directions, world_size=2):
         assert max(found["rank 1"]) < 1e-5
         assert found["zeros"] == [0.0, 0.0]
