@@ -62,6 +62,7 @@ INTERNALS = (
     Internal(_EPOCH_LOOP, "max_steps", "a pilot ends a run early, whose schedule must stay that of the whole run"),
     Internal(_FIT_LOOP, "on_advance_start", "the same at the start of an epoch"),
     Internal(_FIT_LOOP, "on_advance_end", "the same at the end of an epoch"),
+    Internal(_EVALUATION_LOOP, "on_run_start", "a module may merge weights when it is told that it evaluates"),
     Internal(_EVALUATION_LOOP, "increment_progress_to_evaluation_end", "draws random numbers in a resumed run"),
     Internal(_FIT_LOOP, "_combined_loader", "to see whether a loader has a state of its own"),
     Internal(_FIT_LOOP, "_data_fetcher", "made before the random state is restored, so it is begun again"),
@@ -163,6 +164,16 @@ def wrap_skipped_validation(trainer: Trainer, patches: Patches, around: Callable
     original: Callable[[], None] = patches.set(loop, "increment_progress_to_evaluation_end", skip)
 
 
+def before_validation(trainer: Trainer, patches: Patches, call: Callable[[], None]) -> None:
+    """Call a function before a validation within ``fit``, when the module has not yet been told that it evaluates."""
+
+    def start() -> None:
+        call()
+        original()
+
+    original: Callable[[], None] = patches.set(trainer.fit_loop.epoch_loop.val_loop, "on_run_start", start)
+
+
 def end_after_this_step(trainer: Trainer) -> None:
     """Let training end as if ``max_steps`` were reached, which until now kept the value that schedules rest on."""
     trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
@@ -246,17 +257,17 @@ def resumed_epoch() -> ResumedEpoch | None:
 
     For loaders, which are not told of their Trainer: it is found among the callers.
     """
-    begun = False
+    asked = begun = False
     for frame, _ in traceback.walk_stack(None):
         caller = frame.f_locals.get("self")
         kind = type(caller).__name__  # by name, since `pytorch_lightning` has classes of its own
         if any(base.__name__ == "_ModeIterator" for base in type(caller).__mro__):
-            begun = getattr(caller, "_idx", 0) > 0
+            asked, begun = True, getattr(caller, "_idx", 0) > 0
         if kind == "_EvaluationLoop":
             return None
         if kind == "_FitLoop" and caller is not None:
             done = caller.epoch_loop.batch_progress.current.ready
-            resumes = caller.restarting and done > 0 and not begun
+            resumes = caller.restarting and done > 0 and asked and not begun  # not asked: by a hook, for itself
             return ResumedEpoch(done, bool(caller._combined_loader_states_to_load)) if resumes else None
     return None
 

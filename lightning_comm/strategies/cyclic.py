@@ -260,6 +260,7 @@ class CyclicStrategy(RanksApartStrategy):
         if resume.ledger is not None:
             self._ledger.load_state_dict(resume.ledger)
         self._interruptions.install()
+        self._interruptions.before_validation(self.begin_evaluation)
         if resume.random is not None:
             set_random_state(resume.random)  # last, since what comes before may draw from the generators
             if resume.epoch_is_over:

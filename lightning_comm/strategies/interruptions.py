@@ -84,6 +84,10 @@ class Interruptions:
                     agreed=lambda: self._save_now,
                 )
 
+    def before_validation(self, call: Callable[[], None]) -> None:
+        """Call a function before each validation, until this is undone."""
+        internals.before_validation(self._trainer, self._patches, call)
+
     def undo(self) -> None:
         """Leave Lightning's objects as they were."""
         self._patches.undo()

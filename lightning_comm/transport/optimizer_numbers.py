@@ -34,8 +34,13 @@ def numbers_of(optimizer: Optimizer, *, scalars_only: bool = False) -> Numbers:
     found |= {f"self.{name}": value for name, value in vars(optimizer).items() if name not in _OF_TORCH}
     found |= {f"state[{key!r}]": value for key, value in optimizer.state.items() if not isinstance(key, Tensor)}
     if scalars_only:
-        return {name: value for name, value in found.items() if isinstance(value, (int, float, complex))}
+        return {name: value for name, value in found.items() if is_number(value)}
     return {name: _copy(value, {id(each) for each in _parameters(optimizer)}) for name, value in found.items()}
+
+
+def is_number(value: object) -> bool:
+    """Whether this is a single number; a flag, such as whether something has been checked already, is none."""
+    return isinstance(value, (int, float, complex)) and not isinstance(value, bool)
 
 
 def changed(before: Numbers, after: Numbers) -> list[str]:
@@ -51,7 +56,7 @@ def _copy(value: Any, parameters: set[int]) -> Any:
         return {key: _copy(each, parameters) for key, each in value.items() if not isinstance(key, Tensor)}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_copy(each, parameters) for each in value]
-    return copy.copy(value) if isinstance(value, (int, float, complex)) else None
+    return copy.copy(value) if is_number(value) else None
 
 
 def _same(one: Any, other: Any) -> bool:

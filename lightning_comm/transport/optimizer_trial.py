@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_comm.transport.optimizer_messages import NoMessages, SendsInStepError
-from lightning_comm.transport.optimizer_numbers import Numbers, changed, numbers_of
+from lightning_comm.transport.optimizer_numbers import Numbers, changed, is_number, numbers_of
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +81,8 @@ def why_not_by_parameter(where: str, optimizer: Optimizer, *, coupling: bool = T
     except SendsInStepError:
         raise
     except Exception as error:
+        if names := _tensors_on_itself(optimizer):
+            return keeps_tensors(optimizer, names)
         _say_later(optimizer, error)
         return None
 
@@ -94,13 +96,18 @@ def _problem(where: str, optimizer: Optimizer, samples: Sequence["_Sample"], cou
     nothing = _try(where, optimizer, samples, [])
     # what a step without gradients does too is counting, and the user's own optimizer takes such a step
     unlike = set(changed(everything.after, nothing.after))
-    if moved := [name for name in everything.changed if name in unlike]:
-        return keeps_numbers(optimizer, moved)
+    moved = [name for name in everything.changed if name in unlike]
+    # a single number on the optimizer itself may be for display: it counts if updates rest on it
+    shown = [name for name in moved if name.startswith("self.") and is_number(everything.after.get(name))]
+    if kept := [name for name in moved if name not in shown]:
+        return keeps_numbers(optimizer, kept)
     if coupling and len(samples) > 1:
         alone = _try(where, optimizer, samples, [0])
         update = everything.parameters[0] - samples[0].copy
         gap = float((everything.parameters[0] - alone.parameters[0]).abs().max())
         if gap > _ALIKE * float(update.abs().max()):
+            if shown:
+                return keeps_numbers(optimizer, shown)
             return (
                 f"{type(optimizer).__name__} updates a parameter by the gradients of others too (such as their norm), "
                 "and is given those of one stage at a time. Use one that treats each parameter by itself, such as SGD "
@@ -116,6 +123,24 @@ def keeps_numbers(optimizer: Optimizer, names: Sequence[str]) -> str:
         "all parameters, and is given those of one stage at a time. Use one that treats each parameter by itself, such "
         "as SGD or AdamW, or DDPStrategy."
     )
+
+
+def keeps_tensors(optimizer: Optimizer, names: Sequence[str]) -> str:
+    """Return why tensors that belong to parameters, and are not in the optimizer's state, are in the way."""
+    return (
+        f"{type(optimizer).__name__} keeps tensors in {', '.join(names[:8])}, beside its `state`, and a step on some "
+        "of the parameters fails. Let it keep in `state[parameter]` what belongs to a parameter, or use DDPStrategy."
+    )
+
+
+def _tensors_on_itself(optimizer: Optimizer) -> list[str]:
+    numbers = numbers_of(optimizer)
+    return [name for name, value in numbers.items() if name.startswith("self.") and _holds_tensor(value)]
+
+
+def _holds_tensor(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return isinstance(value, Tensor) or any(map(_holds_tensor, parts))
 
 
 @dataclass(frozen=True)

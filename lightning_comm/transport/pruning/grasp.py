@@ -115,7 +115,7 @@ class GraSPPruning(Pruning):
         batches = list(moment.samples(self.samples))
         with _left_as_it_was(module):
             scores = gradient_flow_scores(module, weights, batches, self._loss)
-        return choose(scores, self.sparsity, self.scope, moment, "GraSPPruning")
+        return choose(scores, self.sparsity, self.scope, moment, "GraSPPruning", weights)
 
     def _loss(self, module: nn.Module, batch: Any) -> Tensor:
         if self.loss is not None:

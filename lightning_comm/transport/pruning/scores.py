@@ -11,7 +11,14 @@ from lightning_comm.transport.pruning.base import Masks, Moment
 SCOPES = ("global", "layer", "erk")
 
 
-def choose(scores: Mapping[str, Tensor], sparsity: float, scope: str, moment: Moment, where: str) -> Masks:
+def choose(
+    scores: Mapping[str, Tensor],
+    sparsity: float,
+    scope: str,
+    moment: Moment,
+    where: str,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Masks:
     """Return masks that keep the largest scores, and warn of parameters that these say little or nothing about.
 
     A parameter whose scores are all equal, as those of one that starts at zero, gets no mask: nothing says which of
@@ -24,6 +31,7 @@ def choose(scores: Mapping[str, Tensor], sparsity: float, scope: str, moment: Mo
         scope: One of :data:`SCOPES`.
         moment: The masks in force. A parameter that has one keeps it where there is no score for it.
         where: Who asks, for messages.
+        weights: The parameters; where left out, a score is 0 just where its weight is.
 
     Raises:
         ValueError: If no scores say anything.
@@ -45,7 +53,8 @@ def choose(scores: Mapping[str, Tensor], sparsity: float, scope: str, moment: Mo
         "it train first, by `PruningSchedule(start_step=...)`; `skip` leaves this message out.",
     )
     masks = keep_largest(told, sparsity, scope, moment.kept)
-    _warn_of_small_rests(told, masks, sparsity, moment, where)
+    _warn_of_small_rests(masks, sparsity, moment, where)
+    _warn_of_zero_rows(told if weights is None else weights, masks, moment, where)
     return {**{name: mask for name, mask in moment.kept.items() if name not in masks}, **masks}
 
 
@@ -53,27 +62,28 @@ def _is_level(score: Tensor) -> bool:
     return score.numel() > 1 and bool((score == score.reshape(-1)[0]).all())
 
 
-def _warn_of_small_rests(
-    scores: Mapping[str, Tensor], masks: Masks, sparsity: float, moment: Moment, where: str
-) -> None:
+def _warn_of_small_rests(masks: Masks, sparsity: float, moment: Moment, where: str) -> None:
     shares = {name: (int(mask.sum()), (1 - sparsity) * mask.numel()) for name, mask in masks.items()}
     moment.warn(
         [name for name, (left, fair) in shares.items() if left < 0.1 * fair or (left == 1 and fair >= 2)],
         f"{where}: pruned to one entry, or hardly any: {{names}}, whose scores are small beside those of others. Where "
         "the model needs it, name it in `skip`, or take scope='layer', which prunes the same share of each parameter.",
     )
+
+
+def _warn_of_zero_rows(weights: Mapping[str, Tensor], masks: Masks, moment: Moment, where: str) -> None:
     moment.warn(
-        [name for name, mask in masks.items() if name not in moment.kept and _loses_zero_rows(scores[name], mask)],
+        [name for name, mask in masks.items() if name not in moment.kept and _loses_zero_rows(weights[name], mask)],
         f"{where}: pruned where whole rows or columns are zero, which so stay zero: {{names}}. Where they only start "
         "at zero and should be trained, name the parameter in `skip`, or prune when it has been trained, by "
         "`PruningSchedule(start_step=...)`.",
     )
 
 
-def _loses_zero_rows(score: Tensor, mask: Tensor) -> bool:
-    """Whether all scores of a row or of a column are zero, and nothing of it is kept."""
-    live = (score != 0) | mask
-    return any(not bool(live.transpose(0, way).flatten(1).any(1).all()) for way in range(min(2, score.dim())))
+def _loses_zero_rows(weight: Tensor, mask: Tensor) -> bool:
+    """Whether a whole row or column is zero, and nothing of it is kept."""
+    live = (weight != 0) | mask
+    return any(not bool(live.transpose(0, way).flatten(1).any(1).all()) for way in range(min(2, weight.dim())))
 
 
 def keep_largest(

@@ -47,7 +47,7 @@ def _computed_from(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             continue
         # what hooks compute before each forward lies beside its parameters as a plain tensor: `weight` by `weight_v`
         plain = [name for name, value in vars(each).items() if isinstance(value, Tensor)]
-        for name, parameter in each.named_parameters(recurse=False):
+        for name, parameter in each.named_parameters(recurse=False) if each._forward_pre_hooks else ():
             for whole in plain:
                 masked = name == f"{whole}_orig" and f"{whole}_mask" in dict(each.named_buffers(recurse=False))
                 if name.startswith(f"{whole}_") and not masked:
