@@ -54,7 +54,7 @@ def why_not_by_parameter(where: str, optimizer: Optimizer, *, coupling: bool = T
     """Return why an optimizer cannot update some of its parameters without the others; ``None`` if it can.
 
     A few entries of its smallest parameters are copied, and copies of the optimizer are stepped on these: with all
-    gradients, with that of the first alone, and with none.
+    gradients, with that of the first or the last alone, and with none.
 
     Args:
         where: Who asks, for the messages.
@@ -101,19 +101,26 @@ def _problem(where: str, optimizer: Optimizer, samples: Sequence["_Sample"], cou
     shown = [name for name in moved if name.startswith("self.") and is_number(everything.after.get(name))]
     if kept := [name for name in moved if name not in shown]:
         return keeps_numbers(optimizer, kept)
-    if coupling and len(samples) > 1:
-        alone = _try(where, optimizer, samples, [0])
-        update = everything.parameters[0] - samples[0].copy
-        gap = float((everything.parameters[0] - alone.parameters[0]).abs().max())
-        if gap > _ALIKE * float(update.abs().max()):
-            if shown:
-                return keeps_numbers(optimizer, shown)
-            return (
-                f"{type(optimizer).__name__} updates a parameter by the gradients of others too (such as their norm), "
-                "and is given those of one stage at a time. Use one that treats each parameter by itself, such as SGD "
-                "or AdamW."
-            )
-    return None
+    # the last one, too, where a number may be for display: the first alone may have given it
+    alone = () if not coupling or len(samples) == 1 else (0, len(samples) - 1) if shown else (0,)
+    if not any(_depends_on_others(where, optimizer, samples, everything, number) for number in alone):
+        return None
+    if shown:
+        return keeps_numbers(optimizer, shown)
+    return (
+        f"{type(optimizer).__name__} updates a parameter by the gradients of others too (such as their norm), and is "
+        "given those of one stage at a time. Use one that treats each parameter by itself, such as SGD or AdamW."
+    )
+
+
+def _depends_on_others(
+    where: str, optimizer: Optimizer, samples: Sequence["_Sample"], everything: _Outcome, number: int
+) -> bool:
+    """Whether a parameter's update is another one where it alone has a gradient."""
+    alone = _try(where, optimizer, samples, [number])
+    update = everything.parameters[number] - samples[number].copy
+    gap = float((everything.parameters[number] - alone.parameters[number]).abs().max())
+    return gap > _ALIKE * float(update.abs().max())
 
 
 def keeps_numbers(optimizer: Optimizer, names: Sequence[str]) -> str:

@@ -191,6 +191,53 @@ class SwapForValidation(Callback):
                 parameter.copy_(kept)
 
 
+class Adapted(nn.Module):
+    """A frozen weight with an adapter, which can be merged into it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.base = nn.Linear(5, 7).double().requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(3, 5, dtype=torch.float64))
+        self.up = nn.Parameter(torch.randn(7, 3, dtype=torch.float64))
+        self.merged = False
+
+    def merge(self, sign):
+        with torch.no_grad():
+            self.base.weight.add_(self.up @ self.down, alpha=sign)
+        self.merged = sign > 0
+
+    def forward(self, x):
+        return self.base(x) if self.merged else self.base(x) + x @ self.down.T @ self.up.T
+
+
+class Merging(Regression):
+    """Merges while it evaluates, as adapters for language models do."""
+
+    def on_validation_model_eval(self):
+        super().on_validation_model_eval()
+        self.net[0].merge(1)
+
+    def on_validation_model_train(self):
+        super().on_validation_model_train()
+        self.net[0].merge(-1)
+
+
+def _merged(rank):
+    adapted = Adapted()
+    before = adapted.base.weight.clone()
+    net = nn.Sequential(adapted, nn.Tanh(), nn.Linear(7, 7).double(), nn.Tanh(), nn.Linear(7, 1).double())
+    module = Merging(net, lambda parameters: momentum([each for each in parameters if each.requires_grad]))
+    fit(rank, 2, module, 6, val_check_interval=3, limit_val_batches=1, num_sanity_val_steps=0)
+    return float((adapted.base.weight - before).abs().max()), float((adapted.up @ adapted.down).abs().max())
+
+
+def test_a_module_that_merges_weights_while_it_evaluates_merges_and_unmerges_the_same():
+    for gap, merged in launch(_merged, world_size=2):
+        assert gap < 1e-12
+        assert merged > 0.1
+
+
 class Counted(torch.optim.SGD):
     """Counts in its groups and on itself, and divides its rate by the count; that works stage by stage."""
 

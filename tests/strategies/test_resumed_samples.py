@@ -128,6 +128,13 @@ class Save(Callback):
         self._save("epoch", runner, module)
 
 
+class At(Callback):
+    """Calls a function in a hook of training."""
+
+    def __init__(self, hook, call):
+        setattr(self, hook, lambda *_: call())
+
+
 def fit(strategy, loader, saves=None, ckpt_path=None, **trainer_args):
     """Return the records of each batch, and the warnings of the loader."""
     module = Recorded()
@@ -222,6 +229,11 @@ def plain(rank, folder):
             saved = folder / name / f"{hook}-{done}.ckpt"
             rest, said = fit(DDPStrategy(**WAIT), new(rank), ckpt_path=saved, **options)
             answers[name, "end" if hook == "epoch" else "middle"] = rest, whole[done:], said
+    # another loader, that a hook iterates for itself
+    aside = At("on_train_batch_start", lambda: next(iter(resumable(rank))))
+    saved = folder / "ResumableLoader" / "batch-2.ckpt"
+    _, said = fit(DDPStrategy(**WAIT), DataLoader(records(), BATCH), ckpt_path=saved, callbacks=[aside])
+    assert not any("batches come twice" in each for each in said), said
     # a run that was begun with a loader of torch's, whose place is in no checkpoint
     torchs = DataLoader(records(), BATCH)
     fit(DDPStrategy(**WAIT), torchs, (folder / "torch", [("batch", 2)]))

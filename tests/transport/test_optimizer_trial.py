@@ -103,7 +103,7 @@ class OnItself(Plain):
 
     def rate(self, group, gradients):
         self.largest = max([self.largest, *(float(each.abs().max()) for each in gradients)])
-        return group["lr"]
+        return group["lr"] / (1 + self.largest)
 
 
 class InADictionary(Plain):
@@ -142,12 +142,41 @@ class Noisy(Plain):
                     parameter.add_(torch.randn(parameter.shape), alpha=0.01)
 
 
+class Shows(Plain):
+    """Notes the norm of the last gradient on itself, for people to read."""
+
+    def prepare(self):
+        self.last_norm = 0.0
+
+    def rate(self, group, gradients):
+        self.last_norm = math.sqrt(sum(float(each.pow(2).sum()) for each in gradients))
+        return group["lr"]
+
+
+class InAList(torch.optim.Optimizer):
+    """Keeps velocities by the parameters' numbers, beside its state."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.01})
+        self.velocity = [torch.zeros_like(each) for each in self.param_groups[0]["params"]]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for velocity, parameter in zip(self.velocity, self.param_groups[0]["params"], strict=False):
+            if parameter.grad is not None:
+                parameter.sub_(velocity.mul_(0.9).add_(parameter.grad), alpha=0.01)
+
+
+def fused(params):
+    return torch.optim.SGD(params, 0.01, momentum=0.9, fused=True)
+
+
 TORCH = [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam]
 TORCH += [torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Adamax, torch.optim.ASGD, torch.optim.Rprop]
 TORCH += [torch.optim.RMSprop, torch.optim.Adafactor]
 
 
-@pytest.mark.parametrize("make", [*TORCH, Plain, Counts, Noisy])
+@pytest.mark.parametrize("make", [*TORCH, Plain, Counts, Noisy, Shows, fused])
 def test_what_treats_each_parameter_by_itself_passes_and_is_left_as_it_was(make):
     net = network()
     optimizer = make([{"params": list(net[0].parameters())}, {"params": list(net[1:].parameters()), "lr": 0.02}])
@@ -168,6 +197,7 @@ def test_what_treats_each_parameter_by_itself_passes_and_is_left_as_it_was(make)
         (OnItself, "self.largest"),
         (InADictionary, "self.statistics"),
         (InTheState, "state['all']"),
+        (InAList, "self.velocity"),
         (ByTheWholeNorm, "by the gradients of others too"),
     ],
 )
@@ -177,7 +207,7 @@ def test_what_needs_more_is_refused_by_its_name_and_that_of_the_number(make, nam
     assert reason is not None
     assert make.__name__ in reason
     assert named in reason
-    assert "SGD or AdamW" in reason
+    assert "SGD or AdamW" in reason or "or use DDPStrategy" in reason
     stages = [nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Linear(3, 1))]
     both = [parameter for stage in stages for parameter in stage.parameters()]
     with pytest.raises(ValueError, match="simulate_delay: `optimizer`.*" + make.__name__):

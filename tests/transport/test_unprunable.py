@@ -225,6 +225,23 @@ def test_a_parameter_that_keeps_next_to_nothing_is_named_and_others_are_not():
         MagnitudePruning(0.8, skip=["small.weight"]).masks(net)
 
 
+def test_neither_inputs_that_are_always_zero_nor_plain_tensors_beside_a_parameter_are_remarked_on():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5))
+    net[0].we = torch.ones(3)  # the weight is not computed from it, whatever its name
+    net[0].register_parameter("we_proj", nn.Parameter(torch.randn(5, 5)))
+
+    def sparse(count):
+        for batch, number in samples(count):
+            batch[0][:, 2] = 0
+            yield batch, number
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(MagnitudePruning(0.5).masks(net)) == {"0.weight", "0.we_proj"}
+        GraSPPruning(0.2, temperature=1.0, skip=["0.we_proj"]).masks(net, Moment(samples=sparse))
+
+
 @pytest.mark.parametrize("way", [0, 1])
 def test_rows_and_columns_that_are_zero_and_go_whole_are_said_and_scattered_zeros_are_not(way):
     torch.manual_seed(0)
