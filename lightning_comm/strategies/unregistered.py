@@ -98,8 +98,7 @@ class UnregisteredState:
                         yield f"{label} of {type(part).__name__}", tensor, place
         for callback in getattr(self._trainer, "callbacks", []):
             for name, value in {} if _is_foreign(callback) else vars(callback).items():
-                # single numbers of callbacks are scores
-                for tensor, place in ((t, p) for t, p in _within(value, "attribute", _DEPTH, seen) if t.ndim):
+                for tensor, place in _within(value, "attribute", _DEPTH, seen):
                     yield f"`{name}` of the callback {type(callback).__name__}", tensor, place
 
     def _warn(self, name: str) -> None:
@@ -114,7 +113,8 @@ class UnregisteredState:
 def _within(value: Any, place: _Place, depth: int, seen: set[int]) -> Iterator[tuple[Tensor, _Place]]:
     """Yield the tensors in a value, and what they are in."""
     if isinstance(value, Tensor):
-        if value.layout == torch.strided and not value.is_meta and value.grad_fn is None:
+        # single numbers are scores and losses, for people to read
+        if value.numel() > 1 and value.layout == torch.strided and not value.is_meta and value.grad_fn is None:
             yield value, place
     elif isinstance(value, nn.Module):
         if not _is_metric(value) and not isinstance(value, LightningModule):
