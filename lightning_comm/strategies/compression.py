@@ -1,13 +1,14 @@
 """DDP whose gradients travel compressed: a thin shell around torch's hook and a codec."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
@@ -18,6 +19,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_comm.core.ledger import CommLedger
@@ -40,6 +43,7 @@ from lightning_comm.transport.gradient_sync import GradientSync
 from lightning_comm.transport.recording import Recorder, leave_group_at_exit
 
 _WHERE = "CompressedDDPStrategy"
+_BEFORE_STEP = ("backward", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
 
 
 class CompressedDDPStrategy(DDPStrategy):
@@ -90,7 +94,9 @@ class CompressedDDPStrategy(DDPStrategy):
 
         *Memory.* What the compression keeps; and a second residual as large as the model, from a backward until the
         optimizer has stepped, where averaged gradients may be thrown away: under ``find_unused_parameters`` or
-        ``static_graph``, a gradient scaler, manual optimization, or an ``optimizer_step`` of the module's own.
+        ``static_graph``, a gradient scaler, manual optimization, or code of your own between a backward and the
+        optimizer's step: the module's ``optimizer_step``, ``backward`` or ``configure_gradient_clipping``, or
+        ``on_after_backward`` or ``on_before_optimizer_step`` of the module or a callback.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -148,6 +154,8 @@ class CompressedDDPStrategy(DDPStrategy):
         self._trainer: Trainer | None = None
         self._pruned: PrunedWeights | None = None
         self._warned = False
+        self._stepping: Optimizer | None = None  # the one that `optimizer_step` sees to
+        self._steps_watched: RemovableHandle | None = None
 
     @property
     def ledger(self) -> CommLedger:
@@ -193,7 +201,9 @@ class CompressedDDPStrategy(DDPStrategy):
             *Communication.* An all-gather of 8 bytes.
 
         """
-        self._masks_of_run("install_masks").install(masks)
+        pruned = self._masks_of_run("install_masks")
+        with self._own_changes():
+            pruned.install(masks)
 
     def request_dense(self, n_steps: int) -> None:
         """Send the gradients of the next steps in full and leave them whole, also where weights are pruned.
@@ -249,14 +259,20 @@ class CompressedDDPStrategy(DDPStrategy):
             load_skipped_loader_states(self._trainer)
             restore_accumulation(self._trainer)
         if self._pruned is not None and self._trainer is not None:
-            self._pruned.start(self._trainer, self.optimizers)  # here, since optimizer states have been restored
-            self._pruned.before_step(self._trainer.global_step)
+            with self._own_changes():
+                self._pruned.start(self._trainer, self.optimizers)  # here, since optimizer states have been restored
+                self._pruned.before_step(self._trainer.global_step)
 
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
         if self._pruned is not None:
             self._pruned.finish()
+
+    @override
+    def teardown(self) -> None:
+        self._watch_steps(False)
+        super().teardown()
 
     @override
     def configure_ddp(self) -> None:
@@ -269,6 +285,7 @@ class CompressedDDPStrategy(DDPStrategy):
         codec = self.compression.codec(context)
         unused = unused_by_all_ranks(self.model)
         self._sync = GradientSync(codec, self._recorder, module.named_parameters(), self._loss_scale, unused)
+        self._watch_steps(context.revocable)
         if self._resume is not None:
             self._sync.load_state_dict(self._resume)
             self._resume = None
@@ -283,16 +300,19 @@ class CompressedDDPStrategy(DDPStrategy):
             # here too: under manual optimization the backward, and its messages, come before the optimizer's step
             self._recorder.step = self._trainer.global_step
         if self._pruned is not None and self._trainer is not None:
-            self._pruned.before_step(self._trainer.global_step)
+            with self._own_changes():
+                self._pruned.before_step(self._trainer.global_step)
         return super().training_step(*args, **kwargs)
 
     def _may_throw_away(self, module: LightningModule) -> bool:
         """Whether an averaged gradient may be thrown away: by DDP, by a gradient scaler, or by the user's own code."""
+        callbacks: list[Callback] = getattr(module.trainer, "callbacks")  # noqa: B009  (mypy does not see it)
         return (
             bool(self._ddp_kwargs["find_unused_parameters"] or self._ddp_kwargs["static_graph"])
             or loss_scale(self.precision_plugin) is not None
             or not module.automatic_optimization
             or is_overridden("optimizer_step", module)
+            or any(map(_has_own_hook, [module, *callbacks]))
         )
 
     @override
@@ -307,6 +327,19 @@ class CompressedDDPStrategy(DDPStrategy):
         if self._sync is not None:
             self._sync.settle()
 
+    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Take note of a step of any optimizer, except the one that :meth:`optimizer_step` is about to judge."""
+        if self._sync is not None and optimizer is not self._stepping:
+            self._sync.stepped(_parameters_of(optimizer))
+
+    def _watch_steps(self, watch: bool) -> None:
+        if self._steps_watched is not None:
+            self._steps_watched.remove()
+        self._steps_watched = register_optimizer_step_post_hook(self._stepped) if watch else None
+
+    def _own_changes(self) -> AbstractContextManager[None]:
+        return self._sync.own_changes() if self._sync is not None else nullcontext()
+
     def _loss_scale(self) -> float:
         return loss_scale(self.precision_plugin) or 1.0
 
@@ -315,14 +348,18 @@ class CompressedDDPStrategy(DDPStrategy):
         if self._recorder is not None and self._trainer is not None:
             self._recorder.step = self._trainer.global_step
         scale = self._loss_scale()
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self._stepping = optimizer
+        try:
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        finally:
+            self._stepping = None
         if self._sync is not None:
-            stepped = [each for group in optimizer.param_groups for each in group["params"]]
             # a gradient scaler lowers its scale where it has skipped a step, and only there
-            told = self._sync.thrown_away if self._loss_scale() < scale else self._sync.applied
-            told(stepped)
+            told = self._sync.thrown_away if self._loss_scale() < scale else self._sync.stepped
+            told(_parameters_of(optimizer))
         if self._pruned is not None:
-            self._pruned.keep_at_zero()
+            with self._own_changes():
+                self._pruned.keep_at_zero()
         if not self._warned and self.root_device.type == "cpu" and self.non_finite_steps:
             self._warned = True
             rank_zero_warn(
@@ -374,7 +411,20 @@ class CompressedDDPStrategy(DDPStrategy):
             "_resume": None,
             "_trainer": None,
             "_pruned": None,
+            "_stepping": None,
+            "_steps_watched": None,
         }
+
+
+def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [each for group in optimizer.param_groups for each in group["params"]]
+
+
+def _has_own_hook(owner: object) -> bool:
+    """Whether code of the user's own runs between a backward and the optimizer's step, where it may clear gradients."""
+    hooks = (getattr(owner, name, None) for name in _BEFORE_STEP)
+    modules = (getattr(hook, "__module__", None) or "" for hook in hooks if hook is not None)
+    return any(module.partition(".")[0] not in ("lightning", "lightning_comm") for module in modules)
 
 
 def _checked_cap(bucket_cap_mb: float | None) -> float | None:

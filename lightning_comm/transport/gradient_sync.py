@@ -12,7 +12,8 @@ lie in a bucket, never by the bucket's number.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -22,14 +23,16 @@ from torch.nn import Parameter
 
 from lightning_comm.transport.compression.base import Codec, Conversation, Layout, Message, Slot
 from lightning_comm.transport.compression.conversations import Talk
+from lightning_comm.transport.parameter_notes import ParameterNotes, order_in_memory
 from lightning_comm.transport.recording import Recorder
 
 
 class _Bucket:
     """A bucket whose messages are under way."""
 
-    def __init__(self, conversation: Conversation, buffer: Tensor) -> None:
+    def __init__(self, conversation: Conversation, buffer: Tensor, layout: Layout | None) -> None:
         self.buffer = buffer
+        self.layout = layout  # None where the bucket travels in full, without the codec
         self.arrived: torch.futures.Future[Tensor] = torch.futures.Future(
             devices=[buffer.device] if buffer.is_cuda else []
         )
@@ -72,6 +75,7 @@ class GradientSync:
         self.codec = codec
         self._recorder = recorder
         self._parameters = dict(named_parameters)
+        self._notes = ParameterNotes(self._parameters)
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._loss_scale = loss_scale
         self._unused = unused
@@ -95,7 +99,7 @@ class GradientSync:
         if bucket.is_last():
             self.on_last_bucket(self._waited_s)
         buffer = bucket.buffer()
-        begun = _Bucket(self._conversation(bucket, buffer), buffer)
+        begun = self._begin(bucket, buffer)
         started = time.monotonic()
         for earlier in self._under_way:
             if earlier.talk.more:
@@ -106,12 +110,13 @@ class GradientSync:
             self._end_step()
         return begun.arrived
 
-    def _conversation(self, bucket: GradBucket, buffer: Tensor) -> Conversation:
+    def _begin(self, bucket: GradBucket, buffer: Tensor) -> _Bucket:
         parameters = bucket.parameters()
         # DDP hands over complex gradients as pairs of real numbers, in buckets of their own
         if buffer.layout != torch.strided or any(each.is_complex() for each in parameters):
-            return self._in_full(buffer)
-        return self.codec.mean(buffer, self._layout_of(parameters))
+            return _Bucket(self._in_full(buffer), buffer, None)
+        layout = self._layout_of(parameters)
+        return _Bucket(self.codec.mean(buffer, layout), buffer, layout)
 
     def _in_full(self, buffer: Tensor) -> Conversation:
         yield Message(self._recorder.all_reduce(buffer.mul_(1 / self._recorder.world_size), "gradients"))
@@ -139,31 +144,59 @@ class GradientSync:
         if self.codec.unapplied:  # or nothing could be restored
             self.codec.take_back([self._names[id(each)] for each in self._unused()], last_only=True)
 
-    def applied(self, parameters: Iterable[Tensor]) -> None:
-        """Take note that an optimizer has stepped with the means of these parameters."""
-        if self.codec.unapplied:
-            self.codec.applied([self._names[id(each)] for each in parameters if id(each) in self._names])
+    def stepped(self, parameters: Iterable[Tensor]) -> None:
+        """Take note that an optimizer has stepped: with the means of these parameters, or without those cleared before.
+
+        The mean of a parameter without a gradient that has not changed was thrown away.
+        """
+        open_ = self._unapplied(parameters)
+        if not open_:
+            return
+        self.settle()
+        cleared = [name for name in open_ if self._parameters[name].grad is None and not self._notes.changed(name)]
+        if cleared:
+            self.codec.take_back(cleared)
+        self.codec.applied(open_)
 
     def thrown_away(self, parameters: Iterable[Tensor]) -> None:
         """Restore what was kept of these parameters, since an optimizer's step with their means was skipped."""
-        if self.codec.unapplied:
-            self.codec.take_back([self._names[id(each)] for each in parameters if id(each) in self._names])
+        self.codec.take_back(self._unapplied(parameters))
 
     def take_back_cleared(self) -> None:
-        """Restore what was kept of parameters whose gradients were cleared before any optimizer stepped with them.
+        """Restore what was kept of parameters whose gradients were cleared before anything has stepped with them.
 
         Called before a backward.
         """
         self.settle()
+        self._find_changed()
         open_ = [(name, self._parameters[name].grad) for name in sorted(self.codec.unapplied)]
         cleared = [name for name, gradient in open_ if gradient is None or not gradient.any()]
         if cleared:
             self.codec.take_back(cleared)
 
+    @contextmanager
+    def own_changes(self) -> Iterator[None]:
+        """Surround changes of parameters that are no steps with their means, such as zeros under a mask."""
+        self._find_changed()
+        yield
+        self._notes.renew()
+
+    def _unapplied(self, parameters: Iterable[Tensor]) -> list[str]:
+        unapplied = self.codec.unapplied
+        names = (self._names.get(id(each)) for each in parameters) if unapplied else ()
+        return [name for name in names if name in unapplied]
+
+    def _find_changed(self) -> None:
+        """Take note of means that no optimizer of torch's has stepped with, but whose parameters have changed since."""
+        unapplied = self.codec.unapplied
+        self.codec.applied([name for name in sorted(unapplied) if self._notes.changed(name)])
+        self._notes.keep(self.codec.unapplied)
+
     def _begin_step(self) -> None:
         self._waited_s = 0.0
         self._under_way.clear()  # what a backward that failed has left
         self.settle()
+        self._find_changed()
         scale = self._loss_scale()
         if self._scale is not None and scale != self._scale:
             self.codec.rescale(scale / self._scale)
@@ -175,14 +208,21 @@ class GradientSync:
         while self._under_way:
             bucket = self._under_way.popleft()
             bucket.finish()
-            if bucket.buffer.layout == torch.strided:
-                # one pass over the bucket, and no wait for a device
-                total = bucket.buffer.sum()
-                spoilt = ~torch.isfinite(total) if spoilt is None else spoilt | ~torch.isfinite(total).to(spoilt.device)
+            if bucket.buffer.layout == torch.strided and bucket.buffer.numel():
+                bad = _is_spoilt(bucket.buffer)
+                spoilt = bad if spoilt is None else spoilt | bad.to(spoilt.device)
+            if bucket.layout is not None and self.codec.unapplied:
+                self._take_notes(bucket.layout, bucket.buffer)
         if spoilt is not None:
             self._spoilt = spoilt.long() if self._spoilt is None else self._spoilt + spoilt
         self.codec.end_step()
         self._settled = False  # DDP knows only later which means it throws away
+
+    def _take_notes(self, layout: Layout, means: Tensor) -> None:
+        unapplied = self.codec.unapplied
+        for slot, mean in zip(layout.slots, layout.split(means), strict=True):
+            if slot.name in unapplied:
+                self._notes.take(slot.name, mean)
 
     @property
     def non_finite_steps(self) -> int:
@@ -192,13 +232,24 @@ class GradientSync:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, by parameter name. Tensors belong to this rank alone."""
         self.settle()
+        self._find_changed()
         return {"codec": self.codec.state_dict(), "loss_scale": self._scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned."""
         self.codec.load_state_dict(state["codec"])
+        self._notes.keep(())
         self._scale = state["loss_scale"]
         self._settled = True
+
+
+def _is_spoilt(means: Tensor) -> Tensor:
+    """Return whether an entry is NaN or infinite: in one pass, whatever their sum is, and without a wait for a device.
+
+    The least and the largest entry are NaN if any is.
+    """
+    least, largest = means.aminmax()
+    return ~(torch.isfinite(least) & torch.isfinite(largest))
 
 
 def shape_in_memory(parameter: Tensor) -> tuple[int, ...]:
@@ -213,7 +264,4 @@ def shape_in_memory(parameter: Tensor) -> tuple[int, ...]:
         (2, 4, 4, 3)
 
     """
-    if parameter.is_contiguous() or torch.empty_like(parameter).stride() != parameter.stride():
-        return tuple(parameter.shape)
-    order = sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
-    return tuple(parameter.shape[dimension] for dimension in order)
+    return tuple(parameter.shape[dimension] for dimension in order_in_memory(parameter))

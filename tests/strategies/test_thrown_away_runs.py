@@ -9,11 +9,13 @@ from datetime import timedelta
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.plugins import MixedPrecision
 from support.processes import launch
 from support.training import Stop, loader, trainer
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from lightning_comm import CompressedDDPStrategy, Int8, MaskFunction, PowerSGD, SparseMask, TopK
 from lightning_comm.lightning_internals import unused_by_all_ranks
@@ -35,13 +37,26 @@ def gradient(rank, step, head):
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(1000 * rank + 10 * step + HEADS.index(head)))
 
 
+# optimizers step, or parameters are changed, without a word to Lightning
+OWN_STEPS = ("raw", "raw, cleared", "unwrapped", "by hand", "by data", "new data", "by hand, cleared")
+
+# gradients are set to None between the backward and the optimizer's step
+CLEARING = ("after backward", "before step", "clipping", "by a callback", "one head")
+
+
+class Clear(Callback):
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if module.loses:
+            optimizer.zero_grad()
+
+
 class Heads(LightningModule):
     """Two heads; `due` is the sum of the gradients of this rank that were meant to be applied."""
 
     def __init__(self, mode):
         super().__init__()
         self.mode = mode
-        self.automatic_optimization = mode not in ("manual", "two backwards", "cleared")
+        self.automatic_optimization = mode not in ("manual", "two backwards", "cleared", *OWN_STEPS)
         for head in HEADS:
             self.register_parameter(head, nn.Parameter(torch.zeros(SHAPE)))
         self.due = {head: torch.zeros(SHAPE) for head in HEADS}
@@ -56,15 +71,17 @@ class Heads(LightningModule):
             return HEADS if step % 3 == 0 or (step % 3 == 1 and self.global_rank == 0) else "a"
         if self.mode == "static":
             return "a"
-        if self.mode in ("scaler", "skipped"):
+        if self.mode in ("scaler", "skipped", "plain", *CLEARING):
             return HEADS
         return HEADS[step // 2 % 2] if self.mode == "accumulated" else HEADS[step % 2]
 
     def training_step(self, batch, step):
         if not self.automatic_optimization:
             return self.by_hand(step)
-        lost = (self.mode == "scaler" and step % 4 == 2) or (self.mode == "skipped" and step % 3 == 1)
-        loss = self.loss(step, self.used(step), counts=() if lost else None)
+        self.loses = self.mode in ("skipped", *CLEARING) and step % 3 == 1
+        lost = self.loses or (self.mode == "scaler" and step % 4 == 2)
+        counts = ("a" if self.mode == "one head" else ()) if lost else None
+        loss = self.loss(step, self.used(step), counts=counts)
         if self.mode == "scaler" and step % 4 == 2 and self.global_rank == 1:
             loss = loss + (self.a[0, 0] * torch.inf)  # the other head's gradient is finite
         return loss * (2 if self.mode == "accumulated" else 1)  # Lightning takes the mean over the window
@@ -82,6 +99,8 @@ class Heads(LightningModule):
             for each in optimizers.values():
                 each.step()
                 each.zero_grad()
+        elif self.mode in OWN_STEPS:
+            self.step_alone(step, optimizers)
         else:  # as a generator's loss reaches into the discriminator, whose gradient is then cleared
             head = HEADS[step % 2]
             self.manual_backward(self.loss(step, HEADS, counts=head))
@@ -89,15 +108,66 @@ class Heads(LightningModule):
             for each in optimizers.values():
                 each.zero_grad(set_to_none=step % 4 < 2)
 
-    def optimizer_step(self, epoch, batch_idx, optimizer, closure):
-        if self.mode == "skipped" and batch_idx % 3 == 1:
-            closure()
-        else:
-            super().optimizer_step(epoch, batch_idx, optimizer, closure)
+    def step_alone(self, step, optimizers):
+        lost = self.mode.endswith("cleared") and step % 3 == 1
+        self.manual_backward(self.loss(step, HEADS, counts=() if lost else None))
+        for head, optimizer in optimizers.items():
+            parameter = getattr(self, head)
+            if lost:
+                parameter.grad = None
+            elif self.mode.startswith("raw"):
+                optimizer.optimizer.step()
+            elif self.mode == "unwrapped":
+                self.optimizers(use_pl_optimizer=False)[HEADS.index(head)].step()
+            elif self.mode == "by data":
+                parameter.data -= parameter.grad
+            elif self.mode == "new data":
+                parameter.data = parameter.data - parameter.grad
+            else:
+                with torch.no_grad():
+                    parameter -= parameter.grad
+            optimizer.zero_grad()
 
     def configure_optimizers(self):
         optimizers = [torch.optim.SGD([getattr(self, head)], 1.0) for head in HEADS]
         return torch.optim.SGD(self.parameters(), 1.0) if self.automatic_optimization else optimizers
+
+
+class Skipping(Heads):
+    def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+        if batch_idx % 3 == 1:
+            closure()
+        else:
+            super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+
+class AfterBackward(Heads):
+    def on_after_backward(self):
+        if self.loses:
+            self.b.grad = None
+            if self.mode != "one head":
+                self.zero_grad()
+
+
+class BeforeStep(Heads):
+    def on_before_optimizer_step(self, optimizer):
+        if self.loses:
+            optimizer.zero_grad()
+
+
+class Clipping(Heads):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        if self.loses:
+            optimizer.zero_grad()
+
+
+MODULES = {
+    "skipped": Skipping,
+    "after backward": AfterBackward,
+    "one head": AfterBackward,
+    "before step": BeforeStep,
+    "clipping": Clipping,
+}
 
 
 def _fit(rank, compression, mode):
@@ -107,15 +177,17 @@ def _fit(rank, compression, mode):
         "scaler": {},
         "skipped": {},
         "cleared": {},
+        **{own: {} for own in (*OWN_STEPS, *CLEARING)},
     }.get(mode, {"find_unused_parameters": True})
     options = {"accumulate_grad_batches": 2} if mode == "accumulated" else {}
     if mode == "scaler":
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=5)
         options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler)]
     strategy = CompressedDDPStrategy(compression, timeout=timedelta(seconds=40), **flags)
-    model = Heads(mode)
-    runner = trainer(strategy, 2, **options)
+    model = MODULES.get(mode, Heads)(mode)
+    runner = trainer(strategy, 2, callbacks=[Clear()] if mode == "by a callback" else [], **options)
     runner.fit(model, loader(STEPS, rank, dtype=torch.float32))
+    assert not _global_optimizer_post_hooks, "a hook was left behind"
     state = strategy._sync.state_dict()
     scale = state["loss_scale"]
     masks = kept_entries(model) if compression == MASKED else {head: torch.ones(SHAPE).bool() for head in HEADS}
@@ -141,12 +213,16 @@ MODES = [
     "cleared",
     "scaler",
     "skipped",
+    *OWN_STEPS,
+    *CLEARING,
 ]
 
 
 CASES = [
     *((TopK(0.1), mode) for mode in MODES),
     *((compression, mode) for compression in (PowerSGD(1), Int8(), MASKED) for mode in ("in turn", "scaler")),
+    *((compression, mode) for compression in (PowerSGD(1), MASKED) for mode in ("cleared", "one head")),
+    *((PowerSGD(1), mode) for mode in ("raw, cleared", "by data")),
 ]
 
 
@@ -174,6 +250,68 @@ def _check(compression, mode, one, other):
         else:
             assert abs(kept).max() > 0.001, (compression, mode, head)
             assert abs(due).max() > 1, (compression, mode, head)
+
+
+class Weights(Callback):
+    """Notes what would be saved after each batch."""
+
+    def __init__(self):
+        self.saved = []
+
+    def on_train_batch_end(self, trainer, *args):
+        residuals = trainer.strategy._sync.state_dict()["codec"]["residuals"]
+        self.saved.append({name: row.numpy().copy() for name, row in residuals.items()})
+
+
+def _saved(rank):
+    answers = []
+    for mode in ("raw", "by hand", "by data"):
+        notes = Weights()
+        strategy = CompressedDDPStrategy(TopK(0.1), timeout=timedelta(seconds=40))
+        model = Heads(mode)
+        trainer(strategy, 2, callbacks=[notes]).fit(model, loader(STEPS, rank, dtype=torch.float32))
+        answers.append(notes.saved)
+    plain = Weights()
+    strategy = CompressedDDPStrategy(TopK(0.1), find_unused_parameters=True, timeout=timedelta(seconds=40))
+    trainer(strategy, 2, callbacks=[plain]).fit(Heads("plain"), loader(STEPS, rank, dtype=torch.float32))
+    return answers, plain.saved
+
+
+def test_after_a_step_that_lightning_does_not_know_of_what_is_saved_is_what_any_step_leaves():
+    for answers, plain in launch(_saved, world_size=2):
+        assert len(plain) == STEPS
+        assert all(abs(row).max() > 0.001 for row in plain[0].values())
+        for saved in answers:
+            assert len(saved) == STEPS
+            assert all(
+                (one[h].ravel() == other[h].ravel()).all()
+                for one, other in zip(saved, plain, strict=True)
+                for h in HEADS
+            )
+
+
+def _memory(rank):
+    """Whether a second residual is remembered, by who runs code between a backward and a step."""
+    quiet = [LambdaCallback(on_train_batch_end=lambda *args: None)]
+    cases = {
+        "plain": (Heads("plain"), quiet),
+        "module": (AfterBackward("plain"), []),
+        "clipping": (Clipping("plain"), []),
+        "callback": (Heads("plain"), [Clear()]),
+        "lambda": (Heads("plain"), [LambdaCallback(on_after_backward=lambda *args: None)]),
+    }
+    found = {}
+    for name, (model, callbacks) in cases.items():
+        strategy = CompressedDDPStrategy(TopK(0.1), timeout=timedelta(seconds=40))
+        trainer(strategy, 1, callbacks=callbacks).fit(model, loader(1, rank, dtype=torch.float32))
+        found[name] = strategy._sync.codec.context.revocable
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*one process only")
+def test_a_second_residual_is_remembered_only_where_code_of_the_users_own_may_clear_gradients():
+    (found,) = launch(_memory, world_size=1)
+    assert found == {"plain": False, "module": True, "clipping": True, "callback": True, "lambda": True}
 
 
 def _resumed(rank, mode, path):

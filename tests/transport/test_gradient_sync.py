@@ -246,6 +246,37 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_counted_on_all(run_ranks):
     assert run_ranks(_counted, world_size=2) == [[0, 1, 1, 1], [0, 1, 1, 1]]
 
 
+SPOILT = [  # a type, the gradient's entries, and whether one is not finite
+    (torch.float16, [3000.0] * 100, False),  # their sum is beyond the type
+    (torch.float16, [-3000.0] * 100, False),
+    (torch.float16, [1.0, torch.inf], True),
+    (torch.bfloat16, [1e37] * 100, False),
+    (torch.float32, [1e37] * 100, False),
+    (torch.float32, [1e37] * 50 + [-1e37] * 50 + [torch.nan], True),
+    (torch.float32, [torch.inf, -torch.inf], True),
+    (torch.float32, [1.0, -torch.inf, 2.0], True),
+    (torch.float64, [1e307] * 100, False),
+]
+
+
+def _counted_of_large(rank):
+    counts = []
+    for dtype, entries, _ in SPOILT:
+        layer = nn.Module()
+        layer.register_parameter("weight", nn.Parameter(torch.zeros(len(entries), dtype=dtype)))
+        layer.forward = lambda x, layer=layer: (layer.weight * x).sum()
+        sync, _ = sync_of(layer, Full())
+        ddp = DistributedDataParallel(layer)
+        ddp.register_comm_hook(None, sync.hook)
+        ddp(torch.tensor(entries, dtype=dtype)).backward()
+        counts.append(sync.non_finite_steps)
+    return counts
+
+
+def test_gradients_that_are_finite_are_not_counted_however_large_their_sum(run_ranks):
+    assert run_ranks(_counted_of_large, world_size=2) == [[int(spoilt) for _, _, spoilt in SPOILT]] * 2
+
+
 def test_the_reducer_that_hands_over_single_gradients_is_refused(run_ranks):
     (said,) = run_ranks(_python_reducer, world_size=1)
     assert "torch.compile" in said
