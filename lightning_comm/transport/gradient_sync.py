@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from lightning_comm.transport.compression.base import Codec, Conversation, Layout, Message, Slot
 from lightning_comm.transport.compression.conversations import Talk
-from lightning_comm.transport.parameter_notes import ParameterNotes, order_in_memory
+from lightning_comm.transport.parameter_notes import ParameterNotes, shape_in_memory
 from lightning_comm.transport.recording import Recorder
 
 
@@ -250,18 +250,3 @@ def _is_spoilt(means: Tensor) -> Tensor:
     """
     least, largest = means.aminmax()
     return ~(torch.isfinite(least) & torch.isfinite(largest))
-
-
-def shape_in_memory(parameter: Tensor) -> tuple[int, ...]:
-    """Return the parameter's dimensions in the order in which they lie in memory, and so in a bucket of DDP.
-
-    That is the order of its strides where it fills its memory without gaps, and otherwise its own.
-
-    Example:
-        >>> shape_in_memory(torch.zeros(2, 3)), shape_in_memory(torch.zeros(3, 2).T)
-        ((2, 3), (3, 2))
-        >>> shape_in_memory(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last))
-        (2, 4, 4, 3)
-
-    """
-    return tuple(parameter.shape[dimension] for dimension in order_in_memory(parameter))

@@ -79,7 +79,7 @@ def places_of_largest(row: Tensor) -> Tensor:
 
 
 def order_in_memory(parameter: Tensor) -> tuple[int, ...]:
-    """Return the parameter's dimensions in the order in which they lie in memory, and so in a bucket of DDP.
+    """Return the numbers of the parameter's dimensions in the order in which they lie in memory, as in a bucket of DDP.
 
     That is the order of its strides where it fills its memory without gaps, and otherwise its own.
     """
@@ -87,6 +87,19 @@ def order_in_memory(parameter: Tensor) -> tuple[int, ...]:
     if parameter.is_contiguous() or torch.empty_like(parameter).stride() != parameter.stride():
         return dimensions
     return tuple(sorted(dimensions, key=parameter.stride, reverse=True))
+
+
+def shape_in_memory(parameter: Tensor) -> tuple[int, ...]:
+    """Return the lengths of the parameter's dimensions in the order of :func:`order_in_memory`.
+
+    Example:
+        >>> shape_in_memory(torch.zeros(2, 3)), shape_in_memory(torch.zeros(3, 2).T)
+        ((2, 3), (3, 2))
+        >>> shape_in_memory(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last))
+        (2, 4, 4, 3)
+
+    """
+    return tuple(parameter.shape[dimension] for dimension in order_in_memory(parameter))
 
 
 def in_memory(parameter: Tensor) -> Tensor:

@@ -38,10 +38,23 @@ def gradient(rank, step, head):
 
 
 # optimizers step, or parameters are changed, without a word to Lightning
-OWN_STEPS = ("raw", "raw, cleared", "unwrapped", "by hand", "by data", "new data", "by hand, cleared")
+OWN_STEPS = ("raw", "raw, cleared", "raw, late", "unwrapped", "by hand", "by data", "new data", "by hand, cleared")
 
 # gradients are set to None between the backward and the optimizer's step
 CLEARING = ("after backward", "before step", "clipping", "by a callback", "one head")
+
+
+class Late(torch.optim.SGD):
+    """Moves parameters, unseen by torch, by two gradients at every second step."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            waiting = self.state[parameter].pop("waiting", None)
+            if waiting is None:
+                self.state[parameter]["waiting"] = parameter.grad.clone()
+            else:
+                parameter.data -= waiting + parameter.grad
 
 
 class Clear(Callback):
@@ -129,7 +142,8 @@ class Heads(LightningModule):
             optimizer.zero_grad()
 
     def configure_optimizers(self):
-        optimizers = [torch.optim.SGD([getattr(self, head)], 1.0) for head in HEADS]
+        kind = Late if self.mode.endswith("late") else torch.optim.SGD
+        optimizers = [kind([getattr(self, head)], 1.0) for head in HEADS]
         return torch.optim.SGD(self.parameters(), 1.0) if self.automatic_optimization else optimizers
 
 
