@@ -101,6 +101,11 @@ INTERNALS = (
         "_get_local_used_map",
         "how many ranks have used each of them, and so whose gradients DDP throws away",
     ),
+    Internal(
+        "torch.autograd",
+        "_unsafe_preserve_version_counter",
+        "weights that are put aside for a checkpoint and back, between forward and backward, have not changed",
+    ),
 )
 
 
@@ -152,6 +157,18 @@ def wrap_loop_ends(
     end_of_batch: Callable[[Any], None] = patches.set(trainer.fit_loop.epoch_loop, "on_advance_end", batch)
     start_of_epoch: Callable[[], None] = patches.set(trainer.fit_loop, "on_advance_start", epoch_start)
     end_of_epoch: Callable[[], None] = patches.set(trainer.fit_loop, "on_advance_end", epoch_end)
+
+
+def wrap_saves(trainer: Trainer, patches: Patches, afterwards: Callable[[], None]) -> None:
+    """Call a function after every ``save_checkpoint`` of the Trainer, also where a hook or the file made it fail."""
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        try:
+            original(*args, **kwargs)
+        finally:
+            afterwards()
+
+    original: Callable[..., None] = patches.set(trainer, "save_checkpoint", save)
 
 
 def wrap_skipped_validation(trainer: Trainer, patches: Patches, around: Callable[[Callable[[], None]], None]) -> None:

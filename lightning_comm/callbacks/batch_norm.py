@@ -19,7 +19,8 @@ class BatchNormReestimation(Callback):
     After an average of weights the running statistics, which followed each rank's own weights, fit less well. Before
     validation this callback passes training batches through the model without gradients and replaces the statistics by
     their plain mean over these batches and over the ranks, as the authors of QSR do. Weights are not touched, so the
-    run of the weights is the same as without it.
+    run of the weights is the same as without it. In the middle of a round of local updates, where an average is put in
+    place for the validation, the statistics go with it, and each rank has its own back.
 
     The batches come from a fresh ``train_dataloader()`` of the data module or of the model; rank r takes each
     world-size-th batch from the r-th on.
@@ -95,6 +96,9 @@ class BatchNormReestimation(Callback):
             norm.momentum = momentum
             norm.train(training)
         _average_over_batches(trainer, norms, seen)
+        take_into_average = getattr(trainer.strategy, "take_into_average", None)
+        if take_into_average is not None:  # LocalUpdateStrategy takes averages out again, and what belongs to them
+            take_into_average([each for norm in norms for each in norm.buffers(recurse=False)])
 
     def _batches(self, trainer: Trainer) -> Iterable[Any]:
         source = getattr(trainer, "datamodule", None) or trainer.lightning_module

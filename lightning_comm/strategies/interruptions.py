@@ -65,9 +65,16 @@ class Interruptions:
             self._trainer, self._patches, self._on_sigterm, self._on_requeue
         )
 
-    def install(self) -> None:
-        """Take the per-batch collectives out of the loops and callbacks of this run."""
+    def install(self, after_save: Callable[[], None] | None = None) -> None:
+        """Take the per-batch collectives out of the loops and callbacks of this run.
+
+        Args:
+            after_save: Called after every ``Trainer.save_checkpoint``, also where a hook made it fail.
+
+        """
         trainer, patches = self._trainer, self._patches
+        if after_save is not None:
+            internals.wrap_saves(trainer, patches, after_save)
         internals.leave_out_sigterm_broadcast(trainer, patches)
         internals.wrap_loop_ends(trainer, patches, self._after_batch, self._around_epoch)
         internals.wrap_skipped_validation(trainer, patches, _without_drawing)

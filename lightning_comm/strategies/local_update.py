@@ -5,6 +5,7 @@ rest are hooks of a few lines each.
 """
 
 import itertools
+from collections.abc import Iterable
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -98,6 +100,11 @@ class LocalUpdateStrategy(RanksApartStrategy):
         *Memory.* Three buckets of scratch, which are kept. A second copy of the averaged tensors exists only while
         averaged weights are evaluated or saved in the middle of a round; where a ``CheckpointIO`` that is not
         Lightning's own writes the file, rank 0 has a third copy of those that are saved, until it is written.
+
+        *What is set meanwhile stays.* Parameters and buffers that the module, a callback or an optimizer sets while
+        averaged weights are in place, as a threshold or restored weights at the end of a validation, keep their new
+        values; all others get this rank's own back. To see that the model is read twice a validation in mid-round, and
+        once more for a full checkpoint.
 
         *Where to look.* ``strategy.ledger`` has every message, ``strategy.history`` every synchronisation.
 
@@ -208,6 +215,14 @@ class LocalUpdateStrategy(RanksApartStrategy):
         """
         self._samples.count(samples)
 
+    def take_into_average(self, tensors: Iterable[Tensor]) -> None:
+        """Let buffers or parameters that were renewed for a validation be taken out with the average that it sees.
+
+        For callbacks, within a validation. Without this, what is set while an average is in place stays.
+        """
+        if self._run is not None:
+            self._run.replica.take_into_average(tensors)
+
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
@@ -307,7 +322,7 @@ class LocalUpdateStrategy(RanksApartStrategy):
             run.recorder.step = run.clock.steps_done
         if self.settings.starts_with_gradients and not run.in_gradient_phase:
             self._unwrap_ddp()
-        self._interruptions.install()
+        self._interruptions.install(after_save=run.leave_checkpoint)
         self._resume = None
         if own is not None:
             set_random_state(own["random"])  # last, since what comes before may draw from the generators

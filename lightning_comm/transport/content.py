@@ -47,6 +47,12 @@ def content(tensor: Tensor) -> Tensor:
     return torch.cat([*_Words(tensor).parts(), torch.empty(0, dtype=torch.int64, device=tensor.device)])
 
 
+def differ(before: Tensor, now: Tensor) -> Tensor:
+    """Return, as a boolean on the device of the first, whether two contents differ."""
+    same_size = before.shape == now.shape
+    return (before != now.to(before.device)).any() if same_size else before.new_ones((), dtype=torch.bool)
+
+
 def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tensor.stride()
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from lightning_comm.transport.compression.base import Codec
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
-from lightning_comm.transport.content import content
+from lightning_comm.transport.content import content, differ
 from lightning_comm.transport.differences import DifferenceAverager
-from lightning_comm.transport.flat import Drift, distinct
+from lightning_comm.transport.flat import Drift
 from lightning_comm.transport.optimizer_state import is_averageable
+from lightning_comm.transport.own_values import OwnValues, copy_into
 from lightning_comm.transport.recording import Recorder
 from lightning_comm.transport.shared_memory import SharedMemory
 
@@ -80,7 +81,7 @@ class Replica:
         self._trained: set[str] = set()
         self._frozen: dict[str, Tensor] = {}  # what frozen parameters contained when ranks had the same
         self._moved: set[str] = set()  # those that have changed since, on any rank
-        self._kept: _Kept | None = None
+        self._kept: OwnValues | None = None
         self._shared_memory = SharedMemory()
 
     def begin_round(self, *, equal: bool = False) -> None:
@@ -113,7 +114,7 @@ class Replica:
         frozen = {name: p for name, p in self._module.named_parameters() if name in self._frozen}
         if not frozen:
             return
-        flags = torch.stack([_differ(self._frozen[name], content(parameter)) for name, parameter in frozen.items()])
+        flags = torch.stack([differ(self._frozen[name], content(parameter)) for name, parameter in frozen.items()])
         moved = flags.to(torch.uint8)
         self._recorder.all_reduce(moved, "control", ReduceOp.MAX).wait()
         self._moved = {name for name, flag in zip(frozen, moved.tolist(), strict=True) if flag}
@@ -294,16 +295,23 @@ class Replica:
         Note:
             *Memory.* A second copy of the averaged tensors in between.
 
+            *Cost.* They are read here and once more at the end, to see what somebody sets in between.
+
         """
         self.wait_for_background()
-        changed = self._changed_by_average()
-        own = {name: tensor.detach().clone() for name, tensor in changed.items()}
-        self._kept = _Kept(purpose, weight, changed, own)
+        self._kept = OwnValues(purpose, weight, self._changed_by_average())
         groups = self.averaged()
         parameters = groups.pop("parameters")
         self._correct(parameters, weight)
         self._averager.average_(list(parameters.values()), purpose, weight)
         self._average_others(groups, purpose, weight, broadcast=broadcast)
+        self._kept.note()
+
+    @torch.no_grad()
+    def take_into_average(self, tensors: Iterable[Tensor]) -> None:
+        """Let tensors that have been renewed for an evaluation go with it, if an average is in place."""
+        if self._kept is not None:
+            self._kept.note(tensors)
 
     def _correct(self, parameters: Mapping[str, Tensor], weight: float | None) -> None:
         """Move parameters, or copies of them, by what is in flight, if ranks count for different shares of a mean.
@@ -320,21 +328,23 @@ class Replica:
 
     @torch.no_grad()
     def leave_average(self) -> None:
-        """Put this rank's own values back, if an average is in place."""
+        """Put this rank's own values back, if an average is in place, but for what somebody has set since."""
         kept, self._kept = self._kept, None
         if kept is not None:
-            _copy_into(kept.places, kept.values)
+            kept.put_back()
 
     def changed_storages(self) -> set[int]:
-        """Return the addresses of the memory that :meth:`leave_average` will write to."""
-        places = {} if self._kept is None else self._kept.places
-        return {tensor.untyped_storage().data_ptr() for tensor in places.values() if tensor.numel()}
+        """Return the addresses of the memory that :meth:`leave_average` may write to."""
+        return set() if self._kept is None else self._kept.storages
 
     def local_state(self) -> dict[str, Tensor]:
-        """Return what this rank alone holds: its own weights and buffers, also while averaged ones are in place."""
+        """Return what this rank alone holds: its own weights and buffers, also while averaged ones are in place.
+
+        Then it is what :meth:`leave_average` would leave: new values where somebody has set some.
+        """
         now = self._changed_by_average() | {f"buffer:{name}": buffer for name, buffer in self._module.named_buffers()}
-        kept = {} if self._kept is None else self._kept.values
-        return {name: tensor.detach() for name, tensor in (now | kept).items()}
+        own = now if self._kept is None else self._kept.goes_on_with(now)
+        return {name: tensor.detach() for name, tensor in own.items()}
 
     def local_buffers(self) -> dict[str, Tensor]:
         """Return the part of :meth:`local_state` that may differ right after a synchronisation too."""
@@ -355,7 +365,8 @@ class Replica:
                 f"LocalUpdateStrategy: this rank's file of the checkpoint has weights that the model does not have: "
                 f"{unknown[:5]}. Resume with the model that was saved, or load the checkpoint's weights alone."
             )
-        _copy_into(now, state)
+        for name, value in state.items():
+            copy_into(now[name], value)
 
     @property
     def compresses(self) -> bool:
@@ -413,28 +424,6 @@ class Replica:
         return changed | {f"parameters:{name}": parameter for name, parameter in self._without_mean().items()}
 
 
-class _Kept(NamedTuple):
-    """This rank's own values, while an average is where they belong.
-
-    Args:
-        purpose: What the average is there for.
-        weight: What this rank counted for in it.
-        places: The tensors, by name.
-        values: What they held.
-
-    """
-
-    purpose: str
-    weight: float | None
-    places: dict[str, Tensor]
-    values: dict[str, Tensor]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return next((tensor.device for tensor in self.places.values()), torch.device("cpu"))
-
-
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> int:
     """Return a number for names, shapes, memory formats and types: 48 bits, which a float64 holds exactly.
 
@@ -447,14 +436,3 @@ def fingerprint(named: Iterable[tuple[str, Tensor]]) -> int:
     """
     text = repr([(name, tuple(tensor.shape), tensor.stride(), str(tensor.dtype)) for name, tensor in named])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
-
-
-def _differ(before: Tensor, now: Tensor) -> Tensor:
-    same_size = before.shape == now.shape
-    return (before != now).any() if same_size else torch.ones((), dtype=torch.bool, device=now.device)
-
-
-def _copy_into(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        target = distinct(targets[name].detach())
-        target.copy_(value[tuple(slice(size) for size in target.shape)])
