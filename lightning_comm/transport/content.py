@@ -63,6 +63,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     if not real.is_contiguous():
         real = real.permute(sorted(range(real.ndim), key=real.stride, reverse=True))
     row = real.reshape(-1).contiguous()
+    row = row.as_strided(row.shape, (1,))  # the stride of a single entry, such as that of an expanded number, may be 0
     if row.storage_offset() * row.element_size() % _WORD_BYTES:
         row = row.clone()
     return row.view(torch.uint8)

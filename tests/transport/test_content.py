@@ -80,3 +80,10 @@ def test_only_the_tensors_of_a_group_that_changed_are_named():
     for group in range(4):
         contents.compare(group)
     assert contents.changed(wait=True) == ["weight", "bias", "w"]
+
+
+def test_a_single_entry_has_a_content_whatever_its_stride():
+    one = torch.tensor(3.0).expand(4)[:1]
+    assert one.stride() == (0,)
+    assert torch.equal(content(one), content(torch.tensor([3.0])))
+    assert not torch.equal(content(one), content(torch.tensor([4.0])))

@@ -103,7 +103,7 @@ class PowerSGDCodec(Codec):
         workspace = _Workspace(values, [slot for slot, _ in low])
         old = [self._basis(slot, values) for slot, _ in low]
         # one direction a row throughout: of the ways to multiply by so thin a matrix the one that reads along memory
-        lefts = [workspace.matrix(slot, row) @ basis.T for (slot, row), basis in zip(low, old, strict=True)]
+        lefts = [workspace.matrix(slot, row) @ _small(basis).T for (slot, row), basis in zip(low, old, strict=True)]
         numbers = [each.reshape(-1).to(workspace.dtype) for each in [*lefts, *(row for _, row in full)]]
         first = torch.cat(numbers).mul_(1 / ranks)
         if sent is not None:
@@ -119,7 +119,7 @@ class PowerSGDCodec(Codec):
         if not low:
             return
         lefts = _by_shape(orthonormal_rows, [part.view_as(left).T for left, part in zip(lefts, parts, strict=False)])
-        bases = [left @ workspace.matrix(slot, row) for (slot, row), left in zip(low, lefts, strict=True)]
+        bases = [_limited(left @ workspace.matrix(slot, row)) for (slot, row), left in zip(low, lefts, strict=True)]
         if sent is not None:
             _multiply(lefts, bases, self._divided(layout, sent)[0])
         if rest is not None:
@@ -280,6 +280,20 @@ def _by_shape(function: Callable[..., Tensor], *rows: list[Tensor]) -> list[Tens
         results = function(*(torch.stack([matrices[place] for place in same]) for matrices in rows))
         found.update(zip(same, map(_aligned, results), strict=True))
     return [found[place] for place in range(len(rows[0]))]
+
+
+def _small(basis: Tensor) -> Tensor:
+    """Return the directions times a power of two, so that no product with finite entries overflows.
+
+    Of the products only the directions count, which stay the same.
+    """
+    return basis * 2.0 ** -basis.shape[1].bit_length()
+
+
+def _limited(products: Tensor) -> Tensor:
+    """Replace infinite products by the largest finite number: where an entry itself is infinite, they are NaN."""
+    largest = torch.finfo(products.dtype).max
+    return products.clamp_(-largest, largest)
 
 
 def _aligned(matrix: Tensor) -> Tensor:
