@@ -46,8 +46,8 @@ def covered(named: Iterable[tuple[str, Tensor]]) -> set[str]:
 
     Example:
         >>> matrix = torch.zeros(4, 6)
-        >>> covered([("transposed", matrix.t()), ("matrix", matrix), ("rows", matrix[1:3])])
-        {'matrix', 'rows'}
+        >>> sorted(covered([("transposed", matrix.t()), ("matrix", matrix), ("rows", matrix[1:3])]))
+        ['matrix', 'rows']
 
     """
     ranges = {part.name: part for parts in _on_each_device(named).values() for part in parts}
