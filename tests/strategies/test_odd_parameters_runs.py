@@ -53,9 +53,9 @@ class Odd(LightningModule):
 
 
 def half(module):
-    """Masks for a matrix of each kind."""
+    """Masks for a matrix of each kind that can have one."""
     drawn = torch.Generator().manual_seed(7)
-    names = ("lift.weight", "wide", "turned", "conv.weight", "tied.weight", "wave")
+    names = ("lift.weight", "wide", "turned", "conv.weight", "tied.weight")
     parameters = dict(module.named_parameters())
     return {name: torch.rand(parameters[name].shape, generator=drawn) < 0.5 for name in names}
 
@@ -143,21 +143,18 @@ def test_every_compression_trains_odd_parameters_as_plain_ddp_does_as_far_as_it_
 def _one_step(rank):
     """The complex parameter after one step under plain DDP, and under methods that would send little of it."""
     waves = []
-    for compression in (None, Cast("bf16"), Int8(), PowerSGD(1), TopK(0.05), Ternary(), MASK):
+    for compression in (None, Cast("bf16"), Int8(), PowerSGD(1), TopK(0.05), Ternary()):
         own = {"find_unused_parameters": True, "timeout": timedelta(seconds=40)}
         strategy = DDPStrategy(**own) if compression is None else CompressedDDPStrategy(compression, **own)
         model = Odd()
         start = model.wave.detach().clone()
         trainer(strategy, 2, max_steps=1).fit(model, DataLoader(list(range(STEPS))))
-        # what a mask prunes is zero, and the others are as without it
-        step = torch.where(model.wave.detach() == 0, 0, model.wave.detach() - start)
-        waves.append(torch.view_as_real(step).numpy())
+        waves.append(torch.view_as_real(model.wave.detach() - start).numpy())
     return waves
 
 
 def test_complex_gradients_are_averaged_in_full_and_exactly():
-    for plain, *others, masked in launch(_one_step, world_size=2):
+    for plain, *others in launch(_one_step, world_size=2):
         assert abs(plain).max() > 0.001
         for got in others:
             assert (got == plain).all()
-        assert 0 < (masked != 0).sum() < (plain != 0).sum()
