@@ -48,26 +48,21 @@ def cyclic(**kwargs):
 DDP = {
     "ddp": (lambda: DDPStrategy(timeout=LIMIT, find_unused_parameters=True), 1e-5),  # that the reference is right
     "bf16": (compressed("bf16"), 2e-2),
-    "fp16": (compressed("fp16"), 2e-3),
     "int8": (compressed("int8"), 5e-2),
     "powersgd": (compressed(PowerSGD(2)), None),
     "topk": (compressed(TopK(0.2)), None),
     "ternary": (compressed("ternary"), None),
-    "mask": (compressed(SparseMask(MagnitudePruning(0.5))), None),
     "pactrain": (compressed(["sparse_mask", "bf16"]), None),
     "mask+int8": (compressed([SparseMask(MagnitudePruning(0.5)), Int8()]), None),
-    "mask+topk": (compressed([SparseMask(MagnitudePruning(0.5)), TopK(0.2)]), None),
     "cyclic, in step": (cyclic(warmup_sync_steps=1000), 1e-5),
     "cyclic v2": (cyclic(), None),
     "cyclic v1": (cyclic(rule="v1"), None),
 }
 LOCAL = {
     "local": (local(), 1e-5),
-    "local, small buckets": (averaged(), 1e-5),
     "local, overlap": (averaged(overlap_steps=2), None),
     "local, bf16": (averaged("bf16"), 2e-2),
     "local, int8": (averaged(Int8()), 2e-2),
-    "local, topk": (averaged(TopK(0.2)), None),
     "local, powersgd": (averaged(PowerSGD(2)), None),
     "local, bf16, overlap": (averaged("bf16", overlap_steps=2), None),
     "local, mask": (averaged(SparseMask(MagnitudePruning(0.5))), None),
