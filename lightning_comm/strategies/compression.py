@@ -1,4 +1,8 @@
-"""DDP whose gradients travel compressed: a thin shell around torch's hook and a codec."""
+"""DDP whose gradients travel compressed: a thin shell around torch's hook and a codec.
+
+Longer than other files, since Lightning wants all of it in one subclass: a third are arguments and what they mean, the
+rest are hooks of a few lines each.
+"""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext

@@ -1,4 +1,8 @@
-"""Cyclic Data Parallelism as a Lightning strategy: a thin shell that sets up, asks `core` and calls `transport`."""
+"""Cyclic Data Parallelism as a Lightning strategy: a thin shell that sets up, asks `core` and calls `transport`.
+
+Longer than other files, since Lightning wants all of it in one subclass: a third are arguments and what they mean, the
+rest are hooks of a few lines each.
+"""
 
 import itertools
 from datetime import timedelta

@@ -1,4 +1,7 @@
-"""Averaging parameters through what a compression sends of their differences to a common reference."""
+"""Averaging parameters through what a compression sends of their differences to a common reference.
+
+Longer than other files, since blocking averages and those in the background share references and buckets.
+"""
 
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping

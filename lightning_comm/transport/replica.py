@@ -1,4 +1,7 @@
-"""What one rank holds of the model, and what of it is averaged."""
+"""What one rank holds of the model, and what of it is averaged.
+
+Longer than other files, since every way to average asks the same question: which tensors belong to it.
+"""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
