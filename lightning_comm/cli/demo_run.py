@@ -89,7 +89,9 @@ class Observer(Callback):
         }
         self._curve.append(point)
         if trainer.is_global_zero:
-            print(PROGRESS + json.dumps(point), flush=True)
+            # in one piece: `print` may write the end of the line by itself, and other ranks write to the same pipe
+            sys.stdout.write(f"\n{PROGRESS}{json.dumps(point)}\n")
+            sys.stdout.flush()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -274,7 +274,9 @@ def main(job: Job) -> int:
     """Run a rank and tell of it on the standard output."""
 
     def emit(event: dict[str, Any]) -> None:
-        print(f"\n{EVENT}{json.dumps(event)}", flush=True)
+        # in one piece: `print` may write the end of the line by itself, and other ranks write to the same pipe
+        sys.stdout.write(f"\n{EVENT}{json.dumps(event)}\n")
+        sys.stdout.flush()
 
     leave_group_at_exit()
     try:

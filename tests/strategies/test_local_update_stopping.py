@@ -393,7 +393,8 @@ SCRIPT = """
         def training_step(self, batch, batch_idx):
             time.sleep(0.005)
             if batch_idx == 20:
-                print("running", self.global_rank, flush=True)
+                sys.stdout.write(f"running {self.global_rank}\\n")  # in one piece, since both ranks share a pipe
+                sys.stdout.flush()
             if batch_idx == 60 and sys.argv[2] == str(self.global_rank):
                 raise ValueError("boom")
             return super().training_step(batch, batch_idx)
