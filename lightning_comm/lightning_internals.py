@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -53,6 +56,7 @@ _SIGNALS = "lightning.pytorch.trainer.connectors.signal_connector._SignalConnect
 _DDP = "lightning.pytorch.strategies.DDPStrategy"
 _SETUP = "lightning.pytorch.trainer.setup._init_debugging_flags"
 _TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+_ASYNC_IO = "lightning.pytorch.plugins.io.AsyncCheckpointIO"
 
 INTERNALS = (
     Internal(_FIT_LOOP, "epoch_progress", "saved half-counted at the end of an epoch, and mended before it is read"),
@@ -86,6 +90,12 @@ INTERNALS = (
     Internal(_DDP, "_model_averaging_period", "parameters averaged over ranks alike, whatever their samples"),
     Internal(_DDP, "_timeout", "how long messages on further process groups wait"),
     Internal(_DDP, "_ddp_kwargs", "arguments of the DDP wrapper of the gradient phase"),
+    Internal(
+        "lightning.pytorch.strategies.Strategy", "_checkpoint_io", "files are written whole where nobody says how"
+    ),
+    Internal("lightning.pytorch.plugins.io.wrapper._WrappingCheckpointIO", "checkpoint_io", "what it writes with"),
+    Internal(_ASYNC_IO, "_executor", "an old checkpoint goes only when the new one, which waits here, is written"),
+    Internal(_ASYNC_IO, "_error", "and not at all if it could not be written"),
     Internal(
         "lightning.pytorch.strategies.ParallelStrategy",
         "_layer_sync",
@@ -413,3 +423,51 @@ def unused_by_all_ranks(model: DistributedDataParallel) -> Callable[[], list[Par
         return [each for each, ranks in zip(parameters, used.tolist(), strict=True) if ranks == 0]
 
     return unused
+
+
+def is_wrapping_io(io: CheckpointIO) -> bool:
+    """Whether a ``CheckpointIO`` writes with another one, as :class:`AsyncCheckpointIO` does."""
+    return isinstance(io, _WrappingCheckpointIO)
+
+
+def give_inner_io(io: CheckpointIO, inner: CheckpointIO) -> None:
+    """Let a wrapping ``CheckpointIO`` write with another one, where it was made without."""
+    if isinstance(io, _WrappingCheckpointIO):
+        io.checkpoint_io = inner
+
+
+def inner_io(io: CheckpointIO) -> CheckpointIO | None:
+    """Return what a wrapping ``CheckpointIO`` writes with."""
+    return io.checkpoint_io if isinstance(io, _WrappingCheckpointIO) else None
+
+
+def writer_in_background(io: CheckpointIO | None) -> AsyncCheckpointIO | None:
+    """Return the :class:`AsyncCheckpointIO` among a ``CheckpointIO`` and those that it writes with."""
+    while io is not None and not isinstance(io, AsyncCheckpointIO):
+        io = inner_io(io)
+    return io
+
+
+def after_writes(io: AsyncCheckpointIO, call: Callable[[], None]) -> None:
+    """Call a function once all that waits is written, in the thread that writes; not if something could not be."""
+
+    def when_written() -> None:
+        if io._error is not None:
+            return
+        try:
+            call()
+        except BaseException as error:  # shown by the next save, as one of writing is
+            io._error = error
+
+    if io._executor is None:
+        if io._error is None:
+            call()
+    else:
+        io._executor.submit(when_written)
+
+
+def wait_for_writes(io: AsyncCheckpointIO) -> BaseException | None:
+    """Wait until all that waits is written; return the error of what could not be."""
+    if io._executor is not None:
+        io._executor.submit(lambda: None).result()
+    return io._error
