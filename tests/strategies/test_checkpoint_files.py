@@ -40,6 +40,10 @@ def ranks_of(checkpoint_io, monkeypatch):
     ]
 
 
+def on_rank_zero(rank, method, *args):
+    return lambda: getattr(rank.checkpoint_io, method)(*args) if rank.is_global_zero else None
+
+
 def save_set(ranks, path, version):
     save = sets.begin(ranks[0], path)
     for rank in ranks:
@@ -47,14 +51,12 @@ def save_set(ranks, path, version):
     checkpoint = {"content": version, "token": save.id, "weights": torch.full((3,), float(version))}
     save.write(checkpoint)
     for rank in ranks:
-        write = (lambda: rank.checkpoint_io.save_checkpoint(checkpoint, path)) if rank.is_global_zero else lambda: None
-        sets.write_main(rank, None, "Strategy", save, write)
+        sets.write_main(rank, None, "Strategy", save, on_rank_zero(rank, "save_checkpoint", checkpoint, path))
 
 
 def remove_set(ranks, path):
     for rank in ranks:
-        remove = (lambda: rank.checkpoint_io.remove_checkpoint(path)) if rank.is_global_zero else lambda: None
-        sets.remove(rank, path, remove)
+        sets.remove(rank, path, on_rank_zero(rank, "remove_checkpoint", path))
 
 
 def whole_versions(ranks, folder):

@@ -154,7 +154,7 @@ def _way_out(path: _PATH) -> str:
 
 
 def _is_for_all(strategy: ParallelStrategy, path: _PATH, in_set_up: bool) -> bool:
-    """Return whether Lightning loads the checkpoint it was given, which it does on all ranks; others may do it alone."""
+    """Return whether Lightning loads the checkpoint it was given, so on all ranks; others may load on one."""
     module = strategy.lightning_module
     trainer = module.trainer if module is not None else None
     if trainer is None or not dist.is_initialized() or trainer.state.status != TrainerStatus.RUNNING:

@@ -9,7 +9,7 @@ _BYTES = 1500  # of a problem, in UTF-8
 
 
 class CheckpointError(OSError):
-    """A checkpoint that could not be written or read, on all ranks alike; the message says where, why and the way out."""
+    """A checkpoint that could not be written or read, on all ranks alike; it says where, why and the way out."""
 
 
 def told(error: BaseException) -> str:
@@ -25,10 +25,7 @@ def first_problem(strategy: ParallelStrategy, recorder: Recorder, problem: str |
         *Communication.* A byte of each rank; and where one has a problem, 1500 more.
 
     """
-    if problem is None:
-        text = b""
-    else:
-        text = (problem.encode()[:_BYTES].decode(errors="ignore") or "unknown").encode()
+    text = (problem or "").encode()[:_BYTES].decode(errors="ignore").encode()  # no half characters
     mine = torch.tensor([problem is not None], dtype=torch.uint8, device=strategy.root_device)
     rows, pending = recorder.all_gather(mine, "control")
     pending.wait()
