@@ -6,9 +6,12 @@ name with the reason; a test looks each of them up, so a release that removes on
 """
 
 import importlib
+import os
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -85,6 +88,7 @@ INTERNALS = (
     Internal("lightning.pytorch.callbacks.Timer", "_duration", "the time limit, in seconds"),
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_train_time_interval", "a broadcast on every batch"),
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_last_time_checked", "to make the agreed save happen"),
+    Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_link_checkpoint", "takes the old link away first"),
     Internal("lightning.pytorch.callbacks.WeightAveraging", "_average_model", "averaged together with the weights"),
     Internal(_DDP, "configure_ddp", "where the model is wrapped, or not"),
     Internal(_DDP, "_model_averaging_period", "parameters averaged over ranks alike, whatever their samples"),
@@ -264,6 +268,46 @@ def replace_timed_checkpoint(
             on_time()
 
     original = patches.set(callback, "on_train_batch_end", on_train_batch_end)
+
+
+def replace_links(trainer: Trainer, patches: Patches) -> None:
+    """Let ``ModelCheckpoint(save_last="link")`` point to a whole checkpoint at any time.
+
+    Lightning takes the link away before it makes the new one, also to a file that is still to be written in the
+    background, or that was written after a rank had failed.
+    """
+    for callback in getattr(trainer, "callbacks", []):
+        if isinstance(callback, ModelCheckpoint):
+            _replace_link(trainer, callback, patches)
+
+
+def _replace_link(trainer: Trainer, callback: ModelCheckpoint, patches: Patches) -> None:
+    def link(_: Trainer, filepath: str, linkpath: str) -> None:
+        if trainer.interrupted:
+            return
+        if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
+            background = writer_in_background(trainer.strategy.checkpoint_io)
+            if background is None:
+                _point_to(filepath, linkpath)
+            else:
+                after_writes(background, lambda: _point_to(filepath, linkpath))
+        trainer.strategy.barrier()
+
+    patches.set(callback, "_link_checkpoint", link)
+
+
+def _point_to(filepath: str, linkpath: str) -> None:
+    """Make a link in one step, or a copy where links cannot be made."""
+    if os.path.isdir(linkpath) and not os.path.islink(linkpath):
+        shutil.rmtree(linkpath)  # of a strategy that writes folders
+    partial = linkpath + ".partial"
+    with suppress(FileNotFoundError):
+        os.remove(partial)
+    try:
+        os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), partial)
+    except OSError:  # Windows wants a right for it
+        shutil.copy(filepath, partial)
+    os.replace(partial, linkpath)
 
 
 def load_skipped_loader_states(trainer: Trainer) -> None:

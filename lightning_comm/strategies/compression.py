@@ -30,14 +30,16 @@ from typing_extensions import override
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.lightning_internals import (
+    Patches,
     close_finished_epoch,
     load_skipped_loader_states,
+    replace_links,
     unused_by_all_ranks,
 )
 from lightning_comm.strategies import compression_files
 from lightning_comm.strategies.checkpoints import sets
-from lightning_comm.strategies.checkpoints.damage import load_together
 from lightning_comm.strategies.checkpoints.entry import Save
+from lightning_comm.strategies.checkpoints.loading import load_together
 from lightning_comm.strategies.checkpoints.whole_files import with_default
 from lightning_comm.strategies.checks import check_replica
 from lightning_comm.strategies.loss_scale import loss_scale
@@ -163,6 +165,7 @@ class CompressedDDPStrategy(DDPStrategy):
         self._trainer: Trainer | None = None
         self._pruned: PrunedWeights | None = None
         self._warned = False
+        self._patches = Patches()
         self._stepping: Optimizer | None = None  # the one that `optimizer_step` sees to
         self._steps_watched: RemovableHandle | None = None
 
@@ -265,6 +268,7 @@ class CompressedDDPStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         if self._trainer is not None:
+            replace_links(self._trainer, self._patches)
             load_skipped_loader_states(self._trainer)
             restore_accumulation(self._trainer)
         if self._pruned is not None and self._trainer is not None:
@@ -281,6 +285,7 @@ class CompressedDDPStrategy(DDPStrategy):
     @override
     def teardown(self) -> None:
         self._watch_steps(False)
+        self._patches.undo()
         super().teardown()
 
     @override
@@ -409,8 +414,8 @@ class CompressedDDPStrategy(DDPStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        load = partial(super().load_checkpoint, checkpoint_path, weights_only)
-        checkpoint = load_together(self, _WHERE, checkpoint_path, load, in_set_up=self._sync is None)
+        load = partial(super().load_checkpoint, weights_only=weights_only)
+        checkpoint_path, checkpoint = load_together(self, _WHERE, checkpoint_path, load, in_set_up=self._sync is None)
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             state = compression_files.load(self, self.compression, checkpoint, checkpoint_path)
@@ -433,6 +438,7 @@ class CompressedDDPStrategy(DDPStrategy):
         return {
             **super().__getstate__(),
             "_sync": None,
+            "_patches": Patches(),
             "_recorder": None,
             "_resume": None,
             "_trainer": None,

@@ -26,8 +26,8 @@ from lightning_comm.core.cyclic import CyclicSchedule, Rule
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.strategies import checks, control, cyclic_checks, cyclic_files
 from lightning_comm.strategies.checkpoints import sets
-from lightning_comm.strategies.checkpoints.damage import load_together
 from lightning_comm.strategies.checkpoints.entry import Save
+from lightning_comm.strategies.checkpoints.loading import load_together
 from lightning_comm.strategies.companion import Companion
 from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
 from lightning_comm.strategies.cyclic_files import CyclicResume
@@ -404,8 +404,8 @@ class CyclicStrategy(RanksApartStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        load = partial(super().load_checkpoint, checkpoint_path, weights_only)
-        checkpoint = load_together(self, WHERE, checkpoint_path, load, in_set_up=self._run is None)
+        load = partial(super().load_checkpoint, weights_only=weights_only)
+        checkpoint_path, checkpoint = load_together(self, WHERE, checkpoint_path, load, in_set_up=self._run is None)
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._run is not None:
             return checkpoint  # not for `fit`, or a tuner within it puts back what it has changed

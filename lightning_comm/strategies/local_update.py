@@ -28,7 +28,7 @@ from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update import PeriodRule
 from lightning_comm.strategies import checks, control, rank_files, run_state
 from lightning_comm.strategies.checkpoints import sets
-from lightning_comm.strategies.checkpoints.damage import load_together
+from lightning_comm.strategies.checkpoints.loading import load_together
 from lightning_comm.strategies.companion import Companion
 from lightning_comm.strategies.group_numbers import GroupNumbers
 from lightning_comm.strategies.interruptions import Interruptions
@@ -451,9 +451,10 @@ class LocalUpdateStrategy(RanksApartStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        load = partial(super().load_checkpoint, checkpoint_path, weights_only)
-        in_set_up = self._run is None
-        checkpoint = load_together(self, rank_files.WHERE, checkpoint_path, load, in_set_up=in_set_up)
+        load = partial(super().load_checkpoint, weights_only=weights_only)
+        checkpoint_path, checkpoint = load_together(
+            self, rank_files.WHERE, checkpoint_path, load, in_set_up=self._run is None
+        )
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._run is not None:
             return checkpoint  # not for `fit`, or a tuner within it puts back what it has changed

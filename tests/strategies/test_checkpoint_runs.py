@@ -170,7 +170,9 @@ def _failing(rank, folder, make):
     name, options = "last-{step}", {"enable_version_counter": False, "save_on_exception": True}
     save = ModelCheckpoint(folder, filename="a", every_n_train_steps=4, save_top_k=1, save_last=True, **options)
     save.CHECKPOINT_NAME_LAST = name
-    fit(rank, make(), Fail(), save)
+    linked = f"{folder} linked"
+    link = ModelCheckpoint(linked, filename="{step}", every_n_train_steps=4, save_last="link", save_on_exception=True)
+    fit(rank, make(), Fail(), save, link)
 
 
 def _after_a_failure(rank, folder, make):
@@ -190,6 +192,7 @@ def test_a_save_after_a_failure_takes_nothing_from_a_complete_checkpoint(tmp_pat
     assert {"a.ckpt", "a.ckpt.incomplete", "last-step=4.ckpt"} < names
     (alone,) = names - {"a.ckpt", "a.ckpt.incomplete", "last-step=4.ckpt"}
     assert is_incomplete(str(tmp_path / alone))
+    assert os.readlink(f"{tmp_path} linked/last.ckpt") == "step=4.ckpt"
     said = launch(_after_a_failure, str(tmp_path), make, world_size=2)[0]
     assert any("a.ckpt.incomplete" in text and ("had failed" in text or "after an error" in text) for text in said)
 
@@ -241,7 +244,9 @@ def _refused(rank, make, path, why, alone, kind):
             run()
         said = str(error.value)
         must_say = [path.name]
-        must_say += ["rank 1"] if alone and rank == 0 else [why, "earlier checkpoint", "newest whole one", str(path.parent)]
+        must_say += (
+            ["rank 1"] if alone and rank == 0 else [why, "earlier checkpoint", "newest whole one", str(path.parent)]
+        )
         assert [word for word in must_say if word not in said] == [], f"{kind}: {said}"
 
 

@@ -11,6 +11,8 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
+import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
@@ -51,9 +53,7 @@ def begin(strategy: ParallelStrategy, filepath: _PATH) -> Save:
     return Save(path, save_id)
 
 
-def write_own(
-    strategy: ParallelStrategy, recorder: Recorder, where: str, save: Save, content: dict[str, Any]
-) -> None:
+def write_own(strategy: ParallelStrategy, recorder: Recorder, where: str, save: Save, content: dict[str, Any]) -> None:
     """Write this rank's file, and see that all ranks have written theirs; every rank calls this.
 
     Args:
@@ -148,7 +148,8 @@ def _read(strategy: ParallelStrategy, path: str, save_id: str) -> tuple[dict[str
     if reason is not None:
         return None, f"{path} cannot be read: {reason}"
     try:
-        state = io.load_checkpoint(path, weights_only=True)
+        with torch.serialization.safe_globals(_numpy_types()):
+            state = io.load_checkpoint(path, weights_only=True)
     except Exception as error:  # a file that is damaged on one rank: the others wait for word of it
         text = f"{path} cannot be read ({told(error)})"
         if "weights_only" in str(error) or "Weights only" in str(error):
@@ -162,6 +163,14 @@ def _read(strategy: ParallelStrategy, path: str, save_id: str) -> tuple[dict[str
     if state.get("token") != save_id:
         return None, f"{path} belongs to another save"
     return state, None
+
+
+def _numpy_types() -> list[Any]:
+    """Return what stands for numbers and arrays of numpy in a file; they are plain, and states of loaders have them."""
+    scalar, array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+    types = {type(np.dtype(each)) for each in "?bhilqBHILQefdFD"}
+    old = [(scalar, "numpy.core.multiarray.scalar"), (array, "numpy.core.multiarray._reconstruct")]  # numpy 1
+    return [scalar, array, np.ndarray, np.dtype, *types, *old]
 
 
 def incomplete_path(strategy: ParallelStrategy, where: str, filepath: _PATH) -> str:
