@@ -171,7 +171,9 @@ def _failing(rank, folder, make):
     save = ModelCheckpoint(folder, filename="a", every_n_train_steps=4, save_top_k=1, save_last=True, **options)
     save.CHECKPOINT_NAME_LAST = name
     linked = f"{folder} linked"
-    link = ModelCheckpoint(linked, filename="{step}", every_n_train_steps=4, save_last="link", save_on_exception=True)
+    link = ModelCheckpoint(
+        linked, filename="{step}", every_n_train_steps=4, save_last="link", save_on_exception=True, mode="max"
+    )
     fit(rank, make(), Fail(), save, link)
 
 
