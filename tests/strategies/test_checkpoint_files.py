@@ -14,11 +14,12 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_comm import CompressedDDPStrategy, CyclicStrategy, FixedPeriod, LocalUpdateStrategy
+from lightning_comm.core.whole_files import write_whole
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.damage import _damage_of, damage, newest_whole
 from lightning_comm.strategies.checkpoints.entry import Save, is_incomplete
 from lightning_comm.strategies.checkpoints.loading import skip_unfinished
-from lightning_comm.strategies.checkpoints.whole_files import WholeFileIO, write_whole
+from lightning_comm.strategies.checkpoints.whole_files import WholeFileIO
 
 RANKS = 2
 FILE_OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")

@@ -5,8 +5,6 @@ the move is a copy, and a process that is killed within it leaves half a file un
 """
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
 from typing import IO, Any, cast
 
 import torch
@@ -15,10 +13,8 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
 from typing_extensions import override
 
+from lightning_comm.core.whole_files import write_whole
 from lightning_comm.lightning_internals import give_inner_io, is_wrapping_io
-
-PARTIAL = ".partial"  # behind the name of a file that is being written, in the same folder
-_TRIES = 5
 
 
 class WholeFileIO(TorchCheckpointIO):
@@ -45,54 +41,6 @@ def is_local(path: _PATH) -> bool:
 def local_path(path: _PATH) -> str:
     """Return a local path without ``file://``."""
     return os.fspath(path).removeprefix("file://").removeprefix("local://")
-
-
-def write_whole(path: str, write: Callable[[IO[bytes]], None]) -> None:
-    """Write a file so that whoever looks sees the old one or the new one, whole.
-
-    Args:
-        path: The file. Its folder is made if it is not there.
-        write: Writes the content.
-
-    Raises:
-        OSError: If it cannot be written; the error names the file, and the old one stays.
-
-    """
-    if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe cannot be replaced, nor a folder
-        with open(path, "wb") as file:
-            write(file)
-        return
-    partial = path + PARTIAL
-    try:
-        with _opened(partial) as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _bring_to_disk(os.path.dirname(path) or ".")
-    except OSError as error:
-        with suppress(OSError):
-            os.remove(partial)
-        raise OSError(error.errno, error.strerror, path) from error  # where the disk is full it names no file
-
-
-def _opened(path: str) -> IO[bytes]:
-    """Open a file for writing in a folder that is made first, and may be removed meanwhile since it is empty."""
-    for _ in range(_TRIES - 1):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with suppress(FileNotFoundError):
-            return open(path, "wb")
-    return open(path, "wb")
-
-
-def _bring_to_disk(folder: str) -> None:
-    """Let the names in a folder outlast a loss of power, where the file system can do that for folders."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class _Watched:
