@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_comm import CompressedDDPStrategy, CyclicStrategy, FixedPeriod, LocalUpdateStrategy
 from lightning_comm.core.whole_files import write_whole
+from lightning_comm.lightning_internals import wait_for_writes
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.damage import _damage_of, damage, newest_whole
 from lightning_comm.strategies.checkpoints.entry import Save, is_incomplete
@@ -157,6 +159,60 @@ def test_a_whole_set_is_there_whenever_a_process_is_killed(tmp_path, monkeypatch
             break
     assert operation > 8
     assert {1, 2} <= seen
+
+
+class FailsOnce(WholeFileIO):
+    """Has no room for one main file, and says so once it is asked to."""
+
+    def __init__(self, version):
+        self.version, self.asked = version, Event()
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        if str(path).endswith(".ckpt") and checkpoint["content"] == self.version:
+            self.asked.wait(60)
+            raise OSError(28, "No space left on device", str(path))
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+def test_a_full_disk_in_the_background_shows_at_the_next_save_and_costs_no_set(tmp_path, monkeypatch):
+    ranks, writers = ranks_of(AsyncCheckpointIO(FailsOnce(2)), monkeypatch), ranks_of(WholeFileIO(), monkeypatch)
+    save_set(writers, f"{tmp_path}/last.ckpt", 1)
+    save_set(ranks, f"{tmp_path}/last.ckpt", 2)
+    remove_set(ranks, f"{tmp_path}/last.ckpt")
+    ranks[0].checkpoint_io.checkpoint_io.asked.set()
+    assert wait_for_writes(ranks[0].checkpoint_io) is not None
+    assert whole_versions(writers, tmp_path) == {1}
+    with pytest.raises(OSError, match=r"last\.ckpt' could not be written: rank 0: .*No space left"):
+        save_set(ranks, f"{tmp_path}/last.ckpt", 3)
+    with pytest.raises(OSError, match="No space left"):
+        ranks[0].checkpoint_io.teardown()
+    assert whole_versions(writers, tmp_path) == {3}
+
+
+def test_a_host_without_rank_0_removes_what_rank_0_has_removed(tmp_path, monkeypatch):
+    ranks = ranks_of(AsyncCheckpointIO(WholeFileIO()), monkeypatch)
+    ranks[1].local_rank, ranks[1].checkpoint_io = 0, AsyncCheckpointIO(WholeFileIO())
+    shared = ranks[0].broadcast
+
+    def told_again(value):
+        ranks[1].broadcast = lambda _: value
+        return shared(value)
+
+    ranks[0].broadcast = told_again
+    for version in (1, 2, 3):
+        save_set(ranks, f"{tmp_path}/{version}.ckpt", version)
+        if version > 1:
+            host = Path(sets.folder(f"{tmp_path}/{version - 1}.ckpt"))
+            remove_set(ranks[1:], f"{tmp_path}/{version - 1}.ckpt")
+            assert host.exists()  # rank 0 has yet to write what takes its place
+            remove_set(ranks[:1], f"{tmp_path}/{version - 1}.ckpt")
+            assert wait_for_writes(ranks[0].checkpoint_io) is None
+            (host / "of the other disk").mkdir(parents=True)
+            sets._removed[ranks[0].checkpoint_io].append(str(host / "of the other disk"))
+            sets.begin(ranks[0], "any")
+            sets.begin(ranks[1], "any")
+            assert not host.exists()
+    ranks[0].checkpoint_io.teardown()
 
 
 # ---- one file ----------------------------------------------------------------------------------------------------

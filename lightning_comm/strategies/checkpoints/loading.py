@@ -97,7 +97,9 @@ def _load(
         return load(path)
     files = get_filesystem(path)
     if not files.exists(str(path)):
-        raise FileNotFoundError(f"{where}: `ckpt_path`={str(path)!r}: there is no such file. {_way_out(path)}")
+        begun = f"{path}.ranks"
+        left = f" ({begun!r} is left of a save that was never finished, and may go)" if files.exists(begun) else ""
+        raise FileNotFoundError(f"{where}: `ckpt_path`={str(path)!r}: there is no such file{left}. {_way_out(path)}")
     refuse_sharded(path, where)
     problem = damage(path)
     if problem is None:

@@ -75,7 +75,7 @@ def write_own(strategy: ParallelStrategy, recorder: Recorder, where: str, save: 
             raise error
     except Exception as error:
         failure = error
-    _raise_together(strategy, recorder, where, save, failure)
+    _raise_together(strategy, recorder, where, save, failure, discard=True)
 
 
 def write_main(
@@ -99,7 +99,9 @@ def write_main(
         write()
     except Exception as error:
         failure = error
-    _raise_together(strategy, recorder, where, save, failure)
+    # in the background the main file may be written nevertheless: the error is that of the save before
+    discard = writer_in_background(strategy.checkpoint_io) is None
+    _raise_together(strategy, recorder, where, save, failure, discard=discard)
     if strategy.local_rank == 0:
         others = [each for each in _entries(save.path) if os.path.basename(each.rstrip("/")) != save.id]
         if writer_in_background(strategy.checkpoint_io) is None and not is_plain(strategy.checkpoint_io):
@@ -108,16 +110,18 @@ def write_main(
 
 
 def _raise_together(
-    strategy: ParallelStrategy, recorder: Recorder, where: str, save: Save, failure: Exception | None
+    strategy: ParallelStrategy, recorder: Recorder, where: str, save: Save, failure: Exception | None, *, discard: bool
 ) -> None:
+    """Raise on all ranks if one has failed; where the main file will not come, remove this rank's own."""
     found = first_problem(strategy, recorder, None if failure is None else told(failure))
     if found is None:
         return
-    own = rank_path(save.path, save.id, strategy.global_rank)
-    with suppress(OSError):
-        get_filesystem(own).rm(own)
-    if is_local(own):
-        _remove_if_empty(os.path.dirname(local_path(own)), os.path.dirname(os.path.dirname(local_path(own))))
+    if discard:
+        own = rank_path(save.path, save.id, strategy.global_rank)
+        with suppress(OSError):
+            get_filesystem(own).rm(own)
+        if is_local(own):
+            _remove_if_empty(os.path.dirname(local_path(own)), os.path.dirname(os.path.dirname(local_path(own))))
     rank, text = found
     raise CheckpointError(
         f"{where}: the checkpoint {save.path!r} could not be written: rank {rank}: {text}. What an earlier save has "
