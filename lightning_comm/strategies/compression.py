@@ -406,6 +406,8 @@ class CompressedDDPStrategy(DDPStrategy):
             save = compression_files.write(
                 self, sync, self.compression, checkpoint, filepath, interrupted=trainer.interrupted
             )
+        elif trainer is not None and trainer.interrupted:
+            save = Save(sets.incomplete_path(self, _WHERE, filepath))
         write = partial(super().save_checkpoint, checkpoint, save.path, storage_options)
         if sync is None or trainer is None or not fitting or trainer.interrupted:
             write()

@@ -390,9 +390,10 @@ class CyclicStrategy(RanksApartStrategy):
         fitting = run is not None and trainer is not None and self._is_fitting() and not trainer.interrupted
         if fitting and run is not None and "optimizer_states" in checkpoint:
             cyclic_files.write(run, checkpoint)
-        elif run is not None and trainer is not None and trainer.interrupted and run.stages:
+        elif trainer is not None and trainer.interrupted:
             filepath = sets.incomplete_path(self, WHERE, filepath)
-            cyclic_files.mark_incomplete(checkpoint, filepath)
+            if run is not None and run.stages:
+                cyclic_files.mark_incomplete(checkpoint, filepath)
         if not fitting or run is None:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return

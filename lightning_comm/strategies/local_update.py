@@ -426,12 +426,12 @@ class LocalUpdateStrategy(RanksApartStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         run, trainer = self._run, self._trainer
-        if run is None or trainer is None or not self._is_fitting():
+        if trainer is not None and trainer.interrupted:  # a rank has failed, and no collective would end
+            filepath = sets.incomplete_path(self, rank_files.WHERE, filepath)
+            if run is not None and self._is_fitting():
+                rank_files.mark_incomplete(run, checkpoint)
+        if run is None or trainer is None or trainer.interrupted or not self._is_fitting():
             super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
-        if trainer.interrupted:  # a rank has failed, and no collective would end
-            rank_files.mark_incomplete(run, checkpoint)
-            super().save_checkpoint(checkpoint, sets.incomplete_path(self, rank_files.WHERE, filepath), storage_options)
             return
         try:
             with run.agreement.first_error_shown():

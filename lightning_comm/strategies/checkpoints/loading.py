@@ -14,10 +14,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.lightning_internals import inner_io, is_wrapping_io
 from lightning_comm.strategies.checkpoints.damage import ZIP, damage, newest_whole
 from lightning_comm.strategies.checkpoints.problems import CheckpointError, first_problem, told
-from lightning_comm.strategies.checkpoints.whole_files import is_local, is_plain, local_path
+from lightning_comm.strategies.checkpoints.whole_files import has_torch_files, is_local, local_path
 from lightning_comm.transport.recording import Recorder
 
 _OF_SLURM = re.compile(r"hpc_ckpt_(\d+)\.ckpt")
@@ -90,10 +89,7 @@ def load_together(
 def _load(
     strategy: ParallelStrategy, where: str, path: _PATH, load: Callable[[_PATH], dict[str, Any]]
 ) -> dict[str, Any]:
-    io = strategy.checkpoint_io
-    while is_wrapping_io(io) and (inner := inner_io(io)) is not None:
-        io = inner
-    if not is_plain(io) or str(path).startswith("http"):
+    if not has_torch_files(strategy.checkpoint_io) or str(path).startswith("http"):
         return load(path)
     files = get_filesystem(path)
     if not files.exists(str(path)):

@@ -23,7 +23,7 @@ from lightning_comm.lightning_internals import after_writes, inner_io, wait_for_
 from lightning_comm.strategies.checkpoints.damage import damage
 from lightning_comm.strategies.checkpoints.entry import Save, is_incomplete
 from lightning_comm.strategies.checkpoints.problems import CheckpointError, first_problem, told
-from lightning_comm.strategies.checkpoints.whole_files import is_local, is_plain, local_path
+from lightning_comm.strategies.checkpoints.whole_files import has_torch_files, is_local, is_plain, local_path
 from lightning_comm.transport.recording import Recorder
 
 VERSION = 1  # of rank files
@@ -148,7 +148,7 @@ def read_own(strategy: ParallelStrategy, filepath: _PATH, save_id: str) -> tuple
 
 def _read(strategy: ParallelStrategy, path: str, save_id: str) -> tuple[dict[str, Any] | None, str | None]:
     io = _foreground(strategy.checkpoint_io)[0]
-    reason = damage(path) if is_plain(io) else None
+    reason = damage(path) if has_torch_files(io) else None
     if reason is not None:
         return None, f"{path} cannot be read: {reason}"
     try:

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.types import _PATH
 from typing_extensions import override
 
 from lightning_comm.core.whole_files import write_whole
-from lightning_comm.lightning_internals import give_inner_io, is_wrapping_io
+from lightning_comm.lightning_internals import give_inner_io, inner_io, is_wrapping_io
 
 
 class WholeFileIO(TorchCheckpointIO):
@@ -85,3 +85,10 @@ def with_default(io: CheckpointIO | None) -> CheckpointIO:
 def is_plain(io: CheckpointIO) -> bool:
     """Return whether files are those of ``torch.save``, and on the disk when ``save_checkpoint`` returns."""
     return type(io) in (TorchCheckpointIO, WholeFileIO)
+
+
+def has_torch_files(io: CheckpointIO) -> bool:
+    """Return whether files are those of ``torch.save``, so that there is a file to look at before it is loaded."""
+    while (inner := inner_io(io)) is not None:
+        io = inner
+    return isinstance(io, TorchCheckpointIO)
