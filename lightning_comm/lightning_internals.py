@@ -6,15 +6,21 @@ name with the reason; a test looks each of them up, so a release that removes on
 """
 
 import importlib
+import os
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -53,6 +59,7 @@ _SIGNALS = "lightning.pytorch.trainer.connectors.signal_connector._SignalConnect
 _DDP = "lightning.pytorch.strategies.DDPStrategy"
 _SETUP = "lightning.pytorch.trainer.setup._init_debugging_flags"
 _TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+_ASYNC_IO = "lightning.pytorch.plugins.io.AsyncCheckpointIO"
 
 INTERNALS = (
     Internal(_FIT_LOOP, "epoch_progress", "saved half-counted at the end of an epoch, and mended before it is read"),
@@ -81,11 +88,18 @@ INTERNALS = (
     Internal("lightning.pytorch.callbacks.Timer", "_duration", "the time limit, in seconds"),
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_train_time_interval", "a broadcast on every batch"),
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_last_time_checked", "to make the agreed save happen"),
+    Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_link_checkpoint", "takes the old link away first"),
     Internal("lightning.pytorch.callbacks.WeightAveraging", "_average_model", "averaged together with the weights"),
     Internal(_DDP, "configure_ddp", "where the model is wrapped, or not"),
     Internal(_DDP, "_model_averaging_period", "parameters averaged over ranks alike, whatever their samples"),
     Internal(_DDP, "_timeout", "how long messages on further process groups wait"),
     Internal(_DDP, "_ddp_kwargs", "arguments of the DDP wrapper of the gradient phase"),
+    Internal(
+        "lightning.pytorch.strategies.Strategy", "_checkpoint_io", "files are written whole where nobody says how"
+    ),
+    Internal("lightning.pytorch.plugins.io.wrapper._WrappingCheckpointIO", "checkpoint_io", "what it writes with"),
+    Internal(_ASYNC_IO, "_executor", "an old checkpoint goes only when the new one, which waits here, is written"),
+    Internal(_ASYNC_IO, "_error", "and not at all if it could not be written"),
     Internal(
         "lightning.pytorch.strategies.ParallelStrategy",
         "_layer_sync",
@@ -256,6 +270,46 @@ def replace_timed_checkpoint(
     original = patches.set(callback, "on_train_batch_end", on_train_batch_end)
 
 
+def replace_links(trainer: Trainer, patches: Patches) -> None:
+    """Let ``ModelCheckpoint(save_last="link")`` point to a whole checkpoint at any time.
+
+    Lightning takes the link away before it makes the new one, also to a file that is still to be written in the
+    background, or that was written after a rank had failed.
+    """
+    for callback in getattr(trainer, "callbacks", []):
+        if isinstance(callback, ModelCheckpoint):
+            _replace_link(trainer, callback, patches)
+
+
+def _replace_link(trainer: Trainer, callback: ModelCheckpoint, patches: Patches) -> None:
+    def link(_: Trainer, filepath: str, linkpath: str) -> None:
+        if trainer.interrupted:
+            return
+        if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
+            background = writer_in_background(trainer.strategy.checkpoint_io)
+            if background is None:
+                _point_to(filepath, linkpath)
+            else:
+                after_writes(background, lambda: _point_to(filepath, linkpath))
+        trainer.strategy.barrier()
+
+    patches.set(callback, "_link_checkpoint", link)
+
+
+def _point_to(filepath: str, linkpath: str) -> None:
+    """Make a link in one step, or a copy where links cannot be made."""
+    if os.path.isdir(linkpath) and not os.path.islink(linkpath):
+        shutil.rmtree(linkpath)  # of a strategy that writes folders
+    partial = linkpath + ".partial"
+    with suppress(FileNotFoundError):
+        os.remove(partial)
+    try:
+        os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), partial)
+    except OSError:  # Windows wants a right for it
+        shutil.copy(filepath, partial)
+    os.replace(partial, linkpath)
+
+
 def load_skipped_loader_states(trainer: Trainer) -> None:
     """Hand the saved state to stateful loaders that were built before Lightning had read it.
 
@@ -413,3 +467,51 @@ def unused_by_all_ranks(model: DistributedDataParallel) -> Callable[[], list[Par
         return [each for each, ranks in zip(parameters, used.tolist(), strict=True) if ranks == 0]
 
     return unused
+
+
+def is_wrapping_io(io: CheckpointIO) -> bool:
+    """Whether a ``CheckpointIO`` writes with another one, as :class:`AsyncCheckpointIO` does."""
+    return isinstance(io, _WrappingCheckpointIO)
+
+
+def give_inner_io(io: CheckpointIO, inner: CheckpointIO) -> None:
+    """Let a wrapping ``CheckpointIO`` write with another one, where it was made without."""
+    if isinstance(io, _WrappingCheckpointIO):
+        io.checkpoint_io = inner
+
+
+def inner_io(io: CheckpointIO) -> CheckpointIO | None:
+    """Return what a wrapping ``CheckpointIO`` writes with."""
+    return io.checkpoint_io if isinstance(io, _WrappingCheckpointIO) else None
+
+
+def writer_in_background(io: CheckpointIO | None) -> AsyncCheckpointIO | None:
+    """Return the :class:`AsyncCheckpointIO` among a ``CheckpointIO`` and those that it writes with."""
+    while io is not None and not isinstance(io, AsyncCheckpointIO):
+        io = inner_io(io)
+    return io
+
+
+def after_writes(io: AsyncCheckpointIO, call: Callable[[], None]) -> None:
+    """Call a function once all that waits is written, in the thread that writes; not if something could not be."""
+
+    def when_written() -> None:
+        if io._error is not None:
+            return
+        try:
+            call()
+        except BaseException as error:  # shown by the next save, as one of writing is
+            io._error = error
+
+    if io._executor is None:
+        if io._error is None:
+            call()
+    else:
+        io._executor.submit(when_written)
+
+
+def wait_for_writes(io: AsyncCheckpointIO) -> BaseException | None:
+    """Wait until all that waits is written; return the error of what could not be."""
+    if io._executor is not None:
+        io._executor.submit(lambda: None).result()
+    return io._error

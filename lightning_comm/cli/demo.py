@@ -21,6 +21,7 @@ from lightning_comm.cli import report
 from lightning_comm.cli.demo_run import PROGRESS, RunSettings
 from lightning_comm.cli.environment import environment
 from lightning_comm.core.local_update import QuadraticPeriod
+from lightning_comm.core.whole_files import write_text
 from lightning_comm.planning.report import megabytes, percent, text_table
 
 METHODS = ("ddp", "local_sgd", "qsr")
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if result is None:
             return 1
         results["runs"].append(result)
-        (folder / "results.json").write_text(json.dumps(results, indent=1))  # after each run, so that none is lost
+        write_text(folder / "results.json", json.dumps(results, indent=1))  # after each run, so that none is lost
     failed = arguments.pilot_repeats > 0 and not _compare_times(results, runs[0], arguments.pilot_repeats, folder)
     _write_and_show(results, folder)
     return 1 if failed else 0
@@ -78,7 +79,7 @@ def _compare_times(results: dict[str, Any], run: RunSettings, repeats: int, fold
         print(found)
         return found.startswith("Times")
     results["pilot"] = found
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    write_text(folder / "results.json", json.dumps(results, indent=1))
     return True
 
 

@@ -1,12 +1,12 @@
 """A pilot's results on disk, written after each trial so that none is lost, and the lines that show how far it is."""
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from lightning_comm.core.whole_files import write_text
 from lightning_comm.planning.report import duration
 
 
@@ -48,13 +48,7 @@ class Results:
 
     def save(self) -> None:
         """Write everything. The file is whole at any time, also if the disk is full."""
-        text = json.dumps(self.data)
-        partial = self.folder / "pilot.json.partial"
-        try:
-            partial.write_text(text)
-        except OSError as error:  # which names no file where it is the disk that is full
-            raise OSError(error.errno, error.strerror, str(partial)) from error
-        os.replace(partial, self.folder / "pilot.json")
+        write_text(self.folder / "pilot.json", json.dumps(self.data))
 
 
 class Progress:

@@ -5,7 +5,6 @@ it, with their sources, are in :mod:`lightning_comm.core.collectives` and can be
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite
@@ -24,6 +23,7 @@ from lightning_comm.core.collectives import (
     tree_broadcast_s,
 )
 from lightning_comm.core.link_curve import Curve, FitErrors, LinkFit, Timing, fit_link
+from lightning_comm.core.whole_files import write_text
 
 __all__ = [
     "KINDS",
@@ -172,17 +172,7 @@ class LinkProfile:
             OSError: If the file cannot be written.
 
         """
-        target = Path(path)
-        if target.exists() and not target.is_file():
-            target.write_text(self._text(), encoding="utf-8")  # a device or a pipe cannot be replaced
-            return
-        partial = target.with_name(target.name + ".partial")
-        try:
-            partial.write_text(self._text(), encoding="utf-8")
-            os.replace(partial, target)
-        except OSError as error:  # which names no file where it is the disk that is full
-            partial.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(target)) from error
+        write_text(path, self._text())
 
     def _text(self) -> str:
         return json.dumps(self._as_json(), indent=1) + "\n"

@@ -5,7 +5,6 @@ A run writes it, ``replay=`` reads it, and the reports are made of it.
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
@@ -14,6 +13,7 @@ from typing import Any
 
 from lightning_comm.core.adaptive_partition import UNBOUNDED
 from lightning_comm.core.partition_plan import PartitionPlan, Place
+from lightning_comm.core.whole_files import write_text
 
 FORMAT = 1
 MODES = ("balance", "observe", "fixed")
@@ -205,15 +205,7 @@ class PartitionJournal:
             OSError: If the file cannot be written.
 
         """
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self.to_dict(), allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(partial, target)
-        except OSError as error:  # which names no file where it is the disk that is full
-            partial.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(target)) from error
+        write_text(path, json.dumps(self.to_dict(), allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "PartitionJournal":

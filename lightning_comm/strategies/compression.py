@@ -7,6 +7,7 @@ rest are hooks of a few lines each.
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -29,11 +30,17 @@ from typing_extensions import override
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.lightning_internals import (
+    Patches,
     close_finished_epoch,
     load_skipped_loader_states,
+    replace_links,
     unused_by_all_ranks,
 )
-from lightning_comm.strategies import compression_files, rank_files
+from lightning_comm.strategies import compression_files
+from lightning_comm.strategies.checkpoints import sets
+from lightning_comm.strategies.checkpoints.entry import Save
+from lightning_comm.strategies.checkpoints.loading import load_together
+from lightning_comm.strategies.checkpoints.whole_files import with_default
 from lightning_comm.strategies.checks import check_replica
 from lightning_comm.strategies.loss_scale import loss_scale
 from lightning_comm.strategies.run_length import restore_accumulation
@@ -158,6 +165,7 @@ class CompressedDDPStrategy(DDPStrategy):
         self._trainer: Trainer | None = None
         self._pruned: PrunedWeights | None = None
         self._warned = False
+        self._patches = Patches()
         self._stepping: Optimizer | None = None  # the one that `optimizer_step` sees to
         self._steps_watched: RemovableHandle | None = None
 
@@ -260,6 +268,7 @@ class CompressedDDPStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         if self._trainer is not None:
+            replace_links(self._trainer, self._patches)
             load_skipped_loader_states(self._trainer)
             restore_accumulation(self._trainer)
         if self._pruned is not None and self._trainer is not None:
@@ -276,6 +285,7 @@ class CompressedDDPStrategy(DDPStrategy):
     @override
     def teardown(self) -> None:
         self._watch_steps(False)
+        self._patches.undo()
         super().teardown()
 
     @override
@@ -376,22 +386,41 @@ class CompressedDDPStrategy(DDPStrategy):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        self._checkpoint_io = with_default(self._checkpoint_io)
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    @override
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         sync, trainer = self._sync, self._trainer
         fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        save = Save(str(filepath))
         if sync is not None and trainer is not None and fitting and "optimizer_states" in checkpoint:
-            filepath = compression_files.write(
+            save = compression_files.write(
                 self, sync, self.compression, checkpoint, filepath, interrupted=trainer.interrupted
             )
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        elif trainer is not None and trainer.interrupted:
+            save = Save(sets.incomplete_path(self, _WHERE, filepath))
+        write = partial(super().save_checkpoint, checkpoint, save.path, storage_options)
+        if sync is None or trainer is None or not fitting or trainer.interrupted:
+            write()
+        else:
+            sets.write_main(self, Recorder(CommLedger()), _WHERE, save, write)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        load = partial(super().load_checkpoint, weights_only=weights_only)
+        checkpoint_path, checkpoint = load_together(self, _WHERE, checkpoint_path, load, in_set_up=self._sync is None)
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            state = compression_files.load(self, self.compression, checkpoint, checkpoint_path, weights_only)
+            state = compression_files.load(self, self.compression, checkpoint, checkpoint_path)
             if self._sync is None:
                 self._resume = state  # taken up at set-up
                 close_finished_epoch(checkpoint.get("loops"))
@@ -401,9 +430,9 @@ class CompressedDDPStrategy(DDPStrategy):
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
-        super().remove_checkpoint(filepath)
-        if self.local_rank == 0:
-            rank_files.remove(self.checkpoint_io, filepath)
+        if self._trainer is not None and self._trainer.interrupted:
+            return  # what was to take its place is not complete
+        sets.remove(self, filepath, partial(super().remove_checkpoint, filepath))
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -411,6 +440,7 @@ class CompressedDDPStrategy(DDPStrategy):
         return {
             **super().__getstate__(),
             "_sync": None,
+            "_patches": Patches(),
             "_recorder": None,
             "_resume": None,
             "_trainer": None,

@@ -7,12 +7,17 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.strategies import mask_files, rank_files
+from lightning_comm.strategies import mask_files
+from lightning_comm.strategies.checkpoints import sets
+from lightning_comm.strategies.checkpoints.entry import WRITTEN_ALONE, Save, says_incomplete
+from lightning_comm.strategies.checkpoints.problems import first_problem
+from lightning_comm.strategies.rank_files import unusable
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.gradient_sync import GradientSync
 from lightning_comm.transport.recording import Recorder
 
 KEY = "lightning_comm.compression"
+VERSION = 1
 _WHERE = "CompressedDDPStrategy"
 
 
@@ -24,7 +29,7 @@ def write(
     filepath: _PATH,
     *,
     interrupted: bool,
-) -> _PATH:
+) -> Save:
     """Write this rank's file, if it has state of its own, and the strategy's entry into the checkpoint.
 
     Args:
@@ -36,22 +41,28 @@ def write(
         interrupted: Whether a rank failed, which then writes nothing of its own.
 
     Returns:
-        The path for the main file: that of rank 0 where ranks write files beside it.
+        The save, whose main file is still to be written.
 
     """
-    token = ""
-    if sync.codec.is_local and not interrupted:
-        filepath, token = rank_files.agreed_path(strategy, filepath)
-        rank_files.write_own(strategy, filepath, token, {"sync": sync.state_dict()})
+    token, incomplete = "", sync.codec.is_local and interrupted
+    if incomplete:
+        save = Save(sets.incomplete_path(strategy, _WHERE, filepath))
+    elif sync.codec.is_local:
+        save = sets.begin(strategy, filepath)
+        token = save.id
+        sets.write_own(strategy, Recorder(CommLedger()), _WHERE, save, {"sync": sync.state_dict()})
+    else:
+        save = Save(str(filepath))
     checkpoint[KEY] = {
-        "version": rank_files.VERSION,
+        "version": VERSION,
         "token": token,
         "world_size": strategy.world_size,
         "compression": repr(compression),
         "sync": None if sync.codec.is_local else sync.state_dict(),
         "masks": mask_files.mask_state(sync.codec, compression),
     }
-    return filepath
+    save.write(checkpoint, incomplete=incomplete)
+    return save
 
 
 def load(
@@ -59,7 +70,6 @@ def load(
     compression: Compression,
     checkpoint: dict[str, Any],
     filepath: _PATH,
-    weights_only: bool | None,
 ) -> dict[str, Any] | None:
     """Return what this rank goes on from, or ``None``, on all ranks alike, if a method starts afresh.
 
@@ -76,9 +86,9 @@ def load(
     masks_kept = mask_files.take_up(fresh.codec, compression, saved)
     if masks_kept and not fresh.codec.is_local:
         return fresh.state_dict()  # the masks are all there is
-    own, problem = _own_state(strategy, compression, shared, filepath, weights_only)
-    problem = rank_files.first_problem(strategy, Recorder(CommLedger()), problem)
-    if problem is None:
+    own, problem = _own_state(strategy, compression, checkpoint, filepath)
+    found = first_problem(strategy, Recorder(CommLedger()), problem)
+    if found is None:
         return own
     if masks_kept:
         left = "weights, optimizer state and masks in the file, with nothing else kept"
@@ -88,23 +98,22 @@ def load(
         left = "weights and optimizer state in the file, with nothing kept"
     rank_zero_warn(
         f"{_WHERE}: `ckpt_path`={str(filepath)!r} cannot bring back what {compression!r} had kept on each rank: "
-        f"{problem}. Training goes on from the {left}. For an exact continuation resume with the same compression and "
-        f"number of ranks, and keep the folder {rank_files.folder(filepath)!r} with the file."
+        f"{found[1]}. Training goes on from the {left}. For an exact continuation resume with the same compression and "
+        f"number of ranks, and keep the folder {sets.folder(filepath)!r} with the file."
     )
     return fresh.state_dict() if masks_kept else None
 
 
 def _own_state(
-    strategy: ParallelStrategy,
-    compression: Compression,
-    shared: dict[str, Any] | None,
-    filepath: _PATH,
-    weights_only: bool | None,
+    strategy: ParallelStrategy, compression: Compression, checkpoint: dict[str, Any], filepath: _PATH
 ) -> tuple[dict[str, Any] | None, str | None]:
-    reason = rank_files.unusable(shared, strategy.world_size)
+    shared = checkpoint.get(KEY)
+    reason = unusable(shared, strategy.world_size)
     if shared is None or reason is not None:
         return None, reason
     if shared["compression"] != repr(compression):
         return None, f"it was written under {shared['compression']}"
-    own, problem = rank_files.read_own(strategy, filepath, shared["token"], weights_only)
+    if says_incomplete(checkpoint):
+        return None, WRITTEN_ALONE
+    own, problem = sets.read_own(strategy, filepath, shared["token"])
     return None if own is None else own["sync"], problem

@@ -6,6 +6,7 @@ rest are hooks of a few lines each.
 
 import itertools
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,10 @@ from typing_extensions import override
 from lightning_comm import lightning_internals
 from lightning_comm.core.cyclic import CyclicSchedule, Rule
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.strategies import checks, control, cyclic_checks, cyclic_files, rank_files
+from lightning_comm.strategies import checks, control, cyclic_checks, cyclic_files
+from lightning_comm.strategies.checkpoints import sets
+from lightning_comm.strategies.checkpoints.entry import Save
+from lightning_comm.strategies.checkpoints.loading import load_together
 from lightning_comm.strategies.companion import Companion
 from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
 from lightning_comm.strategies.cyclic_files import CyclicResume
@@ -386,14 +390,23 @@ class CyclicStrategy(RanksApartStrategy):
         fitting = run is not None and trainer is not None and self._is_fitting() and not trainer.interrupted
         if fitting and run is not None and "optimizer_states" in checkpoint:
             cyclic_files.write(run, checkpoint)
-        elif run is not None and trainer is not None and trainer.interrupted and run.stages:
-            cyclic_files.mark_incomplete(checkpoint, filepath)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        elif trainer is not None and trainer.interrupted:
+            filepath = sets.incomplete_path(self, WHERE, filepath)
+            if run is not None and run.stages:
+                cyclic_files.mark_incomplete(checkpoint, filepath)
+        if not fitting or run is None:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        save = Save(str(filepath))
+        save.write(checkpoint)
+        write = partial(super().save_checkpoint, checkpoint, filepath, storage_options)
+        with run.agreement.first_error_shown():
+            sets.write_main(self, run.recorder, WHERE, save, write)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        rank_files.refuse_sharded(checkpoint_path, WHERE)
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        load = partial(super().load_checkpoint, weights_only=weights_only)
+        checkpoint_path, checkpoint = load_together(self, WHERE, checkpoint_path, load, in_set_up=self._run is None)
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._run is not None:
             return checkpoint  # not for `fit`, or a tuner within it puts back what it has changed

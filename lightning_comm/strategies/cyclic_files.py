@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_comm.lightning_internals import close_finished_epoch
+from lightning_comm.strategies.checkpoints.entry import Save
 from lightning_comm.strategies.cyclic_checks import WHERE
 from lightning_comm.strategies.cyclic_run import CyclicRun
 from lightning_comm.transport.cyclic_stages import Stage
@@ -91,6 +92,7 @@ def write(run: CyclicRun, checkpoint: dict[str, Any]) -> None:
 def mark_incomplete(checkpoint: dict[str, Any], filepath: object) -> None:
     """Say in a checkpoint, and to people, that it was written when ranks could not meet any more."""
     checkpoint[KEY] = {"version": VERSION, "incomplete": True}
+    Save(str(filepath)).write(checkpoint, incomplete=True)
     rank_zero_warn(
         f"{WHERE}: {str(filepath)!r} is written after an error, when ranks cannot meet any more: its weights are those "
         "that rank 0 computed with, of two versions, and it has no optimizer state. Go on from an earlier checkpoint "

@@ -76,6 +76,7 @@ class Interruptions:
         if after_save is not None:
             internals.wrap_saves(trainer, patches, after_save)
         internals.leave_out_sigterm_broadcast(trainer, patches)
+        internals.replace_links(trainer, patches)
         internals.wrap_loop_ends(trainer, patches, self._after_batch, self._around_epoch)
         internals.wrap_skipped_validation(trainer, patches, _without_drawing)
         self.met = True  # all ranks start together, so a stop that was asked for in `on_train_start` is settled now

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterable
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,8 @@ from lightning_comm import lightning_internals
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update import PeriodRule
 from lightning_comm.strategies import checks, control, rank_files, run_state
+from lightning_comm.strategies.checkpoints import sets
+from lightning_comm.strategies.checkpoints.loading import load_together
 from lightning_comm.strategies.companion import Companion
 from lightning_comm.strategies.group_numbers import GroupNumbers
 from lightning_comm.strategies.interruptions import Interruptions
@@ -423,18 +426,20 @@ class LocalUpdateStrategy(RanksApartStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         run, trainer = self._run, self._trainer
-        if run is None or trainer is None or not self._is_fitting():
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
-        if trainer.interrupted:  # a rank has failed, and no collective would end
-            checkpoint[rank_files.KEY] = rank_files.shared_state(run, "", complete=False, averaged=not run.apart)
+        if trainer is not None and trainer.interrupted:  # a rank has failed, and no collective would end
+            filepath = sets.incomplete_path(self, rank_files.WHERE, filepath)
+            if run is not None and self._is_fitting():
+                rank_files.mark_incomplete(run, checkpoint)
+        if run is None or trainer is None or trainer.interrupted or not self._is_fitting():
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         try:
-            filepath = rank_files.write(self, run, checkpoint, filepath)
-            if self.is_global_zero:
-                checkpoint = rank_files.kept_from_change(checkpoint, run.replica, self.checkpoint_io)
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            with run.agreement.first_error_shown():
+                save = rank_files.write(self, run, checkpoint, filepath)
+                if self.is_global_zero:
+                    checkpoint = rank_files.kept_from_change(checkpoint, run.replica, self.checkpoint_io)
+                write = partial(super().save_checkpoint, checkpoint, save.path, storage_options)
+                sets.write_main(self, run.recorder, rank_files.WHERE, save, write)
         finally:
             run.leave_checkpoint()
 
@@ -446,21 +451,16 @@ class LocalUpdateStrategy(RanksApartStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        rank_files.refuse_sharded(checkpoint_path, "LocalUpdateStrategy")
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        load = partial(super().load_checkpoint, weights_only=weights_only)
+        checkpoint_path, checkpoint = load_together(
+            self, rank_files.WHERE, checkpoint_path, load, in_set_up=self._run is None
+        )
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._run is not None:
             return checkpoint  # not for `fit`, or a tuner within it puts back what it has changed
-        self._resume = rank_files.load(
-            self, Recorder(self._ledger), checkpoint, checkpoint_path, weights_only, self.settings.averaging.method
-        )
+        recorder, method = Recorder(self._ledger), self.settings.averaging.method
+        self._resume = rank_files.load(self, recorder, checkpoint, checkpoint_path, method)
         return checkpoint
-
-    @override
-    def remove_checkpoint(self, filepath: _PATH) -> None:
-        super().remove_checkpoint(filepath)
-        if self.local_rank == 0:
-            rank_files.remove(self.checkpoint_io, filepath)
 
     @override
     def teardown(self) -> None:

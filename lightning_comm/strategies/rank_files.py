@@ -1,27 +1,28 @@
 """Checkpoints in two parts: one file for everybody, and beside it one small folder with each rank's own state.
 
 The main file is an ordinary Lightning checkpoint with averaged weights. What only one rank knows (its own weights in
-the middle of a round, its optimizer, its place in the data, its random state) is in ``<checkpoint>.ranks/rank<r>.pt``.
-Both carry the same token, so a rank file of another save is never mistaken for this one's.
+the middle of a round, its optimizer, its place in the data, its random state) is in a file of its own beside it.
+Both carry the same token, the id of the save (:mod:`lightning_comm.strategies.checkpoints.sets`), so a rank file of
+another save is never mistaken for this one's.
 """
 
-import os
-import secrets
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_comm.lightning_internals import close_finished_epoch
 from lightning_comm.strategies import mask_files
+from lightning_comm.strategies.checkpoints import sets
+from lightning_comm.strategies.checkpoints.entry import WRITTEN_ALONE, Save, says_incomplete
+from lightning_comm.strategies.checkpoints.problems import first_problem
+from lightning_comm.strategies.checkpoints.whole_files import is_plain
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
 from lightning_comm.strategies.run_state import state_of
 from lightning_comm.transport.compression.base import Compression
@@ -31,6 +32,7 @@ from lightning_comm.transport.replica import Replica
 
 KEY = "lightning_comm.local_update"
 VERSION = 1
+WHERE = "LocalUpdateStrategy"
 
 # What Lightning restores from the checkpoint and what differs between ranks. The precision plugin's state has the
 # plugin's class name for its key, and is added by name.
@@ -51,16 +53,6 @@ class Resume:
     shared: dict[str, Any] | None
     own: dict[str, Any] | None
     masks: dict[str, Any] | None = None
-
-
-def folder(filepath: _PATH) -> str:
-    """Return the folder of the rank files that belong to a checkpoint."""
-    return f"{filepath}.ranks"
-
-
-def rank_path(filepath: _PATH, rank: int) -> str:
-    """Return the path of one rank's file."""
-    return os.path.join(folder(filepath), f"rank{rank}.pt")
 
 
 def shared_state(run: LocalUpdateRun, token: str, *, complete: bool, averaged: bool) -> dict[str, Any]:
@@ -98,23 +90,29 @@ def own_state(run: LocalUpdateRun, lightning_state: dict[str, Any]) -> dict[str,
     }
 
 
-def write(strategy: ParallelStrategy, run: LocalUpdateRun, checkpoint: dict[str, Any], filepath: _PATH) -> _PATH:
+def write(strategy: ParallelStrategy, run: LocalUpdateRun, checkpoint: dict[str, Any], filepath: _PATH) -> Save:
     """Write this rank's file, and the strategy's entry into the checkpoint; every rank calls this.
 
     Returns:
-        The path for the main file: that of rank 0 on all ranks, since it may hold the step, which differs where ranks
-        stopped apart.
+        The save, whose main file is still to be written.
 
     """
-    filepath, token = agreed_path(strategy, filepath)
+    save = sets.begin(strategy, filepath)
     complete = "optimizer_states" in checkpoint  # not with `save_weights_only`
     if complete:
         keys = (*RANK_KEYS, type(strategy.precision_plugin).__qualname__)
         own = own_state(run, {key: checkpoint[key] for key in keys if key in checkpoint})
-        write_own(strategy, filepath, token, own)
+        sets.write_own(strategy, run.recorder, WHERE, save, own)
         checkpoint["optimizer_states"] = run.average_optimizer_states(checkpoint["optimizer_states"])
-    checkpoint[KEY] = shared_state(run, token, complete=complete, averaged=True)
-    return filepath
+    checkpoint[KEY] = shared_state(run, save.id, complete=complete, averaged=True)
+    save.write(checkpoint)
+    return save
+
+
+def mark_incomplete(run: LocalUpdateRun, checkpoint: dict[str, Any]) -> None:
+    """Say in a checkpoint that it was written when ranks could not meet any more."""
+    checkpoint[KEY] = shared_state(run, "", complete=False, averaged=not run.apart)
+    Save("").write(checkpoint, incomplete=True)
 
 
 def kept_from_change(checkpoint: dict[str, Any], replica: Replica, io: CheckpointIO) -> dict[str, Any]:
@@ -127,7 +125,7 @@ def kept_from_change(checkpoint: dict[str, Any], replica: Replica, io: Checkpoin
 
     """
     changing = replica.changed_storages()
-    if type(io) is TorchCheckpointIO or not changing:
+    if is_plain(io) or not changing:
         return checkpoint
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -147,38 +145,6 @@ def kept_from_change(checkpoint: dict[str, Any], replica: Replica, io: Checkpoin
     return checkpoint
 
 
-def agreed_path(strategy: ParallelStrategy, filepath: _PATH) -> tuple[str, str]:
-    """Return the path of rank 0 and a new token, on all ranks."""
-    path, token = strategy.broadcast((str(filepath), secrets.token_hex(8)))
-    return path, token
-
-
-def write_own(strategy: ParallelStrategy, filepath: _PATH, token: str, content: dict[str, Any]) -> None:
-    """Write this rank's file; every rank calls this."""
-    own = {"version": VERSION, "token": token, **content}
-    strategy.checkpoint_io.save_checkpoint(own, rank_path(filepath, strategy.global_rank))
-    strategy.barrier()  # so that the file that everybody looks for appears after the folder beside it
-
-
-def read_own(
-    strategy: ParallelStrategy, filepath: _PATH, token: str, weights_only: bool | None
-) -> tuple[dict[str, Any] | None, str | None]:
-    """Return this rank's file of a save, or why it cannot be used. Raises on no rank alone."""
-    for candidate in (str(filepath), os.path.realpath(filepath)):  # `save_last="link"` leaves a link to the real one
-        path = rank_path(candidate, strategy.global_rank)
-        if get_filesystem(path).exists(path):
-            try:
-                state = strategy.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-            except Exception as error:  # a file that is damaged on one rank: the others wait for word of it
-                return None, f"{path} cannot be read ({type(error).__name__}: {error})"
-            if state.get("version") != VERSION:
-                return None, f"{path} has format {state.get('version')!r}, and this version reads {VERSION}"
-            if state.get("token") != token:
-                return None, f"{path} belongs to another save"
-            return state, None
-    return None, f"{rank_path(filepath, strategy.global_rank)} is missing"
-
-
 def unusable(shared: dict[str, Any] | None, world_size: int) -> str | None:
     """Return why rank files need not be looked for, or ``None`` if they should be there."""
     if shared is None:
@@ -195,7 +161,6 @@ def load(
     recorder: Recorder,
     checkpoint: dict[str, Any],
     filepath: _PATH,
-    weights_only: bool | None,
     method: Compression | None = None,
 ) -> Resume:
     """Put this rank's own state into a checkpoint that was read, if all ranks have theirs; every rank calls this.
@@ -205,16 +170,18 @@ def load(
         recorder: Sends and records.
         checkpoint: What was read from the main file.
         filepath: Of the main file.
-        weights_only: As Lightning has it.
         method: The compression of the run, for the message: whether masks are kept.
 
     """
     shared, masks = checkpoint.get(KEY), mask_files.masks_in(checkpoint)
-    own, problem = _read(strategy, filepath, shared, weights_only)
-    problem = first_problem(strategy, recorder, problem)
-    if problem is not None or own is None:
+    own, problem = _read(strategy, checkpoint, filepath)
+    found = first_problem(strategy, recorder, problem)
+    if found is not None or own is None:
         _warn_new_round(
-            filepath, str(problem), averaged=shared is None or shared["averaged"], masks=mask_files.fits(masks, method)
+            filepath,
+            "" if found is None else found[1],
+            averaged=shared is None or shared["averaged"],
+            masks=mask_files.fits(masks, method),
         )
         return Resume(shared, None, masks)
     checkpoint.update(own["checkpoint"])
@@ -230,59 +197,26 @@ def saved_alpha(resume: Resume | None) -> float | None:
 
 
 def _read(
-    strategy: ParallelStrategy, filepath: _PATH, shared: dict[str, Any] | None, weights_only: bool | None
+    strategy: ParallelStrategy, checkpoint: dict[str, Any], filepath: _PATH
 ) -> tuple[dict[str, Any] | None, str | None]:
     """Return this rank's file if it belongs to the checkpoint, and otherwise why it cannot be used."""
+    shared = checkpoint.get(KEY)
     reason = unusable(shared, strategy.world_size)
     if shared is None or reason is not None:
         return None, reason
     if not shared["complete"]:
-        alone = "it was written while a rank had failed, by one rank alone"
-        return None, "it was saved with `save_weights_only=True`" if shared["averaged"] else alone
-    return read_own(strategy, filepath, shared["token"], weights_only)
-
-
-def first_problem(strategy: ParallelStrategy, recorder: Recorder, problem: str | None) -> str | None:
-    """Return, on all ranks, the problem of the first rank that has one."""
-    mine = torch.tensor([problem is not None], dtype=torch.uint8, device=strategy.root_device)
-    rows, pending = recorder.all_gather(mine, "control")
-    pending.wait()
-    troubled = rows.flatten().nonzero().flatten().tolist()
-    return strategy.broadcast(problem, src=troubled[0]) if troubled else None
-
-
-def refuse_sharded(filepath: _PATH, where: str) -> None:
-    """Refuse the checkpoint of a strategy that shards the model: a folder.
-
-    Raises:
-        MisconfigurationException: If the path is a folder.
-
-    """
-    if get_filesystem(filepath).isdir(str(filepath)):
-        raise MisconfigurationException(
-            f"{where}: `ckpt_path`={str(filepath)!r} is a folder, as sharded strategies (FSDP, DeepSpeed, "
-            "ModelParallel) write it, and every rank here needs the whole model from one file. Make one with `python "
-            "-m lightning.pytorch.utilities.consolidate_checkpoint` (DeepSpeed: "
-            "`convert_zero_checkpoint_to_fp32_state_dict`) and give its path."
-        )
+        alone = says_incomplete(checkpoint) or not shared["averaged"]
+        return None, WRITTEN_ALONE if alone else "it was saved with `save_weights_only=True`"
+    return sets.read_own(strategy, filepath, shared["token"])
 
 
 def _warn_new_round(filepath: _PATH, reason: str, averaged: bool, masks: bool) -> None:
     """Say that a run goes on from the averaged state, not from where each rank was."""
-    weights = "averaged weights" if averaged else "the weights of the rank that wrote it"
+    weights = "averaged weights" if averaged else "weights of the rank that wrote it"
     weights += ", the masks" if masks else ""
     rank_zero_warn(
-        f"LocalUpdateStrategy: `ckpt_path`={str(filepath)!r} cannot bring every rank back to where it was: {reason}. "
+        f"{WHERE}: `ckpt_path`={str(filepath)!r} cannot bring every rank back to where it was: {reason}. "
         f"Training goes on with a new round from the {weights} and the optimizer state in the file. For an exact "
-        f"continuation resume with the same number of ranks and keep the folder {folder(filepath)!r} with the file."
+        "continuation resume with the same number of ranks and keep the folder "
+        f"{sets.folder(filepath)!r} with the file."
     )
-
-
-def remove(io: CheckpointIO, filepath: _PATH) -> None:
-    """Remove the rank files of a checkpoint. Called once for each host; on a shared disk the first one does it."""
-    path = folder(filepath)
-    try:
-        if get_filesystem(path).exists(path):
-            io.remove_checkpoint(path)
-    except FileNotFoundError:
-        return  # another host was faster

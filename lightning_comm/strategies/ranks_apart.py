@@ -3,8 +3,10 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -14,6 +16,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_comm.lightning_internals import close_finished_epoch
+from lightning_comm.strategies.checkpoints import sets
+from lightning_comm.strategies.checkpoints.whole_files import with_default
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.transport.agreement import Agreement, PeerFailure
 from lightning_comm.transport.recording import leave_group_at_exit
@@ -39,6 +43,23 @@ class RanksApartStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         leave_group_at_exit()
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        self._checkpoint_io = with_default(self._checkpoint_io)
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    @override
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        if self._trainer is not None and self._trainer.interrupted:
+            return  # what was to take its place is not complete
+        sets.remove(self, filepath, partial(super().remove_checkpoint, filepath))
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:

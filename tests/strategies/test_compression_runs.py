@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.processes import launch
-from support.training import Regression, Stop, loader, trainer, weights
+from support.training import Regression, Stop, loader, own_file, trainer, weights
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
@@ -149,7 +149,7 @@ def test_a_method_that_keeps_nothing_goes_on_from_plain_ddp_without_a_word(tmp_p
 def _damaged(rank, path):
     trainer(compressed(Int8()), 2, callbacks=[Stop(5, path)]).fit(Stepwise(), data(10, rank))
     if rank == 1:
-        Path(path + ".ranks", "rank1.pt").write_bytes(b"no checkpoint")
+        own_file(path, 1).write_bytes(b"no checkpoint")
     runner = trainer(compressed(Int8()), 2)
     with pytest.warns(UserWarning, match=r"rank1\.pt cannot be read") if rank == 0 else nullcontext():
         runner.fit(Stepwise(), data(10, rank), ckpt_path=path)
@@ -191,7 +191,7 @@ def test_the_ranks_folder_goes_with_its_checkpoint(tmp_path):
     names = sorted(path.name for path in tmp_path.iterdir())
     assert len(names) == 2
     assert names[1] == names[0] + ".ranks"
-    assert sorted(path.name for path in (tmp_path / names[1]).iterdir()) == ["rank0.pt", "rank1.pt"]
+    assert sorted(path.name for path in own_file(tmp_path / names[0], 0).parent.iterdir()) == ["rank0.pt", "rank1.pt"]
 
 
 class Bad(Regression):

@@ -218,15 +218,27 @@ def _inspect_files(rank, world_size, folder):
     return [mean.numpy() for mean in average.mean], [local.numpy() for local in average.local]
 
 
+def _names(folder, step):
+    """The files in a folder, with the id of the save at a step as ``ID``."""
+    token = torch.load(folder / f"step={step}.ckpt", weights_only=True)["lightning_comm.save"]["id"]
+    return {str(path.relative_to(folder)).replace(token, "ID") for path in folder.rglob("*") if not path.is_dir()}
+
+
+def _file_of(folder, step, rank):
+    (path,) = folder.glob(f"step={step}.ckpt.ranks/*/rank{rank}.pt")
+    return path
+
+
 def test_the_file_holds_averaged_weights_and_each_rank_file_its_own(tmp_path):
     answers = launch(_inspect_files, 2, str(tmp_path), world_size=2)
-    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    names = {name for name in _names(tmp_path, 6) if "step=12.ckpt.ranks" not in name}
     expected = {f"step={step}.ckpt" for step in (6, 12)} | {f"only-step={step}.ckpt" for step in (5, 10)}
-    assert names == expected | {f"step={step}.ckpt.ranks/rank{rank}.pt" for step in (6, 12) for rank in range(2)}
+    assert names == expected | {f"step=6.ckpt.ranks/ID/rank{rank}.pt" for rank in range(2)}
+    assert {_file_of(tmp_path, 12, rank).parent.name for rank in range(2)} != {_file_of(tmp_path, 6, 0).parent.name}
     main = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
     parameters = [name for name, _ in Noisy().named_parameters()]
     for rank, (mean, local) in enumerate(answers):
-        own = torch.load(tmp_path / f"step=6.ckpt.ranks/rank{rank}.pt", weights_only=True)
+        own = torch.load(_file_of(tmp_path, 6, rank), weights_only=True)
         for name, averaged, mine in zip(
             parameters, map(torch.from_numpy, mean), map(torch.from_numpy, local), strict=True
         ):
@@ -265,11 +277,18 @@ def _resume_and_catch(rank, world_size, path):
     )
 
 
+def _flipped(content, tensor):
+    """A file with one bit of a tensor flipped."""
+    place = content.index(tensor.numpy().tobytes())
+    return content[:place] + bytes([content[place] ^ 8]) + content[place + 1 :]
+
+
 @pytest.mark.parametrize(
     ("damage", "world_size", "must_say"),
     [
         ("missing", 2, ["rank1.pt is missing"]),
         ("damaged", 2, ["rank1.pt cannot be read"]),
+        ("flipped", 2, ["rank1.pt cannot be read", "does not match its checksum"]),
         ("foreign", 2, ["belongs to another save"]),
         ("none", 3, ["written by 2 ranks, and there are 3 now"]),
         ("plain", 2, ["another strategy wrote it"]),
@@ -279,12 +298,16 @@ def test_without_the_rank_files_a_new_round_starts_from_the_averaged_weights(tmp
     launch(_inspect_files, 2, str(tmp_path), world_size=2)
     path = tmp_path / "step=6.ckpt"
     if damage == "missing":
-        (tmp_path / "step=6.ckpt.ranks/rank1.pt").unlink()
+        _file_of(tmp_path, 6, 1).unlink()
     elif damage == "damaged":
-        file = tmp_path / "step=6.ckpt.ranks/rank1.pt"
+        file = _file_of(tmp_path, 6, 1)
         file.write_bytes(file.read_bytes()[:100])
+    elif damage == "flipped":
+        file = _file_of(tmp_path, 6, 1)
+        content, weights = file.read_bytes(), torch.load(file, weights_only=True)["weights"]
+        file.write_bytes(_flipped(content, weights["parameters:net.0.weight"]))
     elif damage == "foreign":
-        (tmp_path / "step=12.ckpt.ranks/rank0.pt").replace(tmp_path / "step=6.ckpt.ranks/rank0.pt")
+        _file_of(tmp_path, 12, 0).replace(_file_of(tmp_path, 6, 0))
     elif damage == "plain":
         content = torch.load(path, weights_only=True)
         del content["lightning_comm.local_update"]
@@ -310,8 +333,8 @@ def _prune(rank, world_size, folder):
 
 def test_rank_files_go_with_their_checkpoint_and_are_found_through_a_link(tmp_path):
     assert launch(_prune, 2, str(tmp_path), world_size=2) == [[13, 14]] * 2
-    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()}
-    assert names == {"step=12.ckpt", "last.ckpt", *(f"step=12.ckpt.ranks/rank{rank}.pt" for rank in range(2))}
+    expected = {"step=12.ckpt", "last.ckpt", *(f"step=12.ckpt.ranks/ID/rank{rank}.pt" for rank in range(2))}
+    assert _names(tmp_path, 12) == expected
 
 
 def _plain_loader(rank, world_size, folder):

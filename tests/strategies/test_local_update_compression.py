@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from support.processes import launch
-from support.training import Regression, descend, loader, local_update, network, trainer, weights
+from support.training import Regression, descend, loader, local_update, network, own_file, trainer, weights
 
 from lightning_comm import Averaging, Cast, FixedPeriod, Int8, LocalUpdateStrategy, SparseMask, TopK
 
@@ -151,10 +151,10 @@ def _resume_without_rank_files(rank, folder):
     torch.distributed.barrier()
     path = Path(folder) / "step=8.ckpt"
     if rank == 0:
-        saved = torch.load(f"{path}.ranks/rank0.pt", weights_only=True)
+        saved = torch.load(own_file(path, 0), weights_only=True)
         assert saved["apart"]
         assert saved["compression"]["compression"] == "Int8()"
-        Path(f"{path}.ranks/rank1.pt").unlink()
+        own_file(path, 1).unlink()
     torch.distributed.barrier()
     _, final, strategy, said = _fit(rank, "int8", 2, {"ckpt_path": path})
     return [done.step for done in strategy.history], final, any("new round" in text for text in said)

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from support.processes import launch
-from support.training import Regression, Samples, local_update, network, sample, trainer, weights
+from support.training import Regression, Samples, local_update, network, own_file, sample, trainer, weights
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -352,7 +352,7 @@ def _without_counts(rank, folder):
     settings = {"period": FixedPeriod(4)}
     _noisy(rank, folder, settings)
     torch.distributed.barrier()
-    path = Path(folder) / f"step=6.ckpt.ranks/rank{rank}.pt"
+    path = own_file(f"{folder}/step=6.ckpt", rank)
     saved = torch.load(path, weights_only=True)
     counted = saved.pop("samples")  # as a file of before there were any
     torch.save(saved, path)

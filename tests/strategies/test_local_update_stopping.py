@@ -18,7 +18,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from support.processes import free_port, launch, outcomes
-from support.training import Regression, Samples, loader, local_update, trainer, weights
+from support.training import Regression, Samples, loader, local_update, own_file, trainer, weights
 
 import lightning_comm.strategies.local_update as local_update_module
 from lightning_comm import FixedPeriod
@@ -210,7 +210,7 @@ def test_sigterm_to_one_rank_saves_and_ends_all(tmp_path, who):
     step = content["global_step"]
     assert path.name == f"last-terminated-step={step}.ckpt"
     for rank in range(2):
-        own = torch.load(f"{path}.ranks/rank{rank}.pt", weights_only=True)
+        own = torch.load(own_file(path, rank), weights_only=True)
         assert own["run"]["clock"]["steps_done"] == step
         assert not own["apart"]
     resumed = launch(_resume, 2, str(path), world_size=2)
@@ -240,7 +240,7 @@ def test_checkpoints_by_the_clock_are_agreed_on_without_ending_the_round(tmp_pat
     for path in files:
         step = torch.load(path, weights_only=True)["global_step"]
         for rank in range(2):
-            own = torch.load(f"{path}.ranks/rank{rank}.pt", weights_only=True)
+            own = torch.load(own_file(path, rank), weights_only=True)
             assert own["run"]["clock"]["steps_done"] == step
             assert own["apart"] == (step < 700)
 
@@ -436,7 +436,7 @@ def test_sigterm_to_a_launched_job_saves_and_ends_every_process(tmp_path):
     output, _ = process.communicate(timeout=30)
     assert "all ranks agreed to terminate at step" in output
     (path,) = (tmp_path / "saved").glob("last-terminated-step=*.ckpt")
-    assert sorted(each.name for each in Path(f"{path}.ranks").iterdir()) == ["rank0.pt", "rank1.pt"]
+    assert sorted(each.name for each in own_file(path, 0).parent.iterdir()) == ["rank0.pt", "rank1.pt"]
 
 
 @pytest.mark.parametrize("who", ["0", "1"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.processes import launch
-from support.training import Regression, loader, network, trainer, weights
+from support.training import Regression, loader, network, own_file, trainer, weights
 
 from lightning_comm import (
     Averaging,
@@ -67,7 +67,7 @@ def _again(rank, kind, folder, first, second, damaged=False):
     torch.distributed.barrier()
     path = Path(folder) / "step=6.ckpt"
     if damaged and rank == 1:
-        Path(f"{path}.ranks/rank1.pt").write_bytes(b"no checkpoint")
+        own_file(path, 1).write_bytes(b"no checkpoint")
     torch.distributed.barrier()
     after, final, said = fit(kind, second(), 2, rank, 12, ckpt_path=str(path))
     return torch.equal(before, FIRST), torch.equal(after, FIRST), int(after.sum()), final, said

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from support.processes import launch
-from support.training import Regression, loader, local_update, network, trainer, weights
+from support.training import Regression, loader, local_update, network, own_file, trainer, weights
 
 from lightning_comm import Averaging, BatchNormReestimation, FixedPeriod
 
@@ -114,7 +114,7 @@ def _set(rank, name, folder):
     strategy = local_update(FixedPeriod(8), **SETTINGS[name])
     runner = trainer(strategy, 2, callbacks=callbacks, enable_checkpointing=True, **EVERY_3)
     runner.fit(module, loader(4, rank), loader(1, 0))
-    saved = torch.load(f"{folder}/saved.ckpt.ranks/rank{rank}.pt", weights_only=False)["weights"]
+    saved = torch.load(own_file(f"{folder}/saved.ckpt", rank), weights_only=False)["weights"]
     return tuple({key: t.numpy() for key, t in state.items()} for state in (module.before, module.after, saved))
 
 

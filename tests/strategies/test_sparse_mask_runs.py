@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.processes import launch
-from support.training import Regression, Stop, loader, trainer, weights
+from support.training import Regression, Stop, loader, own_file, trainer, weights
 from torch import nn
 
 from lightning_comm import (
@@ -119,9 +119,9 @@ def test_a_resumed_run_keeps_its_masks_and_ends_bit_for_bit_as_one_that_was_neve
 def _resumed_with_another_mask(rank, path):
     trainer(masked(Int8()), 2, callbacks=[Stop(5, path)]).fit(Stepwise(), data(10, rank))
     if rank == 1:
-        own = torch.load(f"{path}.ranks/rank1.pt", weights_only=True)
+        own = torch.load(own_file(path, 1), weights_only=True)
         own["sync"]["codec"]["masks"]["net.2.weight"][1][3] ^= 0b11  # two bits turned
-        torch.save(own, f"{path}.ranks/rank1.pt")
+        torch.save(own, own_file(path, 1))
     runner, model = trainer(masked(Int8()), 2), Stepwise()
     with pytest.raises(RuntimeError) as caught:
         runner.fit(model, data(10, rank), ckpt_path=path)

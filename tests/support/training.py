@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,6 +102,12 @@ class Stop(Callback):
         if runner.global_step == self.step:
             runner.save_checkpoint(self.path)
             runner.should_stop = True
+
+
+def own_file(path: Any, rank: int) -> Path:
+    """The file of a rank that belongs to a checkpoint, of which there is one."""
+    (file,) = Path(f"{path}.ranks").glob(f"*/rank{rank}.pt")
+    return file
 
 
 def local_update(period: PeriodRule, **kwargs: Any) -> LocalUpdateStrategy:

@@ -1,0 +1,274 @@
+"""Sets of files: a main file that every rank reads, and each rank's own beside it, all with the id of their save.
+
+The rank files of ``<checkpoint>`` are in ``<checkpoint>.ranks/<id>/rank<r>.pt``. A save writes those first, then the
+main file with the same id, by a rename, and removes the rank files of the save before only after that. So whatever
+ends a process, and whenever, one whole set is there.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_comm.lightning_internals import after_writes, inner_io, wait_for_writes, writer_in_background
+from lightning_comm.strategies.checkpoints.damage import damage
+from lightning_comm.strategies.checkpoints.entry import Save, is_incomplete
+from lightning_comm.strategies.checkpoints.problems import CheckpointError, first_problem, told
+from lightning_comm.strategies.checkpoints.whole_files import has_torch_files, is_local, is_plain, local_path
+from lightning_comm.transport.recording import Recorder
+
+VERSION = 1  # of rank files
+INCOMPLETE = ".incomplete"  # behind the name of a checkpoint that is written although a complete one is there
+
+# What rank 0 has removed since the last save, after it waited in a background writer, for hosts with their own disks.
+_removed: "WeakKeyDictionary[CheckpointIO, list[str]]" = WeakKeyDictionary()
+
+
+def folder(filepath: _PATH) -> str:
+    """Return the folder of the rank files that belong to a checkpoint."""
+    return f"{filepath}.ranks"
+
+
+def rank_path(filepath: _PATH, save_id: str, rank: int) -> str:
+    """Return the path of one rank's file; with an empty id, where it was before files had ids in their path."""
+    return os.path.join(folder(filepath), *([save_id] if save_id else []), f"rank{rank}.pt")
+
+
+def begin(strategy: ParallelStrategy, filepath: _PATH) -> Save:
+    """Return a new save, the same on all ranks: the path of rank 0 may hold the step, which differs apart."""
+    removed = _removed.pop(strategy.checkpoint_io, []) if strategy.is_global_zero else []
+    mine = Save(str(filepath))
+    path, save_id, removed = strategy.broadcast((mine.path, mine.id, removed))
+    if strategy.local_rank == 0 and not strategy.is_global_zero:
+        _remove(strategy.checkpoint_io, removed)
+    return Save(path, save_id)
+
+
+def write_own(strategy: ParallelStrategy, recorder: Recorder, where: str, save: Save, content: dict[str, Any]) -> None:
+    """Write this rank's file, and see that all ranks have written theirs; every rank calls this.
+
+    Args:
+        strategy: The strategy.
+        recorder: Sends and records.
+        where: The strategy's name, for messages.
+        save: The save.
+        content: Of the file: plain values and tensors.
+
+    Raises:
+        CheckpointError: On all ranks, if one could not write its file. The files of this save are removed.
+
+    """
+    path, failure = rank_path(save.path, save.id, strategy.global_rank), None
+    try:
+        io, background = _foreground(strategy.checkpoint_io)
+        io.save_checkpoint({"version": VERSION, "token": save.id, **content}, path)
+        if background is not None and (error := wait_for_writes(background)) is not None:
+            raise error
+    except Exception as error:
+        failure = error
+    _raise_together(strategy, recorder, where, save, failure, discard=True)
+
+
+def write_main(
+    strategy: ParallelStrategy, recorder: Recorder, where: str, save: Save, write: Callable[[], None]
+) -> None:
+    """Write the main file, then remove what the save before has left under the same name; every rank calls this.
+
+    Args:
+        strategy: The strategy.
+        recorder: Sends and records.
+        where: The strategy's name, for messages.
+        save: The save.
+        write: Lightning's way to write, which does so on rank 0.
+
+    Raises:
+        CheckpointError: On all ranks, if it could not be written. The files of the save before stay as they were.
+
+    """
+    failure = None
+    try:
+        write()
+    except Exception as error:
+        failure = error
+    # in the background the main file may be written nevertheless: the error is that of the save before
+    discard = writer_in_background(strategy.checkpoint_io) is None
+    _raise_together(strategy, recorder, where, save, failure, discard=discard)
+    if strategy.local_rank == 0:
+        others = [each for each in _entries(save.path) if os.path.basename(each.rstrip("/")) != save.id]
+        if writer_in_background(strategy.checkpoint_io) is None and not is_plain(strategy.checkpoint_io):
+            others = _older(others)[:-1]  # the main file may be written later than it seems, in ways we do not know
+        _when_written(strategy, others)
+
+
+def _raise_together(
+    strategy: ParallelStrategy, recorder: Recorder, where: str, save: Save, failure: Exception | None, *, discard: bool
+) -> None:
+    """Raise on all ranks if one has failed; where the main file will not come, remove this rank's own."""
+    found = first_problem(strategy, recorder, None if failure is None else told(failure))
+    if found is None:
+        return
+    if discard:
+        own = rank_path(save.path, save.id, strategy.global_rank)
+        with suppress(OSError):
+            get_filesystem(own).rm(own)
+        if is_local(own):
+            _remove_if_empty(os.path.dirname(local_path(own)), os.path.dirname(os.path.dirname(local_path(own))))
+    rank, text = found
+    raise CheckpointError(
+        f"{where}: the checkpoint {save.path!r} could not be written: rank {rank}: {text}. What an earlier save has "
+        "left there stays as it was. Make room there, or give the callback another folder, and resume from the last "
+        "checkpoint."
+    ) from failure
+
+
+def read_own(strategy: ParallelStrategy, filepath: _PATH, save_id: str) -> tuple[dict[str, Any] | None, str | None]:
+    """Return this rank's file of a save, or why it cannot be used. Raises on no rank alone.
+
+    It is loaded with ``weights_only=True`` wherever it lies, so that it cannot run code.
+    """
+    rank, problem = strategy.global_rank, None
+    for candidate in dict.fromkeys((str(filepath), os.path.realpath(filepath))):  # `save_last="link"` leaves a link
+        for path in (rank_path(candidate, save_id, rank), rank_path(candidate, "", rank)):
+            if get_filesystem(path).exists(path):
+                state, reason = _read(strategy, path, save_id)
+                if state is not None:
+                    return state, None
+                problem = problem or reason
+    return None, problem or f"{rank_path(filepath, save_id, rank)} is missing"
+
+
+def _read(strategy: ParallelStrategy, path: str, save_id: str) -> tuple[dict[str, Any] | None, str | None]:
+    io = _foreground(strategy.checkpoint_io)[0]
+    reason = damage(path) if has_torch_files(io) else None
+    if reason is not None:
+        return None, f"{path} cannot be read: {reason}"
+    try:
+        with torch.serialization.safe_globals(_numpy_types()):
+            state = io.load_checkpoint(path, weights_only=True)
+    except Exception as error:  # a file that is damaged on one rank: the others wait for word of it
+        text = f"{path} cannot be read ({told(error)})"
+        if "weights_only" in str(error) or "Weights only" in str(error):
+            text += (
+                "; it holds more than plain values and tensors, put there by a loader or a scheduler of yours, whose "
+                "types `torch.serialization.add_safe_globals` lets pass"
+            )
+        return None, text
+    if state.get("version") != VERSION:
+        return None, f"{path} has format {state.get('version')!r}, and this version reads {VERSION}"
+    if state.get("token") != save_id:
+        return None, f"{path} belongs to another save"
+    return state, None
+
+
+def _numpy_types() -> list[Any]:
+    """Return what stands for numbers and arrays of numpy in a file; they are plain, and states of loaders have them."""
+    scalar, array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+    types = {type(np.dtype(each)) for each in "?bhilqBHILQefdFD"}
+    old = [(scalar, "numpy.core.multiarray.scalar"), (array, "numpy.core.multiarray._reconstruct")]  # numpy 1
+    return [scalar, array, np.ndarray, np.dtype, *types, *old]
+
+
+def incomplete_path(strategy: ParallelStrategy, where: str, filepath: _PATH) -> str:
+    """Return where a checkpoint goes that is written after a failure, by rank 0 alone; and say so.
+
+    It never takes the place of a complete one: beside that, under a name that ``ckpt_path="last"`` does not look for.
+    """
+    path, background = str(filepath), writer_in_background(strategy.checkpoint_io)
+    if strategy.is_global_zero:
+        if background is not None:
+            wait_for_writes(background)
+        here = local_path(path) if is_local(path) else path
+        if get_filesystem(path).exists(path) and not (is_local(path) and is_incomplete(here)):
+            path += INCOMPLETE
+            rank_zero_warn(
+                f"{where}: {str(filepath)!r} is an earlier, complete checkpoint and stays. After the failure of a rank "
+                f"the others cannot add their part, so what rank 0 has is written to {path!r}, incomplete."
+            )
+    return path
+
+
+def remove(strategy: ParallelStrategy, filepath: _PATH, remove_main: Callable[[], None]) -> None:
+    """Remove a checkpoint: the main file, then the rank files; once what is to take its place is written.
+
+    Called on all ranks. Files of ranks go once for each host; on a shared disk the first one does it.
+
+    Args:
+        strategy: The strategy.
+        filepath: Of the main file.
+        remove_main: Lightning's way to remove, which does so on rank 0.
+
+    """
+    if strategy.local_rank != 0:
+        return
+    _when_written(strategy, _entries(filepath), remove_main)
+
+
+def _when_written(strategy: ParallelStrategy, paths: list[str], before: Callable[[], None] = lambda: None) -> None:
+    """Remove files once all that waits in a background writer is written; on hosts without one, after word of it."""
+    io = strategy.checkpoint_io
+    background = writer_in_background(io)
+    if background is None:
+        before()
+        _remove(io, paths)
+    elif strategy.is_global_zero:
+
+        def carry_out() -> None:
+            before()
+            _remove(io, paths)
+            _removed.setdefault(io, []).extend(paths)
+
+        after_writes(background, carry_out)
+
+
+def _foreground(io: CheckpointIO) -> tuple[CheckpointIO, Any]:
+    """Return what writes before it returns, and the background writer that has to be waited for nevertheless."""
+    while io is writer_in_background(io) and (inner := inner_io(io)) is not None:
+        io = inner
+    return io, writer_in_background(io)
+
+
+def _entries(filepath: _PATH) -> list[str]:
+    """Return what is in the folder of a checkpoint's rank files: a folder for each save, and files of old ones."""
+    path = folder(filepath)
+    files = get_filesystem(path)
+    files.invalidate_cache(path)
+    try:
+        names = [str(each).rstrip("/").rsplit("/", 1)[-1] for each in files.ls(path, detail=False)]
+    except FileNotFoundError:
+        return []
+    return [os.path.join(path, name) for name in names if name]
+
+
+def _older(paths: list[str]) -> list[str]:
+    """Return paths in the order in which they were written, as far as the file system tells."""
+
+    def written(path: str) -> float:
+        with suppress(Exception):  # file systems have names of their own for it, or none
+            return float(get_filesystem(path).info(path)["mtime"])
+        return 0.0
+
+    return sorted(paths, key=written)
+
+
+def _remove(io: CheckpointIO, paths: list[str]) -> None:
+    for path in paths:
+        with suppress(FileNotFoundError):  # another host was faster
+            if get_filesystem(path).exists(path):
+                io.remove_checkpoint(path)
+        if is_local(path):
+            _remove_if_empty(os.path.dirname(local_path(path)))
+
+
+def _remove_if_empty(*folders: str) -> None:
+    for each in folders:
+        with suppress(OSError):
+            os.rmdir(each)
