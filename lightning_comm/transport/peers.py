@@ -27,14 +27,14 @@ from lightning_comm.transport.store_client import StoreClient, StoreLostError
 
 _LOOK_S, _SHARE, _LONGEST_S = 0.5, 0.01, 2.0  # between looks; the share of time that they may take; at most
 _CALL_S = 2.0  # for a call to the store of this thread's, and for those of a rank that is about to leave
-_GRACE_S = 5.0  # for answers to a roll: two looks of a rank whose looks are slow
+_GRACE_S = 4.0  # for answers to a roll: two looks of a rank whose looks are slow
 _LEAVE_S = 3.0  # for the other ranks to leave as well
 _GONE_S = 2.0  # how long a rank goes on whose store is gone: its last message may be on the way
 _OVERDUE_S = 5.0  # beyond the time-out
 
 _LOST = re.compile(
-    r"gloo/transport|connection (was )?(closed|reset|refused|lost)|closed by peer|broken pipe|timed out waiting|"
-    r"application timeout caused pair closure|nccl",
+    r"gloo/transport|connection (to it is |was )?(closed|reset|refused|lost)|closed by peer|broken pipe|"
+    r"timed out waiting|application timeout caused pair closure",
     re.IGNORECASE,
 )
 
@@ -261,8 +261,8 @@ class Peers:
     def _check_wait(self) -> None:
         """End the process if the thread that trains is in a wait that is overdue, and will not end by itself."""
         wait, now = self._wait, time.monotonic()
-        if wait is None or now - wait.since_s < self._timeout_s / 2:
-            return
+        if wait is None or self._asking or now - wait.since_s < self._timeout_s / 2:
+            return  # who asks has a deadline of its own
         overdue = self._timeout_s + _OVERDUE_S
         if self.failure is not None:
             if now - max(wait.since_s, self._failed_s) > overdue:

@@ -1,6 +1,6 @@
 """Jobs in which ranks stop, die or fail: when each process ends, and what it says."""
 
-import ctypes
+import atexit
 import multiprocessing
 import os
 import signal
@@ -75,8 +75,9 @@ def interrupt() -> None:
 class Fault:
     """Happens once, and notes when; the same object in all processes of a job."""
 
-    def __init__(self, what: Callable[[], None], rank: int) -> None:
+    def __init__(self, what: Callable[[], None], rank: int, *, lives_on: bool = False) -> None:
         self.what, self.rank = what, rank
+        self.lives_on = lives_on or what is stop  # so that the end of its process is not waited for
         self.at_s = multiprocessing.get_context("fork").Value("d", 0.0, lock=False)
 
     def strike(self, rank: int) -> None:
@@ -86,9 +87,9 @@ class Fault:
 
 
 def fates(jobs: Sequence[tuple[Job, Fault]], within_s: float) -> list[list[Fate]]:
-    """Run jobs side by side, each in forked processes that end as a program of its own would.
+    """Run jobs side by side, each in forked processes.
 
-    Waits until all have ended, except those that their fault stops, or ``within_s`` after the last fault.
+    Waits until all have ended, except those that live on, or ``within_s`` after the last fault.
     """
     context = multiprocessing.get_context("fork")
     started = time.monotonic()
@@ -117,7 +118,7 @@ def _ends(running: Any, started: float, within_s: float) -> dict[int, float]:
         process.sentinel
         for fault, ranks in running
         for rank, (process, _) in enumerate(ranks)
-        if not (fault.what is stop and rank == fault.rank)
+        if not (fault.lives_on and rank == fault.rank)
     }
     ended: dict[int, float] = {}
     while awaited - set(ended):
@@ -141,6 +142,7 @@ def _fate(fault: Fault, process: Any, says: Any, ended: dict[int, float], starte
 
 
 def _run(job: Job, rank: int, port: int, says: Any) -> None:
+    atexit._clear()
     torch.set_num_threads(1)
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
@@ -157,5 +159,6 @@ def _run(job: Job, rank: int, port: int, says: Any) -> None:
     except BaseException as error:
         says.send(f"{type(error).__name__}: {error}")
         status = 1
-    # with all that is called, and all that can go wrong, when an interpreter ends
-    ctypes.pythonapi.Py_Exit(status)
+    # what runs when an interpreter ends, but not its slow end itself: the forked memory would be copied to be freed
+    atexit._run_exitfuncs()
+    os._exit(status)
