@@ -33,7 +33,7 @@ _GONE_S = 2.0  # how long a rank goes on whose store is gone: its last message m
 _OVERDUE_S = 5.0  # beyond the time-out
 
 _LOST = re.compile(
-    r"gloo/transport|connection (to it is |was )?(closed|reset|refused|lost)|closed by peer|broken pipe|"
+    r"gloo/transport|connection (to rank \d+ is |was )?(closed|reset|refused|lost)|closed by peer|broken pipe|"
     r"timed out waiting|application timeout caused pair closure",
     re.IGNORECASE,
 )

@@ -171,8 +171,8 @@ class Recorder:
             work.wait()
         except RuntimeError as error:
             raise RuntimeError(
-                f"Rank {source} does not answer: the connection to it is lost, or nothing came within `timeout`. Look "
-                f"for the first error in the output of that rank; without one it was killed, or hangs. ({error})"
+                f"The connection to rank {source} is lost, or nothing came from it within `timeout`, which need not be "
+                f"its own fault. ({error})"
             ) from error
 
     def waited(self, purpose: str, since_s: float) -> None:

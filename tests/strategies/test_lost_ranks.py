@@ -135,7 +135,7 @@ def test_a_rank_that_is_stopped_or_killed_is_named_by_all_others(others, strateg
     for (what, who, *_), ended in of(others, strategy=strategy):
         for fate in ended:
             if what in (faults.stop, faults.kill) and who > 0:
-                assert fate.text.startswith(f"PeerFailure: rank {who} does not answer. It was killed, or stopped, or")
+                assert fate.text.startswith(f"PeerFailure: Rank {who} does not answer. It was killed, or stopped, or")
 
 
 @pytest.mark.parametrize(
