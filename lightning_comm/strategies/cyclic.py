@@ -223,14 +223,17 @@ class CyclicStrategy(RanksApartStrategy):
         optimizer = cyclic_checks.check_optimizers(module, self.optimizers)
         cyclic_checks.warn_of_memory(self.settings, self.world_size, self.root_device.type == "cuda")
         namespace = f"lightning_comm/cyclic/{next(_fits)}"
-        store = default_store()
+        store = default_store() if self._peers is None else self._peers.store
+        agreement = Agreement(
+            store, self.global_rank, self.world_size, namespace, poll_interval_s=1.0, peers=self._peers
+        )
         self._run = CyclicRun(
             trainer,
             module,
             optimizer,
             self.settings,
             self._ledger,
-            Agreement(store, self.global_rank, self.world_size, namespace, poll_interval_s=1.0),
+            agreement,
             Requests(store, self.global_rank, namespace),
             self.broadcast,
             self._timeout or timedelta(minutes=30),
@@ -246,8 +249,10 @@ class CyclicStrategy(RanksApartStrategy):
         recorder = Recorder(self._ledger)
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         row = control.ControlRow(layout=fingerprint(named))
-        control.check_same_model(control.exchange(row, recorder, self.root_device, Pending.wait), WHERE)
-        with torch.no_grad():
+        with self._first_error_shown("the set-up"):
+            rows = control.exchange(row, recorder, self.root_device, Pending.wait)
+        control.check_same_model(rows, WHERE)
+        with self._first_error_shown("the set-up"), torch.no_grad():
             broadcast_([tensor for _, tensor in named], recorder, "start", _BUCKET_BYTES)
 
     @override

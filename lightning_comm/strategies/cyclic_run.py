@@ -43,7 +43,7 @@ from lightning_comm.transport.cyclic_requests import Requests, check_finite
 from lightning_comm.transport.cyclic_stages import START, ForwardTrace, Stage, not_compiled
 from lightning_comm.transport.cyclic_stagger import Stagger
 from lightning_comm.transport.cyclic_untrained import UntrainedParameters
-from lightning_comm.transport.recording import Pending, Recorder, another_group
+from lightning_comm.transport.recording import Pending, Recorder, another_group, hang_up
 
 _NOTED = 0  # the stage whose notes all ranks read
 _NOTICEABLE_S = 5e-5  # shorter waits are not worth a record
@@ -95,10 +95,12 @@ class CyclicRun:
         # Messages keep no order with those of Lightning. Where tags tell them apart, gradients and parameters share a
         # group, since two connections would get in each other's way on a link; otherwise they keep no order either.
         self._tagged = module.device.type == "cpu"
-        self._groups = [another_group(timeout) for _ in range(1 if self._tagged else 2)]
+        with agreement.first_error_shown("the set-up of a process group"):
+            self._groups = [another_group(timeout) for _ in range(1 if self._tagged else 2)]
         self._lanes = [Recorder(ledger, self._groups[k], hold=True) for k in (0, 0 if self._tagged else 1)]
         staggered = settings.stagger == "step" and self.recorder.world_size > 1
-        self._tokens = another_group(timeout, "gloo") if staggered else None
+        with agreement.first_error_shown("the set-up of a process group"):
+            self._tokens = another_group(timeout, "gloo") if staggered else None
         self._stagger: Stagger | None = None
         self._uncut = False  # the model is to be cut in the first forward
         self._trace: ForwardTrace | None = None
@@ -412,8 +414,14 @@ class CyclicRun:
     def abandon(self) -> None:
         """Take the hooks away and end the lanes, where the run has not ended as it should."""
         self._end_hooks()
+        if self.recorder.world_size > 1 and dist.is_initialized():
+            # A thread that wakes up while Python shuts down takes the whole process with it, so none is left waiting.
+            for group in (*self._groups, *([] if self._tokens is None else [self._tokens])):
+                hang_up(group)
         if self._ring is not None:
             self._ring.abandon()
+        if self._stagger is not None:
+            self._stagger.abandon()
         self.active = False
 
     def request(self, kind: Kind, reason: str) -> None:

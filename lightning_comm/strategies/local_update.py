@@ -44,7 +44,7 @@ from lightning_comm.transport.averaging import Averaging, broadcast_
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.optimizer_messages import FirstSteps
 from lightning_comm.transport.random_state import set_random_state
-from lightning_comm.transport.recording import Pending, Recorder, another_group
+from lightning_comm.transport.recording import Pending, Recorder, another_group, hang_up
 from lightning_comm.transport.replica import fingerprint
 
 _fits = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
@@ -263,10 +263,13 @@ class LocalUpdateStrategy(RanksApartStrategy):
         checks.check_optimizers(self.optimizers, self.settings)
         if isinstance(self.settings.averaging.method, SparseMask):
             check_optimizers(self.optimizers, "LocalUpdateStrategy")
-        agreement = Agreement(default_store(), self.global_rank, self.world_size, f"lightning_comm/{next(_fits)}")
+        store = default_store() if self._peers is None else self._peers.store
+        namespace = f"lightning_comm/{next(_fits)}"
+        agreement = Agreement(store, self.global_rank, self.world_size, namespace, peers=self._peers)
         recorder, background = Recorder(self._ledger), None
         if self.settings.averaging.overlap_steps:
-            self._group = another_group(self._timeout)
+            with self._first_error_shown("the set-up of a process group"):
+                self._group = another_group(self._timeout)
             background = Recorder(self._ledger, self._group, beside_compute=True, hold=True)
         self._run = LocalUpdateRun(
             trainer, module, lambda: self.optimizers, self.settings, recorder, agreement, self._unwrap_ddp, background
@@ -286,9 +289,10 @@ class LocalUpdateStrategy(RanksApartStrategy):
         recorder = Recorder(self._ledger)
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         row = control.ControlRow(layout=fingerprint(named))
-        rows = control.exchange(row, recorder, self.root_device, Pending.wait)
+        with self._first_error_shown("the set-up"):
+            rows = control.exchange(row, recorder, self.root_device, Pending.wait)
         control.check_same_model(rows, "LocalUpdateStrategy")
-        with torch.no_grad():
+        with self._first_error_shown("the set-up"), torch.no_grad():
             broadcast_([tensor for _, tensor in named], recorder, "start", self.settings.averaging.bucket_bytes)
 
     def _unwrap_ddp(self) -> None:
@@ -343,7 +347,9 @@ class LocalUpdateStrategy(RanksApartStrategy):
             closure = self._group_numbers.noting(optimizer, closure)
         # in the gradient phase the backward in the closure waits for other ranks
         with (
-            run.agreement.first_error_shown() if run.in_gradient_phase else nullcontext(),
+            run.agreement.first_error_shown("a step under DDP", waits=False)
+            if run.in_gradient_phase
+            else nullcontext(),
             self._first_steps.watch(optimizer),
         ):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
@@ -469,7 +475,11 @@ class LocalUpdateStrategy(RanksApartStrategy):
             self._interruptions = None
         if self._run is not None:
             self._run.replica.leave_average()
-        quiet = self._run is None or self._run.replica.is_quiet(timeout_s=5.0)  # not where other ranks are gone
+        quiet = self._run is None or self._run.replica.is_quiet(timeout_s=0.0)
+        if not quiet and self._run is not None and dist.is_initialized():
+            # other ranks are gone; a thread that wakes up while Python shuts down would take the whole process with it
+            hang_up(self._group)
+            quiet = self._run.replica.is_quiet(timeout_s=5.0)
         if self._group is not None and dist.is_initialized() and quiet:
             dist.destroy_process_group(self._group)
         self._group = None

@@ -1,8 +1,11 @@
 """What our strategies share whose ranks run apart: Lightning's collectives, and how the failure of a rank is told."""
 
+import itertools
+import os
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,16 +16,20 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch import distributed as dist
 from typing_extensions import override
 
 from lightning_comm.lightning_internals import close_finished_epoch
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.whole_files import with_default
 from lightning_comm.strategies.interruptions import Interruptions
-from lightning_comm.transport.agreement import Agreement, PeerFailure
-from lightning_comm.transport.recording import leave_group_at_exit
+from lightning_comm.transport.agreement import Agreement, PeerFailure, default_store
+from lightning_comm.transport.peers import Peers, is_lost_connection
+from lightning_comm.transport.recording import hang_up, leave_group_at_exit
+from lightning_comm.transport.store_client import StoreLostError
 
 _T = TypeVar("_T")
+_runs = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
 
 
 class RanksApartStrategy(DDPStrategy):
@@ -33,6 +40,7 @@ class RanksApartStrategy(DDPStrategy):
 
     _interruptions: Interruptions | None = None
     _trainer: Trainer | None = None
+    _peers: Peers | None = None  # from the set-up of a run, be it a `fit` or another, to its teardown
 
     @property
     @abstractmethod
@@ -43,6 +51,37 @@ class RanksApartStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         leave_group_at_exit()
+        self._end_peers()
+        number = next(_runs)
+        if self.world_size > 1:
+            self._peers = Peers(
+                default_store(),
+                self.global_rank,
+                self.world_size,
+                f"lightning_comm/peers/{number}",
+                (self._timeout or timedelta(minutes=30)).total_seconds(),
+                store_on_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",  # as torch itself looks
+                steps_done=lambda: 0 if self._trainer is None else self._trainer.global_step,
+            )
+
+    @override
+    def teardown(self) -> None:
+        super().teardown()
+        self._end_peers()
+
+    def _end_peers(self) -> None:
+        peers, self._peers = self._peers, None
+        if peers is not None:
+            peers.close()
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_peers": None}
+
+    @override
+    def configure_ddp(self) -> None:
+        with self._first_error_shown("the set-up of DDP"):
+            super().configure_ddp()
 
     @property
     @override
@@ -72,34 +111,47 @@ class RanksApartStrategy(DDPStrategy):
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        self._together(lambda: DDPStrategy.barrier(self, *args, **kwargs), None)
+        self._together(lambda: DDPStrategy.barrier(self, *args, **kwargs), None, "a barrier")
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return self._together(lambda: DDPStrategy.broadcast(self, obj, src), obj)
+        return self._together(lambda: DDPStrategy.broadcast(self, obj, src), obj, "a broadcast")
 
     @override
     def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
-        return self._together(lambda: DDPStrategy.reduce(self, tensor, group, reduce_op), tensor)
+        return self._together(lambda: DDPStrategy.reduce(self, tensor, group, reduce_op), tensor, "a reduction")
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        return self._together(lambda: DDPStrategy.all_gather(self, tensor, group, sync_grads), tensor)
+        return self._together(lambda: DDPStrategy.all_gather(self, tensor, group, sync_grads), tensor, "a gathering")
 
-    def _together(self, collective: Callable[[], _T], alone: _T) -> _T:
+    def _first_error_shown(self, where: str) -> AbstractContextManager[None]:
+        """Turn the loss of a connection into an error that names the rank that failed, in a wait."""
+        return nullcontext() if self._peers is None else self._peers.first_error_shown(where)
+
+    def _together(self, collective: Callable[[], _T], alone: _T, where: str) -> _T:
         """Note that all ranks meet; once a rank has failed, when no collective would end, do without."""
         if self._interruptions is not None:
             self._interruptions.met = True
         if self._trainer is not None and self._trainer.interrupted:
             return alone
-        if self._agreement is None:
-            return collective()
-        with self._agreement.first_error_shown():
+        with self._first_error_shown(where):
             return collective()
 
     def report_failure(self, exception: BaseException) -> None:
-        """Called by the companion when this rank fails: tell the others, without a collective."""
-        if self._agreement is None or isinstance(exception, (PeerFailure, SIGTERMException)):
+        """Called by the companion when this rank ends by an exception: tell the others, without a collective.
+
+        A rank that has lost a connection did not fail: its error is made to say who did. Then this rank waits a few
+        seconds for the others to hear of it and to leave as well. Some may be in a collective that it would take part
+        in, and it may live on, as in a notebook: so those that stay are hung up on.
+        """
+        peers = self._peers
+        if peers is None or isinstance(exception, SIGTERMException):
             return
-        with suppress(RuntimeError):  # the store is gone with rank 0, and then everybody knows
-            self._agreement.report_failure(f"{type(exception).__name__}: {exception}")
+        if is_lost_connection(exception):
+            exception.args = (f"{peers.who_failed(exception)} ({exception})",)
+        elif not isinstance(exception, PeerFailure):
+            with suppress(StoreLostError):  # the store is gone with rank 0, and then everybody knows
+                peers.report(f"{type(exception).__name__}: {exception}")
+        if not peers.part() and dist.is_initialized():
+            hang_up(None)

@@ -16,39 +16,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+
+from lightning_comm.transport.peer_texts import PeerFailure as PeerFailure
+from lightning_comm.transport.peer_texts import store_text
+from lightning_comm.transport.peers import Peers
+from lightning_comm.transport.store_client import KeyValueStore as KeyValueStore
+from lightning_comm.transport.store_client import StoreLostError
+from lightning_comm.transport.store_client import default_store as default_store
 
 _T = TypeVar("_T")
 Kind = Literal["stop", "terminate", "requeue", "checkpoint"]
 
 _MOVING = "moving"  # in place of a position: that rank trains on
 _SHARE, _LONGEST_S = 0.01, 4.0  # of the time for looking into the store; how long that may delay the next look
-
-
-class KeyValueStore(Protocol):
-    """What is needed of a process group's store."""
-
-    def check(self, keys: list[str], /) -> bool:
-        """Whether all keys are there, without waiting for them."""
-        ...
-
-    def get(self, key: str, /) -> bytes:
-        """Return a value."""
-        ...
-
-    def set(self, key: str, value: str, /) -> None:
-        """Write a value."""
-
-    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
-        """Write ``desired`` if the value is ``expected`` (or missing, where that is empty); return the value then."""
-        ...
-
-
-class PeerFailure(RuntimeError):
-    """Another rank failed; the message says which one and how."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +79,7 @@ class Agreement:
         patience_s: How long a rank waits for the positions of the others before it trains on.
         catch_up_limit_s: If the slowest rank would need longer than this to reach the step furthest ahead, ranks stop
             where they stand.
+        peers: Hear of failures, and whoever fails tells them; ``None``: failures are left in the store alone.
 
     Note:
         *Communication.* No collective. One small look-up in the store for each ``poll_interval_s``, and more once
@@ -114,6 +98,7 @@ class Agreement:
         poll_interval_s: float = 0.2,
         patience_s: float = 2.0,
         catch_up_limit_s: float = 7.0,
+        peers: Peers | None = None,
     ) -> None:
         self._store = store
         self._rank = rank
@@ -122,6 +107,7 @@ class Agreement:
         self._poll_interval_s = poll_interval_s
         self._patience_s = patience_s
         self._catch_up_limit_s = catch_up_limit_s
+        self._peers = peers
         self._generation = 0  # one for each decision carried out
         self._wanted: list[tuple[Kind, str]] = []
         self._published = False
@@ -158,6 +144,7 @@ class Agreement:
         """
         if self.decision is not None:
             return self.decision
+        self._raise_heard()
         now = time.monotonic()
         if not (force or self.urgent) and now < self._next_poll_s:
             return None
@@ -177,6 +164,7 @@ class Agreement:
         """Like :meth:`poll`, for a rank that waits for the others in a synchronisation and so cannot move anyway."""
         if self.decision is not None:
             return self.decision
+        self._raise_heard()
         now = time.monotonic()
         if now < self._next_poll_s:
             return None
@@ -189,6 +177,9 @@ class Agreement:
 
     def listen(self) -> None:
         """Hear of failures, for a rank that waits where it cannot carry out a decision any more, or not yet."""
+        if self._peers is not None:
+            self._peers.raise_heard()
+            return
         now = time.monotonic()
         if now >= self._next_poll_s:
             self._next_poll_s = now + self._poll_interval_s
@@ -210,16 +201,32 @@ class Agreement:
 
     def report_failure(self, message: str) -> None:
         """Tell the other ranks that this one failed. The first report stays."""
+        if self._peers is not None:
+            self._peers.report(message)
+            return
         self._store.compare_set(self._key("failed", shared=True), "", f"rank {self._rank} failed: {message}")
         self._store.set(self._key("news", shared=True), "")
 
     def raise_peer_failure(self) -> None:
         """Raise :class:`PeerFailure` if another rank reported one."""
-        self._guarded(self._raise_peer_failure)
+        if self._peers is not None:
+            self._peers.raise_failure()
+        else:
+            self._guarded(self._raise_peer_failure)
 
     @contextmanager
-    def first_error_shown(self) -> Iterator[None]:
-        """Turn the loss of a connection into the error of the rank that failed, if that rank has reported one."""
+    def first_error_shown(self, where: str = "a synchronisation", *, waits: bool = True) -> Iterator[None]:
+        """Turn the loss of a connection into the error of the rank that failed, as far as that is known.
+
+        Args:
+            where: What is waited for, in words.
+            waits: Whether nothing else happens in here than waiting for other ranks.
+
+        """
+        if self._peers is not None:
+            with self._peers.first_error_shown(where, waits=waits):
+                yield
+            return
         try:
             yield
         except PeerFailure:
@@ -228,7 +235,14 @@ class Agreement:
             self.raise_peer_failure()
             raise
 
+    def _raise_heard(self) -> None:
+        if self._peers is not None:
+            self._peers.raise_heard()
+
     def _raise_peer_failure(self) -> None:
+        if self._peers is not None:
+            self._peers.raise_heard()
+            return
         key = self._key("failed", shared=True)
         if self._store.check([key]):
             raise PeerFailure(self._store.get(key).decode())
@@ -314,11 +328,11 @@ class Agreement:
     def _guarded(self, call: Callable[[], _T]) -> _T:
         try:
             return call()
-        except (dist.DistNetworkError, dist.DistStoreError) as error:
-            raise PeerFailure(
-                "The store of the process group does not answer, so rank 0, which hosts it, has ended. Look for the "
-                "first error in its output."
-            ) from error
+        except (dist.DistNetworkError, dist.DistStoreError, StoreLostError) as error:
+            if self._peers is not None:
+                self._peers.raise_failure()
+                raise PeerFailure(self._peers.who_failed(error)) from error
+            raise PeerFailure(store_text(self._rank, ended=True, on_rank_0=True)) from error
 
 
 def _stride(step_time_s: float, within_s: float) -> int:
@@ -347,12 +361,6 @@ def meeting_step(positions: list[Position], catch_up_limit_s: float, *, may_stan
     if may_stand and same_epoch and catch_up_s > catch_up_limit_s and not within_two_steps:
         return None
     return furthest
-
-
-def default_store() -> KeyValueStore:
-    """Return the store of the default process group. torch has no public name for it."""
-    store: KeyValueStore = distributed_c10d._get_default_store()
-    return store
 
 
 def _compare_set(store: KeyValueStore, key: str, expected: str, desired: str) -> str:

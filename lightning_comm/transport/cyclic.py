@@ -174,14 +174,10 @@ class CyclicRing:
             self._link.close()
 
     def abandon(self) -> None:
-        """End the lanes where another rank is gone, or this one is about to go. No rank can use the group after it."""
+        """End the lanes where another rank is gone, or this one is about to go, once the group has been hung up."""
         self._stop()
         if self._device.type != "cpu" or self._schedule.workers == 1:
             return
-        # A thread that wakes up while Python shuts down takes the whole process with it, so none is left waiting.
-        self._recorders["gradient"].hang_up(
-            (self._rank - 1) % self._schedule.workers, tag=2 * self._schedule.stages + 1
-        )
         until_s = time.monotonic() + _END_S
         for lane in self._lanes:
             lane.join(max(0.0, until_s - time.monotonic()))

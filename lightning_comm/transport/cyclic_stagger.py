@@ -12,6 +12,7 @@ from lightning_comm.core.cyclic import CyclicSchedule
 from lightning_comm.core.cyclic_stagger import token_boundary
 
 _LISTEN_S = 1.0
+_END_S = 5.0  # how long the thread may take to end once nothing holds it any more
 
 
 class Stagger:
@@ -65,6 +66,11 @@ class Stagger:
         self._expected.put(False)
         for work, _ in self._sent:
             work.wait()
+
+    def abandon(self) -> None:
+        """End the thread where another rank is gone, or this one is about to go, once the group has been hung up."""
+        self._expected.put(False)
+        self._thread.join(_END_S)
 
     def _wait(self) -> None:
         self._expected.put(True)

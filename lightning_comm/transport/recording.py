@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lightning_comm.core.ledger import CommLedger, CommRecord, wire_bytes
 
+_NEVER_SENT = 2**30  # the tag of a message
+
 _observers: list[Callable[[CommRecord], None]] = []
 _nesting = threading.local()
 
@@ -169,21 +171,9 @@ class Recorder:
             work.wait()
         except RuntimeError as error:
             raise RuntimeError(
-                f"Rank {source} does not answer: the connection to it is lost, or nothing came within `timeout`. Look "
-                f"for the first error in the output of that rank; without one it was killed, or hangs. ({error})"
+                f"The connection to rank {source} is lost, or nothing came from it within `timeout`, which need not be "
+                f"its own fault. ({error})"
             ) from error
-
-    def hang_up(self, source: int, *, tag: int) -> None:
-        """Close this rank's connections of a gloo group, so that whoever waits at them gets an error at once.
-
-        Args:
-            source: Another rank.
-            tag: Of a message that nobody ever sends.
-
-        """
-        # torch offers nothing that ends a wait of gloo's, except that a message which is late closes all connections
-        with suppress(RuntimeError):
-            self.receive(torch.empty(1), source, tag=tag).wait(timedelta(milliseconds=1))
 
     def waited(self, purpose: str, since_s: float) -> None:
         """Record that compute has waited until now for what others sent."""
@@ -251,6 +241,25 @@ def another_group(timeout: timedelta | None, backend: str | None = None) -> dist
     return cast(
         dist.ProcessGroup, dist.new_group(timeout=timeout, backend=backend)
     )  # not a number, since this rank is in it
+
+
+def hang_up(group: dist.ProcessGroup | None) -> None:
+    """Close this rank's connections of a gloo group, so that whoever waits at them, here or there, gets an error.
+
+    Nothing can be sent in the group after that. On other backends nothing happens.
+
+    Args:
+        group: Which; ``None`` for the default group.
+
+    """
+    # torch offers nothing that ends a wait of gloo's, except that a message which is late closes all connections of its
+    # rank. It is late only where the connection it should come by is whole, so this asks every other rank for one.
+    for source in dist.get_process_group_ranks(group):
+        if source != dist.get_rank():
+            with counted_elsewhere(), suppress(RuntimeError, ValueError):
+                work = dist.irecv(torch.empty(1), source, group, _NEVER_SENT)
+                if work is not None:
+                    work.wait(timedelta(milliseconds=1))
 
 
 def leave_group_at_exit() -> None:

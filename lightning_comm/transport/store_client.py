@@ -1,0 +1,153 @@
+"""Calls to the process group's store that end at a deadline.
+
+While the process that hosts the store is stopped, or cut off, no call to it returns, whatever time-out the store has.
+So calls are made in a thread, by a client of its own, and whoever waits for one gives it up at the deadline.
+"""
+
+import threading
+import time
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+
+class KeyValueStore(Protocol):
+    """What is needed of a process group's store."""
+
+    def check(self, keys: list[str], /) -> bool:
+        """Whether all keys are there, without waiting for them."""
+        ...
+
+    def get(self, key: str, /) -> bytes:
+        """Return a value."""
+        ...
+
+    def set(self, key: str, value: str, /) -> None:
+        """Write a value."""
+
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
+        """Write ``desired`` if the value is ``expected`` (or missing, where that is empty); return the value then."""
+        ...
+
+
+class StoreLostError(RuntimeError):
+    """The store does not answer: its host has ended, is stopped, or cannot be reached."""
+
+
+@dataclass
+class _Call:
+    name: str
+    arguments: tuple[Any, ...]
+    done: threading.Event = field(default_factory=threading.Event)
+    answer: Any = None
+    error: BaseException | None = None
+
+
+class StoreClient:
+    """A client of a store with a thread of its own; a :class:`KeyValueStore`.
+
+    Several threads may use it. Once a call has had no answer for ``timeout_s``, or the connection is lost, every later
+    call fails at once.
+
+    Args:
+        store: The store; this client clones it, since a call that never returns locks the connection that it uses.
+        timeout_s: How long a call may take, in seconds.
+
+    Note:
+        *Communication.* One more connection to the host of the store.
+
+    """
+
+    def __init__(self, store: Any, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._busy_since_s: float | None = None
+        self._error: BaseException | None = None  # that of the connection
+        self._gave_up_s: float | None = None  # since when there has been no answer, where a deadline has passed
+        self._thread = threading.Thread(target=self._serve, args=(store,), name="lightning_comm store", daemon=True)
+        self._thread.start()
+
+    @property
+    def silent_since_s(self) -> float | None:
+        """Since when the store owes an answer, on the monotonic clock; ``None`` where it owes none."""
+        return self._busy_since_s
+
+    @property
+    def connection_lost(self) -> bool:
+        """Whether the store's host has closed the connection, as when its process ends."""
+        return self._error is not None
+
+    def check(self, keys: list[str], /, within_s: float | None = None) -> bool:
+        """Whether all keys are there."""
+        return bool(self._call("check", keys, within_s=within_s))
+
+    def get(self, key: str, /, within_s: float | None = None) -> bytes:
+        """Return a value."""
+        return bytes(self._call("get", key, within_s=within_s))
+
+    def set(self, key: str, value: str, /, within_s: float | None = None) -> None:
+        """Write a value."""
+        self._call("set", key, value, within_s=within_s)
+
+    def compare_set(self, key: str, expected: str, desired: str, /, within_s: float | None = None) -> bytes:
+        """Write ``desired`` if the value is ``expected`` (or missing, where that is empty); return the value then."""
+        return bytes(self._call("compare_set", key, expected, desired, within_s=within_s))
+
+    def close(self) -> None:
+        """End the thread, if the store lets it."""
+        self._calls.put(None)
+        self._thread.join(0.5)
+
+    def _call(self, name: str, *arguments: Any, within_s: float | None) -> Any:
+        """Make a call, and wait for it.
+
+        Args:
+            name: Of the method.
+            arguments: Its arguments.
+            within_s: To give up sooner than at the time-out, for this call alone.
+
+        Raises:
+            StoreLostError: If there is no answer in time.
+
+        """
+        if self._error is not None:
+            raise StoreLostError(f"the connection to the store is lost: {self._error}") from self._error
+        started = time.monotonic()
+        if self._gave_up_s is not None:
+            raise StoreLostError(f"the store has not answered for {started - self._gave_up_s:.0f} s")
+        call = _Call(name, arguments)
+        self._calls.put(call)
+        since_s = min(started, self._busy_since_s or started)  # that of the call in front of it, which may be stuck
+        if not call.done.wait(max(0.0, since_s + min(within_s or self._timeout_s, self._timeout_s) - started)):
+            silent_s = time.monotonic() - since_s
+            if silent_s >= self._timeout_s:
+                self._gave_up_s = since_s
+            raise StoreLostError(f"the store has not answered for {silent_s:.0f} s")
+        if isinstance(call.error, dist.DistError):
+            raise StoreLostError(f"the connection to the store is lost: {call.error}") from call.error
+        if call.error is not None:
+            raise call.error
+        return call.answer
+
+    def _serve(self, store: Any) -> None:
+        client = None
+        while (call := self._calls.get()) is not None:
+            self._busy_since_s = time.monotonic()
+            try:
+                client = store.clone() if client is None else client
+                call.answer = getattr(client, call.name)(*call.arguments)
+            except BaseException as error:  # raised where somebody waits for the answer
+                call.error = error
+                if isinstance(error, dist.DistNetworkError):
+                    self._error = error
+            self._busy_since_s = None
+            call.done.set()
+
+
+def default_store() -> KeyValueStore:
+    """Return the store of the default process group. torch has no public name for it."""
+    store: KeyValueStore = distributed_c10d._get_default_store()
+    return store

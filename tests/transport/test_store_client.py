@@ -1,0 +1,88 @@
+"""A call to a store that does not answer ends at its deadline, and those after it at once."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from lightning_comm.transport.store_client import StoreClient, StoreLostError
+
+
+class Stuck:
+    """A store that answers once it is let."""
+
+    def __init__(self):
+        self.lets, self.calls = threading.Event(), []
+
+    def clone(self):
+        return self
+
+    def check(self, keys):
+        self.calls.append(keys)
+        assert self.lets.wait(60)
+        return True
+
+
+def test_answers_are_those_of_the_store():
+    store = dist.HashStore()
+    client = StoreClient(store, 60.0)
+    assert client.check(["a"]) is False
+    client.set("a", "b")
+    assert client.get("a") == store.get("a") == b"b"
+    assert client.compare_set("a", "b", "c") == b"c"
+    assert client.silent_since_s is None
+    assert not client.connection_lost
+    client.close()
+
+
+def test_a_call_that_gets_no_answer_ends_at_the_time_out_and_later_ones_at_once():
+    store = Stuck()
+    client = StoreClient(store, 0.2)
+    with pytest.raises(StoreLostError, match="has not answered for 0 s"):
+        client.check(["a"])
+    assert client.silent_since_s is not None
+    with pytest.raises(StoreLostError, match="has not answered"):
+        client.get("b")
+    assert store.calls == [["a"]]
+    store.lets.set()
+
+
+def test_a_call_that_was_given_up_early_does_not_keep_others_from_an_answer():
+    store = Stuck()
+    client = StoreClient(store, 60.0)
+    with pytest.raises(StoreLostError):
+        client.check(["a"], within_s=0.05)
+    threading.Timer(0.1, store.lets.set).start()
+    assert client.check(["b"])
+    assert store.calls == [["a"], ["b"]]
+
+
+def _host(says):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    says.send(store.port)
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_host_that_is_stopped_or_killed_holds_nobody_up(sent):
+    """With torch alone a call to a stopped host never returns, whatever the time-out of the store."""
+    hears, says = multiprocessing.get_context("fork").Pipe()
+    host = multiprocessing.get_context("fork").Process(target=_host, args=(says,), daemon=True)
+    host.start()
+    store = dist.TCPStore("127.0.0.1", hears.recv(), is_master=False, timeout=timedelta(seconds=30))
+    client = StoreClient(store, 1.0)
+    try:
+        assert client.check(["a"]) is False
+        os.kill(host.pid, sent)
+        host.join(0.0 if sent == signal.SIGSTOP else None)
+        with pytest.raises(StoreLostError):
+            client.check(["a"])
+        assert client.connection_lost == (sent == signal.SIGKILL)
+    finally:
+        host.kill()
+        host.join()
