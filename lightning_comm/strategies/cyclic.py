@@ -152,6 +152,7 @@ class CyclicStrategy(RanksApartStrategy):
         self._run: CyclicRun | None = None
         self._resume: CyclicResume | None = None
         self._logs_checked = 0
+        self._warned_of_gradients = False
         self._unregistered: UnregisteredState | None = None
         self._first_steps = FirstSteps(WHERE)
 
@@ -195,6 +196,7 @@ class CyclicStrategy(RanksApartStrategy):
             self._run = self._resume = None
             self._ledger = CommLedger()
             self._logs_checked = 0
+            self._warned_of_gradients = False
             self._unregistered = None
             self._first_steps = FirstSteps(WHERE)
 
@@ -220,16 +222,18 @@ class CyclicStrategy(RanksApartStrategy):
         cyclic_checks.warn_of_memory(self.settings, self.world_size, self.root_device.type == "cuda")
         namespace = f"lightning_comm/cyclic/{next(_fits)}"
         store = default_store()
+        agreement = Agreement(store, self.global_rank, self.world_size, namespace, poll_interval_s=1.0)
         self._run = CyclicRun(
             trainer,
             module,
             optimizer,
             self.settings,
             self._ledger,
-            Agreement(store, self.global_rank, self.world_size, namespace, poll_interval_s=1.0),
+            agreement,
             Requests(store, self.global_rank, namespace),
             self.broadcast,
             self._timeout or timedelta(minutes=30),
+            self._epoch_ends(agreement, store, namespace, WHERE),
         )
         self._interruptions = Interruptions(
             trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False), WHERE
@@ -276,6 +280,7 @@ class CyclicStrategy(RanksApartStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._interruptions is not None and self._run is not None and self._run.active:
             self._interruptions.begin_batch()
+            self._run.begin_batch(batch_idx + 1)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -306,14 +311,23 @@ class CyclicStrategy(RanksApartStrategy):
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        if self._run is not None:
-            self._run.step_is_due()
-            closure = cyclic_checks.once(closure, optimizer)
+        run = self._run
+        if run is None:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        at_once = lightning_internals.is_own_closure(closure)
+        if not at_once and run.active and not self._warned_of_gradients and self.lightning_module is not None:
+            self._warned_of_gradients = True
+            cyclic_checks.warn_of_own_gradients(self.lightning_module)
+        run.step_is_due(at_once=at_once)
         # the closure hands all gradients over, so that the optimizer itself finds nothing to step on
-        with self._first_steps.watch(optimizer):
-            output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self._run is not None:
-            self._run.count_step()
+        closure = cyclic_checks.once(run.complete(closure), optimizer)
+        try:
+            with self._first_steps.watch(optimizer):
+                output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        except BaseException:
+            run.step_failed()
+            raise
+        run.count_step()
         return output
 
     def end_batch(self) -> None:
@@ -325,12 +339,17 @@ class CyclicStrategy(RanksApartStrategy):
             self._logs_checked = logged
             checks.warn_of_per_step_sync(self._trainer, WHERE)
         self._run.end_batch()
+        if self._run.active and self._trainer.is_last_batch:
+            self._run.end_epoch()  # here, since it ends with a validation
         if self._unregistered is not None and self._unregistered.is_new:
             self._unregistered.look()
 
     def end_epoch(self) -> None:
         """Called by the companion at the end of a training epoch."""
+        assert self._run is not None
         assert self._trainer is not None
+        if self._run.active:
+            self._run.end_epoch()  # where the last batch was not known to be the last
         checks.check_plateau_monitors(self._trainer, WHERE)
 
     # ---- meeting -------------------------------------------------------------------------------------------------
@@ -357,9 +376,10 @@ class CyclicStrategy(RanksApartStrategy):
             self._run.finish()
 
     def _flush(self, run: CyclicRun) -> None:
-        if run.active and not run.flushed:
+        if run.active:
+            newest = run.flushed
             run.flush()
-            if self._unregistered is not None:
+            if self._unregistered is not None and not newest:
                 self._unregistered.look()
 
     def _is_fitting(self) -> bool:

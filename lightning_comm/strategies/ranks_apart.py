@@ -13,12 +13,15 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.lightning_internals import close_finished_epoch
 from lightning_comm.strategies.interruptions import Interruptions
-from lightning_comm.transport.agreement import Agreement, PeerFailure
-from lightning_comm.transport.recording import leave_group_at_exit
+from lightning_comm.transport.agreement import Agreement, KeyValueStore, PeerFailure
+from lightning_comm.transport.epoch_ends import EpochEnds
+from lightning_comm.transport.recording import Recorder, leave_group_at_exit
 
 _T = TypeVar("_T")
+_NEVER_SENT = 2**20 - 1  # a tag of no message
 
 
 class RanksApartStrategy(DDPStrategy):
@@ -75,6 +78,17 @@ class RanksApartStrategy(DDPStrategy):
             return collective()
         with self._agreement.first_error_shown():
             return collective()
+
+    def _epoch_ends(self, agreement: Agreement, store: KeyValueStore, namespace: str, where: str) -> EpochEnds:
+        """Return what compares where ranks end their epochs."""
+
+        def hang_up() -> None:
+            if self.root_device.type == "cpu":  # connections of gloo
+                recorder = Recorder(CommLedger())
+                for rank in set(range(self.world_size)) - {self.global_rank}:
+                    recorder.hang_up(rank, tag=_NEVER_SENT)
+
+        return EpochEnds(store, self.global_rank, self.world_size, namespace, where, agreement.report_failure, hang_up)
 
     def report_failure(self, exception: BaseException) -> None:
         """Called by the companion when this rank fails: tell the others, without a collective."""
