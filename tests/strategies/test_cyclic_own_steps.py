@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from support.cyclic import cyclic, deep, momentum, state
 from support.processes import launch, outcomes
@@ -136,3 +137,88 @@ def test_every_order_of_closure_and_step_trains_as_under_ddp(world_size):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-12, err_msg=str(name))
             assert np.isfinite(late).all(), name
         assert any(not np.array_equal(*each) for each in zip(synchronous[0], delayed[0], strict=True)), name
+
+
+class StepTwice(Own):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer.step(closure=optimizer_closure)
+        optimizer.step()
+
+
+class RawStep(Own):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer.optimizer.step(closure=optimizer_closure)
+
+
+class NoClosure(Own):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer.step()
+
+
+class SkipsAlone(ClosureFirst):
+    """Only rank 1 finds gradients that are not finite."""
+
+    @property
+    def bad(self):
+        return self.bad_batches if self.trainer.global_rank == 1 else ()
+
+    bad_batches = (2,)
+
+
+class SkipsLastAlone(SkipsAlone):
+    bad_batches = (STEPS - 1,)
+
+
+class NothingOnOneRank(ClosureFirst):
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx == 2 and self.trainer.global_rank == 1 else super().training_step(batch, batch_idx)
+
+
+class TornAlone(Own):
+    """The backward of rank 1 fails half-way in batch 3, and `optimizer_step` goes on."""
+
+    def backward(self, loss, *args, **kwargs):
+        if self.trainer.global_rank == 1 and self.trainer.fit_loop.epoch_loop.batch_idx == 3:
+            self.net[0].weight.register_hook(self.fail)
+        loss.backward()
+
+    def fail(self, gradient):
+        raise ValueError("out of luck")
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        try:
+            optimizer.step(closure=optimizer_closure)
+        except ValueError:
+            optimizer_closure._result = type("Nothing", (), {"loss": None})()
+
+
+def _refused(rank, kind, options):
+    started = time.monotonic()
+    module = kind()
+    try:
+        trainer(cyclic(), 2, **options).fit(module, loader(STEPS, rank), loader(1, 90 + rank))
+    except Exception as error:
+        dist.destroy_process_group()  # whoever refuses has left it
+        return type(error).__name__, str(error), time.monotonic() - started
+    return "ended", "", 0.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (StepTwice, ["batch 1 of this `fit`", "no backward since", "optimizer.step(closure=optimizer_closure)"]),
+        (RawStep, ["stepped by itself in batch 1", "optimizer.optimizer.step()", "self.optimizers()"]),
+        (NoClosure, ["closure hasn't been executed"]),
+        (SkipsAlone, ["optimizer step 2", "batch 4 on this rank", "3 on the other", "reduce_boolean_decision"]),
+        (SkipsLastAlone, ["at optimizer step 7", "at optimizer step 6", "reduce_boolean_decision"]),
+        (NothingOnOneRank, ["returning None"]),
+        (TornAlone, ["optimizer step 3", "first, inside of the `try`"]),
+    ],
+)
+def test_a_step_that_cannot_be_taken_is_refused_on_all_ranks_by_its_reason(kind, words):
+    options = {"limit_val_batches": 1} if kind is SkipsLastAlone else {}
+    answers = [answer for answer, _ in outcomes(_refused, kind, options, world_size=2)]
+    assert all(name != "ended" for name, *_ in answers)
+    for word in words:
+        assert any(word in message for _, message, _ in answers), (word, answers)
+    assert all(seconds < 30 for *_, seconds in answers)
