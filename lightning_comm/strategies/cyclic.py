@@ -411,6 +411,12 @@ class CyclicStrategy(RanksApartStrategy):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
+    def report_failure(self, exception: BaseException) -> None:
+        super().report_failure(exception)
+        if self._run is not None:
+            self._run.ends.leave()
+
+    @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         rank_files.refuse_sharded(checkpoint_path, WHERE)
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)

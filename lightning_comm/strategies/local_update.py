@@ -6,7 +6,7 @@ rest are hooks of a few lines each.
 
 import itertools
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -260,13 +260,23 @@ class LocalUpdateStrategy(RanksApartStrategy):
         checks.check_optimizers(self.optimizers, self.settings)
         if isinstance(self.settings.averaging.method, SparseMask):
             check_optimizers(self.optimizers, "LocalUpdateStrategy")
-        agreement = Agreement(default_store(), self.global_rank, self.world_size, f"lightning_comm/{next(_fits)}")
+        store, namespace = default_store(), f"lightning_comm/{next(_fits)}"
+        agreement = Agreement(store, self.global_rank, self.world_size, namespace)
+        ends = self._epoch_ends(agreement, store, namespace, "LocalUpdateStrategy")
         recorder, background = Recorder(self._ledger), None
         if self.settings.averaging.overlap_steps:
             self._group = another_group(self._timeout)
             background = Recorder(self._ledger, self._group, beside_compute=True, hold=True)
         self._run = LocalUpdateRun(
-            trainer, module, lambda: self.optimizers, self.settings, recorder, agreement, self._unwrap_ddp, background
+            trainer,
+            module,
+            lambda: self.optimizers,
+            self.settings,
+            recorder,
+            agreement,
+            ends,
+            self._unwrap_ddp,
+            background,
         )
         self._run.samples = self._samples
         self._interruptions = Interruptions(
@@ -330,6 +340,20 @@ class LocalUpdateStrategy(RanksApartStrategy):
                 lightning_internals.begin_loaders_again(trainer)
 
     @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._failures_shown():  # in the gradient phase the forward takes buffers from rank 0
+            return super().training_step(*args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with self._failures_shown():  # in the gradient phase it waits for other ranks
+            return super().backward(closure_loss, *args, **kwargs)
+
+    def _failures_shown(self) -> AbstractContextManager[None]:
+        run = self._run
+        return run.agreement.first_error_shown() if run is not None and run.in_gradient_phase else nullcontext()
+
+    @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         run = self._run
         if run is None:
@@ -338,11 +362,7 @@ class LocalUpdateStrategy(RanksApartStrategy):
             closure = run.pruned.masking(closure)
         if run.settings.optimizer_state == "average":
             closure = self._group_numbers.noting(optimizer, closure)
-        # in the gradient phase the backward in the closure waits for other ranks
-        with (
-            run.agreement.first_error_shown() if run.in_gradient_phase else nullcontext(),
-            self._first_steps.watch(optimizer),
-        ):
+        with self._first_steps.watch(optimizer):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self._group_numbers.look(optimizer)
         run.keep_pruned_at_zero()
@@ -354,7 +374,7 @@ class LocalUpdateStrategy(RanksApartStrategy):
         # behind all callbacks and the module, so that a learning rate set there counts for the round that begins
         if self._run is not None and self._interruptions is not None and self._run.active:
             self._interruptions.begin_batch()
-            self._run.begin_batch()
+            self._run.begin_batch(batch_idx + 1)
 
     def end_batch(self) -> None:
         """Called by the companion after every training batch and its schedulers, before any other callback."""
@@ -366,6 +386,8 @@ class LocalUpdateStrategy(RanksApartStrategy):
             checks.warn_of_per_step_sync(self._trainer, "LocalUpdateStrategy")
         rounds = self._run.rounds_done
         self._run.end_batch()
+        if self._run.active and self._trainer.is_last_batch:
+            self._run.end_epoch()  # here, since it ends with a validation
         if self._unregistered is not None and (self._run.rounds_done > rounds or self._unregistered.is_new):
             self._unregistered.look()
 
@@ -373,6 +395,8 @@ class LocalUpdateStrategy(RanksApartStrategy):
         """Called by the companion at the end of a training epoch."""
         assert self._run is not None
         assert self._trainer is not None
+        if self._run.active:
+            self._run.end_epoch()  # where the last batch was not known to be the last
         checks.check_plateau_monitors(self._trainer, "LocalUpdateStrategy")
         checks.warn_of_uncounted_steps(self._run.clock.steps_done)
         if self._trainer.num_training_batches == float("inf"):
@@ -443,6 +467,8 @@ class LocalUpdateStrategy(RanksApartStrategy):
         if self._run is not None:
             self._run.replica.leave_average()
         super().report_failure(exception)
+        if self._run is not None:
+            self._run.ends.leave()
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:

@@ -34,12 +34,14 @@ from lightning_comm.strategies.background import BackgroundAverage
 from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.loss_scale import loss_scale, take_smallest_scale
 from lightning_comm.strategies.round_log import RoundLog
+from lightning_comm.strategies.run_length import may_differ
 from lightning_comm.strategies.sample_weights import SampleWeights
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.strategies.sparse_mask import PrunedWeights
 from lightning_comm.transport.agreement import Agreement, Decision, Kind, PeerFailure, Position
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
+from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.flat import Drift
 from lightning_comm.transport.optimizer_state import optimizer_tensors, saved_tensors
 from lightning_comm.transport.recording import Pending, Recorder
@@ -56,12 +58,13 @@ class LocalUpdateRun:
         settings: What the user chose.
         recorder: Sends and records.
         agreement: How single ranks ask for a stop.
+        ends: Compares where ranks end their epochs.
         leave_gradient_phase: Takes the DDP wrapper off the model.
         background: Sends and records what travels while training goes on.
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (each is made by the strategy)
         self,
         trainer: Trainer,
         module: LightningModule,
@@ -69,6 +72,7 @@ class LocalUpdateRun:
         settings: Settings,
         recorder: Recorder,
         agreement: Agreement,
+        ends: EpochEnds,
         leave_gradient_phase: Callable[[], None],
         background: Recorder | None = None,
     ) -> None:
@@ -76,6 +80,7 @@ class LocalUpdateRun:
         self.settings = settings
         self.recorder = recorder
         self.agreement = agreement
+        self.ends = ends
         self.clock = RoundClock(settings.period, None, settings.warmup_steps)
         self.log = RoundLog(trainer, recorder.ledger)
         self.replica = Replica(
@@ -122,8 +127,9 @@ class LocalUpdateRun:
         """Whether DDP still averages gradients at every step."""
         return self.clock.steps_done < self.gradient_steps
 
-    def begin_batch(self) -> None:
-        """Open a round if none is open; called before every batch."""
+    def begin_batch(self, number: int) -> None:
+        """Open a round if none is open; called before every batch, with its number in the epoch."""
+        self.ends.begin_batch(self.trainer.current_epoch, number)
         self.leave_checkpoint()  # still there where a user's hook made a checkpoint's content and saved none
         if self.in_gradient_phase:
             return
@@ -143,6 +149,8 @@ class LocalUpdateRun:
         ticks, self._ticks = self._ticks, 0
         self.log.end_batch()
         self.samples.end_batch(in_round=not self.in_gradient_phase)
+        if self.trainer.is_last_batch:
+            self._note_end(ticks)  # before messages of this step, which a rank without it will not answer
         if ticks == 0:
             return
         self._measure_step(ticks)
@@ -163,15 +171,42 @@ class LocalUpdateRun:
             self._carry_out(decision)
         self._step_began_s = time.monotonic()
 
+    def end_epoch(self) -> None:
+        """Wait until all ranks have ended the epoch alike, where that is not sure before; may be called twice."""
+        if not self.ends.needed:
+            return
+        self._note_end(self._ticks)
+        with self.agreement.first_error_shown():
+            self.ends.wait(self._answer)
+        self.agreement.move_on()
+        decision = self.agreement.decision
+        if decision is not None and (decision.at_step is None or self.clock.steps_done >= decision.at_step):
+            self._carry_out(decision)
+
+    def _note_end(self, ticks: int) -> None:
+        if not self.standing:  # ranks that stop where they stand have agreed to
+            self.ends.end_epoch(self.trainer.current_epoch, self.clock.steps_done + ticks)
+
+    def _answer(self) -> bool:
+        """Answer requests while this rank waits, and hear of failures; return whether ranks stop where they stand."""
+        decision = self.agreement.poll_while_blocked(self._position())
+        return decision is not None and decision.at_step is None
+
     # ---- synchronising -------------------------------------------------------------------------------------------
 
     def check_start(self, batches: float) -> None:
         """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
-        row = ControlRow(batches=batches if math.isfinite(batches) else -1, steps_done=self.trainer.global_step)
+        row = ControlRow(
+            batches=batches if math.isfinite(batches) else -1,
+            steps_done=self.trainer.global_step,
+            urgent=may_differ(self.trainer),
+        )
         with self.agreement.first_error_shown():
             rows = control.exchange(row, self.recorder, self._control_device, Pending.wait)
             control.check_same_batches(rows, "LocalUpdateStrategy")
-        self.began_at = self.clock.steps_done = int(rows[0].steps_done)  # with several optimizers ranks may differ
+        self.ends.needed = any(row.urgent for row in rows)
+        if not self.active:  # in the middle of a run, data has been loaded again
+            self.began_at = self.clock.steps_done = int(rows[0].steps_done)  # with several optimizers ranks may differ
 
     def set_period(self, rule: PeriodRule, total_steps: int | None) -> None:
         """Begin to count, with a rule whose coefficient is known and the length of the run, if that is."""
@@ -422,6 +457,8 @@ class LocalUpdateRun:
         if not self.apart or self.replica.average_is_for is not None:
             return
         with self.agreement.first_error_shown():
+            if not self.standing:
+                self.ends.meet(self.clock.steps_done, self._hear)
             # only what rank 0 holds is saved
             self.replica.enter_average("checkpoint", self._weight(), broadcast=False)
 
@@ -437,6 +474,10 @@ class LocalUpdateRun:
         copies = apply_to_collection(states, Tensor, lambda tensor: tensor.detach().clone())
         alike = self.replica.average_copies(saved_tensors(copies))
         return copies if alike else states
+
+    def _hear(self) -> bool:
+        self.agreement.listen()
+        return False
 
     def leave_checkpoint(self) -> None:
         """Put each rank's own weights back, if an average is in place for a checkpoint."""

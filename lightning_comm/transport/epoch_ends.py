@@ -17,7 +17,7 @@ from lightning_comm.transport.agreement import KeyValueStore
 
 _Error = TypeVar("_Error", bound=Exception)
 _LOOK_S, _LONGEST_LOOK_S = 0.005, 0.2  # how often the store is looked at: first, and later
-_HEARD_S = 2.5  # how long others may take to hear of a failure, through a store that ends with rank 0
+_HEARD_S = 6.0  # how long rank 0 waits at most until others have heard of a failure, through the store that it hosts
 
 
 class Place(NamedTuple):
@@ -118,9 +118,20 @@ class EpochEnds:
         with suppress(RuntimeError):  # the store is gone with rank 0, and then everybody knows
             self._report_failure(f"{type(error).__name__}: {error}")
         self._hang_up()
-        if self._rank == 0:
-            time.sleep(_HEARD_S)  # its store would end with it
+        self.leave()
+        until_s = time.monotonic() + _HEARD_S
+        with suppress(RuntimeError):
+            while self._rank == 0 and time.monotonic() < until_s and not self._store.check(self._left()):
+                time.sleep(_LOOK_S)
         return error
+
+    def leave(self) -> None:
+        """Write down that this rank has failed, or heard of a failure, and looks into the store no more."""
+        with suppress(RuntimeError):
+            self._store.set(self._left()[self._rank], "")
+
+    def _left(self) -> list[str]:
+        return [f"{self._namespace}/left/{rank}" for rank in range(self._world_size)]
 
     def _reach(self, key: str, epoch: int, steps: int) -> None:
         place = Place(self._begun[1] if self._begun[0] == epoch else 0, steps)
