@@ -157,6 +157,7 @@ class CompressedDDPStrategy(DDPStrategy):
         self._resume: dict[str, Any] | None = None
         self._trainer: Trainer | None = None
         self._pruned: PrunedWeights | None = None
+        self._fitted: LightningModule | None = None  # the model of the last fit
         self._warned = False
         self._stepping: Optimizer | None = None  # the one that `optimizer_step` sees to
         self._steps_watched: RemovableHandle | None = None
@@ -252,6 +253,7 @@ class CompressedDDPStrategy(DDPStrategy):
             check_replica(self.lightning_module, _WHERE)
             self._ledger = CommLedger()
             self._warned = False
+            self._fitted = self.lightning_module
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING and self._pruned is not None:
             check_optimizers(self.optimizers, _WHERE)
@@ -379,8 +381,8 @@ class CompressedDDPStrategy(DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         sync, trainer = self._sync, self._trainer
-        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-        if sync is not None and trainer is not None and fitting and "optimizer_states" in checkpoint:
+        fitted = self._fitted is not None and self._fitted is self.lightning_module  # now, or before an evaluation
+        if sync is not None and trainer is not None and fitted and "optimizer_states" in checkpoint:
             filepath = compression_files.write(
                 self, sync, self.compression, checkpoint, filepath, interrupted=trainer.interrupted
             )
@@ -411,6 +413,7 @@ class CompressedDDPStrategy(DDPStrategy):
         return {
             **super().__getstate__(),
             "_sync": None,
+            "_fitted": None,
             "_recorder": None,
             "_resume": None,
             "_trainer": None,

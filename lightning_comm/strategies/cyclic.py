@@ -199,6 +199,8 @@ class CyclicStrategy(RanksApartStrategy):
             self._warned_of_gradients = False
             self._unregistered = None
             self._first_steps = FirstSteps(WHERE)
+        elif self._run is not None:
+            self._run.keep_random_state()  # an evaluation draws from the generators
 
     @property
     @override
@@ -263,7 +265,8 @@ class CyclicStrategy(RanksApartStrategy):
         cyclic_checks.check_batches(trainer)
         run.check_start(float(trainer.num_training_batches))
         resume, self._resume = self._resume or CyclicResume(run_began_at=trainer.global_step), None
-        run.start(trainer.global_step, resume.stages, resume.previous_norm, resume.run_began_at)
+        steps_done = trainer.global_step if resume.steps_done is None else resume.steps_done
+        run.start(steps_done, resume.stages, resume.previous_norm, resume.run_began_at)
         self._unregistered = UnregisteredState(WHERE, trainer, run.module)
         if resume.ledger is not None:
             self._ledger.load_state_dict(resume.ledger)
@@ -382,38 +385,52 @@ class CyclicStrategy(RanksApartStrategy):
             if self._unregistered is not None and not newest:
                 self._unregistered.look()
 
-    def _is_fitting(self) -> bool:
-        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        return fitting and self._run is not None and dist.is_initialized()
+    @override
+    def _compare_places(self) -> None:
+        if self._run is not None and self._trainer is not None and not self._trainer.interrupted:
+            self._run.compare_places()
+
+    def _can_meet(self) -> bool:
+        """Whether ranks can be brought together for a checkpoint: in the last ``fit`` of this model, or after it."""
+        run, trainer = self._run, self._trainer
+        return (
+            run is not None
+            and trainer is not None
+            and self._has_fitted(run)
+            and not (trainer.interrupted or run.failed)
+        )
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         # here, where all ranks come for a checkpoint
-        if self._is_fitting() and self._trainer is not None and self._run is not None and not self._trainer.interrupted:
+        if self._run is not None and self._can_meet():
             self._flush(self._run)
         return super().lightning_module_state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        run, trainer = self._run, self._trainer
-        if run is None or trainer is None or not self._is_fitting() or trainer.interrupted:
+        run = self._run
+        if run is None or not self._can_meet():
             return super().optimizer_state(optimizer)
         return cyclic_files.gathered_state(run, getattr(optimizer, "_optimizer", optimizer))
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        run, trainer = self._run, self._trainer
-        fitting = run is not None and trainer is not None and self._is_fitting() and not trainer.interrupted
-        if fitting and run is not None and "optimizer_states" in checkpoint:
-            cyclic_files.write(run, checkpoint)
-        elif run is not None and trainer is not None and trainer.interrupted and run.stages:
+        run = self._run
+        if run is not None and self._can_meet():
+            if "optimizer_states" in checkpoint:
+                cyclic_files.write(run, checkpoint)
+        elif run is not None and self._has_fitted(run) and run.stages:
             cyclic_files.mark_incomplete(checkpoint, filepath)
+        else:
+            self._warn_of_other_model(run, checkpoint, filepath)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def report_failure(self, exception: BaseException) -> None:
         super().report_failure(exception)
         if self._run is not None:
+            self._run.failed = True
             self._run.ends.leave()
 
     @override

@@ -45,6 +45,7 @@ from lightning_comm.transport.cyclic_stages import START, ForwardTrace, Stage, n
 from lightning_comm.transport.cyclic_stagger import Stagger
 from lightning_comm.transport.cyclic_untrained import UntrainedParameters
 from lightning_comm.transport.epoch_ends import EpochEnds
+from lightning_comm.transport.random_state import random_state
 from lightning_comm.transport.recording import Pending, Recorder, another_group
 
 _NOTED = 0  # the stage whose notes all ranks read
@@ -94,6 +95,8 @@ class CyclicRun:
         self.active = False  # not in a trial run, such as that of a learning-rate finder
         self.on_decision: Callable[[Decision], None] = lambda decision: None
         self.module = module
+        self.failed = False  # whether a rank has failed, so that ranks cannot be brought together any more
+        self.random_state: dict[str, Any] | None = None  # as training left it, once something else has begun
         self._user_optimizer = optimizer
         self._requests = requests
         self._broadcast = broadcast
@@ -220,6 +223,11 @@ class CyclicRun:
         """Wait until all ranks have ended the epoch alike, where that is not sure before."""
         self.ends.end_epoch(self.trainer.current_epoch, self.steps_done)
         self.ends.wait(self._hear)
+
+    def compare_places(self) -> None:
+        """Compare where ranks are, before they meet in messages that do not tell; only where they may come apart."""
+        if self.active:
+            self.ends.meet(self.steps_done, self._hear)
 
     def _hear(self) -> bool:
         self.agreement.listen()
@@ -466,8 +474,7 @@ class CyclicRun:
     def flush(self) -> None:
         """Take up the newest version of everything, and average what no stage has; on all ranks after the same step."""
         self._refuse_torn()
-        if self.active:
-            self.ends.meet(self.steps_done, self._hear)
+        self.compare_places()
         if self._ring is None or self.flushed:
             return
         for stage in range(len(self.stages)):
@@ -517,6 +524,10 @@ class CyclicRun:
     def request(self, kind: Kind, reason: str) -> None:
         """Ask for something that all ranks are to do at the same step."""
         self._requests.ask(kind, reason)
+
+    def keep_random_state(self) -> None:
+        """Note the generators as training has left them, for a checkpoint that is saved after an evaluation."""
+        self.random_state = self.random_state or random_state()
 
     def previous_norm(self) -> float | None:
         """Return the gradient norm of the last step, after a flush; ``None`` where it is not known."""

@@ -240,6 +240,8 @@ class LocalUpdateStrategy(RanksApartStrategy):
             self._unregistered = None
             self._first_steps = FirstSteps("LocalUpdateStrategy")
             self._group_numbers = GroupNumbers("LocalUpdateStrategy")
+        elif self._run is not None:
+            self._run.keep_random_state()  # an evaluation draws from the generators
 
     @property
     @override
@@ -415,6 +417,7 @@ class LocalUpdateStrategy(RanksApartStrategy):
         if self._interruptions is not None:
             self._interruptions.remember_random_state()
             self._interruptions.met |= run.apart and run.settings.evaluate_weights == "average"
+        run.compare_places()
         if run.settings.evaluate_weights == "average":
             run.enter_average("evaluation")
 
@@ -435,22 +438,29 @@ class LocalUpdateStrategy(RanksApartStrategy):
         # here, where all ranks come for a checkpoint; the average stays in place until the file is written, so that
         # whatever the module and the hooks of a save make of the weights is made of averaged ones
         run, trainer = self._run, self._trainer
-        if run is not None and trainer is not None and self._is_fitting() and not trainer.interrupted:
+        if run is not None and trainer is not None and self._is_fitting() and not (trainer.interrupted or run.failed):
             run.enter_checkpoint()
         return super().lightning_module_state_dict()
 
+    @override
+    def _compare_places(self) -> None:
+        if self._run is not None:
+            self._run.compare_places()
+
     def _is_fitting(self) -> bool:
         """Whether ranks run under the strategy's rounds, or did in the last ``fit``; not in a tuner's trial run."""
-        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        return fitting and self._run is not None and self._run.active and dist.is_initialized()
+        run = self._run
+        return self._has_fitted(run) and run is not None and run.active
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         run, trainer = self._run, self._trainer
         if run is None or trainer is None or not self._is_fitting():
+            self._warn_of_other_model(run, checkpoint, filepath)
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        if trainer.interrupted:  # a rank has failed, and no collective would end
+        if trainer.interrupted or run.failed:  # a rank has failed, and no collective would end
+            rank_files.warn_incomplete(filepath, averaged=not run.apart)
             checkpoint[rank_files.KEY] = rank_files.shared_state(run, "", complete=False, averaged=not run.apart)
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
@@ -468,6 +478,7 @@ class LocalUpdateStrategy(RanksApartStrategy):
             self._run.replica.leave_average()
         super().report_failure(exception)
         if self._run is not None:
+            self._run.failed = True
             self._run.ends.leave()
 
     @override

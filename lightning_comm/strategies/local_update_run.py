@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim import Optimizer
@@ -44,6 +45,7 @@ from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCod
 from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.flat import Drift
 from lightning_comm.transport.optimizer_state import optimizer_tensors, saved_tensors
+from lightning_comm.transport.random_state import random_state
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.replica import Replica
 
@@ -101,7 +103,9 @@ class LocalUpdateRun:
         self.apart = False  # whether ranks may differ: not from an average in full until the next batch
         self.standing = False  # whether ranks stopped at different steps
         self.on_decision: Callable[[Decision], None] = lambda decision: None
-        self._module = module
+        self.module = module
+        self.failed = False  # whether a rank has failed, so that ranks cannot be brought together any more
+        self.random_state: dict[str, Any] | None = None  # as training left it, once something else has begun
         self.optimizers = optimizers
         self._leave_gradient_phase = leave_gradient_phase
         self.active = False  # not in a trial run, such as that of a learning-rate finder
@@ -160,6 +164,7 @@ class LocalUpdateRun:
         if was_in_gradient_phase:
             self._note_gradients(ticks)
             if not self.in_gradient_phase:
+                self.compare_places()  # a rank that is behind would still average gradients
                 self._leave_gradient_phase()
         elif over:
             self.synchronise()
@@ -182,6 +187,17 @@ class LocalUpdateRun:
         decision = self.agreement.decision
         if decision is not None and (decision.at_step is None or self.clock.steps_done >= decision.at_step):
             self._carry_out(decision)
+
+    def compare_places(self) -> None:
+        """Compare where ranks are, before they meet in messages that do not tell; only where they may come apart."""
+        trains = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.interrupted
+        if self.active and trains and not self.standing:
+            with self.agreement.first_error_shown():
+                self.ends.meet(self.clock.steps_done, self._hear)
+
+    def _hear(self) -> bool:
+        self.agreement.listen()
+        return False
 
     def _note_end(self, ticks: int) -> None:
         if not self.standing:  # ranks that stop where they stand have agreed to
@@ -443,8 +459,8 @@ class LocalUpdateRun:
 
     def _note_gradients(self, ticks: int) -> None:
         """Record what DDP sends in the gradient phase: the gradients and, before each forward, the buffers."""
-        gradients = sum(p.numel() * p.element_size() for p in self._module.parameters() if p.requires_grad)
-        buffers = sum(b.numel() * b.element_size() for b in self._module.buffers())
+        gradients = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.requires_grad)
+        buffers = sum(b.numel() * b.element_size() for b in self.module.buffers())
         for _ in range(ticks):
             self.recorder.note("all_reduce", "gradients", gradients)
             if buffers:
@@ -454,11 +470,10 @@ class LocalUpdateRun:
 
     def enter_checkpoint(self) -> None:
         """Put averaged weights in place for a checkpoint, unless they are there anyway."""
+        self.compare_places()
         if not self.apart or self.replica.average_is_for is not None:
             return
         with self.agreement.first_error_shown():
-            if not self.standing:
-                self.ends.meet(self.clock.steps_done, self._hear)
             # only what rank 0 holds is saved
             self.replica.enter_average("checkpoint", self._weight(), broadcast=False)
 
@@ -475,9 +490,9 @@ class LocalUpdateRun:
         alike = self.replica.average_copies(saved_tensors(copies))
         return copies if alike else states
 
-    def _hear(self) -> bool:
-        self.agreement.listen()
-        return False
+    def keep_random_state(self) -> None:
+        """Note the generators as training has left them, for a checkpoint that is saved after an evaluation."""
+        self.random_state = self.random_state or random_state()
 
     def leave_checkpoint(self) -> None:
         """Put each rank's own weights back, if an average is in place for a checkpoint."""

@@ -93,7 +93,7 @@ def own_state(run: LocalUpdateRun, lightning_state: dict[str, Any]) -> dict[str,
         "compression": run.replica.compression_state(),
         "samples": run.samples.state_dict(),
         "run": state_of(run),
-        "random": random_state(),
+        "random": run.random_state or random_state(),
         "checkpoint": lightning_state,
     }
 
@@ -182,7 +182,7 @@ def read_own(
 def unusable(shared: dict[str, Any] | None, world_size: int) -> str | None:
     """Return why rank files need not be looked for, or ``None`` if they should be there."""
     if shared is None:
-        return "another strategy wrote it"
+        return "another strategy wrote it, or a Trainer that had not trained this model"
     if shared.get("version") != VERSION:
         return f"its format is {shared.get('version')!r}, and this version reads {VERSION}"
     if shared["world_size"] != world_size:
@@ -275,6 +275,16 @@ def _warn_new_round(filepath: _PATH, reason: str, averaged: bool, masks: bool) -
         f"LocalUpdateStrategy: `ckpt_path`={str(filepath)!r} cannot bring every rank back to where it was: {reason}. "
         f"Training goes on with a new round from the {weights} and the optimizer state in the file. For an exact "
         f"continuation resume with the same number of ranks and keep the folder {folder(filepath)!r} with the file."
+    )
+
+
+def warn_incomplete(filepath: _PATH, *, averaged: bool) -> None:
+    """Say that a checkpoint is written when ranks cannot meet any more."""
+    weights = "averaged, as ranks last met" if averaged else "those of rank 0 alone, in the middle of a round"
+    rank_zero_warn(
+        f"LocalUpdateStrategy: {str(filepath)!r} is written after an error, when ranks cannot meet any more: its "
+        f"weights are {weights}, and there is nothing in it of what each rank keeps. Go on from an earlier checkpoint "
+        "if there is one."
     )
 
 

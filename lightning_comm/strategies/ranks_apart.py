@@ -3,13 +3,15 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import torch.distributed as dist
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -22,6 +24,15 @@ from lightning_comm.transport.recording import Recorder, leave_group_at_exit
 
 _T = TypeVar("_T")
 _NEVER_SENT = 2**20 - 1  # a tag of no message
+
+
+class Run(Protocol):
+    """One ``fit``, as far as checkpoints need to know."""
+
+    @property
+    def module(self) -> LightningModule:
+        """The model that it trains, or has trained."""
+        ...
 
 
 class RanksApartStrategy(DDPStrategy):
@@ -54,10 +65,12 @@ class RanksApartStrategy(DDPStrategy):
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
+        self._compare_places()
         self._together(lambda: DDPStrategy.barrier(self, *args, **kwargs), None)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
+        self._compare_places()
         return self._together(lambda: DDPStrategy.broadcast(self, obj, src), obj)
 
     @override
@@ -67,6 +80,10 @@ class RanksApartStrategy(DDPStrategy):
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         return self._together(lambda: DDPStrategy.all_gather(self, tensor, group, sync_grads), tensor)
+
+    @abstractmethod
+    def _compare_places(self) -> None:
+        """Refuse ranks that have come apart, where that can be, before Lightning's own messages for a checkpoint."""
 
     def _together(self, collective: Callable[[], _T], alone: _T) -> _T:
         """Note that all ranks meet; once a rank has failed, when no collective would end, do without."""
@@ -89,6 +106,20 @@ class RanksApartStrategy(DDPStrategy):
                     recorder.hang_up(rank, tag=_NEVER_SENT)
 
         return EpochEnds(store, self.global_rank, self.world_size, namespace, where, agreement.report_failure, hang_up)
+
+    def _has_fitted(self, run: Run | None) -> bool:
+        """Whether a run of this very model is under way, or is over, and its ranks are still joined."""
+        return run is not None and run.module is self.lightning_module and dist.is_initialized()
+
+    def _warn_of_other_model(self, run: Run | None, checkpoint: dict[str, Any], filepath: _PATH) -> None:
+        """Say what is missing where a Trainer has trained one model, and saves another one after an evaluation."""
+        if run is not None and run.module is not self.lightning_module and "optimizer_states" in checkpoint:
+            rank_zero_warn(
+                f"{type(self).__name__}: {str(filepath)!r} has the weights of the model that was evaluated last, and "
+                "nothing of what this strategy keeps, since the last `fit` trained another model: neither rank's "
+                "own state nor, under CyclicStrategy, optimizer state. To save the trained model, call "
+                "`save_checkpoint` before another model is evaluated."
+            )
 
     def report_failure(self, exception: BaseException) -> None:
         """Called by the companion when this rank fails: tell the others, without a collective."""
