@@ -247,6 +247,21 @@ def warn_of_uncounted_steps(steps_done: int) -> None:
         )
 
 
+def leave_out_other_model(where: str, checkpoint: dict[str, Any], filepath: object) -> None:
+    """Leave the optimizers of the last ``fit`` out of a checkpoint that is of another model, and say so.
+
+    Lightning keeps them when another model is evaluated, and would save them with its weights.
+    """
+    if "optimizer_states" not in checkpoint:
+        return  # weights alone were asked for
+    checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
+    rank_zero_warn(
+        f"{where}: {str(filepath)!r} has the weights of the model that was evaluated last, and neither optimizer state "
+        "nor what this strategy keeps, since the last `fit` of this Trainer was that of another model. To save the "
+        "trained model, call `save_checkpoint` before another one is evaluated."
+    )
+
+
 def warn_of_per_step_sync(trainer: Trainer, where: str) -> None:
     """Name what is logged with a collective on every step, which keeps ranks in step with each other."""
     names = sorted({metric.name for metric in logged_metrics(trainer) if metric.synchronised and metric.on_step})

@@ -33,7 +33,7 @@ from lightning_comm.lightning_internals import (
     load_skipped_loader_states,
     unused_by_all_ranks,
 )
-from lightning_comm.strategies import compression_files, rank_files
+from lightning_comm.strategies import checks, compression_files, rank_files
 from lightning_comm.strategies.checks import check_replica
 from lightning_comm.strategies.loss_scale import loss_scale
 from lightning_comm.strategies.run_length import restore_accumulation
@@ -386,6 +386,8 @@ class CompressedDDPStrategy(DDPStrategy):
             filepath = compression_files.write(
                 self, sync, self.compression, checkpoint, filepath, interrupted=trainer.interrupted
             )
+        elif self._fitted is not None and not fitted:
+            checks.leave_out_other_model(_WHERE, checkpoint, filepath)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override

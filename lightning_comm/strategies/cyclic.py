@@ -422,8 +422,8 @@ class CyclicStrategy(RanksApartStrategy):
                 cyclic_files.write(run, checkpoint)
         elif run is not None and self._has_fitted(run) and run.stages:
             cyclic_files.mark_incomplete(checkpoint, filepath)
-        else:
-            self._warn_of_other_model(run, checkpoint, filepath)
+        elif run is not None and run.module is not self.lightning_module:
+            checks.leave_out_other_model(WHERE, checkpoint, filepath)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override

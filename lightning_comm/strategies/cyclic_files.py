@@ -120,8 +120,9 @@ def load(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: in
     elif saved["world_size"] != world_size:
         reason = f"it was written by {saved['world_size']} ranks, and there are {world_size} now"
     if reason is not None:
+        optimizer = "its optimizer state" if checkpoint.get("optimizer_states") else "no optimizer state, having none,"
         rank_zero_warn(
-            f"{WHERE}: `ckpt_path`={str(filepath)!r} is taken up with its weights, its optimizer state and its place "
+            f"{WHERE}: `ckpt_path`={str(filepath)!r} is taken up with its weights, {optimizer} and its place "
             f"in the schedule, but the run will not repeat the one that wrote it bit for bit: {reason}. The model "
             "is cut into stages anew."
         )

@@ -456,7 +456,8 @@ class LocalUpdateStrategy(RanksApartStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         run, trainer = self._run, self._trainer
         if run is None or trainer is None or not self._is_fitting():
-            self._warn_of_other_model(run, checkpoint, filepath)
+            if run is not None and run.module is not self.lightning_module:
+                checks.leave_out_other_model("LocalUpdateStrategy", checkpoint, filepath)
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         if trainer.interrupted or run.failed:  # a rank has failed, and no collective would end

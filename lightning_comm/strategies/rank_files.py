@@ -214,7 +214,11 @@ def load(
     problem = first_problem(strategy, recorder, problem)
     if problem is not None or own is None:
         _warn_new_round(
-            filepath, str(problem), averaged=shared is None or shared["averaged"], masks=mask_files.fits(masks, method)
+            filepath,
+            str(problem),
+            averaged=shared is None or shared["averaged"],
+            masks=mask_files.fits(masks, method),
+            optimizer=bool(checkpoint.get("optimizer_states")),
         )
         return Resume(shared, None, masks)
     checkpoint.update(own["checkpoint"])
@@ -267,13 +271,14 @@ def refuse_sharded(filepath: _PATH, where: str) -> None:
         )
 
 
-def _warn_new_round(filepath: _PATH, reason: str, averaged: bool, masks: bool) -> None:
+def _warn_new_round(filepath: _PATH, reason: str, averaged: bool, masks: bool, optimizer: bool) -> None:
     """Say that a run goes on from the averaged state, not from where each rank was."""
-    weights = "averaged weights" if averaged else "the weights of the rank that wrote it"
+    weights = "the averaged weights" if averaged else "the weights of the rank that wrote it"
     weights += ", the masks" if masks else ""
+    weights += " and the optimizer state in the file" if optimizer else " in the file, which has no optimizer state"
     rank_zero_warn(
         f"LocalUpdateStrategy: `ckpt_path`={str(filepath)!r} cannot bring every rank back to where it was: {reason}. "
-        f"Training goes on with a new round from the {weights} and the optimizer state in the file. For an exact "
+        f"Training goes on with a new round from {weights}. For an exact "
         f"continuation resume with the same number of ranks and keep the folder {folder(filepath)!r} with the file."
     )
 

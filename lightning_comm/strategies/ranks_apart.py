@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -74,6 +73,11 @@ class RanksApartStrategy(DDPStrategy):
         return self._together(lambda: DDPStrategy.broadcast(self, obj, src), obj)
 
     @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        self._compare_places()
+        return super().reduce_boolean_decision(decision, all)
+
+    @override
     def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
         return self._together(lambda: DDPStrategy.reduce(self, tensor, group, reduce_op), tensor)
 
@@ -110,16 +114,6 @@ class RanksApartStrategy(DDPStrategy):
     def _has_fitted(self, run: Run | None) -> bool:
         """Whether a run of this very model is under way, or is over, and its ranks are still joined."""
         return run is not None and run.module is self.lightning_module and dist.is_initialized()
-
-    def _warn_of_other_model(self, run: Run | None, checkpoint: dict[str, Any], filepath: _PATH) -> None:
-        """Say what is missing where a Trainer has trained one model, and saves another one after an evaluation."""
-        if run is not None and run.module is not self.lightning_module and "optimizer_states" in checkpoint:
-            rank_zero_warn(
-                f"{type(self).__name__}: {str(filepath)!r} has the weights of the model that was evaluated last, and "
-                "nothing of what this strategy keeps, since the last `fit` trained another model: neither rank's "
-                "own state nor, under CyclicStrategy, optimizer state. To save the trained model, call "
-                "`save_checkpoint` before another model is evaluated."
-            )
 
     def report_failure(self, exception: BaseException) -> None:
         """Called by the companion when this rank fails: tell the others, without a collective."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from lightning_comm.transport.agreement import KeyValueStore
 
 _Error = TypeVar("_Error", bound=Exception)
-_LOOK_S, _LONGEST_LOOK_S = 0.005, 0.2  # how often the store is looked at: first, and later
+_LOOK_S, _LONGEST_LOOK_S = 0.001, 0.2  # how often the store is looked at: first, and later
 _HEARD_S = 6.0  # how long rank 0 waits at most until others have heard of a failure, through the store that it hosts
 
 

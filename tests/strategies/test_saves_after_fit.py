@@ -1,5 +1,6 @@
-"""A checkpoint that is saved after an evaluation has all that one right behind `fit` has."""
+"""A checkpoint that is saved after an evaluation has all that one right behind `fit` has, or says what is missing."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,66 +13,114 @@ from lightning_comm import Averaging, CompressedDDPStrategy, FixedPeriod, TopK
 
 STRATEGIES = {
     "rounds": lambda: local_update(FixedPeriod(4)),
-    "compressed rounds": lambda: local_update(FixedPeriod(4), averaging=Averaging(compression=TopK(0.5), overlap_steps=1)),
+    "overlap": lambda: local_update(FixedPeriod(4), averaging=Averaging(compression=TopK(0.5), overlap_steps=1)),
     "gradients": lambda: local_update(FixedPeriod(4), gradient_steps=1000),
     "top-k": lambda: CompressedDDPStrategy(TopK(0.5)),
     "cyclic": cyclic,
 }
 
 
-def _model():
-    return Regression(deep(4), lambda parameters: torch.optim.AdamW(parameters, 0.01))
+def _model(modules=4):
+    return Regression(deep(modules), lambda parameters: torch.optim.AdamW(parameters, 0.01))
 
 
-def _runner(name, rank, world_size, **options):
-    return trainer(STRATEGIES[name](), world_size, **{"max_epochs": 1, "num_sanity_val_steps": 0, **options})
+def _fitted(name, rank, epochs=1, path=None, module=None):
+    module = module or _model()
+    runner = trainer(STRATEGIES[name](), 2, max_epochs=epochs, limit_val_batches=1)
+    runner.fit(module, loader(6, rank, shuffle=True), loader(1, rank), ckpt_path=path)
+    return runner, module
 
 
-def _save(rank, world_size, folder):
+def _save(rank, folder):
     resumed = {}
     for name in STRATEGIES:
-        runner, model = _runner(name, rank, world_size, limit_val_batches=1), _model()
-        runner.fit(model, loader(6, rank), loader(1, rank))
-        runner.save_checkpoint(f"{folder}/{name}/after fit.ckpt")
-        runner.validate(model, loader(3, rank, shuffle=True), verbose=False)
-        runner.save_checkpoint(f"{folder}/{name}/after validate.ckpt")
+        paths = [f"{folder}/{name}/{kind}.ckpt" for kind in ("fit", "validate", "test")]
+        runner, module = _fitted(name, rank)
+        runner.save_checkpoint(paths[0])
+        runner.validate(module, loader(3, rank, shuffle=True), verbose=False)
+        runner.save_checkpoint(paths[1])
+        runner.predict(module, loader(3, rank, shuffle=True))
+        runner.save_checkpoint(paths[2])
         runner.save_checkpoint(f"{folder}/{name}/weights.ckpt", weights_only=True)
-        runner.test_loop  # noqa: B018
-        for kind in ("after fit", "after validate", "weights"):
-            model = _model()
-            _runner(name, rank, world_size, max_epochs=2).fit(
-                model, loader(6, rank, shuffle=True), ckpt_path=f"{folder}/{name}/{kind}.ckpt" 
-            ) if kind != "weights" else _runner(name, rank, world_size).validate(model, loader(1, rank), f"{folder}/{name}/{kind}.ckpt", verbose=False)
-            resumed[name, kind] = weights(model)
+        resumed[name] = [weights(_fitted(name, rank, 2, path)[1]) for path in paths[::2]]
     return resumed
 
 
-def _differences(one, other, path=""):
-    """Where two trees of values differ."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return [
-            found
-            for key in sorted({*one, *other}, key=str)
-            for found in _differences(one.get(key), other.get(key), f"{path}/{key}")
-        ]
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
-        return [found for k, pair in enumerate(zip(one, other, strict=True)) for found in _differences(*pair, f"{path}/{k}")]
-    same = torch.equal(one, other) if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) else one == other
-    return [] if same else [f"{path}: {str(one)[:60]} and {str(other)[:60]}"]
+def _content(value):
+    """The value, without what tells one save from another, and what an evaluation has counted."""
+    if isinstance(value, dict):
+        left_out = ("token", "validate_loop", "predict_loop")
+        return {key: _content(each) for key, each in value.items() if key not in left_out}
+    if isinstance(value, (list, tuple)):
+        return [_content(each) for each in value]
+    return (value.dtype, value.tolist()) if isinstance(value, torch.Tensor) else value
 
 
-def test_a_save_after_an_evaluation_has_what_one_after_fit_has(tmp_path):
-    answers = launch(_save, 2, str(tmp_path), world_size=2)
+def test_a_save_after_an_evaluation_has_what_one_after_fit_has_and_resumes_alike(tmp_path):
+    Regression.predict_step = lambda self, batch, batch_idx: self.net(batch[0])
+    try:
+        answers = launch(_save, str(tmp_path), world_size=2)
+    finally:
+        del Regression.predict_step
     for name in STRATEGIES:
-        one, other = ({p.relative_to(f): p for p in sorted(f.rglob("*")) if p.is_file()} for f in (tmp_path/name, tmp_path/name))
-        first = torch.load(tmp_path / name / "after fit.ckpt", weights_only=True)
-        second = torch.load(tmp_path / name / "after validate.ckpt", weights_only=True)
-        diff = [d for d in _differences(first, second)]
-        print(name, len(first["optimizer_states"][0]["state"]), diff)
-        ranks = [sorted(Path(f"{tmp_path}/{name}/{kind}.ckpt.ranks").glob("*")) for kind in ("after fit", "after validate")]
-        print([len(r) for r in ranks])
-        for a, b in zip(*ranks):
-            print("   rank file", _differences(torch.load(a, weights_only=True), torch.load(b, weights_only=True)))
+        sets = []
+        for kind in ("fit", "validate", "test"):
+            path = tmp_path / name / f"{kind}.ckpt"
+            files = [path, *sorted(Path(f"{path}.ranks").glob("*.pt"))]
+            sets.append([_content(torch.load(each, weights_only=True)) for each in files])
+        assert len(sets[0]) == (1 if name == "cyclic" else 3), name
+        assert len(sets[0][0]["optimizer_states"][0]["state"]) == 8, name
+        assert sets[1] == sets[0], name
+        assert sets[2] == sets[0], name
+        assert "optimizer_states" not in torch.load(tmp_path / name / "weights.ckpt", weights_only=True)
         for answer in answers:
-            for x, y in zip(answer[name, "after fit"], answer[name, "after validate"]): 
-                assert (x == y).all(), name
+            for one, other in zip(*answer[name], strict=True):
+                assert (one == other).all(), name
+
+
+def _save_another(rank, folder):
+    said = {}
+    for name in ("rounds", "top-k", "cyclic"):
+        runner, _ = _fitted(name, rank)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            runner.validate(_model(5), loader(1, rank), verbose=False)
+            runner.save_checkpoint(f"{folder}/{name}.ckpt")
+            again = _fitted(name, rank, 2, f"{folder}/{name}.ckpt", _model(5))[0]
+        said[name] = " ".join(str(each.message) for each in caught), again.global_step
+    return said
+
+
+def test_a_save_of_another_model_is_ordinary_and_says_what_is_missing(tmp_path):
+    answers = launch(_save_another, str(tmp_path), world_size=2)
+    for name, (said, _) in answers[0].items():
+        assert f"{name}.ckpt' has the weights of the model that was evaluated last, and neither optimizer" in said
+        assert "a Trainer that had not trained this model" in said
+    for answer in answers:
+        assert {steps for _, steps in answer.values()} == {12}
+
+
+class _Fails(Regression):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 3:
+            raise ValueError("out of luck")
+        return super().training_step(batch, batch_idx)
+
+
+def _save_after_failure(rank, folder):
+    said = {}
+    for name in ("rounds", "cyclic"):
+        runner, module = trainer(STRATEGIES[name](), 2), _Fails(deep(4))
+        with pytest.raises((ValueError, RuntimeError), match="out of luck"):
+            runner.fit(module, loader(6, rank))
+        runner.validate(module, loader(1, rank), verbose=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            runner.save_checkpoint(f"{folder}/{name}.ckpt")
+        said[name] = " ".join(str(each.message) for each in caught)
+    return said
+
+
+def test_a_save_after_a_fit_that_failed_says_that_it_is_incomplete(tmp_path):
+    for name, said in launch(_save_after_failure, str(tmp_path), world_size=2)[0].items():
+        assert f"{name}.ckpt' is written after an error" in said
