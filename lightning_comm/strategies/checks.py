@@ -174,6 +174,11 @@ def check_optimizers(optimizers: list[Optimizer], settings: Settings) -> None:
             f"{_WHERE}: `counted_optimizer`={settings.counted_optimizer} is not there; `configure_optimizers` returned "
             f"{len(optimizers)} optimizer(s), counted from 0."
         )
+    if not optimizers[settings.counted_optimizer].param_groups:  # Lightning's stand-in for none
+        raise MisconfigurationException(
+            f"{_WHERE}: `configure_optimizers` returned no optimizer, so nothing is trained and ranks have nothing to "
+            "average. Return an optimizer, or use DDPStrategy."
+        )
 
 
 def gradient_steps(settings: Settings, total: int | None, *, automatic: bool = True) -> int:

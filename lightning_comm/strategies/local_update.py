@@ -95,11 +95,16 @@ class LocalUpdateStrategy(RanksApartStrategy):
 
         *Weights.* All ranks count equally, unless a callback asks with :meth:`weigh_by_samples` that each counts for
         its share of the samples that all trained on since the last synchronisation. Then rows have 9 numbers, and
-        before the average for a checkpoint, or at an end of unknown length, there is one more row.
+        before the average for a checkpoint, or at an end of unknown length, there is one more row. Where the length of
+        an epoch is not sure, or the module steps by itself, ranks tell each other through the store of the process
+        group which batch they begin and where an epoch ends; that is no collective and not in the ledger.
 
         *Memory.* Three buckets of scratch, which are kept. A second copy of the averaged tensors exists only while
         averaged weights are evaluated or saved in the middle of a round; where a ``CheckpointIO`` that is not
         Lightning's own writes the file, rank 0 has a third copy of those that are saved, until it is written.
+
+        *Resuming* is exact, on CPU bit for bit; in a gradient phase on 2 ranks. On 3 and more the first step after a
+        resume there may differ by rounding, since DDP fills its first buckets in another order than later ones.
 
         *What is set meanwhile stays.* Parameters and buffers that the module, a callback or an optimizer sets while
         averaged weights are in place, as a threshold or restored weights at the end of a validation, keep their new

@@ -4,9 +4,11 @@ import time
 
 import pytest
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.cyclic import cyclic, deep
 from support.processes import launch, outcomes
-from support.training import Regression, local_update, sample, trainer
+from support.training import Regression, loader, local_update, sample, trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_comm import Averaging, FixedPeriod
@@ -78,6 +80,44 @@ def test_an_epoch_that_ends_earlier_on_one_rank_is_refused_on_all_at_once(strate
         assert f"rank {lengths.index(shortest)} stopped after {shortest}" in message
         assert f"limit_train_batches={shortest}" in message
         assert seconds < 30
+
+
+class SkipsAlone(Regression):
+    """Rank 1 leaves out the step of batch 2, where the gradient phase ends on rank 0."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer_closure()
+        if batch_idx != 2 or self.trainer.global_rank == 0:
+            optimizer.step()
+
+
+def _skipping(rank, folder):
+    save = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)
+    runner = trainer(
+        local_update(FixedPeriod(4), gradient_steps=3), 2, callbacks=[save], enable_checkpointing=True, max_epochs=2
+    )
+    try:
+        runner.fit(SkipsAlone(deep(4)), loader(7, rank))
+    except Exception as error:
+        dist.destroy_process_group()
+        return str(error)
+
+
+def test_a_step_left_out_on_one_rank_alone_is_refused_by_the_steps_of_both(tmp_path):
+    for message in launch(_skipping, str(tmp_path), world_size=2):
+        assert "rank 0 stopped after 3, at optimizer step 3; rank 1 stopped after 3, at optimizer step 2" in message
+        assert "reduce_boolean_decision" in message
+
+
+def _without_optimizer(rank):
+    module = Regression(deep(4))
+    module.configure_optimizers = lambda: None
+    with pytest.raises(MisconfigurationException, match=r"returned no optimizer, .* Return an optimizer"):
+        trainer(local_update(FixedPeriod(4)), 2).fit(module, loader(3, rank))
+
+
+def test_a_module_without_an_optimizer_is_refused():
+    launch(_without_optimizer, world_size=2)
 
 
 def _equal(rank, world_size):
