@@ -247,6 +247,7 @@ class CyclicRun:
             return
         assert self._ring is not None
         if self._stagger is not None:
+            self._end_turn()
             with self.agreement.first_error_shown():
                 self._stagger.begin_batch()
         if first:
@@ -301,7 +302,10 @@ class CyclicRun:
         return evaluate
 
     def _hand_over_rest(self) -> None:
-        if self._open and self._ring is not None:
+        cleared = not self._handed and all(each.grad is None for each in _trained(self._user_optimizer))
+        if self._open and cleared:
+            self._due = False  # by a hook, or by Lightning before a validation: such a step changes nothing anywhere
+        elif self._open and self._ring is not None:
             for stage in reversed(range(len(self.stages))):
                 if stage not in self._handed:
                     self._hand_over(stage)
@@ -347,8 +351,7 @@ class CyclicRun:
 
     def end_backward(self) -> None:
         """Hand over what no hook has, and refuse parameters that had no part in the step."""
-        if self._stagger is not None:
-            self._stagger.reach(2 * len(self.stages))
+        self._end_turn()
         if not self.active or not self._stepping:
             return
         for stage in reversed(range(len(self.stages))):
@@ -373,6 +376,7 @@ class CyclicRun:
 
     def end_batch(self) -> None:
         """Do what ranks agreed on, if a step is over; called after every batch, before other callbacks."""
+        self._end_turn()
         if not self._counted:
             return
         self._counted = False
@@ -385,6 +389,11 @@ class CyclicRun:
             if decision.kind in ("terminate", "requeue"):
                 self._meet()  # whoever ends at once takes along the store, in which others still read the reason
             self.on_decision(decision)
+
+    def _end_turn(self) -> None:
+        """Let the next rank begin a batch, also where this one's ended in an error that the module has caught."""
+        if self._stagger is not None:
+            self._stagger.reach(2 * len(self.stages))
 
     def _read_notes(self) -> None:
         """Read what ranks have noted two steps ago, once after each step."""
