@@ -19,6 +19,7 @@ from typing import Any, cast
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.loops.optimization.closure import AbstractClosure
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
@@ -447,6 +448,17 @@ def logged_metrics(trainer: Trainer) -> Iterator[LoggedMetric]:
         meta = result.meta
         is_metric = not result.is_tensor
         yield LoggedMetric(meta.name, bool(meta.sync.should) or is_metric, bool(meta.on_step), is_metric)
+
+
+def training_loaders(trainer: Trainer) -> list[Any]:
+    """Return the loaders of training batches, one or several."""
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
+
+
+def is_own_closure(closure: object) -> bool:
+    """Whether a closure is the one that Lightning makes, and not one that a module has put around it."""
+    return isinstance(closure, AbstractClosure)
 
 
 def unused_by_all_ranks(model: DistributedDataParallel) -> Callable[[], list[Parameter]]:

@@ -174,6 +174,11 @@ def check_optimizers(optimizers: list[Optimizer], settings: Settings) -> None:
             f"{_WHERE}: `counted_optimizer`={settings.counted_optimizer} is not there; `configure_optimizers` returned "
             f"{len(optimizers)} optimizer(s), counted from 0."
         )
+    if not optimizers[settings.counted_optimizer].param_groups:  # Lightning's stand-in for none
+        raise MisconfigurationException(
+            f"{_WHERE}: `configure_optimizers` returned no optimizer, so nothing is trained and ranks have nothing to "
+            "average. Return an optimizer, or use DDPStrategy."
+        )
 
 
 def gradient_steps(settings: Settings, total: int | None, *, automatic: bool = True) -> int:
@@ -245,6 +250,21 @@ def warn_of_uncounted_steps(steps_done: int) -> None:
             "the run ends. Step the optimizers that `self.optimizers()` returns, not those of "
             "`use_pl_optimizer=False`, and look at `counted_optimizer`."
         )
+
+
+def leave_out_other_model(where: str, checkpoint: dict[str, Any], filepath: object) -> None:
+    """Leave the optimizers of the last ``fit`` out of a checkpoint that is of another model, and say so.
+
+    Lightning keeps them when another model is evaluated, and would save them with its weights.
+    """
+    if "optimizer_states" not in checkpoint:
+        return  # weights alone were asked for
+    checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
+    rank_zero_warn(
+        f"{where}: {str(filepath)!r} has the weights of the model that was evaluated last, and neither optimizer state "
+        "nor what this strategy keeps, since the last `fit` of this Trainer was that of another model. To save the "
+        "trained model, call `save_checkpoint` before another one is evaluated."
+    )
 
 
 def warn_of_per_step_sync(trainer: Trainer, where: str) -> None:

@@ -36,7 +36,7 @@ from lightning_comm.lightning_internals import (
     replace_links,
     unused_by_all_ranks,
 )
-from lightning_comm.strategies import compression_files
+from lightning_comm.strategies import checks, compression_files
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.entry import Save
 from lightning_comm.strategies.checkpoints.loading import load_together
@@ -164,6 +164,7 @@ class CompressedDDPStrategy(DDPStrategy):
         self._resume: dict[str, Any] | None = None
         self._trainer: Trainer | None = None
         self._pruned: PrunedWeights | None = None
+        self._fitted: LightningModule | None = None  # the model of the last fit
         self._warned = False
         self._patches = Patches()
         self._stepping: Optimizer | None = None  # the one that `optimizer_step` sees to
@@ -260,6 +261,7 @@ class CompressedDDPStrategy(DDPStrategy):
             check_replica(self.lightning_module, _WHERE)
             self._ledger = CommLedger()
             self._warned = False
+            self._fitted = self.lightning_module
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING and self._pruned is not None:
             check_optimizers(self.optimizers, _WHERE)
@@ -400,16 +402,18 @@ class CompressedDDPStrategy(DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         sync, trainer = self._sync, self._trainer
-        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        fitted = self._fitted is not None and self._fitted is self.lightning_module  # now, or before an evaluation
         save = Save(str(filepath))
-        if sync is not None and trainer is not None and fitting and "optimizer_states" in checkpoint:
+        if sync is not None and trainer is not None and fitted and "optimizer_states" in checkpoint:
             save = compression_files.write(
                 self, sync, self.compression, checkpoint, filepath, interrupted=trainer.interrupted
             )
         elif trainer is not None and trainer.interrupted:
             save = Save(sets.incomplete_path(self, _WHERE, filepath))
+        elif self._fitted is not None and not fitted:
+            checks.leave_out_other_model(_WHERE, checkpoint, filepath)
         write = partial(super().save_checkpoint, checkpoint, save.path, storage_options)
-        if sync is None or trainer is None or not fitting or trainer.interrupted:
+        if sync is None or trainer is None or not fitted or trainer.interrupted:
             write()
         else:
             sets.write_main(self, Recorder(CommLedger()), _WHERE, save, write)
@@ -441,6 +445,7 @@ class CompressedDDPStrategy(DDPStrategy):
             **super().__getstate__(),
             "_sync": None,
             "_patches": Patches(),
+            "_fitted": None,
             "_recorder": None,
             "_resume": None,
             "_trainer": None,

@@ -20,7 +20,8 @@ class ControlRow(NamedTuple):
         steps_done: Optimizer steps done.
         layout: Fingerprint of the tensors that this rank would average.
         loss_scale: That of a gradient scaler; 0 without one.
-        urgent: Whether this rank knows of a request that is not settled.
+        urgent: Whether this rank knows of a request that is not settled; in the row at the start, whether its batches
+            or steps may come out different from what it has announced.
         stands: Whether ranks stop where they stand, so that nothing is averaged now.
         batches: Training batches in an epoch; -1 where that is not known.
         samples: That this rank has trained on since the last synchronisation; ``None``, on all ranks, where averages

@@ -156,6 +156,7 @@ class CyclicStrategy(RanksApartStrategy):
         self._run: CyclicRun | None = None
         self._resume: CyclicResume | None = None
         self._logs_checked = 0
+        self._warned_of_gradients = False
         self._unregistered: UnregisteredState | None = None
         self._first_steps = FirstSteps(WHERE)
 
@@ -199,8 +200,11 @@ class CyclicStrategy(RanksApartStrategy):
             self._run = self._resume = None
             self._ledger = CommLedger()
             self._logs_checked = 0
+            self._warned_of_gradients = False
             self._unregistered = None
             self._first_steps = FirstSteps(WHERE)
+        elif self._run is not None:
+            self._run.keep_random_state()  # an evaluation draws from the generators
 
     @property
     @override
@@ -237,6 +241,7 @@ class CyclicStrategy(RanksApartStrategy):
             Requests(store, self.global_rank, namespace),
             self.broadcast,
             self._timeout or timedelta(minutes=30),
+            self._epoch_ends(agreement, store, namespace, WHERE),
         )
         self._interruptions = Interruptions(
             trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False), WHERE
@@ -268,7 +273,8 @@ class CyclicStrategy(RanksApartStrategy):
         cyclic_checks.check_batches(trainer)
         run.check_start(float(trainer.num_training_batches))
         resume, self._resume = self._resume or CyclicResume(run_began_at=trainer.global_step), None
-        run.start(trainer.global_step, resume.stages, resume.previous_norm, resume.run_began_at)
+        steps_done = trainer.global_step if resume.steps_done is None else resume.steps_done
+        run.start(steps_done, resume.stages, resume.previous_norm, resume.run_began_at)
         self._unregistered = UnregisteredState(WHERE, trainer, run.module)
         if resume.ledger is not None:
             self._ledger.load_state_dict(resume.ledger)
@@ -285,6 +291,7 @@ class CyclicStrategy(RanksApartStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._interruptions is not None and self._run is not None and self._run.active:
             self._interruptions.begin_batch()
+            self._run.begin_batch(batch_idx + 1)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -315,14 +322,23 @@ class CyclicStrategy(RanksApartStrategy):
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        if self._run is not None:
-            self._run.step_is_due()
-            closure = cyclic_checks.once(closure, optimizer)
+        run = self._run
+        if run is None:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        at_once = lightning_internals.is_own_closure(closure)
+        if not at_once and run.active and not self._warned_of_gradients and self.lightning_module is not None:
+            self._warned_of_gradients = True
+            cyclic_checks.warn_of_own_gradients(self.lightning_module)
+        run.step_is_due(at_once=at_once)
         # the closure hands all gradients over, so that the optimizer itself finds nothing to step on
-        with self._first_steps.watch(optimizer):
-            output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self._run is not None:
-            self._run.count_step()
+        closure = cyclic_checks.once(run.complete(closure), optimizer)
+        try:
+            with self._first_steps.watch(optimizer):
+                output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        except BaseException:
+            run.step_failed()
+            raise
+        run.count_step()
         return output
 
     def end_batch(self) -> None:
@@ -334,12 +350,17 @@ class CyclicStrategy(RanksApartStrategy):
             self._logs_checked = logged
             checks.warn_of_per_step_sync(self._trainer, WHERE)
         self._run.end_batch()
+        if self._run.active and self._trainer.is_last_batch:
+            self._run.end_epoch()  # here, since it ends with a validation
         if self._unregistered is not None and self._unregistered.is_new:
             self._unregistered.look()
 
     def end_epoch(self) -> None:
         """Called by the companion at the end of a training epoch."""
+        assert self._run is not None
         assert self._trainer is not None
+        if self._run.active:
+            self._run.end_epoch()  # where the last batch was not known to be the last
         checks.check_plateau_monitors(self._trainer, WHERE)
 
     # ---- meeting -------------------------------------------------------------------------------------------------
@@ -366,40 +387,54 @@ class CyclicStrategy(RanksApartStrategy):
             self._run.finish()
 
     def _flush(self, run: CyclicRun) -> None:
-        if run.active and not run.flushed:
+        if run.active:
+            newest = run.flushed
             run.flush()
-            if self._unregistered is not None:
+            if self._unregistered is not None and not newest:
                 self._unregistered.look()
 
-    def _is_fitting(self) -> bool:
-        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        return fitting and self._run is not None and dist.is_initialized()
+    @override
+    def _compare_places(self) -> None:
+        if self._run is not None and self._trainer is not None and not self._trainer.interrupted:
+            self._run.compare_places()
+
+    def _can_meet(self) -> bool:
+        """Whether ranks can be brought together for a checkpoint: in the last ``fit`` of this model, or after it."""
+        run, trainer = self._run, self._trainer
+        return (
+            run is not None
+            and trainer is not None
+            and self._has_fitted(run)
+            and not (trainer.interrupted or run.failed)
+        )
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         # here, where all ranks come for a checkpoint
-        if self._is_fitting() and self._trainer is not None and self._run is not None and not self._trainer.interrupted:
+        if self._run is not None and self._can_meet():
             self._flush(self._run)
         return super().lightning_module_state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        run, trainer = self._run, self._trainer
-        if run is None or trainer is None or not self._is_fitting() or trainer.interrupted:
+        run = self._run
+        if run is None or not self._can_meet():
             return super().optimizer_state(optimizer)
         return cyclic_files.gathered_state(run, getattr(optimizer, "_optimizer", optimizer))
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         run, trainer = self._run, self._trainer
-        fitting = run is not None and trainer is not None and self._is_fitting() and not trainer.interrupted
-        if fitting and run is not None and "optimizer_states" in checkpoint:
+        meets = run is not None and self._can_meet()
+        if meets and run is not None and "optimizer_states" in checkpoint:
             cyclic_files.write(run, checkpoint)
-        elif trainer is not None and trainer.interrupted:
+        elif not meets and trainer is not None and (trainer.interrupted or (run is not None and run.failed)):
             filepath = sets.incomplete_path(self, WHERE, filepath)
-            if run is not None and run.stages:
+            if run is not None and self._has_fitted(run) and run.stages:
                 cyclic_files.mark_incomplete(checkpoint, filepath)
-        if not fitting or run is None:
+        elif run is not None and run.module is not self.lightning_module:
+            checks.leave_out_other_model(WHERE, checkpoint, filepath)
+        if not meets or run is None:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         save = Save(str(filepath))
@@ -407,6 +442,12 @@ class CyclicStrategy(RanksApartStrategy):
         write = partial(super().save_checkpoint, checkpoint, filepath, storage_options)
         with run.agreement.first_error_shown():
             sets.write_main(self, run.recorder, WHERE, save, write)
+
+    @override
+    def report_failure(self, exception: BaseException) -> None:
+        super().report_failure(exception)
+        if self._run is not None:
+            self._run.failed = True
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:

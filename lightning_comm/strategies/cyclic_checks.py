@@ -272,6 +272,58 @@ def once(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
     return evaluate
 
 
+def without_backward(step: int, batch: int) -> RuntimeError:
+    """Return the error of a step that finds no gradient: that of the step before has been handed over."""
+    return RuntimeError(
+        f"{WHERE}: the optimizer's `step` was called in batch {batch} of this `fit`, for optimizer step {step}, with "
+        "no backward since the step before, whose gradients are handed over and not kept. Compute gradients once for "
+        "each step: `optimizer.step(closure=optimizer_closure)`, or `optimizer_closure()` and then `optimizer.step()`."
+    )
+
+
+def torn_step(step: int) -> RuntimeError:
+    """Return the error of a step of which one part of the gradients was handed over, and the other never will be."""
+    return RuntimeError(
+        f"{WHERE}: optimizer step {step} ended in an error that `optimizer_step` has caught, when a part of its "
+        "gradients had been sent already, so the step can neither be left out nor repeated. Call `optimizer_closure()` "
+        "first, inside of the `try`, and `optimizer.step()` behind it: then nothing is sent before the closure is done."
+    )
+
+
+def stepped_past(optimizer: Optimizer, step: int, batch: int) -> RuntimeError:
+    """Return the error of an optimizer that is stepped without the strategy."""
+    return RuntimeError(
+        f"{WHERE}: the optimizer {type(optimizer).__name__} was stepped by itself in batch {batch} of this `fit`, at "
+        f"optimizer step {step} (`optimizer.optimizer.step()`, or one of `self.optimizers(use_pl_optimizer=False)`), "
+        "so this rank alone would change its copy of the parameters. Call `step` of the optimizer that "
+        "`optimizer_step` is given, or that `self.optimizers()` returns."
+    )
+
+
+def different_batches(step: int, own: int, others: float, world_size: int) -> RuntimeError:
+    """Return the error of ranks of which one has left out a step that others took."""
+    what = (
+        f"{others:.0f} on the other rank" if world_size == 2 else f"{others / (world_size - 1):g} in the others' mean"
+    )
+    return RuntimeError(
+        f"{WHERE}: ranks do not take optimizer step {step} in the same batch of this `fit`: batch {own} on this rank, "
+        f"{what}. A rank has left out a step that others took, or has ended an epoch before them. Step on all ranks "
+        "alike: where `optimizer_step` skips a step, decide it with "
+        "`self.trainer.strategy.reduce_boolean_decision(skip, all=False)`; and give all the same number of batches "
+        "(`limit_train_batches`)."
+    )
+
+
+def warn_of_own_gradients(module: LightningModule) -> None:
+    """Say what the gradients are that the module's own `optimizer_step` finds."""
+    rank_zero_warn(
+        f"{WHERE}: `{type(module).__name__}.optimizer_step` computes gradients before it calls the optimizer's `step`, "
+        "or in a closure of its own. They are those of this rank, not the mean over the ranks, which does not exist in "
+        "one place: what is done to them there (clipping, noise, checks) is done on each rank by itself, before the "
+        "mean. Skip a step on all ranks alike, and use `clip_norm` to clip."
+    )
+
+
 def sparse_gradient(names: Sequence[str]) -> RuntimeError:
     """Return the error of gradients that cannot be added up along the ring."""
     return RuntimeError(

@@ -36,6 +36,8 @@ class CyclicResume:
         random: This rank's random state, or ``None``.
         epoch_is_over: Whether it was saved at the end of an epoch.
         run_began_at: The optimizer step at which the run that wrote it began, for steps that count from there.
+        steps_done: The optimizer steps that it had done, which the Trainer does not know where a module leaves some
+            out; ``None`` where the file does not say.
 
     """
 
@@ -45,6 +47,7 @@ class CyclicResume:
     random: dict[str, Any] | None = None
     epoch_is_over: bool = False
     run_began_at: int = 0
+    steps_done: int | None = None
 
 
 def gathered_state(run: CyclicRun, optimizer: Optimizer) -> dict[str, Any]:
@@ -71,7 +74,7 @@ def gathered_state(run: CyclicRun, optimizer: Optimizer) -> dict[str, Any]:
 def write(run: CyclicRun, checkpoint: dict[str, Any]) -> None:
     """Put what an exact continuation needs into a checkpoint; every rank calls this."""
     own = {
-        "random": random_state(),
+        "random": run.random_state or random_state(),
         "epoch_is_over": run.trainer.is_last_batch,
         "ledger": run.recorder.ledger.state_dict(),
         "checkpoint": {key: checkpoint[key] for key in _RANK_KEYS if key in checkpoint},
@@ -84,6 +87,7 @@ def write(run: CyclicRun, checkpoint: dict[str, Any]) -> None:
         "world_size": run.recorder.world_size,
         "stages": [[list(stage.modules), list(stage.parameters)] for stage in run.stages],
         "previous_norm": run.previous_norm(),
+        "steps_done": run.steps_done,
         "run_began_at": run.run_began_at,
         "ranks": ranks,
     }
@@ -112,19 +116,22 @@ def load(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: in
         )
         return CyclicResume()
     if not saved:
-        reason = "another strategy wrote it"
+        reason = "another strategy wrote it, or a Trainer that had not trained this model"
     elif saved["version"] != VERSION:
         reason = f"its format is {saved['version']!r}, and this version reads {VERSION}"
     elif saved["world_size"] != world_size:
         reason = f"it was written by {saved['world_size']} ranks, and there are {world_size} now"
     if reason is not None:
+        optimizer = "its optimizer state" if checkpoint.get("optimizer_states") else "no optimizer state, having none,"
         rank_zero_warn(
-            f"{WHERE}: `ckpt_path`={str(filepath)!r} is taken up with its weights, its optimizer state and its place "
+            f"{WHERE}: `ckpt_path`={str(filepath)!r} is taken up with its weights, {optimizer} and its place "
             f"in the schedule, but the run will not repeat the one that wrote it bit for bit: {reason}. The model "
             "is cut into stages anew."
         )
         norm = saved["previous_norm"] if saved.get("version") == VERSION else None
-        return CyclicResume(previous_norm=norm, run_began_at=saved.get("run_began_at", 0))
+        return CyclicResume(
+            previous_norm=norm, run_began_at=saved.get("run_began_at", 0), steps_done=saved.get("steps_done")
+        )
     own = saved["ranks"][rank]
     checkpoint.update(own["checkpoint"])
     close_finished_epoch(checkpoint["loops"])
@@ -135,4 +142,5 @@ def load(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: in
         own["random"],
         own["epoch_is_over"],
         saved.get("run_began_at", 0),  # not in older files, whose runs began at 0
+        saved.get("steps_done"),  # nor this
     )

@@ -32,6 +32,7 @@ from lightning_comm.strategies import control, cyclic_checks
 from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
 from lightning_comm.strategies.cyclic_cut import agreed_stages
+from lightning_comm.strategies.run_length import may_differ
 from lightning_comm.transport.agreement import Agreement, Decision, Kind
 from lightning_comm.transport.content import Contents
 from lightning_comm.transport.cyclic import CyclicRing
@@ -39,10 +40,12 @@ from lightning_comm.transport.cyclic_buffers import average_buffers
 from lightning_comm.transport.cyclic_guard import OptimizerGuard
 from lightning_comm.transport.cyclic_messages import StageLayout
 from lightning_comm.transport.cyclic_optimizer import SQUARED_NORM, StageOptimizer
-from lightning_comm.transport.cyclic_requests import Requests, check_finite
+from lightning_comm.transport.cyclic_requests import BATCH, Requests, check_finite
 from lightning_comm.transport.cyclic_stages import START, ForwardTrace, Stage, not_compiled
 from lightning_comm.transport.cyclic_stagger import Stagger
 from lightning_comm.transport.cyclic_untrained import UntrainedParameters
+from lightning_comm.transport.epoch_ends import EpochEnds
+from lightning_comm.transport.random_state import random_state
 from lightning_comm.transport.recording import Pending, Recorder, another_group, hang_up
 
 _NOTED = 0  # the stage whose notes all ranks read
@@ -62,6 +65,7 @@ class CyclicRun:
         requests: What ranks ask for.
         broadcast: Gives all ranks an object of rank 0's.
         timeout: How long messages wait for other ranks.
+        ends: Compares where ranks end their epochs.
 
     """
 
@@ -76,10 +80,12 @@ class CyclicRun:
         requests: Requests,
         broadcast: Callable[[Any], Any],
         timeout: timedelta,
+        ends: EpochEnds,
     ) -> None:
         self.trainer = trainer
         self.settings = settings
         self.agreement = agreement
+        self.ends = ends
         self.recorder = Recorder(ledger)
         self.steps_done = 0
         self.flushed_at = 0  # steps done when all ranks last took up the newest version of everything
@@ -89,6 +95,8 @@ class CyclicRun:
         self.active = False  # not in a trial run, such as that of a learning-rate finder
         self.on_decision: Callable[[Decision], None] = lambda decision: None
         self.module = module
+        self.failed = False  # whether a rank has failed, so that ranks cannot be brought together any more
+        self.random_state: dict[str, Any] | None = None  # as training left it, once something else has begun
         self._user_optimizer = optimizer
         self._requests = requests
         self._broadcast = broadcast
@@ -113,7 +121,15 @@ class CyclicRun:
         self._untrained: UntrainedParameters | None = None
         self._began_at = self.run_began_at = 0
         self._saved_norm: float | None = None
-        self._open = self._stepping = self._counted = False
+        self._open = False  # whether there was a forward since the last step
+        self._due = False  # whether the optimizer's step is being taken
+        self._stepping = False  # whether this backward hands gradients over as they come
+        self._asked = False  # whether the ring knows that there will be this step
+        self._torn = False  # whether a step ended in an error when some of its gradients had been sent
+        self._counted = False  # whether there was a step since the last batch ended
+        self._batch = 0  # of this fit
+        self._decided: list[Decision] = []
+        self._batch_of: dict[int, int] = {}  # by step
         self._entered: set[int] = set()
         self._ready: list[int] = []
         self._handed: set[int] = set()
@@ -139,6 +155,8 @@ class CyclicRun:
         self.run_began_at = run_began_at
         self.recorder.step = steps_done
         self._untrained = UntrainedParameters(self.module, _trained(self._user_optimizer))
+        if hasattr(self._user_optimizer, "register_step_pre_hook"):
+            self._handles.append(self._user_optimizer.register_step_pre_hook(self._on_optimizer))
         if stages:
             self._build(stages)
         else:
@@ -146,10 +164,11 @@ class CyclicRun:
 
     def check_start(self, batches: float) -> None:
         """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
-        row = ControlRow(batches=batches if math.isfinite(batches) else -1)
+        row = ControlRow(batches=batches if math.isfinite(batches) else -1, urgent=may_differ(self.trainer))
         with self.agreement.first_error_shown():
             rows = control.exchange(row, self.recorder, self.module.device, Pending.wait)
             control.check_same_batches(rows, WHERE)
+        self.ends.needed = any(row.urgent for row in rows)
 
     def _build(self, stages: Sequence[Stage]) -> None:
         settings, rank = self.settings, self.recorder.rank
@@ -197,24 +216,46 @@ class CyclicRun:
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
+    def begin_batch(self, number: int) -> None:
+        """Count a batch of the fit, and say which one of its epoch; called before every one."""
+        self._batch += 1
+        self.ends.begin_batch(self.trainer.current_epoch, number)
+
+    def end_epoch(self) -> None:
+        """Wait until all ranks have ended the epoch alike, where that is not sure before."""
+        self.ends.end_epoch(self.trainer.current_epoch, self.steps_done)
+        self.ends.wait(self._hear)
+
+    def compare_places(self) -> None:
+        """Compare where ranks are, before they meet in messages that do not tell; only where they may come apart."""
+        if self.active:
+            self.ends.meet(self.steps_done, self._hear)
+
+    def _hear(self) -> bool:
+        self.agreement.listen()
+        return False
+
     def begin_forward(self) -> None:
         """Open the step, if this is its first batch; called before every training step of the module's."""
         if not self.active:
             return
+        self._refuse_torn()
         first, self._open = not self._open, True
-        if self._uncut:
+        if self._uncut or self._trace is not None:
+            if self._trace is not None:
+                self._trace.units()  # of a forward without a backward, whose error the module may have caught
             # only from here: callbacks may call modules before, in another order
             self._trace, self._uncut = ForwardTrace(self.module, _trained(self._user_optimizer)), False
-        if self._trace is not None:
             return
         assert self._ring is not None
         if self._stagger is not None:
+            self._end_turn()
             with self.agreement.first_error_shown():
                 self._stagger.begin_batch()
         if first:
             self._entered.clear()
-            with self.agreement.first_error_shown():
-                self._ring.begin_step(self.steps_done)
+        if self._stepping:
+            self._ask()
         if START in self.stages[0].modules:
             self._enter(0)
 
@@ -222,6 +263,8 @@ class CyclicRun:
         """Note whether the loss is finite; in the first step, cut the model into stages."""
         if not self.active:
             return
+        if self._non_finite is not None and all(each.grad is None for each in _trained(self._user_optimizer)):
+            self._non_finite = None  # what was computed before has been cleared, and reaches no parameter
         bad = (~torch.isfinite(loss.detach()).all()).to(torch.float64)
         self._non_finite = bad if self._non_finite is None else torch.maximum(self._non_finite, bad)
         if self._trace is not None:
@@ -229,20 +272,71 @@ class CyclicRun:
             rank, workers = self.recorder.rank, self.recorder.world_size
             self._build(agreed_stages(trace.units(), self.settings, rank, workers, self._broadcast))
             self._say_stages()
-            assert self._ring is not None
             self._entered = set(range(len(self.stages)))
-            if self._stepping:
+            if self._due:
                 self._note_settings()
-            self._ring.begin_step(self.steps_done)
         if self._stagger is not None:
             self._stagger.reach(len(self.stages))
 
-    def step_is_due(self) -> None:
-        """Note that this batch ends in an optimizer step, and the settings that count for it."""
+    def step_is_due(self, *, at_once: bool) -> None:
+        """Note that this batch ends in an optimizer step, and the settings that count for it.
+
+        Args:
+            at_once: Whether gradients are handed over as backward brings them. Otherwise they are when the closure is
+                done, as where the module's own `optimizer_step` has called it before, or changes gradients in it.
+
+        """
         if self.active:
-            self._stepping = True
+            self._refuse_torn()
+            self._due, self._stepping = True, at_once
             self._check_optimizer()
             self._note_settings()
+
+    def complete(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return the closure; when it is done, what no hook has is handed over."""
+
+        def evaluate() -> Any:
+            output = closure()
+            if self.active and self._due:
+                self._hand_over_rest()
+            return output
+
+        return evaluate
+
+    def _hand_over_rest(self) -> None:
+        cleared = not self._handed and all(each.grad is None for each in _trained(self._user_optimizer))
+        if self._open and cleared:
+            self._due = False  # by a hook, or by Lightning before a validation: such a step changes nothing anywhere
+        elif self._open and self._ring is not None:
+            for stage in reversed(range(len(self.stages))):
+                if stage not in self._handed:
+                    self._hand_over(stage)
+        elif self._open or self.steps_done > self._began_at:
+            raise cyclic_checks.without_backward(self.steps_done, self._batch)
+        else:
+            self._due = False  # a step before the first backward of all changes nothing and does not count
+
+    def step_failed(self) -> None:
+        """Note that the step ended in an error, which the module's own `optimizer_step` may catch."""
+        self._due = self._stepping = False
+        self._torn = bool(self._handed)
+
+    def _refuse_torn(self) -> None:
+        if self._torn:
+            raise cyclic_checks.torn_step(self.steps_done)
+
+    def _on_optimizer(self, optimizer: Optimizer, *_: Any) -> None:
+        # stages have copies of it, which call this as well
+        if self.active and optimizer is self._user_optimizer and not self._due:
+            raise cyclic_checks.stepped_past(optimizer, self.steps_done, self._batch)
+
+    def _ask(self) -> None:
+        """Let the ring ask for the messages of this step, once it is sure to be taken."""
+        assert self._ring is not None
+        if not self._asked:
+            self._asked = True
+            with self.agreement.first_error_shown():
+                self._ring.begin_step(self.steps_done)
 
     def _check_optimizer(self) -> None:
         if self._guard is None:
@@ -259,8 +353,7 @@ class CyclicRun:
 
     def end_backward(self) -> None:
         """Hand over what no hook has, and refuse parameters that had no part in the step."""
-        if self._stagger is not None:
-            self._stagger.reach(2 * len(self.stages))
+        self._end_turn()
         if not self.active or not self._stepping:
             return
         for stage in reversed(range(len(self.stages))):
@@ -269,13 +362,15 @@ class CyclicRun:
 
     def count_step(self) -> None:
         """Close the step; called after what Lightning takes for the optimizer's step."""
-        if not self.active:
+        if not self.active or not self._due:
             return
+        if self._counted:
+            self._read_notes()  # of an earlier step in this batch
         self.steps_done += 1
         self.recorder.step = self.steps_done
         if self._guard is not None:
             self._guard.note()
-        self._open = self._stepping = False
+        self._open = self._due = self._stepping = self._asked = False
         self._counted = True
         self._handed.clear()
         self._ready = [0] * len(self.stages)
@@ -283,20 +378,33 @@ class CyclicRun:
 
     def end_batch(self) -> None:
         """Do what ranks agreed on, if a step is over; called after every batch, before other callbacks."""
+        self._end_turn()
         if not self._counted:
             return
         self._counted = False
         self._check_contents()
         for lane in self._lanes:
             lane.write_held()
+        self._read_notes()
+        decided, self._decided = self._decided, []
+        for decision in decided:
+            if decision.kind in ("terminate", "requeue"):
+                self._meet()  # whoever ends at once takes along the store, in which others still read the reason
+            self.on_decision(decision)
+
+    def _end_turn(self) -> None:
+        """Let the next rank begin a batch, also where this one's ended in an error that the module has caught."""
+        if self._stagger is not None:
+            self._stagger.reach(2 * len(self.stages))
+
+    def _read_notes(self) -> None:
+        """Read what ranks have noted two steps ago, once after each step."""
         version = self.steps_done - 2  # the newest that every rank has, whatever it computes with
         if version > self._began_at:
             notes = self._notes_of(version)
             self._check_finite(version, notes)
-            for decision in self._requests.decided(version - 1, notes, self.steps_done):
-                if decision.kind in ("terminate", "requeue"):
-                    self._meet()  # whoever ends at once takes along the store, in which others still read the reason
-                self.on_decision(decision)
+            self._check_batch(version - 1, notes)
+            self._decided += self._requests.decided(version - 1, notes, self.steps_done)
 
     def _on_forward(self, stage: int, *_: Any) -> None:
         if self._open and self._ring is not None:
@@ -359,7 +467,11 @@ class CyclicRun:
         for parameter in parameters:
             parameter.grad = None
         self._handed.add(stage)
-        notes = self._requests.notes(self.steps_done, self._non_finite, self.module.device, asking=stage == _NOTED)
+        notes = self._requests.notes(
+            self.steps_done, self._non_finite, self.module.device, asking=stage == _NOTED, batch=self._batch
+        )
+        self._batch_of[self.steps_done] = self._batch
+        self._ask()
         with self.agreement.first_error_shown():
             self._ring.hand_over(stage, gradients, notes)
 
@@ -372,6 +484,8 @@ class CyclicRun:
 
     def flush(self) -> None:
         """Take up the newest version of everything, and average what no stage has; on all ranks after the same step."""
+        self._refuse_torn()
+        self.compare_places()
         if self._ring is None or self.flushed:
             return
         for stage in range(len(self.stages)):
@@ -428,6 +542,10 @@ class CyclicRun:
         """Ask for something that all ranks are to do at the same step."""
         self._requests.ask(kind, reason)
 
+    def keep_random_state(self) -> None:
+        """Note the generators as training has left them, for a checkpoint that is saved after an evaluation."""
+        self.random_state = self.random_state or random_state()
+
     def previous_norm(self) -> float | None:
         """Return the gradient norm of the last step, after a flush; ``None`` where it is not known."""
         return self._previous_norm(self.steps_done)
@@ -450,6 +568,13 @@ class CyclicRun:
         except RuntimeError:
             self._meet()  # whoever left at once would take along what others wait for
             raise
+
+    def _check_batch(self, step: int, notes: list[float]) -> None:
+        """Refuse ranks that take a step in different batches, since one of them has left a step out."""
+        own = self._batch_of.pop(step)
+        others = notes[BATCH] - own
+        if others != own * (self.recorder.world_size - 1):
+            raise self.ends.told(cyclic_checks.different_batches(step, own, others, self.recorder.world_size))
 
     def _meet(self) -> None:
         """Wait for all ranks, where the same notes have brought them to the same place."""

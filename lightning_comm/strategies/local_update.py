@@ -6,7 +6,7 @@ rest are hooks of a few lines each.
 
 import itertools
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -98,11 +98,16 @@ class LocalUpdateStrategy(RanksApartStrategy):
 
         *Weights.* All ranks count equally, unless a callback asks with :meth:`weigh_by_samples` that each counts for
         its share of the samples that all trained on since the last synchronisation. Then rows have 9 numbers, and
-        before the average for a checkpoint, or at an end of unknown length, there is one more row.
+        before the average for a checkpoint, or at an end of unknown length, there is one more row. Where the length of
+        an epoch is not sure, or the module steps by itself, ranks tell each other through the store of the process
+        group which batch they begin and where an epoch ends; that is no collective and not in the ledger.
 
         *Memory.* Three buckets of scratch, which are kept. A second copy of the averaged tensors exists only while
         averaged weights are evaluated or saved in the middle of a round; where a ``CheckpointIO`` that is not
         Lightning's own writes the file, rank 0 has a third copy of those that are saved, until it is written.
+
+        *Resuming* is exact, on CPU bit for bit; in a gradient phase on 2 ranks. On 3 and more the first step after a
+        resume there may differ by rounding, since DDP fills its first buckets in another order than later ones.
 
         *What is set meanwhile stays.* Parameters and buffers that the module, a callback or an optimizer sets while
         averaged weights are in place, as a threshold or restored weights at the end of a validation, keep their new
@@ -243,6 +248,8 @@ class LocalUpdateStrategy(RanksApartStrategy):
             self._unregistered = None
             self._first_steps = FirstSteps("LocalUpdateStrategy")
             self._group_numbers = GroupNumbers("LocalUpdateStrategy")
+        elif self._run is not None:
+            self._run.keep_random_state()  # an evaluation draws from the generators
 
     @property
     @override
@@ -266,13 +273,22 @@ class LocalUpdateStrategy(RanksApartStrategy):
         store = default_store() if self._peers is None else self._peers.store
         namespace = f"lightning_comm/{next(_fits)}"
         agreement = Agreement(store, self.global_rank, self.world_size, namespace, peers=self._peers)
+        ends = self._epoch_ends(agreement, store, namespace, "LocalUpdateStrategy")
         recorder, background = Recorder(self._ledger), None
         if self.settings.averaging.overlap_steps:
             with self._first_error_shown("the set-up of a process group"):
                 self._group = another_group(self._timeout)
             background = Recorder(self._ledger, self._group, beside_compute=True, hold=True)
         self._run = LocalUpdateRun(
-            trainer, module, lambda: self.optimizers, self.settings, recorder, agreement, self._unwrap_ddp, background
+            trainer,
+            module,
+            lambda: self.optimizers,
+            self.settings,
+            recorder,
+            agreement,
+            ends,
+            self._unwrap_ddp,
+            background,
         )
         self._run.samples = self._samples
         self._interruptions = Interruptions(
@@ -337,6 +353,20 @@ class LocalUpdateStrategy(RanksApartStrategy):
                 lightning_internals.begin_loaders_again(trainer)
 
     @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._failures_shown():  # in the gradient phase the forward takes buffers from rank 0
+            return super().training_step(*args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with self._failures_shown():  # in the gradient phase it waits for other ranks
+            return super().backward(closure_loss, *args, **kwargs)
+
+    def _failures_shown(self) -> AbstractContextManager[None]:
+        run = self._run
+        return run.agreement.first_error_shown() if run is not None and run.in_gradient_phase else nullcontext()
+
+    @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         run = self._run
         if run is None:
@@ -345,13 +375,7 @@ class LocalUpdateStrategy(RanksApartStrategy):
             closure = run.pruned.masking(closure)
         if run.settings.optimizer_state == "average":
             closure = self._group_numbers.noting(optimizer, closure)
-        # in the gradient phase the backward in the closure waits for other ranks
-        with (
-            run.agreement.first_error_shown("a step under DDP", waits=False)
-            if run.in_gradient_phase
-            else nullcontext(),
-            self._first_steps.watch(optimizer),
-        ):
+        with self._first_steps.watch(optimizer):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self._group_numbers.look(optimizer)
         run.keep_pruned_at_zero()
@@ -363,7 +387,7 @@ class LocalUpdateStrategy(RanksApartStrategy):
         # behind all callbacks and the module, so that a learning rate set there counts for the round that begins
         if self._run is not None and self._interruptions is not None and self._run.active:
             self._interruptions.begin_batch()
-            self._run.begin_batch()
+            self._run.begin_batch(batch_idx + 1)
 
     def end_batch(self) -> None:
         """Called by the companion after every training batch and its schedulers, before any other callback."""
@@ -375,6 +399,8 @@ class LocalUpdateStrategy(RanksApartStrategy):
             checks.warn_of_per_step_sync(self._trainer, "LocalUpdateStrategy")
         rounds = self._run.rounds_done
         self._run.end_batch()
+        if self._run.active and self._trainer.is_last_batch:
+            self._run.end_epoch()  # here, since it ends with a validation
         if self._unregistered is not None and (self._run.rounds_done > rounds or self._unregistered.is_new):
             self._unregistered.look()
 
@@ -382,6 +408,8 @@ class LocalUpdateStrategy(RanksApartStrategy):
         """Called by the companion at the end of a training epoch."""
         assert self._run is not None
         assert self._trainer is not None
+        if self._run.active:
+            self._run.end_epoch()  # where the last batch was not known to be the last
         checks.check_plateau_monitors(self._trainer, "LocalUpdateStrategy")
         checks.warn_of_uncounted_steps(self._run.clock.steps_done)
         if self._trainer.num_training_batches == float("inf"):
@@ -400,6 +428,7 @@ class LocalUpdateStrategy(RanksApartStrategy):
         if self._interruptions is not None:
             self._interruptions.remember_random_state()
             self._interruptions.met |= run.apart and run.settings.evaluate_weights == "average"
+        run.compare_places()
         if run.settings.evaluate_weights == "average":
             run.enter_average("evaluation")
 
@@ -420,23 +449,31 @@ class LocalUpdateStrategy(RanksApartStrategy):
         # here, where all ranks come for a checkpoint; the average stays in place until the file is written, so that
         # whatever the module and the hooks of a save make of the weights is made of averaged ones
         run, trainer = self._run, self._trainer
-        if run is not None and trainer is not None and self._is_fitting() and not trainer.interrupted:
+        if run is not None and trainer is not None and self._is_fitting() and not (trainer.interrupted or run.failed):
             run.enter_checkpoint()
         return super().lightning_module_state_dict()
 
+    @override
+    def _compare_places(self) -> None:
+        if self._run is not None:
+            self._run.compare_places()
+
     def _is_fitting(self) -> bool:
         """Whether ranks run under the strategy's rounds, or did in the last ``fit``; not in a tuner's trial run."""
-        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        return fitting and self._run is not None and self._run.active and dist.is_initialized()
+        run = self._run
+        return self._has_fitted(run) and run is not None and run.active
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         run, trainer = self._run, self._trainer
-        if trainer is not None and trainer.interrupted:  # a rank has failed, and no collective would end
+        failed = trainer is not None and (trainer.interrupted or (run is not None and run.failed))
+        if failed:  # and no collective would end
             filepath = sets.incomplete_path(self, rank_files.WHERE, filepath)
             if run is not None and self._is_fitting():
-                rank_files.mark_incomplete(run, checkpoint)
-        if run is None or trainer is None or trainer.interrupted or not self._is_fitting():
+                rank_files.mark_incomplete(run, checkpoint, filepath)
+        if run is None or trainer is None or failed or not self._is_fitting():
+            if run is not None and run.module is not self.lightning_module:
+                checks.leave_out_other_model("LocalUpdateStrategy", checkpoint, filepath)
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         try:
@@ -454,6 +491,8 @@ class LocalUpdateStrategy(RanksApartStrategy):
         if self._run is not None:
             self._run.replica.leave_average()
         super().report_failure(exception)
+        if self._run is not None:
+            self._run.failed = True
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim import Optimizer
@@ -34,14 +35,17 @@ from lightning_comm.strategies.background import BackgroundAverage
 from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.loss_scale import loss_scale, take_smallest_scale
 from lightning_comm.strategies.round_log import RoundLog
+from lightning_comm.strategies.run_length import may_differ
 from lightning_comm.strategies.sample_weights import SampleWeights
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.strategies.sparse_mask import PrunedWeights
 from lightning_comm.transport.agreement import Agreement, Decision, Kind, PeerFailure, Position
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
+from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.flat import Drift
 from lightning_comm.transport.optimizer_state import optimizer_tensors, saved_tensors
+from lightning_comm.transport.random_state import random_state
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.replica import Replica
 
@@ -56,12 +60,13 @@ class LocalUpdateRun:
         settings: What the user chose.
         recorder: Sends and records.
         agreement: How single ranks ask for a stop.
+        ends: Compares where ranks end their epochs.
         leave_gradient_phase: Takes the DDP wrapper off the model.
         background: Sends and records what travels while training goes on.
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (each is made by the strategy)
         self,
         trainer: Trainer,
         module: LightningModule,
@@ -69,6 +74,7 @@ class LocalUpdateRun:
         settings: Settings,
         recorder: Recorder,
         agreement: Agreement,
+        ends: EpochEnds,
         leave_gradient_phase: Callable[[], None],
         background: Recorder | None = None,
     ) -> None:
@@ -76,6 +82,7 @@ class LocalUpdateRun:
         self.settings = settings
         self.recorder = recorder
         self.agreement = agreement
+        self.ends = ends
         self.clock = RoundClock(settings.period, None, settings.warmup_steps)
         self.log = RoundLog(trainer, recorder.ledger)
         self.replica = Replica(
@@ -96,7 +103,9 @@ class LocalUpdateRun:
         self.apart = False  # whether ranks may differ: not from an average in full until the next batch
         self.standing = False  # whether ranks stopped at different steps
         self.on_decision: Callable[[Decision], None] = lambda decision: None
-        self._module = module
+        self.module = module
+        self.failed = False  # whether a rank has failed, so that ranks cannot be brought together any more
+        self.random_state: dict[str, Any] | None = None  # as training left it, once something else has begun
         self.optimizers = optimizers
         self._leave_gradient_phase = leave_gradient_phase
         self.active = False  # not in a trial run, such as that of a learning-rate finder
@@ -122,8 +131,9 @@ class LocalUpdateRun:
         """Whether DDP still averages gradients at every step."""
         return self.clock.steps_done < self.gradient_steps
 
-    def begin_batch(self) -> None:
-        """Open a round if none is open; called before every batch."""
+    def begin_batch(self, number: int) -> None:
+        """Open a round if none is open; called before every batch, with its number in the epoch."""
+        self.ends.begin_batch(self.trainer.current_epoch, number)
         self.leave_checkpoint()  # still there where a user's hook made a checkpoint's content and saved none
         if self.in_gradient_phase:
             return
@@ -143,6 +153,8 @@ class LocalUpdateRun:
         ticks, self._ticks = self._ticks, 0
         self.log.end_batch()
         self.samples.end_batch(in_round=not self.in_gradient_phase)
+        if self.trainer.is_last_batch:
+            self._note_end(ticks)  # before messages of this step, which a rank without it will not answer
         if ticks == 0:
             return
         self._measure_step(ticks)
@@ -152,6 +164,7 @@ class LocalUpdateRun:
         if was_in_gradient_phase:
             self._note_gradients(ticks)
             if not self.in_gradient_phase:
+                self.compare_places()  # a rank that is behind would still average gradients
                 self._leave_gradient_phase()
         elif over:
             self.synchronise()
@@ -163,15 +176,53 @@ class LocalUpdateRun:
             self._carry_out(decision)
         self._step_began_s = time.monotonic()
 
+    def end_epoch(self) -> None:
+        """Wait until all ranks have ended the epoch alike, where that is not sure before; may be called twice."""
+        if not self.ends.needed:
+            return
+        self._note_end(self._ticks)
+        with self.agreement.first_error_shown():
+            self.ends.wait(self._answer)
+        self.agreement.move_on()
+        decision = self.agreement.decision
+        if decision is not None and (decision.at_step is None or self.clock.steps_done >= decision.at_step):
+            self._carry_out(decision)
+
+    def compare_places(self) -> None:
+        """Compare where ranks are, before they meet in messages that do not tell; only where they may come apart."""
+        trains = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.interrupted
+        if self.active and trains and not self.standing:
+            with self.agreement.first_error_shown():
+                self.ends.meet(self.clock.steps_done, self._hear)
+
+    def _hear(self) -> bool:
+        self.agreement.listen()
+        return False
+
+    def _note_end(self, ticks: int) -> None:
+        if not self.standing:  # ranks that stop where they stand have agreed to
+            self.ends.end_epoch(self.trainer.current_epoch, self.clock.steps_done + ticks)
+
+    def _answer(self) -> bool:
+        """Answer requests while this rank waits, and hear of failures; return whether ranks stop where they stand."""
+        decision = self.agreement.poll_while_blocked(self._position())
+        return decision is not None and decision.at_step is None
+
     # ---- synchronising -------------------------------------------------------------------------------------------
 
     def check_start(self, batches: float) -> None:
         """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
-        row = ControlRow(batches=batches if math.isfinite(batches) else -1, steps_done=self.trainer.global_step)
+        row = ControlRow(
+            batches=batches if math.isfinite(batches) else -1,
+            steps_done=self.trainer.global_step,
+            urgent=may_differ(self.trainer),
+        )
         with self.agreement.first_error_shown():
             rows = control.exchange(row, self.recorder, self._control_device, Pending.wait)
             control.check_same_batches(rows, "LocalUpdateStrategy")
-        self.began_at = self.clock.steps_done = int(rows[0].steps_done)  # with several optimizers ranks may differ
+        self.ends.needed = any(row.urgent for row in rows)
+        if not self.active:  # in the middle of a run, data has been loaded again
+            self.began_at = self.clock.steps_done = int(rows[0].steps_done)  # with several optimizers ranks may differ
 
     def set_period(self, rule: PeriodRule, total_steps: int | None) -> None:
         """Begin to count, with a rule whose coefficient is known and the length of the run, if that is."""
@@ -408,8 +459,8 @@ class LocalUpdateRun:
 
     def _note_gradients(self, ticks: int) -> None:
         """Record what DDP sends in the gradient phase: the gradients and, before each forward, the buffers."""
-        gradients = sum(p.numel() * p.element_size() for p in self._module.parameters() if p.requires_grad)
-        buffers = sum(b.numel() * b.element_size() for b in self._module.buffers())
+        gradients = sum(p.numel() * p.element_size() for p in self.module.parameters() if p.requires_grad)
+        buffers = sum(b.numel() * b.element_size() for b in self.module.buffers())
         for _ in range(ticks):
             self.recorder.note("all_reduce", "gradients", gradients)
             if buffers:
@@ -419,6 +470,7 @@ class LocalUpdateRun:
 
     def enter_checkpoint(self) -> None:
         """Put averaged weights in place for a checkpoint, unless they are there anyway."""
+        self.compare_places()
         if not self.apart or self.replica.average_is_for is not None:
             return
         with self.agreement.first_error_shown():
@@ -437,6 +489,10 @@ class LocalUpdateRun:
         copies = apply_to_collection(states, Tensor, lambda tensor: tensor.detach().clone())
         alike = self.replica.average_copies(saved_tensors(copies))
         return copies if alike else states
+
+    def keep_random_state(self) -> None:
+        """Note the generators as training has left them, for a checkpoint that is saved after an evaluation."""
+        self.random_state = self.random_state or random_state()
 
     def leave_checkpoint(self) -> None:
         """Put each rank's own weights back, if an average is in place for a checkpoint."""

@@ -85,7 +85,7 @@ def own_state(run: LocalUpdateRun, lightning_state: dict[str, Any]) -> dict[str,
         "compression": run.replica.compression_state(),
         "samples": run.samples.state_dict(),
         "run": state_of(run),
-        "random": random_state(),
+        "random": run.random_state or random_state(),
         "checkpoint": lightning_state,
     }
 
@@ -109,10 +109,16 @@ def write(strategy: ParallelStrategy, run: LocalUpdateRun, checkpoint: dict[str,
     return save
 
 
-def mark_incomplete(run: LocalUpdateRun, checkpoint: dict[str, Any]) -> None:
-    """Say in a checkpoint that it was written when ranks could not meet any more."""
+def mark_incomplete(run: LocalUpdateRun, checkpoint: dict[str, Any], filepath: _PATH) -> None:
+    """Say in a checkpoint, and to people, that it was written when ranks could not meet any more."""
     checkpoint[KEY] = shared_state(run, "", complete=False, averaged=not run.apart)
-    Save("").write(checkpoint, incomplete=True)
+    Save(str(filepath)).write(checkpoint, incomplete=True)
+    weights = "those of rank 0 alone, in the middle of a round" if run.apart else "averaged, as ranks last met"
+    rank_zero_warn(
+        f"{WHERE}: {str(filepath)!r} is written after an error, when ranks cannot meet any more: its weights are "
+        f"{weights}, and there is nothing in it of what each rank keeps. Go on from an earlier checkpoint if there is "
+        "one."
+    )
 
 
 def kept_from_change(checkpoint: dict[str, Any], replica: Replica, io: CheckpointIO) -> dict[str, Any]:
@@ -148,7 +154,7 @@ def kept_from_change(checkpoint: dict[str, Any], replica: Replica, io: Checkpoin
 def unusable(shared: dict[str, Any] | None, world_size: int) -> str | None:
     """Return why rank files need not be looked for, or ``None`` if they should be there."""
     if shared is None:
-        return "another strategy wrote it"
+        return "another strategy wrote it, or a Trainer that had not trained this model"
     if shared.get("version") != VERSION:
         return f"its format is {shared.get('version')!r}, and this version reads {VERSION}"
     if shared["world_size"] != world_size:
@@ -182,6 +188,7 @@ def load(
             "" if found is None else found[1],
             averaged=shared is None or shared["averaged"],
             masks=mask_files.fits(masks, method),
+            optimizer=bool(checkpoint.get("optimizer_states")),
         )
         return Resume(shared, None, masks)
     checkpoint.update(own["checkpoint"])
@@ -210,13 +217,13 @@ def _read(
     return sets.read_own(strategy, filepath, shared["token"])
 
 
-def _warn_new_round(filepath: _PATH, reason: str, averaged: bool, masks: bool) -> None:
+def _warn_new_round(filepath: _PATH, reason: str, averaged: bool, masks: bool, optimizer: bool) -> None:
     """Say that a run goes on from the averaged state, not from where each rank was."""
-    weights = "averaged weights" if averaged else "weights of the rank that wrote it"
+    weights = "the averaged weights" if averaged else "the weights of the rank that wrote it"
     weights += ", the masks" if masks else ""
+    weights += " and the optimizer state in the file" if optimizer else " in the file, which has no optimizer state"
     rank_zero_warn(
         f"{WHERE}: `ckpt_path`={str(filepath)!r} cannot bring every rank back to where it was: {reason}. "
-        f"Training goes on with a new round from the {weights} and the optimizer state in the file. For an exact "
-        "continuation resume with the same number of ranks and keep the folder "
-        f"{sets.folder(filepath)!r} with the file."
+        f"Training goes on with a new round from {weights}. For an exact continuation resume with the same number of "
+        f"ranks and keep the folder {sets.folder(filepath)!r} with the file."
     )

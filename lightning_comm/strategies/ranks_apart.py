@@ -7,29 +7,39 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
-from torch import distributed as dist
 from typing_extensions import override
 
 from lightning_comm.lightning_internals import close_finished_epoch
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.whole_files import with_default
 from lightning_comm.strategies.interruptions import Interruptions
-from lightning_comm.transport.agreement import Agreement, PeerFailure, default_store
+from lightning_comm.transport.agreement import Agreement, KeyValueStore, PeerFailure, default_store
+from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.peers import Peers, is_lost_connection
 from lightning_comm.transport.recording import hang_up, leave_group_at_exit
 from lightning_comm.transport.store_client import StoreLostError
 
 _T = TypeVar("_T")
 _runs = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
+
+
+class Run(Protocol):
+    """One ``fit``, as far as checkpoints need to know."""
+
+    @property
+    def module(self) -> LightningModule:
+        """The model that it trains, or has trained."""
+        ...
 
 
 class RanksApartStrategy(DDPStrategy):
@@ -111,11 +121,18 @@ class RanksApartStrategy(DDPStrategy):
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
+        self._compare_places()
         self._together(lambda: DDPStrategy.barrier(self, *args, **kwargs), None, "a barrier")
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
+        self._compare_places()
         return self._together(lambda: DDPStrategy.broadcast(self, obj, src), obj, "a broadcast")
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        self._compare_places()
+        return super().reduce_boolean_decision(decision, all)
 
     @override
     def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
@@ -129,6 +146,10 @@ class RanksApartStrategy(DDPStrategy):
         """Turn the loss of a connection into an error that names the rank that failed, in a wait."""
         return nullcontext() if self._peers is None else self._peers.first_error_shown(where)
 
+    @abstractmethod
+    def _compare_places(self) -> None:
+        """Refuse ranks that have come apart, where that can be, before Lightning's own messages for a checkpoint."""
+
     def _together(self, collective: Callable[[], _T], alone: _T, where: str) -> _T:
         """Note that all ranks meet; once a rank has failed, when no collective would end, do without."""
         if self._interruptions is not None:
@@ -137,6 +158,16 @@ class RanksApartStrategy(DDPStrategy):
             return alone
         with self._first_error_shown(where):
             return collective()
+
+    def _epoch_ends(self, agreement: Agreement, store: KeyValueStore, namespace: str, where: str) -> EpochEnds:
+        """Return what compares where ranks end their epochs."""
+        return EpochEnds(
+            store, self.global_rank, self.world_size, namespace, where, agreement.report_failure, lambda: hang_up(None)
+        )
+
+    def _has_fitted(self, run: Run | None) -> bool:
+        """Whether a run of this very model is under way, or is over, and its ranks are still joined."""
+        return run is not None and run.module is self.lightning_module and dist.is_initialized()
 
     def report_failure(self, exception: BaseException) -> None:
         """Called by the companion when this rank ends by an exception: tell the others, without a collective.

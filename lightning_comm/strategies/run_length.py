@@ -9,8 +9,12 @@ from functools import partial
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_comm.lightning_internals import place_in_run
+from lightning_comm.lightning_internals import place_in_run, training_loaders
+
+_TRUSTED = ("torch", "lightning", "pytorch_lightning", "lightning_comm")  # whose loaders and samplers tell their length
 
 
 def steps_to_come(trainer: Trainer) -> int | None:
@@ -57,6 +61,27 @@ def restore_accumulation(trainer: Trainer) -> None:
     epoch, batches_done = place_in_run(trainer)
     if batches_done:
         trainer.accumulate_grad_batches = accumulation(trainer, epoch)
+
+
+def may_differ(trainer: Trainer) -> bool:
+    """Whether ranks may come apart by batches or steps, though as many batches were announced on each.
+
+    The length of an epoch is sure where torch's own loader and sampler, or ours, go through a data set that has one.
+    Iterable data ends when it ends, whatever it has announced, and so may a loader or sampler of the user's. With an
+    `optimizer_step` of its own, or under manual optimization, the module decides how often it steps.
+    """
+    module = trainer.lightning_module
+    own_steps = is_overridden("optimizer_step", module) or not module.automatic_optimization
+    return own_steps or not all(map(_ends_when_it_says, training_loaders(trainer)))
+
+
+def _ends_when_it_says(loader: object) -> bool:
+    parts = [loader]
+    if isinstance(loader, DataLoader):
+        if isinstance(loader.dataset, IterableDataset):
+            return False
+        parts += [each for each in (loader.sampler, loader.batch_sampler) if each is not None]
+    return all(type(each).__module__.partition(".")[0] in _TRUSTED for each in parts)
 
 
 def _steps_in_epochs(trainer: Trainer) -> int | None:

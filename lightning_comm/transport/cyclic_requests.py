@@ -10,6 +10,7 @@ from lightning_comm.transport.cyclic_messages import NOTES
 
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 NON_FINITE, NON_FINITE_RANKS = len(_KINDS), len(_KINDS) + 1  # how many losses were not finite; the sum of their ranks
+BATCH = len(_KINDS) + 2  # the sum of the numbers of the batches in which ranks take the step
 
 
 class Requests:
@@ -37,7 +38,9 @@ class Requests:
         """Ask for something; it travels with the next gradient. A signal handler may call this."""
         self._wanted.setdefault(kind, f"rank {self._rank}: {reason}")
 
-    def notes(self, step: int, non_finite: Tensor | None, device: torch.device, *, asking: bool) -> Tensor:
+    def notes(
+        self, step: int, non_finite: Tensor | None, device: torch.device, *, asking: bool, batch: int = 0
+    ) -> Tensor:
         """Return this rank's notes of a step and stage.
 
         Args:
@@ -46,9 +49,11 @@ class Requests:
             device: Where gradients are.
             asking: Whether this is the stage whose notes all ranks read: what was asked for since its last ones is
                 counted into these, and into those of no other stage.
+            batch: In which batch of the fit this rank takes the step.
 
         """
         row = [0.0] * NOTES
+        row[BATCH] = float(batch)
         for kind in tuple(self._wanted) if asking else ():
             self._store.compare_set(self._key(kind, step), "", self._wanted.pop(kind))
             row[_KINDS.index(kind)] = 1.0
