@@ -4,20 +4,21 @@ Longer than other files, since Lightning wants all of it in one subclass: a thir
 rest are hooks of a few lines each.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -34,23 +35,30 @@ from lightning_comm.lightning_internals import (
     unused_by_all_ranks,
 )
 from lightning_comm.strategies import compression_files, rank_files
-from lightning_comm.strategies.checks import check_replica
+from lightning_comm.strategies.checks import check_replica, check_twin_callbacks
+from lightning_comm.strategies.companion import Companion
+from lightning_comm.strategies.compression_run import CompressionRun
+from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.loss_scale import loss_scale
+from lightning_comm.strategies.ranks_apart import RanksApartStrategy
 from lightning_comm.strategies.run_length import restore_accumulation
 from lightning_comm.strategies.sparse_mask import PrunedWeights, check_optimizers
+from lightning_comm.transport.agreement import Agreement, default_store
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.no_sync import NoSync
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.compression.words import compression_of
 from lightning_comm.transport.gradient_sync import GradientSync
-from lightning_comm.transport.recording import Recorder, leave_group_at_exit
+from lightning_comm.transport.recording import Recorder
 
 _WHERE = "CompressedDDPStrategy"
+_NEVER_SENT = 2**20 + 12  # the tag of a message for which a rank waits that hangs up
+_fits = itertools.count()  # the same on all ranks, which make the same calls
 _BEFORE_STEP = ("backward", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
 
 
-class CompressedDDPStrategy(DDPStrategy):
+class CompressedDDPStrategy(RanksApartStrategy):
     """Train as under ``ddp``, and send gradients compressed.
 
     Torch's DistributedDataParallel goes on cutting gradients into buckets and handing them over while the backward
@@ -87,7 +95,13 @@ class CompressedDDPStrategy(DDPStrategy):
 
     Note:
         *Communication.* What the compression sends, once a bucket and step; :attr:`ledger` has every message. Buffers
-        are broadcast by DDP as ever and are not compressed.
+        are broadcast by DDP as ever and are not compressed. At the end of every batch ranks meet in an all-reduce of 5
+        bytes, in place of the broadcast with which Lightning begins a batch; a second one before the forward where a
+        rank may leave its epoch unseen: under the module's ``on_train_batch_start``, or a stream or a sampler with a
+        ``__len__`` of its own.
+
+        *Stops.* What one rank asks for, by SIGTERM, SLURM's signal, ``should_stop``, ``max_time`` or a checkpoint by
+        the clock, all ranks do after the same batch.
 
         *Resume.* What a method keeps on each rank (residuals) is saved in a folder beside the checkpoint, by the names
         of parameters. On 2 ranks a resumed run repeats the one that was never stopped bit for bit; on 3 and more, the
@@ -157,13 +171,15 @@ class CompressedDDPStrategy(DDPStrategy):
         self._resume: dict[str, Any] | None = None
         self._trainer: Trainer | None = None
         self._pruned: PrunedWeights | None = None
+        self._run: CompressionRun | None = None
+        self._failures: Agreement | None = None  # of the fit under way
         self._warned = False
         self._stepping: Optimizer | None = None  # the one that `optimizer_step` sees to
         self._steps_watched: RemovableHandle | None = None
 
     @property
     def ledger(self) -> CommLedger:
-        """Every message of gradients of the last or current ``fit``, on this rank."""
+        """Every message of the last or current ``fit``, on this rank, but DDP's own of buffers."""
         return self._ledger
 
     @property
@@ -206,7 +222,7 @@ class CompressedDDPStrategy(DDPStrategy):
 
         """
         pruned = self._masks_of_run("install_masks")
-        with self._own_changes():
+        with self._own_changes(), self._first_error_shown():
             pruned.install(masks)
 
     def request_dense(self, n_steps: int) -> None:
@@ -235,37 +251,87 @@ class CompressedDDPStrategy(DDPStrategy):
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
+        callbacks: list[Any] = getattr(model.trainer, "callbacks", [])
+        check_twin_callbacks(callbacks, _WHERE)
+        callbacks[:] = [Companion(self), *(each for each in callbacks if not isinstance(each, Companion))]
         if model.trainer.state.fn == TrainerFn.FITTING:
-            self._sync = self._pruned = self._resume = None  # those of an earlier fit
+            self._sync = self._pruned = self._resume = self._run = None  # those of an earlier fit
+
+    @property
+    @override
+    def _agreement(self) -> Agreement | None:
+        return self._failures
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        leave_group_at_exit()
+        self._failures = None
+        if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            # already here, since a rank may fail while it sets the model up
+            namespace = f"lightning_comm/compressed/{next(_fits)}"
+            self._failures = Agreement(default_store(), self.global_rank, self.world_size, namespace)
 
     @override
     def setup(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        if trainer.state.fn == TrainerFn.FITTING:
-            _check(trainer, self.compression, bool(self._ddp_kwargs["static_graph"]), self.world_size)
-            assert self.lightning_module is not None
-            check_replica(self.lightning_module, _WHERE)
-            self._ledger = CommLedger()
-            self._warned = False
-        super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING and self._pruned is not None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            super().setup(trainer)
+            return
+        module = self.lightning_module
+        assert module is not None
+        assert self._failures is not None
+        _check(trainer, self.compression, bool(self._ddp_kwargs["static_graph"]), self.world_size)
+        check_replica(module, _WHERE)
+        self._ledger = CommLedger()
+        self._warned = False
+        with self._first_error_shown():
+            super().setup(trainer)
+        if self._pruned is not None:
             check_optimizers(self.optimizers, _WHERE)
+        self._run = CompressionRun(trainer, module, Recorder(self._ledger), self._failures, _WHERE)
+        self._interruptions = Interruptions(
+            trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False), _WHERE
+        )
+        self._interruptions.install_signal_handlers()
 
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
-        if self._trainer is not None:
-            load_skipped_loader_states(self._trainer)
-            restore_accumulation(self._trainer)
-        if self._pruned is not None and self._trainer is not None:
-            with self._own_changes():
-                self._pruned.start(self._trainer, self.optimizers)  # here, since optimizer states have been restored
-                self._pruned.before_step(self._trainer.global_step)
+        trainer, run = self._trainer, self._run
+        assert trainer is not None
+        assert run is not None
+        assert self._interruptions is not None
+        load_skipped_loader_states(trainer)
+        restore_accumulation(trainer)
+        if self._pruned is not None:
+            with self._own_changes(), self._first_error_shown():
+                self._pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored
+                self._pruned.before_step(trainer.global_step)
+        if not any(isinstance(callback, Companion) for callback in getattr(trainer, "callbacks", [])):
+            return  # a trial run of a learning-rate finder, which sets callbacks aside and undoes all that it did
+        run.check_start(float(trainer.num_training_batches))
+        self._interruptions.install(in_step=run)
+        run.settle()
+
+    @override
+    def begin_evaluation(self) -> None:
+        if self._run is not None and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._run.validated()
+
+    @override
+    def report_failure(self, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException) or (self._run is not None and self._run.refused):
+            return  # all ranks end alike, and nobody waits
+        super().report_failure(exception)
+        if self.world_size > 1 and dist.is_initialized() and self.root_device.type == "cpu":
+            # this rank may live on, and others wait for it in a backward of DDP's, which hears of nothing
+            recorder = Recorder(self._ledger)
+            for rank in range(self.world_size):
+                if rank != self.global_rank:
+                    recorder.hang_up(rank, tag=_NEVER_SENT)
+
+    def _first_error_shown(self) -> AbstractContextManager[None]:
+        return self._failures.first_error_shown() if self._failures is not None else nullcontext()
 
     @override
     def on_train_end(self) -> None:
@@ -276,6 +342,9 @@ class CompressedDDPStrategy(DDPStrategy):
     @override
     def teardown(self) -> None:
         self._watch_steps(False)
+        if self._interruptions is not None:
+            self._interruptions.undo()
+            self._interruptions = None
         super().teardown()
 
     @override
@@ -303,10 +372,23 @@ class CompressedDDPStrategy(DDPStrategy):
         if self._recorder is not None and self._trainer is not None:
             # here too: under manual optimization the backward, and its messages, come before the optimizer's step
             self._recorder.step = self._trainer.global_step
-        if self._pruned is not None and self._trainer is not None:
-            with self._own_changes():
-                self._pruned.before_step(self._trainer.global_step)
-        return super().training_step(*args, **kwargs)
+        if self._run is not None:
+            self._run.begin_step()
+        with self._first_error_shown():
+            if self._pruned is not None and self._trainer is not None:
+                with self._own_changes():
+                    self._pruned.before_step(self._trainer.global_step)
+            return super().training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._first_error_shown():
+            return super().validation_step(*args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with self._first_error_shown():
+            return super().backward(closure_loss, *args, **kwargs)
 
     def _may_throw_away(self, module: LightningModule) -> bool:
         """Whether an averaged gradient may be thrown away: by DDP, by a gradient scaler, or by the user's own code."""
@@ -354,7 +436,8 @@ class CompressedDDPStrategy(DDPStrategy):
         scale = self._loss_scale()
         self._stepping = optimizer
         try:
-            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+            with self._first_error_shown():
+                output = super().optimizer_step(optimizer, closure, model, **kwargs)
         finally:
             self._stepping = None
         if self._sync is not None:
@@ -410,6 +493,9 @@ class CompressedDDPStrategy(DDPStrategy):
         # for start methods that pickle: what exists before processes start, without a run's handles
         return {
             **super().__getstate__(),
+            "_run": None,
+            "_failures": None,
+            "_interruptions": None,
             "_sync": None,
             "_recorder": None,
             "_resume": None,

@@ -1,4 +1,4 @@
-"""What our strategies share whose ranks run apart: Lightning's collectives, and how the failure of a rank is told."""
+"""What our strategies share: Lightning's collectives, and how the failure of a rank is told."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -64,6 +64,21 @@ class RanksApartStrategy(DDPStrategy):
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         return self._together(lambda: DDPStrategy.all_gather(self, tensor, group, sync_grads), tensor)
+
+    def end_batch(self) -> None:
+        """Called by the companion after every training batch and its schedulers, before any other callback."""
+
+    def end_epoch(self) -> None:
+        """Called by the companion at the end of a training epoch."""
+
+    def begin_evaluation(self) -> None:
+        """Called by the companion when validation starts."""
+
+    def end_evaluation_epoch(self) -> None:
+        """Called by the companion when all validation batches are done and their metrics known."""
+
+    def finish(self) -> None:
+        """Called by the companion when training ends, before any other callback."""
 
     def _together(self, collective: Callable[[], _T], alone: _T) -> _T:
         """Note that all ranks meet; once a rank has failed, when no collective would end, do without."""
