@@ -323,8 +323,9 @@ class CompressedDDPStrategy(RanksApartStrategy):
         if isinstance(exception, SIGTERMException) or (self._run is not None and self._run.refused):
             return  # all ranks end alike, and nobody waits
         super().report_failure(exception)
-        if self.world_size > 1 and dist.is_initialized() and self.root_device.type == "cpu":
-            # this rank may live on, and others wait for it in a backward of DDP's, which hears of nothing
+        if self._run is not None and self.world_size > 1 and dist.is_initialized() and self.root_device.type == "cpu":
+            # this rank may live on, and others wait for it in a backward of DDP's, which hears of nothing; not before
+            # ranks are set up, since what is refused there is refused on all of them
             recorder = Recorder(self._ledger)
             for rank in range(self.world_size):
                 if rank != self.global_rank:

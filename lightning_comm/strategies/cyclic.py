@@ -36,6 +36,7 @@ from lightning_comm.transport.averaging import broadcast_
 from lightning_comm.transport.cyclic_requests import Requests
 from lightning_comm.transport.cyclic_update import ClipBy
 from lightning_comm.transport.optimizer_messages import FirstSteps
+from lightning_comm.transport.plain_data import broadcast_json
 from lightning_comm.transport.random_state import set_random_state
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.replica import fingerprint
@@ -228,7 +229,9 @@ class CyclicStrategy(RanksApartStrategy):
             self._ledger,
             Agreement(store, self.global_rank, self.world_size, namespace, poll_interval_s=1.0),
             Requests(store, self.global_rank, namespace),
-            self.broadcast,
+            lambda names: self._together(
+                lambda: broadcast_json(names, Recorder(self._ledger), self.root_device, "control"), names
+            ),
             self._timeout or timedelta(minutes=30),
         )
         self._interruptions = Interruptions(

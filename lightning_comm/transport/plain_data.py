@@ -17,6 +17,10 @@ from torch import Tensor
 from lightning_comm.transport.recording import Recorder
 
 _STATE_TAG = 2**20 + 11  # of the messages that carry states; no other message of the default group has it
+_RULE = (
+    "Such states are made of numbers, texts, tensors and containers of these. Keep objects of your own out of "
+    "`state_dict()`, or name their class by `torch.serialization.add_safe_globals` on all ranks."
+)
 
 
 class NotPlainError(TypeError):
@@ -127,32 +131,29 @@ def pack(state: Any, where: str) -> bytes:
     try:
         torch.save(state, buffer)
         buffer.seek(0)
-        with _numpy_numbers_allowed():
-            torch.load(buffer, map_location="meta", weights_only=True)
+        with _harmless_classes_allowed():
+            refused = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
     except Exception as error:  # pickling runs code of whatever class it meets
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise NotPlainError(
-            f"{where}: a state that goes to another rank must be made of numbers, texts, tensors and containers of "
-            f"these; it cannot be read back safely ({type(error).__name__}: {first}). Keep objects of your own out of "
-            "`state_dict()`, or name their class by `torch.serialization.add_safe_globals` on all ranks."
+            f"{where} cannot be sent to another rank ({type(error).__name__}: {error}). {_RULE}"
         ) from error
+    if refused:
+        raise NotPlainError(f"{where} cannot be sent to another rank, since it holds {', '.join(refused)}. {_RULE}")
     return buffer.getvalue()
 
 
 def unpack(message: Tensor) -> Any:
     """Return the state that another rank has packed."""
-    with _numpy_numbers_allowed():
+    with _harmless_classes_allowed():
         return torch.load(io.BytesIO(message.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
 @contextmanager
-def _numpy_numbers_allowed() -> Iterator[None]:
-    """Let NumPy's numbers and arrays through, which schedulers and optimizers keep and which hold no code."""
-    kinds: set[Any] = {type(np.dtype(code)) for code in "?bhilqBHILQefdFD"}
-    scalar: Any
-    array: Any
-    scalar, array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
-    with torch.serialization.safe_globals([np.dtype, np.ndarray, scalar, array, *kinds]):
+def _harmless_classes_allowed() -> Iterator[None]:
+    """Let through what schedulers and optimizers may keep and what holds no code: NumPy's numbers, texts and arrays."""
+    classes: list[Any] = [type(np.dtype(code)) for code in "?bhilqBHILQefdFDUS"]
+    makers: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]]
+    with torch.serialization.safe_globals([np.dtype, np.ndarray, frozenset, *classes, *makers]):
         yield
 
 
