@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_debug, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -54,6 +54,7 @@ from lightning_comm.transport.recording import Recorder
 
 _WHERE = "CompressedDDPStrategy"
 _NEVER_SENT = 2**20 + 12  # the tag of a message for which a rank waits that hangs up
+_LEAVE_TOGETHER_S = 3.0  # how long a rank that fails waits for others that do, before it hangs up on them
 _fits = itertools.count()  # the same on all ranks, which make the same calls
 _BEFORE_STEP = ("backward", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
 
@@ -323,13 +324,19 @@ class CompressedDDPStrategy(RanksApartStrategy):
         if isinstance(exception, SIGTERMException) or (self._run is not None and self._run.refused):
             return  # all ranks end alike, and nobody waits
         super().report_failure(exception)
-        if self._run is not None and self.world_size > 1 and dist.is_initialized() and self.root_device.type == "cpu":
-            # this rank may live on, and others wait for it in a backward of DDP's, which hears of nothing; not before
-            # ranks are set up, since what is refused there is refused on all of them
-            recorder = Recorder(self._ledger)
-            for rank in range(self.world_size):
-                if rank != self.global_rank:
-                    recorder.hang_up(rank, tag=_NEVER_SENT)
+        failures = self._failures
+        if failures is None or self.world_size == 1 or not dist.is_initialized() or self.root_device.type != "cpu":
+            return
+        try:
+            if failures.all_leave(_LEAVE_TOGETHER_S):
+                return  # refused on all ranks alike, say, so that the process group is still of use
+        except RuntimeError as error:  # the store is gone with rank 0, whose connections are closed by that
+            rank_zero_debug(f"{_WHERE}: the store does not answer ({error}).")
+        # this rank may live on, and others wait for it in a backward of DDP's, which hears of nothing
+        recorder = Recorder(self._ledger)
+        for rank in range(self.world_size):
+            if rank != self.global_rank:
+                recorder.hang_up(rank, tag=_NEVER_SENT)
 
     def _first_error_shown(self) -> AbstractContextManager[None]:
         return self._failures.first_error_shown() if self._failures is not None else nullcontext()

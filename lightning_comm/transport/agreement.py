@@ -213,6 +213,20 @@ class Agreement:
         self._store.compare_set(self._key("failed", shared=True), "", f"rank {self._rank} failed: {message}")
         self._store.set(self._key("news", shared=True), "")
 
+    def all_leave(self, within_s: float) -> bool:
+        """Say that this rank leaves because of an error, and return whether all others do so within a time.
+
+        What is refused alike on all ranks ends so, and then nobody waits for this one.
+        """
+        keys = [self._key(f"leaves/{rank}", shared=True) for rank in range(self._world_size)]
+        self._store.set(keys[self._rank], "")
+        deadline = time.monotonic() + within_s
+        while not self._store.check(keys):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
     def raise_peer_failure(self) -> None:
         """Raise :class:`PeerFailure` if another rank reported one."""
         self._guarded(self._raise_peer_failure)
