@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any, cast
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -139,6 +139,12 @@ def training_loaders(trainer: Trainer) -> list[Any]:
     return list(combined.flattened) if combined is not None else []
 
 
+def accumulates(trainer: Trainer) -> bool:
+    """Return whether some batches of a run end without an optimizer step."""
+    callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+    return trainer.accumulate_grad_batches > 1 or any(isinstance(x, GradientAccumulationScheduler) for x in callbacks)
+
+
 def is_last_batch(trainer: Trainer) -> bool:
     """Return whether the present training batch is the last one of its epoch, whatever limits that."""
     return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
@@ -249,6 +255,19 @@ def replace_signal_handlers(
         connector, "_slurm_sigusr_handler_fn", lambda signum, _: on_requeue(signum)
     )
     return original
+
+
+def only_note_sigterm(trainer: Trainer, patches: Patches) -> None:
+    """Let SIGTERM end an evaluation on this rank after its batch, without a broadcast inside the signal handler."""
+    connector = trainer._signal_connector
+
+    def note(signum: int, _: Any) -> None:
+        launcher = trainer.strategy.launcher
+        if not connector.received_sigterm and launcher is not None:
+            launcher.kill(signum)
+        connector.received_sigterm = True
+
+    patches.set(connector, "_sigterm_notifier_fn", note)
 
 
 def raise_sigterm_after_this_batch(trainer: Trainer) -> None:

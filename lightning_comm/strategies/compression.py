@@ -30,8 +30,10 @@ from typing_extensions import override
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.lightning_internals import (
+    Patches,
     close_finished_epoch,
     load_skipped_loader_states,
+    only_note_sigterm,
     unused_by_all_ranks,
 )
 from lightning_comm.strategies import compression_files, rank_files
@@ -173,7 +175,8 @@ class CompressedDDPStrategy(RanksApartStrategy):
         self._trainer: Trainer | None = None
         self._pruned: PrunedWeights | None = None
         self._run: CompressionRun | None = None
-        self._failures: Agreement | None = None  # of the fit under way
+        self._failures: Agreement | None = None  # of the fit or evaluation under way
+        self._patches = Patches()  # of an evaluation
         self._warned = False
         self._stepping: Optimizer | None = None  # the one that `optimizer_step` sees to
         self._steps_watched: RemovableHandle | None = None
@@ -252,6 +255,7 @@ class CompressedDDPStrategy(RanksApartStrategy):
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
+        self._trainer = model.trainer
         callbacks: list[Any] = getattr(model.trainer, "callbacks", [])
         check_twin_callbacks(callbacks, _WHERE)
         callbacks[:] = [Companion(self), *(each for each in callbacks if not isinstance(each, Companion))]
@@ -266,17 +270,16 @@ class CompressedDDPStrategy(RanksApartStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        self._failures = None
-        if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
-            # already here, since a rank may fail while it sets the model up
-            namespace = f"lightning_comm/compressed/{next(_fits)}"
-            self._failures = Agreement(default_store(), self.global_rank, self.world_size, namespace)
+        # already here, since a rank may fail while it sets the model up
+        namespace = f"lightning_comm/compressed/{next(_fits)}"
+        self._failures = Agreement(default_store(), self.global_rank, self.world_size, namespace)
 
     @override
     def setup(self, trainer: Trainer) -> None:
         self._trainer = trainer
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
+            only_note_sigterm(trainer, self._patches)
             return
         module = self.lightning_module
         assert module is not None
@@ -321,9 +324,12 @@ class CompressedDDPStrategy(RanksApartStrategy):
 
     @override
     def report_failure(self, exception: BaseException) -> None:
-        if isinstance(exception, SIGTERMException) or (self._run is not None and self._run.refused):
+        fitting = self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING
+        terminated = isinstance(exception, SIGTERMException)
+        if fitting and (terminated or (self._run is not None and self._run.refused)):
             return  # all ranks end alike, and nobody waits
-        super().report_failure(exception)
+        # in an evaluation each rank ends by itself, since they may have different numbers of batches
+        super().report_failure(InterruptedError("it was ended by SIGTERM") if terminated else exception)
         failures = self._failures
         if failures is None or self.world_size == 1 or not dist.is_initialized() or self.root_device.type != "cpu":
             return
@@ -350,6 +356,7 @@ class CompressedDDPStrategy(RanksApartStrategy):
     @override
     def teardown(self) -> None:
         self._watch_steps(False)
+        self._patches.undo()
         if self._interruptions is not None:
             self._interruptions.undo()
             self._interruptions = None
@@ -504,6 +511,7 @@ class CompressedDDPStrategy(RanksApartStrategy):
             "_run": None,
             "_failures": None,
             "_interruptions": None,
+            "_patches": Patches(),
             "_sync": None,
             "_recorder": None,
             "_resume": None,

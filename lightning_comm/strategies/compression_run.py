@@ -81,10 +81,9 @@ class CompressionRun:
             *Communication.* Two all-gathers of a few bytes.
 
         """
-        loaders = internals.training_loaders(self._trainer)
         mine = {
             "batches": int(batches) if math.isfinite(batches) else -1,
-            "confirms": is_overridden("on_train_batch_start", self._module) or not all(map(_has_its_length, loaders)),
+            "confirms": self._may_leave_unseen(internals.training_loaders(self._trainer)),
         }
         with self._agreement.first_error_shown():
             rows = gather_json(mine, self._recorder, self._module.device, "control")
@@ -93,25 +92,39 @@ class CompressionRun:
         self.refused = False
         self._confirms = any(row["confirms"] for row in rows)
 
+    def _may_leave_unseen(self, loaders: list[Any]) -> bool:
+        """Whether this rank may leave its epoch, or end it, within a batch in which others train on."""
+        if is_overridden("on_train_batch_start", self._module) or any(map(_may_be_shorter, loaders)):
+            return True
+        # Lightning reads a stream ahead only without a limit; and in its last batch gradients are averaged, also where
+        # others accumulate them
+        trainer = self._trainer
+        seen_late = internals.accumulates(trainer) or math.isfinite(trainer.num_training_batches)
+        return seen_late and any(_length(each) is None for each in loaders)
+
     def settle(self) -> None:
         """Settle what ranks have asked for where all of them stand between two batches."""
         self._meet(_TRAINS_ON)
         self._carry_out()
 
     def begin_step(self) -> None:
-        """Let all ranks say that they take this batch, where one may have left its epoch without a word."""
+        """Let all ranks say that they take this batch, where one may have left its epoch without a word.
+
+        Note:
+            *Communication.* None, unless :meth:`check_start` found that this may be; then that of a meeting.
+
+        """
         batch = internals.batches_begun(self._trainer)
         if self._confirms and batch != self._confirmed:  # not for every closure of an optimizer that wants several
             self._confirmed = batch
-            self._meet(_TRAINS_ON)
+            self._meet(self._place())
 
     def after_batch(self, end_of_batch: Callable[[], None]) -> None:
         """Settle what ranks have asked for at the end of a batch, before it validates; carry it out afterwards."""
-        last = internals.is_last_batch(self._trainer)
-        place = _AT_LAST_BATCH if last else _TRAINS_ON
+        place = self._place()
         self._validated = False
         self._meet(place)
-        self._epoch_is_over = last
+        self._epoch_is_over = last = place == _AT_LAST_BATCH
         end_of_batch()
         if self._validated:
             self._meet(place)
@@ -133,6 +146,9 @@ class CompressionRun:
         end()
         self._meet(_LEFT)
         self._carry_out()
+
+    def _place(self) -> int:
+        return _AT_LAST_BATCH if internals.is_last_batch(self._trainer) else _TRAINS_ON
 
     def _meet(self, place: int) -> None:
         """Tell the other ranks where this one is and whether it has a request; learn the same of them.
@@ -198,20 +214,21 @@ def _wait(pending: Pending, agreement: Agreement, device: torch.device) -> None:
     pending.wait()
 
 
-def _has_its_length(loader: Any) -> bool:
-    """Whether a loader yields as many batches as it says, or says nothing, so that Lightning reads ahead.
-
-    A stream, or a sampler of the user's, may yield less than its ``__len__`` and end an epoch where nobody expects it.
-    """
+def _length(loader: Any) -> int | None:
     try:
-        len(loader)
-    except (TypeError, NotImplementedError):
-        return True
+        return len(loader)
+    except (TypeError, NotImplementedError):  # as Lightning asks, which then reads one batch ahead
+        return None
+
+
+def _may_be_shorter(loader: Any) -> bool:
+    """Whether a loader may yield less than it says: a stream, or a sampler of the user's, with a ``__len__``."""
+    if _length(loader) is None:
+        return False
     if not isinstance(loader, DataLoader):
-        return _is_known(loader)
-    return not isinstance(loader.dataset, IterableDataset) and all(
-        each is None or _is_known(each) for each in (loader.sampler, loader.batch_sampler)
-    )
+        return not _is_known(loader)
+    parts = [each for each in (loader.sampler, loader.batch_sampler) if each is not None]
+    return isinstance(loader.dataset, IterableDataset) or not all(map(_is_known, parts))
 
 
 def _is_known(part: object) -> bool:
