@@ -24,7 +24,7 @@ class Failing(Callback):
         self.step = step
         setattr(self, hook, self._fail)
 
-    def _fail(self, runner, *args):
+    def _fail(self, runner, *args, **kwargs):
         if runner.global_step >= self.step:
             raise ValueError(f"boom at step {runner.global_step}")
 

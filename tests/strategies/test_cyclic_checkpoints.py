@@ -59,8 +59,8 @@ def fit(rank, world_size, make, settings, *, ckpt_path=None, seed=0, callbacks=(
     return module, runner
 
 
-def _resume_everywhere(rank, world_size, folder, make, settings, options):
-    for step in (1, 3, 5, 8):
+def _resume_everywhere(rank, world_size, folder, make, settings, options, steps=(1, 3, 5, 8)):
+    for step in steps:
         path = f"{folder}/{step}.ckpt"
         whole, _ = fit(rank, world_size, make, settings, callbacks=[Save(step, path)], **options)
         resumed, _ = fit(rank, world_size, make, settings, ckpt_path=path, seed=9, **options)
@@ -222,3 +222,37 @@ def test_the_synchronous_start_counts_from_the_beginning_of_each_run_and_of_the_
             np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-12)
             np.testing.assert_array_equal(mine, again)
             assert abs(mine - other).max() > 1e-6
+
+
+class Remark:
+    """An object of a user's in the state of a scheduler."""
+
+
+class Remarking(torch.optim.lr_scheduler.LambdaLR):
+    def state_dict(self):
+        return {**super().state_dict(), "remark": Remark()}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "remark"})
+
+
+class Remarked(Noisy):
+    def configure_optimizers(self):
+        optimizer = self.make_optimizer(self.parameters())
+        scheduler = Remarking(optimizer, self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _remarked(rank, folder):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _resume_everywhere(rank, 2, folder, lambda: Remarked(adamw), {}, {}, steps=(3,))
+    return [str(each.message) for each in caught if "another rank" in str(each.message)]
+
+
+def test_a_scheduler_that_keeps_an_object_resumes_from_that_of_rank_0_and_says_so(tmp_path):
+    one, other = launch(_remarked, str(tmp_path), world_size=2)
+    assert one == []
+    assert [
+        part for part in ("CyclicStrategy", "Remark", "add_safe_globals", "of rank 0") if part not in other[0]
+    ] == []
