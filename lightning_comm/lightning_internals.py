@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, Timer, WeightAveraging
 from lightning.pytorch.loops.optimization.closure import AbstractClosure
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -67,6 +67,7 @@ INTERNALS = (
     Internal(_EPOCH_LOOP, "batch_progress", "the same for the batches of that epoch"),
     Internal(_EPOCH_LOOP, "_broadcast_sigterm_tensor", "a broadcast on every batch, which would couple the ranks"),
     Internal(_EPOCH_LOOP, "on_advance_end", "the last place before a rank leaves the loop on its own `should_stop`"),
+    Internal(_EPOCH_LOOP, "_num_ready_batches_reached", "whether a batch is the last of its epoch, with every limit"),
     Internal(_EPOCH_LOOP, "max_steps", "a pilot ends a run early, whose schedule must stay that of the whole run"),
     Internal(_FIT_LOOP, "on_advance_start", "the same at the start of an epoch"),
     Internal(_FIT_LOOP, "on_advance_end", "the same at the end of an epoch"),
@@ -147,6 +148,33 @@ class Patches:
                 delattr(owner, name)
 
 
+def training_loaders(trainer: Trainer) -> list[Any]:
+    """Return the loaders of a training epoch, each on its own."""
+    combined = trainer.fit_loop._combined_loader
+    return list(combined.flattened) if combined is not None else []
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Return whether some batches of a run end without an optimizer step."""
+    callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+    return trainer.accumulate_grad_batches > 1 or any(isinstance(x, GradientAccumulationScheduler) for x in callbacks)
+
+
+def is_last_batch(trainer: Trainer) -> bool:
+    """Return whether the present training batch is the last one of its epoch, whatever limits that."""
+    return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
+
+
+def batches_begun(trainer: Trainer) -> int:
+    """Return how many training batches have begun in all epochs."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
+def batches_of_epoch(trainer: Trainer) -> int:
+    """Return how many training batches have begun in the present epoch."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
 def leave_out_sigterm_broadcast(trainer: Trainer, patches: Patches) -> None:
     """Remove the broadcast that starts every batch."""
     patches.set(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda: None)
@@ -157,8 +185,18 @@ def wrap_loop_ends(
     patches: Patches,
     after_batch: Callable[[Callable[[], None]], None],
     around_epoch: Callable[[Callable[[], None]], None],
+    around_epoch_end: Callable[[Callable[[], None]], None] | None = None,
 ) -> None:
-    """Hand the end of every batch (where validation runs) and both ends of every epoch to functions that call it."""
+    """Hand the end of every batch (where validation runs) and both ends of every epoch to functions that call it.
+
+    Args:
+        trainer: The Trainer.
+        patches: Where the originals are kept.
+        after_batch: For the end of every batch.
+        around_epoch: For both ends of every epoch.
+        around_epoch_end: For its end, if that is another one.
+
+    """
 
     def batch(data_fetcher: Any) -> None:
         after_batch(lambda: end_of_batch(data_fetcher))
@@ -167,7 +205,7 @@ def wrap_loop_ends(
         around_epoch(start_of_epoch)
 
     def epoch_end() -> None:
-        around_epoch(end_of_epoch)
+        (around_epoch_end or around_epoch)(end_of_epoch)
 
     end_of_batch: Callable[[Any], None] = patches.set(trainer.fit_loop.epoch_loop, "on_advance_end", batch)
     start_of_epoch: Callable[[], None] = patches.set(trainer.fit_loop, "on_advance_start", epoch_start)
@@ -232,6 +270,19 @@ def replace_signal_handlers(
         connector, "_slurm_sigusr_handler_fn", lambda signum, _: on_requeue(signum)
     )
     return original
+
+
+def only_note_sigterm(trainer: Trainer, patches: Patches) -> None:
+    """Let SIGTERM end an evaluation on this rank after its batch, without a broadcast inside the signal handler."""
+    connector = trainer._signal_connector
+
+    def note(signum: int, _: Any) -> None:
+        launcher = trainer.strategy.launcher
+        if not connector.received_sigterm and launcher is not None:
+            launcher.kill(signum)
+        connector.received_sigterm = True
+
+    patches.set(connector, "_sigterm_notifier_fn", note)
 
 
 def raise_sigterm_after_this_batch(trainer: Trainer) -> None:
@@ -448,12 +499,6 @@ def logged_metrics(trainer: Trainer) -> Iterator[LoggedMetric]:
         meta = result.meta
         is_metric = not result.is_tensor
         yield LoggedMetric(meta.name, bool(meta.sync.should) or is_metric, bool(meta.on_step), is_metric)
-
-
-def training_loaders(trainer: Trainer) -> list[Any]:
-    """Return the loaders of training batches, one or several."""
-    combined = trainer.fit_loop._combined_loader
-    return [] if combined is None else list(combined.flattened)
 
 
 def is_own_closure(closure: object) -> bool:

@@ -25,7 +25,13 @@ from lightning_comm.core.ledger import wire_bytes
 from lightning_comm.core.rank_profile import RankProfile, combine, inferred_waits, with_waits
 from lightning_comm.planning.profile_files import Profile, RankFile, next_run, run_folder
 from lightning_comm.planning.profile_text import summary
-from lightning_comm.transport.clocks import compare_clocks, device_of_group, gather_json, number_from_rank_0
+from lightning_comm.transport.clocks import (
+    compare_clocks,
+    device_of_group,
+    gather_json,
+    json_from_rank_0,
+    number_from_rank_0,
+)
 
 _log = logging.getLogger(__name__)
 _Hook = TypeVar("_Hook", bound=Callable[..., None])
@@ -363,10 +369,10 @@ def _probed_bytes_per_s(path: str, trainer: Trainer) -> float:
             bytes_per_s = LinkProfile.load(path).bytes_per_s
         except Exception as error:  # whatever it is, the others wait for word of it
             problem = f"got {path!r}: {error}"
-    bytes_per_s, problem = trainer.strategy.broadcast((bytes_per_s, problem))
+    bytes_per_s, problem = json_from_rank_0((bytes_per_s, problem), trainer.strategy.root_device)
     if problem:
         raise ValueError(
             f"CommProfiler: `probe` must be a file that `lightning-comm probe` has saved, on rank 0; {problem}. Leave "
             "it out to measure without a comparison."
         )
-    return bytes_per_s
+    return float(bytes_per_s)

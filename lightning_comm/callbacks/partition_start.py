@@ -12,6 +12,7 @@ from lightning_comm.core.partition_plan import PartitionPlan, Place
 from lightning_comm.data.adaptive_partition import PartitionedLoader
 from lightning_comm.lightning_internals import load_skipped_loader_states
 from lightning_comm.planning.partition_journal import PartitionJournal, Window
+from lightning_comm.transport.clocks import json_from_rank_0
 
 _WHERE = "AdaptivePartition"
 
@@ -173,7 +174,7 @@ def _journal_of_rank_0(trainer: Trainer, path: str) -> dict[str, Any]:
             content = PartitionJournal.load(path).to_dict()
         except Exception as error:  # whatever it is, the others wait for word of it
             problem = str(error)
-    content, problem = trainer.strategy.broadcast((content, problem))
+    content, problem = json_from_rank_0((content, problem), trainer.strategy.root_device)
     if problem:
         raise ValueError(
             f"{_WHERE}: `replay` must be the journal of an earlier run, on rank 0; got {path!r}. {problem}"

@@ -38,6 +38,7 @@ from lightning_comm.core.local_update import FixedPeriod
 from lightning_comm.planning.pilot import BASELINE, LIMIT
 from lightning_comm.planning.projection import round_ends
 from lightning_comm.strategies import LocalUpdateStrategy
+from lightning_comm.transport.clocks import device_of_group, gather_json
 from lightning_comm.transport.recording import leave_group_at_exit
 
 EVENT = "@pilot "
@@ -154,7 +155,7 @@ def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
     rehearsal = Rehearsal()
     line = TrialLine(job, BASELINE, [rehearsal])
     ranks = line.trainer.world_size
-    batch_size = max(_gather(rehearsal.batch_size or 0))
+    batch_size = max(_gather(rehearsal.batch_size or 0, line.trainer))
     if job.device_s is not None and batch_size == 0:
         raise ValueError("pilot: `--device-ms` paces batches by their samples, and this one has none that can be seen.")
     if line.trainer.is_global_zero:
@@ -195,7 +196,7 @@ def _trial(job: Job, strategy: str, batch_size: int, rehearsal: Rehearsal) -> di
         "loss": mean(watch.losses) if watch.losses else None,
         "devices": [_paced(each) for each in callbacks if isinstance(each, EmulatedDevice)],
     }
-    ranks = _gather(own)
+    ranks = _gather(own, line.trainer)
     if not line.trainer.is_global_zero:
         return None
     return {
@@ -261,13 +262,9 @@ def _over_ranks(rows: list[Any], combine: Callable[[list[float]], float]) -> lis
     return [combine(list(values)) for values in zip(*rows, strict=True)]
 
 
-def _gather(own: Any) -> list[Any]:
+def _gather(own: Any, trainer: Trainer) -> list[Any]:
     """Return what each rank has, on all of them."""
-    if not dist.is_initialized():
-        return [own]
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, own)
-    return answers
+    return gather_json(own, device_of_group(trainer.strategy.root_device)) if dist.is_initialized() else [own]
 
 
 def main(job: Job) -> int:

@@ -21,7 +21,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.strategies import DDPStrategy
@@ -29,6 +28,7 @@ from lightning.fabric.strategies import DDPStrategy
 from lightning_comm.core.costs import LinkProfile
 from lightning_comm.core.probe_plan import MAX_BYTES, MIN_BYTES, ProbePlan, sizes_between
 from lightning_comm.planning.link_report import describe_link
+from lightning_comm.transport.clocks import device_of_group, gather_json, json_from_rank_0
 from lightning_comm.transport.nccl_log import ways_taken
 from lightning_comm.transport.probe import probe_link
 from lightning_comm.transport.recording import leave_group_at_exit
@@ -73,7 +73,7 @@ def main(args: Sequence[str]) -> int:
 
 def _measure(fabric: Fabric, options: argparse.Namespace, args: Sequence[str]) -> int:
     # Rank 0 will write the file, so it finds out whether it can, and all give up together before anything is measured.
-    problem = fabric.broadcast(_problem_with(options.out) if fabric.is_global_zero else None)
+    problem = json_from_rank_0(_problem_with(options.out) if fabric.is_global_zero else None, fabric.device)
     if problem is not None:
         if fabric.is_global_zero:
             print(problem, file=sys.stderr)
@@ -243,8 +243,7 @@ def _have_nccl_log(folder: str) -> None:
 def _with_transport(profile: LinkProfile, fabric: Fabric) -> LinkProfile:
     """Add what carried the messages, from all ranks."""
     own = _nccl_ways() if profile.backend == "nccl" else [_gloo_interface()]
-    seen: list[list[str]] = [[] for _ in range(profile.world_size)]
-    dist.all_gather_object(seen, own)
+    seen: list[list[str]] = gather_json(own, device_of_group(fabric.device))
     ways = sorted({way for ways in seen for way in ways})
     return replace(profile, transport=", ".join(ways))
 

@@ -4,6 +4,7 @@ Longer than other files, since Lightning wants all of it in one subclass: a thir
 rest are hooks of a few lines each.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -16,9 +17,8 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -33,31 +33,36 @@ from lightning_comm.lightning_internals import (
     Patches,
     close_finished_epoch,
     load_skipped_loader_states,
-    replace_links,
+    only_note_sigterm,
     unused_by_all_ranks,
 )
 from lightning_comm.strategies import checks, compression_files
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.entry import Save
 from lightning_comm.strategies.checkpoints.loading import load_together
-from lightning_comm.strategies.checkpoints.whole_files import with_default
-from lightning_comm.strategies.checks import check_replica
+from lightning_comm.strategies.checks import check_replica, check_twin_callbacks
+from lightning_comm.strategies.companion import Companion
+from lightning_comm.strategies.compression_run import CompressionRun
+from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.loss_scale import loss_scale
+from lightning_comm.strategies.ranks_apart import RanksApartStrategy
 from lightning_comm.strategies.run_length import restore_accumulation
 from lightning_comm.strategies.sparse_mask import PrunedWeights, check_optimizers
+from lightning_comm.transport.agreement import Agreement, default_store
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.no_sync import NoSync
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.compression.words import compression_of
 from lightning_comm.transport.gradient_sync import GradientSync
-from lightning_comm.transport.recording import Recorder, leave_group_at_exit
+from lightning_comm.transport.recording import Recorder
 
 _WHERE = "CompressedDDPStrategy"
+_fits = itertools.count()  # the same on all ranks, which make the same calls
 _BEFORE_STEP = ("backward", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
 
 
-class CompressedDDPStrategy(DDPStrategy):
+class CompressedDDPStrategy(RanksApartStrategy):
     """Train as under ``ddp``, and send gradients compressed.
 
     Torch's DistributedDataParallel goes on cutting gradients into buckets and handing them over while the backward
@@ -94,7 +99,13 @@ class CompressedDDPStrategy(DDPStrategy):
 
     Note:
         *Communication.* What the compression sends, once a bucket and step; :attr:`ledger` has every message. Buffers
-        are broadcast by DDP as ever and are not compressed.
+        are broadcast by DDP as ever and are not compressed. At the end of every batch ranks meet in an all-reduce of 5
+        bytes, in place of the broadcast with which Lightning begins a batch; a second one before the forward where a
+        rank may leave its epoch unseen: under the module's ``on_train_batch_start``, or a stream or a sampler with a
+        ``__len__`` of its own.
+
+        *Stops.* What one rank asks for, by SIGTERM, SLURM's signal, ``should_stop``, ``max_time`` or a checkpoint by
+        the clock, all ranks do after the same batch.
 
         *Resume.* What a method keeps on each rank (residuals) is saved in a folder beside the checkpoint, by the names
         of parameters. On 2 ranks a resumed run repeats the one that was never stopped bit for bit; on 3 and more, the
@@ -165,6 +176,8 @@ class CompressedDDPStrategy(DDPStrategy):
         self._trainer: Trainer | None = None
         self._pruned: PrunedWeights | None = None
         self._fitted: LightningModule | None = None  # the model of the last fit
+        self._run: CompressionRun | None = None
+        self._failures: Agreement | None = None  # of the fit or evaluation under way
         self._warned = False
         self._patches = Patches()
         self._stepping: Optimizer | None = None  # the one that `optimizer_step` sees to
@@ -172,7 +185,7 @@ class CompressedDDPStrategy(DDPStrategy):
 
     @property
     def ledger(self) -> CommLedger:
-        """Every message of gradients of the last or current ``fit``, on this rank."""
+        """Every message of the last or current ``fit``, on this rank, but DDP's own of buffers."""
         return self._ledger
 
     @property
@@ -215,7 +228,7 @@ class CompressedDDPStrategy(DDPStrategy):
 
         """
         pruned = self._masks_of_run("install_masks")
-        with self._own_changes():
+        with self._own_changes(), self._first_error_shown("a comparison of masks"):
             pruned.install(masks)
 
     def request_dense(self, n_steps: int) -> None:
@@ -244,39 +257,82 @@ class CompressedDDPStrategy(DDPStrategy):
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
+        self._trainer = model.trainer
+        callbacks: list[Any] = getattr(model.trainer, "callbacks", [])
+        check_twin_callbacks(callbacks, _WHERE)
+        callbacks[:] = [Companion(self), *(each for each in callbacks if not isinstance(each, Companion))]
         if model.trainer.state.fn == TrainerFn.FITTING:
-            self._sync = self._pruned = self._resume = None  # those of an earlier fit
+            self._sync = self._pruned = self._resume = self._run = None  # those of an earlier fit
+
+    @property
+    @override
+    def _agreement(self) -> Agreement | None:
+        return self._failures
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        leave_group_at_exit()
+        # already here, since a rank may fail while it sets the model up
+        namespace = f"lightning_comm/compressed/{next(_fits)}"
+        store = default_store() if self._peers is None else self._peers.store
+        self._failures = Agreement(store, self.global_rank, self.world_size, namespace, peers=self._peers)
 
     @override
     def setup(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        if trainer.state.fn == TrainerFn.FITTING:
-            _check(trainer, self.compression, bool(self._ddp_kwargs["static_graph"]), self.world_size)
-            assert self.lightning_module is not None
-            check_replica(self.lightning_module, _WHERE)
-            self._ledger = CommLedger()
-            self._warned = False
-            self._fitted = self.lightning_module
+        if trainer.state.fn != TrainerFn.FITTING:
+            super().setup(trainer)
+            only_note_sigterm(trainer, self._patches)
+            return
+        module = self.lightning_module
+        assert module is not None
+        assert self._failures is not None
+        _check(trainer, self.compression, bool(self._ddp_kwargs["static_graph"]), self.world_size)
+        check_replica(module, _WHERE)
+        self._ledger = CommLedger()
+        self._warned = False
+        self._fitted = module
         super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING and self._pruned is not None:
+        if self._pruned is not None:
             check_optimizers(self.optimizers, _WHERE)
+        self._run = CompressionRun(trainer, module, Recorder(self._ledger), self._failures, _WHERE)
+        self._interruptions = Interruptions(
+            trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False), _WHERE
+        )
+        self._interruptions.install_signal_handlers()
 
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
-        if self._trainer is not None:
-            replace_links(self._trainer, self._patches)
-            load_skipped_loader_states(self._trainer)
-            restore_accumulation(self._trainer)
-        if self._pruned is not None and self._trainer is not None:
-            with self._own_changes():
-                self._pruned.start(self._trainer, self.optimizers)  # here, since optimizer states have been restored
-                self._pruned.before_step(self._trainer.global_step)
+        trainer, run = self._trainer, self._run
+        assert trainer is not None
+        assert run is not None
+        assert self._interruptions is not None
+        load_skipped_loader_states(trainer)
+        restore_accumulation(trainer)
+        if self._pruned is not None:
+            with self._own_changes(), self._first_error_shown("a comparison of masks"):
+                self._pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored
+                self._pruned.before_step(trainer.global_step)
+        if not any(isinstance(callback, Companion) for callback in getattr(trainer, "callbacks", [])):
+            return  # a trial run of a learning-rate finder, which sets callbacks aside and undoes all that it did
+        run.check_start(float(trainer.num_training_batches))
+        self._interruptions.install(in_step=run)
+        run.settle()
+
+    @override
+    def begin_evaluation(self) -> None:
+        if self._run is not None and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._run.validated()
+
+    @override
+    def report_failure(self, exception: BaseException) -> None:
+        fitting = self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING
+        terminated = isinstance(exception, SIGTERMException)
+        if fitting and (terminated or (self._run is not None and self._run.refused)):
+            return  # all ranks end alike, and nobody waits
+        # in an evaluation each rank ends by itself, since they may have different numbers of batches
+        super().report_failure(InterruptedError("it was ended by SIGTERM") if terminated else exception)
 
     @override
     def on_train_end(self) -> None:
@@ -288,6 +344,9 @@ class CompressedDDPStrategy(DDPStrategy):
     def teardown(self) -> None:
         self._watch_steps(False)
         self._patches.undo()
+        if self._interruptions is not None:
+            self._interruptions.undo()
+            self._interruptions = None
         super().teardown()
 
     @override
@@ -315,10 +374,23 @@ class CompressedDDPStrategy(DDPStrategy):
         if self._recorder is not None and self._trainer is not None:
             # here too: under manual optimization the backward, and its messages, come before the optimizer's step
             self._recorder.step = self._trainer.global_step
-        if self._pruned is not None and self._trainer is not None:
-            with self._own_changes():
-                self._pruned.before_step(self._trainer.global_step)
-        return super().training_step(*args, **kwargs)
+        if self._run is not None:
+            self._run.begin_step()
+        with self._first_error_shown("a training step under DDP", waits=False):
+            if self._pruned is not None and self._trainer is not None:
+                with self._own_changes():
+                    self._pruned.before_step(self._trainer.global_step)
+            return super().training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._first_error_shown("a validation step under DDP", waits=False):
+            return super().validation_step(*args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with self._first_error_shown("a backward under DDP", waits=False):
+            return super().backward(closure_loss, *args, **kwargs)
 
     def _may_throw_away(self, module: LightningModule) -> bool:
         """Whether an averaged gradient may be thrown away: by DDP, by a gradient scaler, or by the user's own code."""
@@ -366,7 +438,8 @@ class CompressedDDPStrategy(DDPStrategy):
         scale = self._loss_scale()
         self._stepping = optimizer
         try:
-            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+            with self._first_error_shown("a step under DDP", waits=False):
+                output = super().optimizer_step(optimizer, closure, model, **kwargs)
         finally:
             self._stepping = None
         if self._sync is not None:
@@ -388,26 +461,16 @@ class CompressedDDPStrategy(DDPStrategy):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-    @property
-    @override
-    def checkpoint_io(self) -> CheckpointIO:
-        self._checkpoint_io = with_default(self._checkpoint_io)
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    @override
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        self._checkpoint_io = io
-
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         sync, trainer = self._sync, self._trainer
         fitted = self._fitted is not None and self._fitted is self.lightning_module  # now, or before an evaluation
         save = Save(str(filepath))
         if sync is not None and trainer is not None and fitted and "optimizer_states" in checkpoint:
-            save = compression_files.write(
-                self, sync, self.compression, checkpoint, filepath, interrupted=trainer.interrupted
-            )
+            with self._first_error_shown("a checkpoint", waits=False):
+                save = compression_files.write(
+                    self, sync, self.compression, checkpoint, filepath, interrupted=trainer.interrupted
+                )
         elif trainer is not None and trainer.interrupted:
             save = Save(sets.incomplete_path(self, _WHERE, filepath))
         elif self._fitted is not None and not fitted:
@@ -416,7 +479,8 @@ class CompressedDDPStrategy(DDPStrategy):
         if sync is None or trainer is None or not fitted or trainer.interrupted:
             write()
         else:
-            sets.write_main(self, Recorder(CommLedger()), _WHERE, save, write)
+            with self._first_error_shown("a checkpoint", waits=False):
+                sets.write_main(self, Recorder(CommLedger()), _WHERE, save, write)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
@@ -433,16 +497,13 @@ class CompressedDDPStrategy(DDPStrategy):
         return checkpoint
 
     @override
-    def remove_checkpoint(self, filepath: _PATH) -> None:
-        if self._trainer is not None and self._trainer.interrupted:
-            return  # what was to take its place is not complete
-        sets.remove(self, filepath, partial(super().remove_checkpoint, filepath))
-
-    @override
     def __getstate__(self) -> dict[str, Any]:
         # for start methods that pickle: what exists before processes start, without a run's handles
         return {
             **super().__getstate__(),
+            "_run": None,
+            "_failures": None,
+            "_interruptions": None,
             "_sync": None,
             "_patches": Patches(),
             "_fitted": None,

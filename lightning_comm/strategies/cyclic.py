@@ -40,6 +40,7 @@ from lightning_comm.transport.averaging import broadcast_
 from lightning_comm.transport.cyclic_requests import Requests
 from lightning_comm.transport.cyclic_update import ClipBy
 from lightning_comm.transport.optimizer_messages import FirstSteps
+from lightning_comm.transport.plain_data import broadcast_json
 from lightning_comm.transport.random_state import set_random_state
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.replica import fingerprint
@@ -239,7 +240,9 @@ class CyclicStrategy(RanksApartStrategy):
             self._ledger,
             agreement,
             Requests(store, self.global_rank, namespace),
-            self.broadcast,
+            lambda names: self._together(
+                lambda: broadcast_json(names, Recorder(self._ledger), self.root_device, "control"), names, "the cut"
+            ),
             self._timeout or timedelta(minutes=30),
             self._epoch_ends(agreement, store, namespace, WHERE),
         )

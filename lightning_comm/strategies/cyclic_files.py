@@ -5,11 +5,11 @@ any strategy can go on from the file. Under ``lightning_comm.cyclic`` there are 
 random state, its place in the data and its schedulers.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -18,6 +18,7 @@ from lightning_comm.strategies.checkpoints.entry import Save
 from lightning_comm.strategies.cyclic_checks import WHERE
 from lightning_comm.strategies.cyclic_run import CyclicRun
 from lightning_comm.transport.cyclic_stages import Stage
+from lightning_comm.transport.plain_data import NotPlainError, gather_states, pack
 from lightning_comm.transport.random_state import random_state
 
 KEY = "lightning_comm.cyclic"
@@ -61,27 +62,30 @@ def gathered_state(run: CyclicRun, optimizer: Optimizer) -> dict[str, Any]:
     if run.optimizer is None:
         return state
     own = run.optimizer.own_state()
-    everybody: list[dict[int, Any]] | None = [{}] * run.recorder.world_size if run.recorder.rank == 0 else None
+    state["state"].update(own)
+    where = f"{WHERE}: the state of {type(optimizer).__name__}"
     with run.agreement.first_error_shown():
-        dist.gather_object(own, everybody)
-    parts = everybody if everybody is not None else [own]
-    for part in parts:
-        state["state"].update(part)
+        for _, part in gather_states(own, run.recorder, run.module.device, "checkpoint", where):
+            state["state"].update(part)
     state["state"] = dict(sorted(state["state"].items()))
     return state
 
 
 def write(run: CyclicRun, checkpoint: dict[str, Any]) -> None:
     """Put what an exact continuation needs into a checkpoint; every rank calls this."""
-    own = {
+    own: dict[str, Any] = {
         "random": run.random_state or random_state(),
         "epoch_is_over": run.trainer.is_last_batch,
         "ledger": run.recorder.ledger.state_dict(),
         "checkpoint": {key: checkpoint[key] for key in _RANK_KEYS if key in checkpoint},
     }
-    ranks: list[Any] = [None] * run.recorder.world_size
+    _leave_out_objects(own["checkpoint"], run.recorder.rank)
+    ranks: list[Any] = [None] * run.recorder.world_size  # filled on rank 0, which writes the file
     with run.agreement.first_error_shown():
-        dist.all_gather_object(ranks, own)
+        for rank, state in gather_states(
+            own, run.recorder, run.module.device, "checkpoint", f"{WHERE}: what a rank adds to a checkpoint"
+        ):
+            ranks[rank] = state
     checkpoint[KEY] = {
         "version": VERSION,
         "world_size": run.recorder.world_size,
@@ -91,6 +95,17 @@ def write(run: CyclicRun, checkpoint: dict[str, Any]) -> None:
         "run_began_at": run.run_began_at,
         "ranks": ranks,
     }
+
+
+def _leave_out_objects(state: dict[str, Any], rank: int) -> None:
+    """Leave schedulers out that hold objects of the user's: a rank that resumes without has those of rank 0."""
+    if rank == 0 or "lr_schedulers" not in state:
+        return
+    try:
+        pack(state["lr_schedulers"], f"{WHERE}: the state of the learning-rate schedulers")
+    except NotPlainError as error:
+        warnings.warn(f"{error} A resumed run gives rank {rank} the schedulers of rank 0.", stacklevel=2)
+        del state["lr_schedulers"]
 
 
 def mark_incomplete(checkpoint: dict[str, Any], filepath: object) -> None:

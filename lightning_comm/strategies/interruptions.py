@@ -1,7 +1,8 @@
-"""Stops and saves that one rank asks for while all run apart.
+"""Stops and saves that one rank asks for.
 
-Plain Lightning settles these with a broadcast on every batch, or leaves them to each rank. Here they become requests,
-on which the ranks agree without a collective (:mod:`lightning_comm.transport.agreement`).
+Plain Lightning settles these with a broadcast on every batch, or leaves them to each rank. Here they become requests. A
+run whose ranks are apart agrees on them without a collective (:mod:`lightning_comm.transport.agreement`), and one whose
+ranks are in step by a message at the end of every batch (:mod:`lightning_comm.strategies.compression_run`).
 """
 
 import os
@@ -35,6 +36,19 @@ class Stoppable(Protocol):
         """Refuse ranks with different numbers of training batches in an epoch."""
 
 
+class InStep(Protocol):
+    """A run whose ranks settle their requests when they meet: at the end of every batch, and around every epoch."""
+
+    def after_batch(self, end_of_batch: Callable[[], None]) -> None:
+        """Meet at the end of a batch, which the argument ends."""
+
+    def around_epoch_start(self, start: Callable[[], None]) -> None:
+        """Meet at the start of an epoch, which the argument starts."""
+
+    def around_epoch_end(self, end: Callable[[], None]) -> None:
+        """Meet at the end of an epoch, which the argument ends."""
+
+
 class Interruptions:
     """Turns the stops of one ``fit`` into requests, and agreed requests into what Lightning does for a stop.
 
@@ -65,11 +79,12 @@ class Interruptions:
             self._trainer, self._patches, self._on_sigterm, self._on_requeue
         )
 
-    def install(self, after_save: Callable[[], None] | None = None) -> None:
+    def install(self, after_save: Callable[[], None] | None = None, in_step: InStep | None = None) -> None:
         """Take the per-batch collectives out of the loops and callbacks of this run.
 
         Args:
             after_save: Called after every ``Trainer.save_checkpoint``, also where a hook made it fail.
+            in_step: Where ranks meet that are in step; ``None`` where they run apart.
 
         """
         trainer, patches = self._trainer, self._patches
@@ -77,10 +92,13 @@ class Interruptions:
             internals.wrap_saves(trainer, patches, after_save)
         internals.leave_out_sigterm_broadcast(trainer, patches)
         internals.replace_links(trainer, patches)
-        internals.wrap_loop_ends(trainer, patches, self._after_batch, self._around_epoch)
-        internals.wrap_skipped_validation(trainer, patches, _without_drawing)
-        self.met = True  # all ranks start together, so a stop that was asked for in `on_train_start` is settled now
-        self._settle_stop()
+        if in_step is not None:
+            self._meet_in_step(in_step)
+        else:
+            internals.wrap_loop_ends(trainer, patches, self._after_batch, self._around_epoch)
+            internals.wrap_skipped_validation(trainer, patches, _without_drawing)
+            self.met = True  # all ranks start together, so a stop asked for in `on_train_start` is settled now
+            self._settle_stop()
         for callback in getattr(trainer, "callbacks", []):
             if isinstance(callback, Timer):
                 internals.replace_timer_check(callback, patches, lambda why: self._run.request("stop", why))
@@ -91,6 +109,15 @@ class Interruptions:
                     on_time=lambda: self._run.request("checkpoint", "the time for a checkpoint has come"),
                     agreed=lambda: self._save_now,
                 )
+
+    def _meet_in_step(self, in_step: InStep) -> None:
+        def after_batch(end_of_batch: Callable[[], None]) -> None:
+            self.begin_batch()  # an agreed checkpoint has been saved by now, in the hooks at the end of this batch
+            in_step.after_batch(end_of_batch)
+
+        internals.wrap_loop_ends(
+            self._trainer, self._patches, after_batch, in_step.around_epoch_start, in_step.around_epoch_end
+        )
 
     def before_validation(self, call: Callable[[], None]) -> None:
         """Call a function before each validation, until this is undone."""

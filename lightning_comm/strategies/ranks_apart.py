@@ -1,4 +1,4 @@
-"""What our strategies share whose ranks run apart: Lightning's collectives, and how the failure of a rank is told."""
+"""What our strategies share: Lightning's collectives, and how the failure of a rank is told."""
 
 import itertools
 import os
@@ -142,11 +142,25 @@ class RanksApartStrategy(DDPStrategy):
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         return self._together(lambda: DDPStrategy.all_gather(self, tensor, group, sync_grads), tensor, "a gathering")
 
-    def _first_error_shown(self, where: str) -> AbstractContextManager[None]:
+    def _first_error_shown(self, where: str, *, waits: bool = True) -> AbstractContextManager[None]:
         """Turn the loss of a connection into an error that names the rank that failed, in a wait."""
-        return nullcontext() if self._peers is None else self._peers.first_error_shown(where)
+        return nullcontext() if self._peers is None else self._peers.first_error_shown(where, waits=waits)
 
-    @abstractmethod
+    def end_batch(self) -> None:
+        """Called by the companion after every training batch and its schedulers, before any other callback."""
+
+    def end_epoch(self) -> None:
+        """Called by the companion at the end of a training epoch."""
+
+    def begin_evaluation(self) -> None:
+        """Called by the companion when validation starts."""
+
+    def end_evaluation_epoch(self) -> None:
+        """Called by the companion when all validation batches are done and their metrics known."""
+
+    def finish(self) -> None:
+        """Called by the companion when training ends, before any other callback."""
+
     def _compare_places(self) -> None:
         """Refuse ranks that have come apart, where that can be, before Lightning's own messages for a checkpoint."""
 

@@ -1,14 +1,15 @@
 """Compares this process's clock with rank 0's, and gathers what ranks have to say at the end: outside of training."""
 
-import json
 import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.rank_profile import ClockPoint
-from lightning_comm.transport.recording import counted_elsewhere
+from lightning_comm.transport import plain_data
+from lightning_comm.transport.recording import Recorder, counted_elsewhere
 
 _ROUND_TRIPS = 16
 
@@ -56,6 +57,18 @@ def number_from_rank_0(number: int, device: torch.device) -> int:
         return int(row)
 
 
+def json_from_rank_0(value: Any, device: torch.device) -> Any:
+    """Return rank 0's value on all ranks, as JSON brings it back.
+
+    Note:
+        *Communication.* Two broadcasts, of 8 bytes and of the text; none in a single process.
+
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    return plain_data.broadcast_json(value, _not_counted(), device_of_group(device), "instruments")
+
+
 def gather_json(value: Any, device: torch.device) -> list[Any]:
     """Return the value of every rank, in order of rank. Every rank has to call it.
 
@@ -63,18 +76,12 @@ def gather_json(value: Any, device: torch.device) -> list[Any]:
         *Communication.* Two all-gathers: 8 bytes a rank, then the longest value from each.
 
     """
-    text = bytearray(json.dumps(value).encode())
-    with counted_elsewhere():
-        world_size = dist.get_world_size()
-        lengths = torch.empty(world_size, dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(lengths, torch.tensor([len(text)], dtype=torch.int64, device=device))
-        longest = int(lengths.max())
-        row = torch.zeros(longest, dtype=torch.uint8)
-        row[: len(text)] = torch.frombuffer(text, dtype=torch.uint8)
-        rows = torch.empty(world_size * longest, dtype=torch.uint8, device=device)
-        dist.all_gather_into_tensor(rows, row.to(device))
-    everything = rows.cpu().view(world_size, longest)
-    return [json.loads(bytes(each[: int(length)].numpy())) for each, length in zip(everything, lengths, strict=True)]
+    return plain_data.gather_json(value, _not_counted(), device, "instruments")
+
+
+def _not_counted() -> Recorder:
+    """Return a recorder for what instruments send of their own, which is no part of what they measure."""
+    return Recorder(CommLedger(), hold=True)
 
 
 def device_of_group(preferred: torch.device) -> torch.device:

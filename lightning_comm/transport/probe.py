@@ -14,6 +14,7 @@ from lightning_comm.core.costs import Curve, HostLink, LinkProfile, Timing
 from lightning_comm.core.host_links import slowest
 from lightning_comm.core.link_curve import quartiles
 from lightning_comm.core.probe_plan import MAX_BYTES, MIN_BYTES, STEP, ProbePlan, growth, pairs, sizes_between
+from lightning_comm.transport.clocks import gather_json
 
 _WARM_UP_BYTES = 64 * 2**10
 _WARM_UP_CALLS = 3
@@ -58,10 +59,9 @@ def probe_link(
         *Memory.* The largest size, 64 MiB or more, and a part of it.
 
     """
-    places: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
-    dist.all_gather_object(places, (host, node))
-    hosts = host_names(places)
-    bench = _Bench(plan, device or torch.device("cpu"))
+    device = device or torch.device("cpu")
+    hosts = host_names([(name, number) for name, number in gather_json((host, node), device)])
+    bench = _Bench(plan, device)
     bench.warm_up()
     reduces = bench.all_reduces()
     if reduces is None:

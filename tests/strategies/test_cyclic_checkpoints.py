@@ -47,7 +47,9 @@ def seed_everything(seed):
     random.seed(seed)
 
 
-def fit(rank, world_size, make, settings, *, ckpt_path=None, seed=0, callbacks=(), strategy=None, **options):
+def fit(
+    rank, world_size, make, settings, *, ckpt_path=None, seed=0, callbacks=(), strategy=None, trusted=None, **options
+):
     seed_everything(100 * seed + rank)
     module = make()
     data = ResumableLoader(Samples(PER_EPOCH * 4, rank), 4, seed=3, num_replicas=1, rank=0)
@@ -55,15 +57,15 @@ def fit(rank, world_size, make, settings, *, ckpt_path=None, seed=0, callbacks=(
         strategy or cyclic(**settings), world_size, callbacks=list(callbacks), **{"max_epochs": EPOCHS, **options}
     )
     seed_everything(100 * seed + rank)
-    runner.fit(module, data, loader(1, rank), ckpt_path=ckpt_path)
+    runner.fit(module, data, loader(1, rank), ckpt_path=ckpt_path, weights_only=trusted)
     return module, runner
 
 
-def _resume_everywhere(rank, world_size, folder, make, settings, options):
-    for step in (1, 3, 5, 8):
+def _resume_everywhere(rank, world_size, folder, make, settings, options, steps=(1, 3, 5, 8), trusted=None):
+    for step in steps:
         path = f"{folder}/{step}.ckpt"
         whole, _ = fit(rank, world_size, make, settings, callbacks=[Save(step, path)], **options)
-        resumed, _ = fit(rank, world_size, make, settings, ckpt_path=path, seed=9, **options)
+        resumed, _ = fit(rank, world_size, make, settings, ckpt_path=path, seed=9, trusted=trusted, **options)
         assert resumed.losses == whole.losses[len(whole.losses) - len(resumed.losses) :], step
         assert len(resumed.losses) == len(whole.losses) * (EPOCHS * PER_EPOCH - step) // (EPOCHS * PER_EPOCH)
         for mine, theirs in zip(state(resumed), state(whole), strict=True):
@@ -222,3 +224,37 @@ def test_the_synchronous_start_counts_from_the_beginning_of_each_run_and_of_the_
             np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-12)
             np.testing.assert_array_equal(mine, again)
             assert abs(mine - other).max() > 1e-6
+
+
+class Remark:
+    """An object of a user's in the state of a scheduler."""
+
+
+class Remarking(torch.optim.lr_scheduler.LambdaLR):
+    def state_dict(self):
+        return {**super().state_dict(), "remark": Remark()}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "remark"})
+
+
+class Remarked(Noisy):
+    def configure_optimizers(self):
+        optimizer = self.make_optimizer(self.parameters())
+        scheduler = Remarking(optimizer, self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _remarked(rank, folder):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _resume_everywhere(rank, 2, folder, lambda: Remarked(adamw), {}, {}, steps=(3,), trusted=False)
+    return [str(each.message) for each in caught if "another rank" in str(each.message)]
+
+
+def test_a_scheduler_that_keeps_an_object_resumes_from_that_of_rank_0_and_says_so(tmp_path):
+    one, other = launch(_remarked, str(tmp_path), world_size=2)
+    assert one == []
+    assert [
+        part for part in ("CyclicStrategy", "Remark", "add_safe_globals", "of rank 0") if part not in other[0]
+    ] == []
