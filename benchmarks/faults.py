@@ -23,6 +23,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,9 @@ def run_all(
                 records.append(record)
                 on_record(record)
 
-    threads = [threading.Thread(target=work) for _ in range(jobs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(jobs) as pool:
+        for worker in [pool.submit(work) for _ in range(jobs)]:
+            worker.result()  # raises what went wrong in there
     return records
 
 
@@ -139,7 +138,10 @@ def main() -> None:
             with options.out.open("a") as file:
                 file.write(json.dumps(record, default=str) + "\n")
         if options.keep is not None and record["class"] not in ("ok", "refused clearly"):
-            shutil.copytree(record["folder"], options.keep / Path(record["folder"]).name, symlinks=True)
+            kept = options.keep / Path(record["folder"]).name
+            shutil.rmtree(kept, ignore_errors=True)
+            sockets = shutil.ignore_patterns("pymp-*", "listener-*")
+            shutil.copytree(record["folder"], kept, symlinks=True, ignore=sockets)
         shutil.rmtree(record["folder"], ignore_errors=True)
 
     try:

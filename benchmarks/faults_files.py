@@ -7,6 +7,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from faults_plan import CHECKPOINTS
+
+
+def lines_of(path: Path) -> list[str]:
+    """Return the lines of a file that somebody may be writing; none if it is not there."""
+    return path.read_text().splitlines() if path.exists() else []
+
 
 def checkpoints(files: Path) -> list[Path]:
     """Return the checkpoints under a folder, the newest first; a link and what it points to are one."""
@@ -26,15 +33,14 @@ def beside(checkpoint: Path) -> list[Path]:
 
 
 def left_over(files: Path) -> list[str]:
-    """Return the files in folders of checkpoints that belong to no checkpoint."""
-    folders = {path.parent for path in files.rglob("*.ckpt")}
-    kept = []
-    for folder in folders:
-        names = [path.name for path in folder.glob("*.ckpt")]
-        for entry in folder.iterdir():
-            if entry.name not in names and not any(entry.name.startswith(name) for name in names):
-                kept += [entry] if entry.is_file() else [path for path in entry.rglob("*") if path.is_file()]
-    return sorted(str(path.relative_to(files)) for path in kept)
+    """Return the files in the folder of checkpoints that belong to no checkpoint."""
+    folder = files / CHECKPOINTS
+    names = [path.name for path in folder.glob("*.ckpt")]
+    kept: list[Path] = []
+    for entry in folder.iterdir() if folder.exists() else ():
+        if not any(entry.name.startswith(name) for name in names):
+            kept += [entry] if not entry.is_dir() else [path for path in entry.rglob("*") if path.is_file()]
+    return sorted(str(path.relative_to(folder)) for path in kept)
 
 
 def damage(files: Path, kind: str, detail: dict[str, Any], seed: int) -> Path | None:

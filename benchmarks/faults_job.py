@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from faults_model import STRATEGIES, loader_of, model_of, validation_loader
-from faults_plan import SAVE_EVERY, STEPS, VALIDATE_EVERY
+from faults_plan import CHECKPOINTS, SAVE_EVERY, STEPS, VALIDATE_EVERY
 from faults_strike import Fault
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,7 +22,6 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_comm import AdaptivePartition
 
-CHECKPOINTS = "checkpoints"  # the folder of checkpoints in that of the run
 _SAVES: dict[str, dict[str, Any]] = {
     "top1": {},
     "all": {"save_top_k": -1},

@@ -192,8 +192,8 @@ def _refused(case: Case, record: dict[str, Any], result: Judgement) -> None:
             result.add("WRONG RESULT", f"rank {rank} ended with exit code 0 after epochs of unequal length")
         elif not OURS.search(message) or not re.search(r"batch|epoch", message):
             result.add("unclear message", f"rank {rank} does not say that epochs differ: {_first([message])}")
-    if case.kind == "unequal_known" and any(record["started"]):
-        result.add("unclear message", "unequal numbers of batches are known, and training began")
+    if case.kind == "unequal_known" and any(step > 0 for step in record["steps"]):
+        result.add("unclear message", "unequal numbers of batches are known, and ranks trained")
 
 
 def _damaged(case: Case, record: dict[str, Any], result: Judgement) -> None:

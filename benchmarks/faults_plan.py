@@ -22,6 +22,7 @@ PHASES = {
     "epoch_end": "epoch end", "train_end": "end of fit", "finish": "end of fit",
 }  # fmt: skip
 STEPS, EPOCH_STEPS, SAVE_EVERY, VALIDATE_EVERY, ROUND = 60, 24, 5, 12, 4
+CHECKPOINTS = "checkpoints"  # their folder in that of the run's files
 _ANYWHERE = ("setup", "training_step", "backward", "round", "batch_end", "validation_step", "save", "train_end")
 _DURING = ("training_step", "backward", "round", "batch_end", "validation_step", "save")
 _HOOKS = ("train_start", "batch_start", "batch_end", "epoch_end", "train_end")

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from faults_files import checkpoints, damage, left_over
+from faults_files import checkpoints, damage, left_over, lines_of
 from faults_logs import degraded, last_error
 from faults_plan import COMPARISON, STEPS, Case
 from faults_workshop import Run, Workshop, equal
@@ -79,17 +79,13 @@ def _floor(case: Case, record: dict[str, Any], run: Run) -> int:
     until = record["hit"]["time"] if record["hit"] else float("inf")
     saved = []
     for rank in range(case.ranks):
-        lines = map(json.loads, _lines(run.folder / f"saves{rank}.txt"))
+        lines = map(json.loads, lines_of(run.folder / f"saves{rank}.txt"))
         saved.append({step for step, _, when in lines if when <= until})
     by_all = sorted(set.intersection(*saved))
     if case.saves == "async":
         # a save returns before anything is written; what the slowest has written for certain is one save older
-        logs = [_lines(run.folder / f"written{rank}.txt") for rank in range(case.ranks)]
+        logs = [lines_of(run.folder / f"written{rank}.txt") for rank in range(case.ranks)]
         logs = [log for rank, log in enumerate(logs) if log or rank == 0]
         written = [step for step in by_all if all(any(f"s{step}.ckpt" in path for path in log) for log in logs)]
         return written[-2] if len(written) > 1 else 0
     return by_all[-1] if by_all else 0
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from faults_files import SmallDisk, beside, checkpoints
+from faults_files import SmallDisk, beside, checkpoints, lines_of
 from faults_logs import last_error
 from faults_plan import Case
 from faults_resume import note_checkpoints
@@ -142,12 +142,12 @@ class _Attempt:
         case = self._case
         deadline = time.monotonic() + self._workshop.run_s
         struck = Path(run.folder, STRUCK)
-        while not struck.exists() and run.alive and time.monotonic() < deadline:
+        while not (marks := lines_of(struck)) and run.alive and time.monotonic() < deadline:
             time.sleep(0.002)
-        happened = struck.exists()
-        self._record["hit"] = json.loads(struck.read_text().splitlines()[0]) if happened else None
+        marks = marks or lines_of(struck)  # of one that ended in between
+        self._record["hit"] = json.loads(marks[0]) if marks else None
         self._record["where_all_stood"] = [list(row[:2]) for row in run.progress.rows()]
-        if not happened:
+        if not marks:
             return
         if case.late_s is not None:
             time.sleep(case.late_s)
@@ -210,6 +210,7 @@ class _Attempt:
         record["errors"] = [last_error(text) for text in texts]
         record["aborted"] = ["terminate called" in text for text in texts]
         record["done"] = ["DONE rank" in text for text in texts]
+        record["steps"] = [row[0] for row in run.progress.rows()]
         record["started"] = ["START rank" in text for text in texts]
         record["logs"] = [text[-2500:] for text in texts]
         finals = run.finals()

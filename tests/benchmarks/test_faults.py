@@ -64,7 +64,7 @@ def record_of(kind="kill", *, strategy="local_sgd", **changes):
         "case": case.as_json(), "phase": "step", "folder": "", "took_s": 9.0, "hit": {"step": 22, "time": 0.0},
         "where_all_stood": [[22, "backward"], [22, "training_step"]], "codes": [1, -9], "ends_s": [6.1, 0.1],
         "hang": [], "stopped": [], "left_processes": [], "errors": [_LOST, ""], "aborted": [False, False],
-        "done": [False, False], "started": [True, True], "logs": ["", ""], "requeued": "", "floor": 20,
+        "done": [False, False], "started": [True, True], "steps": [22, 22], "logs": ["", ""], "requeued": "", "floor": 20,
         "resumes": [_WHOLE], "left_over": [],
     }  # fmt: skip
     return {**hurt, **changes}
@@ -118,6 +118,9 @@ BARE = ["RuntimeError: PytorchStreamReader failed reading zip archive"] * 2
         ("WRONG RESULT", "kill", {"resumes": [{**_WHOLE, "equal": False}]}),
         ("WRONG RESULT", "unequal_unknown", FINISHED),
         ("refused clearly", "unequal_unknown", {
+            "codes": [1, 1], "errors": ["RuntimeError: LocalUpdateStrategy: ranks have 24 and 19 batches; ..."] * 2,
+        }),
+        ("unclear message", "unequal_known", {
             "codes": [1, 1], "errors": ["RuntimeError: LocalUpdateStrategy: ranks have 24 and 19 batches; ..."] * 2,
         }),
         ("WRONG NAME", "kill", {"errors": ["PeerFailure: rank 2 failed", ""]}),
