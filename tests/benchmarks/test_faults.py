@@ -64,8 +64,8 @@ def record_of(kind="kill", *, strategy="local_sgd", **changes):
         "case": case.as_json(), "phase": "step", "folder": "", "took_s": 9.0, "hit": {"step": 22, "time": 0.0},
         "where_all_stood": [[22, "backward"], [22, "training_step"]], "codes": [1, -9], "ends_s": [6.1, 0.1],
         "hang": [], "stopped": [], "left_processes": [], "errors": [_LOST, ""], "aborted": [False, False],
-        "done": [False, False], "started": [True, True], "steps": [22, 22], "logs": ["", ""], "requeued": "", "floor": 20,
-        "resumes": [_WHOLE], "left_over": [],
+        "done": [False, False], "started": [True, True], "steps": [22, 22], "logs": ["", ""], "requeued": "",
+        "floor": 20, "resumes": [_WHOLE], "left_over": [],
     }  # fmt: skip
     return {**hurt, **changes}
 
