@@ -64,7 +64,7 @@ def judge(record: dict[str, Any]) -> Judgement:
 
 
 def _happened(case: Case, record: dict[str, Any]) -> bool:
-    if case.kind in ("async", "unequal_known"):
+    if case.kind == "async" or case.spec.expects == "refused":  # by how the case is made
         return True
     if case.spec.expects == "full":
         return any(word in text for text in record["logs"] for word in _FULL)

@@ -160,14 +160,16 @@ class Case:
         """Whether a resumed run must repeat one that was never stopped bit for bit, as the cards promise.
 
         DDP reorders its buckets after the first step, so that on three ranks sums round otherwise; shares that follow
-        measured speeds differ from run to run; and a stop between two checkpoints is one more flush of a cyclic run.
+        measured speeds differ from run to run; and where all ranks agree on a stop or a save between two checkpoints,
+        local updates synchronise and a cyclic run flushes once more.
         """
         if self.partition == "balance" or self.kind == "nan":
             return False
-        if self.strategy.startswith("cyclic"):
-            return self.spec.expects not in ("terminated", "requeued", "stops")
-        through_ddp = not self.strategy.startswith(("local", "qsr"))
-        return not (through_ddp and self.ranks > 2)
+        through_ddp = self.strategy.startswith(("ddp", "pactrain"))
+        if self.spec.expects in ("terminated", "requeued", "stops") and not through_ddp:
+            return False
+        in_steps = through_ddp or self.strategy == "post_local"
+        return not (in_steps and self.ranks > 2)
 
     def as_json(self) -> dict[str, Any]:
         """Return it as what JSON can hold."""

@@ -17,12 +17,12 @@ SEEDS = {
     61: "a sample of a long round cannot be read",
     65: "the disk of rank files is full",
     71: "one rank wants to stop",
+    74: "epochs of unknown length differ",
     75: "a peer dies where exceptions save a checkpoint",
     76: "checkpoints are written by a thread, and slowly",
     81: "one of three ranks ends at once",
     90: "one rank under compression is told to end",
     107: "a bit of a checkpoint flips",
-    113: "epochs of unknown length differ",
     135: "one of three ranks raises in its optimizer step",
     144: "a rank dies between its file and the main file",
 }
