@@ -43,11 +43,11 @@ def left_over(files: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in kept)
 
 
-def damage(files: Path, kind: str, detail: dict[str, Any], seed: int) -> Path | None:
+def damage(files: Path, kind: str, detail: dict[str, Any], seed: int) -> tuple[Path, bytes] | None:
     """Damage a file of the newest checkpoint.
 
     Returns:
-        The file, or ``None`` if there is none to damage.
+        The file and what it held, or ``None`` if there is none to damage.
 
     """
     found = checkpoints(files)
@@ -58,13 +58,13 @@ def damage(files: Path, kind: str, detail: dict[str, Any], seed: int) -> Path | 
         return None
     random_ = random.Random(seed)
     path = found[0] if kind == "damage_main" else random_.choice(own)
-    times = path.stat()
+    times, content = path.stat(), path.read_bytes()
     if detail["damage"] == "missing":
         path.unlink()
-        return path
-    path.write_bytes(_damaged(path.read_bytes(), detail, random_))
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    return path
+    else:
+        path.write_bytes(_damaged(content, detail, random_))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return path, content
 
 
 def _damaged(content: bytes, detail: dict[str, Any], random_: random.Random) -> bytes:

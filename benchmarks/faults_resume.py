@@ -29,26 +29,41 @@ def note_checkpoints(case: Case, workshop: Workshop, folder: Path, record: dict[
     record["resumes"] = []
     if case.spec.expects == "refused" or case.strategy == COMPARISON:
         return
-    if case.spec.expects == "damaged":
-        hurt = damage(files, case.kind, case.detail, case.seed)
-        record["damaged"] = None if hurt is None else hurt.name
+    hurt = damage(files, case.kind, case.detail, case.seed) if case.spec.expects == "damaged" else None
+    record["damaged"] = None if hurt is None else hurt[0].name
     before = folder / "before"
     if files.exists():
         files.rename(before)
     for path in checkpoints(before)[:_TRIES]:
-        # each from what the run left behind, since a run that is resumed removes and writes checkpoints
-        shutil.rmtree(files, ignore_errors=True)
-        shutil.copytree(before, files, symlinks=True)
-        again = files / path.relative_to(before.resolve())
-        tried = _resume(case, workshop, {**order, "resume": str(again)}, folder / "resumed")
+        order["resume"] = str(files / path.relative_to(before.resolve()))
+        tried, finals = _resume(case, workshop, order, before, folder / "resumed")
+        if hurt is not None and not record["resumes"] and tried["whole"]:
+            # it was loaded: the same as if nothing had happened to it?
+            (before / hurt[0].relative_to(files)).write_bytes(hurt[1])
+            _, undamaged = _resume(case, workshop, order, before, folder / "undamaged")
+            tried["exact"] = all(map(equal, finals, undamaged))
         record["resumes"].append(tried)
         if tried["whole"]:
             break
-    record["left_over"] = left_over(files) if files.exists() else []
+    record["left_over"] = left_over(files)
 
 
-def _resume(case: Case, workshop: Workshop, order: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return what became of a run that goes on from a checkpoint."""
+def _resume(
+    case: Case, workshop: Workshop, order: dict[str, Any], before: Path, folder: Path
+) -> tuple[dict[str, Any], list[dict[str, Any] | None]]:
+    """Return what became of a run that goes on from a checkpoint, and its weights at the end.
+
+    Args:
+        case: What happened before.
+        workshop: Makes runs.
+        order: What ranks are told; ``resume`` is the checkpoint.
+        before: What the run left behind, which stays: one that is resumed removes and writes checkpoints.
+        folder: Of the new run's logs.
+
+    """
+    files = Path(order["files"])
+    shutil.rmtree(files, ignore_errors=True)
+    shutil.copytree(before, files, symlinks=True)
     saves = "top1" if case.saves == "async" else case.saves
     plain = {"case": None, "how": "none", "workers": 0, "tmpdir": None, "saves": saves}
     run = workshop.start({**order, **plain}, folder)
@@ -71,7 +86,7 @@ def _resume(case: Case, workshop: Workshop, order: dict[str, Any], folder: Path)
         tried["equal"] = all(equal(finals[0], each) for each in finals)
         if workshop.compares_with(case) and not notes:
             tried["exact"] = all(map(equal, finals, workshop.reference(order)))
-    return tried
+    return tried, finals
 
 
 def _floor(case: Case, record: dict[str, Any], run: Run) -> int:

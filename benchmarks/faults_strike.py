@@ -158,7 +158,8 @@ class Fault:
         sys.addaudithook(hook)
 
     def _on_operation(self, event: str, arguments: tuple[Any, ...], folder: str) -> None:
-        paths = [os.fspath(each) for each in arguments[:2] if isinstance(each, (str, os.PathLike))]
+        named = arguments[:1] if event == "open" else arguments[:2]
+        paths = [os.fspath(each) for each in named if isinstance(each, (str, os.PathLike))]
         if not any(isinstance(path, str) and path.startswith(folder) for path in paths):
             return
         writes = event != "open" or bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))

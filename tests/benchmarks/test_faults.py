@@ -1,14 +1,18 @@
 """A dozen runs in which something is hurt, and the judge of such runs, which must be able to say each bad class."""
 
+import multiprocessing
+import signal
 import sys
 from dataclasses import replace
 
 import faults
 import pytest
+from faults_files import beside, checkpoints, damage, left_over
 from faults_judge import BAD, CLASSES, judge
 from faults_logs import degraded, last_error, named
 from faults_plan import KINDS, STRATEGIES, draw
 from faults_report import failures, page, terminal
+from faults_strike import STRUCK, Fault
 from faults_workshop import Workshop
 from faults_zygote import Zygote
 
@@ -160,6 +164,60 @@ def test_ranks_are_named_without_the_one_that_speaks():
 def test_a_resumed_run_that_says_what_it_lacks_is_not_whole():
     assert degraded("x.py:3: LocalUpdateStrategy: `ckpt_path`='a' cannot bring every rank back: it is missing")
     assert degraded("Restoring states from the checkpoint path at a.ckpt") == ""
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_two_files(run, folder, how):
+    """Write two large files as the rank that is hurt."""
+    case = {**draw(27).as_json(), "rank": 0, "step": 0, "place": "file", "detail": {"operation": 2}}
+    fault = Fault(case, str(run), 0, 1, how)
+    fault.at("batch_end", 1)
+    fault.watch_files(str(folder))
+    for name in ("a", "b"):
+        try:
+            (folder / name).write_bytes(bytes(100_000))
+        except OSError:
+            (folder / "told").touch()
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "sizes"),
+    [
+        ("kill_operation", -signal.SIGKILL, {"a": 100_000}),
+        ("kill_write", -signal.SIGXFSZ, {"a": 100_000, "b": 16_384}),
+        ("fail_write", 0, {"a": 100_000, "b": 16_384, "told": 0}),
+    ],
+)
+def test_a_process_dies_before_or_within_the_second_file_or_is_told_that_the_disk_is_full(tmp_path, how, code, sizes):
+    (tmp_path / "checkpoints").mkdir()
+    arguments = (tmp_path, tmp_path / "checkpoints", how)
+    process = multiprocessing.get_context("fork").Process(target=write_two_files, args=arguments)
+    process.start()
+    process.join(60)
+    assert process.exitcode == code
+    assert {path.name: path.stat().st_size for path in (tmp_path / "checkpoints").iterdir()} == sizes
+    assert '"place": "file: open b"' in (tmp_path / STRUCK).read_text()
+
+
+@pytest.mark.parametrize("how", ["truncate", "empty", "flip", "garbage", "zeros", "missing"])
+def test_damage_hits_the_newest_checkpoint_and_says_what_the_file_held(tmp_path, how):
+    folder = tmp_path / "checkpoints"
+    for age, name in enumerate(("s5.ckpt", "s10.ckpt")):
+        (folder / f"{name}.ranks").mkdir(parents=True)
+        for path in (folder / f"{name}.ranks" / "rank0.pt", folder / name):
+            path.write_bytes(bytes(range(1, 200)) * (age + 1))
+    (folder / "last.ckpt").symlink_to("s10.ckpt")
+    (folder / "s15.ckpt.part").touch()
+    assert [path.name for path in checkpoints(tmp_path)] == ["s10.ckpt", "s5.ckpt"]
+    assert [path.name for path in beside(folder / "s10.ckpt")] == ["rank0.pt"]
+    assert left_over(tmp_path) == ["s15.ckpt.part"]
+    path, content = damage(tmp_path, "damage_rank", {"damage": how, "where": 0.4, "bit": 3}, seed=1)
+    assert path == folder / "s10.ckpt.ranks" / "rank0.pt"
+    assert content == bytes(range(1, 200)) * 2
+    assert not path.exists() if how == "missing" else path.read_bytes() != content
+    assert damage(tmp_path, "damage_main", {"damage": "flip", "where": 0.4, "bit": 3}, seed=1)[0].name == "s10.ckpt"
 
 
 # ---- cases and tables ------------------------------------------------------------------------------------------------
