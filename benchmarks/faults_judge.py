@@ -169,7 +169,7 @@ def _requeued(case: Case, record: dict[str, Any], result: Judgement) -> None:
     """SLURM announces the end of the job: saved, requeued, and trained on until it comes."""
     _finishes(case, record, result)
     if not record["hang"] and "requeue 4242" not in record["requeued"]:
-        result.add("LOST", "the job was not requeued")
+        result.add("WRONG RESULT", "the job was not requeued")
 
 
 def _stops(case: Case, record: dict[str, Any], result: Judgement) -> None:

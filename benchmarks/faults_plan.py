@@ -104,6 +104,7 @@ STRATEGIES = (
 COMPARISON = "ddp"  # Lightning's own; its outcomes are shown and not judged
 RANK_FILES = ("local_sgd", "local_long", "local_overlap", "local_int8", "post_local", "qsr", "ddp_topk", "ddp_powersgd")
 _SAVES = ("top1", "top1", "last", "all", "top1_last", "link")
+_OVERWRITING = ("last", "last", "top1", "link")  # where what is written next takes the place of what was whole
 _DAMAGES = ("truncate", "empty", "flip", "flip", "garbage", "zeros")
 
 
@@ -204,7 +205,7 @@ def draw(seed: int, kind: str | None = None, strategy: str | None = None, ranks:
         rank = 0  # the only one that writes
     step = random_.randrange(8, 40)
     late = spec.may_be_late and place not in ("setup", "train_end") and random_.random() < 0.5
-    saves = spec.saves or random_.choice(_SAVES)
+    saves = spec.saves or random_.choice(_OVERWRITING if place == "file" else _SAVES)
     partition = random_.choice(["none"] * 4 + ["fixed", "balance"])
     if chosen not in ("local_sgd", "ddp_bf16", "ddp_topk", "qsr") or place in ("worker", "exhausted"):
         partition = "none"

@@ -177,7 +177,7 @@ class Zygote:
         self._wait()
 
     def _read(self, news: int) -> None:
-        with open(news, closefd=False) as lines:
+        with open(news) as lines:
             for line in lines:
                 said = json.loads(line)
                 with self._news:

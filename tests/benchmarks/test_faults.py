@@ -100,7 +100,7 @@ BARE = ["RuntimeError: PytorchStreamReader failed reading zip archive"] * 2
         ("LOST", "kill", {"resumes": [{**_WHOLE, "start": 15}]}),
         ("LOST", "kill", {"resumes": [{**_WHOLE, "whole": False, "notes": ["it is incomplete"]}]}),
         ("WRONG RESULT", "sigterm_one", {"errors": ["", ""], "codes": [0, 0]}),
-        ("LOST", "requeue_one", FINISHED),
+        ("WRONG RESULT", "requeue_one", FINISHED),
         ("ok", "requeue_one", {**FINISHED, "requeued": "requeue 4242\n"}),
         ("ok", "sigterm_one", {"errors": ["", ""], "codes": [0, 0], "resumes": [TERMINATED]}),
         ("WRONG RESULT", "sigterm_one", {"codes": [1, 1], "resumes": [TERMINATED]}),
