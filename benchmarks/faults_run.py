@@ -90,15 +90,10 @@ class _Attempt:
         """Return what every rank is told."""
         case, kind = self._case, self._case.kind
         loader = "partitioned" if case.partition != "none" else "resumable"
-        elsewhere = None
-        if kind in ("kill_file_operation", "kill_within_write") and os.access("/dev/shm", os.W_OK):
-            # a file that is written in a temporary folder on another disk cannot be renamed into its place
-            elsewhere = f"/dev/shm/faults_{os.getpid()}_{case.seed}"
-            os.makedirs(elsewhere, exist_ok=True)
         order = {
             "case": case.as_json(), "how": self._how(), "strategy": case.strategy, "ranks": case.ranks,
             "saves": case.saves, "partition": case.partition, "step_ms": case.step_ms, "detail": case.detail,
-            "files": str(self._files), "resume": None, "workers": int(case.place == "worker"), "tmpdir": elsewhere,
+            "files": str(self._files), "resume": None, "workers": int(case.place == "worker"), "tmpdir": None,
             "loader": "stream" if kind == "unequal_unknown" else loader,
             "fewer": [5 * (kind.startswith("unequal") and rank == case.rank) for rank in range(case.ranks)],
         }  # fmt: skip
@@ -108,6 +103,10 @@ class _Attempt:
             if not self._disk.is_mounted:
                 order["how"] = "fail_write"
             self._record["disk"] = f"{size} bytes" if self._disk.is_mounted else "a limit on the size of files"
+        if order["how"] in ("kill_operation", "kill_write", "fail_write") and os.access("/dev/shm", os.W_OK):
+            # what is first written to a temporary folder on another disk cannot be renamed into its place
+            order["tmpdir"] = f"/dev/shm/faults_{os.getpid()}_{case.seed}"
+            os.makedirs(order["tmpdir"], exist_ok=True)
         self._record["order"] = order
         return order
 

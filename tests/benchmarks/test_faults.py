@@ -18,6 +18,8 @@ from faults_zygote import Zygote
 
 SEEDS = {
     6: "rank 0 of a cyclic run stops answering",
+    27: "a rank dies between the files of a checkpoint that takes another's place",
+    30: "bytes of a file of one rank are overwritten",
     61: "a sample of a long round cannot be read",
     65: "the disk of rank files is full",
     71: "one rank wants to stop",
@@ -26,9 +28,7 @@ SEEDS = {
     76: "checkpoints are written by a thread, and slowly",
     81: "one of three ranks ends at once",
     90: "one rank under compression is told to end",
-    107: "a bit of a checkpoint flips",
     135: "one of three ranks raises in its optimizer step",
-    144: "a rank dies between its file and the main file",
 }
 
 
