@@ -207,6 +207,8 @@ def _damaged(case: Case, record: dict[str, Any], result: Judgement) -> None:
             result.add("CORRUPT LOADED", f"{name} was damaged ({case.detail['damage']}) and loaded without a word")
         else:
             result.best = "ok"  # what was damaged is not content
+    elif newest["began"] and not newest["notes"]:
+        result.add("CORRUPT LOADED", f"{name} was damaged ({case.detail['damage']}), loaded and trained on")
     elif name not in words or not OURS.search(words):
         result.add("unclear message", f"{name} was damaged, and the message is: {_first([words])}")
 

@@ -78,6 +78,7 @@ def _resume(
     notes = [note for note in map(degraded, texts) if note]
     went_well = ended and codes == [0] * len(codes)
     tried: dict[str, Any] = {
+        "began": bool(starts),
         "name": Path(order["resume"]).name, "codes": codes, "hang": not ended, "start": max(starts, default=STEPS),
         "notes": notes[:1], "errors": [last_error(text) for text in texts] if not went_well else [],
         "whole": went_well and not notes, "logs": [] if went_well else [text[-2500:] for text in texts],

@@ -57,7 +57,7 @@ def test_a_run_that_is_hurt_ends_in_time_names_who_was_hurt_and_keeps_its_checkp
 _LOST = "PeerFailure: rank 1 failed: it does not answer any more"
 _WHOLE = {
     "name": "s20.ckpt", "codes": [0, 0], "hang": False, "start": 20, "notes": [], "errors": [], "whole": True,
-    "equal": True, "exact": True, "logs": [],
+    "equal": True, "exact": True, "logs": [], "began": True,
 }  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def class_of(kind="kill", **changes):
 FINISHED = {"codes": [0, 0], "errors": ["", ""], "done": [True, True], "equal": True, "exact": True}
 EARLIER = {**_WHOLE, "name": "s15.ckpt", "start": 15}
 TERMINATED = {**_WHOLE, "name": "last-terminated-step=22.ckpt", "start": 22}
-REFUSED = {**_WHOLE, "codes": [1, 1], "whole": False, "start": None}
+REFUSED = {**_WHOLE, "codes": [1, 1], "whole": False, "start": None, "began": False}
 CLEAR = ["ValueError: LocalUpdateStrategy: `ckpt_path`='s20.ckpt' is damaged. Give an earlier one."] * 2
 BARE = ["RuntimeError: PytorchStreamReader failed reading zip archive"] * 2
 
@@ -106,6 +106,7 @@ BARE = ["RuntimeError: PytorchStreamReader failed reading zip archive"] * 2
         ("WRONG RESULT", "sigterm_one", {"codes": [1, 1], "resumes": [TERMINATED]}),
         ("CORRUPT LOADED", "damage_main", {"damaged": "s20.ckpt", "resumes": [{**_WHOLE, "exact": False}]}),
         ("CORRUPT LOADED", "damage_main", {"damaged": "s20.ckpt", "resumes": [{**_WHOLE, "exact": None}]}),
+        ("CORRUPT LOADED", "damage_main", {"damaged": "s20.ckpt", "resumes": [{**_WHOLE, "whole": False}]}),
         ("ok", "damage_main", {"damaged": "s20.ckpt", "resumes": [_WHOLE]}),
         ("refused clearly", "damage_main", {
             "damaged": "s20.ckpt", "resumes": [{**REFUSED, "errors": CLEAR}, EARLIER],
