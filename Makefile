@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 WHEEL  := build/wheel-env
 
-.PHONY: help setup demo test lint types doctest wheel-env tests benchmark benchmark-tools benchmark-compression benchmark-partition benchmark-cyclic docs clean
+.PHONY: help setup demo test lint types doctest wheel-env tests benchmark benchmark-tools benchmark-compression benchmark-partition benchmark-cyclic benchmark-faults docs clean
 
 help:
 	@echo "make demo       set up, then train DDP, local SGD and QSR on real digits, and compare accuracy, bytes and times"
@@ -15,6 +15,7 @@ help:
 	@echo "make benchmark-compression  what compression and overlap save on emulated hosts, and accuracy under them (75 minutes)"
 	@echo "make benchmark-partition  what shares by speed gain, what they cost, and accuracy under them (40 minutes)"
 	@echo "make benchmark-cyclic  what staggered workers gain on emulated hosts and in a shared memory, and accuracy under delay (1 hour)"
+	@echo "make benchmark-faults  what becomes of runs, and of their checkpoints, when ranks, links, disks and files are hurt (25 minutes)"
 	@echo "make docs       the documentation as HTML in docs/_build"
 
 setup: $(VENV)/.ready
@@ -86,6 +87,10 @@ benchmark-cyclic: setup
 	$(BIN)/python benchmarks/cyclic_shared_memory.py
 	$(BIN)/python benchmarks/cyclic_accuracy.py
 	$(BIN)/python benchmarks/cyclic_contents.py
+
+# Some 25 minutes, on a quiet machine. Links can be cut, and disks be small, for root alone on most machines.
+benchmark-faults: setup
+	$(BIN)/python benchmarks/faults.py
 
 docs: setup
 	$(BIN)/sphinx-build -W -b html docs docs/_build
