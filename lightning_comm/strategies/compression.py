@@ -330,7 +330,9 @@ class CompressedDDPStrategy(RanksApartStrategy):
         fitting = self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING
         terminated = isinstance(exception, SIGTERMException)
         if fitting and (terminated or (self._run is not None and self._run.refused)):
-            return  # all ranks end alike, and nobody waits
+            if self._peers is not None:
+                self._peers.part()  # all ranks end alike; rank 0 may host the store
+            return
         # in an evaluation each rank ends by itself, since they may have different numbers of batches
         super().report_failure(InterruptedError("it was ended by SIGTERM") if terminated else exception)
 
