@@ -23,16 +23,16 @@ def verdict(asked_by: int, silent: list[int], statuses: Mapping[int, Mapping[str
         alone = not set(statuses) - {asked_by}
         does, were = ("does", "It was") if len(silent) == 1 else ("do", "They were")
         return (
-            f"{_ranks(silent).capitalize()} {does} not answer. {were} killed, or stopped, or cut off from the network: look for the "
-            "first error in the output there; without one, for what ended or stopped the process (memory, a signal)."
+            f"{_ranks(silent).capitalize()} {does} not answer. {were} killed, or stopped, or cut off from the network: "
+            "look for the first error in the output there; without one, for what ended or stopped the process (memory, a signal)."
             + (f" Or rank {asked_by}, which says this, is cut off itself: no other rank answers it." if alone else "")
         )
     left = [rank for rank, each in statuses.items() if each.get("left")]
     if left:
         has = "has" if len(left) == 1 else "have"
         return (
-            f"{_ranks(left).capitalize()} {has} left the run already, at {_steps(left, statuses)}, and other ranks wait for what "
-            "will not come. All ranks must take the same steps: look at why it ended there."
+            f"{_ranks(left).capitalize()} {has} left the run already, at {_steps(left, statuses)}, and other ranks "
+            "wait for what will not come. All ranks must take the same steps: look at why it ended there."
         )
     late = [rank for rank, each in statuses.items() if not each.get("waits")]
     if late and re.search("timed out|timeout", reason, re.IGNORECASE):
