@@ -32,7 +32,7 @@ from torch import Tensor
 from lightning_comm.core.cyclic import CyclicSchedule, MessageKind
 from lightning_comm.transport.cyclic_link import UrgentFirst
 from lightning_comm.transport.cyclic_messages import Mark, Message, StageLayout
-from lightning_comm.transport.recording import Recorder
+from lightning_comm.transport.recording import Recorder, leave_behind
 
 _END_S = 5.0  # how long lanes may take to end once nothing holds them any more
 _LISTEN_S = 1.0  # how often somebody who waits looks whether a rank has failed; a look takes up to 70 ms on a slow link
@@ -181,6 +181,7 @@ class CyclicRing:
         until_s = time.monotonic() + _END_S
         for lane in self._lanes:
             lane.join(max(0.0, until_s - time.monotonic()))
+            leave_behind(lane)
 
     # ---- the lanes -----------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from lightning_comm.core.cyclic import CyclicSchedule
 from lightning_comm.core.cyclic_stagger import token_boundary
+from lightning_comm.transport.recording import leave_behind
 
 _LISTEN_S = 1.0
 _END_S = 5.0  # how long the thread may take to end once nothing holds it any more
@@ -71,6 +72,7 @@ class Stagger:
         """End the thread where another rank is gone, or this one is about to go, once the group has been hung up."""
         self._expected.put(False)
         self._thread.join(_END_S)
+        leave_behind(self._thread)
 
     def _wait(self) -> None:
         self._expected.put(True)

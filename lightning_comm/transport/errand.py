@@ -6,6 +6,8 @@ from contextlib import nullcontext
 
 import torch
 
+from lightning_comm.transport.recording import leave_behind
+
 
 class Errand:
     """Runs a function in a thread, without gradients; on CUDA in a stream of its own.
@@ -25,6 +27,7 @@ class Errand:
         # a daemon, so that a message whose other end is gone does not keep the process alive
         self._thread = threading.Thread(target=self._run, name="lightning_comm errand", daemon=True)
         self._thread.start()
+        leave_behind(self._thread)
 
     def _run(self) -> None:
         try:

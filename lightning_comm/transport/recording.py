@@ -1,6 +1,9 @@
 """The one place that messages leave through: each is issued here and written to the ledger."""
 
 import atexit
+import logging
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -9,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -19,6 +23,7 @@ from lightning_comm.core.ledger import CommLedger, CommRecord, wire_bytes
 _NEVER_SENT = 2**30  # the tag of a message
 
 _observers: list[Callable[[CommRecord], None]] = []
+_left_behind: "WeakSet[threading.Thread]" = WeakSet()
 _nesting = threading.local()
 
 
@@ -260,6 +265,25 @@ def hang_up(group: dist.ProcessGroup | None) -> None:
                 work = dist.irecv(torch.empty(1), source, group, _NEVER_SENT)
                 if work is not None:
                     work.wait(timedelta(milliseconds=1))
+
+
+def leave_behind(thread: threading.Thread) -> None:
+    """Let the process end also while a thread still waits for a rank that is gone.
+
+    Nothing can end such a wait. A thread that wakes up from it while Python shuts down takes the whole process with it
+    (SIGABRT). So if it still runs when the program is over, the process ends without a shutdown, with status 1.
+    """
+    _left_behind.add(thread)
+
+
+@atexit.register  # at import, so that nearly all that others have registered is called before it
+def _end_without_shutting_down() -> None:
+    if any(thread.is_alive() for thread in _left_behind):
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # closed, or there is none
+                stream.flush()
+        os._exit(1)
 
 
 def leave_group_at_exit() -> None:

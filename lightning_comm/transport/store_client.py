@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from lightning_comm.transport.recording import leave_behind
+
 
 class KeyValueStore(Protocol):
     """What is needed of a process group's store."""
@@ -100,6 +102,7 @@ class StoreClient:
         """End the thread, if the store lets it."""
         self._calls.put(None)
         self._thread.join(0.5)
+        leave_behind(self._thread)
 
     def _call(self, name: str, *arguments: Any, within_s: float | None) -> Any:
         """Make a call, and wait for it.

@@ -124,6 +124,11 @@ def test_where_nobody_is_to_blame_nobody_is_named():
     assert "killed" not in text
 
 
+def test_a_rank_that_nobody_answers_says_that_it_may_be_cut_off_itself():
+    assert "Or rank 0, which says this, is cut off itself" in verdict(0, [1, 2], {0: {"waits": "", "step": 3}}, "")
+    assert "cut off itself" not in verdict(0, [2], {0: {"waits": "", "step": 3}, 1: {"waits": "", "step": 3}}, "")
+
+
 def test_a_rank_that_has_left_is_named_with_its_step():
     text = verdict(0, [], {0: {"waits": "a barrier", "step": 30}, 1: {"left": True, "step": 20}}, str(LATE))
     assert text.startswith("Rank 1 has left the run already, at step 20,")
