@@ -24,8 +24,8 @@ def verdict(asked_by: int, silent: list[int], statuses: Mapping[int, Mapping[str
         does, were = ("does", "It was") if len(silent) == 1 else ("do", "They were")
         return (
             f"{_ranks(silent).capitalize()} {does} not answer. {were} killed, or stopped, or cut off from the network: "
-            "look for the first error in the output there; without one, for what ended or stopped the process (memory, a "
-            "signal)."
+            "look for the first error in the output there; without one, for what ended or stopped the process "
+            "(memory, a signal)."
             + (f" Or rank {asked_by}, which says this, is cut off itself: no other rank answers it." if alone else "")
         )
     left = [rank for rank, each in statuses.items() if each.get("left")]
