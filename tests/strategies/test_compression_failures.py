@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from support.processes import launch, outcomes
 from support.training import Regression, loader, trainer
 
-import lightning_comm.strategies.compression as compression_module
+import lightning_comm.transport.peers as peers_module
 from lightning_comm import CompressedDDPStrategy, Int8
 
 TIMEOUT_S = 60.0  # of the messages; whoever waits for it has not been told
@@ -40,7 +40,7 @@ def _wait_for_all(folder, rank, world_size):
 
 
 def _fails(rank, world_size, folder, hook, who, step):
-    compression_module._LEAVE_TOGETHER_S = 0.1
+    peers_module._LEAVE_S = 0.1  # of this process alone
     strategy = CompressedDDPStrategy(Int8(), timeout=timedelta(seconds=TIMEOUT_S))
     saves = [ModelCheckpoint(folder, save_on_exception=True, every_n_train_steps=4), OnExceptionCheckpoint(folder)]
     callbacks = [*saves, *([Failing(hook, step)] if rank == who else [])]
@@ -96,7 +96,7 @@ def _sigterm_in_validate(rank, folder):
         def on_validation_batch_end(self, *args):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    compression_module._LEAVE_TOGETHER_S = 0.1
+    peers_module._LEAVE_S = 0.1  # of this process alone
     strategy = CompressedDDPStrategy(Int8(), timeout=timedelta(seconds=TIMEOUT_S))
     runner = trainer(strategy, 2, limit_val_batches=3, callbacks=[Ask()] if rank == 1 else [])
     try:
