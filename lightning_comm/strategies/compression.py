@@ -430,6 +430,12 @@ class CompressedDDPStrategy(RanksApartStrategy):
     def _own_changes(self) -> AbstractContextManager[None]:
         return self._sync.own_changes() if self._sync is not None else nullcontext()
 
+    def _step_recorder(self) -> Recorder:
+        """Return what sends and records the few messages of a save."""
+        recorder = Recorder(self._ledger)
+        recorder.step = 0 if self._trainer is None else self._trainer.global_step
+        return recorder
+
     def _loss_scale(self) -> float:
         return loss_scale(self.precision_plugin) or 1.0
 
@@ -471,7 +477,13 @@ class CompressedDDPStrategy(RanksApartStrategy):
         if sync is not None and trainer is not None and fitted and "optimizer_states" in checkpoint:
             with self._first_error_shown("a checkpoint", waits=False):
                 save = compression_files.write(
-                    self, sync, self.compression, checkpoint, filepath, interrupted=trainer.interrupted
+                    self,
+                    sync,
+                    self.compression,
+                    checkpoint,
+                    filepath,
+                    self._step_recorder(),
+                    interrupted=trainer.interrupted,
                 )
         elif trainer is not None and trainer.interrupted:
             save = Save(sets.incomplete_path(self, _WHERE, filepath))
@@ -482,7 +494,7 @@ class CompressedDDPStrategy(RanksApartStrategy):
             write()
         else:
             with self._first_error_shown("a checkpoint", waits=False):
-                sets.write_main(self, Recorder(CommLedger()), _WHERE, save, write)
+                sets.write_main(self, self._step_recorder(), _WHERE, save, write)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ def write(
     compression: Compression,
     checkpoint: dict[str, Any],
     filepath: _PATH,
+    recorder: Recorder,
     *,
     interrupted: bool,
 ) -> Save:
@@ -38,6 +39,7 @@ def write(
         compression: Its settings.
         checkpoint: Takes the entry.
         filepath: Of the main file.
+        recorder: Sends and records.
         interrupted: Whether a rank failed, which then writes nothing of its own.
 
     Returns:
@@ -50,7 +52,7 @@ def write(
     elif sync.codec.is_local:
         save = sets.begin(strategy, filepath)
         token = save.id
-        sets.write_own(strategy, Recorder(CommLedger()), _WHERE, save, {"sync": sync.state_dict()})
+        sets.write_own(strategy, recorder, _WHERE, save, {"sync": sync.state_dict()})
     else:
         save = Save(str(filepath))
     checkpoint[KEY] = {
