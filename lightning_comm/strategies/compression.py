@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -30,10 +30,8 @@ from typing_extensions import override
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.lightning_internals import (
-    Patches,
     close_finished_epoch,
     load_skipped_loader_states,
-    only_note_sigterm,
     unused_by_all_ranks,
 )
 from lightning_comm.strategies import checks, compression_files
@@ -45,7 +43,7 @@ from lightning_comm.strategies.companion import Companion
 from lightning_comm.strategies.compression_run import CompressionRun
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.loss_scale import loss_scale
-from lightning_comm.strategies.ranks_apart import RanksApartStrategy
+from lightning_comm.strategies.peer_aware import PeerAwareStrategy
 from lightning_comm.strategies.run_length import restore_accumulation
 from lightning_comm.strategies.sparse_mask import PrunedWeights, check_optimizers
 from lightning_comm.transport.agreement import Agreement, default_store
@@ -62,7 +60,7 @@ _fits = itertools.count()  # the same on all ranks, which make the same calls
 _BEFORE_STEP = ("backward", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
 
 
-class CompressedDDPStrategy(RanksApartStrategy):
+class CompressedDDPStrategy(PeerAwareStrategy):
     """Train as under ``ddp``, and send gradients compressed.
 
     Torch's DistributedDataParallel goes on cutting gradients into buckets and handing them over while the backward
@@ -179,7 +177,6 @@ class CompressedDDPStrategy(RanksApartStrategy):
         self._run: CompressionRun | None = None
         self._failures: Agreement | None = None  # of the fit or evaluation under way
         self._warned = False
-        self._patches = Patches()
         self._stepping: Optimizer | None = None  # the one that `optimizer_step` sees to
         self._steps_watched: RemovableHandle | None = None
 
@@ -282,7 +279,6 @@ class CompressedDDPStrategy(RanksApartStrategy):
         self._trainer = trainer
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
-            only_note_sigterm(trainer, self._patches)
             return
         module = self.lightning_module
         assert module is not None
@@ -327,14 +323,11 @@ class CompressedDDPStrategy(RanksApartStrategy):
 
     @override
     def report_failure(self, exception: BaseException) -> None:
-        fitting = self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING
-        terminated = isinstance(exception, SIGTERMException)
-        if fitting and (terminated or (self._run is not None and self._run.refused)):
+        if self._run is not None and self._run.refused:
             if self._peers is not None:
                 self._peers.part()  # all ranks end alike; rank 0 may host the store
             return
-        # in an evaluation each rank ends by itself, since they may have different numbers of batches
-        super().report_failure(InterruptedError("it was ended by SIGTERM") if terminated else exception)
+        super().report_failure(exception)
 
     @override
     def on_train_end(self) -> None:
@@ -345,7 +338,6 @@ class CompressedDDPStrategy(RanksApartStrategy):
     @override
     def teardown(self) -> None:
         self._watch_steps(False)
-        self._patches.undo()
         if self._interruptions is not None:
             self._interruptions.undo()
             self._interruptions = None
@@ -519,7 +511,6 @@ class CompressedDDPStrategy(RanksApartStrategy):
             "_failures": None,
             "_interruptions": None,
             "_sync": None,
-            "_patches": Patches(),
             "_fitted": None,
             "_recorder": None,
             "_resume": None,

@@ -33,7 +33,7 @@ from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
 from lightning_comm.strategies.cyclic_files import CyclicResume
 from lightning_comm.strategies.cyclic_run import CyclicRun
 from lightning_comm.strategies.interruptions import Interruptions
-from lightning_comm.strategies.ranks_apart import RanksApartStrategy
+from lightning_comm.strategies.peer_aware import PeerAwareStrategy
 from lightning_comm.strategies.unregistered import UnregisteredState
 from lightning_comm.transport.agreement import Agreement, default_store
 from lightning_comm.transport.averaging import broadcast_
@@ -49,7 +49,7 @@ _BUCKET_BYTES = 2**25  # of the broadcast at the start
 _fits = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
 
 
-class CyclicStrategy(RanksApartStrategy):
+class CyclicStrategy(PeerAwareStrategy):
     """Let ranks take turns: gradients and new parameters travel round a ring, stage by stage, beside compute.
 
     The model is cut into *stages* in the order in which its modules run. As soon as backward has passed a stage, its

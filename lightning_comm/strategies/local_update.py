@@ -33,7 +33,7 @@ from lightning_comm.strategies.companion import Companion
 from lightning_comm.strategies.group_numbers import GroupNumbers
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
-from lightning_comm.strategies.ranks_apart import RanksApartStrategy
+from lightning_comm.strategies.peer_aware import PeerAwareStrategy
 from lightning_comm.strategies.run_length import restore_accumulation, total_steps
 from lightning_comm.strategies.sample_weights import SampleWeights
 from lightning_comm.strategies.settings import Round, Settings
@@ -50,7 +50,7 @@ from lightning_comm.transport.replica import fingerprint
 _fits = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
 
 
-class LocalUpdateStrategy(RanksApartStrategy):
+class LocalUpdateStrategy(PeerAwareStrategy):
     """Train ranks apart, and average their parameters once a round.
 
     No gradient is sent. Every rank takes optimizer steps on its own data; when a round is over, the parameters are

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from support.processes import launch, outcomes
 from support.training import Regression, loader, trainer
 
 import lightning_comm.transport.peers as peers_module
-from lightning_comm import CompressedDDPStrategy, Int8
+from lightning_comm import CompressedDDPStrategy, CyclicStrategy, FixedPeriod, Int8, LocalUpdateStrategy
 
 TIMEOUT_S = 60.0  # of the messages; whoever waits for it has not been told
 
@@ -91,13 +92,20 @@ def test_where_all_ranks_fail_alike_a_later_fit_still_works():
     assert launch(_all_fail, world_size=2) == [4, 4]
 
 
-def _sigterm_in_validate(rank, folder):
+STRATEGIES = {
+    "compressed": partial(CompressedDDPStrategy, Int8()),
+    "local": partial(LocalUpdateStrategy, FixedPeriod(4)),
+    "cyclic": CyclicStrategy,
+}
+
+
+def _sigterm_in_validate(rank, folder, name):
     class Ask(Callback):
         def on_validation_batch_end(self, *args):
             os.kill(os.getpid(), signal.SIGTERM)
 
     peers_module._LEAVE_S = 0.1  # of this process alone
-    strategy = CompressedDDPStrategy(Int8(), timeout=timedelta(seconds=TIMEOUT_S))
+    strategy = STRATEGIES[name](timeout=timedelta(seconds=TIMEOUT_S))
     runner = trainer(strategy, 2, limit_val_batches=3, callbacks=[Ask()] if rank == 1 else [])
     try:
         runner.validate(Regression(), loader(3, rank))
@@ -107,8 +115,9 @@ def _sigterm_in_validate(rank, folder):
     return "ended", ""
 
 
-def test_sigterm_to_one_rank_ends_a_validation_on_all(tmp_path):
-    one, other = outcomes(_sigterm_in_validate, str(tmp_path), world_size=2)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_sigterm_to_one_rank_ends_a_validation_on_all(tmp_path, name):
+    one, other = outcomes(_sigterm_in_validate, str(tmp_path), name, world_size=2)
     assert other[0][0] == "SIGTERMException"
     assert one[0][0] == "PeerFailure"
     assert "rank 1 failed" in one[0][1]

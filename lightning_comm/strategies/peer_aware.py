@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_comm.lightning_internals import close_finished_epoch
+from lightning_comm.lightning_internals import Patches, close_finished_epoch, only_note_sigterm
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.whole_files import with_default
 from lightning_comm.strategies.interruptions import Interruptions
@@ -42,7 +42,7 @@ class Run(Protocol):
         ...
 
 
-class RanksApartStrategy(DDPStrategy):
+class PeerAwareStrategy(DDPStrategy):
     """Between Lightning's strategy and ours: every collective of Lightning's goes through :meth:`_together`.
 
     The one class of ours that others derive from, since Lightning wants these methods on the strategy itself.
@@ -51,6 +51,7 @@ class RanksApartStrategy(DDPStrategy):
     _interruptions: Interruptions | None = None
     _trainer: Trainer | None = None
     _peers: Peers | None = None  # from the set-up of a run, be it a `fit` or another, to its teardown
+    _evaluation: Patches | None = None  # what is replaced while a `validate`, `test` or `predict` runs
 
     @property
     @abstractmethod
@@ -75,9 +76,21 @@ class RanksApartStrategy(DDPStrategy):
             )
 
     @override
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._evaluation = Patches()
+            only_note_sigterm(trainer, self._evaluation)
+
+    @override
     def teardown(self) -> None:
-        super().teardown()
-        self._end_peers()
+        if self._evaluation is not None:
+            self._evaluation.undo()
+            self._evaluation = None
+        try:
+            super().teardown()
+        finally:
+            self._end_peers()
 
     def _end_peers(self) -> None:
         peers, self._peers = self._peers, None
@@ -86,7 +99,7 @@ class RanksApartStrategy(DDPStrategy):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_peers": None}
+        return {**super().__getstate__(), "_peers": None, "_evaluation": None}
 
     @override
     def configure_ddp(self) -> None:
@@ -191,8 +204,14 @@ class RanksApartStrategy(DDPStrategy):
         in, and it may live on, as in a notebook: so those that stay are hung up on.
         """
         peers = self._peers
-        if peers is None or isinstance(exception, SIGTERMException):
+        if peers is None:
             return
+        if isinstance(exception, SIGTERMException):
+            if self._trainer is None or self._trainer.state.fn == TrainerFn.FITTING:
+                peers.part()  # all ranks have agreed to end; rank 0 may host the store
+                return
+            # an evaluation ends on each rank by itself, since ranks may have different numbers of batches
+            exception = InterruptedError("it was ended by SIGTERM")
         if is_lost_connection(exception):
             exception.args = (f"{peers.who_failed(exception)} ({exception})",)
         elif not isinstance(exception, PeerFailure):
