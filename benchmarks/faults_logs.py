@@ -6,6 +6,7 @@ OURS = re.compile(r"(?:LocalUpdateStrategy|CyclicStrategy|CompressedDDPStrategy|
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _PREFIX = re.compile(r"^\[rank\d+\]:? ?", re.MULTILINE)
 _ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Failure|Interrupt|SystemExit|BatchNotFound)\b", re.MULTILINE)
+_ENDED = re.compile(r"^rank \d+ has waited for \d+ s in .*, and ends\. .*", re.MULTILINE)  # by the watchdog
 _NOISE = re.compile(r"^(?:Traceback|Exception ignored|\[[WE]\d|During handling|The above exception)", re.MULTILINE)
 _RANKS = re.compile(r"\branks? (\d+(?:(?:, | and | or )\d+)*)", re.IGNORECASE)
 
@@ -13,6 +14,8 @@ _RANKS = re.compile(r"\branks? (\d+(?:(?:, | and | or )\d+)*)", re.IGNORECASE)
 def last_error(text: str) -> str:
     """Return the message of the last error that a process printed, or an empty string."""
     text = _PREFIX.sub("", _COLOURS.sub("", text))
+    if (ended := _ENDED.search(text)) is not None:
+        return ended.group()[:1500]
     matches = [match for match in _ERROR.finditer(text) if "Exception ignored" not in text[: match.start()][-80:]]
     if not matches:
         return ""

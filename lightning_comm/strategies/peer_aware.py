@@ -70,7 +70,7 @@ class PeerAwareStrategy(DDPStrategy):
                 self.global_rank,
                 self.world_size,
                 f"lightning_comm/peers/{number}",
-                (self._timeout or timedelta(minutes=30)).total_seconds(),
+                self._timeout_s,
                 store_on_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",  # as torch itself looks
                 steps_done=lambda: 0 if self._trainer is None else self._trainer.global_step,
             )
@@ -189,8 +189,19 @@ class PeerAwareStrategy(DDPStrategy):
     def _epoch_ends(self, agreement: Agreement, store: KeyValueStore, namespace: str, where: str) -> EpochEnds:
         """Return what compares where ranks end their epochs."""
         return EpochEnds(
-            store, self.global_rank, self.world_size, namespace, where, agreement.report_failure, lambda: hang_up(None)
+            store,
+            self.global_rank,
+            self.world_size,
+            namespace,
+            where,
+            agreement,
+            lambda: hang_up(None),
+            self._timeout_s,
         )
+
+    @property
+    def _timeout_s(self) -> float:
+        return (self._timeout or timedelta(minutes=30)).total_seconds()
 
     def _has_fitted(self, run: Run | None) -> bool:
         """Whether a run of this very model is under way, or is over, and its ranks are still joined."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
+from lightning_comm.transport.agreement import Agreement
 from lightning_comm.transport.store_client import KeyValueStore, StoreLostError
 
 _Error = TypeVar("_Error", bound=Exception)
@@ -33,8 +34,9 @@ class EpochEnds:
         world_size: The number of ranks.
         namespace: Keeps the keys of one run apart from those of another; the same on all ranks.
         where: The strategy, for messages.
-        report_failure: Tells the other ranks of a failure of this one.
+        agreement: Tells the other ranks of a failure of this one, and shows theirs.
         hang_up: Frees ranks that wait in a collective which this rank will never join.
+        timeout_s: How long this rank waits for the others.
 
     Note:
         *Communication.* No collective. For each batch one small write to the store, which is not waited for; at each of
@@ -49,12 +51,13 @@ class EpochEnds:
         world_size: int,
         namespace: str,
         where: str,
-        report_failure: Callable[[str], None],
+        agreement: Agreement,
         hang_up: Callable[[], None],
+        timeout_s: float,
     ) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._namespace, self._where = f"{namespace}/ends", where
-        self._report_failure, self._hang_up = report_failure, hang_up
+        self._agreement, self._hang_up, self._timeout_s = agreement, hang_up, timeout_s
         self._begun = 0, 0  # the epoch, and the number of the batch in it
         self._reached: tuple[str, Place] | None = None  # until the others are there too
         self._last_epoch = -1  # that all ranks have ended
@@ -65,7 +68,8 @@ class EpochEnds:
         """Write down that this rank begins a batch, counted from 1 in each epoch; called before any message of it."""
         self._begun = epoch, number
         if self.needed:
-            self._store.set(f"{self._namespace}/begun/{self._rank}", f"{epoch} {number}")
+            with self._agreement.first_error_shown("a look into the store"):
+                self._store.set(f"{self._namespace}/begun/{self._rank}", f"{epoch} {number}")
 
     def end_epoch(self, epoch: int, steps: int) -> None:
         """Write down that this rank has ended an epoch, unless that is written down already."""
@@ -93,12 +97,16 @@ class EpochEnds:
 
         Raises:
             ValueError: If a rank is there after other batches or steps, or goes on with a further batch.
+            PeerFailure: If another rank has failed, or does not come in time.
 
         """
-        if self._reached is None:
-            return
-        key, mine = self._reached
-        places, pause_s = {self._rank: mine}, _LOOK_S
+        if self._reached is not None:
+            with self._agreement.first_error_shown("the others at the end of an epoch, or before a checkpoint"):
+                self._wait(*self._reached, meanwhile)
+            self._reached = None
+
+    def _wait(self, key: str, mine: Place, meanwhile: Callable[[], bool]) -> None:
+        places, pause_s, until_s = {self._rank: mine}, _LOOK_S, time.monotonic() + self._timeout_s
         while len(places) < self._world_size:
             further = self._look(key, mine, places)
             if further or any(place != mine for place in places.values()):
@@ -106,35 +114,34 @@ class EpochEnds:
             if meanwhile():
                 break
             if len(places) < self._world_size:
+                if time.monotonic() > until_s:
+                    raise RuntimeError(f"Timed out waiting for {self._world_size - len(places)} other ranks.")
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_LOOK_S)
-        self._reached = None
 
     def told(self, error: _Error) -> _Error:
         """Return an error, when the other ranks can hear of it and are free to."""
         with suppress(StoreLostError):  # the store is gone with its host, and then everybody knows
-            self._report_failure(f"{type(error).__name__}: {error}")
+            self._agreement.report_failure(f"{type(error).__name__}: {error}")
         self._hang_up()
         return error
 
     def _reach(self, key: str, epoch: int, steps: int) -> None:
         place = Place(self._begun[1] if self._begun[0] == epoch else 0, steps)
         self._reached = key, place
-        self._store.set(f"{self._namespace}/{key}/{self._rank}", f"{place.batches} {place.steps}")
+        with self._agreement.first_error_shown("a look into the store"):
+            self._store.set(f"{self._namespace}/{key}/{self._rank}", f"{place.batches} {place.steps}")
 
     def _look(self, key: str, mine: Place, places: dict[int, Place]) -> dict[int, int]:
         """Add who else is there by now; return the batches of those that go on in the same epoch."""
         further: dict[int, int] = {}
-        try:
-            for rank in set(range(self._world_size)) - set(places):
-                if (place := self._numbers(f"{self._namespace}/{key}/{rank}")) is not None:
-                    places[rank] = Place(*place)
-                    continue
-                epoch, number = self._numbers(f"{self._namespace}/begun/{rank}") or (-1, 0)
-                if epoch == self._begun[0] and number > mine.batches:
-                    further[rank] = number
-        except StoreLostError:
-            return {}  # the store is gone, and `meanwhile` says why
+        for rank in set(range(self._world_size)) - set(places):
+            if (place := self._numbers(f"{self._namespace}/{key}/{rank}")) is not None:
+                places[rank] = Place(*place)
+                continue
+            epoch, number = self._numbers(f"{self._namespace}/begun/{rank}") or (-1, 0)
+            if epoch == self._begun[0] and number > mine.batches:
+                further[rank] = number
         return further
 
     def _numbers(self, key: str) -> tuple[int, int] | None:
