@@ -147,6 +147,11 @@ def test_of_several_findings_the_worst_is_the_class_and_all_are_told():
     assert judgement.why.index("had not ended") < judgement.why.index("none can be resumed")
 
 
+def test_what_the_watchdog_says_is_the_error_of_a_log():
+    said = "rank 1 has waited for 11 s in a barrier, and ends. Rank 2 does not answer."
+    assert last_error(f"ValueError: earlier\n{said}\nThread 0x1 (most recent call first):\n  File a") == said
+
+
 def test_the_last_error_of_a_log_is_its_message_without_prefixes_and_what_follows():
     log = (
         "[rank0]: Traceback (most recent call last):\n[rank0]:   File x\n[rank0]: ValueError: first\n\n"
