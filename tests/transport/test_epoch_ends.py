@@ -44,7 +44,7 @@ def test_a_rank_that_has_begun_a_further_batch_is_named_on_both():
     longer = ends(store, 1)
     for number in range(1, 4):
         longer.begin_batch(0, number)
-    with pytest.raises(ValueError, match="rank 0 stopped after 2, .*rank 1 has begun number 3") as caught:
+    with pytest.raises(ValueError, match=r"rank 0 stopped after 2, .*rank 1 has begun number 3") as caught:
         end_epoch(ends(store, 0), 2, 2)
     with pytest.raises(PeerFailure, match="rank 0 failed: ValueError: Strategy: ranks have different numbers"):
         longer._agreement.raise_peer_failure()
