@@ -34,6 +34,7 @@ def note_checkpoints(case: Case, workshop: Workshop, folder: Path, record: dict[
     before = folder / "before"
     if files.exists():
         files.rename(before)
+    record["saved"] = [path.name for path in checkpoints(before)]
     for path in checkpoints(before)[:_TRIES]:
         order["resume"] = str(files / path.relative_to(before.resolve()))
         tried, finals = _resume(case, workshop, order, before, folder / "resumed")

@@ -103,6 +103,8 @@ BARE = ["RuntimeError: PytorchStreamReader failed reading zip archive"] * 2
         ("WRONG RESULT", "requeue_one", FINISHED),
         ("ok", "requeue_one", {**FINISHED, "requeued": "requeue 4242\n"}),
         ("ok", "sigterm_one", {"errors": ["", ""], "codes": [0, 0], "resumes": [TERMINATED]}),
+        ("ok", "sigterm_one", {"errors": ["", ""], "codes": [0, 0], "saved": ["s22.ckpt", TERMINATED["name"]]}),
+        ("WRONG RESULT", "sigterm_one", {"errors": ["", ""], "codes": [0, 0], "saved": ["s20.ckpt"]}),
         ("WRONG RESULT", "sigterm_one", {"codes": [1, 1], "resumes": [TERMINATED]}),
         ("CORRUPT LOADED", "damage_main", {"damaged": "s20.ckpt", "resumes": [{**_WHOLE, "exact": False}]}),
         ("CORRUPT LOADED", "damage_main", {"damaged": "s20.ckpt", "resumes": [{**_WHOLE, "exact": None}]}),
