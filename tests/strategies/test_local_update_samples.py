@@ -278,8 +278,9 @@ def test_a_weight_costs_8_bytes_in_a_meeting_and_a_row_before_a_checkpoint(avera
         others = [[each for each in messages if each[0] != "control"] for messages in (without, weighted)]
         assert others[0] == others[1]
         rows = [[payload for purpose, payload in messages if purpose == "control"] for messages in (without, weighted)]
-        assert set(rows[0]) == {64}
-        assert set(rows[1]) == {64, 72}
+        assert set(rows[0]) == {64, 1}  # a byte: whether a rank could write its file, and whether rank 0 could
+        assert set(rows[1]) == {64, 72, 1}
+        assert rows[1].count(1) == rows[0].count(1)
         assert rows[1].count(64) == 2  # the models and the numbers of batches are compared as ever
         apart = [step for step in range(1, BATCHES) if averaging.compression or step % PERIOD]
         assert len(rows[1]) - len(rows[0]) == len(apart)  # a checkpoint after each step
