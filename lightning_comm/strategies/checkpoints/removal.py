@@ -29,7 +29,7 @@ class Notes:
 
     Args:
         newest: The last main file.
-        saves: The folders of rank files, oldest first: a ``CheckpointIO`` may keep them where nobody else sees them.
+        saves: On rank 0, the folders of rank files, oldest first: a ``CheckpointIO`` may keep them out of sight.
         removed: What rank 0 has removed since the last save, after it waited in a background writer, for hosts with
             disks of their own.
 

@@ -76,7 +76,8 @@ def write_own(strategy: ParallelStrategy, recorder: Recorder, where: str, save: 
     except Exception as error:
         failure = error
     _raise_together(strategy, recorder, where, save, failure, discard=True)
-    notes_of(strategy).saves.append(os.path.dirname(path))
+    if strategy.is_global_zero:  # which removes them
+        notes_of(strategy).saves.append(os.path.dirname(path))
 
 
 def write_main(
