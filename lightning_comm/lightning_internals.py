@@ -23,10 +23,12 @@ from lightning.pytorch.loops.optimization.closure import AbstractClosure
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_comm.core.whole_files import partial_path
 from lightning_comm.data.resumable import ResumedEpoch, find_resumed_epoch_by
 
 
@@ -340,19 +342,27 @@ def _replace_link(trainer: Trainer, callback: ModelCheckpoint, patches: Patches)
         if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
             background = writer_in_background(trainer.strategy.checkpoint_io)
             if background is None:
-                _point_to(filepath, linkpath)
+                point_to(filepath, linkpath)
             else:
-                after_writes(background, lambda: _point_to(filepath, linkpath))
+                after_writes(background, lambda: point_to(filepath, linkpath))
         trainer.strategy.barrier()
 
     patches.set(callback, "_link_checkpoint", link)
 
 
-def _point_to(filepath: str, linkpath: str) -> None:
+def last_names(strategy: Strategy) -> tuple[str, ...]:
+    """Return how names of the newest checkpoint begin (``save_last``), with all callbacks that save."""
+    module = strategy.lightning_module
+    callbacks = getattr(module.trainer, "callbacks", []) if module is not None else []
+    names = (each.CHECKPOINT_NAME_LAST for each in callbacks if isinstance(each, ModelCheckpoint))
+    return tuple({ModelCheckpoint.CHECKPOINT_NAME_LAST, *(name.split("{")[0] for name in names)})
+
+
+def point_to(filepath: str, linkpath: str) -> None:
     """Make a link in one step, or a copy where links cannot be made."""
     if os.path.isdir(linkpath) and not os.path.islink(linkpath):
         shutil.rmtree(linkpath)  # of a strategy that writes folders
-    partial = linkpath + ".partial"
+    partial = partial_path(linkpath)
     with suppress(FileNotFoundError):
         os.remove(partial)
     try:
@@ -550,15 +560,18 @@ def writer_in_background(io: CheckpointIO | None) -> AsyncCheckpointIO | None:
 
 
 def after_writes(io: AsyncCheckpointIO, call: Callable[[], None]) -> None:
-    """Call a function once all that waits is written, in the thread that writes; not if something could not be."""
+    """Call a function once all that waits is written, in the thread that writes; not if something could not be.
+
+    An error of the function is a warning: as an error of that thread, the next save would take it for one of writing.
+    """
 
     def when_written() -> None:
         if io._error is not None:
             return
         try:
             call()
-        except BaseException as error:  # shown by the next save, as one of writing is
-            io._error = error
+        except Exception as error:
+            rank_zero_warn(f"After a checkpoint was written in the background: {type(error).__name__}: {error}.")
 
     if io._executor is None:
         if io._error is None:

@@ -1,5 +1,6 @@
 """Files on a local disk that are there whole or not at all, whatever ends the process that writes them."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -7,6 +8,7 @@ from typing import IO
 
 PARTIAL = ".partial"  # behind the name of a file that is being written, in the same folder
 _TRIES = 5
+_LONGEST = 255  # bytes of a name, on most file systems
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -32,7 +34,7 @@ def write_whole(path: str, write: Callable[[IO[bytes]], object]) -> None:
         with open(path, "wb") as file:
             write(file)
         return
-    partial = path + PARTIAL
+    partial = partial_path(path)
     try:
         with _opened(partial) as file:
             write(file)
@@ -46,6 +48,16 @@ def write_whole(path: str, write: Callable[[IO[bytes]], object]) -> None:
             raise OSError(error.errno, error.strerror, path) from error  # where the disk is full it names no file
         raise
     _bring_to_disk(os.path.dirname(path) or ".")
+
+
+def partial_path(path: str) -> str:
+    """Return where a file is written before it is renamed: under its name and ``.partial``, shortened where need be."""
+    parent, name = os.path.split(path)
+    data = os.fsencode(name)
+    if len(data) + len(PARTIAL) > _LONGEST:
+        mark = "-" + hashlib.sha256(data).hexdigest()[:16]  # so that long names which begin alike stay apart
+        name = os.fsdecode(data[: _LONGEST - len(PARTIAL) - len(mark)]) + mark
+    return os.path.join(parent, name + PARTIAL)
 
 
 def _opened(path: str) -> IO[bytes]:

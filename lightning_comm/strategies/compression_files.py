@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.strategies import mask_files
-from lightning_comm.strategies.checkpoints import sets
+from lightning_comm.strategies.checkpoints import removal, sets
 from lightning_comm.strategies.checkpoints.entry import WRITTEN_ALONE, Save, says_incomplete
 from lightning_comm.strategies.checkpoints.problems import first_problem
 from lightning_comm.strategies.rank_files import unusable
@@ -101,7 +101,7 @@ def load(
     rank_zero_warn(
         f"{_WHERE}: `ckpt_path`={str(filepath)!r} cannot bring back what {compression!r} had kept on each rank: "
         f"{found[1]}. Training goes on from the {left}. For an exact continuation resume with the same compression and "
-        f"number of ranks, and keep the folder {sets.folder(filepath)!r} with the file."
+        f"number of ranks, and keep the folder {removal.folder(filepath)!r} with the file."
     )
     return fresh.state_dict() if masks_kept else None
 

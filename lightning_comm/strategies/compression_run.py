@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_comm import lightning_internals as internals
 from lightning_comm.strategies import control
 from lightning_comm.transport.agreement import Agreement, Decision, Kind
+from lightning_comm.transport.epoch_ends import same_batches
 from lightning_comm.transport.plain_data import gather_json
 from lightning_comm.transport.recording import Pending, Recorder
 
@@ -196,13 +197,13 @@ class CompressionRun:
         with self._agreement.first_error_shown():
             rows = gather_json(row, self._recorder, self._module.device, "control")
         over = [rank for rank, (_, is_over) in enumerate(rows) if is_over]
-        batches = min(count for count, _ in rows)
+        batches = {rank: rows[rank][0] for rank in over}
         self.refused = True
         raise RuntimeError(
-            f"{self._where}: epoch {self._trainer.current_epoch} is over on ranks {over} after {batches} batches and "
-            "goes on on the others, which would wait for ever. Give all ranks the same number of batches: "
-            f"`Trainer(limit_train_batches={max(1, batches)})`, a stream that is cut to one length on all ranks, or a "
-            "DistributedSampler, which pads. What `on_train_batch_start` returns must be the same on all ranks."
+            f"{self._where}: epoch {self._trainer.current_epoch} is over on ranks {over} after {min(batches.values())} "
+            f"batches and goes on on the others, which would wait for ever. {same_batches(batches)} Or cut a stream to "
+            "one length on all ranks, or take a DistributedSampler, which pads. What `on_train_batch_start` returns "
+            "must be the same on all ranks."
         )
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_comm.transport.epoch_ends import same_batches
 from lightning_comm.transport.recording import Pending, Recorder
 
 UNDECIDED, FAILED = 0, -1  # in place of a number of steps
@@ -102,10 +103,11 @@ def check_same_batches(rows: list[ControlRow], where: str) -> None:
     """
     batches = [int(row.batches) for row in rows]
     if len(set(batches)) > 1:
+        known = {rank: count for rank, count in enumerate(batches) if count >= 0}
         raise ValueError(
             f"{where}: ranks have different numbers of training batches, {batches} by rank, so one would "
-            "wait for ever for the others. Give all ranks the same number: `Trainer(limit_train_batches="
-            f"{min(batches)})`, `drop_last=True`, or a DistributedSampler, which pads."
+            f"wait for ever for the others. {same_batches(known)} `drop_last=True`, or a "
+            "DistributedSampler, which pads, also make them alike."
         )
 
 

@@ -290,6 +290,15 @@ def torn_step(step: int) -> RuntimeError:
     )
 
 
+def saved_within_step(step: int) -> RuntimeError:
+    """Return the error of a save or a validation while what a forward has computed waits for its backward."""
+    return RuntimeError(
+        f"{WHERE}: in optimizer step {step} a checkpoint or a validation came between forward and backward, as in "
+        "`on_before_backward`. All ranks take up the newest parameters for it, and the backward needs those of the "
+        "forward. Save in `on_train_batch_end`, when the step is done."
+    )
+
+
 def stepped_past(optimizer: Optimizer, step: int, batch: int) -> RuntimeError:
     """Return the error of an optimizer that is stepped without the strategy."""
     return RuntimeError(

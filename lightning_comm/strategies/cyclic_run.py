@@ -122,6 +122,7 @@ class CyclicRun:
         self._began_at = self.run_began_at = 0
         self._saved_norm: float | None = None
         self._open = False  # whether there was a forward since the last step
+        self._awaited = False  # whether what a forward has computed waits for its backward
         self._due = False  # whether the optimizer's step is being taken
         self._stepping = False  # whether this backward hands gradients over as they come
         self._asked = False  # whether the ring knows that there will be this step
@@ -241,6 +242,7 @@ class CyclicRun:
             return
         self._refuse_torn()
         first, self._open = not self._open, True
+        self._awaited = True
         if self._uncut or self._trace is not None:
             if self._trace is not None:
                 self._trace.units()  # of a forward without a backward, whose error the module may have caught
@@ -318,7 +320,7 @@ class CyclicRun:
 
     def step_failed(self) -> None:
         """Note that the step ended in an error, which the module's own `optimizer_step` may catch."""
-        self._due = self._stepping = False
+        self._due = self._stepping = self._awaited = False
         self._torn = bool(self._handed)
 
     def _refuse_torn(self) -> None:
@@ -354,6 +356,7 @@ class CyclicRun:
     def end_backward(self) -> None:
         """Hand over what no hook has, and refuse parameters that had no part in the step."""
         self._end_turn()
+        self._awaited = False
         if not self.active or not self._stepping:
             return
         for stage in reversed(range(len(self.stages))):
@@ -379,6 +382,7 @@ class CyclicRun:
     def end_batch(self) -> None:
         """Do what ranks agreed on, if a step is over; called after every batch, before other callbacks."""
         self._end_turn()
+        self._awaited = False  # without a backward: its error was caught, or `training_step` returned None
         if not self._counted:
             return
         self._counted = False
@@ -445,6 +449,7 @@ class CyclicRun:
         self._contents.note(stage)
 
     def _on_gradient(self, stage: int, parameter: Tensor) -> None:
+        self._awaited = False
         if not self._stepping:
             return
         if stage in self._handed:
@@ -488,6 +493,8 @@ class CyclicRun:
         self.compare_places()
         if self._ring is None or self.flushed:
             return
+        if self._awaited:
+            raise cyclic_checks.saved_within_step(self.steps_done)
         for stage in range(len(self.stages)):
             self._contents.compare(stage)
         self._check_contents(wait=True)

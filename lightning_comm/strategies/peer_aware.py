@@ -20,7 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_comm.lightning_internals import Patches, close_finished_epoch, only_note_sigterm
-from lightning_comm.strategies.checkpoints import sets
+from lightning_comm.strategies.checkpoints import removal
 from lightning_comm.strategies.checkpoints.whole_files import with_default
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.transport.agreement import Agreement, KeyValueStore, PeerFailure, default_store
@@ -121,7 +121,7 @@ class PeerAwareStrategy(DDPStrategy):
     def remove_checkpoint(self, filepath: _PATH) -> None:
         if self._trainer is not None and self._trainer.interrupted:
             return  # what was to take its place is not complete
-        sets.remove(self, filepath, partial(super().remove_checkpoint, filepath))
+        removal.remove(self, filepath, partial(super().remove_checkpoint, filepath))
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_comm.lightning_internals import close_finished_epoch
 from lightning_comm.strategies import mask_files
-from lightning_comm.strategies.checkpoints import sets
+from lightning_comm.strategies.checkpoints import removal, sets
 from lightning_comm.strategies.checkpoints.entry import WRITTEN_ALONE, Save, says_incomplete
 from lightning_comm.strategies.checkpoints.problems import first_problem
 from lightning_comm.strategies.checkpoints.whole_files import is_plain
@@ -225,5 +225,5 @@ def _warn_new_round(filepath: _PATH, reason: str, averaged: bool, masks: bool, o
     rank_zero_warn(
         f"{WHERE}: `ckpt_path`={str(filepath)!r} cannot bring every rank back to where it was: {reason}. "
         f"Training goes on with a new round from {weights}. For an exact continuation resume with the same number of "
-        f"ranks and keep the folder {sets.folder(filepath)!r} with the file."
+        f"ranks and keep the folder {removal.folder(filepath)!r} with the file."
     )

@@ -39,8 +39,8 @@ class EpochEnds:
         timeout_s: How long this rank waits for the others.
 
     Note:
-        *Communication.* No collective. For each batch one small write to the store, which is not waited for; at each of
-        these places one more, and look-ups until all ranks are there. These are not counted in the ledger.
+        *Communication.* No collective. For each batch one small write to the store, whose answer is waited for; at each
+        of these places one more, and look-ups until all ranks are there. These are not counted in the ledger.
 
     """
 
@@ -151,6 +151,22 @@ class EpochEnds:
         return int(first), int(second)
 
 
+def same_batches(batches: dict[int, int]) -> str:
+    """Return how all ranks get the same number of batches.
+
+    Args:
+        batches: By rank, the batches of those whose epoch is over.
+
+    """
+    if empty := [rank for rank, count in sorted(batches.items()) if count == 0]:
+        ranks = f"rank {empty[0]}" if len(empty) == 1 else f"ranks {empty}"
+        return f"The data of {ranks} is empty; give every rank data, and all the same number of batches."
+    return (
+        "Give all ranks the same number of batches: "
+        f"`Trainer(limit_train_batches={min(batches.values())})`, or as many as the shortest epoch of any rank has."
+    )
+
+
 def unequal_epochs(
     where: str, epoch: int, world_size: int, places: dict[int, Place], further: dict[int, int]
 ) -> ValueError:
@@ -173,11 +189,8 @@ def unequal_epochs(
         for rank in range(world_size)
     ]
     if further or len({place.batches for place in places.values()}) > 1:
-        least = min(place.batches for place in places.values())
-        way_out = (
-            "so some would wait for ever for the others. Give all ranks the same number of batches: "
-            f"`Trainer(limit_train_batches={least})`, or as many as the shortest epoch of any rank has."
-        )
+        counted = {rank: place.batches for rank, place in places.items()}
+        way_out = f"so some would wait for ever for the others. {same_batches(counted)}"
     else:
         way_out = (
             "so a rank has left out optimizer steps that others took. Step on all ranks alike: where `optimizer_step` "

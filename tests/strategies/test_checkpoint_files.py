@@ -15,12 +15,12 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_comm import CompressedDDPStrategy, CyclicStrategy, FixedPeriod, LocalUpdateStrategy
-from lightning_comm.core.whole_files import write_whole
-from lightning_comm.lightning_internals import wait_for_writes
-from lightning_comm.strategies.checkpoints import sets
+from lightning_comm.core.whole_files import partial_path, write_whole
+from lightning_comm.lightning_internals import wait_for_writes, writer_in_background
+from lightning_comm.strategies.checkpoints import removal, sets
 from lightning_comm.strategies.checkpoints.damage import _damage_of, damage, newest_whole
 from lightning_comm.strategies.checkpoints.entry import Save, is_incomplete
-from lightning_comm.strategies.checkpoints.loading import skip_unfinished
+from lightning_comm.strategies.checkpoints.loading import _load, skip_unfinished
 from lightning_comm.strategies.checkpoints.whole_files import WholeFileIO
 
 RANKS = 2
@@ -40,6 +40,8 @@ def ranks_of(checkpoint_io, monkeypatch):
             local_rank=rank,
             is_global_zero=rank == 0,
             broadcast=lambda value: value,
+            world_size=RANKS,
+            lightning_module=None,
         )
         for rank in range(RANKS)
     ]
@@ -61,19 +63,29 @@ def save_set(ranks, path, version):
 
 def remove_set(ranks, path):
     for rank in ranks:
-        sets.remove(rank, path, on_rank_zero(rank, "remove_checkpoint", path))
+        removal.remove(rank, path, on_rank_zero(rank, "remove_checkpoint", path))
+
+
+def remove_and_wait(ranks, path):
+    remove_set(ranks, path)
+    if (background := writer_in_background(ranks[0].checkpoint_io)) is not None:
+        assert wait_for_writes(background) is None
 
 
 def whole_versions(ranks, folder):
-    """The versions of all main files that are whole, with the files of all ranks."""
+    """The versions of all main files that are whole, with the files of all ranks; links lead to one."""
     found = set()
     for path in Path(folder).glob("*.ckpt"):
-        assert damage(path) is None, path  # a main file is never half there
+        assert damage(path) is None, path  # a main file is never half there, and no link leads nowhere
         main = torch.load(path, weights_only=True)
         own = [sets.read_own(rank, path, main["token"])[0] for rank in ranks]
         if all(each is not None and each["content"] == main["content"] for each in own):
             found.add(main["content"])
     return found
+
+
+def linked_version(folder):
+    return torch.load(f"{folder}/last-v1.ckpt", weights_only=True)["content"]
 
 
 def dies_at(operation, folder, change):
@@ -144,10 +156,12 @@ def test_a_whole_set_is_there_whenever_a_process_is_killed(tmp_path, monkeypatch
             for file in inner.iterdir():
                 file.rename(inner.parent / file.name)
             inner.rmdir()
+        (folder / "last-v1.ckpt").symlink_to("last.ckpt")  # as `save_last="link"` makes it
         assert whole_versions(writers, folder) == {1}
         ranks = ranks_of(make_io(), monkeypatch)
         killed = dies_at(operation, str(folder), lambda ranks=ranks, folder=folder: change(ranks, folder))
         versions = whole_versions(writers, folder)
+        assert linked_version(folder) in versions
         assert versions, f"no whole set is left where the process dies at file operation {operation}"
         seen |= versions
         overwrite(writers, folder)  # what a killed process has left is in nobody's way
@@ -202,13 +216,13 @@ def test_a_host_without_rank_0_removes_what_rank_0_has_removed(tmp_path, monkeyp
     for version in (1, 2, 3):
         save_set(ranks, f"{tmp_path}/{version}.ckpt", version)
         if version > 1:
-            host = Path(sets.folder(f"{tmp_path}/{version - 1}.ckpt"))
+            host = Path(removal.folder(f"{tmp_path}/{version - 1}.ckpt"))
             remove_set(ranks[1:], f"{tmp_path}/{version - 1}.ckpt")
             assert host.exists()  # rank 0 has yet to write what takes its place
             remove_set(ranks[:1], f"{tmp_path}/{version - 1}.ckpt")
             assert wait_for_writes(ranks[0].checkpoint_io) is None
             (host / "of the other disk").mkdir(parents=True)
-            sets._removed[ranks[0].checkpoint_io].append(str(host / "of the other disk"))
+            removal.notes_of(ranks[0]).removed.append(str(host / "of the other disk"))
             sets.begin(ranks[0], "any")
             sets.begin(ranks[1], "any")
             assert not host.exists()
@@ -230,6 +244,14 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_names_it(tmp_path)
         write_whole(str(path), fails)
     assert [each.name for each in tmp_path.iterdir()] == ["a.ckpt"]
     assert torch.equal(torch.load(path)["w"], torch.ones(3))
+
+
+def test_names_that_are_as_long_as_the_file_system_takes_are_written_and_leave_nothing(tmp_path):
+    names = [letter * 250 + ".ckpt" for letter in "ab"] + ["c" * 249 + "a.ckpt", "c" * 249 + "b.ckpt"]
+    for name in names:
+        WholeFileIO().save_checkpoint({"name": name}, tmp_path / name)
+    assert sorted(each.name for each in tmp_path.iterdir()) == names
+    assert len({partial_path(name) for name in names}) == len(names)
 
 
 def test_a_full_disk_is_told_as_such_also_where_torch_has_words_of_its_own(tmp_path):
@@ -358,6 +380,95 @@ def test_an_incomplete_checkpoint_goes_beside_a_complete_one_and_over_an_incompl
         else:
             with pytest.warns(UserWarning, match=r"complete checkpoint and stays.*last\.ckpt\.incomplete"):
                 assert sets.incomplete_path(rank, "Strategy", path) == expected
+
+
+# ---- a `CheckpointIO` of the user's --------------------------------------------------------------------------------
+
+
+class Elsewhere(TorchCheckpointIO):
+    """Keeps files under other names."""
+
+    def __init__(self, store):
+        self.store = Path(store)
+
+    def place(self, path):
+        return self.store / str(path).replace("/", "|")
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        super().save_checkpoint(checkpoint, self.place(path), storage_options)
+
+    def load_checkpoint(self, path, map_location=None, weights_only=None):
+        return super().load_checkpoint(self.place(path), map_location, weights_only)
+
+    def remove_checkpoint(self, path):
+        self.place(path).unlink()
+
+
+class OnlyFiles(TorchCheckpointIO):
+    def remove_checkpoint(self, path):
+        os.remove(path)
+
+
+@pytest.mark.parametrize("make_io", [Elsewhere, lambda _: OnlyFiles()], ids=["elsewhere", "files alone"])
+@pytest.mark.parametrize("in_background", [False, True])
+def test_sets_of_a_checkpoint_io_that_is_not_ours_are_read_and_removed_through_it(
+    tmp_path, monkeypatch, make_io, in_background
+):
+    inner = make_io(tmp_path / "store")
+    ranks = ranks_of(AsyncCheckpointIO(inner) if in_background else inner, monkeypatch)
+    path, new = str(tmp_path / "a.ckpt"), str(tmp_path / "new.ckpt")
+    for version in (1, 2, 3):
+        save_set(ranks, path, version)
+    save_set(ranks, new, 4)
+    if in_background:
+        assert wait_for_writes(ranks[0].checkpoint_io) is None
+    token = inner.load_checkpoint(path, weights_only=True)["token"]
+    assert [sets.read_own(rank, path, token)[0]["content"] for rank in ranks] == [3, 3]
+    state, problem = sets.read_own(ranks[0], path, "never written")
+    assert state is None
+    assert "FileNotFoundError" in problem
+    remove_and_wait(ranks, path)
+    left = [each.name.rsplit("|", 1)[-1] for each in tmp_path.rglob("*") if each.is_file()]
+    assert sorted(left) == ["new.ckpt", "rank0.pt", "rank1.pt"]
+    with pytest.warns(UserWarning, match=r"nobody can tell whether .*new\.ckpt' is an earlier, complete checkpoint"):
+        assert sets.incomplete_path(ranks[0], "Strategy", new) == f"{new}.incomplete"
+
+
+def test_a_checkpoint_io_that_is_not_ours_loads_first_and_its_errors_are_explained(tmp_path, monkeypatch):
+    io = Elsewhere(tmp_path / "store")
+    rank, path = ranks_of(io, monkeypatch)[0], str(tmp_path / "a.ckpt")
+
+    def load(_):
+        return _load(rank, "Strategy", path, lambda each: io.load_checkpoint(each, weights_only=True))
+
+    with pytest.raises(FileNotFoundError, match="store"):
+        load(path)
+    io.save_checkpoint({"w": 1}, path)
+    assert load(path) == {"w": 1}
+    Path(path).write_bytes(b"")  # of somebody else
+    assert load(path) == {"w": 1}
+    io.place(path).unlink()
+    with pytest.raises(OSError, match=r"a\.ckpt' cannot be loaded \(FileNotFoundError.*it is empty"):
+        load(path)
+
+
+class Keeps(WholeFileIO):
+    def remove_checkpoint(self, path):
+        raise PermissionError(13, "not allowed", str(path))
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_removal_that_fails_is_a_warning_and_leaves_the_whole_set(tmp_path, monkeypatch, in_background):
+    ranks = ranks_of(AsyncCheckpointIO(Keeps()) if in_background else Keeps(), monkeypatch)
+    writers = ranks_of(WholeFileIO(), monkeypatch)
+    save_set(ranks, f"{tmp_path}/1.ckpt", 1)
+    save_set(ranks, f"{tmp_path}/2.ckpt", 2)
+    with pytest.warns(UserWarning, match=r"1\.ckpt' was to be removed.*PermissionError.*not allowed.*stays"):
+        remove_and_wait(ranks, f"{tmp_path}/1.ckpt")
+    save_set(ranks, f"{tmp_path}/3.ckpt", 3)
+    if in_background:
+        ranks[0].checkpoint_io.teardown()
+    assert whole_versions(writers, tmp_path) == {1, 2, 3}
 
 
 def test_numbers_and_arrays_of_numpy_are_plain_in_a_file_of_a_rank(tmp_path, monkeypatch):

@@ -71,11 +71,13 @@ class WholeSets(Callback):
     """Looks after every step whether the folder has a whole set, as it would if the process were killed here."""
 
     def __init__(self, folder):
-        self.folder, self.seen = folder, []
+        self.folder, self.seen, self.broken = folder, [], False
 
     def on_train_batch_end(self, *args):
         # again, since while this looks the new set may come and the old one go
         self.seen.append(any(_is_whole(path) for _ in range(20) for path in Path(self.folder).glob("*.ckpt")))
+        link = Path(self.folder) / "last.ckpt"
+        self.broken |= link.is_symlink() and not link.exists()
 
 
 def _is_whole(path):
@@ -95,6 +97,7 @@ def _in_background(rank, folder):
         torch.distributed.barrier()
         first = sets.seen.index(True)
         assert all(sets.seen[first:]), "at some step no whole set was there"
+        assert not sets.broken, "at some step the link led nowhere"
         ids = {path.name for path in (place / "step=8.ckpt.ranks").iterdir()}
         assert len(ids) == 1
         expected = {f"step=8.ckpt.ranks/{each}/rank{r}.pt" for each in ids for r in range(2)}

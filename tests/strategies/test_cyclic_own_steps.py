@@ -193,6 +193,14 @@ class TornAlone(Own):
             optimizer_closure._result = type("Nothing", (), {"loss": None})()
 
 
+class SavesWithinStep(Own):
+    optimizer_step = Regression.optimizer_step
+
+    def on_before_backward(self, loss):
+        if self.trainer.global_step == 3:
+            self.trainer.save_checkpoint("never.ckpt")
+
+
 def _refused(rank, kind, options):
     started = time.monotonic()
     module = kind()
@@ -213,6 +221,7 @@ def _refused(rank, kind, options):
         (SkipsAlone, ["optimizer step 2", "batch 4 on this rank", "3 on the other", "reduce_boolean_decision"]),
         (SkipsLastAlone, ["at optimizer step 7", "at optimizer step 6", "reduce_boolean_decision"]),
         (NothingOnOneRank, ["returning None"]),
+        (SavesWithinStep, ["optimizer step 3", "between forward and backward", "on_train_batch_end"]),
         (TornAlone, ["optimizer step 3", "first, inside of the `try`"]),
     ],
 )

@@ -51,6 +51,14 @@ def test_a_rank_that_has_begun_a_further_batch_is_named_on_both():
     assert "Trainer(limit_train_batches=2)" in str(caught.value)
 
 
+def test_a_rank_without_data_is_named_and_no_limit_that_trains_nothing_is_advised():
+    store = dist.HashStore()
+    ends(store, 1).begin_batch(0, 1)
+    with pytest.raises(ValueError, match=r"The data of rank 0 is empty; give every rank data") as caught:
+        end_epoch(ends(store, 0), 0, 0)
+    assert "limit_train_batches" not in str(caught.value)
+
+
 def test_a_rank_that_never_comes_is_waited_for_until_the_time_out():
     with pytest.raises(RuntimeError, match="Timed out waiting for 1 other ranks"):
         end_epoch(ends(dist.HashStore(), 0, timeout_s=0.2), 2, 2)

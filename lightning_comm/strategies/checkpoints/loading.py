@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -89,8 +90,10 @@ def load_together(
 def _load(
     strategy: ParallelStrategy, where: str, path: _PATH, load: Callable[[_PATH], dict[str, Any]]
 ) -> dict[str, Any]:
-    if not has_torch_files(strategy.checkpoint_io) or str(path).startswith("http"):
+    if str(path).startswith("http"):
         return load(path)
+    if not has_torch_files(strategy.checkpoint_io):
+        return _load_by_other(where, path, load)
     files = get_filesystem(path)
     if not files.exists(str(path)):
         begun = f"{path}.ranks"
@@ -108,6 +111,21 @@ def _load(
             size = files.size(str(path))
             problem = f"it is damaged, or no file of `torch.save` ({size} bytes; {told(error)})"
     raise CheckpointError(f"{where}: `ckpt_path`={str(path)!r} cannot be loaded: {problem}. {_way_out(path)}")
+
+
+def _load_by_other(where: str, path: _PATH, load: Callable[[_PATH], dict[str, Any]]) -> dict[str, Any]:
+    """Load by a ``CheckpointIO`` that may keep files elsewhere; a file under that name is looked at after an error."""
+    try:
+        return load(path)
+    except Exception as error:
+        problem = None
+        with suppress(Exception):  # the path may mean nothing to the file system
+            problem = damage(path) if get_filesystem(path).isfile(str(path)) else None
+        if problem is None:
+            raise
+        raise CheckpointError(
+            f"{where}: `ckpt_path`={str(path)!r} cannot be loaded ({told(error)}): {problem}. {_way_out(path)}"
+        ) from error
 
 
 def _way_out(path: _PATH) -> str:

@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,23 +18,23 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_comm.lightning_internals import after_writes, inner_io, wait_for_writes, writer_in_background
+from lightning_comm.lightning_internals import inner_io, wait_for_writes, writer_in_background
 from lightning_comm.strategies.checkpoints.damage import damage
 from lightning_comm.strategies.checkpoints.entry import Save, is_incomplete
 from lightning_comm.strategies.checkpoints.problems import CheckpointError, first_problem, told
+from lightning_comm.strategies.checkpoints.removal import (
+    entries,
+    folder,
+    notes_of,
+    remove_entries,
+    remove_if_empty,
+    when_written,
+)
 from lightning_comm.strategies.checkpoints.whole_files import has_torch_files, is_local, is_plain, local_path
 from lightning_comm.transport.recording import Recorder
 
 VERSION = 1  # of rank files
 INCOMPLETE = ".incomplete"  # behind the name of a checkpoint that is written although a complete one is there
-
-# What rank 0 has removed since the last save, after it waited in a background writer, for hosts with their own disks.
-_removed: "WeakKeyDictionary[CheckpointIO, list[str]]" = WeakKeyDictionary()
-
-
-def folder(filepath: _PATH) -> str:
-    """Return the folder of the rank files that belong to a checkpoint."""
-    return f"{filepath}.ranks"
 
 
 def rank_path(filepath: _PATH, save_id: str, rank: int) -> str:
@@ -45,11 +44,12 @@ def rank_path(filepath: _PATH, save_id: str, rank: int) -> str:
 
 def begin(strategy: ParallelStrategy, filepath: _PATH) -> Save:
     """Return a new save, the same on all ranks: the path of rank 0 may hold the step, which differs apart."""
-    removed = _removed.pop(strategy.checkpoint_io, []) if strategy.is_global_zero else []
-    mine = Save(str(filepath))
+    notes, mine = notes_of(strategy), Save(str(filepath))
+    removed = list(notes.removed)
+    del notes.removed[: len(removed)]  # the thread that writes may add to it meanwhile
     path, save_id, removed = strategy.broadcast((mine.path, mine.id, removed))
     if strategy.local_rank == 0 and not strategy.is_global_zero:
-        _remove(strategy.checkpoint_io, removed)
+        remove_entries(strategy, removed)
     return Save(path, save_id)
 
 
@@ -76,6 +76,8 @@ def write_own(strategy: ParallelStrategy, recorder: Recorder, where: str, save: 
     except Exception as error:
         failure = error
     _raise_together(strategy, recorder, where, save, failure, discard=True)
+    if strategy.is_global_zero:  # which removes them
+        notes_of(strategy).saves.append(os.path.dirname(path))
 
 
 def write_main(
@@ -102,11 +104,12 @@ def write_main(
     # in the background the main file may be written nevertheless: the error is that of the save before
     discard = writer_in_background(strategy.checkpoint_io) is None
     _raise_together(strategy, recorder, where, save, failure, discard=discard)
+    notes_of(strategy).newest = save.path
     if strategy.local_rank == 0:
-        others = [each for each in _entries(save.path) if os.path.basename(each.rstrip("/")) != save.id]
+        others = [each for each in entries(strategy, save.path) if os.path.basename(each.rstrip("/")) != save.id]
         if writer_in_background(strategy.checkpoint_io) is None and not is_plain(strategy.checkpoint_io):
             others = _older(others)[:-1]  # the main file may be written later than it seems, in ways we do not know
-        _when_written(strategy, others)
+        when_written(strategy, others)
 
 
 def _raise_together(
@@ -117,11 +120,7 @@ def _raise_together(
     if found is None:
         return
     if discard:
-        own = rank_path(save.path, save.id, strategy.global_rank)
-        with suppress(OSError):
-            get_filesystem(own).rm(own)
-        if is_local(own):
-            _remove_if_empty(os.path.dirname(local_path(own)), os.path.dirname(os.path.dirname(local_path(own))))
+        _discard_own(strategy, save)
     rank, text = found
     raise CheckpointError(
         f"{where}: the checkpoint {save.path!r} could not be written: rank {rank}: {text}. What an earlier save has "
@@ -130,15 +129,30 @@ def _raise_together(
     ) from failure
 
 
+def _discard_own(strategy: ParallelStrategy, save: Save) -> None:
+    own, io = rank_path(save.path, save.id, strategy.global_rank), _foreground(strategy.checkpoint_io)[0]
+    with suppress(Exception):  # it may not be there; what is told is why the save has failed
+        if has_torch_files(io):
+            get_filesystem(own).rm(own)
+        else:
+            io.remove_checkpoint(own)
+    with suppress(ValueError):
+        notes_of(strategy).saves.remove(os.path.dirname(own))
+    if is_local(own):
+        remove_if_empty(os.path.dirname(local_path(own)), os.path.dirname(os.path.dirname(local_path(own))))
+
+
 def read_own(strategy: ParallelStrategy, filepath: _PATH, save_id: str) -> tuple[dict[str, Any] | None, str | None]:
     """Return this rank's file of a save, or why it cannot be used. Raises on no rank alone.
 
-    It is loaded with ``weights_only=True`` wherever it lies, so that it cannot run code.
+    It is loaded with ``weights_only=True`` wherever it lies, so that it cannot run code. A ``CheckpointIO`` that is not
+    Lightning's or ours is asked for it, since it alone knows where the file is.
     """
-    rank, problem = strategy.global_rank, None
-    for candidate in dict.fromkeys((str(filepath), os.path.realpath(filepath))):  # `save_last="link"` leaves a link
+    rank, problem, by_name = strategy.global_rank, None, has_torch_files(strategy.checkpoint_io)
+    real = os.path.realpath(local_path(filepath)) if is_local(filepath) else str(filepath)
+    for candidate in dict.fromkeys((str(filepath), real)):  # `save_last="link"` leaves a link
         for path in (rank_path(candidate, save_id, rank), rank_path(candidate, "", rank)):
-            if get_filesystem(path).exists(path):
+            if not by_name or get_filesystem(path).exists(path):
                 state, reason = _read(strategy, path, save_id)
                 if state is not None:
                     return state, None
@@ -183,9 +197,16 @@ def incomplete_path(strategy: ParallelStrategy, where: str, filepath: _PATH) -> 
     It never takes the place of a complete one: beside that, under a name that ``ckpt_path="last"`` does not look for.
     """
     path, background = str(filepath), writer_in_background(strategy.checkpoint_io)
-    if strategy.is_global_zero:
-        if background is not None:
-            wait_for_writes(background)
+    if background is not None and strategy.is_global_zero:
+        wait_for_writes(background)
+    if not has_torch_files(strategy.checkpoint_io):  # it alone knows whether there is a complete one
+        path += INCOMPLETE
+        rank_zero_warn(
+            f"{where}: after the failure of a rank the others cannot add their part, so what rank 0 has is written to "
+            f"{path!r}, incomplete: under {type(strategy.checkpoint_io).__name__} nobody can tell whether "
+            f"{str(filepath)!r} is an earlier, complete checkpoint."
+        )
+    elif strategy.is_global_zero:
         here = local_path(path) if is_local(path) else path
         if get_filesystem(path).exists(path) and not (is_local(path) and is_incomplete(here)):
             path += INCOMPLETE
@@ -196,56 +217,11 @@ def incomplete_path(strategy: ParallelStrategy, where: str, filepath: _PATH) -> 
     return path
 
 
-def remove(strategy: ParallelStrategy, filepath: _PATH, remove_main: Callable[[], None]) -> None:
-    """Remove a checkpoint: the main file, then the rank files; once what is to take its place is written.
-
-    Called on all ranks. Files of ranks go once for each host; on a shared disk the first one does it.
-
-    Args:
-        strategy: The strategy.
-        filepath: Of the main file.
-        remove_main: Lightning's way to remove, which does so on rank 0.
-
-    """
-    if strategy.local_rank != 0:
-        return
-    _when_written(strategy, _entries(filepath), remove_main)
-
-
-def _when_written(strategy: ParallelStrategy, paths: list[str], before: Callable[[], None] = lambda: None) -> None:
-    """Remove files once all that waits in a background writer is written; on hosts without one, after word of it."""
-    io = strategy.checkpoint_io
-    background = writer_in_background(io)
-    if background is None:
-        before()
-        _remove(io, paths)
-    elif strategy.is_global_zero:
-
-        def carry_out() -> None:
-            before()
-            _remove(io, paths)
-            _removed.setdefault(io, []).extend(paths)
-
-        after_writes(background, carry_out)
-
-
 def _foreground(io: CheckpointIO) -> tuple[CheckpointIO, Any]:
     """Return what writes before it returns, and the background writer that has to be waited for nevertheless."""
     while io is writer_in_background(io) and (inner := inner_io(io)) is not None:
         io = inner
     return io, writer_in_background(io)
-
-
-def _entries(filepath: _PATH) -> list[str]:
-    """Return what is in the folder of a checkpoint's rank files: a folder for each save, and files of old ones."""
-    path = folder(filepath)
-    files = get_filesystem(path)
-    files.invalidate_cache(path)
-    try:
-        names = [str(each).rstrip("/").rsplit("/", 1)[-1] for each in files.ls(path, detail=False)]
-    except FileNotFoundError:
-        return []
-    return [os.path.join(path, name) for name in names if name]
 
 
 def _older(paths: list[str]) -> list[str]:
@@ -257,18 +233,3 @@ def _older(paths: list[str]) -> list[str]:
         return 0.0
 
     return sorted(paths, key=written)
-
-
-def _remove(io: CheckpointIO, paths: list[str]) -> None:
-    for path in paths:
-        with suppress(FileNotFoundError):  # another host was faster
-            if get_filesystem(path).exists(path):
-                io.remove_checkpoint(path)
-        if is_local(path):
-            _remove_if_empty(os.path.dirname(local_path(path)))
-
-
-def _remove_if_empty(*folders: str) -> None:
-    for each in folders:
-        with suppress(OSError):
-            os.rmdir(each)

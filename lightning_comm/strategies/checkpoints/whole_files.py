@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from typing_extensions import override
 
 from lightning_comm.core.whole_files import write_whole
@@ -88,7 +89,11 @@ def is_plain(io: CheckpointIO) -> bool:
 
 
 def has_torch_files(io: CheckpointIO) -> bool:
-    """Return whether files are those of ``torch.save``, so that there is a file to look at before it is loaded."""
-    while (inner := inner_io(io)) is not None:
+    """Return whether files are those of ``torch.save``, under the paths that the ``CheckpointIO`` is given.
+
+    Then the file system can be asked about them. Another ``CheckpointIO`` may keep them anywhere, in any form, also one
+    that is derived from Lightning's.
+    """
+    while type(io) is AsyncCheckpointIO and (inner := inner_io(io)) is not None:
         io = inner
-    return isinstance(io, TorchCheckpointIO)
+    return is_plain(io)
