@@ -307,7 +307,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         load_skipped_loader_states(trainer)
         restore_accumulation(trainer)
         if self._pruned is not None:
-            with self._own_changes(), self._first_error_shown("a comparison of masks"):
+            with self._own_changes(), self._first_error_shown("a comparison of masks", waits=False):
                 self._pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored
                 self._pruned.before_step(trainer.global_step)
         if not any(isinstance(callback, Companion) for callback in getattr(trainer, "callbacks", [])):

@@ -443,7 +443,7 @@ class CyclicStrategy(PeerAwareStrategy):
         save = Save(str(filepath))
         save.write(checkpoint)
         write = partial(super().save_checkpoint, checkpoint, filepath, storage_options)
-        with run.agreement.first_error_shown():
+        with run.agreement.first_error_shown("a checkpoint", waits=False):  # rank 0 writes in there
             sets.write_main(self, run.recorder, WHERE, save, write)
 
     @override

@@ -364,7 +364,9 @@ class LocalUpdateStrategy(PeerAwareStrategy):
 
     def _failures_shown(self) -> AbstractContextManager[None]:
         run = self._run
-        return run.agreement.first_error_shown() if run is not None and run.in_gradient_phase else nullcontext()
+        if run is None or not run.in_gradient_phase:
+            return nullcontext()
+        return run.agreement.first_error_shown("a step under DDP", waits=False)  # the module's own work is in there
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
@@ -477,7 +479,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         try:
-            with run.agreement.first_error_shown():
+            with run.agreement.first_error_shown("a checkpoint", waits=False):  # rank 0 writes in there
                 save = rank_files.write(self, run, checkpoint, filepath)
                 if self.is_global_zero:
                     checkpoint = rank_files.kept_from_change(checkpoint, run.replica, self.checkpoint_io)

@@ -20,13 +20,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_comm.lightning_internals import Patches, close_finished_epoch, only_note_sigterm
+from lightning_comm.strategies import earlier_failures
 from lightning_comm.strategies.checkpoints import removal
 from lightning_comm.strategies.checkpoints.whole_files import with_default
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.transport.agreement import Agreement, KeyValueStore, PeerFailure, default_store
 from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.peers import Peers, is_lost_connection
-from lightning_comm.transport.recording import hang_up, leave_group_at_exit
+from lightning_comm.transport.recording import hang_up, has_unfinished_messages, leave_group_at_exit, note_exit_status
 from lightning_comm.transport.store_client import StoreLostError
 
 _T = TypeVar("_T")
@@ -51,6 +52,7 @@ class PeerAwareStrategy(DDPStrategy):
     _interruptions: Interruptions | None = None
     _trainer: Trainer | None = None
     _peers: Peers | None = None  # from the set-up of a run, be it a `fit` or another, to its teardown
+    _run_failed = False  # whether that run has ended by an exception on this rank
     _evaluation: Patches | None = None  # what is replaced while a `validate`, `test` or `predict` runs
 
     @property
@@ -62,7 +64,8 @@ class PeerAwareStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         super().setup_environment()
         leave_group_at_exit()
-        self._end_peers()
+        self._end_peers(failed=True)  # of a run that was left without its teardown
+        self._run_failed = False
         number = next(_runs)
         if self.world_size > 1:
             self._peers = Peers(
@@ -74,9 +77,13 @@ class PeerAwareStrategy(DDPStrategy):
                 store_on_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",  # as torch itself looks
                 steps_done=lambda: 0 if self._trainer is None else self._trainer.global_step,
             )
+            self._peers.begin("`prepare_data`, or what comes before the set-up")
+            earlier_failures.refuse_closed_group(self._peers.store, type(self).__name__)
 
     @override
     def setup(self, trainer: Trainer) -> None:
+        if self._peers is not None:
+            self._peers.end_start()
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING:
             self._evaluation = Patches()
@@ -89,13 +96,16 @@ class PeerAwareStrategy(DDPStrategy):
             self._evaluation = None
         try:
             super().teardown()
+        except BaseException:
+            self._run_failed = True
+            raise
         finally:
-            self._end_peers()
+            self._end_peers(failed=self._run_failed)
 
-    def _end_peers(self) -> None:
+    def _end_peers(self, *, failed: bool) -> None:
         peers, self._peers = self._peers, None
         if peers is not None:
-            peers.close()
+            peers.close(failed=failed)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -195,9 +205,15 @@ class PeerAwareStrategy(DDPStrategy):
             namespace,
             where,
             agreement,
-            lambda: hang_up(None),
+            self._close_group,
             self._timeout_s,
         )
+
+    def _close_group(self) -> None:
+        if self._peers is not None:
+            earlier_failures.tell(self._peers.store)
+        if dist.is_initialized():
+            hang_up(None)
 
     @property
     def _timeout_s(self) -> float:
@@ -223,10 +239,18 @@ class PeerAwareStrategy(DDPStrategy):
                 return
             # an evaluation ends on each rank by itself, since ranks may have different numbers of batches
             exception = InterruptedError("it was ended by SIGTERM")
+        self._run_failed = True
+        note_exit_status()
+        broken = has_unfinished_messages() or any(
+            error is not None and is_lost_connection(error) for error in (exception, exception.__cause__)
+        )
         if is_lost_connection(exception):
             exception.args = (f"{peers.who_failed(exception)} ({exception})",)
         elif not isinstance(exception, PeerFailure):
             with suppress(StoreLostError):  # the store is gone with rank 0, and then everybody knows
                 peers.report(f"{type(exception).__name__}: {exception}")
-        if not peers.part() and dist.is_initialized():
-            hang_up(None)
+        earlier_failures.note(peers.failure or f"{type(exception).__name__}: {exception}")
+        if broken:
+            earlier_failures.tell(peers.store)  # before the others can see that this rank has left
+        if not peers.part() or broken:
+            self._close_group()

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 from lightning_comm.transport.agreement import Agreement
+from lightning_comm.transport.peer_texts import LostConnectionError
 from lightning_comm.transport.store_client import KeyValueStore, StoreLostError
 
 _Error = TypeVar("_Error", bound=Exception)
@@ -115,7 +116,7 @@ class EpochEnds:
                 break
             if len(places) < self._world_size:
                 if time.monotonic() > until_s:
-                    raise RuntimeError(f"Timed out waiting for {self._world_size - len(places)} other ranks.")
+                    raise LostConnectionError(f"Timed out waiting for {self._world_size - len(places)} other ranks.")
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_LOOK_S)
 

@@ -9,6 +9,10 @@ class PeerFailure(RuntimeError):
     """Another rank failed; the message says which one and how."""
 
 
+class LostConnectionError(RuntimeError):
+    """Nothing comes from another rank: its connection is lost, or it is late. Who is to blame is not known yet."""
+
+
 def verdict(asked_by: int, silent: list[int], statuses: Mapping[int, Mapping[str, Any]], reason: str) -> str:
     """Say who keeps the others waiting.
 

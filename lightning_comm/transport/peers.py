@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from lightning_comm.transport.peer_texts import PeerFailure, store_text, verdict
+from lightning_comm.transport.peer_texts import LostConnectionError, PeerFailure, store_text, verdict
 from lightning_comm.transport.store_client import StoreClient, StoreLostError
 
 _LOOK_S, _SHARE, _LONGEST_S = 0.5, 0.01, 2.0  # between looks; the share of time that they may take; at most
@@ -32,17 +32,22 @@ _LEAVE_S = 3.0  # for the other ranks to leave as well
 _GONE_S = 2.0  # how long a rank goes on whose store is gone: its last message may be on the way
 _OVERDUE_S = 5.0  # beyond the time-out
 
+_STAY_S = 4.0  # for rank 0, which hosts the store, until the others look no more
+_EVERY = 2**62  # the number of a roll that comes after all others
+
+# What gloo and NCCL write; not words that an error of the user's own may hold. Most errors of NCCL are `DistError`.
 _LOST = re.compile(
-    r"gloo/transport|connection (to rank \d+ is |was )?(closed|reset|refused|lost)|closed by peer|broken pipe|"
-    r"timed out waiting|application timeout caused pair closure",
-    re.IGNORECASE,
+    r"gloo/(transport|rendezvous)/|Application timeout caused pair closure|Gloo connectFullMesh failed|"
+    r"monitoredBarrier|NCCL error|NCCL communicator was aborted|Watchdog caught collective operation timeout"
 )
 
 
 def is_lost_connection(error: BaseException) -> bool:
     """Whether an error says that another rank cannot be reached, rather than what is wrong on this one."""
-    if isinstance(error, (dist.DistError, StoreLostError)):
+    if isinstance(error, (dist.DistError, StoreLostError, LostConnectionError)):
         return True
+    if isinstance(error, PeerFailure):
+        return False  # it says who failed, and why that was asked
     return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
@@ -88,6 +93,8 @@ class Peers:
         self._store_on_rank_0, self._steps_done = store_on_rank_0, steps_done
         self._silent: list[int] = []  # ranks that did not answer, as was published
         self._wait: _Wait | None = None
+        self._start: _Wait | None = None  # what is watched as a wait, although it may be none
+        self._host_left = False  # whether rank 0, which hosts the store, is through: it may end at any time
         self._asking = False  # whether the thread that trains has waited in vain, and asks why
         self._lost_s: float | None = None  # when the store was seen to be gone
         self._failed_s = 0.0
@@ -100,6 +107,28 @@ class Peers:
 
     # ---- called by the thread that trains ------------------------------------------------------------------------
 
+    def begin(self, where: str) -> None:
+        """Connect to the store while all ranks are there, and watch this rank as if it waited, until :meth:`end_start`.
+
+        Lightning lets ranks wait without a limit while one of them prepares data, and does not tell the strategy.
+
+        Args:
+            where: What may be waited for until then, in words.
+
+        Raises:
+            PeerFailure: If the store does not answer within the time-out.
+
+        """
+        try:
+            self._has("failed", self._timeout_s)
+        except StoreLostError as error:
+            raise PeerFailure(self._store_text()) from error
+        self._wait = self._start = _Wait(where, time.monotonic())
+
+    def end_start(self) -> None:
+        """Watch from now on only what is told to be a wait."""
+        self._wait = self._start = None
+
     @contextmanager
     def first_error_shown(self, where: str = "a synchronisation", *, waits: bool = True) -> Iterator[None]:
         """Turn the loss of a connection into :class:`PeerFailure`, which names the rank that failed.
@@ -110,7 +139,7 @@ class Peers:
 
         """
         outer = self._wait
-        if waits and outer is None:
+        if waits and (outer is None or outer is self._start):
             self._heard_s.clear()
             self._wait = _Wait(where, time.monotonic())
         try:
@@ -123,6 +152,8 @@ class Peers:
             self.raise_failure()
             raise
         finally:
+            if outer is not None and outer is self._start:
+                outer = self._start = outer._replace(since_s=time.monotonic())  # the others were heard just now
             self._wait = outer
 
     def raise_heard(self) -> None:
@@ -172,13 +203,27 @@ class Peers:
             return False
         return not staying and not self._silent
 
-    def close(self) -> None:
-        """End the threads. Other ranks may go on for a while."""
+    def close(self, *, failed: bool = True) -> None:
+        """End the threads. Other ranks may go on for a while.
+
+        Args:
+            failed: Whether the run has failed. If not, and this rank hosts the store, it stays for a moment, until the
+                others look into it no more: where a store ends during a look, torch prints a trace.
+
+        """
         with suppress(StoreLostError):
             self._say_left()
+            if not failed and self._store_on_rank_0 and self._rank == 0:
+                self._wait_for_last_looks()
         self._closed.set()
         self._thread.join(2 * _CALL_S)
-        self.store.close()
+        self.store.close(failed=failed)
+
+    def _wait_for_last_looks(self) -> None:
+        self.store.set(self._key("news"), "", within_s=_CALL_S)
+        until_s = time.monotonic() + _STAY_S
+        while len(self._answers(_EVERY)) < len(self._others) and time.monotonic() < until_s:
+            time.sleep(0.02)
 
     # ---- asking --------------------------------------------------------------------------------------------------
 
@@ -214,7 +259,7 @@ class Peers:
 
     def _status(self) -> dict[str, Any]:
         wait = self._wait
-        where = "" if wait is None else wait.where
+        where = "" if wait is None or wait is self._start else wait.where
         return {"roll": self._answered, "waits": where or ("a message" if self._asking else ""), "step": self._step()}
 
     def _step(self) -> int:
@@ -242,7 +287,8 @@ class Peers:
         while not self._closed.wait(interval_s):
             began = time.monotonic()
             with suppress(StoreLostError):  # noted below
-                self._look()
+                if not self._host_left:
+                    self._look()
                 interval_s = max(_LOOK_S, min((time.monotonic() - began) / _SHARE, _LONGEST_S))
             if self.store.connection_lost and self._lost_s is None:
                 self._lost_s = time.monotonic()
@@ -252,8 +298,10 @@ class Peers:
     def _look(self) -> None:
         if not self._has("news"):
             return
+        # looked for before a failure is, which rank 0 would have published before it left
+        self._host_left = self._store_on_rank_0 and self._rank != 0 and self._has("left/0")
         self._look_for_failure()
-        roll = int(self._get("roll", "0"))
+        roll = _EVERY if self._host_left else int(self._get("roll", "0"))
         if roll > self._answered:
             self._answered = roll
             self.store.set(self._key(f"here/{self._rank}"), json.dumps(self._status()), within_s=_CALL_S)
@@ -300,8 +348,8 @@ class Peers:
     def _key(self, name: str) -> str:
         return f"{self._namespace}/{name}"
 
-    def _has(self, name: str) -> bool:
-        return self.store.check([self._key(name)], within_s=_CALL_S)
+    def _has(self, name: str, within_s: float = _CALL_S) -> bool:
+        return self.store.check([self._key(name)], within_s=within_s)
 
     def _get(self, name: str, default: str) -> str:
         return self.store.get(self._key(name), within_s=_CALL_S).decode() if self._has(name) else default

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 from weakref import WeakSet
 
 import torch
@@ -19,11 +19,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_comm.core.ledger import CommLedger, CommRecord, wire_bytes
+from lightning_comm.transport.peer_texts import LostConnectionError
 
 _NEVER_SENT = 2**30  # the tag of a message
 
 _observers: list[Callable[[CommRecord], None]] = []
 _left_behind: "WeakSet[threading.Thread]" = WeakSet()
+_under_way: "WeakSet[Pending]" = WeakSet()  # in the default group; whoever waits for one, or has given up, holds it
+_noting: list[bool] = []  # filled once `sys.exit` is watched
+_exit_status: list[int] = []  # what it was called with
 _nesting = threading.local()
 
 
@@ -53,7 +57,7 @@ def is_counted_elsewhere() -> bool:
     return getattr(_nesting, "depth", 0) > 0
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself, in a set
 class Pending:
     """A message on its way. :meth:`wait` blocks until it has arrived and writes it down."""
 
@@ -169,13 +173,13 @@ class Recorder:
         """Wait for a message of one rank.
 
         Raises:
-            RuntimeError: If it does not come; the message names the rank.
+            LostConnectionError: If it does not come; the message names the rank.
 
         """
         try:
             work.wait()
         except RuntimeError as error:
-            raise RuntimeError(
+            raise LostConnectionError(
                 f"The connection to rank {source} is lost, or nothing came from it within `timeout`, which need not be "
                 f"its own fault. ({error})"
             ) from error
@@ -204,7 +208,10 @@ class Recorder:
         assert work is not None  # `None` is for ranks outside the group, and the group is all ranks
         if self._beside_compute and not tensor.is_cuda:
             work.get_future().add_done_callback(lambda _: arrived.append(time.monotonic()))
-        return Pending(work, written)
+        pending = Pending(work, written)
+        if self._group is None:
+            _under_way.add(pending)
+        return pending
 
     def _write(
         self,
@@ -248,6 +255,11 @@ def another_group(timeout: timedelta | None, backend: str | None = None) -> dist
     )  # not a number, since this rank is in it
 
 
+def has_unfinished_messages() -> bool:
+    """Whether a message of the default group is under way. Where a rank gives it up, the next ones are out of step."""
+    return any(not pending.done() for pending in tuple(_under_way))
+
+
 def hang_up(group: dist.ProcessGroup | None) -> None:
     """Close this rank's connections of a gloo group, so that whoever waits at them, here or there, gets an error.
 
@@ -271,9 +283,28 @@ def leave_behind(thread: threading.Thread) -> None:
     """Let the process end also while a thread still waits for a rank that is gone.
 
     Nothing can end such a wait. A thread that wakes up from it while Python shuts down takes the whole process with it
-    (SIGABRT). So if it still runs when the program is over, the process ends without a shutdown, with status 1.
+    (SIGABRT). So if it still runs when the program is over, the process ends without a shutdown: with the status that
+    was given to ``sys.exit`` after :func:`note_exit_status`, and otherwise with 1.
     """
     _left_behind.add(thread)
+
+
+def note_exit_status() -> None:
+    """Note what is given to ``sys.exit`` from now on; called where a run has failed, and a thread may be left behind.
+
+    Python does not tell the functions that it calls at exit what the status will be.
+    """
+    if _noting:
+        return
+    _noting.append(True)
+    leave = sys.exit
+
+    def note_and_leave(status: Any = None, /) -> NoReturn:
+        if threading.current_thread() is threading.main_thread():
+            _exit_status[:] = [0 if status is None else status & 0xFF if isinstance(status, int) else 1]
+        leave(status)
+
+    sys.exit = note_and_leave
 
 
 @atexit.register  # at import, so that nearly all that others have registered is called before it
@@ -283,7 +314,8 @@ def _end_without_shutting_down() -> None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):  # closed, or there is none
                 stream.flush()
-        os._exit(1)
+        uncaught = getattr(sys, "last_value", None) is not None
+        os._exit(1 if uncaught or not _exit_status else _exit_status[0])
 
 
 def leave_group_at_exit() -> None:

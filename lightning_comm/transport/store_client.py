@@ -98,11 +98,18 @@ class StoreClient:
         """Write ``desired`` if the value is ``expected`` (or missing, where that is empty); return the value then."""
         return bytes(self._call("compare_set", key, expected, desired, within_s=within_s))
 
-    def close(self) -> None:
-        """End the thread, if the store lets it."""
+    def close(self, *, failed: bool = True) -> None:
+        """End the thread, if the store lets it.
+
+        Args:
+            failed: Whether a thread that does not end may force the end of the process, and so its exit status. After a
+                run that went well it may not; the store is then only slow.
+
+        """
         self._calls.put(None)
         self._thread.join(0.5)
-        leave_behind(self._thread)
+        if failed:
+            leave_behind(self._thread)
 
     def _call(self, name: str, *arguments: Any, within_s: float | None) -> Any:
         """Make a call, and wait for it.

@@ -21,13 +21,13 @@ TIMEOUT_S = 60.0  # of the messages; whoever waits for it has not been told
 
 
 class Failing(Callback):
-    def __init__(self, hook, step):
-        self.step = step
+    def __init__(self, hook, step, error=None):
+        self.step, self.error = step, error
         setattr(self, hook, self._fail)
 
     def _fail(self, runner, *args, **kwargs):
         if runner.global_step >= self.step:
-            raise ValueError(f"boom at step {runner.global_step}")
+            raise self.error or ValueError(f"boom at step {runner.global_step}")
 
 
 def _wait_for_all(folder, rank, world_size):
@@ -90,6 +90,30 @@ def _all_fail(rank):
 
 def test_where_all_ranks_fail_alike_a_later_fit_still_works():
     assert launch(_all_fail, world_size=2) == [4, 4]
+
+
+def _one_fails(rank, folder, name):
+    peers_module._LEAVE_S = 0.5  # of this process alone
+    strategy = partial(STRATEGIES[name], timeout=timedelta(seconds=TIMEOUT_S))
+    text = "database connection closed"  # of the user's own; no rank has lost one
+    callbacks = [Failing("on_before_optimizer_step", 6, RuntimeError(text))] if rank == 1 else []
+    with pytest.raises(RuntimeError, match=text) as first:
+        trainer(strategy(), 2, callbacks=callbacks).fit(Regression(), loader(12, rank))
+    with pytest.raises(RuntimeError) as second:
+        trainer(strategy(), 2).fit(Regression(), loader(12, rank))
+    _wait_for_all(folder, rank, 2)
+    return str(first.value), str(second.value)
+
+
+@pytest.mark.parametrize("name", ["compressed", "local"])
+def test_after_a_failure_of_one_rank_a_later_run_in_the_same_processes_is_refused(tmp_path, name):
+    for first, second in launch(_one_fails, str(tmp_path), name, world_size=2):
+        assert first.endswith("database connection closed")
+        assert "does not answer" not in first
+        assert (
+            "an earlier run in this process failed (rank 1 failed: RuntimeError: database connection closed)" in second
+        )
+        assert "Restart the processes of all ranks" in second
 
 
 STRATEGIES = {

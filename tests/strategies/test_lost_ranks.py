@@ -1,5 +1,6 @@
 """Ranks that stop, die, fail or hang in every phase: all other processes end in time, and say the right rank."""
 
+import atexit
 import time
 from datetime import timedelta
 
@@ -10,6 +11,8 @@ from support.cyclic import deep, momentum
 from support.faults import Fault, Job, fates
 from support.training import Regression, loader, trainer
 
+import lightning_comm.transport.peers as peers
+import lightning_comm.transport.recording as recording
 from lightning_comm import Averaging, CyclicStrategy, FixedPeriod, LocalUpdateStrategy
 
 TIMEOUT_S = 5.0  # where it has to run out
@@ -35,6 +38,9 @@ class Struck(Regression):
     def strike(self, hook):
         if hook == self.hook:
             self.fault.strike(self.rank)
+
+    def prepare_data(self):
+        self.strike("prepare_data")
 
     def configure_optimizers(self):
         self.strike("configure_optimizers")
@@ -72,6 +78,7 @@ CASES = [
     (faults.stop, 0, "local", "training_step", 3),
     (faults.stop, 0, "cyclic", "training_step", 2),
     (faults.stop, 0, "cyclic", "configure_optimizers", 2),
+    (faults.stop, 0, "local", "prepare_data", 2),
     (faults.stop, 2, "local", "validation_step", 3),
     (faults.stop, 1, "overlap", "training_step", 3),
     (faults.kill, 2, "gradients", "training_step", 3),
@@ -125,8 +132,9 @@ def test_with_rank_0_stopped_all_others_say_so(others, strategy):
             assert "rank 0, which hosts it, is stopped or hangs, or the network between it and rank" in fate.text
 
 
-def test_a_set_up_that_torch_would_never_leave_is_ended_by_the_watchdog(others):
-    for _, ended in of(others, hook="configure_optimizers"):
+@pytest.mark.parametrize("hook", ["prepare_data", "configure_optimizers"])
+def test_a_set_up_that_torch_would_never_leave_is_ended_by_the_watchdog(others, hook):
+    for _, ended in of(others, hook=hook):
         assert [fate.text for fate in ended] == [""]  # from another thread, while this one was in `new_group`
 
 
@@ -157,3 +165,20 @@ def test_ranks_in_a_collective_of_the_users_are_freed_from_a_rank_that_failed_an
     for (_, who, *_), ended in of(others, hook="own collective"):
         for fate in ended:
             assert f"rank {who} failed: ValueError: boom" in fate.text
+
+
+def evaluate(rank):
+    class Slow(Regression):
+        def test_step(self, batch, batch_idx):
+            time.sleep(0.6 * rank)
+
+    atexit.register(recording._end_without_shutting_down)  # jobs begin without what was registered before
+    peers._STAY_S = LONG_S  # of this process alone
+    strategy = LocalUpdateStrategy(FixedPeriod(10), timeout=timedelta(seconds=LONG_S))
+    trainer(strategy, 2).test(Slow(), loader(3 if rank else 1, rank), verbose=False)
+
+
+def test_ranks_that_are_through_long_before_others_end_well_and_say_nothing(capfd):
+    (ended,) = fates([(Job(evaluate, (), 2), Fault(faults.boom, rank=-1))], LONG_S)
+    assert [(fate.text, fate.status) for fate in ended] == [("ended", 0), ("ended", 0)]
+    assert "TCPStore" not in capfd.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from lightning_comm.transport import peers as peers_module
-from lightning_comm.transport.peer_texts import PeerFailure, store_text, verdict
+from lightning_comm.transport.peer_texts import LostConnectionError, PeerFailure, store_text, verdict
 from lightning_comm.transport.peers import Peers, is_lost_connection
 
 LOST = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:40374")
@@ -102,13 +102,66 @@ def test_the_watchdog_ends_only_waits_that_are_overdue_for_a_rank_that_never_ans
     assert ended.text[0].startswith("Rank 1 does not answer.")
 
 
+def test_before_the_first_wait_a_rank_is_watched_as_if_it_waited(ranks, monkeypatch):
+    for name, seconds in {"_OVERDUE_S": 0.5, "_LOOK_S": 0.05, "_LONGEST_S": 0.1}.items():
+        monkeypatch.setattr(peers_module, name, seconds)
+    ended = threading.Event()
+    monkeypatch.setattr(Peers, "_end", lambda self, wait, text: (ended.text.append((wait.where, text)), ended.set()))
+    ended.text = []
+    (lonely,) = ranks(0, world_size=2, timeout_s=0.3)
+    lonely.begin("the data")
+    with lonely.first_error_shown("a broadcast"):
+        pass
+    assert ended.wait(60.0)
+    where, text = ended.text[0]
+    assert where == "the data"
+    assert text.startswith("Rank 1 does not answer.")
+    lonely.end_start()
+    assert lonely._wait is None
+
+
+def test_a_run_whose_store_does_not_answer_is_not_begun():
+    class Stopped:
+        def clone(self):
+            time.sleep(2.0)
+            raise dist.DistNetworkError
+
+    peers = Peers(Stopped(), 1, 2, "test", 0.2)
+    with pytest.raises(PeerFailure, match="rank 0, which hosts it, is stopped or hangs"):
+        peers.begin("the data")
+    peers.close(failed=False)
+
+
+def test_rank_0_stays_after_a_good_run_until_the_others_look_no_more(ranks, monkeypatch):
+    for name, seconds in {"_LOOK_S": 0.1, "_STAY_S": 60.0}.items():
+        monkeypatch.setattr(peers_module, name, seconds)
+    present = ranks(0, 1, 2)
+    zero, one, two = present
+    present[:] = [one]  # the others are closed here
+    looks = []
+    look = one._look
+    monkeypatch.setattr(one, "_look", lambda: (looks.append(time.monotonic()), look()))
+    two.close()
+    zero.close(failed=False)
+    closed_s = time.monotonic()
+    assert one._host_left
+    one._closed.wait(2 * peers_module._LOOK_S)
+    assert looks
+    assert max(looks) < closed_s
+
+
 @pytest.mark.parametrize(
     ("error", "lost"),
     [
         (LOST, True),
         (LATE, True),
         (dist.DistNetworkError("x"), True),
-        (RuntimeError("The connection to rank 2 is lost, or nothing came"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (LostConnectionError("The connection to rank 2 is lost, or nothing came"), True),
+        (RuntimeError("The connection to rank 2 is lost, or nothing came"), False),
+        (RuntimeError("DataLoader timed out waiting for worker 3"), False),
+        (RuntimeError("database connection closed"), False),
+        (PeerFailure(f"Rank 0 has lost its connection to another rank. ({LOST})"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("Connection closed by peer"), False),
     ],

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -10,6 +11,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from lightning_comm.transport import recording
 from lightning_comm.transport.store_client import StoreClient, StoreLostError
 
 
@@ -60,6 +62,40 @@ def test_a_call_that_was_given_up_early_does_not_keep_others_from_an_answer():
     threading.Timer(0.1, store.lets.set).start()
     assert client.check(["b"])
     assert store.calls == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_call_that_never_ends_forces_the_end_of_the_process_only_after_a_failure(failed, monkeypatch):
+    monkeypatch.setattr(recording, "_left_behind", set())
+    store = Stuck()
+    client = StoreClient(store, 0.1)
+    with pytest.raises(StoreLostError):
+        client.check(["a"])
+    client.close(failed=failed)
+    assert len(recording._left_behind) == failed
+    store.lets.set()
+
+
+def _ends(status, uncaught):
+    recording.note_exit_status()
+    recording.leave_behind(threading.main_thread())
+    if status is not None:
+        with pytest.raises(SystemExit):
+            sys.exit(status)
+    if uncaught:
+        sys.last_value = ValueError()
+    recording._end_without_shutting_down()
+
+
+@pytest.mark.parametrize(
+    ("status", "uncaught", "ends_with"),
+    [(3, False, 3), (0, False, 0), ("a text", False, 1), (None, False, 1), (0, True, 1)],
+)
+def test_a_process_that_leaves_a_thread_behind_ends_with_the_status_of_its_script(status, uncaught, ends_with):
+    process = multiprocessing.get_context("fork").Process(target=_ends, args=(status, uncaught))
+    process.start()
+    process.join(60)
+    assert process.exitcode == ends_with
 
 
 def _host(says):
