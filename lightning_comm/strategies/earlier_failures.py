@@ -38,6 +38,6 @@ def refuse_broken_group(store: StoreClient, where: str) -> None:
     """
     if _noted and _noted[0][0]() is dist.group.WORLD and store.check([_KEY], within_s=_CALL_S):
         raise RuntimeError(
-            f"{where}: an earlier run in this process failed ({_noted[0][1]}), and has left messages of its process group "
+            f"{where}: an earlier run in this process failed ({_noted[0][1]}), and has left messages of its group "
             "unfinished or connections closed, so no other run can use it. Restart the processes of all ranks."
         )
