@@ -1,4 +1,4 @@
-"""A run that has failed may leave its process group without connections: a later one in the same process says so."""
+"""A run that has failed may leave its process group unusable: a later one in the same process says so."""
 
 import weakref
 from contextlib import suppress
@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from lightning_comm.transport.store_client import StoreClient, StoreLostError
 
-_KEY = "lightning_comm/closed"
+_KEY = "lightning_comm/broken"
 _CALL_S = 2.0  # for a call to the store
 _noted: list[tuple["weakref.ref[dist.ProcessGroup]", str]] = []  # the group in which a run failed, and how
 
@@ -20,24 +20,24 @@ def note(text: str) -> None:
 
 
 def tell(store: StoreClient) -> None:
-    """Tell the other ranks that this one closes its connections of the default group; called before it does."""
+    """Tell the other ranks that the default group is of no more use; before connections are closed, if they are."""
     with suppress(StoreLostError):  # without the store no run can begin anyway
         store.set(_KEY, "", within_s=_CALL_S)
 
 
-def refuse_closed_group(store: StoreClient, where: str) -> None:
-    """Refuse to begin a run in a group whose connections are closed.
+def refuse_broken_group(store: StoreClient, where: str) -> None:
+    """Refuse to begin a run in a group that a failed one has left unusable.
 
     Args:
         store: The process group's.
         where: The strategy, for the message.
 
     Raises:
-        RuntimeError: On all ranks whose earlier run in this group has failed, if one of them has closed it.
+        RuntimeError: On all ranks whose earlier run in this group has failed, if one of them has told so.
 
     """
     if _noted and _noted[0][0]() is dist.group.WORLD and store.check([_KEY], within_s=_CALL_S):
         raise RuntimeError(
-            f"{where}: an earlier run in this process failed ({_noted[0][1]}), and the connections of its process "
-            "group are closed, so that no other run can use them. Restart the processes of all ranks."
+            f"{where}: an earlier run in this process failed ({_noted[0][1]}), and has left messages of its group "
+            "unfinished or connections closed, so no other run can use it. Restart the processes of all ranks."
         )

@@ -78,7 +78,7 @@ class PeerAwareStrategy(DDPStrategy):
                 steps_done=lambda: 0 if self._trainer is None else self._trainer.global_step,
             )
             self._peers.begin("`prepare_data`, or what comes before the set-up")
-            earlier_failures.refuse_closed_group(self._peers.store, type(self).__name__)
+            earlier_failures.refuse_broken_group(self._peers.store, type(self).__name__)
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -252,5 +252,5 @@ class PeerAwareStrategy(DDPStrategy):
         earlier_failures.note(peers.failure or f"{type(exception).__name__}: {exception}")
         if broken:
             earlier_failures.tell(peers.store)  # before the others can see that this rank has left
-        if not peers.part() or broken:
+        if not peers.part():
             self._close_group()
