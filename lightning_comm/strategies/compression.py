@@ -324,9 +324,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
     @override
     def report_failure(self, exception: BaseException) -> None:
         if self._run is not None and self._run.refused:
-            if self._peers is not None:
-                self._peers.part()  # all ranks end alike; rank 0 may host the store
-            return
+            self._refuse_together()
         super().report_failure(exception)
 
     @override
@@ -491,7 +489,9 @@ class CompressedDDPStrategy(PeerAwareStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         load = partial(super().load_checkpoint, weights_only=weights_only)
-        checkpoint_path, checkpoint = load_together(self, _WHERE, checkpoint_path, load, in_set_up=self._sync is None)
+        checkpoint_path, checkpoint = load_together(
+            self, _WHERE, checkpoint_path, load, self._refuse_together, in_set_up=self._sync is None
+        )
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             state = compression_files.load(self, self.compression, checkpoint, checkpoint_path)

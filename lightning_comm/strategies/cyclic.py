@@ -455,7 +455,9 @@ class CyclicStrategy(PeerAwareStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         load = partial(super().load_checkpoint, weights_only=weights_only)
-        checkpoint_path, checkpoint = load_together(self, WHERE, checkpoint_path, load, in_set_up=self._run is None)
+        checkpoint_path, checkpoint = load_together(
+            self, WHERE, checkpoint_path, load, self._refuse_together, in_set_up=self._run is None
+        )
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._run is not None:
             return checkpoint  # not for `fit`, or a tuner within it puts back what it has changed

@@ -52,6 +52,7 @@ class PeerAwareStrategy(DDPStrategy):
     _interruptions: Interruptions | None = None
     _trainer: Trainer | None = None
     _peers: Peers | None = None  # from the set-up of a run, be it a `fit` or another, to its teardown
+    _refused = False  # whether all ranks have found alike that they cannot go on
     _run_failed = False  # whether that run has ended by an exception on this rank
     _evaluation: Patches | None = None  # what is replaced while a `validate`, `test` or `predict` runs
 
@@ -65,7 +66,7 @@ class PeerAwareStrategy(DDPStrategy):
         super().setup_environment()
         leave_group_at_exit()
         self._end_peers(failed=True)  # of a run that was left without its teardown
-        self._run_failed = False
+        self._run_failed = self._refused = False
         number = next(_runs)
         if self.world_size > 1:
             self._peers = Peers(
@@ -223,6 +224,10 @@ class PeerAwareStrategy(DDPStrategy):
         """Whether a run of this very model is under way, or is over, and its ranks are still joined."""
         return run is not None and run.module is self.lightning_module and dist.is_initialized()
 
+    def _refuse_together(self) -> None:
+        """Note that all ranks raise the same error now: none of them failed, and nobody waits for another."""
+        self._refused = True
+
     def report_failure(self, exception: BaseException) -> None:
         """Called by the companion when this rank ends by an exception: tell the others, without a collective.
 
@@ -241,6 +246,9 @@ class PeerAwareStrategy(DDPStrategy):
             exception = InterruptedError("it was ended by SIGTERM")
         self._run_failed = True
         note_exit_status()
+        if self._refused:
+            peers.part()
+            return
         broken = has_unfinished_messages() or any(
             error is not None and is_lost_connection(error) for error in (exception, exception.__cause__)
         )

@@ -44,7 +44,13 @@ def skip_unfinished(where: str, path: _PATH) -> _PATH:
 
 
 def load_together(
-    strategy: ParallelStrategy, where: str, path: _PATH, load: Callable[[_PATH], dict[str, Any]], *, in_set_up: bool
+    strategy: ParallelStrategy,
+    where: str,
+    path: _PATH,
+    load: Callable[[_PATH], dict[str, Any]],
+    refused: Callable[[], None],
+    *,
+    in_set_up: bool,
 ) -> tuple[_PATH, dict[str, Any]]:
     """Load the main file of a checkpoint, and see first that it is whole.
 
@@ -53,6 +59,7 @@ def load_together(
         where: Its name, for messages.
         path: The file.
         load: Lightning's way to load it.
+        refused: Called before the error that all ranks raise alike, which so is no failure of one of them.
         in_set_up: For ``fit``: whether this is before its set-up, where Lightning loads on all ranks.
 
     Returns:
@@ -83,6 +90,8 @@ def load_together(
                 f"{where}: `ckpt_path`={str(path)!r} could be loaded here, and not on rank {rank}: {text}"
             )
     if failure is not None:
+        if for_all:
+            refused()
         raise failure
     return path, checkpoint
 
