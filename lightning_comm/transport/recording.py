@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, cast
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from lightning_comm.transport.peer_texts import LostConnectionError
 _NEVER_SENT = 2**30  # the tag of a message
 
 _observers: list[Callable[[CommRecord], None]] = []
-_left_behind: "WeakSet[threading.Thread]" = WeakSet()
+_left_behind: "WeakKeyDictionary[threading.Thread, bool]" = WeakKeyDictionary()  # whether their run failed
 _under_way: "WeakSet[Pending]" = WeakSet()  # in the default group; whoever waits for one, or has given up, holds it
 _noting: list[bool] = []  # filled once `sys.exit` is watched
 _exit_status: list[int] = []  # what it was called with
@@ -279,14 +279,20 @@ def hang_up(group: dist.ProcessGroup | None) -> None:
                     work.wait(timedelta(milliseconds=1))
 
 
-def leave_behind(thread: threading.Thread) -> None:
-    """Let the process end also while a thread still waits for a rank that is gone.
+def leave_behind(thread: threading.Thread, *, failed: bool = True) -> None:
+    """Let the process end also while a thread still waits for a rank that is gone, or cannot be reached.
 
     Nothing can end such a wait. A thread that wakes up from it while Python shuts down takes the whole process with it
     (SIGABRT). So if it still runs when the program is over, the process ends without a shutdown: with the status that
-    was given to ``sys.exit`` after :func:`note_exit_status`, and otherwise with 1.
+    was given to ``sys.exit`` after :func:`note_exit_status`, with 1 after an uncaught error, and otherwise with 1 after
+    a run that failed and 0 after one that went well.
+
+    Args:
+        thread: The thread.
+        failed: Whether the run has failed.
+
     """
-    _left_behind.add(thread)
+    _left_behind[thread] = failed
 
 
 def note_exit_status() -> None:
@@ -315,7 +321,8 @@ def _end_without_shutting_down() -> None:
             with suppress(OSError, ValueError, AttributeError):  # closed, or there is none
                 stream.flush()
         uncaught = getattr(sys, "last_value", None) is not None
-        os._exit(1 if uncaught or not _exit_status else _exit_status[0])
+        status = _exit_status or [int(any(_left_behind.values()))]
+        os._exit(1 if uncaught else status[0])
 
 
 def leave_group_at_exit() -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from lightning_comm.transport.recording import leave_behind
+from lightning_comm.transport.recording import leave_behind, note_exit_status
 
 
 class KeyValueStore(Protocol):
@@ -102,14 +102,14 @@ class StoreClient:
         """End the thread, if the store lets it.
 
         Args:
-            failed: Whether a thread that does not end may force the end of the process, and so its exit status. After a
-                run that went well it may not; the store is then only slow.
+            failed: Whether the run has failed, which decides on the exit status of a process whose thread does not end.
 
         """
         self._calls.put(None)
         self._thread.join(0.5)
-        if failed:
-            leave_behind(self._thread)
+        if self._thread.is_alive():
+            note_exit_status()
+            leave_behind(self._thread, failed=failed)
 
     def _call(self, name: str, *arguments: Any, within_s: float | None) -> Any:
         """Make a call, and wait for it.

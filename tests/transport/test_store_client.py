@@ -65,20 +65,21 @@ def test_a_call_that_was_given_up_early_does_not_keep_others_from_an_answer():
 
 
 @pytest.mark.parametrize("failed", [False, True])
-def test_a_call_that_never_ends_forces_the_end_of_the_process_only_after_a_failure(failed, monkeypatch):
-    monkeypatch.setattr(recording, "_left_behind", set())
+def test_a_call_that_never_ends_is_left_behind_with_whether_the_run_has_failed(failed, monkeypatch):
+    monkeypatch.setattr(recording, "_left_behind", {})
+    monkeypatch.setattr(recording, "_noting", [True])  # `sys.exit` stays as it is
     store = Stuck()
     client = StoreClient(store, 0.1)
     with pytest.raises(StoreLostError):
         client.check(["a"])
     client.close(failed=failed)
-    assert len(recording._left_behind) == failed
+    assert list(recording._left_behind.values()) == [failed]
     store.lets.set()
 
 
-def _ends(status, uncaught):
+def _ends(status, uncaught, failed):
     recording.note_exit_status()
-    recording.leave_behind(threading.main_thread())
+    recording.leave_behind(threading.main_thread(), failed=failed)
     if status is not None:
         with pytest.raises(SystemExit):
             sys.exit(status)
@@ -88,11 +89,20 @@ def _ends(status, uncaught):
 
 
 @pytest.mark.parametrize(
-    ("status", "uncaught", "ends_with"),
-    [(3, False, 3), (0, False, 0), ("a text", False, 1), (None, False, 1), (0, True, 1)],
+    ("status", "uncaught", "failed", "ends_with"),
+    [
+        (3, False, True, 3),
+        (3, False, False, 3),
+        (0, False, True, 0),
+        ("a text", False, False, 1),
+        (None, False, True, 1),
+        (None, False, False, 0),
+        (0, True, True, 1),
+        (None, True, False, 1),
+    ],
 )
-def test_a_process_that_leaves_a_thread_behind_ends_with_the_status_of_its_script(status, uncaught, ends_with):
-    process = multiprocessing.get_context("fork").Process(target=_ends, args=(status, uncaught))
+def test_a_process_that_leaves_a_thread_behind_ends_with_the_status_of_its_script(status, uncaught, failed, ends_with):
+    process = multiprocessing.get_context("fork").Process(target=_ends, args=(status, uncaught, failed))
     process.start()
     process.join(60)
     assert process.exitcode == ends_with
