@@ -125,7 +125,10 @@ def test_a_host_that_is_stopped_or_killed_holds_nobody_up(sent):
     try:
         assert client.check(["a"]) is False
         os.kill(host.pid, sent)
-        host.join(0.0 if sent == signal.SIGSTOP else None)
+        if sent == signal.SIGSTOP:
+            os.waitpid(host.pid, os.WUNTRACED)  # until it has stopped
+        else:
+            host.join()
         with pytest.raises(StoreLostError):
             client.check(["a"])
         assert client.connection_lost == (sent == signal.SIGKILL)
