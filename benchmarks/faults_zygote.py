@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,8 @@ class Zygote:
             os.close(orders)
             os.close(news)
             atexit._clear()  # what this process had registered is not for its children
+            warnings.resetwarnings()
+            warnings.showwarning = _print_warning  # pytest collects those of its tests
             order = serve(order_end, news_end)
             _end_as_a_program(lambda: None if order is None else run(order))
         os.close(order_end)
@@ -193,6 +196,10 @@ def _environment() -> dict[str, str]:
     other = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "NODE_RANK", "SLURM_", "TORCHELASTIC_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(other)}
     return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+def _print_warning(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def _end_as_a_program(call: Callable[[], None]) -> None:
