@@ -53,10 +53,6 @@ def terminate(runner):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def vanish(runner):
-    os._exit(1)
-
-
 def run(rank, world_size, step_times, at, action=set_should_stop, who=1, steps=300, settings=None, **options):
     module = Paced(step_times[rank])
     callbacks = [At(at, action), *options.pop("callbacks", [])] if rank == who else options.pop("callbacks", [])
@@ -131,23 +127,6 @@ def test_an_exception_on_one_rank_ends_all_with_the_first_error_shown(world_size
         assert "boom at step 10" in text
         assert rank == who or f"rank {who} failed" in text
         assert seconds < 15
-
-
-def _killed(rank, path):
-    started = time.monotonic()
-    try:
-        run(rank, 3, (0.001,) * 3, 10, vanish, 2)
-    except BaseException as error:
-        (path / f"{rank}").write_text(f"{time.monotonic() - started} {error}")
-        os._exit(1)
-
-
-def test_a_killed_rank_ends_the_others_soon(tmp_path):
-    with pytest.raises(pytest.fail.Exception):
-        outcomes(_killed, tmp_path, world_size=3, timeout_s=14)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
-    assert all(float(path.read_text().split()[0]) < 12 for path in tmp_path.iterdir())
-    assert all("Rank 2 does not answer" in path.read_text() for path in tmp_path.iterdir())
 
 
 SCRIPT = """

@@ -85,8 +85,9 @@ CASES = [
     (faults.stop, 0, "local", "prepare_data", 2),
     (faults.stop, 2, "local", "validation_step", 3),
     (faults.stop, 1, "overlap", "training_step", 3),
-    (faults.kill, 2, "gradients", "training_step", 3),
+    (faults.crash, 2, "gradients", "training_step", 3),
     (faults.kill, 1, "staggered", "training_step", 2),
+    (faults.vanish, 2, "cyclic", "training_step", 3),
     (faults.boom, 0, "local", "training_step", 2),
     (faults.leave, 1, "cyclic", "validation_step", 2),
     (faults.interrupt, 1, "local", "training_step", 2),
@@ -145,11 +146,11 @@ def test_a_set_up_that_torch_would_never_leave_is_ended_by_the_watchdog(others, 
         assert [fate.text for fate in ended] == [""]  # from another thread, while this one was in `new_group`
 
 
-@pytest.mark.parametrize("strategy", ["local", "overlap", "gradients", "staggered"])
+@pytest.mark.parametrize("strategy", ["local", "overlap", "gradients", "staggered", "cyclic"])
 def test_a_rank_that_is_stopped_or_killed_is_named_by_all_others(others, strategy):
     for (what, who, *_), ended in of(others, strategy=strategy):
         for fate in ended:
-            if what in (faults.stop, faults.kill) and who > 0:
+            if what in (faults.stop, faults.kill, faults.crash, faults.vanish) and who > 0:
                 assert fate.text.startswith(f"PeerFailure: Rank {who} does not answer. It was killed, or stopped, or")
 
 
