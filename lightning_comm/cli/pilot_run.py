@@ -39,6 +39,7 @@ from lightning_comm.planning.pilot import BASELINE, LIMIT
 from lightning_comm.planning.projection import round_ends
 from lightning_comm.strategies import LocalUpdateStrategy
 from lightning_comm.transport.clocks import device_of_group, gather_json
+from lightning_comm.transport.peer_texts import PeerFailure
 from lightning_comm.transport.recording import leave_group_at_exit
 
 EVENT = "@pilot "
@@ -281,7 +282,7 @@ def main(job: Job) -> int:
     except BaseException as error:
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         traceback.print_exc()
-        emit({"event": "failed", "error": text})
+        emit({"event": "failed", "error": text, "of_another": isinstance(error, PeerFailure)})
         return 1
     emit({"event": "done"})
     return 0

@@ -19,7 +19,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from lightning_comm.cli.pilot_run import EVENT, Job
 from lightning_comm.lab.cluster import Lab
 
-_GRACE_S = 3.0  # for the others to say what they saw, once one has failed
+_GRACE_S = 5.0  # for the others to say what they saw, once one has failed
 _SHOWN_OF_A_FAILURE = 15  # lines
 _PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
 
@@ -90,6 +90,7 @@ class _Worker:
     rank: int
     process: "subprocess.Popen[str]"
     error: str | None = None
+    error_of_another: bool = False  # whether it only says that another rank has failed
     last: list[str] = field(default_factory=list)  # lines of its output
 
     def own_end(self) -> str | None:
@@ -164,6 +165,7 @@ def _listen(worker: _Worker, heard: "queue.Queue[tuple[int, str | None]]", logs:
             event = json.loads(text)
             if event["event"] == "failed":
                 worker.error = f"rank {worker.rank}: {event['error']}"
+                worker.error_of_another = event.get("of_another", False)
             heard.put((worker.rank, text))
             continue
         if line.strip():
@@ -189,5 +191,6 @@ def _first_error(workers: list[_Worker], first: int) -> str:
     for worker in workers:
         if (end := worker.own_end()) is not None:
             return end
-    errors = [worker.error for worker in (workers[first], *workers) if worker.error is not None]
-    return errors[0]
+    failed = [worker for worker in (workers[first], *workers) if worker.error is not None]
+    # a rank that fails stays until the others have heard of it, so theirs may be the first word
+    return str(min(failed, key=lambda worker: worker.error_of_another).error)
