@@ -185,6 +185,7 @@ class Zygote:
                 said = json.loads(line)
                 with self._news:
                     if "forked" in said:
+                        self.ends.pop(said["forked"], None)  # of an earlier process with the same number
                         self._forked[said["tag"]] = said["forked"]
                     if "ended" in said:
                         self.ends[said["ended"]] = (said["code"], said["time"])
