@@ -17,20 +17,12 @@ from faults_files import SmallDisk, beside, checkpoints, lines_of
 from faults_logs import last_error
 from faults_plan import Case
 from faults_resume import note_checkpoints
-from faults_strike import GO, STRUCK
+from faults_strike import GO, SIGNALS, STRUCK
 from faults_workshop import LAB_LINK, Run, Workshop, equal
 
 _PAUSE_S, _SLOW_S = 2.0, 3.0
 _SLOW_LINK = "2mbit"
 _LOADERS_END_S = 10.0  # a loading process looks every 5 s whether its rank is there
-_SIGNALS = {
-    "kill": signal.SIGKILL,
-    "stop": signal.SIGSTOP,
-    "pause": signal.SIGSTOP,
-    "sigterm": signal.SIGTERM,
-    "sigint": signal.SIGINT,
-    "sigusr1": signal.SIGUSR1,
-}
 _sizes: dict[tuple[str, int], int] = {}
 
 
@@ -157,11 +149,11 @@ class _Attempt:
 
     def _send_signals(self, run: Run) -> None:
         case, how = self._case, self._case.spec.how
-        if how not in _SIGNALS or case.place == "worker":
+        if how not in SIGNALS or case.place == "worker":
             return
         if case.spec.all_ranks or case.late_s is not None:
             for rank in sorted(case.hurt):
-                run.ranks[rank].signal(_SIGNALS[how])
+                run.ranks[rank].signal(SIGNALS[how])
             self._record["hit"]["time"] = time.time()
         if how == "pause":
             time.sleep(_PAUSE_S)

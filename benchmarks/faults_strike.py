@@ -25,7 +25,7 @@ _WAIT_S = 120.0  # for the driver; longer than it ever takes, so that a rank who
 _TORN_BYTES = 16 * 1024  # of a file that is written when the rank dies; the files here are larger
 _ALL_PLACES = (*PLACES, "worker", "exhausted", "file", "none")
 _FILE_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
-_BY_SIGNAL = {
+SIGNALS = {
     "kill": signal.SIGKILL,
     "stop": signal.SIGSTOP,
     "pause": signal.SIGSTOP,
@@ -123,8 +123,8 @@ class Fault:
         how = self._how.removesuffix("_all")
         if how == "raise":
             raise _ERRORS[self._case["detail"]["error"]](f"fault: boom in {place} of rank {self._rank}")
-        if how in _BY_SIGNAL:
-            os.kill(os.getpid(), _BY_SIGNAL[how])
+        if how in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[how])
         elif how == "exit0":
             sys.exit(0)
         elif how == "os_exit":

@@ -1,4 +1,7 @@
-"""What cannot work together under Cyclic Data Parallelism is refused before training starts."""
+"""Refusals of Cyclic Data Parallelism: of what cannot work together, before training where that can be known.
+
+Longer than other files, since it is a list of refusals.
+"""
 
 import itertools
 import math
