@@ -1,6 +1,10 @@
-"""What cannot work together is refused before training starts: where, argument, value, rule, way out."""
+"""What cannot work together and is refused before training starts: argument, value, rule, way out.
+
+Functions named `..._problems` yield all that they find; :mod:`lightning_comm.refusals` makes one error of it.
+"""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticPeriod, RoundClock
 from lightning_comm.lightning_internals import logged_metrics, validates_by_the_clock
+from lightning_comm.refusals import refuse
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.flat import distinct
@@ -50,95 +55,97 @@ def checked(settings: Settings) -> Settings:
         ValueError: If one is not.
 
     """
-    if not isinstance(settings.period, PeriodRule):
-        raise ValueError(
-            f"{_WHERE}: `period` must be a PeriodRule; got {settings.period!r}. Give FixedPeriod(steps=8), "
+    refuse(_WHERE, _setting_problems(settings))
+    RoundClock(settings.period, None, settings.warmup_steps)  # checks `warmup_steps`
+    return settings
+
+
+def _setting_problems(settings: Settings) -> Iterator[str]:
+    period: object = settings.period
+    averaging: object = settings.averaging
+    if not isinstance(period, PeriodRule):
+        yield (
+            f"`period` must be a PeriodRule; got {period!r}. Give FixedPeriod(steps=8), "
             "QuadraticPeriod(alpha=..., h_base=4), or a rule of your own that derives from PeriodRule."
         )
     steps = settings.gradient_steps
     whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0
     if not whole and not (isinstance(steps, float) and 0.0 <= steps <= 1.0):
-        raise ValueError(
-            f"{_WHERE}: `gradient_steps` must be a whole number of optimizer steps >= 0, or a share of the run from "
+        yield (
+            f"`gradient_steps` must be a whole number of optimizer steps >= 0, or a share of the run from "
             f"0.0 to 1.0; got {steps!r}. 0 averages parameters from the start."
         )
-    RoundClock(settings.period, None, settings.warmup_steps)  # checks `warmup_steps`
     for name, choices in _CHOICES.items():
         if getattr(settings, name) not in choices:
-            raise ValueError(
-                f"{_WHERE}: `{name}` must be one of {', '.join(map(repr, choices))}; got {getattr(settings, name)!r}."
-            )
-    if not isinstance(settings.averaging, Averaging):
-        raise ValueError(f"{_WHERE}: `averaging` must be an Averaging or None; got {settings.averaging!r}.")
-    if settings.averaging.overlap_steps and settings.optimizer_state == "average":
-        raise ValueError(
-            f"{_WHERE}: `optimizer_state='average'` does not go with `Averaging(overlap_steps="
-            f"{settings.averaging.overlap_steps})`: momenta would be averaged at the end of a round, when the weights "
+            yield (f"`{name}` must be one of {', '.join(map(repr, choices))}; got {getattr(settings, name)!r}.")
+    if not isinstance(averaging, Averaging):
+        yield f"`averaging` must be an Averaging or None; got {averaging!r}."
+    elif averaging.overlap_steps and settings.optimizer_state == "average":
+        yield (
+            f"`optimizer_state='average'` does not go with `Averaging(overlap_steps="
+            f"{averaging.overlap_steps})`: momenta would be averaged at the end of a round, when the weights "
             "that they belong to are still on their way. Leave out one of the two."
         )
     index = settings.counted_optimizer
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-        raise ValueError(
-            f"{_WHERE}: `counted_optimizer` is an index, so it must be >= 0; got {index!r}. 0 is the first."
-        )
-    return settings
+        yield (f"`counted_optimizer` is an index, so it must be >= 0; got {index!r}. 0 is the first.")
 
 
-def check_module(module: LightningModule, where: str) -> None:
-    """Refuse models whose replicas cannot be averaged, or that communicate in their forward."""
+def module_problems(module: LightningModule) -> Iterator[str]:
+    """Yield why replicas of a model cannot be averaged, or that it communicates in its forward."""
     for name, part in module.named_modules():
         if isinstance(part, nn.SyncBatchNorm):
-            raise MisconfigurationException(
-                f"{where}: module {name!r} is a SyncBatchNorm, which talks to all ranks in every forward, so nothing "
+            yield (
+                f"module {name!r} is a SyncBatchNorm, which talks to all ranks in every forward, so nothing "
                 "would be saved and ranks could not run apart. Use BatchNorm; its statistics are averaged with the "
                 "weights, and BatchNormReestimation brings them up to date before evaluation."
             )
-    check_replica(module, where)
+    yield from replica_problems(module)
 
 
-def check_replica(module: LightningModule, where: str) -> None:
-    """Refuse models that are not whole on each rank, or that synchronise themselves."""
+def replica_problems(module: LightningModule) -> Iterator[str]:
+    """Yield what of a model is not whole on each rank, or synchronises itself."""
     for name, part in module.named_modules():
         if isinstance(part, DistributedDataParallel) or type(part).__name__ in _WRAPPERS:
-            raise MisconfigurationException(
-                f"{where}: module {name!r} is wrapped in {type(part).__name__}, which communicates on its own. Hand "
+            yield (
+                f"module {name!r} is wrapped in {type(part).__name__}, which communicates on its own. Hand "
                 "over the plain module."
             )
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor):
-            raise MisconfigurationException(
-                f"{where}: parameter {name!r} is sharded (a DTensor), and this needs the whole model on each rank. "
+            yield (
+                f"parameter {name!r} is sharded (a DTensor), and this needs the whole model on each rank. "
                 "Leave out `fully_shard` and other sharding, or use FSDPStrategy, which synchronises at every step."
             )
         if parameter.requires_grad and not is_lazy(parameter) and distinct(parameter).numel() < parameter.numel():
-            raise MisconfigurationException(
-                f"{where}: parameter {name!r} of shape {tuple(parameter.shape)} is an expanded view, in which several "
+            yield (
+                f"parameter {name!r} of shape {tuple(parameter.shape)} is an expanded view, in which several "
                 "entries are one place in memory, and no optimizer can change it in place. Keep the small tensor as "
                 "the parameter and expand it in `forward`, or make it whole with `.clone()`."
             )
 
 
-def check_trainer(trainer: Trainer, sync_batchnorm: bool, where: str) -> None:
-    """Refuse settings and callbacks of the Trainer that communicate, or decide, on each rank by itself."""
+def trainer_problems(trainer: Trainer, sync_batchnorm: bool) -> Iterator[str]:
+    """Yield settings and callbacks of the Trainer that communicate, or decide, on each rank by itself."""
     if sync_batchnorm:
-        raise MisconfigurationException(
-            f"{where}: `Trainer(sync_batchnorm=True)` talks to all ranks in every forward, so nothing would be saved "
+        yield (
+            "`Trainer(sync_batchnorm=True)` talks to all ranks in every forward, so nothing would be saved "
             "and ranks could not run apart. Leave it out; BatchNorm statistics are averaged with the weights."
         )
     if validates_by_the_clock(trainer):
-        raise MisconfigurationException(
-            f"{where}: `Trainer(val_check_interval=...)` is a time, so each rank would validate when its own clock "
+        yield (
+            "`Trainer(val_check_interval=...)` is a time, so each rank would validate when its own clock "
             "says so, and wait there for ever for the others. Give a number of batches or a share of the epoch."
         )
     for callback in getattr(trainer, "callbacks", []):
         if isinstance(callback, ModelPruning):
-            raise MisconfigurationException(
-                f"{where}: the callback ModelPruning chooses a mask from each rank's own weights, so ranks would "
+            yield (
+                "the callback ModelPruning chooses a mask from each rank's own weights, so ranks would "
                 "prune differently. Prune before training, alike on all ranks, or use plain DDP."
             )
         if isinstance(callback, StochasticWeightAveraging):
-            raise MisconfigurationException(
-                f"{where}: the callback StochasticWeightAveraging averages each rank's own weights and swaps them in "
+            yield (
+                "the callback StochasticWeightAveraging averages each rank's own weights and swaps them in "
                 "at the end of the run, so ranks would end with different models. Average checkpoints, or under "
                 "LocalUpdateStrategy use WeightAveraging or EMAWeightAveraging, whose copies are averaged there."
             )
@@ -156,27 +163,27 @@ def check_twin_callbacks(callbacks: list[Any], where: str) -> None:
             )
 
 
-def check_optimizers(optimizers: list[Optimizer], settings: Settings) -> None:
-    """Refuse optimizers that communicate in their ``step``, and a ``counted_optimizer`` that is not there."""
+def optimizer_problems(optimizers: list[Optimizer], settings: Settings) -> Iterator[str]:
+    """Yield optimizers that communicate in their ``step``, and a ``counted_optimizer`` that is not there."""
     for optimizer in optimizers:
         if any(base.__name__ in COMMUNICATING for base in type(optimizer).__mro__):
-            raise MisconfigurationException(
-                f"{_WHERE}: the optimizer {type(optimizer).__name__} communicates in its `step`, where ranks run apart."
+            yield (
+                f"the optimizer {type(optimizer).__name__} communicates in its `step`, where ranks run apart."
                 " Use the plain optimizer inside it."
             )
         if settings.optimizer_state == "average" and isinstance(optimizer, LBFGS):
-            raise ValueError(
-                f"{_WHERE}: `optimizer_state='average'` needs states that have a mean, and LBFGS keeps a history. Use "
+            yield (
+                "`optimizer_state='average'` needs states that have a mean, and LBFGS keeps a history. Use "
                 "'local', as the authors of QSR do."
             )
     if settings.counted_optimizer >= len(optimizers):
-        raise ValueError(
-            f"{_WHERE}: `counted_optimizer`={settings.counted_optimizer} is not there; `configure_optimizers` returned "
+        yield (
+            f"`counted_optimizer`={settings.counted_optimizer} is not there; `configure_optimizers` returned "
             f"{len(optimizers)} optimizer(s), counted from 0."
         )
-    if not optimizers[settings.counted_optimizer].param_groups:  # Lightning's stand-in for none
-        raise MisconfigurationException(
-            f"{_WHERE}: `configure_optimizers` returned no optimizer, so nothing is trained and ranks have nothing to "
+    elif not optimizers[settings.counted_optimizer].param_groups:  # Lightning's stand-in for none
+        yield (
+            "`configure_optimizers` returned no optimizer, so nothing is trained and ranks have nothing to "
             "average. Return an optimizer, or use DDPStrategy."
         )
 

@@ -5,7 +5,7 @@ rest are hooks of a few lines each.
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -18,7 +18,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -34,18 +33,19 @@ from lightning_comm.lightning_internals import (
     load_skipped_loader_states,
     unused_by_all_ranks,
 )
+from lightning_comm.refusals import Refusals
 from lightning_comm.strategies import checks, compression_files
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.entry import Save
 from lightning_comm.strategies.checkpoints.loading import load_together
-from lightning_comm.strategies.checks import check_replica, check_twin_callbacks
+from lightning_comm.strategies.checks import check_twin_callbacks, replica_problems
 from lightning_comm.strategies.companion import Companion
 from lightning_comm.strategies.compression_run import CompressionRun
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.loss_scale import loss_scale
 from lightning_comm.strategies.peer_aware import PeerAwareStrategy
 from lightning_comm.strategies.run_length import restore_accumulation
-from lightning_comm.strategies.sparse_mask import PrunedWeights, check_optimizers
+from lightning_comm.strategies.sparse_mask import PrunedWeights, optimizer_problems
 from lightning_comm.transport.agreement import Agreement, default_store
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.no_sync import NoSync
@@ -283,14 +283,16 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         module = self.lightning_module
         assert module is not None
         assert self._failures is not None
-        _check(trainer, self.compression, bool(self._ddp_kwargs["static_graph"]), self.world_size)
-        check_replica(module, _WHERE)
         self._ledger = CommLedger()
         self._warned = False
         self._fitted = module
-        super().setup(trainer)
-        if self._pruned is not None:
-            check_optimizers(self.optimizers, _WHERE)
+        with Refusals(_WHERE) as refusals:
+            refusals.add(_trainer_problems(trainer, bool(self._ddp_kwargs["static_graph"])))
+            refusals.add(replica_problems(module))
+            super().setup(trainer)
+            if self._pruned is not None:
+                refusals.add(optimizer_problems(self.optimizers))
+        _warn_at_start(self.compression, self.world_size)
         self._run = CompressionRun(trainer, module, Recorder(self._ledger), self._failures, _WHERE)
         self._interruptions = Interruptions(
             trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False), _WHERE
@@ -542,14 +544,18 @@ def _checked_cap(bucket_cap_mb: float | None) -> float | None:
     return bucket_cap_mb
 
 
-def _check(trainer: Trainer, compression: Compression, static_graph: bool, world_size: int) -> None:
-    """Refuse what cannot work together, and say what will run but probably not as meant."""
+def _trainer_problems(trainer: Trainer, static_graph: bool) -> Iterator[str]:
+    """Yield what of the Trainer cannot work together with DDP's settings."""
     if static_graph and trainer.accumulate_grad_batches > 1:
-        raise MisconfigurationException(
-            f"{_WHERE}: `static_graph=True` does not go with `accumulate_grad_batches`="
+        yield (
+            f"`static_graph=True` does not go with `accumulate_grad_batches`="
             f"{trainer.accumulate_grad_batches}: torch's DDP fails in the first window, or no longer averages "
             "gradients. Leave out one of the two."
         )
+
+
+def _warn_at_start(compression: Compression, world_size: int) -> None:
+    """Say what will run but probably not as meant."""
     if isinstance(compression, NoSync):
         rank_zero_warn(
             f"{_WHERE}: NoSync averages nothing, so every rank trains a model of its own. Use it to see how fast a "

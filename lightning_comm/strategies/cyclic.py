@@ -24,6 +24,7 @@ from typing_extensions import override
 from lightning_comm import lightning_internals
 from lightning_comm.core.cyclic import CyclicSchedule, Rule
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.refusals import Refusals
 from lightning_comm.strategies import checks, control, cyclic_checks, cyclic_files
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.entry import Save
@@ -220,12 +221,15 @@ class CyclicStrategy(PeerAwareStrategy):
             return
         module = self.lightning_module
         assert module is not None
-        cyclic_checks.check_ranks(self.settings, self.world_size)
-        cyclic_checks.check_trainer(trainer, self._layer_sync is not None)
-        cyclic_checks.check_module(module)
+        with Refusals(WHERE) as refusals:
+            refusals.add(cyclic_checks.rank_problems(self.settings, self.world_size))
+            refusals.add(cyclic_checks.trainer_problems(trainer, self._layer_sync is not None))
+            refusals.add(cyclic_checks.module_problems(module))
+            super().setup(trainer)
+            refusals.add(cyclic_checks.optimizer_problems(module, self.optimizers))
+        optimizer = self.optimizers[0]
+        cyclic_checks.warn_of_one_process(self.world_size)
         cyclic_checks.warn_of_gradient_hooks(trainer, module)
-        super().setup(trainer)
-        optimizer = cyclic_checks.check_optimizers(module, self.optimizers)
         cyclic_checks.warn_of_memory(self.settings, self.world_size, self.root_device.type == "cuda")
         namespace = f"lightning_comm/cyclic/{next(_fits)}"
         store = default_store() if self._peers is None else self._peers.store

@@ -1,11 +1,13 @@
 """Refusals of Cyclic Data Parallelism: of what cannot work together, before training where that can be known.
 
+Functions named `..._problems` yield all that they find; :mod:`lightning_comm.refusals` makes one error of it.
+
 Longer than other files, since it is a list of refusals.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_comm.core.cyclic import RULES, CyclicSchedule, Rule
+from lightning_comm.refusals import refuse
 from lightning_comm.strategies import checks
 from lightning_comm.transport.cyclic_update import ClipBy, clips_by_itself, why_not_by_stage
 from lightning_comm.transport.optimizer_trial import why_not_by_parameter
@@ -51,54 +54,61 @@ def checked(settings: CyclicSettings) -> CyclicSettings:
         ValueError: If one is not.
 
     """
+    refuse(WHERE, _setting_problems(settings))
+    return settings
+
+
+def _setting_problems(settings: CyclicSettings) -> Iterator[str]:
     for name, choices in _CHOICES.items():
         if getattr(settings, name) not in choices:
-            raise ValueError(
-                f"{WHERE}: `{name}` must be one of {', '.join(map(repr, choices))}; got {getattr(settings, name)!r}."
-            )
+            yield (f"`{name}` must be one of {', '.join(map(repr, choices))}; got {getattr(settings, name)!r}.")
     for name, what in (("lag", "workers"), ("warmup_sync_steps", "optimizer steps")):
         if not _is_count(getattr(settings, name), 0):
-            raise ValueError(
-                f"{WHERE}: `{name}` counts {what}, so it must be a whole number >= 0; got {getattr(settings, name)!r}. "
+            yield (
+                f"`{name}` counts {what}, so it must be a whole number >= 0; got {getattr(settings, name)!r}. "
                 "0 is the default."
             )
     if settings.rule == "v1" and settings.lag:
-        raise ValueError(
-            f"{WHERE}: `lag`={settings.lag} is for rule 'v2'; under 'v1' all workers are one update behind already. "
+        yield (
+            f"`lag`={settings.lag} is for rule 'v2'; under 'v1' all workers are one update behind already. "
             "Leave it out."
         )
     stages = settings.stages
     names = isinstance(stages, list) and bool(stages) and all(isinstance(name, str) for name in stages)
     if stages is not None and not names and not _is_count(stages, 1):
-        raise ValueError(
-            f"{WHERE}: `stages` must be a number of stages, a multiple of the number of ranks, or a list with the name "
+        yield (
+            f"`stages` must be a number of stages, a multiple of the number of ranks, or a list with the name "
             f"of the first module of each; got {stages!r}. None takes three for each rank, where the model has as many "
             "modules."
         )
     if isinstance(stages, list) and len(set(stages)) < len(stages):
-        raise ValueError(f"{WHERE}: `stages` names a module twice: {stages!r}. Name each stage's first module once.")
+        yield f"`stages` names a module twice: {stages!r}. Name each stage's first module once."
     clip = settings.clip_norm
     number = isinstance(clip, (int, float)) and not isinstance(clip, bool)
     if clip is not None and not (number and math.isfinite(clip) and clip > 0):
-        raise ValueError(f"{WHERE}: `clip_norm` must be a finite number > 0; got {clip!r}. None does not clip.")
-    return settings
+        yield f"`clip_norm` must be a finite number > 0; got {clip!r}. None does not clip."
 
 
-def check_ranks(settings: CyclicSettings, world_size: int) -> None:
-    """Refuse stages and a lag that do not fit the number of ranks."""
+def rank_problems(settings: CyclicSettings, world_size: int) -> Iterator[str]:
+    """Yield stages and a lag that do not fit the number of ranks."""
     stages = settings.stages
     count = len(stages) if isinstance(stages, list) else stages
     if count is None:
         count = world_size if settings.lag else 3 * world_size
     if count % world_size:
-        raise ValueError(
-            f"{WHERE}: `stages`={stages!r} makes {count} stages, and with {world_size} ranks it must be a multiple of "
+        yield (
+            f"`stages`={stages!r} makes {count} stages, and with {world_size} ranks it must be a multiple of "
             f"{world_size}. Give {world_size}, {2 * world_size} or {3 * world_size}, or leave it out."
         )
+        return
     try:
         CyclicSchedule(world_size, count, settings.rule, settings.lag, settings.warmup_sync_steps)
     except ValueError as error:
-        raise ValueError(str(error).replace("CyclicSchedule:", f"{WHERE}:", 1)) from error
+        yield str(error).removeprefix("CyclicSchedule: ")
+
+
+def warn_of_one_process(world_size: int) -> None:
+    """Say that there is nobody to take turns with."""
     if world_size == 1:
         rank_zero_warn(
             f"{WHERE}: one process only, so there is nobody to take turns with; training goes on as without the "
@@ -107,31 +117,31 @@ def check_ranks(settings: CyclicSettings, world_size: int) -> None:
         )
 
 
-def check_trainer(trainer: Trainer, sync_batchnorm: bool) -> None:
-    """Refuse settings and callbacks of the Trainer that this cannot honour."""
-    checks.check_trainer(trainer, sync_batchnorm, WHERE)
+def trainer_problems(trainer: Trainer, sync_batchnorm: bool) -> Iterator[str]:
+    """Yield settings and callbacks of the Trainer that this cannot honour."""
+    yield from checks.trainer_problems(trainer, sync_batchnorm)
     clip = trainer.gradient_clip_val
     if clip:
-        raise MisconfigurationException(
-            f"{WHERE}: `Trainer(gradient_clip_val={clip!r})` would clip nothing: stages are updated one by one, before "
+        yield (
+            f"`Trainer(gradient_clip_val={clip!r})` would clip nothing: stages are updated one by one, before "
             "the norm of the whole gradient is known. Use `CyclicStrategy(clip_norm=..., clip_by='stage')`, which "
             "clips each stage by its own norm, or `clip_by='previous_norm'`, by the whole norm of the step before."
         )
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        raise MisconfigurationException(
-            f"{WHERE}: `Trainer(precision='16-mixed')` needs a gradient scaler, which skips a step when any stage "
+        yield (
+            "`Trainer(precision='16-mixed')` needs a gradient scaler, which skips a step when any stage "
             "overflows, and stages are updated before that is known. Use 'bf16-mixed' or '32-true'."
         )
     for callback in getattr(trainer, "callbacks", []):
         if isinstance(callback, WeightAveraging):
-            raise MisconfigurationException(
-                f"{WHERE}: the callback {type(callback).__name__} averages the weights that a rank computes with, and "
+            yield (
+                f"the callback {type(callback).__name__} averages the weights that a rank computes with, and "
                 "these are of two versions, another mix on each rank. Leave it out, or average checkpoints, which hold "
                 "one version."
             )
         if type(callback).__name__ == "AdaptivePartition":
-            raise MisconfigurationException(
-                f"{WHERE}: the callback AdaptivePartition measures how long ranks wait for each other at the end of a "
+            yield (
+                "the callback AdaptivePartition measures how long ranks wait for each other at the end of a "
                 "step, and here they wait inside it. Leave it out, or use DDPStrategy."
             )
 
@@ -145,67 +155,68 @@ def check_batches(trainer: Trainer) -> None:
         )
 
 
-def check_module(module: LightningModule) -> None:
-    """Refuse modules that hooks cannot follow, or that communicate in their forward."""
-    checks.check_module(module, WHERE)
+def module_problems(module: LightningModule) -> Iterator[str]:
+    """Yield why hooks cannot follow a module, or that it communicates in its forward."""
+    yield from checks.module_problems(module)
     if not module.automatic_optimization:
-        raise MisconfigurationException(
-            f"{WHERE}: `automatic_optimization=False` lets the module step its optimizers, and here stages are updated "
+        yield (
+            "`automatic_optimization=False` lets the module step its optimizers, and here stages are updated "
             "one by one, beside compute. Use automatic optimization with one optimizer."
         )
     if getattr(module, "_compiler_ctx", None) is not None:
-        raise MisconfigurationException(
-            f"{WHERE}: a model from torch.compile runs as one piece, so it cannot be cut into stages. Leave "
+        yield (
+            "a model from torch.compile runs as one piece, so it cannot be cut into stages. Leave "
             "torch.compile out, or compile its blocks one by one (`block.compile()`)."
         )
     if is_overridden("configure_gradient_clipping", module):
-        raise MisconfigurationException(
-            f"{WHERE}: `{type(module).__name__}.configure_gradient_clipping` would clip nothing: gradients are handed "
+        yield (
+            f"`{type(module).__name__}.configure_gradient_clipping` would clip nothing: gradients are handed "
             "over during backward. Take it out and use `CyclicStrategy(clip_norm=..., clip_by='stage')` or "
             "`clip_by='previous_norm'`."
         )
-    _check_memory(module)
+    yield from _memory_problems(module)
     for name, part in module.named_modules():
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.max_norm is not None:
-            raise MisconfigurationException(
-                f"{WHERE}: {type(part).__name__} {name!r} has `max_norm={part.max_norm}`, so its forward changes its "
+            yield (
+                f"{type(part).__name__} {name!r} has `max_norm={part.max_norm}`, so its forward changes its "
                 "weight in place, and the rank that owns it would not know. Leave `max_norm` out, and bound the norm "
                 "of the rows that were looked up instead."
             )
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
-            raise MisconfigurationException(
-                f"{WHERE}: {type(part).__name__} {name!r} has `sparse=True`, and a sparse gradient cannot be added up "
+            yield (
+                f"{type(part).__name__} {name!r} has `sparse=True`, and a sparse gradient cannot be added up "
                 "along the ring. Leave `sparse` out."
             )
 
 
-def _check_memory(module: LightningModule) -> None:
-    """Refuse trained parameters that share memory: each of their owners would write into it."""
+def _memory_problems(module: LightningModule) -> Iterator[str]:
+    """Yield trained parameters that share memory: each of their owners would write into it."""
     trained = [(name, each) for name, each in module.named_parameters() if each.requires_grad]
     for names in shared(trained):
-        raise MisconfigurationException(
-            f"{WHERE}: the parameters {' and '.join(map(repr, names))} share memory (one is a view of the other), and "
+        yield (
+            f"the parameters {' and '.join(map(repr, names))} share memory (one is a view of the other), and "
             "each would be updated by itself, on ranks that may not be the same. Register one parameter in both "
             "modules (`second.weight = first.weight`), or compute the one from the other in the forward."
         )
 
 
-def check_optimizers(module: LightningModule, optimizers: list[Optimizer]) -> Optimizer:
-    """Return the one optimizer, if it can update stages one by one."""
+def optimizer_problems(module: LightningModule, optimizers: list[Optimizer]) -> Iterator[str]:
+    """Yield why there is not one optimizer that can update stages one by one."""
     if len(optimizers) != 1:
-        raise MisconfigurationException(
-            f"{WHERE}: `configure_optimizers` must return one optimizer; got {len(optimizers)}. Use parameter groups "
+        yield (
+            f"`configure_optimizers` must return one optimizer; got {len(optimizers)}. Use parameter groups "
             "for parts with other settings."
         )
+        return
     optimizer = optimizers[0]
     names = [base.__name__ for base in type(optimizer).__mro__]
     if any(name in checks.COMMUNICATING for name in names):
-        raise MisconfigurationException(
-            f"{WHERE}: the optimizer {names[0]} communicates in its `step`, and here each rank updates other stages. "
+        yield (
+            f"the optimizer {names[0]} communicates in its `step`, and here each rank updates other stages. "
             "Use the plain optimizer inside it; its state is sharded by the strategy."
         )
     if (problem := why_not_by_stage(optimizer)) is not None:
-        raise MisconfigurationException(f"{WHERE}: the optimizer {problem}")
+        yield f"the optimizer {problem}"
     if clips_by_itself(optimizer):
         rank_zero_warn(
             f"{WHERE}: the optimizer {names[0]} bounds the norm of the gradients that it is given (`max_grad_norm`), "
@@ -215,18 +226,18 @@ def check_optimizers(module: LightningModule, optimizers: list[Optimizer]) -> Op
     in_model = {id(parameter) for parameter in module.parameters()}
     strangers = sum(id(each) not in in_model for group in optimizer.param_groups for each in group["params"])
     if strangers:
-        raise MisconfigurationException(
-            f"{WHERE}: the optimizer {names[0]} has {strangers} parameter(s) that are not in the model, so no rank "
+        yield (
+            f"the optimizer {names[0]} has {strangers} parameter(s) that are not in the model, so no rank "
             "would own them. Register them in the LightningModule (`self.part = ...`), or leave them out of it."
         )
     if not any(each.requires_grad for group in optimizer.param_groups for each in group["params"]):
-        raise MisconfigurationException(
-            f"{WHERE}: no parameter of the optimizer {names[0]} requires a gradient, so there is nothing to train. "
+        yield (
+            f"no parameter of the optimizer {names[0]} requires a gradient, so there is nothing to train. "
             "Check `requires_grad` and what `configure_optimizers` passes on."
         )
-    if (problem := why_not_by_parameter(WHERE, optimizer, coupling=not clips_by_itself(optimizer))) is not None:
-        raise MisconfigurationException(f"{WHERE}: the optimizer {problem}")
-    return optimizer
+        return
+    if problem is None and (problem := why_not_by_parameter(WHERE, optimizer, coupling=not clips_by_itself(optimizer))):
+        yield f"the optimizer {problem}"
 
 
 def warn_of_gradient_hooks(trainer: Trainer, module: LightningModule) -> None:

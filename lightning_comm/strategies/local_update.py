@@ -26,7 +26,8 @@ from typing_extensions import override
 from lightning_comm import lightning_internals
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update import PeriodRule
-from lightning_comm.strategies import checks, control, rank_files, run_state
+from lightning_comm.refusals import Refusals
+from lightning_comm.strategies import checks, control, rank_files, run_state, sparse_mask
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.loading import load_together
 from lightning_comm.strategies.companion import Companion
@@ -37,7 +38,6 @@ from lightning_comm.strategies.peer_aware import PeerAwareStrategy
 from lightning_comm.strategies.run_length import restore_accumulation, total_steps
 from lightning_comm.strategies.sample_weights import SampleWeights
 from lightning_comm.strategies.settings import Round, Settings
-from lightning_comm.strategies.sparse_mask import check_optimizers
 from lightning_comm.strategies.unregistered import UnregisteredState
 from lightning_comm.transport.agreement import Agreement, default_store
 from lightning_comm.transport.averaging import Averaging, broadcast_
@@ -264,12 +264,13 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             return
         module = self.lightning_module
         assert module is not None
-        checks.check_trainer(trainer, self._layer_sync is not None, "LocalUpdateStrategy")
-        checks.check_module(module, "LocalUpdateStrategy")
-        super().setup(trainer)
-        checks.check_optimizers(self.optimizers, self.settings)
-        if isinstance(self.settings.averaging.method, SparseMask):
-            check_optimizers(self.optimizers, "LocalUpdateStrategy")
+        with Refusals("LocalUpdateStrategy") as refusals:
+            refusals.add(checks.trainer_problems(trainer, self._layer_sync is not None))
+            refusals.add(checks.module_problems(module))
+            super().setup(trainer)
+            refusals.add(checks.optimizer_problems(self.optimizers, self.settings))
+            if isinstance(self.settings.averaging.method, SparseMask):
+                refusals.add(sparse_mask.optimizer_problems(self.optimizers))
         store = default_store() if self._peers is None else self._peers.store
         namespace = f"lightning_comm/{next(_fits)}"
         agreement = Agreement(store, self.global_rank, self.world_size, namespace, peers=self._peers)

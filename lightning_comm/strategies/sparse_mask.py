@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
@@ -281,14 +280,8 @@ def _warn_of_late_steps(trainer: Trainer, schedule: PruningSchedule) -> None:
         )
 
 
-def check_optimizers(optimizers: Iterable[Optimizer], where: str) -> None:
-    """Refuse optimizers under which pruned weights cannot be kept at zero.
-
-    Args:
-        optimizers: Those of the run.
-        where: Which strategy refuses them, for the message.
-
-    """
+def optimizer_problems(optimizers: Iterable[Optimizer]) -> Iterator[str]:
+    """Yield optimizers under which pruned weights cannot be kept at zero."""
     for optimizer in optimizers:
         if isinstance(optimizer, (LBFGS, SparseAdam)):
             why = (
@@ -296,8 +289,8 @@ def check_optimizers(optimizers: Iterable[Optimizer], where: str) -> None:
                 if isinstance(optimizer, LBFGS)
                 else "wants sparse gradients, which cannot be masked"
             )
-            raise MisconfigurationException(
-                f"{where}: SparseMask cannot keep pruned weights at zero under {type(optimizer).__name__}, which "
+            yield (
+                f"SparseMask cannot keep pruned weights at zero under {type(optimizer).__name__}, which "
                 f"{why}. Use another optimizer, such as AdamW or SGD."
             )
 

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_comm import AdaptivePartition, CyclicStrategy
-from lightning_comm.strategies.cyclic_checks import check_optimizers
+from lightning_comm.refusals import refuse
+from lightning_comm.strategies.cyclic_checks import WHERE, optimizer_problems
 
 pytestmark = pytest.mark.filterwarnings("ignore:CyclicStrategy. one process only")
 
@@ -214,7 +215,7 @@ def test_two_optimizers_are_refused():
     module = Regression(deep(6))
     optimizers = [momentum(module.net[:4].parameters()), momentum(module.net[4:].parameters())]
     with pytest.raises(MisconfigurationException) as caught:
-        check_optimizers(module, optimizers)
+        refuse(WHERE, optimizer_problems(module, optimizers))
     says(str(caught.value), ["one optimizer", "got 2", "parameter groups"])
 
 

@@ -12,7 +12,8 @@ from support.training import FEATURES, Regression, Samples, loader, trainer
 from torch import nn
 
 from lightning_comm.data.resumable import ResumableLoader
-from lightning_comm.strategies.cyclic_checks import check_module
+from lightning_comm.refusals import refuse
+from lightning_comm.strategies.cyclic_checks import WHERE, module_problems
 from lightning_comm.transport.cyclic_update import mean_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:CyclicStrategy. one process only")
@@ -97,7 +98,7 @@ def test_parameters_that_cannot_be_owned_are_refused_with_a_way_out(change, word
     module = Regression(deep(6), momentum)
     change(module)
     with pytest.raises(MisconfigurationException) as caught:
-        check_module(module)
+        refuse(WHERE, module_problems(module))
     missing = [word for word in ["CyclicStrategy", *words] if word not in str(caught.value)]
     assert missing == [], f"{missing} not in: {caught.value}"
 
@@ -109,7 +110,7 @@ def test_tied_neighbouring_and_frozen_memory_is_not_refused():
     module.net[6].weight = nn.Parameter(memory[:49].view(7, 7))
     module.net[8].weight = nn.Parameter(memory[49:].view(7, 7))
     module.register_parameter("seen", nn.Parameter(module.net[0].weight.detach().t(), requires_grad=False))
-    check_module(module)
+    refuse(WHERE, module_problems(module))
 
 
 def test_gradients_near_the_limit_of_their_type_have_a_mean():
