@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
@@ -482,6 +482,36 @@ def weight_average_of(callback: Callback) -> Module | None:
     """Return the averaged model of a :class:`WeightAveraging` callback, if it is one and has one."""
     model = callback._average_model if isinstance(callback, WeightAveraging) else None
     return model if isinstance(model, Module) else None
+
+
+class SavePlan(NamedTuple):
+    """When a :class:`ModelCheckpoint` saves, and how many files it writes then at most.
+
+    Args:
+        every_n_steps: After so many of the Trainer's steps, or 0.
+        every_n_epochs: At the end of so many epochs, or 0.
+        at_epoch_end: Whether that is the end of training in the epoch; otherwise that of its validation.
+        by_the_clock: Whether it saves when some time is over.
+        files: How many.
+
+    """
+
+    every_n_steps: int
+    every_n_epochs: int
+    at_epoch_end: bool
+    by_the_clock: bool
+    files: int
+
+
+def save_plan(callback: ModelCheckpoint, trainer: Trainer) -> SavePlan:
+    """Return when the callback saves; where training starts."""
+    return SavePlan(
+        callback._every_n_train_steps,
+        callback._every_n_epochs,
+        callback._should_save_on_train_epoch_end(trainer),
+        callback._train_time_interval is not None,
+        int(callback.save_top_k != 0) + int(callback.save_last is True),
+    )
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_comm.cli.pilot_schedule import ScheduleUnknown, run_length, use_up_schedule
+from lightning_comm.cli.pilot_schedule import run_length, use_up_schedule
 from lightning_comm.lightning_internals import end_after_this_step
 from lightning_comm.planning.pilot import first_whole_round
 from lightning_comm.strategies import LocalUpdateStrategy
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
+from lightning_comm.strategies.planned_rates import ScheduleUnknown
 
 _LAST_LOSSES = 5  # steps whose mean is the loss after the pilot
 

@@ -128,6 +128,18 @@ class CyclicSchedule:
         behind = self.workers if self.rule == "v1" else self.lag
         return stage * self.workers >= (self.workers - 1 - worker + behind) * self.stages
 
+    @property
+    def mean_delay(self) -> float:
+        """How many updates old parameters are, on average over workers and stages, after the warm-up.
+
+        Example:
+            >>> CyclicSchedule(workers=4, stages=4).mean_delay
+            0.375
+
+        """
+        pairs = itertools.product(range(self.workers), range(self.stages))
+        return sum(not self.is_fresh(*pair) for pair in pairs) / (self.workers * self.stages)
+
     def version(self, worker: int, stage: int, step: int, flushed_at: int = 0) -> int:
         """Return the version of a stage with which a worker computes a step, forward and backward alike.
 

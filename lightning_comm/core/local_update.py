@@ -3,6 +3,8 @@
 Standard library only, and no messages: what trains, what simulates and what advises run the same clock.
 """
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,7 +18,15 @@ from lightning_comm.core.periods import (
     require_steps,
 )
 
-__all__ = ["ENDLESS", "FixedPeriod", "PeriodRule", "PowerPeriod", "QuadraticPeriod", "RoundClock"]
+__all__ = [
+    "ENDLESS",
+    "FixedPeriod",
+    "PeriodRule",
+    "PowerPeriod",
+    "QuadraticPeriod",
+    "RoundClock",
+    "ends_to_come",
+]
 
 
 @dataclass
@@ -136,6 +146,10 @@ class RoundClock:
         """End the current round now, because parameters have been averaged early."""
         self.round_started_at = self.round_ends_at = self.steps_done
 
+    def copy(self) -> "RoundClock":
+        """Return a clock that stands where this one does, to look ahead with."""
+        return copy.copy(self)
+
     def state_dict(self) -> dict[str, int | float | None]:
         """Return what a resumed run needs to end the current round on the same step."""
         return {
@@ -160,3 +174,28 @@ class RoundClock:
         if self.warmup_steps == "auto":
             return self.highest_lr is None or lr > self.highest_lr
         return self.steps_done < self.warmup_steps
+
+
+def ends_to_come(clock: RoundClock, rates: Sequence[float]) -> tuple[int, ...]:
+    """Return after which optimizer steps a run will average its parameters, from where its clock stands.
+
+    Args:
+        clock: Of the run; it is left as it is.
+        rates: The learning rate that each step to come uses; the run ends with the last of them.
+
+    Example:
+        >>> ends_to_come(RoundClock(FixedPeriod(4)), [0.1] * 10)
+        (4, 8, 10)
+
+    """
+    first, total = clock.steps_done, clock.steps_done + len(rates)
+    clock = clock.copy()
+    clock.total_steps = total
+    ends = []
+    while clock.steps_done < total:
+        if not clock.in_round:
+            lr = rates[clock.steps_done - first]
+            clock.begin(clock.decide(lr), lr)
+        clock.steps_done = min(clock.round_ends_at, total)
+        ends.append(clock.steps_done)
+    return tuple(ends)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_comm.core.local_update import PeriodRule, RoundClock
+from lightning_comm.core.local_update import PeriodRule, RoundClock, ends_to_come
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,7 @@ def round_ends(
     """
     clock = RoundClock(rule, len(lrs), warmup_steps)
     clock.steps_done = min(gradient_steps, len(lrs))
-    ends = []
-    while clock.steps_done < len(lrs):
-        lr = lrs[clock.steps_done]
-        clock.begin(clock.decide(lr), lr)
-        clock.steps_done = clock.round_ends_at
-        ends.append(clock.steps_done)
-    return tuple(ends)
+    return ends_to_come(clock, lrs[clock.steps_done :])
 
 
 def project(plan: RunPlan, costs: StepCosts) -> Projection:

@@ -68,6 +68,17 @@ def megabytes(count: float, digits: int = 1) -> str:
     return f"{count / 1e6:,.{digits}f} MB"
 
 
+def data_size(count: float) -> str:
+    """Return a number of bytes in kB or MB.
+
+    Example:
+        >>> data_size(1_234), data_size(2_345_678)
+        ('1.2 kB', '2.3 MB')
+
+    """
+    return f"{count / 1e3:.1f} kB" if count < 1e6 else megabytes(count)
+
+
 def duration(seconds: float) -> str:
     """Return a time as people say it.
 

@@ -19,7 +19,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -34,7 +34,7 @@ from lightning_comm.lightning_internals import (
     unused_by_all_ranks,
 )
 from lightning_comm.refusals import Refusals
-from lightning_comm.strategies import checks, compression_files
+from lightning_comm.strategies import checks, compression_files, compression_line
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.entry import Save
 from lightning_comm.strategies.checkpoints.loading import load_together
@@ -308,6 +308,9 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         assert self._interruptions is not None
         load_skipped_loader_states(trainer)
         restore_accumulation(trainer)
+        if self.world_size > 1:
+            plan = compression_line.plan_of(self.compression, trainer.lightning_module, self.world_size)
+            rank_zero_info(f"{_WHERE}: {plan}")
         if self._pruned is not None:
             with self._own_changes(), self._first_error_shown("a comparison of masks", waits=False):
                 self._pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored

@@ -558,12 +558,14 @@ class CyclicRun:
         return self._previous_norm(self.steps_done)
 
     def _say_stages(self) -> None:
-        rows = [
-            f"  stage {k}: {stage.modules[0] or '(start)'} to {stage.modules[-1] or '(start)'}, "
-            f"{sum(each.numel() for each in self._parameters[k]):,} parameters"
-            for k, stage in enumerate(self.stages)
-        ]
-        rank_zero_info("\n".join([f"{WHERE}: {len(self.stages)} stages.", *rows]))
+        assert self.schedule is not None
+        counts = [sum(each.numel() for each in parameters) for parameters in self._parameters]
+        begins = ", ".join(stage.modules[0] or "(start)" for stage in self.stages)
+        rank_zero_info(
+            f"{WHERE}: {len(counts)} stages of {min(counts):,} to {max(counts):,} parameters on "
+            f"{self.recorder.world_size} ranks, which begin at {begins}; a rank updates {len(self.schedule.owned(0))} "
+            f"of them, and parameters are {self.schedule.mean_delay:.3g} updates old on average."
+        )
 
     def _notes_of(self, version: int) -> list[float]:
         assert self._ring is not None

@@ -19,6 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -27,7 +28,7 @@ from lightning_comm import lightning_internals
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update import PeriodRule
 from lightning_comm.refusals import Refusals
-from lightning_comm.strategies import checks, control, rank_files, run_state, sparse_mask
+from lightning_comm.strategies import checks, control, local_update_line, rank_files, run_state, sparse_mask
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.loading import load_together
 from lightning_comm.strategies.companion import Companion
@@ -346,6 +347,8 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             run.recorder.step = run.clock.steps_done
         if self.settings.starts_with_gradients and not run.in_gradient_phase:
             self._unwrap_ddp()
+        if self.world_size > 1:
+            rank_zero_info(f"LocalUpdateStrategy: {local_update_line.plan_of(trainer, run)}")
         self._interruptions.install(after_save=run.leave_checkpoint)
         self._resume = None
         if own is not None:

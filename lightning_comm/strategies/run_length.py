@@ -5,7 +5,9 @@ Trainer, with the accumulation of the moment, and is no count of any single opti
 """
 
 import math
+from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -46,6 +48,49 @@ def total_steps(trainer: Trainer, steps_done: int = 0) -> int | None:
     """
     rest = steps_to_come(trainer)
     return steps_done + rest if rest is not None and steps_done + rest > 0 else None
+
+
+class Batch(NamedTuple):
+    """A batch to come.
+
+    Args:
+        epoch: Its epoch, from 0.
+        number: Its number in the epoch, from 1.
+        steps: Optimizer steps taken once it is over, of those to come.
+        ends_step: Whether it ends in an optimizer step.
+        ends_epoch: Whether it is the last of its epoch.
+
+    """
+
+    epoch: int
+    number: int
+    steps: int
+    ends_step: bool
+    ends_epoch: bool
+
+
+def batches_to_come(trainer: Trainer, steps: int) -> Iterator[Batch]:
+    """Yield the batches of so many optimizer steps to come, under automatic optimization.
+
+    Args:
+        trainer: When training starts.
+        steps: How many steps.
+
+    """
+    epoch, batch = place_in_run(trainer)
+    epoch_batches, accumulate = trainer.num_training_batches, accumulation(trainer, epoch)
+    if batch >= epoch_batches:
+        batch, epoch = 0, epoch + 1
+    taken = 0
+    while taken < steps:
+        batch += 1
+        ends_epoch = batch == epoch_batches
+        ends_step = ends_epoch or batch % accumulate == 0
+        taken += ends_step
+        yield Batch(epoch, batch, taken, ends_step, ends_epoch)
+        if ends_epoch:
+            batch, epoch = 0, epoch + 1
+            accumulate = accumulation(trainer, epoch)
 
 
 def accumulation(trainer: Trainer, epoch: int) -> int:

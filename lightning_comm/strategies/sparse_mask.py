@@ -21,6 +21,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from lightning_comm.core.costs import LinkProfile
 from lightning_comm.core.sparse_mask import PruningSchedule, break_even_share
 from lightning_comm.lightning_internals import weight_average_of
+from lightning_comm.strategies.compression_line import share_pruned
 from lightning_comm.strategies.run_length import steps_to_come
 from lightning_comm.strategies.training_samples import training_samples
 from lightning_comm.transport.compression.packing import ROW_BYTES, packing_times
@@ -77,6 +78,7 @@ class PrunedWeights:
             self._codec.dense_above = self._break_even()
         if self._codec.masks:
             self._install_own(lambda: checked_masks(self._codec.masks, self._module, "SparseMask, from the checkpoint"))
+            self._say_pruned("in the run that is resumed")
         _warn_of_late_steps(trainer, self._settings.schedule)
 
     def before_step(self, step: int) -> None:
@@ -106,6 +108,8 @@ class PrunedWeights:
             self.before_change()
             self._install(self._choose(step))
             self._codec.pruned_at = due
+            if not self._settings.schedule.is_gradual or pruned_at is None or due == self._settings.schedule.end_step:
+                self._say_pruned(f"before optimizer step {step}")
 
     def install(self, masks: Mapping[str, Tensor]) -> None:
         """Use masks that every rank has, from the next step on.
@@ -194,6 +198,10 @@ class PrunedWeights:
         self.keep_at_zero()
         self._clear_states()
         _clear_averages(self._trainer, masks)
+
+    def _say_pruned(self, when: str) -> None:
+        ranks = self._recorder.world_size
+        rank_zero_info(f"SparseMask: {when}, {share_pruned(self._codec.masks, self._settings, self._module, ranks)}")
 
     def _clear_states(self) -> None:
         parameters = dict(self._module.named_parameters())

@@ -124,15 +124,15 @@ class SparseMask(Compression):
     @override
     def exact(self) -> bool:
         """Whether kept entries become the mean of the ranks', but for rounding of the sums; others are zero."""
-        return self._sender.exact
+        return self.sender.exact
 
     @property
-    def _sender(self) -> Compression:
+    def sender(self) -> Compression:
         """What sends the entries that are left."""
         return self.then if isinstance(self.then, Compression) else Full()
 
     @override
     def codec(self, context: Context) -> "SparseMaskCodec":
         return SparseMaskCodec(
-            context, self._sender.codec(context), None if self.dense_above == "auto" else self.dense_above
+            context, self.sender.codec(context), None if self.dense_above == "auto" else self.dense_above
         )
