@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable
 from types import TracebackType
+from typing import Protocol, runtime_checkable
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import Self
 
@@ -11,37 +13,35 @@ class RefusedSetUp(MisconfigurationException, ValueError):
     """What cannot work together, all of it; raised before training.
 
     Args:
-        where: Who refuses it.
-        problems: One sentence or more for each: argument, value, rule, way out.
+        problems: For each, who refuses it, and a sentence or more: argument, value, rule, way out.
 
     Example:
-        >>> print(RefusedSetUp("CyclicStrategy", ["`lag`=3 is too much. Leave it out."]))
+        >>> lag = ("CyclicStrategy", "`lag`=3 is too much. Leave it out.")
+        >>> print(RefusedSetUp([lag]))
         CyclicStrategy: `lag`=3 is too much. Leave it out.
-        >>> print(RefusedSetUp("CyclicStrategy", ["`lag`=3: leave it out.", "LBFGS: use SGD."]))
+        >>> print(RefusedSetUp([lag, ("CyclicStrategy", "LBFGS cannot be cut. Use SGD.")]))
         CyclicStrategy: 2 things in this set-up cannot work:
-          1. `lag`=3: leave it out.
-          2. LBFGS: use SGD.
+          1. `lag`=3 is too much. Leave it out.
+          2. LBFGS cannot be cut. Use SGD.
 
     """
 
-    def __init__(self, where: str, problems: Iterable[str]) -> None:
-        self.where = where
+    def __init__(self, problems: Iterable[tuple[str, str]]) -> None:
         self.problems = list(dict.fromkeys(problems))
-        super().__init__(self._text())
+        super().__init__(_text(self.problems))
 
-    def also(self, problems: Iterable[str]) -> None:
-        """Add what was found later, before anybody reads the message."""
-        self.problems = list(dict.fromkeys([*self.problems, *problems]))
-        self.args = (self._text(),)
+    def __reduce__(self) -> tuple[type["RefusedSetUp"], tuple[list[tuple[str, str]]]]:
+        return type(self), (self.problems,)  # a process that is started for a rank hands it to its parent
 
-    def __reduce__(self) -> tuple[type["RefusedSetUp"], tuple[str, list[str]]]:
-        return type(self), (self.where, self.problems)
 
-    def _text(self) -> str:
-        if len(self.problems) == 1:
-            return f"{self.where}: {self.problems[0]}"
-        lines = (f"  {number}. {problem}" for number, problem in enumerate(self.problems, start=1))
-        return "\n".join([f"{self.where}: {len(self.problems)} things in this set-up cannot work:", *lines])
+def _text(problems: list[tuple[str, str]]) -> str:
+    if len(problems) == 1:
+        return ": ".join(problems[0])
+    by_one = len({where for where, _ in problems}) == 1
+    lines = (text if by_one else f"{where}: {text}" for where, text in problems)
+    numbered = [f"  {number}. {line}" for number, line in enumerate(lines, start=1)]
+    head = problems[0][0] if by_one else "lightning_comm"
+    return "\n".join([f"{head}: {len(problems)} things in this set-up cannot work:", *numbered])
 
 
 def refuse(where: str, problems: Iterable[str]) -> None:
@@ -51,9 +51,31 @@ def refuse(where: str, problems: Iterable[str]) -> None:
         RefusedSetUp: If there are.
 
     """
-    found = list(problems)
+    found = [(where, problem) for problem in problems]
     if found:
-        raise RefusedSetUp(where, found)
+        raise RefusedSetUp(found)
+
+
+@runtime_checkable
+class TakesRefusals(Protocol):
+    """A strategy that raises what callbacks refuse together with what it refuses itself."""
+
+    def refuse_in_set_up(self, where: str, problems: Iterable[str]) -> None:
+        """Note what a callback has found in its own ``setup``, which comes before the strategy's."""
+
+
+def refuse_with_strategy(trainer: Trainer, where: str, problems: Iterable[str]) -> None:
+    """Let the strategy raise what a callback refuses in its ``setup``, where it is one of ours; otherwise raise it.
+
+    Raises:
+        RefusedSetUp: If there are problems, and nobody else to raise them.
+
+    """
+    strategy: object = trainer.strategy
+    if isinstance(strategy, TakesRefusals):
+        strategy.refuse_in_set_up(where, problems)
+    else:
+        refuse(where, problems)
 
 
 class Refusals:
@@ -64,6 +86,7 @@ class Refusals:
 
     Args:
         where: Who refuses.
+        found: What others have found before.
 
     Example:
         >>> with Refusals("CyclicStrategy") as refusals:
@@ -71,13 +94,13 @@ class Refusals:
 
     """
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, found: Iterable[tuple[str, str]] = ()) -> None:
         self._where = where
-        self._problems: list[str] = []
+        self._problems = list(found)
 
     def add(self, problems: Iterable[str]) -> None:
         """Note problems; none is fine."""
-        self._problems += problems
+        self._problems += [(self._where, problem) for problem in problems]
 
     def __enter__(self) -> Self:
         return self
@@ -86,4 +109,4 @@ class Refusals:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._problems and (error is None or isinstance(error, Exception)):
-            raise RefusedSetUp(self._where, self._problems) from error
+            raise RefusedSetUp(self._problems) from error

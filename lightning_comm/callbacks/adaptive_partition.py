@@ -12,6 +12,7 @@ from lightning_comm.callbacks import partition_checks as checks
 from lightning_comm.callbacks.partition_session import PartitionSession
 from lightning_comm.callbacks.partition_settings import PartitionSettings, plain
 from lightning_comm.planning.partition_journal import PartitionJournal
+from lightning_comm.refusals import refuse_with_strategy
 
 
 class AdaptivePartition(Callback):
@@ -158,9 +159,7 @@ class AdaptivePartition(Callback):
         if stage != "fit":
             return
         self._session = None
-        checks.check_strategy(trainer)
-        checks.check_module(pl_module)
-        self.settings.check_ranks(trainer.world_size)
+        refuse_with_strategy(trainer, "AdaptivePartition", checks.set_up_problems(trainer, pl_module, self.settings))
         weigh_by_samples = getattr(trainer.strategy, "weigh_by_samples", None)
         if weigh_by_samples is not None:  # LocalUpdateStrategy averages parameters, not gradients
             weigh_by_samples()

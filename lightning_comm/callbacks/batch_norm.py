@@ -1,16 +1,17 @@
 """Bring BatchNorm's running statistics up to date with averaged weights, before they are evaluated."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
+
+from lightning_comm.refusals import refuse_with_strategy
 
 
 class BatchNormReestimation(Callback):
@@ -54,20 +55,23 @@ class BatchNormReestimation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        refuse_with_strategy(trainer, "BatchNormReestimation", self._problems(trainer, pl_module))
+
+    def _problems(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[str]:
         if not _tracking_norms(pl_module):
-            raise MisconfigurationException(
-                "BatchNormReestimation: the model has no BatchNorm layer with running statistics, so there is nothing "
+            yield (
+                "the model has no BatchNorm layer with running statistics, so there is nothing "
                 "to re-estimate. Leave the callback out."
             )
         if not is_overridden("forward", pl_module):
-            raise MisconfigurationException(
-                f"BatchNormReestimation: {type(pl_module).__name__} has no `forward`, through which batches are "
+            yield (
+                f"{type(pl_module).__name__} has no `forward`, through which batches are "
                 "passed. Define one that takes the first part of a batch."
             )
         datamodule = getattr(trainer, "datamodule", None)
         if datamodule is None and not is_overridden("train_dataloader", pl_module):
-            raise MisconfigurationException(
-                "BatchNormReestimation: `fit(train_dataloaders=...)` hands over a loader that training is passing "
+            yield (
+                "`fit(train_dataloaders=...)` hands over a loader that training is passing "
                 "through, and a second pass would disturb the first. Give a LightningDataModule, or `train_dataloader` "
                 "in the LightningModule, from which a fresh loader can be made."
             )

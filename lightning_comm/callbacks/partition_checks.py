@@ -20,45 +20,38 @@ from lightning_comm.transport.compression.no_sync import NoSync
 _WHERE = "AdaptivePartition"
 
 
-def check_module(module: LightningModule) -> None:
-    """Refuse a training step that fetches its batches itself, after they would have to be known.
-
-    Raises:
-        MisconfigurationException: If it takes a ``dataloader_iter``.
-
-    """
+def set_up_problems(trainer: Trainer, module: LightningModule, settings: PartitionSettings) -> Iterator[str]:
+    """Yield what of a set-up shares cannot work with, as far as that is known without the data."""
+    yield from _strategy_problems(trainer)
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-        raise MisconfigurationException(
-            f"{_WHERE}: `training_step` takes `dataloader_iter`, so it fetches batches after their samples are counted "
-            "and weighted. Let it take `batch`."
+        yield (
+            "`training_step` takes `dataloader_iter`, so it fetches batches after their samples are counted and "
+            "weighted. Let it take `batch`."
         )
+    yield from settings.rank_problems(trainer.world_size)
 
 
-def check_strategy(trainer: Trainer) -> None:
-    """Refuse strategies that do not average whole gradients, or parameters, over all ranks.
-
-    Raises:
-        MisconfigurationException: If this is one.
-
-    """
+def _strategy_problems(trainer: Trainer) -> Iterator[str]:
+    """Yield a strategy that does not average whole gradients, or parameters, over all ranks."""
     strategy = trainer.strategy
     if isinstance(strategy, SingleDeviceStrategy):
         return
     if not isinstance(strategy, DDPStrategy):
-        raise MisconfigurationException(
-            f"{_WHERE}: the strategy must average whole gradients over the ranks, so that each can be weighted by its "
+        yield (
+            "the strategy must average whole gradients over the ranks, so that each can be weighted by its "
             f"samples; got {type(strategy).__name__}. Use 'ddp', one of the 'ddp_…' of this package, or 'local_sgd', "
             "'post_local_sgd' or 'qsr'."
         )
+        return
     period = model_averaging_period(strategy)
     if period is not None:
-        raise MisconfigurationException(
-            f"{_WHERE}: DDPStrategy with `model_averaging_period`={period} averages parameters over ranks alike, "
+        yield (
+            f"DDPStrategy with `model_averaging_period`={period} averages parameters over ranks alike, "
             "whatever their samples. Use LocalUpdateStrategy, whose averages are weighted by samples."
         )
     if isinstance(getattr(strategy, "compression", None), NoSync):
-        raise MisconfigurationException(
-            f"{_WHERE}: {type(strategy).__name__} with NoSync() averages nothing, so shares of a global batch mean "
+        yield (
+            f"{type(strategy).__name__} with NoSync() averages nothing, so shares of a global batch mean "
             "nothing. Use another compression, or leave the callback out."
         )
 

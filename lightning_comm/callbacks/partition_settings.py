@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from numbers import Number
 from types import NoneType
@@ -98,18 +98,13 @@ class PartitionSettings:
                 f"{list(self.batch_sizes)}. A rank that should do nothing is better left out of `devices`."
             )
 
-    def check_ranks(self, ranks: int) -> None:
-        """Refuse lists that are not one entry for each rank.
-
-        Raises:
-            ValueError: If one is longer or shorter.
-
-        """
+    def rank_problems(self, ranks: int) -> Iterator[str]:
+        """Yield lists that are not one entry for each rank."""
         for name in ("shares", "batch_sizes", "min_per_rank", "max_per_rank"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != ranks:
-                raise ValueError(
-                    f"{_WHERE}: `{name}` must have one entry for each of {ranks} ranks; got {list(value)}, which has "
+                yield (
+                    f"`{name}` must have one entry for each of {ranks} ranks; got {list(value)}, which has "
                     f"{len(value)}. Ranks are numbered over all hosts: devices x num_nodes."
                 )
 

@@ -33,7 +33,6 @@ from lightning_comm.lightning_internals import (
     load_skipped_loader_states,
     unused_by_all_ranks,
 )
-from lightning_comm.refusals import Refusals
 from lightning_comm.strategies import checks, compression_files, compression_line
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.entry import Save
@@ -286,7 +285,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         self._ledger = CommLedger()
         self._warned = False
         self._fitted = module
-        with Refusals(_WHERE) as refusals:
+        with self._refusals(_WHERE) as refusals:
             refusals.add(_trainer_problems(trainer, bool(self._ddp_kwargs["static_graph"])))
             refusals.add(replica_problems(module))
             super().setup(trainer)
@@ -308,7 +307,8 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         assert self._interruptions is not None
         load_skipped_loader_states(trainer)
         restore_accumulation(trainer)
-        if self.world_size > 1:
+        pruned = self._pruned is not None and self._pruned.is_due(trainer.global_step)  # which has a line of its own
+        if self.world_size > 1 and not pruned:
             plan = compression_line.plan_of(self.compression, trainer.lightning_module, self.world_size)
             rank_zero_info(f"{_WHERE}: {plan}")
         if self._pruned is not None:

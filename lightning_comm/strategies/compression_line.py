@@ -26,7 +26,9 @@ def plan_of(compression: Compression, module: nn.Module, ranks: int) -> str:
     trained = [each for each in module.parameters() if each.requires_grad]
     shapes, full = [tuple(each.shape) for each in trained], all_reduced_bytes(module, ranks)
     sent = compressed_bytes(compression, shapes, ranks, _itemsize(module))
-    return f"{compression!r} for the gradients of {len(shapes)} parameters on {ranks} ranks{_sent(sent, full)} a step."
+    return (
+        f"{compression!r} for the gradients of {len(shapes)} parameters on {ranks} ranks{_sent(sent, full, 'a step')}."
+    )
 
 
 def share_pruned(masks: Mapping[str, Tensor], compression: SparseMask, module: nn.Module, ranks: int) -> str:
@@ -38,14 +40,14 @@ def share_pruned(masks: Mapping[str, Tensor], compression: SparseMask, module: n
     sent = compressed_bytes(compression, list(kept.values()), ranks, _itemsize(module))
     return (
         f"{zero:,} of {weights:,} weights are pruned ({percent(zero / weights)}), in {len(masks)} of {len(shapes)} "
-        f"parameters{_sent(sent, all_reduced_bytes(module, ranks))} an average of the others."
+        f"parameters{_sent(sent, all_reduced_bytes(module, ranks), 'to average the others')}."
     )
 
 
-def _sent(sent: int | None, full: int) -> str:
+def _sent(sent: int | None, full: int, when: str) -> str:
     if sent is None or full == 0:
-        return ": what a rank sends is up to it, for"
-    return f": each rank sends {data_size(sent)}, {percent(sent / full)} of the {data_size(full)} under DDP, for"
+        return ""
+    return f": each rank sends {data_size(sent)} {when}, {percent(sent / full)} of the {data_size(full)} under DDP"
 
 
 def compressed_bytes(

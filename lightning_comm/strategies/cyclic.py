@@ -24,7 +24,6 @@ from typing_extensions import override
 from lightning_comm import lightning_internals
 from lightning_comm.core.cyclic import CyclicSchedule, Rule
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.refusals import Refusals
 from lightning_comm.strategies import checks, control, cyclic_checks, cyclic_files
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.entry import Save
@@ -221,7 +220,7 @@ class CyclicStrategy(PeerAwareStrategy):
             return
         module = self.lightning_module
         assert module is not None
-        with Refusals(WHERE) as refusals:
+        with self._refusals(WHERE) as refusals:
             refusals.add(cyclic_checks.rank_problems(self.settings, self.world_size))
             refusals.add(cyclic_checks.trainer_problems(trainer, self._layer_sync is not None))
             refusals.add(cyclic_checks.module_problems(module))

@@ -27,7 +27,6 @@ from typing_extensions import override
 from lightning_comm import lightning_internals
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update import PeriodRule
-from lightning_comm.refusals import Refusals
 from lightning_comm.strategies import checks, control, local_update_line, rank_files, run_state, sparse_mask
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.loading import load_together
@@ -265,7 +264,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             return
         module = self.lightning_module
         assert module is not None
-        with Refusals("LocalUpdateStrategy") as refusals:
+        with self._refusals("LocalUpdateStrategy") as refusals:
             refusals.add(checks.trainer_problems(trainer, self._layer_sync is not None))
             refusals.add(checks.module_problems(module))
             super().setup(trainer)

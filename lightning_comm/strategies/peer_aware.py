@@ -3,7 +3,7 @@
 import itertools
 import os
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
@@ -20,6 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_comm.lightning_internals import Patches, close_finished_epoch, only_note_sigterm
+from lightning_comm.refusals import Refusals
 from lightning_comm.strategies import earlier_failures
 from lightning_comm.strategies.checkpoints import removal
 from lightning_comm.strategies.checkpoints.whole_files import with_default
@@ -54,6 +55,7 @@ class PeerAwareStrategy(DDPStrategy):
     _peers: Peers | None = None  # from the set-up of a run, be it a `fit` or another, to its teardown
     _refused = False  # whether all ranks have found alike that they cannot go on
     _run_failed = False  # whether that run has ended by an exception on this rank
+    _refused_by_callbacks: list[tuple[str, str]] = []  # noqa: RUF012  (never changed in place)
     _evaluation: Patches | None = None  # what is replaced while a `validate`, `test` or `predict` runs
 
     @property
@@ -90,8 +92,18 @@ class PeerAwareStrategy(DDPStrategy):
             self._evaluation = Patches()
             only_note_sigterm(trainer, self._evaluation)
 
+    def refuse_in_set_up(self, where: str, problems: Iterable[str]) -> None:
+        """Note what a callback refuses, to raise it with what the strategy refuses (:class:`TakesRefusals`)."""
+        self._refused_by_callbacks = [*self._refused_by_callbacks, *((where, problem) for problem in problems)]
+
+    def _refusals(self, where: str) -> Refusals:
+        """Return what raises all refusals of a set-up at once, with those of callbacks."""
+        found, self._refused_by_callbacks = self._refused_by_callbacks, []
+        return Refusals(where, found)
+
     @override
     def teardown(self) -> None:
+        self._refused_by_callbacks = []
         if self._evaluation is not None:
             self._evaluation.undo()
             self._evaluation = None

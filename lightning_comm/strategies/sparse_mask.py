@@ -81,6 +81,10 @@ class PrunedWeights:
             self._say_pruned("in the run that is resumed")
         _warn_of_late_steps(trainer, self._settings.schedule)
 
+    def is_due(self, step: int) -> bool:
+        """Whether weights are pruned from this step on, or have been."""
+        return bool(self._codec.masks) or self._settings.schedule.last_due(step) is not None
+
     def before_step(self, step: int) -> None:
         """Prune if it is time. Called before every forward, with the number of optimizer steps done.
 

@@ -2,6 +2,7 @@
 
 import json
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from support.training import network
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_comm import AdaptivePartition, CompressedDDPStrategy, NoSync, PartitionedLoader
+from lightning_comm.callbacks.partition_checks import set_up_problems
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("in_own_folder")  # journals are written there
@@ -171,16 +173,11 @@ def _post_local():
 )
 def test_strategies_that_cannot_honour_it_are_refused(strategy, must_say):
     if strategy is FSDPStrategy:  # which does not run on a CPU, so its check is called as it would be
-        from types import SimpleNamespace
-
-        from lightning_comm.callbacks.partition_checks import check_strategy
-
-        with pytest.raises(MisconfigurationException) as caught:
-            check_strategy(SimpleNamespace(strategy=FSDPStrategy()))
-        message = str(caught.value)
+        given = SimpleNamespace(strategy=FSDPStrategy(), world_size=2)
+        message = " ".join(set_up_problems(given, Fit(net=network()), AdaptivePartition().settings))
     else:
         [(kind, message), _] = launch(_refused, {}, _whole, strategy, 2, world_size=2)
-        assert kind == "MisconfigurationException"
+        assert kind == "RefusedSetUp"
     assert [word for word in must_say if word.lower() not in message.lower()] == [], message
 
 

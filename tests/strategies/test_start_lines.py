@@ -177,7 +177,7 @@ def test_compressed_ddp_says_what_a_step_sends_and_how_many_weights_are_pruned()
     weights = 5 * 64 + 64 + 64 * 64 + 64 + 64 + 1
     zero, step_bytes = sent[2]
     assert f"before optimizer step 0, {zero:,} of {weights:,} weights are pruned" in masks[0]
-    assert f"each rank sends {step_bytes / 1e3:.1f} kB" in masks[0]
+    assert f"each rank sends {step_bytes / 1e3:.1f} kB to average the others" in masks[0]
     # bit by bit: the first time and the last
     assert ["before optimizer step 4," in masks[1], "before optimizer step 10," in masks[2], len(masks)] == [1, 1, 3]
     assert f"{sent[3][0]:,} of {weights:,} weights" in masks[2]
