@@ -26,7 +26,7 @@ from lightning_comm.planning.report import (
 )
 
 _STYLE = (
-    "<style>body{max-width:72rem}"
+    "<style>"
     ".answer{border-left:.5rem solid;padding:.6rem 1.2rem;font-size:1.25rem;background:#f7f7f7}"
     ".yes{border-color:#c0392b}.no{border-color:#2e7d32}.open{border-color:#999}"
     ".note{background:#fff6e0;padding:.6rem 1.2rem}dl.facts{display:flex;flex-wrap:wrap;gap:1rem 2.5rem}"

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 MOST_COLUMNS = 120  # characters of a line on the terminal
 _LONG = 34  # characters of a cell on a page, from which on it is text and wraps; shorter ones are figures and do not
 _STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;"
-    "overflow-wrap:anywhere}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222;"
+    "overflow-wrap:anywhere}p{max-width:60rem}"
     "table{border-collapse:collapse;margin:1rem 0;font-size:.875rem;display:block;max-width:100%;overflow-x:auto;"
     "overflow-wrap:normal}"
     "th,td{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top;"
