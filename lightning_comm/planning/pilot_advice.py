@@ -119,7 +119,7 @@ def _contains_1(open_ones: Sequence[tuple[str, Ratio]], repeats: int) -> str:
 
 
 def _keep(ranked: Sequence[Summary], ceiling: Ratio | None) -> str:
-    why = f"no strategy tried is {times_as_fast(WORTH)} or more" if ranked else "no other strategy was tried"
+    why = f"no strategy tried is {times_as_fast(WORTH)} or more" if ranked else "no other strategy was measured"
     without = "" if ceiling is None else f"without communication the job would be {_told(ceiling)}, but "
     return f"Keep plain DDP: {without}{why}."
 

@@ -14,7 +14,7 @@ _STYLE = (
     "table{border-collapse:collapse;margin:1rem 0;font-size:.875rem;display:block;max-width:100%;overflow-x:auto;"
     "overflow-wrap:normal}"
     "th,td{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top;"
-    "font-variant-numeric:tabular-nums}th{vertical-align:bottom}td{white-space:nowrap}"
+    "font-variant-numeric:tabular-nums}th{vertical-align:bottom}td{white-space:pre}"
     "th:first-child,td:first-child{text-align:left}"
     "td.long{white-space:normal;overflow-wrap:anywhere;text-align:left;min-width:12rem;max-width:34rem}"
     "img{max-width:100%}code{background:#f3f3f3;padding:.1rem .3rem}"

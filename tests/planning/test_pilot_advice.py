@@ -125,6 +125,6 @@ def test_without_the_limit_strategies_are_compared_with_ddp_all_the_same():
 
 
 def test_where_only_ddp_was_tried_the_answer_is_about_the_job_without_communication():
-    assert advice([0.2] * 3, [0.1] * 3).headline.endswith("but no other strategy was tried.")
+    assert advice([0.2] * 3, [0.1] * 3).headline.endswith("but no other strategy was measured.")
     said = advice([0.2, 0.2, 0.3], [0.2, 0.19, 0.18])
     assert said.headline.startswith("Inconclusive: the job without communication is 1.")
