@@ -123,7 +123,7 @@ def times(results: dict[str, Any]) -> list[str]:
     """Return what the pilot on slow links found, sentence by sentence; nothing where it could not run."""
     if results.get("pilot") is None:
         return []
-    advice = advise(read(results["pilot"]))
+    advice = advise(read(results["pilot"]), "--pilot-repeats")
     return [*emulated(results["pilot"]), *advice.reasons, f"The pilot's advice there: {advice.headline}"]
 
 

@@ -28,7 +28,7 @@ class Advice:
     best: str | None
 
 
-def advise(summaries: Mapping[str, Summary]) -> Advice:
+def advise(summaries: Mapping[str, Summary], option: str = "--repeats") -> Advice:
     """Return the advice that the measurements support.
 
     All of it rests on how many times as fast as DDP something is, and on the interval of that ratio. In this order:
@@ -36,6 +36,11 @@ def advise(summaries: Mapping[str, Summary]) -> Advice:
     communication is not 1.05 times as fast, communication is not the bottleneck; a strategy that is 1.05 times as fast
     or more, with its whole interval above 1, is recommended, the fastest of them; where an interval contains 1 and
     such a strategy may be in it, the result is inconclusive; else plain DDP stays.
+
+    Args:
+        summaries: What was measured.
+        option: By which the user asks for more repeats.
+
     """
     if BASELINE not in summaries:
         return Advice(
@@ -50,7 +55,7 @@ def advise(summaries: Mapping[str, Summary]) -> Advice:
     bottleneck = _is_bottleneck(ceiling)
     best = next((one for one in ranked if one.speedup and one.speedup.faster and _mean(one) >= WORTH), None)
     if (repeats := _too_few(ceiling, ranked)) is not None:
-        headline, best = _no_interval(repeats), None
+        headline, best = _no_interval(repeats, option), None
     elif bottleneck is False:
         headline = (
             "Not communication-bound: keep plain DDP. Without any communication the job would be "
@@ -61,7 +66,7 @@ def advise(summaries: Mapping[str, Summary]) -> Advice:
         headline = f"Try `{best.strategy}`: it is {_told(best.speedup)}{_of_the_run(best, summaries[BASELINE])}."
         reasons += _equals(best, ranked)
     elif (open_ones := _undecided(ceiling, ranked, bottleneck)) != []:
-        headline = _contains_1(open_ones, len(summaries[BASELINE].repeats))
+        headline = _contains_1(open_ones, f"{option} {2 * len(summaries[BASELINE].repeats)}")
     else:
         headline = _keep(ranked, ceiling)
     return Advice(headline, tuple(reasons), bottleneck, None if best is None else best.strategy)
@@ -88,11 +93,11 @@ def _too_few(ceiling: Ratio | None, ranked: Sequence[Summary]) -> int | None:
     return max((len(ratio.values) for ratio in ratios), default=0)
 
 
-def _no_interval(repeats: int) -> str:
+def _no_interval(repeats: int, option: str) -> str:
     seen = {0: "no repeat has", 1: "1 repeat has", 2: "2 repeats have"}[repeats]
     return (
         f"Inconclusive: {seen} no interval, which takes {FEWEST_REPEATS} or more, so a difference may be noise. "
-        f"Measure again with --repeats {CLAIM_REPEATS}."
+        f"Measure again with {option} {CLAIM_REPEATS}."
     )
 
 
@@ -108,13 +113,13 @@ def _undecided(ceiling: Ratio | None, ranked: Sequence[Summary], bottleneck: boo
     ]
 
 
-def _contains_1(open_ones: Sequence[tuple[str, Ratio]], repeats: int) -> str:
+def _contains_1(open_ones: Sequence[tuple[str, Ratio]], more: str) -> str:
     name, ratio = open_ones[0]
     if ratio.interval is None:
         return f"Inconclusive: {name} {times_as_fast(ratio.mean)} as plain DDP, in too few repeats for an interval."
     return (
         f"Inconclusive: {name} {_told(ratio)}. That interval contains 1, so the repeats do not show whether anything "
-        f"is gained. Measure again with more repeats (--repeats {2 * repeats}), more --steps or on a quieter machine."
+        f"is gained. Measure again with more repeats ({more}), more steps or on a quieter machine."
     )
 
 
@@ -149,12 +154,10 @@ def _without_communication(limit: Summary | None) -> list[str]:
     if limit.speedup is None:
         return ["The job without communication has no repeat in common with DDP."]
     said = [f"Without communication the same job is {_told(limit.speedup)}; no strategy can be faster."]
-    if (why := doubt(limit.run_step_s.values, what="its step")) is not None:
-        said.append(
-            f"No shares of that limit are given: {why} between repeats, where {percent(LIMIT_SPREAD)} are allowed."
-            if limit.run_step_s.relative > LIMIT_SPREAD
-            else f"No shares of that limit are given: {why} do not show how steady it is."
-        )
+    if (why := doubt(limit.run_step_s.values)) is not None:
+        few = len(limit.repeats) < FEWEST_REPEATS
+        so = "do not show how steady it is" if few else f"between repeats, more than {percent(LIMIT_SPREAD)}"
+        said.append(f"Shares of that limit are left out: {why} {so}.")
     return said
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from lightning_comm.planning.judgement import CONFIDENCE, Ratio, Spread
 from lightning_comm.planning.pilot import BASELINE, LIMIT, Summary, Trial, summarise
 from lightning_comm.planning.projection import RunPlan
-from lightning_comm.planning.report import megabytes, percent
+from lightning_comm.planning.report import megabytes, percent, total
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -72,7 +72,7 @@ def run_table(summaries: Mapping[str, Summary], cost_per_hour: float | None) -> 
             time_text(one.run_s.median, one.run_s.range),
             "-" if saved is None else time_text(*saved),
             f"{one.plan.synchronisations:,}",
-            "-" if one.run_bytes is None else megabytes(one.run_bytes.median),
+            "-" if one.run_bytes is None else total(one.run_bytes.median),
             "-" if one.loss is None else f"{one.loss.median:.3f}",
         ]
         if cost_per_hour is not None:

@@ -146,6 +146,19 @@ def megabytes(count: float, digits: int = 1) -> str:
     return f"{count / 1e6:,.{digits}f} MB"
 
 
+def total(count: float) -> str:
+    """Return the bytes of a whole run, in units in which they stay short.
+
+    Example:
+        >>> [total(count) for count in (617.6e6, 7112.4e6, 71e9, 2.2e15)]
+        ['617.6 MB', '7,112.4 MB', '71.0 GB', '2,200.0 TB']
+
+    """
+    if count < 1e10:
+        return megabytes(count)
+    return f"{count / 1e9:,.1f} GB" if count < 1e13 else f"{count / 1e12:,.1f} TB"
+
+
 def duration(seconds: float) -> str:
     """Return a time as people say it.
 

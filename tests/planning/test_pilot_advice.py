@@ -58,7 +58,7 @@ def test_noise_is_judged_against_the_size_of_the_saving():
     assert (said.best, said.bottleneck) == ("qsr", True)
     assert said.headline.startswith("Try `qsr`: it is 1.75 times as fast as plain DDP (1.6")
     assert said.reasons[1] == (
-        "No shares of that limit are given: its step itself spreads by 6.0 % between repeats, where 2.0 % are allowed."
+        "Shares of that limit are left out: the limit itself spreads by 6.0 % between repeats, more than 2.0 %."
     )
 
 
@@ -89,6 +89,8 @@ def test_one_or_two_repeats_are_inconclusive_and_the_option_is_named(repeats, sa
     assert said.headline.startswith(f"Inconclusive: {said_of} no interval")
     assert "--repeats 5" in said.headline
     assert any("`qsr` is 1.67 times as fast" in reason for reason in said.reasons)  # the numbers are shown all the same
+    few = "Shares of that limit are left out: fewer than 3 repeats do not show how steady it is."
+    assert said.reasons[1] == advice([0.2] * repeats, [0.1, 0.2][:repeats]).reasons[1] == few
 
 
 def test_the_time_saved_of_the_whole_run_is_named():
