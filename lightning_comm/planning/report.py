@@ -17,11 +17,9 @@ _STYLE = (
     "font-variant-numeric:tabular-nums}th{vertical-align:bottom}td{white-space:pre}"
     "th:first-child,td:first-child{text-align:left}"
     "td.long{white-space:normal;overflow-wrap:anywhere;text-align:left;min-width:12rem;max-width:34rem}"
+    ".card{display:inline-block;vertical-align:top;width:11.5rem;margin:0 .8rem .8rem 0;padding:.8rem 1rem;"
+    "border:1px solid #ddd;border-radius:.5rem}.card div{font-size:1.6rem}"
     "img{max-width:100%}code{background:#f3f3f3;padding:.1rem .3rem}"
-)
-_CARD = (
-    "display:inline-block;vertical-align:top;width:11.5rem;margin:0 .8rem .8rem 0;padding:.8rem 1rem;"
-    "border:1px solid #ddd;border-radius:.5rem"
 )
 
 
@@ -102,10 +100,7 @@ def _cell(text: str) -> str:
 
 def html_cards(cards: Sequence[tuple[str, str]]) -> str:
     """Return the few figures that a reader in a hurry wants, each with its label."""
-    return "".join(
-        f'<div style="{_CARD}"><div style="font-size:1.6rem">{html_text(value)}</div>{html_text(label)}</div>'
-        for value, label in cards
-    )
+    return "".join(f'<div class="card"><div>{html_text(value)}</div>{html_text(label)}</div>' for value, label in cards)
 
 
 def html_figure(title: str, said: str, svg: bytes) -> str:
