@@ -97,7 +97,7 @@ def _no_interval(repeats: int, option: str) -> str:
     seen = {0: "no repeat has", 1: "1 repeat has", 2: "2 repeats have"}[repeats]
     return (
         f"Inconclusive: {seen} no interval, which takes {FEWEST_REPEATS} or more, so a difference may be noise. "
-        f"Measure again with {option} {CLAIM_REPEATS}."
+        f"Measure again with `{option} {CLAIM_REPEATS}`."
     )
 
 
@@ -119,7 +119,7 @@ def _contains_1(open_ones: Sequence[tuple[str, Ratio]], more: str) -> str:
         return f"Inconclusive: {name} {times_as_fast(ratio.mean)} as plain DDP, in too few repeats for an interval."
     return (
         f"Inconclusive: {name} {_told(ratio)}. That interval contains 1, so the repeats do not show whether anything "
-        f"is gained. Measure again with more repeats ({more}), more steps or on a quieter machine."
+        f"is gained. Measure again with more repeats (`{more}`), more steps or on a quieter machine."
     )
 
 
@@ -153,7 +153,7 @@ def _without_communication(limit: Summary | None) -> list[str]:
         return ["The job without communication could not be measured, so what is possible at most is not known."]
     if limit.speedup is None:
         return ["The job without communication has no repeat in common with DDP."]
-    said = [f"Without communication the same job is {_told(limit.speedup)}; no strategy can be faster."]
+    said = [f"Without communication the same job is {_told(limit.speedup)}; sending less can make it no faster."]
     if (why := doubt(limit.run_step_s.values)) is not None:
         few = len(limit.repeats) < FEWEST_REPEATS
         so = "do not show how steady it is" if few else f"between repeats, more than {percent(LIMIT_SPREAD)}"

@@ -96,4 +96,4 @@ def test_times_name_the_option_that_the_demo_has(monkeypatch):
     made = pilot_trials.trial
     trials = [pilot_trials.ddp(), made(LIMIT, step_s=0.1, ranks=1), made("qsr", step_s=0.12, period=4, ranks=1)]
     monkeypatch.setattr(report, "read", lambda _: summarise(trials, {}))
-    assert report.times(few)[-1].endswith("so a difference may be noise. Measure again with --pilot-repeats 5.")
+    assert report.times(few)[-1].endswith("so a difference may be noise. Measure again with `--pilot-repeats 5`.")

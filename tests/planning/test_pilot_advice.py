@@ -22,8 +22,8 @@ def test_the_fastest_strategy_is_named_with_its_interval():
     assert (said.best, said.bottleneck) == ("qsr", True)
     assert said.headline == "Try `qsr`: it is 1.67 times as fast as plain DDP (1.63 to 1.70 with 95 % confidence)."
     assert said.reasons == (
-        "Without communication the same job is 2.00 times as fast as plain DDP (2.00 to 2.00 with 95 % confidence); no "
-        "strategy can be faster.",
+        "Without communication the same job is 2.00 times as fast as plain DDP (2.00 to 2.00 with 95 % confidence); "
+        "sending less can make it no faster.",
         "`qsr` is 1.67 times as fast as plain DDP (1.63 to 1.70 with 95 % confidence), over the measured steps.",
         "`local_sgd` is 1.33 times as fast as plain DDP (1.33 to 1.33 with 95 % confidence), over the measured steps.",
     )
