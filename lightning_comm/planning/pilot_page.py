@@ -59,7 +59,8 @@ def emulated(results: Mapping[str, Any]) -> list[str]:
         if late:
             said.append(
                 f"{percent(late / steps)} of the steps overran that time, since the machine was too slow, so they "
-                "count as longer than they would be: a longer `--device-ms`, a quieter machine or fewer ranks mend that."
+                "count as longer than they would be: a longer `--device-ms`, a quieter machine or fewer ranks mend "
+                "that."
             )
     return said
 
