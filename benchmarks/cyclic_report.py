@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steps_report import LIMIT, MIN_REPEATS
-from tools_report import MAX_LIMIT_SPREAD, indented, overruns, paired_ratio, spread
+from steps_report import LIMIT
+from tools_report import indented, overruns, paired_ratio
 
-from lightning_comm.planning.report import markdown_table
+from lightning_comm.planning.judgement import CLAIM_REPEATS, Ratio, Spread, doubt
+from lightning_comm.planning.report import markdown_table, times_as_fast
 
 LIGHTNING, ALONE, BUCKETS, DEFAULT, BEST = "limit_lightning", "alone", "alone_buckets", "ddp", "best"
 DELAYED, V2, V1, V2_DEFAULT, V2_FINE = "delayed", "v2", "v1", "v2_default", "v2_fine"
@@ -155,14 +156,12 @@ def rows_of(configuration: Mapping[str, Any]) -> dict[str, Row]:
 
 def verdicts(configuration: Mapping[str, Any], rows: Mapping[str, Row]) -> list[str]:
     """Say whether a configuration counts, and what was asked of it beside what was measured."""
-    bounds = bounds_s(configuration["repeats"])
-    bound = f"The bound is {1e3 * statistics.median(bounds):.1f} ms and spreads by {100 * spread(bounds):.1f} %"
-    if len(bounds) < MIN_REPEATS:
-        said = [f"**inconclusive**: fewer than {MIN_REPEATS} repeats. As measured all the same. {bound}."]
-    elif spread(bounds) > MAX_LIMIT_SPREAD:
-        said = [f"**inconclusive**: {bound[0].lower()}{bound[1:]}. As measured all the same."]
-    else:
-        said = [f"{bound}, so this counts."]
+    bounds = Spread(tuple(bounds_s(configuration["repeats"])))
+    bound = f"The bound is {1e3 * bounds.median:.1f} ms and spreads by {100 * bounds.relative:.1f} %"
+    why = doubt(bounds.values, CLAIM_REPEATS, "the bound")
+    said = [
+        f"{bound}, so this counts." if why is None else f"**inconclusive**: {why}. As measured all the same. {bound}."
+    ]
     ratio = configuration["ratio"]
     for name, asked in TARGETS.get(ratio, {}).items():
         if name in rows:
@@ -178,8 +177,9 @@ def verdicts(configuration: Mapping[str, Any], rows: Mapping[str, Row]) -> list[
                 f"asked of {called}: {asked_ratio:g} times as fast as the best DDP; measured {speedup:.3f}: {word}"
             )
     if V2 in rows and DELAYED in rows:
-        against = rows[V2].median_s / rows[DELAYED].median_s - 1
-        said.append(f"a step of v2 takes {100 * against:+.1f} % against the one-step-delayed all-reduce")
+        against = Ratio.of(dict(enumerate(rows[DELAYED].steps_s)), dict(enumerate(rows[V2].steps_s)))
+        assert against is not None
+        said.append(f"v2 is {times_as_fast(against.mean)} as the one-step-delayed all-reduce")
     return said
 
 

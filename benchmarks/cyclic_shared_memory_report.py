@@ -5,8 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tools_report import spread
-
+from lightning_comm.planning.judgement import Spread
 from lightning_comm.planning.report import markdown_table
 
 DDP, NONE, STEP, STEP_V1 = "ddp", "none", "step", "step_v1"
@@ -99,11 +98,11 @@ def page(report: Mapping[str, Any], introduction: str) -> str:
             continue
         predicted = predictions(each["profiles"], workers)
         saved = 1 - predicted["shifted"] / predicted["together"]
-        steps_s = [profile["length_s"] for profile in each["profiles"]]
+        steps_s = Spread(tuple(profile["length_s"] for profile in each["profiles"]))
         parts += [
             markdown_table(_HEADER, rows_of(each, workers)),
             f"{len(each['repeats'])} repeats. One rank alone: a peak of {predicted['together'] / workers / 1e6:.2f} MB "
-            f"in steps of {1e3 * statistics.median(steps_s):.0f} ms, which spread by {100 * spread(steps_s):.1f} %. "
+            f"in steps of {1e3 * steps_s.median:.0f} ms, which spread by {100 * steps_s.relative:.1f} %. "
             f"{workers} at once: {predicted['together'] / 1e6:.2f} MB; {workers}, each 1/{workers} of a step after the "
             f"one before: {predicted['shifted'] / 1e6:.2f} MB, {100 * saved:.1f} % less.",
         ]

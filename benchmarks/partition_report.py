@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steps_report import MIN_REPEATS
-from tools_report import MAX_LIMIT_SPREAD, indented, spread
+from tools_report import indented
 
 from lightning_comm.core.adaptive_partition import RankCost, proportional_sizes, speedup_of_balancing, step_speedup
+from lightning_comm.planning.judgement import CLAIM_REPEATS, Spread, doubt
 from lightning_comm.planning.report import markdown_table
 
 WITHIN = 0.05  # of the optimum's step
@@ -106,15 +106,10 @@ def gain_of(configuration: Mapping[str, Any]) -> Gain:
 def verdicts(gain: Gain) -> list[str]:
     """Say whether a configuration counts, and whether it reached what was asked of it."""
     said = []
-    if len(gain.even_s) < MIN_REPEATS:
-        said.append(f"**inconclusive**: fewer than {MIN_REPEATS} repeats. As measured all the same.")
-    elif spread(gain.optimum_s) > MAX_LIMIT_SPREAD:
-        said.append(
-            f"**inconclusive**: the optimum itself spreads by {100 * spread(gain.optimum_s):.1f} %. As measured all "
-            "the same."
-        )
+    if (why := doubt(gain.optimum_s, CLAIM_REPEATS, "the optimum")) is not None:
+        said.append(f"**inconclusive**: {why}. As measured all the same.")
     else:
-        said.append(f"The optimum spreads by {100 * spread(gain.optimum_s):.1f} %, so this counts.")
+        said.append(f"The optimum spreads by {100 * Spread(gain.optimum_s).relative:.1f} %, so this counts.")
     in_time = sum(each is not None and each <= MOST_WINDOWS for each in gain.until)
     said.append(
         f"Within {100 * WITHIN:.0f} % of the optimum in at most {MOST_WINDOWS} windows after the first plan could be "

@@ -106,7 +106,7 @@ def main() -> None:
     print(f"{options.model}, {layout.numel:,} entries in one bucket, rank {options.rank}, {options.repeats} repeats")
     rows = []
     for name, each in seconds.items():
-        ratios = [own / other for own, other in zip(each, torchs, strict=True)]  # paired by repeat
+        ratios = [other / own for own, other in zip(each, torchs, strict=True)]  # paired by repeat
         low, middle, high = statistics.quantiles(ratios, n=4)
         rows.append(
             [
@@ -117,7 +117,7 @@ def main() -> None:
                 f"{low:.2f} to {high:.2f}",
             ]
         )
-    print(text_table(["method", "median", "lowest to highest, ms", "of torch's", "quartiles"], rows))
+    print(text_table(["method", "median", "lowest to highest, ms", "times as fast as torch's", "quartiles"], rows))
     if options.json:
         options.json.write_text(json.dumps({"settings": vars(options) | {"json": None}, "seconds": seconds}) + "\n")
 

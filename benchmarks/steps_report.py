@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tools_report import MAX_LIMIT_SPREAD, indented, overruns, paired_ratio, spread
+from tools_report import indented, overruns, paired_ratio
 
+from lightning_comm.planning.judgement import CLAIM_REPEATS, Spread, doubt
 from lightning_comm.planning.report import markdown_table
 
 LIMIT = "limit"
-MIN_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,10 @@ def rows_of(configuration: Mapping[str, Any], reference: str) -> dict[str, Row]:
 
 def verdict(rows: Mapping[str, Row]) -> str:
     """Say whether a configuration counts."""
-    if len(rows[LIMIT].steps_s) < MIN_REPEATS:
-        return f"**inconclusive**: fewer than {MIN_REPEATS} repeats. As measured all the same."
-    limit_spread = spread(rows[LIMIT].steps_s)
-    if limit_spread > MAX_LIMIT_SPREAD:
-        return f"**inconclusive**: the limit itself spreads by {100 * limit_spread:.1f} %. As measured all the same."
-    return f"The limit spreads by {100 * limit_spread:.1f} %, so this counts."
+    limit_s = rows[LIMIT].steps_s
+    if (why := doubt(limit_s, CLAIM_REPEATS)) is not None:
+        return f"**inconclusive**: {why}. As measured all the same."
+    return f"The limit spreads by {100 * Spread(limit_s).relative:.1f} %, so this counts."
 
 
 def table(rows: Mapping[str, Row], reference_label: str) -> str:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_comm.planning.report import markdown_table
+from lightning_comm.planning.judgement import CLAIM_REPEATS, Ratio, doubt
+from lightning_comm.planning.report import markdown_table, times_as_fast
 
 LIMIT, PLAIN, OURS = "limit", "ddp", "ours"
-MAX_LIMIT_SPREAD = 0.02
 MIN_SHARE_OF_BOUND = 0.95
 _HEADER = ("tool", "step, ms", "lowest to highest", "times as fast as DDP", "of the limit", "of the bound", "MB sent")
 
@@ -43,11 +43,6 @@ class Row:
     def median_s(self) -> float:
         """The median over repeats."""
         return statistics.median(self.steps_s)
-
-
-def spread(values: Sequence[float]) -> float:
-    """Return the distance of the highest from the lowest, as a share of the median."""
-    return (max(values) - min(values)) / statistics.median(values)
 
 
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
@@ -89,21 +84,20 @@ def rows_of(configuration: Mapping[str, Any], period: int) -> dict[str, Row]:
 
 def verdicts(rows: Mapping[str, Row], once_a_period: Sequence[str]) -> list[str]:
     """Say whether a configuration counts, and whether ours holds against the best peer and the bound."""
-    limit_spread = spread(rows[LIMIT].steps_s)
     said = []
-    if limit_spread > MAX_LIMIT_SPREAD:
-        said = [f"**inconclusive**: the limit itself spreads by {100 * limit_spread:.1f} %. As measured all the same:"]
+    if (why := doubt(rows[LIMIT].steps_s, CLAIM_REPEATS)) is not None:
+        said = [f"**inconclusive**: {why}. As measured all the same:"]
     ours = rows[OURS]
     peers = [rows[name] for name in once_a_period if name in rows and not rows[name].label.startswith("ours")]
     if peers:
         best = min(peers, key=lambda row: row.median_s)
-        difference_s = ours.median_s - best.median_s
-        noise_s = max(max(row.steps_s) - min(row.steps_s) for row in (ours, best))
-        word = "slower" if difference_s > noise_s else "no slower"
-        said.append(
-            f"ours is {word} than the best peer, {best.label}: {1e3 * difference_s:+.1f} ms, where repeats spread by "
-            f"{1e3 * noise_s:.1f} ms"
-        )
+        against = Ratio.of(dict(enumerate(best.steps_s)), dict(enumerate(ours.steps_s)))
+        assert against is not None
+        word = "slower" if against.slower else "no slower"
+        ends = "too few repeats for an interval"
+        if against.interval is not None:
+            ends = f"{against.interval[0]:.2f} to {against.interval[1]:.2f}"
+        said.append(f"ours is {word} than the best peer, {best.label}: {times_as_fast(against.mean)} ({ends})")
     assert ours.of_bound is not None
     word = "reaches" if ours.of_bound >= MIN_SHARE_OF_BOUND else "**misses**"
     said.append(f"ours {word} {MIN_SHARE_OF_BOUND:g} of the bound, with {ours.of_bound:.3f}")

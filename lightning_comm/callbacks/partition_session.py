@@ -29,6 +29,7 @@ from lightning_comm.core.balancing import Balancer, memory_cap
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.partition_plan import Place
 from lightning_comm.planning.partition_journal import PartitionJournal
+from lightning_comm.planning.report import times_as_fast
 from lightning_comm.transport.recording import Recorder, another_group
 
 _DATA_BOUND = 0.2  # of the busy time
@@ -215,7 +216,7 @@ class PartitionSession:
         if proposal is not None and forecast is not None and proposal != sizes:
             start = max(Place(int(row.epoch), int(row.batch)) for row in rows)
             self.plan.change_at(start, proposal)
-            why = f"a step is expected to become {100 * forecast.gain:.0f} % shorter"
+            why = f"a step is expected to become {times_as_fast(1 / (1 - forecast.gain))}"
             self.record.why[start] = why
             rank_zero_info(
                 f"AdaptivePartition: from batch {start.batch} of epoch {start.epoch} on, ranks take {list(proposal)} "

@@ -23,6 +23,7 @@ from lightning_comm.cli.pilot_results import Progress, Results
 from lightning_comm.cli.pilot_run import Job, run
 from lightning_comm.cli.pilot_workers import LabHosts, Place, ThisMachine, WorkerFailed, run_workers
 from lightning_comm.lab.cluster import Lab, LabError
+from lightning_comm.planning.judgement import FEWEST_REPEATS
 from lightning_comm.planning.pilot import BASELINE, LIMIT, Trial, window
 from lightning_comm.transport.recording import leave_group_at_exit
 
@@ -49,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{own.ranks} ranks, {len(options.strategies)} strategies and the limit, {options.repeats} repeats of "
         f"{options.steps} steps. A rehearsal comes first."
     )
+    if options.repeats < FEWEST_REPEATS:
+        print(
+            f"{options.repeats} repeat(s) show times, but not how sure they are, so nothing will be concluded: "
+            f"--repeats {FEWEST_REPEATS} or more do."
+        )
     try:
         if own.started_externally:
             _measure_in_this_job(_job(options, own, words), results)

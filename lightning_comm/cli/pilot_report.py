@@ -6,19 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_comm.planning.pilot import LIMIT, Spread, Summary
+from lightning_comm.planning.judgement import Spread
+from lightning_comm.planning.pilot import BASELINE, LIMIT, Summary
 from lightning_comm.planning.pilot_advice import advise
-from lightning_comm.planning.pilot_page import (
-    emulated,
-    html_page,
-    measured_table,
-    not_projected,
-    read,
-    run_table,
-    saved_s,
-    shown_name,
-)
-from lightning_comm.planning.report import percent, text_table
+from lightning_comm.planning.pilot_page import emulated, html_page, not_projected
+from lightning_comm.planning.pilot_tables import measured_table, read, run_table, shown_name
+from lightning_comm.planning.report import text_table, times_as_fast
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,14 +88,11 @@ def _draw_run(axes: "Axes", summaries: list[Summary]) -> None:
     unit_s, unit = (3600, "hours") if longest >= 7200 else (60, "minutes") if longest >= 120 else (1, "seconds")
     axes.barh(names, [each.median / unit_s for each in times], color="#c9d7c4")
     _dots(axes, names, times, 1 / unit_s)
-    base = summaries[0]
     for place, one in enumerate(summaries):
-        saved = saved_s(one, base)
-        if place and saved is not None and base.run_s is not None:
-            share = saved.median / base.run_s.median
-            text = f"{percent(abs(share))} {'less' if share >= 0 else 'more'}"
+        if one.strategy != BASELINE and one.speedup is not None:
+            text = times_as_fast(one.speedup.mean)
             axes.annotate(text, (0, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_title("The whole run, projected", loc="left", fontsize=11)
+    axes.set_title("The whole run, projected; against ddp", loc="left", fontsize=11)
     axes.set_xlabel(unit)
     _tidy(axes)
 

@@ -1,13 +1,21 @@
 """What the demo says, computed from the results of its runs: tables, sentences, and the pages that hold them."""
 
 import base64
-import html
 from statistics import mean, stdev
 from typing import Any
 
 from lightning_comm.planning.pilot_advice import advise
-from lightning_comm.planning.pilot_page import emulated, measured_table, read, run_table
-from lightning_comm.planning.report import html_table, markdown_table, megabytes, page, percent
+from lightning_comm.planning.pilot_page import emulated
+from lightning_comm.planning.pilot_tables import measured_table, read, run_table
+from lightning_comm.planning.report import (
+    html_command,
+    html_paragraphs,
+    html_table,
+    markdown_table,
+    megabytes,
+    page,
+    percent,
+)
 
 _TIMES = "Time on a slow network"
 NAMES = {"ddp": "DDP", "local_sgd": "Local SGD", "qsr": "QSR"}
@@ -115,7 +123,7 @@ def times(results: dict[str, Any]) -> list[str]:
     """Return what the pilot on slow links found, sentence by sentence; nothing where it could not run."""
     if results.get("pilot") is None:
         return []
-    advice = advise(read(results["pilot"]))
+    advice = advise(read(results["pilot"]), "--pilot-repeats")
     return [*emulated(results["pilot"]), *advice.reasons, f"The pilot's advice there: {advice.headline}"]
 
 
@@ -172,19 +180,17 @@ def _times_in_markdown(results: dict[str, Any]) -> list[str]:
 def html_page(results: dict[str, Any], png: bytes) -> str:
     """Return the report as one page that needs no other file."""
     image = base64.b64encode(png).decode()
-    sentences = "".join(f"<p>{html.escape(text)}</p>" for text in conclusions(results))
-    measured = "".join(f"<p>{html.escape(text)}</p>" for text in how_measured(results))
     seeds = "<h2>Every seed</h2>" + html_table(*seeds_table(results)) if results["settings"]["seeds"] > 1 else ""
     tables = "".join(html_table(*table) for table in time_tables(results))
-    slow = "".join(f"<p>{html.escape(text)}</p>" for text in times(results))
-    timed = f"<h2>{_TIMES}</h2>{tables}{slow}" if tables else ""
+    timed = f"<h2>{_TIMES}</h2>{tables}{html_paragraphs(times(results))}" if tables else ""
     environment = html_table(["", ""], [[name, value] for name, value in results["environment"].items()])
     return page(
         "lightning-comm demo",
         "<h1>DDP, local SGD and QSR on real digits</h1>"
-        f'{html_table(*summary_table(results))}{sentences}<img alt="Learning rate and period over the steps of the '
-        f'run, and accuracy against bytes sent" src="data:image/png;base64,{image}">{timed}{seeds}'
-        f"<h2>How this was measured</h2>{measured}<p><code>{html.escape(results['command'])}</code></p>{environment}",
+        f"{html_table(*summary_table(results))}{html_paragraphs(conclusions(results))}"
+        '<img alt="Learning rate and period over the steps of the run, and accuracy against bytes sent" '
+        f'src="data:image/png;base64,{image}">{timed}{seeds}<h2>How this was measured</h2>'
+        f"{html_paragraphs(how_measured(results))}{html_command(results['command'])}{environment}",
     )
 
 

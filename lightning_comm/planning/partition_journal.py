@@ -40,7 +40,7 @@ class Change:
         epoch: The epoch of the first batch under them, from 0.
         batch: The batch in it, from 0.
         sizes: Samples of a full global batch by rank.
-        why: The reason in few words, such as "start", "balance: 12 % less time expected", "replay".
+        why: The reason in few words, such as "start", "balance: 1.12 times as fast", "replay".
 
     """
 

@@ -1,6 +1,5 @@
 """The page of a partitioned run: one HTML file that needs no other, for whoever asks which rank is slow."""
 
-import html
 from collections.abc import Sequence
 
 from lightning_comm.planning import partition_figures
@@ -15,7 +14,16 @@ from lightning_comm.planning.partition_text import (
     sentences,
     slowest_first,
 )
-from lightning_comm.planning.report import duration, html_cards, html_figure, html_table, html_text, page, percent
+from lightning_comm.planning.report import (
+    duration,
+    html_cards,
+    html_figure,
+    html_paragraphs,
+    html_table,
+    html_text,
+    page,
+    percent,
+)
 from lightning_comm.planning.svg_figures import cannot_draw
 
 _MOST_CHANGES = 100  # rows of the journal's table; of more, the first and the last are shown
@@ -45,18 +53,18 @@ def partition_page(journal: PartitionJournal) -> str:
 
     """
     found = findings(journal)
-    body = [_STYLE, f"<h1>Who computes how much?</h1><p>{html.escape(_about(journal))}</p>"]
+    body = [_STYLE, f"<h1>Who computes how much?</h1><p>{html_text(_about(journal))}</p>"]
     body.append(_cards(found) if found else "")
-    body += [f"<p>{html_text(text)}</p>" for text in sentences(journal)]
+    body.append(html_paragraphs(sentences(journal)))
     body += _figures(journal)
     if found is not None:
         many = len(found.ranks) > _MOST_SIZES
         rows = [rank_row(rank, found.total) for rank in (slowest_first(found) if many else found.ranks)]
         said = medians(found).capitalize() + (", the slowest rank first" if many else "")
-        body.append(f"<h2>By rank</h2><p>{html.escape(said)}.</p>" + html_table(HEADER, rows))
+        body.append(f"<h2>By rank</h2><p>{html_text(said)}.</p>" + html_table(HEADER, rows))
     body.append("<h2>Journal of the shares</h2>" + _changes(journal))
     if found is not None:
-        body.append("<h2>How this was measured</h2>" + "".join(f"<p>{html_text(text)}</p>" for text in how_measured()))
+        body.append("<h2>How this was measured</h2>" + html_paragraphs(how_measured()))
     body.append("<h2>The run</h2>" + _settings(journal))
     return page("Shares of the batch by rank", "".join(body))
 
@@ -76,9 +84,9 @@ def _cards(found: Findings) -> str:
     if found.step_s is not None:
         cards.append((duration(found.step_s), "a step" + (", under the last shares" if found.start_step_s else "")))
     if found.step_s is not None and found.even_step_s and len({rank.samples for rank in found.ranks}) > 1:
-        cards.append((percent(1 - found.step_s / found.even_step_s), "less than an even split would take now"))
+        cards.append((f"{found.even_step_s / found.step_s:.2f}", "times as fast as an even split would be now"))
     if found.possible is not None and len(found.ranks) > 1:
-        cards.append((percent(found.possible), "of a step the best shares would save"))
+        cards.append((f"{1 / (1 - found.possible):.2f}", "times as fast the best shares would be"))
     waits = [rank.wait_s for rank in found.ranks if rank.wait_s is not None]
     if found.step_s and len(waits) > 1:
         share = sum(waits) / len(waits) / found.step_s

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lightning_comm.planning.partition_findings import Findings, RankFindings, findings
 from lightning_comm.planning.partition_journal import PartitionJournal
-from lightning_comm.planning.report import duration, percent, text_table
+from lightning_comm.planning.report import duration, percent, text_table, times_as_fast
 
 LITTLE = 0.03  # of a step: what saves less is not worth moving for
 _ALIKE = 0.05  # of speed: ranks that differ by less are called equally fast
@@ -93,10 +93,7 @@ def _speeds(found: Findings) -> list[str]:
     if not slow:
         return [f"All ranks are equally fast, within {percent(1 - min(_score(rank) for rank in scored))}."]
     slowest, fastest = min(scored, key=_score), max(scored, key=_score)
-    said = (
-        f"Rank {slowest.rank} is the slowest: a sample takes it {1 / _score(slowest):.2f} times as long as the "
-        f"fastest, rank {fastest.rank}."
-    )
+    said = f"Rank {slowest.rank} is the slowest: {times_as_fast(_score(slowest))} as the fastest, rank {fastest.rank}."
     middle = sorted(map(_score, scored))[len(scored) // 2]
     behind = [rank for rank in slow if _score(rank) < (1 - _ALIKE) * middle and rank is not slowest]
     if behind:
@@ -112,19 +109,17 @@ def _gained(found: Findings) -> list[str]:
         return []
     said = []
     if found.start_step_s:
-        saved = 1 - found.step_s / found.start_step_s
         said.append(
             f"A step took {duration(found.start_step_s)} under the shares at the start (median of "
             f"{_windows(found.start_windows)}) and {duration(found.step_s)} under the last ones "
-            f"({_windows(found.windows)}): {percent(abs(saved))} {'less' if saved >= 0 else 'more'}."
+            f"({_windows(found.windows)}): {times_as_fast(found.start_step_s / found.step_s)}."
         )
     if _is_even(found) or found.even_step_s is None:
         return said
-    saved = 1 - found.step_s / found.even_step_s
-    so = f"so these shares save {percent(saved)} of it" if saved > 0 else "so these shares save nothing"
     said.append(
         f"If a batch's time is in proportion to its samples, an even split would take {duration(found.even_step_s)} a "
-        f"step at the speeds of the last windows, {so}; fixed costs of a batch make that less."
+        f"step at the speeds of the last windows: these shares are {times_as_fast(found.even_step_s / found.step_s)}; "
+        "fixed costs of a batch make that less."
     )
     return said
 
@@ -136,14 +131,13 @@ def _to_gain(found: Findings, journal: PartitionJournal) -> list[str]:
     keep = "keep the even split" if _is_even(found) else "keep these shares"
     said = []
     if found.possible < LITTLE:
-        more = "more " if len(journal.changes) > 1 else ""
-        said.append(f"Better shares would save less than {100 * LITTLE:.0f} % {more}of a step: {keep}.")
+        said.append(f"Better shares would be less than {times_as_fast(1 / (1 - LITTLE))}: {keep}.")
     else:
         best = next((window.best_sizes for window in reversed(journal.windows) if window.best_sizes), None)
         shares = f" ({_numbers(best)} samples)" if best is not None and len(best) <= _MOST_NAMED else ""
         moved = journal.windows[-1].sizes != journal.changes[-1].sizes
         advice = "" if moved else _ADVICE.get(journal.mode, "")
-        said.append(f"The best shares{shares} would make a step {percent(found.possible)} shorter.{advice}")
+        said.append(f"The best shares{shares} would be {times_as_fast(1 / (1 - found.possible))}.{advice}")
         said += _closed_form(found)
     return said
 
@@ -160,9 +154,9 @@ def _closed_form(found: Findings) -> list[str]:
     if not _is_even(found) or found.even_ratio is None or not found.best_step_s or not found.even_step_s:
         return []
     return [
-        f"By the closed form, mean speed / lowest speed, shares by speed make compute {found.even_ratio:.2f} times as "
-        f"fast, and the whole step, {_time(found.exposed_s)} of which no split changes, "
-        f"{found.even_step_s / found.best_step_s:.2f} times as fast. Fixed costs of a batch are not in that."
+        "By the closed form, mean speed / lowest speed, shares by speed make compute "
+        f"{times_as_fast(found.even_ratio)}, and the whole step, {_time(found.exposed_s)} of which no split changes, "
+        f"{times_as_fast(found.even_step_s / found.best_step_s)}. Fixed costs of a batch are not in that."
     ]
 
 

@@ -6,9 +6,10 @@ repeat; the sentences made of these numbers are in :mod:`lightning_comm.planning
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, median, quantiles
+from statistics import mean
 from typing import Any
 
+from lightning_comm.planning.judgement import Ratio, Spread, doubt
 from lightning_comm.planning.projection import RunPlan, StepCosts, project
 
 BASELINE = "ddp"
@@ -161,58 +162,22 @@ def _mean(row: Sequence[float], steps: Sequence[int]) -> float:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """A figure that was measured several times.
-
-    Example:
-        >>> seen = Spread((1.0, 2.0, 3.0, 4.0, 10.0))
-        >>> seen.median, seen.quartiles, seen.range, round(seen.relative, 3)
-        (3.0, (2.0, 4.0), (1.0, 10.0), 0.667)
-
-    """
-
-    values: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """The middle one."""
-        return median(self.values)
-
-    @property
-    def quartiles(self) -> tuple[float, float]:
-        """The middle half of them."""
-        if len(self.values) == 1:
-            return self.values[0], self.values[0]
-        low, _, high = quantiles(self.values, n=4, method="inclusive")
-        return low, high
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """The smallest and the largest. Of n independent ones they enclose the true median with 1 - 2**(1-n)."""
-        return min(self.values), max(self.values)
-
-    @property
-    def relative(self) -> float:
-        """The width of the middle half as a share of the median."""
-        low, high = self.quartiles
-        return (high - low) / self.median if self.median else 0.0
-
-
-@dataclass(frozen=True)
 class Summary:
     """One strategy over all repeats. A step's share of the synchronisations is that of the whole run where it is known.
 
     Args:
         strategy: Its name.
         plan: What the user's whole run does under it; ``None`` if that is not known.
+        repeats: The repeats it was measured in, in the order of the figures below.
         step_s: Seconds of a step within a round; under DDP of every step.
         sync_s: What a synchronisation adds, in seconds; ``None`` where none was seen.
         run_step_s: Seconds of a step with its share of the synchronisations.
         samples_per_s: Over all ranks, synchronisations included.
         step_bytes: What a rank sends in a step, on average.
         exposed: The share of the time that ranks stand still for communication, as the profiler measured it.
-        to_baseline: ``run_step_s`` as a multiple of DDP's in the same repeat.
-        to_limit: The same, of the limit's.
+        speedup: How many times as fast as DDP it is over the run, paired by repeat.
+        of_limit: How many times as fast as the limit, in the same way: at most 1, but for noise. ``None`` also where
+            the limit spreads so much that this would mean nothing.
         run_s: Seconds of the whole run.
         run_bytes: What a rank sends in the whole run.
         loss: The loss at the end of the trials: a sanity check only.
@@ -221,17 +186,23 @@ class Summary:
 
     strategy: str
     plan: RunPlan | None
+    repeats: tuple[int, ...]
     step_s: Spread
     sync_s: Spread | None
     run_step_s: Spread
     samples_per_s: Spread | None
     step_bytes: Spread | None
     exposed: Spread | None
-    to_baseline: Spread | None
-    to_limit: Spread | None
+    speedup: Ratio | None
+    of_limit: Ratio | None
     run_s: Spread | None
     run_bytes: Spread | None
     loss: Spread | None
+
+    @property
+    def run_step_by_repeat(self) -> dict[int, float]:
+        """``run_step_s`` by repeat."""
+        return dict(zip(self.repeats, self.run_step_s.values, strict=True))
 
 
 def summarise(trials: Sequence[Trial], plans: Mapping[str, RunPlan]) -> dict[str, Summary]:
@@ -259,7 +230,7 @@ def _run_step_s(trial: Trial, plan: RunPlan | None) -> float:
 
 def _summary(trials: Sequence[Trial], plan: RunPlan | None, run_steps: Mapping[str, Mapping[int, float]]) -> Summary:
     name = trials[0].strategy
-    own = run_steps[name]
+    own, limit = run_steps[name], run_steps.get(LIMIT, {})
     measured = [costs(trial) for trial in trials]
     plans = [plan or window(trial).plan for trial in trials]
     projected = [project(of, cost) for of, cost in zip(plans, measured, strict=True)]
@@ -267,6 +238,7 @@ def _summary(trials: Sequence[Trial], plan: RunPlan | None, run_steps: Mapping[s
     return Summary(
         strategy=name,
         plan=plan,
+        repeats=tuple(trial.repeat for trial in trials),
         step_s=Spread(tuple(cost.step_s or cost.gradient_step_s for cost in measured)),
         sync_s=Spread(tuple(cost.sync_s for cost in measured)) if window(trials[0]).syncing else None,
         run_step_s=Spread(tuple(own[trial.repeat] for trial in trials)),
@@ -275,18 +247,12 @@ def _summary(trials: Sequence[Trial], plan: RunPlan | None, run_steps: Mapping[s
         if has_bytes
         else None,
         exposed=_spread(trials, lambda trial: _exposed_share(trial, plan, own[trial.repeat])),
-        to_baseline=_ratios(own, run_steps.get(BASELINE)),
-        to_limit=_ratios(own, run_steps.get(LIMIT)),
+        speedup=Ratio.of(run_steps.get(BASELINE, {}), own),
+        of_limit=None if doubt(list(limit.values())) else Ratio.of(limit, own),
         run_s=Spread(tuple(p.seconds for p in projected)) if plan else None,
         run_bytes=Spread(tuple(p.wire_bytes for p in projected)) if plan and has_bytes else None,
         loss=_spread(trials, lambda trial: trial.loss),
     )
-
-
-def _ratios(own: Mapping[int, float], other: Mapping[int, float] | None) -> Spread | None:
-    """Return own times as multiples of those of another strategy in the same repeats."""
-    pairs = [seconds / other[repeat] for repeat, seconds in own.items() if repeat in other] if other else []
-    return Spread(tuple(pairs)) if pairs else None
 
 
 def _spread(trials: Sequence[Trial], figure: Callable[[Trial], float | None]) -> Spread | None:

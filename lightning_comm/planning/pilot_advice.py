@@ -1,13 +1,13 @@
 """A pilot's answer in plain words: whether communication is the bottleneck, and what to do about it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_comm.planning.pilot import BASELINE, LIMIT, Spread, Summary
-from lightning_comm.planning.report import duration, percent
+from lightning_comm.planning.judgement import CLAIM_REPEATS, CONFIDENCE, FEWEST_REPEATS, LIMIT_SPREAD, Ratio, doubt
+from lightning_comm.planning.pilot import BASELINE, LIMIT, Summary
+from lightning_comm.planning.report import duration, percent, times_as_fast
 
-LIMIT_SPREAD = 0.02  # where the limit itself spreads more, differences are noise
-WORTH = 0.05  # of the run's time; a smaller saving does not pay for a change of method
+WORTH = 1.05  # times as fast as DDP; less does not pay for a change of method
 
 
 @dataclass(frozen=True)
@@ -28,112 +28,161 @@ class Advice:
     best: str | None
 
 
-def advise(summaries: Mapping[str, Summary]) -> Advice:
+def advise(summaries: Mapping[str, Summary], option: str = "--repeats") -> Advice:
     """Return the advice that the measurements support.
 
-    In this order: without DDP or the limit there is nothing to compare with; with one repeat, or where the limit
-    spreads more than 2 %, the result is inconclusive; where even the limit saves less than 5 % communication is not the
-    bottleneck; where no strategy saves 5 %, or some repeat saves nothing, plain DDP stays; else the one that saves most
-    is named.
+    All of it rests on how many times as fast as DDP something is, and on the interval of that ratio. In this order:
+    without DDP there is nothing to compare with; with too few repeats there is no interval; where even the job without
+    communication is not 1.05 times as fast, communication is not the bottleneck; a strategy that is 1.05 times as fast
+    or more, with its whole interval above 1, is recommended, the fastest of them; where an interval contains 1 and
+    such a strategy may be in it, the result is inconclusive; else plain DDP stays.
+
+    Args:
+        summaries: What was measured.
+        option: By which the user asks for more repeats.
+
     """
-    missing = [name for name in (BASELINE, LIMIT) if name not in summaries]
-    if missing:
+    if BASELINE not in summaries:
         return Advice(
-            f"No answer: `{missing[0]}` could not be measured, and everything is compared with it.", (), None, None
+            f"No answer: `{BASELINE}` could not be measured, and everything is compared with it.", (), None, None
         )
-    limit = summaries[LIMIT]
-    share = _share(limit.to_baseline)
+    limit = summaries.get(LIMIT)
+    ceiling = None if limit is None else limit.speedup
     ranked = sorted(
-        (one for one in summaries.values() if one.strategy not in (BASELINE, LIMIT)), key=lambda one: _middle(one)
+        (one for one in summaries.values() if one.strategy not in (BASELINE, LIMIT)), key=lambda one: -_mean(one)
     )
-    reasons = [_communication(share, limit), *(_saving(one) for one in ranked)]
-    bottleneck = share >= WORTH
-    if (doubt := _doubt(limit.run_step_s)) is not None:
-        return Advice(f"Inconclusive: {doubt}", tuple(reasons), None, None)
-    if not bottleneck:
-        return Advice(
-            "Not communication-bound: keep plain DDP. Removing all communication would save "
-            f"{percent(max(0.0, share))} of the time.",
-            tuple(reasons),
-            False,
-            None,
+    reasons = [*_without_communication(limit), *map(_speed, ranked)]
+    bottleneck = _is_bottleneck(ceiling)
+    best = next((one for one in ranked if one.speedup and one.speedup.faster and _mean(one) >= WORTH), None)
+    if (repeats := _too_few(ceiling, ranked)) is not None:
+        headline, best = _no_interval(repeats, option), None
+    elif bottleneck is False:
+        headline = (
+            "Not communication-bound: keep plain DDP. Without any communication the job would be "
+            f"{_told(ceiling)} and no more."
         )
-    best = ranked[0] if ranked else None
-    if best is None or 1 - _middle(best) < WORTH or _certain(best) >= 1:
-        return Advice(
-            f"Keep plain DDP: communication costs {percent(share)} of its time, but none of the strategies tried saves "
-            f"{percent(WORTH)} of it or more, and something in every repeat.",
-            tuple(reasons),
-            True,
-            None,
-        )
-    return Advice(
-        f"Try `{best.strategy}`: it takes {percent(1 - _middle(best))} off the time of plain DDP"
-        f"{_of_the_run(best, summaries[BASELINE])}.",
-        (*reasons, *_equals(ranked)),
-        True,
-        best.strategy,
+        best = None
+    elif best is not None:
+        headline = f"Try `{best.strategy}`: it is {_told(best.speedup)}{_of_the_run(best, summaries[BASELINE])}."
+        reasons += _equals(best, ranked)
+    elif (open_ones := _undecided(ceiling, ranked, bottleneck)) != []:
+        headline = _contains_1(open_ones, f"{option} {2 * len(summaries[BASELINE].repeats)}")
+    else:
+        headline = _keep(ranked, ceiling)
+    return Advice(headline, tuple(reasons), bottleneck, None if best is None else best.strategy)
+
+
+def _mean(one: Summary) -> float:
+    return one.speedup.mean if one.speedup else 0.0
+
+
+def _is_bottleneck(ceiling: Ratio | None) -> bool | None:
+    """Return whether removing communication is worth something; ``None`` where the interval leaves that open."""
+    if ceiling is None or ceiling.interval is None:
+        return None
+    if ceiling.interval[1] < WORTH or (ceiling.faster and ceiling.mean < WORTH):
+        return False
+    return True if ceiling.faster else None
+
+
+def _too_few(ceiling: Ratio | None, ranked: Sequence[Summary]) -> int | None:
+    """Return how many repeats there are, where no ratio has enough of them for an interval; else ``None``."""
+    ratios = [ratio for ratio in (ceiling, *(one.speedup for one in ranked)) if ratio is not None]
+    if any(ratio.interval is not None for ratio in ratios):
+        return None
+    return max((len(ratio.values) for ratio in ratios), default=0)
+
+
+def _no_interval(repeats: int, option: str) -> str:
+    seen = {0: "no repeat has", 1: "1 repeat has", 2: "2 repeats have"}[repeats]
+    return (
+        f"Inconclusive: {seen} no interval, which takes {FEWEST_REPEATS} or more, so a difference may be noise. "
+        f"Measure again with `{option} {CLAIM_REPEATS}`."
     )
 
 
-def _doubt(limit_s: Spread) -> str | None:
-    """Return why differences may be noise, or ``None``."""
-    if len(limit_s.values) == 1:
-        return "one repeat does not show how much figures spread. Measure again with --repeats 5."
-    if limit_s.relative > LIMIT_SPREAD:
-        return (
-            f"without any communication the step already spreads by {percent(limit_s.relative)} between repeats, more "
-            f"than the {percent(LIMIT_SPREAD)} up to which differences mean something. Measure again on a quieter "
-            "machine, with more steps or more repeats."
-        )
-    return None
+def _undecided(ceiling: Ratio | None, ranked: Sequence[Summary], bottleneck: bool | None) -> list[tuple[str, Ratio]]:
+    """Return of what the interval contains 1 and a gain that would be worth something."""
+    named = [(f"`{one.strategy}` is", one.speedup) for one in ranked]
+    if not ranked and bottleneck is None:
+        named = [("the job without communication is", ceiling)]
+    return [
+        (name, ratio)
+        for name, ratio in named
+        if ratio is not None and ratio.undecided and (ratio.interval is None or ratio.interval[1] >= WORTH)
+    ]
+
+
+def _contains_1(open_ones: Sequence[tuple[str, Ratio]], more: str) -> str:
+    name, ratio = open_ones[0]
+    if ratio.interval is None:
+        return f"Inconclusive: {name} {times_as_fast(ratio.mean)} as plain DDP, in too few repeats for an interval."
+    return (
+        f"Inconclusive: {name} {_told(ratio)}. That interval contains 1, so the repeats do not show whether anything "
+        f"is gained. Measure again with more repeats (`{more}`), more steps or on a quieter machine."
+    )
+
+
+def _keep(ranked: Sequence[Summary], ceiling: Ratio | None) -> str:
+    why = f"no strategy tried is {times_as_fast(WORTH)} or more" if ranked else "no other strategy was measured"
+    without = "" if ceiling is None else f"without communication the job would be {_told(ceiling)}, but "
+    return f"Keep plain DDP: {without}{why}."
+
+
+def _told(ratio: Ratio | None) -> str:
+    """Return a ratio with its interval."""
+    if ratio is None:
+        return "not comparable"
+    said = f"{times_as_fast(ratio.mean)} as plain DDP"
+    if ratio.interval is None:
+        return said
+    low, high = ratio.interval
+    return f"{said} ({low:.2f} to {high:.2f} with {100 * CONFIDENCE:.0f} % confidence)"
 
 
 def _of_the_run(best: Summary, base: Summary) -> str:
     if base.run_s is None or best.run_s is None:
         return ""
-    return f", {duration((1 - _middle(best)) * base.run_s.median)} of {duration(base.run_s.median)}"
+    saved_s = base.run_s.median * (1 - 1 / _mean(best))
+    return f", and saves {duration(saved_s)} of {duration(base.run_s.median)}"
 
 
-def _range(low: float, high: float) -> str:
-    return "" if low == high else f" ({percent(low)} to {percent(high)} in the repeats)"
+def _without_communication(limit: Summary | None) -> list[str]:
+    """Return what the job without communication says of DDP, and whether it is steady enough to compare with."""
+    if limit is None:
+        return ["The job without communication could not be measured, so what is possible at most is not known."]
+    if limit.speedup is None:
+        return ["The job without communication has no repeat in common with DDP."]
+    said = [f"Without communication the same job is {_told(limit.speedup)}; sending less can make it no faster."]
+    if (why := doubt(limit.run_step_s.values)) is not None:
+        few = len(limit.repeats) < FEWEST_REPEATS
+        so = "do not show how steady it is" if few else f"between repeats, more than {percent(LIMIT_SPREAD)}"
+        said.append(f"Shares of that limit are left out: {why} {so}.")
+    return said
 
 
-def _middle(one: Summary) -> float:
-    return one.to_baseline.median if one.to_baseline else float("inf")
-
-
-def _certain(one: Summary) -> float:
-    return one.to_baseline.range[1] if one.to_baseline else float("inf")
-
-
-def _share(limit_to_baseline: Spread | None) -> float:
-    return 1 - limit_to_baseline.median if limit_to_baseline else 0.0
-
-
-def _communication(share: float, limit: Summary) -> str:
-    low, high = limit.to_baseline.range if limit.to_baseline else (1.0, 1.0)
-    return (
-        f"Communication that compute does not hide costs plain DDP {percent(share)} of its time"
-        f"{_range(1 - high, 1 - low)}: that is what the same job without communication saves."
-    )
-
-
-def _saving(one: Summary) -> str:
-    if one.to_baseline is None:
+def _speed(one: Summary) -> str:
+    if one.speedup is None:
         return f"`{one.strategy}` has no repeat in common with DDP."
-    low, high = one.to_baseline.range
     of = "the whole run" if one.plan else "the measured steps"
-    return f"`{one.strategy}` takes {percent(one.to_baseline.median)} of DDP's time over {of}{_range(low, high)}."
+    said = f"`{one.strategy}` is {_told(one.speedup)}, over {of}"
+    if one.speedup.interval is None:
+        return f"{said}; {len(one.speedup.values)} repeat(s) have no interval."
+    if one.speedup.slower:
+        return f"{said}: it is slower."
+    return f"{said}." if one.speedup.faster else f"{said}: inconclusive, since the interval contains 1."
 
 
-def _equals(ranked: list[Summary]) -> list[str]:
+def _equals(best: Summary, ranked: Sequence[Summary]) -> list[str]:
     """Name those that the repeats cannot tell from the best."""
-    best = ranked[0].to_baseline
-    if best is None:
-        return []
-    near = [one.strategy for one in ranked[1:] if one.to_baseline and one.to_baseline.range[0] <= best.range[1]]
+    near = [
+        f"`{one.strategy}`"
+        for one in ranked
+        if one is not best
+        and (against := Ratio.of(one.run_step_by_repeat, best.run_step_by_repeat)) is not None
+        and against.undecided
+    ]
     if not near:
         return []
-    names = " and ".join(f"`{name}`" for name in near)
-    return [f"The repeats do not tell {names} from `{ranked[0].strategy}`: their ranges overlap."]
+    names = near[0] if len(near) == 1 else f"{', '.join(near[:-1])} and {near[-1]}"
+    return [f"The repeats do not tell {names} from `{best.strategy}`: the interval of their ratio contains 1."]

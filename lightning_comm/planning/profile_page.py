@@ -1,6 +1,5 @@
 """The page of a profile: one HTML file that needs no other, for whoever pays for the cluster."""
 
-import html
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 
@@ -8,11 +7,19 @@ from lightning_comm.core.key_figures import RunFigures
 from lightning_comm.core.rank_profile import RankProfile, combine
 from lightning_comm.planning import profile_figures
 from lightning_comm.planning.profile_text import figure_rows, how_measured, milliseconds, rate, sentences, size
-from lightning_comm.planning.report import html_cards, html_figure, html_table, page, percent
+from lightning_comm.planning.report import (
+    html_cards,
+    html_figure,
+    html_paragraphs,
+    html_table,
+    html_text,
+    page,
+    percent,
+)
 from lightning_comm.planning.svg_figures import cannot_draw
 
 _NO_FIGURES = (
-    "The figures are left out: {}. Once that is mended, <code>lightning_comm.load_profile(folder).page()</code> makes "
+    "The figures are left out: {}. Once that is mended, `lightning_comm.load_profile(folder).page()` makes "
     "the page again, with them."
 )
 
@@ -28,14 +35,14 @@ def profile_page(ranks: Sequence[RankProfile]) -> str:
 
     """
     run = combine(ranks)
-    body = [f"<h1>Is communication the bottleneck?</h1><p>{html.escape(_about(run, ranks[0]))}</p>"]
+    body = [f"<h1>Is communication the bottleneck?</h1><p>{html_text(_about(run, ranks[0]))}</p>"]
     body.append(_cards(run))
-    body += [f"<p>{html.escape(text)}</p>" for text in sentences(run)]
+    body.append(html_paragraphs(sentences(run)))
     body += _figures(run, ranks) if run.steps else []
     body.append("<h2>Key figures</h2>" + html_table(["mean of a step and rank", "", "share"], figure_rows(run)))
     body.append("<h2>By rank</h2>" + _by_rank(run))
     body.append("<h2>What was sent</h2>" + _by_purpose(run))
-    body.append("<h2>How this was measured</h2>" + "".join(f"<p>{html.escape(text)}</p>" for text in how_measured(run)))
+    body.append("<h2>How this was measured</h2>" + html_paragraphs(how_measured(run)))
     environment = [[name, str(value)] for name, value in run.environment.items()]
     return page("Communication profile", "".join(body) + html_table(["", ""], environment))
 
@@ -68,7 +75,7 @@ def _cards(run: RunFigures) -> str:
 
 def _figures(run: RunFigures, ranks: Sequence[RankProfile]) -> list[str]:
     if (why := cannot_draw()) is not None:
-        return [f"<p>{_NO_FIGURES.format(html.escape(why))}</p>"]
+        return [f"<p>{html_text(_NO_FIGURES.format(why))}</p>"]
     parts = [
         html_figure("Where the time of a step goes", "", profile_figures.step_by_rank(run)),
     ]

@@ -2,7 +2,7 @@
 
 from lightning_comm.core.key_figures import RunFigures
 from lightning_comm.core.rank_profile import FEWEST_TO_COMPARE
-from lightning_comm.planning.report import megabytes, percent, text_table
+from lightning_comm.planning.report import megabytes, percent, text_table, times_as_fast
 
 Row = tuple[str, str, str]
 _LITTLE = 0.05  # a share below which nothing is made of it
@@ -83,8 +83,8 @@ def sentences(run: RunFigures) -> list[str]:
     elif run.slow_rank is not None:
         host = next(rank.host for rank in run.ranks if rank.rank == run.slow_rank)
         said.append(
-            f"Rank {run.slow_rank} on {host} is the slow one: it is busy by itself {percent(run.slower_by)} longer "
-            "than the others (median)."
+            f"Rank {run.slow_rank} on {host} is the slow one: by itself it is {times_as_fast(1 / (1 + run.slower_by))} "
+            "as the others (median)."
         )
     if run.untimed_steps:
         said.append(

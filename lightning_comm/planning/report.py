@@ -2,29 +2,82 @@
 
 import base64
 import html
+import re
+import textwrap
 from collections.abc import Sequence
 
+MOST_COLUMNS = 120  # characters of a line on the terminal
+_LONG = 34  # characters of a cell on a page, from which on it is text and wraps; shorter ones are figures and do not
 _STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0}th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;"
-    "text-align:right}th:first-child,td:first-child{text-align:left}img{max-width:100%}"
-    "code{background:#f3f3f3;padding:.2rem .4rem}"
-)
-_CARD = (
-    "display:inline-block;vertical-align:top;width:11.5rem;margin:0 .8rem .8rem 0;padding:.8rem 1rem;"
-    "border:1px solid #ddd;border-radius:.5rem"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222;"
+    "overflow-wrap:anywhere}p{max-width:60rem}"
+    "table{border-collapse:collapse;margin:1rem 0;font-size:.875rem;display:block;max-width:100%;overflow-x:auto;"
+    "overflow-wrap:normal}"
+    "th,td{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top;"
+    "font-variant-numeric:tabular-nums}th{vertical-align:bottom}td{white-space:pre}"
+    "th:first-child,td:first-child{text-align:left}"
+    "td.long{white-space:normal;overflow-wrap:anywhere;text-align:left;min-width:12rem;max-width:34rem}"
+    ".card{display:inline-block;vertical-align:top;width:11.5rem;margin:0 .8rem .8rem 0;padding:.8rem 1rem;"
+    "border:1px solid #ddd;border-radius:.5rem}.card div{font-size:1.6rem}"
+    "img{max-width:100%}code{background:#f3f3f3;padding:.1rem .3rem}"
 )
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table for the terminal; the first column is flush left, the others right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    """Return a table for the terminal; the first column is flush left, the others right.
+
+    What is wider than a line gets titles of several lines; and columns that do not fit then either follow below, with
+    the first one again.
+
+    Example:
+        >>> print(text_table(["strategy", "times as fast as ddp"], [["qsr", "1.55"], ["local_sgd", "1.50"]]))
+        strategy   times as fast as ddp
+        ---------  --------------------
+        qsr                        1.55
+        local_sgd                  1.50
+
+    """
+    columns = [list(column) for column in zip(header, *rows, strict=True)]
+    titles = [[title] for title in header]
+    widths = [max(map(len, cells)) for cells in columns]
+    if sum(widths) + 2 * (len(widths) - 1) > MOST_COLUMNS:
+        titles = [_broken(title, max(map(len, cells), default=0)) for title, *cells in columns]
+        widths = [max(map(len, [*title, *cells])) for title, (_, *cells) in zip(titles, columns, strict=True)]
+    return "\n\n".join(_block(columns, titles, widths, own) for own in _fitting(widths))
+
+
+def _broken(title: str, width: int) -> list[str]:
+    """Return a title in lines that are no wider than its column must be, or than eight characters."""
+    longest = max(map(len, title.split()), default=0)
+    return textwrap.wrap(title, max(width, longest, 8), break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def _fitting(widths: Sequence[int]) -> list[list[int]]:
+    """Return the columns of each part of a table, of which every one has the first column."""
+    parts, room = [[0]], MOST_COLUMNS - widths[0]
+    for place, width in enumerate(widths[1:], start=1):
+        if room < width + 2 and len(parts[-1]) > 1:
+            parts.append([0])
+            room = MOST_COLUMNS - widths[0]
+        parts[-1].append(place)
+        room -= width + 2
+    return parts
+
+
+def _block(
+    columns: Sequence[Sequence[str]], titles: Sequence[Sequence[str]], widths: Sequence[int], own: Sequence[int]
+) -> str:
+    height = max(len(titles[place]) for place in own)
+    head = [[""] * (height - len(titles[place])) + [*titles[place]] for place in own]
+    body = [columns[place][1:] for place in own]
 
     def line(cells: Sequence[str]) -> str:
         first, *rest = cells
-        return "  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))])
+        shown = [first.ljust(widths[0]), *(c.rjust(widths[place]) for c, place in zip(rest, own[1:], strict=True))]
+        return "  ".join(shown)
 
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+    rule = "  ".join("-" * widths[place] for place in own)
+    return "\n".join([*map(line, zip(*head, strict=True)), rule, *map(line, zip(*body, strict=True))])
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -34,33 +87,53 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in HTML, its text escaped."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    """Return a table in HTML. Figures stay on one line; titles and text wrap."""
+    head = "".join(f"<th>{html_text(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _cell(text: str) -> str:
+    kind = ' class="long"' if len(text) > _LONG else ""
+    return f"<td{kind}>{html_text(text)}</td>"
 
 
 def html_cards(cards: Sequence[tuple[str, str]]) -> str:
     """Return the few figures that a reader in a hurry wants, each with its label."""
-    return "".join(
-        f'<div style="{_CARD}"><div style="font-size:1.6rem">{html.escape(value)}</div>{html.escape(label)}</div>'
-        for value, label in cards
-    )
+    return "".join(f'<div class="card"><div>{html_text(value)}</div>{html_text(label)}</div>' for value, label in cards)
 
 
 def html_figure(title: str, said: str, svg: bytes) -> str:
     """Return a figure with its title and what is to be said of it."""
     image = base64.b64encode(svg).decode()
     return (
-        f"<h2>{html.escape(title)}</h2><p>{html.escape(said)}</p>"
+        f"<h2>{html_text(title)}</h2><p>{html_text(said)}</p>"
         f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{image}">'
     )
 
 
 def html_text(text: str) -> str:
-    """Return a sentence in HTML, with what stands between backticks as code."""
-    plain, *rest = html.escape(text).split("`")
-    return plain + "".join(f"<code>{part}</code>" if place % 2 == 0 else part for place, part in enumerate(rest))
+    """Return a text in HTML: escaped, and with what stands between backticks as code. All text of a page comes here.
+
+    A backtick without a partner, as in the messages of some programs, becomes an apostrophe.
+
+    Example:
+        >>> html_text("give `--steps 60` & more"), html_text("unknown option `--stps'")
+        ('give <code>--steps 60</code> &amp; more', 'unknown option &#x27;--stps&#x27;')
+
+    """
+    marked = re.sub(r"(`+)([^`]+)\1", r"<code>\2</code>", html.escape(text))
+    return marked.replace("`", "&#x27;")
+
+
+def html_paragraphs(sentences: Sequence[str]) -> str:
+    """Return sentences in HTML, each in a paragraph of its own."""
+    return "".join(f"<p>{html_text(text)}</p>" for text in sentences)
+
+
+def html_command(command: str) -> str:
+    """Return a command in HTML, as it is typed; backticks are the shell's there."""
+    return f"<p><code>{html.escape(command).replace('`', '&#96;')}</code></p>"
 
 
 def megabytes(count: float, digits: int = 1) -> str:
@@ -69,14 +142,18 @@ def megabytes(count: float, digits: int = 1) -> str:
 
 
 def data_size(count: float) -> str:
-    """Return a number of bytes in kB or MB.
+    """Return the bytes of a whole run, in units in which they stay short.
 
     Example:
-        >>> data_size(1_234), data_size(2_345_678)
-        ('1.2 kB', '2.3 MB')
+        >>> [data_size(count) for count in (1_234, 617.6e6, 7112.4e6, 71e9, 2.2e15)]
+        ['1.2 kB', '617.6 MB', '7,112.4 MB', '71.0 GB', '2,200.0 TB']
 
     """
-    return f"{count / 1e3:.1f} kB" if count < 1e6 else megabytes(count)
+    if count < 1e6:
+        return f"{count / 1e3:.1f} kB"
+    if count < 1e10:
+        return megabytes(count)
+    return f"{count / 1e9:,.1f} GB" if count < 1e13 else f"{count / 1e12:,.1f} TB"
 
 
 def duration(seconds: float) -> str:
@@ -96,6 +173,11 @@ def duration(seconds: float) -> str:
     if seconds < 7200:
         return f"{seconds / 60:.{1 if seconds < 1200 else 0}f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def times_as_fast(ratio: float) -> str:
+    """Return how many times as fast something is, in the one direction in which it is said: above 1 is faster."""
+    return f"{ratio:.2f} times as fast"
 
 
 def percent(share: float) -> str:

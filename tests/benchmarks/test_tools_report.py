@@ -71,7 +71,8 @@ def test_overruns_are_counted_over_all_repeats():
 
 @pytest.mark.parametrize(("highest", "conclusive"), [(0.204, True), (0.206, False)])
 def test_a_limit_that_spreads_by_more_than_two_percent_makes_a_result_inconclusive(highest, conclusive):
-    rows = report.rows_of(configuration({**STEPS_S, "limit": [0.2, 0.2, highest]}), period=8)
+    five = {name: [*each, each[-1], each[-1]] for name, each in STEPS_S.items()}
+    rows = report.rows_of(configuration({**five, "limit": [0.2] * 4 + [highest]}), period=8)
     said = report.verdicts(rows, ["peer", "ours"])
     assert ("inconclusive" in said[0]) != conclusive
     assert len(said) == (2 if conclusive else 3)
@@ -80,16 +81,23 @@ def test_a_limit_that_spreads_by_more_than_two_percent_makes_a_result_inconclusi
 @pytest.mark.parametrize(
     ("peer_s", "word"), [([0.30, 0.31, 0.32], "no slower"), ([0.250, 0.245, 0.240], "no slower"), ([0.2] * 3, "slower")]
 )
-def test_ours_is_slower_only_by_more_than_the_spread(peer_s, word):
-    (against_peer, _) = report.verdicts(
+def test_ours_is_slower_only_where_the_interval_of_the_paired_ratios_lies_below_1(peer_s, word):
+    (few, against_peer, _) = report.verdicts(
         report.rows_of(configuration({**STEPS_S, "peer": peer_s}), period=8), ["peer", "ours"]
     )
+    assert "inconclusive**: fewer than 5 repeats" in few
     assert f"is {word} than the best peer, a peer" in against_peer
+
+
+def test_against_the_best_peer_the_ratio_is_named_with_its_interval():
+    rows = report.rows_of(configuration({**STEPS_S, "peer": [0.2] * 3}), period=8)
+    said = report.verdicts(rows, ["peer", "ours"])[1]
+    assert said == "ours is slower than the best peer, a peer: 0.77 times as fast (0.70 to 0.85)"
 
 
 def test_the_bound_is_reached_at_95_percent_of_it():
     reached, missed = (
-        report.verdicts(report.rows_of(configuration({**STEPS_S, "ours": [step_s] * 3}), period=8), ["ours"])[0]
+        report.verdicts(report.rows_of(configuration({**STEPS_S, "ours": [step_s] * 3}), period=8), ["ours"])[-1]
         for step_s in (0.241 / 0.951, 0.241 / 0.949)
     )
     assert "reaches 0.95" in reached

@@ -124,6 +124,9 @@ def test_terminal_and_page_show_the_numbers_and_the_page_needs_no_other_file(fin
         assert len(re.findall(rf"^{name}  +\S", stdout, re.MULTILINE)) == 2
         assert f"<td>{name}</td>" in page
     assert f"[10/10] ddp, repeat {REPEATS} of {REPEATS}" in stdout
+    assert "2 repeat(s) show times, but not how sure they are, so nothing will be concluded: --repeats 3" in stdout
+    assert "Inconclusive: 2 repeats have no interval" in stdout
+    assert max(map(len, re.findall(r"^(?:---|.*  +step with).*$", stdout, re.MULTILINE))) <= 120
     assert "sanity check" in page
     assert 'src="data:image/svg+xml;base64,' in page
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []

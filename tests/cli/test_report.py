@@ -1,8 +1,10 @@
 """The demo's sentences and tables against numbers worked out by hand, also when QSR loses."""
 
 import pytest
+from support import pilot_trials
 
 from lightning_comm.cli import figure, report
+from lightning_comm.planning.pilot import LIMIT, summarise
 from lightning_comm.planning.report import text_table
 
 
@@ -87,3 +89,11 @@ def test_names_and_values_are_escaped_on_the_page():
 def test_a_figure_is_drawn_for_one_seed_and_for_several(seeds, tmp_path):
     figure.draw(results(*[(0.9, 0.8)] * seeds), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_times_name_the_option_that_the_demo_has(monkeypatch):
+    few = results((0.9, 0.9)) | {"pilot": {"settings": {}, "trials": []}}
+    made = pilot_trials.trial
+    trials = [pilot_trials.ddp(), made(LIMIT, step_s=0.1, ranks=1), made("qsr", step_s=0.12, period=4, ranks=1)]
+    monkeypatch.setattr(report, "read", lambda _: summarise(trials, {}))
+    assert report.times(few)[-1].endswith("so a difference may be noise. Measure again with `--pilot-repeats 5`.")

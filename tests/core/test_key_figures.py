@@ -209,7 +209,7 @@ def test_a_rank_that_is_slow_step_by_step_is_named_though_another_has_the_longes
     pausing[20] = 100.0
     rank, slower_by, said = slow_rank_of([pausing, slow, together])
     assert (rank, slower_by) == (1, pytest.approx(0.3))
-    assert "Rank 1 on h1 is the slow one: it is busy by itself 30.0 % longer than the others (median)." in said
+    assert "Rank 1 on h1 is the slow one: by itself it is 0.77 times as fast as the others (median)." in said
 
 
 @pytest.mark.parametrize("steps", [2, 5, 9, 17, 27, 100])

@@ -30,7 +30,7 @@ def test_the_page_holds_the_numbers_it_was_given():
     assert cells(page, "By rank")[1] == ["1", "333", "0.33", "16", "25.0 %", "48.0 ms", "0.0 ms", "12.0 ms"]
     assert cells(page, "Journal of the shares") == [
         ["0", "0", "32, 32", "start"],
-        ["0", "42", "48, 16", "balance: 45 % less time expected"],
+        ["0", "42", "48, 16", "balance: 1.83 times as fast"],
     ]
     assert ["samples of the data set", "50,000"] in cells(page, "The run")
     assert "9 windows up to batch 79 of epoch 1" in page

@@ -33,7 +33,7 @@ def test_speed_score_share_and_times_of_each_rank_are_told():
     made = observed([window((32, 32), busy_s=(0.032, 0.096), fetch_s=(0.004, 0.002), step_s=0.1)])
     assert rows(made)[0] == ["1,000", "1.00", "32", "50.0%", "32.0ms", "64.0ms", "4.0ms"]
     assert rows(made)[1] == ["333", "0.33", "32", "50.0%", "96.0ms", "0.0ms", "2.0ms"]
-    assert "Rank 1 is the slowest: a sample takes it 3.00 times as long as the fastest, rank 0." in summary(made)
+    assert "Rank 1 is the slowest: 0.33 times as fast as the fastest, rank 0." in summary(made)
 
 
 def test_the_gain_of_an_even_split_is_mean_speed_by_lowest_speed_in_exact_arithmetic():
@@ -58,7 +58,7 @@ def test_sums_of_shares_are_the_batch_and_busy_and_waiting_the_time_of_the_slowe
 
 def test_observing_tells_what_balancing_would_gain_and_how_to_have_it():
     said = summary(journal([1.0, 3.0], windows=3, mode="observe"))
-    assert "The best shares (48, 16 samples) would make a step 45.3 % shorter." in said  # 48 of 106 ms
+    assert "The best shares (48, 16 samples) would be 1.83 times as fast." in said  # 48 of 106 ms
     assert '`mode="balance"` does that.' in said
     assert "make compute 2.00 times as fast, and the whole step, 10.0 ms of which no split changes, 1.83 times" in said
     assert "under the shares at the start" not in said
@@ -68,24 +68,24 @@ def test_balancing_tells_what_it_has_gained_by_medians_of_the_first_and_the_last
     said = summary(journal([1.0, 3.0], windows=9, move_after=2))
     assert (
         "A step took 106.0 ms under the shares at the start (median of 2 windows) and 58.0 ms under the last ones "
-        "(7 windows): 45.3 % less."
+        "(7 windows): 1.83 times as fast."
     ) in said
-    assert "an even split would take 106.0 ms a step at the speeds of the last windows, so these shares save" in said
-    assert "save 45.3 % of it; fixed costs of a batch make that less." in said
-    assert "Better shares would save less than 3 % more of a step: keep these shares." in said
+    assert "an even split would take 106.0 ms a step at the speeds of the last windows: these shares are" in said
+    assert "are 1.83 times as fast; fixed costs of a batch make that less." in said
+    assert "Better shares would be less than 1.03 times as fast: keep these shares." in said
 
 
 def test_a_run_that_became_slower_is_told_as_such():
     before, after = window((32, 32), busy_s=(0.03, 0.03)), window((40, 24), busy_s=(0.06, 0.03), batch=39)
     changes = (Change(0, 0, (32, 32), "start"), Change(0, 20, (40, 24), "balance"))
     said = summary(PartitionJournal(run_of(2), "balance", changes, (before, after)))
-    assert "and 70.0 ms under the last ones (1 window): 75.0 % more." in said
+    assert "and 70.0 ms under the last ones (1 window): 0.57 times as fast." in said
 
 
 @pytest.mark.parametrize(("slow", "nothing"), [(1.0, True), (1.02, True), (1.2, False)])
 def test_where_there_is_next_to_nothing_to_gain_the_even_split_is_to_be_kept_and_only_there(slow, nothing):
     said = summary(journal([1.0, slow], windows=3, mode="observe", global_batch_size=2048))
-    assert ("Better shares would save less than 3 % of a step: keep the even split." in said) == nothing
+    assert ("Better shares would be less than 1.03 times as fast: keep the even split." in said) == nothing
     assert ("All ranks are equally fast" in said) == nothing
     assert ("By the closed form" in said) != nothing
 
@@ -119,7 +119,7 @@ def test_of_64_ranks_the_slowest_16_are_shown_and_8_are_named():
     assert len(table) == 16
     assert table[0].split()[:3] == ["63", "250", "0.25"]
     assert "These are the 16 slowest ranks; 48 more are left out." in said
-    assert "Rank 63 is the slowest: a sample takes it 4.00 times as long" in said
+    assert "Rank 63 is the slowest: 0.25 times as fast" in said
     assert "51 (0.67) and 11 more." in said
     assert max(map(len, said.splitlines())) < 300
 

@@ -3,7 +3,7 @@
 import pytest
 from support.pilot_trials import ddp, trial
 
-from lightning_comm.planning.pilot import LIMIT, Spread, Trial, costs, summarise, window
+from lightning_comm.planning.pilot import LIMIT, Trial, costs, summarise, window
 from lightning_comm.planning.projection import RunPlan
 
 
@@ -65,8 +65,8 @@ def test_the_whole_run_is_projected_and_compared_in_pairs():
     found = summarise([*base, *local, *limit], plans)
     assert found["local_sgd"].run_s.values == pytest.approx((10.8, 20.8, 30.8))
     assert found["ddp"].run_s.values == pytest.approx((40.0, 40.0, 80.0))
-    assert found["local_sgd"].to_baseline.values == pytest.approx((10.8 / 40, 20.8 / 40, 30.8 / 80))
-    assert found["local_sgd"].to_limit.values == pytest.approx((1.08, 2.08, 3.08))
+    assert found["local_sgd"].speedup.values == pytest.approx((40 / 10.8, 40 / 20.8, 80 / 30.8))
+    assert found["local_sgd"].of_limit.values == pytest.approx((1 / 1.08, 1 / 2.08, 1 / 3.08))
     assert found["local_sgd"].plan.synchronisations == 2
     assert found[LIMIT].run_s is None  # of which no plan was given
     assert found["ddp"].sync_s is None
@@ -75,12 +75,22 @@ def test_the_whole_run_is_projected_and_compared_in_pairs():
 def test_without_a_plan_the_measured_steps_stand_for_the_run():
     found = summarise([trial("local_sgd", step_s=0.1, sync_s=0.4, period=4, ranks=1)], {})["local_sgd"]
     assert found.run_step_s.median == pytest.approx(0.1 + 0.4 / 4)
-    assert (found.plan, found.run_s, found.to_baseline) == (None, None, None)
+    assert (found.plan, found.run_s, found.speedup, found.of_limit) == (None, None, None, None)
 
 
 def test_a_repeat_that_only_one_strategy_has_is_in_no_ratio():
     found = summarise([ddp(0), ddp(1), trial("local_sgd", 1, step_s=0.1, period=4, ranks=1)], {})
-    assert found["local_sgd"].to_baseline.values == pytest.approx((0.5,))
+    assert found["local_sgd"].speedup.values == pytest.approx((2.0,))
+    assert found["local_sgd"].run_step_by_repeat == {1: pytest.approx(0.1)}
+
+
+@pytest.mark.parametrize(("limit_s", "shares"), [((0.1, 0.1, 0.1019), 3), ((0.1, 0.1, 0.1021), 0), ((0.1, 0.1), 0)])
+def test_shares_of_a_limit_are_given_where_it_is_steady_and_ratios_to_ddp_always(limit_s, shares):
+    trials = [trial(LIMIT, repeat, step_s=seconds, ranks=1) for repeat, seconds in enumerate(limit_s)]
+    trials += [ddp(repeat) for repeat in range(len(limit_s))]
+    found = summarise(trials, {})
+    assert len(found["ddp"].of_limit.values if found["ddp"].of_limit else ()) == shares
+    assert found[LIMIT].speedup.values == pytest.approx([0.2 / seconds for seconds in limit_s])
 
 
 def test_bytes_samples_and_exposed_time_follow_the_run():
@@ -99,11 +109,6 @@ def test_bytes_samples_and_exposed_time_follow_the_run():
 def test_what_the_profiler_could_not_measure_is_not_made_up():
     found = summarise([trial("local_sgd", step_s=0.1, period=4)], {})["local_sgd"]
     assert (found.step_bytes, found.exposed, found.samples_per_s, found.run_bytes) == (None, None, None, None)
-
-
-def test_one_repeat_has_no_spread():
-    assert Spread((3.0,)).relative == 0
-    assert Spread((3.0,)).range == (3.0, 3.0)
 
 
 def test_a_record_of_the_results_file_is_read_whole():

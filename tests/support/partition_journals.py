@@ -40,7 +40,7 @@ def journal(slowness, windows=3, move_after=None, mode="balance", **other):
         if number == move_after:
             sizes = best
             begin = divmod(20 * number + 2, made["steps"])
-            changes.append(Change(*begin, sizes, f"balance: {100 * found[-1].gain:.0f} % less time expected"))
+            changes.append(Change(*begin, sizes, f"balance: {1 / (1 - found[-1].gain):.2f} times as fast"))
         busy = [n * slow / 1000 * chance.gauss(1, made["jitter"]) for n, slow in zip(sizes, slowness, strict=True)]
         step_s = max(busy) + made["rest_s"]
         seconds += 20 * step_s
