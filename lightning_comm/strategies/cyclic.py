@@ -302,9 +302,13 @@ class CyclicStrategy(PeerAwareStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self._run is not None:
-            self._run.begin_forward()
-        return super().training_step(*args, **kwargs)
+        if self._run is None:
+            return super().training_step(*args, **kwargs)
+        self._run.begin_forward()
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            self._run.end_forward()
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:

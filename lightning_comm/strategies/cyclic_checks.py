@@ -158,11 +158,6 @@ def check_batches(trainer: Trainer) -> None:
 def module_problems(module: LightningModule) -> Iterator[str]:
     """Yield why hooks cannot follow a module, or that it communicates in its forward."""
     yield from checks.module_problems(module)
-    if not module.automatic_optimization:
-        yield (
-            "`automatic_optimization=False` lets the module step its optimizers, and here stages are updated "
-            "one by one, beside compute. Use automatic optimization with one optimizer."
-        )
     if getattr(module, "_compiler_ctx", None) is not None:
         yield (
             "a model from torch.compile runs as one piece, so it cannot be cut into stages. Leave "

@@ -121,6 +121,8 @@ class CyclicRun:
         self._untrained: UntrainedParameters | None = None
         self._began_at = self.run_began_at = 0
         self._saved_norm: float | None = None
+        self._manual = not module.automatic_optimization
+        self._training = False  # whether the module's `training_step` runs
         self._open = False  # whether there was a forward since the last step
         self._awaited = False  # whether what a forward has computed waits for its backward
         self._due = False  # whether the optimizer's step is being taken
@@ -241,8 +243,7 @@ class CyclicRun:
         if not self.active:
             return
         self._refuse_torn()
-        first, self._open = not self._open, True
-        self._awaited = True
+        self._training = self._open = self._awaited = True
         if self._uncut or self._trace is not None:
             if self._trace is not None:
                 self._trace.units()  # of a forward without a backward, whose error the module may have caught
@@ -254,10 +255,15 @@ class CyclicRun:
             self._end_turn()
             with self.agreement.first_error_shown():
                 self._stagger.begin_batch()
-        if first:
-            self._entered.clear()
         if self._stepping:
             self._ask()
+        self._enter_start()
+
+    def end_forward(self) -> None:
+        """Note that the module's training step is over, and under manual optimization all steps of the batch."""
+        self._training = False
+
+    def _enter_start(self) -> None:
         if START in self.stages[0].modules:
             self._enter(0)
 
@@ -269,16 +275,21 @@ class CyclicRun:
             self._non_finite = None  # what was computed before has been cleared, and reaches no parameter
         bad = (~torch.isfinite(loss.detach()).all()).to(torch.float64)
         self._non_finite = bad if self._non_finite is None else torch.maximum(self._non_finite, bad)
-        if self._trace is not None:
-            trace, self._trace = self._trace, None
-            rank, workers = self.recorder.rank, self.recorder.world_size
-            self._build(agreed_stages(trace.units(), self.settings, rank, workers, self._broadcast))
-            self._say_stages()
-            self._entered = set(range(len(self.stages)))
-            if self._due:
-                self._note_settings()
+        self._cut()
         if self._stagger is not None:
             self._stagger.reach(len(self.stages))
+
+    def _cut(self) -> None:
+        """Cut the model into stages, by the forward that was traced."""
+        if self._trace is None:
+            return
+        trace, self._trace = self._trace, None
+        rank, workers = self.recorder.rank, self.recorder.world_size
+        self._build(agreed_stages(trace.units(), self.settings, rank, workers, self._broadcast))
+        self._say_stages()
+        self._entered = set(range(len(self.stages)))
+        if self._due:
+            self._note_settings()
 
     def step_is_due(self, *, at_once: bool) -> None:
         """Note that this batch ends in an optimizer step, and the settings that count for it.
@@ -309,7 +320,8 @@ class CyclicRun:
         cleared = not self._handed and all(each.grad is None for each in _trained(self._user_optimizer))
         if self._open and cleared:
             self._due = False  # by a hook, or by Lightning before a validation: such a step changes nothing anywhere
-        elif self._open and self._ring is not None:
+        elif self._open:
+            self._cut()  # where no backward of Lightning's has: `loss.backward()` under manual optimization
             for stage in reversed(range(len(self.stages))):
                 if stage not in self._handed:
                     self._hand_over(stage)
@@ -365,6 +377,7 @@ class CyclicRun:
 
     def count_step(self) -> None:
         """Close the step; called after what Lightning takes for the optimizer's step."""
+        self._end_turn()
         if not self.active or not self._due:
             return
         if self._counted:
@@ -376,8 +389,11 @@ class CyclicRun:
         self._open = self._due = self._stepping = self._asked = False
         self._counted = True
         self._handed.clear()
+        self._entered.clear()
         self._ready = [0] * len(self.stages)
         self._non_finite = None
+        if self._manual and self._training:
+            self._enter_start()  # its parameters may be used for a further step of this batch, before any module is
 
     def end_batch(self) -> None:
         """Do what ranks agreed on, if a step is over; called after every batch, before other callbacks."""
@@ -411,6 +427,8 @@ class CyclicRun:
             self._decided += self._requests.decided(version - 1, notes, self.steps_done)
 
     def _on_forward(self, stage: int, *_: Any) -> None:
+        if self._manual and self._training and not self._open:
+            self._open, self._awaited = True, torch.is_grad_enabled()  # a further step in this batch
         if self._open and self._ring is not None:
             self._enter(stage)
 
@@ -451,6 +469,7 @@ class CyclicRun:
     def _on_gradient(self, stage: int, parameter: Tensor) -> None:
         self._awaited = False
         if not self._stepping:
+            self._open |= self._manual and self._training
             return
         if stage in self._handed:
             raise cyclic_checks.late_gradient(stage, self.stages[stage].modules)
