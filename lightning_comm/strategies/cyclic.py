@@ -277,7 +277,6 @@ class CyclicStrategy(PeerAwareStrategy):
         if not any(isinstance(callback, Companion) for callback in getattr(trainer, "callbacks", [])):
             return  # a trial run of a learning-rate finder, which sets callbacks aside and undoes all that it did
         lightning_internals.load_skipped_loader_states(trainer)
-        cyclic_checks.check_batches(trainer)
         run.check_start(float(trainer.num_training_batches))
         resume, self._resume = self._resume or CyclicResume(run_began_at=trainer.global_step), None
         steps_done = trainer.global_step if resume.steps_done is None else resume.steps_done

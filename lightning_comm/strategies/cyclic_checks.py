@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
@@ -144,15 +143,6 @@ def trainer_problems(trainer: Trainer, sync_batchnorm: bool) -> Iterator[str]:
                 "the callback AdaptivePartition measures how long ranks wait for each other at the end of a "
                 "step, and here they wait inside it. Leave it out, or use DDPStrategy."
             )
-
-
-def check_batches(trainer: Trainer) -> None:
-    """Refuse a run whose number of batches is not known; when loaders are there."""
-    if trainer.num_training_batches == float("inf"):
-        raise MisconfigurationException(
-            f"{WHERE}: the number of training batches is not known, and a rank that ends its epoch first would let the "
-            "others wait for its gradients. Give the Trainer `limit_train_batches=<number>`."
-        )
 
 
 def module_problems(module: LightningModule) -> Iterator[str]:
@@ -339,6 +329,16 @@ def warn_of_own_gradients(module: LightningModule) -> None:
         "or in a closure of its own. They are those of this rank, not the mean over the ranks, which does not exist in "
         "one place: what is done to them there (clipping, noise, checks) is done on each rank by itself, before the "
         "mean. Skip a step on all ranks alike, and use `clip_norm` to clip."
+    )
+
+
+def warn_of_different_rates(step: int, own: float, others: float) -> None:
+    """Say that the stages of each rank are updated with another learning rate."""
+    rank_zero_warn(
+        f"{WHERE}: learning rates differ between ranks at optimizer step {step}: {own:g} on this one, {others:g} in "
+        "the others' mean, summed over the parameter groups. Each rank updates the stages that it owns with its own "
+        "rate. Where a scheduler is stepped by hand with a metric, give it the mean: "
+        "`scheduler.step(self.trainer.strategy.reduce(metric))`."
     )
 
 

@@ -40,7 +40,7 @@ from lightning_comm.transport.cyclic_buffers import average_buffers
 from lightning_comm.transport.cyclic_guard import OptimizerGuard
 from lightning_comm.transport.cyclic_messages import StageLayout
 from lightning_comm.transport.cyclic_optimizer import SQUARED_NORM, StageOptimizer
-from lightning_comm.transport.cyclic_requests import BATCH, Requests, check_finite
+from lightning_comm.transport.cyclic_requests import BATCH, RATE, Requests, check_finite
 from lightning_comm.transport.cyclic_stages import START, ForwardTrace, Stage, not_compiled
 from lightning_comm.transport.cyclic_stagger import Stagger
 from lightning_comm.transport.cyclic_untrained import UntrainedParameters
@@ -133,6 +133,8 @@ class CyclicRun:
         self._batch = 0  # of this fit
         self._decided: list[Decision] = []
         self._batch_of: dict[int, int] = {}  # by step
+        self._rate_of: dict[int, float] = {}  # by step, the sum over the groups
+        self._warned_of_rates = False
         self._entered: set[int] = set()
         self._ready: list[int] = []
         self._handed: set[int] = set()
@@ -364,6 +366,9 @@ class CyclicRun:
     def _note_settings(self) -> None:
         if self.optimizer is not None:
             self.optimizer.note_settings(self.steps_done)
+            self._rate_of[self.steps_done] = sum(
+                float(group.get("lr", 0.0)) for group in self._user_optimizer.param_groups
+            )
 
     def end_backward(self) -> None:
         """Hand over what no hook has, and refuse parameters that had no part in the step."""
@@ -424,6 +429,7 @@ class CyclicRun:
             notes = self._notes_of(version)
             self._check_finite(version, notes)
             self._check_batch(version - 1, notes)
+            self._compare_rates(version - 1, notes)
             self._decided += self._requests.decided(version - 1, notes, self.steps_done)
 
     def _on_forward(self, stage: int, *_: Any) -> None:
@@ -492,7 +498,12 @@ class CyclicRun:
             parameter.grad = None
         self._handed.add(stage)
         notes = self._requests.notes(
-            self.steps_done, self._non_finite, self.module.device, asking=stage == _NOTED, batch=self._batch
+            self.steps_done,
+            self._non_finite,
+            self.module.device,
+            asking=stage == _NOTED,
+            batch=self._batch,
+            rate=self._rate_of[self.steps_done],
         )
         self._batch_of[self.steps_done] = self._batch
         self._ask()
@@ -601,6 +612,15 @@ class CyclicRun:
         others = notes[BATCH] - own
         if others != own * (self.recorder.world_size - 1):
             raise self.ends.told(cyclic_checks.different_batches(step, own, others, self.recorder.world_size))
+
+    def _compare_rates(self, step: int, notes: list[float]) -> None:
+        """Say that learning rates differ between ranks, where each would use its own for the stages that it owns."""
+        own = self._rate_of.pop(step)
+        others = (notes[RATE] - own) / max(1, self.recorder.world_size - 1)
+        differ = self.recorder.world_size > 1 and not math.isclose(own, others, rel_tol=1e-9)
+        if differ and not self._warned_of_rates:
+            self._warned_of_rates = True
+            cyclic_checks.warn_of_different_rates(step, own, others)
 
     def _meet(self) -> None:
         """Wait for all ranks, where the same notes have brought them to the same place."""

@@ -66,7 +66,8 @@ class Interruptions:
         self._where = where
         self._any_rank = any_rank
         self._patches = internals.Patches()
-        self._save_now = False
+        self._save_now = self._validate_now = False
+        self._validation_asked = False
         self._stop_is_agreed = False
         self._terminating = False
         self._validated: dict[str, object] | None = None
@@ -99,6 +100,7 @@ class Interruptions:
             internals.wrap_skipped_validation(trainer, patches, _without_drawing)
             self.met = True  # all ranks start together, so a stop asked for in `on_train_start` is settled now
             self._settle_stop()
+        internals.replace_timed_validation(trainer, patches, agreed=lambda: self._validate_now)
         for callback in getattr(trainer, "callbacks", []):
             if isinstance(callback, Timer):
                 internals.replace_timer_check(callback, patches, lambda why: self._run.request("stop", why))
@@ -113,6 +115,7 @@ class Interruptions:
     def _meet_in_step(self, in_step: InStep) -> None:
         def after_batch(end_of_batch: Callable[[], None]) -> None:
             self.begin_batch()  # an agreed checkpoint has been saved by now, in the hooks at the end of this batch
+            self._ask_for_validation()
             in_step.after_batch(end_of_batch)
 
         internals.wrap_loop_ends(
@@ -128,8 +131,8 @@ class Interruptions:
         self._patches.undo()
 
     def begin_batch(self) -> None:
-        """Forget that ranks met, and an agreed save; called before every batch."""
-        self.met = self._save_now = False
+        """Forget that ranks met, and what was agreed for a batch; called before every one."""
+        self.met = self._save_now = self._validate_now = False
 
     def remember_random_state(self) -> None:
         """Note the generators when validation starts, which draws from them."""
@@ -140,6 +143,9 @@ class Interruptions:
         step = self._run.steps_done
         if decision.kind == "checkpoint":
             self._save_now = True
+            return
+        if decision.kind == "validate":
+            self._validate_now, self._validation_asked = True, False
             return
         where = f"at step {step}" if decision.at_step is not None else "where each rank stands"
         rank_zero_info(f"{self._where}: {decision.reason}; all ranks agreed to {decision.kind} {where}.")
@@ -152,6 +158,12 @@ class Interruptions:
         else:
             self._requeue(int(decision.reason.rsplit(" ", 1)[-1]), None)
 
+    def _ask_for_validation(self) -> None:
+        """Ask all ranks to validate, once, when the time has come on the clock of rank 0."""
+        if self._trainer.is_global_zero and not self._validation_asked and internals.validation_is_due(self._trainer):
+            self._validation_asked = True
+            self._run.request("validate", "the time for a validation has come")
+
     def _after_batch(self, end_of_batch: Callable[[], None]) -> None:
         self._settle_stop()
         before = torch.get_rng_state() if self._trainer.enable_validation else None
@@ -160,6 +172,7 @@ class Interruptions:
         if validated is not None and before is not None:
             # Validation draws random numbers, if only to start its loader. Training goes on as if it had not been.
             set_random_state(validated | {"torch": before})
+        self._ask_for_validation()
         self._settle_stop()
 
     def _around_epoch(self, start_or_end: Callable[[], None]) -> None:
