@@ -88,9 +88,10 @@ INTERNALS = (
     Internal(_TRAINER, "_signal_connector", "to reach the handlers before they are registered"),
     Internal(_SETUP, "_val_check_time_interval", "how often validation runs, where that is a time"),
     Internal(_FIT_LOOP, "_last_val_time", "since when that time counts; each rank has its own"),
+    Internal(_EPOCH_LOOP, "_get_monitor_value", "each rank's ReduceLROnPlateau would watch a value of its own"),
     Internal(_EPOCH_LOOP, "_should_check_val_fx", "each rank's own clock would start validation"),
     Internal(_EPOCH_LOOP, "_should_check_val_epoch", "whether this epoch validates at all"),
-    Internal(_TRAINER, "_results", "to find per-step `sync_dist` logs and unsynchronised monitors by name"),
+    Internal(_TRAINER, "_results", "to find per-step `sync_dist` logs by name"),
     Internal("lightning.pytorch.callbacks.Timer", "_check_time_remaining", "a broadcast on every batch"),
     Internal("lightning.pytorch.callbacks.Timer", "_duration", "the time limit, in seconds"),
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_train_time_interval", "a broadcast on every batch"),
@@ -351,6 +352,17 @@ def validation_is_due(trainer: Trainer) -> bool:
     if interval_s is None or not trainer.fit_loop.epoch_loop._should_check_val_epoch():
         return False
     return bool(time.monotonic() - timed._last_val_time >= interval_s)
+
+
+def replace_monitor_value(
+    trainer: Trainer, patches: Patches, agreed: Callable[[str, Callable[[str], Any]], Any]
+) -> None:
+    """Hand the value that a scheduler watches to a function, with its name and what reads this rank's own."""
+
+    def monitor_value(name: str) -> Any:
+        return agreed(name, original)
+
+    original: Callable[[str], Any] = patches.set(trainer.fit_loop.epoch_loop, "_get_monitor_value", monitor_value)
 
 
 def replace_links(trainer: Trainer, patches: Patches) -> None:

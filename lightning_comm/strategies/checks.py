@@ -327,15 +327,3 @@ def resolved_period(trainer: Trainer, settings: Settings, total: int | None, sav
         "may want tuning: a larger alpha communicates less."
     )
     return resolved
-
-
-def check_plateau_monitors(trainer: Trainer, where: str) -> None:
-    """Refuse a ReduceLROnPlateau that watches a value which differs between ranks, once that value is known."""
-    monitored = {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
-    for metric in logged_metrics(trainer):
-        if metric.name in monitored and not metric.synchronised:
-            raise MisconfigurationException(
-                f"{where}: ReduceLROnPlateau watches `monitor`={metric.name!r}, which is logged without "
-                "`sync_dist=True`, so each rank would lower its learning rate when its own value says so. Log it with "
-                f"`self.log({metric.name!r}, ..., sync_dist=True)`, or as a torchmetrics object."
-            )

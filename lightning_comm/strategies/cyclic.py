@@ -35,6 +35,7 @@ from lightning_comm.strategies.cyclic_files import CyclicResume
 from lightning_comm.strategies.cyclic_run import CyclicRun
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.peer_aware import PeerAwareStrategy
+from lightning_comm.strategies.plateau import PlateauMonitors
 from lightning_comm.strategies.unregistered import UnregisteredState
 from lightning_comm.transport.agreement import Agreement, default_store
 from lightning_comm.transport.averaging import broadcast_
@@ -286,6 +287,7 @@ class CyclicStrategy(PeerAwareStrategy):
             self._ledger.load_state_dict(resume.ledger)
         self._interruptions.install()
         self._interruptions.before_validation(self.begin_evaluation)
+        PlateauMonitors(trainer, self._interruptions.patches, run.recorder, run.agreement, self.root_device, WHERE)
         if resume.random is not None:
             set_random_state(resume.random)  # last, since what comes before may draw from the generators
             if resume.epoch_is_over:
@@ -371,7 +373,6 @@ class CyclicStrategy(PeerAwareStrategy):
         assert self._trainer is not None
         if self._run.active:
             self._run.end_epoch()  # where the last batch was not known to be the last
-        checks.check_plateau_monitors(self._trainer, WHERE)
 
     # ---- meeting -------------------------------------------------------------------------------------------------
 
@@ -384,11 +385,6 @@ class CyclicStrategy(PeerAwareStrategy):
             self._interruptions.remember_random_state()
             self._interruptions.met |= not run.flushed
         self._flush(run)
-
-    def end_evaluation_epoch(self) -> None:
-        """Called by the companion when all validation batches are done and their metrics known."""
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            checks.check_plateau_monitors(self._trainer, WHERE)
 
     def finish(self) -> None:
         """Called by the companion when training ends, before any other callback."""

@@ -65,7 +65,7 @@ class Interruptions:
         self._run = run
         self._where = where
         self._any_rank = any_rank
-        self._patches = internals.Patches()
+        self.patches = internals.Patches()  # what is replaced in Lightning until the run ends
         self._save_now = self._validate_now = False
         self._validation_asked = False
         self._stop_is_agreed = False
@@ -77,7 +77,7 @@ class Interruptions:
     def install_signal_handlers(self) -> None:
         """Replace what Lightning is about to register as signal handlers."""
         self._requeue = internals.replace_signal_handlers(
-            self._trainer, self._patches, self._on_sigterm, self._on_requeue
+            self._trainer, self.patches, self._on_sigterm, self._on_requeue
         )
 
     def install(self, after_save: Callable[[], None] | None = None, in_step: InStep | None = None) -> None:
@@ -88,7 +88,7 @@ class Interruptions:
             in_step: Where ranks meet that are in step; ``None`` where they run apart.
 
         """
-        trainer, patches = self._trainer, self._patches
+        trainer, patches = self._trainer, self.patches
         if after_save is not None:
             internals.wrap_saves(trainer, patches, after_save)
         internals.leave_out_sigterm_broadcast(trainer, patches)
@@ -119,16 +119,16 @@ class Interruptions:
             in_step.after_batch(end_of_batch)
 
         internals.wrap_loop_ends(
-            self._trainer, self._patches, after_batch, in_step.around_epoch_start, in_step.around_epoch_end
+            self._trainer, self.patches, after_batch, in_step.around_epoch_start, in_step.around_epoch_end
         )
 
     def before_validation(self, call: Callable[[], None]) -> None:
         """Call a function before each validation, until this is undone."""
-        internals.before_validation(self._trainer, self._patches, call)
+        internals.before_validation(self._trainer, self.patches, call)
 
     def undo(self) -> None:
         """Leave Lightning's objects as they were."""
-        self._patches.undo()
+        self.patches.undo()
 
     def begin_batch(self) -> None:
         """Forget that ranks met, and what was agreed for a batch; called before every one."""
