@@ -550,7 +550,11 @@ class CyclicRun:
         if self._stagger is not None:
             with self.agreement.first_error_shown():
                 self._stagger.close()
-        self._ring.close()
+        if self._asked:  # for a step whose forward failed, or found no data any more, and none came after it
+            self._meet()  # so that all have received what was sent
+            self._end_lanes(self._ring)
+        else:
+            self._ring.close()
         for lane in self._lanes:
             lane.write_held()
         self._end_hooks()
@@ -565,15 +569,23 @@ class CyclicRun:
     def abandon(self) -> None:
         """Take the hooks away and end the lanes, where the run has not ended as it should."""
         self._end_hooks()
-        if self.recorder.world_size > 1 and dist.is_initialized():
-            # A thread that wakes up while Python shuts down takes the whole process with it, so none is left waiting.
-            for group in (*self._groups, *([] if self._tokens is None else [self._tokens])):
-                hang_up(group)
-        if self._ring is not None:
-            self._ring.abandon()
+        if self._tokens is not None and dist.is_initialized():
+            hang_up(self._tokens)
+        self._end_lanes(self._ring)
         if self._stagger is not None:
             self._stagger.abandon()
         self.active = False
+
+    def _end_lanes(self, ring: CyclicRing | None) -> None:
+        """End lanes that wait for messages which will not come."""
+        if ring is not None:
+            ring.give_up()
+        if self.recorder.world_size > 1 and dist.is_initialized():
+            # A thread that wakes up while Python shuts down takes the whole process with it, so none is left waiting.
+            for group in self._groups:
+                hang_up(group)
+        if ring is not None:
+            ring.abandon()
 
     def request(self, kind: Kind, reason: str) -> None:
         """Ask for something that all ranks are to do at the same step."""
