@@ -1,12 +1,19 @@
 """Manual optimization under Cyclic Data Parallelism: it trains as under DDP, wherever the module steps."""
 
+import time
+import warnings
+
 import numpy as np
+import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from support.cyclic import cyclic, deep, momentum, state
-from support.processes import launch
-from support.training import FEATURES, Regression, loader, trainer
+from support.processes import launch, outcomes
+from support.training import FEATURES, Regression, Samples, Stop, loader, trainer
 from torch import nn
+
+from lightning_comm.data.resumable import ResumableLoader
 
 STEPS = 7
 
@@ -17,6 +24,10 @@ class Manual(Regression):
     def __init__(self):
         super().__init__(deep(6), momentum, lambda step: 0.9**step)
         self.automatic_optimization = False
+        self.started = False
+
+    def on_train_start(self):
+        self.started = True
 
     def training_step(self, batch, batch_idx):
         self.losses.append(float(self.train_on(batch, batch_idx, self.optimizers(), self.lr_schedulers())))
@@ -121,9 +132,10 @@ def _trained(rank, world_size):
         answers[kind.__name__] = []
         for strategy in (DDPStrategy(), cyclic(warmup_sync_steps=10**6), cyclic(stagger="step")):
             module = kind()
-            if isinstance(strategy, DDPStrategy) is False and kind in (Root, ForwardFirst):
+            if not isinstance(strategy, DDPStrategy) and kind in (Root, ForwardFirst):
                 module.manual_backward = lambda loss, **options: loss.backward(**options)  # ddp needs Lightning's
-            runner = trainer(strategy, world_size, max_epochs=2, limit_val_batches=1, val_check_interval=3)
+            epochs = {"max_epochs": 2 if kind is Closures else 1}
+            runner = trainer(strategy, world_size, limit_val_batches=1, val_check_interval=3, **epochs)
             runner.fit(module, loader(STEPS, rank), loader(1, 90 + rank))
             answers[kind.__name__].append((state(module), runner.global_step))
     return answers
@@ -136,3 +148,186 @@ def test_every_way_to_step_by_hand_trains_as_under_ddp():
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-12, err_msg=name)
             assert np.isfinite(late).all(), name
         assert any(not np.array_equal(*each) for each in zip(synchronous[0], delayed[0], strict=True)), name
+
+
+class Automatic(Manual):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = True
+
+    training_step = Regression.training_step
+
+
+class SavesWithin(Manual):
+    """Two steps a batch; saves between them in batch 3, and after batch 3."""
+
+    folder = None
+
+    def train_on(self, batch, batch_idx, optimizer, scheduler):
+        for k in range(2):
+            optimizer.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            optimizer.step()
+            if self.folder is not None and k == 0 and batch_idx == 3:
+                self.trainer.save_checkpoint(f"{self.folder}/within.ckpt")
+        scheduler.step()
+        return loss.detach()
+
+
+def _resumed(rank, world_size, folder):
+    same = []
+    for kind in (Manual, Automatic):
+        module = kind()
+        trainer(cyclic(), world_size, max_epochs=2).fit(module, loader(STEPS, rank))
+        same.append(state(module))
+    SavesWithin.folder = folder
+    ends = []
+    for stops, path in ((False, None), (True, None), (False, f"{folder}/batch.ckpt")):
+        module = SavesWithin()
+        save = Stop(8, f"{folder}/batch.ckpt", goes_on=not stops)
+        data = ResumableLoader(Samples(4 * STEPS, rank), 4, shuffle=False, num_replicas=1, rank=0)
+        runner = trainer(cyclic(), world_size, max_epochs=2, callbacks=[] if path else [save])
+        runner.fit(module, data, ckpt_path=path)
+        ends.append((state(module), runner.global_step))
+    within = torch.load(f"{folder}/within.ckpt", weights_only=True)
+    return same, ends, within["global_step"], [each.numpy() for each in within["state_dict"].values()]
+
+
+def test_manual_optimization_is_automatic_optimization_bit_for_bit_and_resumes_in_the_middle(tmp_path):
+    for (manual, automatic), ends, step, within in launch(_resumed, 3, str(tmp_path), world_size=3):
+        assert all(map(np.array_equal, manual, automatic))
+        (whole, steps), (half, half_steps), (resumed, resumed_steps) = ends
+        assert (steps, half_steps, resumed_steps) == (4 * STEPS, 8, 4 * STEPS)
+        assert all(map(np.array_equal, whole, resumed))
+        assert not all(map(np.array_equal, whole, half))
+        assert step == 2 * STEPS + 7
+        assert all(np.isfinite(each).all() for each in within)
+
+
+class TwoOptimizers(Manual):
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[:4].parameters(), 0.1), torch.optim.LBFGS(self.net[4:].parameters())]
+
+
+class Newton(Manual):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
+
+
+class StepsTwice(Manual):
+    def train_on(self, batch, batch_idx, optimizer, scheduler):
+        super().train_on(batch, batch_idx, optimizer, scheduler)
+        optimizer.step()
+
+
+class StepsPast(Manual):
+    def train_on(self, batch, batch_idx, optimizer, scheduler):
+        return super().train_on(batch, batch_idx, self.optimizers(use_pl_optimizer=False), scheduler)
+
+
+class SkipsAlone(Manual):
+    def train_on(self, batch, batch_idx, optimizer, scheduler):
+        if batch_idx == 3 and self.trainer.global_rank:
+            return torch.zeros(())
+        return super().train_on(batch, batch_idx, optimizer, scheduler)
+
+
+class OneMore(Manual):
+    """Rank 1 takes two steps in the last batch."""
+
+    def train_on(self, batch, batch_idx, optimizer, scheduler):
+        for _ in range(2 if batch_idx == STEPS - 1 and self.trainer.global_rank else 1):
+            loss = super().train_on(batch, batch_idx, optimizer, scheduler)
+        return loss
+
+
+class SavesTooEarly(Manual):
+    """In the second step of a batch, between forward and backward."""
+
+    def train_on(self, batch, batch_idx, optimizer, scheduler):
+        loss = super().train_on(batch, batch_idx, optimizer, scheduler)
+        if batch_idx == 2:
+            again = self.loss(batch)
+            self.trainer.save_checkpoint("never.ckpt")
+            self.manual_backward(again)
+        return loss
+
+
+def _refused(rank, kind):
+    started = time.monotonic()
+    module = kind()
+    try:
+        trainer(cyclic(), 2).fit(module, loader(STEPS, rank))
+    except Exception as error:
+        dist.destroy_process_group()  # whoever refuses has left it
+        return f"{type(error).__name__}: {error}", module.started, time.monotonic() - started
+    return "ended", True, 0.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "started", "words"),
+    [
+        (TwoOptimizers, False, ["one optimizer; got 2", "GAN", "LocalUpdateStrategy", "LBFGS", "1. ", "2. "]),
+        (Newton, False, ["LBFGS", "whole gradient more than once", "SGD or AdamW"]),
+        (StepsTwice, True, ["batch 1 of this `fit`", "no backward since", "self.manual_backward(loss)"]),
+        (StepsPast, True, ["stepped by itself in batch 1", "use_pl_optimizer=False", "self.optimizers()"]),
+        (
+            SkipsAlone,
+            True,
+            ["optimizer step 3", "batch 5 on this rank", "manual optimization", "reduce_boolean_decision"],
+        ),
+        (OneMore, True, ["at optimizer step 7", "at optimizer step 8", "reduce_boolean_decision"]),
+        (SavesTooEarly, True, ["optimizer step 3", "between forward and backward", "on_train_batch_end"]),
+    ],
+)
+def test_what_cannot_be_stepped_by_hand_is_refused_on_all_ranks_by_its_reason(kind, started, words):
+    answers = [answer for answer, _ in outcomes(_refused, kind, world_size=2)]
+    for word in words:
+        assert any(word in message for message, *_ in answers), (word, answers)
+    for message, has_started, seconds in answers:
+        assert message != "ended"
+        assert has_started == started
+        assert seconds < 30
+
+
+class Clips(Manual):
+    """Clips what it finds, and steps a plateau with a metric of its own; clears nothing."""
+
+    def train_on(self, batch, batch_idx, optimizer, scheduler):
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, 0.5, "norm")
+        optimizer.step()
+        scheduler.step(batch_idx * (self.trainer.global_rank + 1.0))
+        return loss.detach()
+
+    def configure_optimizers(self):
+        optimizer = momentum(self.parameters())
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau
+        return [optimizer], [schedule(optimizer, patience=self.trainer.global_rank)]
+
+
+def _warned(rank, world_size):
+    module = Clips()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(cyclic(), world_size).fit(module, loader(STEPS, rank))
+    return [str(each.message) for each in caught if str(each.message).startswith("CyclicStrategy")], state(module)
+
+
+def test_what_differs_by_rank_in_manual_optimization_is_warned_of_once():
+    (texts, one), (others, other) = launch(_warned, 2, world_size=2)
+    (gradients,) = [text for text in texts if "gradients" in text]
+    for word in ["Clips.training_step", "by hand", "those of this rank", "gone after the step", "clip_norm"]:
+        assert word in gradients
+    (rates,) = [text for text in texts if "learning rates" in text]
+    for word in [
+        "differ between ranks at optimizer step",
+        "0.005 on this one, 0.05 in the others' mean",
+        "strategy.reduce(metric)",
+    ]:
+        assert word in rates
+    assert len(texts) == 2
+    assert others == []
+    assert all(map(np.array_equal, one, other))
