@@ -397,7 +397,7 @@ class CyclicRun:
         self._entered.clear()
         self._ready = [0] * len(self.stages)
         self._non_finite = None
-        if self._manual and self._training:
+        if self._manual:
             self._enter_start()  # its parameters may be used for a further step of this batch, before any module is
 
     def end_batch(self) -> None:
@@ -433,10 +433,14 @@ class CyclicRun:
             self._decided += self._requests.decided(version - 1, notes, self.steps_done)
 
     def _on_forward(self, stage: int, *_: Any) -> None:
-        if self._manual and self._training and not self._open:
-            self._open, self._awaited = True, torch.is_grad_enabled()  # a further step in this batch
+        if self._manual and not self._open and (self._training or self._trains_in_a_hook()):
+            # a further step in this batch
+            self._open, self._awaited = True, self._training and torch.is_grad_enabled()
         if self._open and self._ring is not None:
             self._enter(stage)
+
+    def _trains_in_a_hook(self) -> bool:
+        return bool(self.trainer.training) and torch.is_grad_enabled()
 
     def _enter(self, stage: int) -> None:
         """Put the version in place with which this step computes; at the first call of each step."""
@@ -475,7 +479,7 @@ class CyclicRun:
     def _on_gradient(self, stage: int, parameter: Tensor) -> None:
         self._awaited = False
         if not self._stepping:
-            self._open |= self._manual and self._training
+            self._open |= self._manual
             return
         if stage in self._handed:
             raise cyclic_checks.late_gradient(stage, self.stages[stage].modules)

@@ -123,7 +123,24 @@ class Root(Manual):
         return loss.detach()
 
 
-KINDS = (Manual, Closures, Accumulates, SeveralSteps, ForwardFirst, Root)
+class InHooks(Manual):
+    """Steps when the batch is over, and then trains on it once more."""
+
+    def train_on(self, batch, batch_idx, optimizer, scheduler):
+        optimizer.zero_grad()
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        return loss.detach()
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.step()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+KINDS = (InHooks, Manual, Closures, Accumulates, SeveralSteps, ForwardFirst, Root)
 
 
 def _trained(rank, world_size):
