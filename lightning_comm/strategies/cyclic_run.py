@@ -549,6 +549,8 @@ class CyclicRun:
     def finish(self) -> None:
         """End the run: all ranks hold the newest parameters, and nothing is under way."""
         if self._ring is None:
+            self._end_hooks()
+            self.active = False
             return
         self.flush()
         if self._stagger is not None:
@@ -651,6 +653,8 @@ class CyclicRun:
         return math.sqrt(sum(row[SQUARED_NORM] for row in rows))
 
     def _end_hooks(self) -> None:
+        if self._trace is not None:
+            self._trace.units()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
