@@ -103,7 +103,7 @@ class CyclicStrategy(PeerAwareStrategy):
         The step after a flush computes with it everywhere, so where flushes fall is a part of the run.
 
         *Gradients.* Are handed over during backward, so ``on_after_backward`` and ``on_before_optimizer_step`` find
-        none. Under manual optimization they are when the optimizer's ``step`` is called, and are this rank's own before.
+        none; under manual optimization they are when the optimizer's ``step`` is called, and this rank's own before.
 
         *Weights between steps* are those that this rank computed with. If something else than the optimizer changes
         them, or changes the optimizer's state, the run ends with an error that names it.

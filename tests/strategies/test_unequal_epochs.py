@@ -119,6 +119,30 @@ def test_a_module_without_an_optimizer_is_refused():
     launch(_without_optimizer, world_size=2)
 
 
+class Once:
+    """Can be gone through once, so that all epochs after the first are empty."""
+
+    def __init__(self, rank):
+        self.batches = iter(list(loader(5, rank)))
+
+    def __iter__(self):
+        return self.batches
+
+
+def _once(rank, world_size):
+    steps = {}
+    for strategy in ("rounds", "gradients", "cyclic"):
+        runner = trainer(STRATEGIES[strategy](), world_size, max_epochs=3, limit_val_batches=1)
+        runner.fit(Regression(deep(4)), Once(rank), DataLoader(Stream(2, rank), 4))
+        steps[strategy] = runner.global_step, runner.current_epoch
+    return steps
+
+
+def test_epochs_without_data_on_any_rank_are_passed_over():
+    for steps in launch(_once, 2, world_size=2):
+        assert set(steps.values()) == {(5, 3)}, steps
+
+
 def _equal(rank, world_size):
     steps = {}
     for strategy in STRATEGIES:
