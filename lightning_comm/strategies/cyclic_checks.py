@@ -343,6 +343,15 @@ def warn_of_own_gradients(module: LightningModule) -> None:
     )
 
 
+def warn_of_late_rate(step: int) -> None:
+    """Say that a learning rate was changed when a part of the step's gradients had been sent."""
+    rank_zero_warn(
+        f"{WHERE}: the learning rate was changed during the backward of optimizer step {step} or behind it, as in "
+        "`on_after_backward` or `on_before_optimizer_step`, when stages may have been updated already, so it counts "
+        "from the next step. Change it between steps, with a scheduler, or before the backward."
+    )
+
+
 def warn_of_different_rates(step: int, own: float, others: float) -> None:
     """Say that the stages of each rank are updated with another learning rate."""
     rank_zero_warn(

@@ -134,7 +134,7 @@ class CyclicRun:
         self._decided: list[Decision] = []
         self._batch_of: dict[int, int] = {}  # by step
         self._rate_of: dict[int, float] = {}  # by step, the sum over the groups
-        self._warned_of_rates = False
+        self._warned_of_rates = self._warned_of_late_rate = False
         self._entered: set[int] = set()
         self._ready: list[int] = []
         self._handed: set[int] = set()
@@ -290,11 +290,9 @@ class CyclicRun:
         self._build(agreed_stages(trace.units(), self.settings, rank, workers, self._broadcast))
         self._say_stages()
         self._entered = set(range(len(self.stages)))
-        if self._due:
-            self._note_settings()
 
     def step_is_due(self, *, at_once: bool) -> None:
-        """Note that this batch ends in an optimizer step, and the settings that count for it.
+        """Note that this batch ends in an optimizer step.
 
         Args:
             at_once: Whether gradients are handed over as backward brings them. Otherwise they are when the closure is
@@ -305,7 +303,6 @@ class CyclicRun:
             self._refuse_torn()
             self._due, self._stepping = True, at_once
             self._check_optimizer()
-            self._note_settings()
 
     def complete(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return the closure; when it is done, what no hook has is handed over."""
@@ -363,12 +360,8 @@ class CyclicRun:
         if found := self._guard.changed():
             raise cyclic_checks.changed_optimizer(self._user_optimizer, self.steps_done, found)
 
-    def _note_settings(self) -> None:
-        if self.optimizer is not None:
-            self.optimizer.note_settings(self.steps_done)
-            self._rate_of[self.steps_done] = sum(
-                float(group.get("lr", 0.0)) for group in self._user_optimizer.param_groups
-            )
+    def _rate(self) -> float:
+        return sum(float(group.get("lr", 0.0)) for group in self._user_optimizer.param_groups)
 
     def end_backward(self) -> None:
         """Hand over what no hook has, and refuse parameters that had no part in the step."""
@@ -387,6 +380,9 @@ class CyclicRun:
             return
         if self._counted:
             self._read_notes()  # of an earlier step in this batch
+        if not self._warned_of_late_rate and self._rate() != self._rate_of[self.steps_done]:
+            self._warned_of_late_rate = True
+            cyclic_checks.warn_of_late_rate(self.steps_done)
         self.steps_done += 1
         self.recorder.step = self.steps_done
         if self._guard is not None:
@@ -500,6 +496,9 @@ class CyclicRun:
             raise cyclic_checks.sparse_gradient(sparse)
         for parameter in parameters:
             parameter.grad = None
+        if not self._handed and self.optimizer is not None:  # as late as can be: the module may change them before
+            self.optimizer.note_settings(self.steps_done)
+            self._rate_of[self.steps_done] = self._rate()
         self._handed.add(stage)
         notes = self._requests.notes(
             self.steps_done,

@@ -42,13 +42,14 @@ class Manual(Regression):
 
 
 class Closures(Manual):
-    """The rate changes before the step, and by epoch; every third batch does not step."""
+    """The rate changes before the step, in its closure, and by epoch; every third batch does not step."""
 
     def train_on(self, batch, batch_idx, optimizer, scheduler):
         def evaluate():
             optimizer.zero_grad()
             loss = self.loss(batch)
             self.manual_backward(loss)
+            scheduler.step()
             return loss
 
         if batch_idx % 3 == 2:
@@ -140,7 +141,31 @@ class InHooks(Manual):
         optimizer.step()
 
 
-KINDS = (InHooks, Manual, Closures, Accumulates, SeveralSteps, ForwardFirst, Root)
+class Automatic(Manual):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = True
+
+    training_step = Regression.training_step
+
+
+class OwnRates(Automatic):
+    """Sets its learning rate in the forward, and before the backward."""
+
+    def training_step(self, batch, batch_idx):
+        self.optimizers().param_groups[0]["lr"] = 0.02 * (1 + batch_idx % 3)
+        return super().training_step(batch, batch_idx)
+
+    def on_before_backward(self, loss):
+        self.optimizers().param_groups[0]["lr"] += 0.01 * (self.global_step % 2)
+
+
+class LateRates(Automatic):
+    def on_before_optimizer_step(self, optimizer):
+        optimizer.param_groups[0]["lr"] *= 0.5
+
+
+KINDS = (OwnRates, InHooks, Manual, Closures, Accumulates, SeveralSteps, ForwardFirst, Root)
 
 
 def _trained(rank, world_size):
@@ -165,14 +190,6 @@ def test_every_way_to_step_by_hand_trains_as_under_ddp():
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-12, err_msg=name)
             assert np.isfinite(late).all(), name
         assert any(not np.array_equal(*each) for each in zip(synchronous[0], delayed[0], strict=True)), name
-
-
-class Automatic(Manual):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = True
-
-    training_step = Regression.training_step
 
 
 class SavesWithin(Manual):
@@ -325,8 +342,8 @@ class Clips(Manual):
         return [optimizer], [schedule(optimizer, patience=self.trainer.global_rank)]
 
 
-def _warned(rank, world_size):
-    module = Clips()
+def _warned(rank, world_size, kind):
+    module = kind()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(cyclic(), world_size).fit(module, loader(STEPS, rank))
@@ -334,7 +351,7 @@ def _warned(rank, world_size):
 
 
 def test_what_differs_by_rank_in_manual_optimization_is_warned_of_once():
-    (texts, one), (others, other) = launch(_warned, 2, world_size=2)
+    (texts, one), (others, other) = launch(_warned, 2, Clips, world_size=2)
     (gradients,) = [text for text in texts if "gradients" in text]
     for word in ["Clips.training_step", "by hand", "those of this rank", "gone after the step", "clip_norm"]:
         assert word in gradients
@@ -348,3 +365,10 @@ def test_what_differs_by_rank_in_manual_optimization_is_warned_of_once():
     assert len(texts) == 2
     assert others == []
     assert all(map(np.array_equal, one, other))
+
+
+def test_a_rate_that_is_set_when_gradients_have_been_sent_is_warned_of_once():
+    (texts, _), _ = launch(_warned, 2, LateRates, world_size=2)
+    (text,) = [text for text in texts if "learning rate was changed" in text]
+    for word in ["backward of optimizer step 0 or behind it", "counts from the next step", "with a scheduler"]:
+        assert word in text
