@@ -86,8 +86,12 @@ INTERNALS = (
     Internal(_SIGNALS, "_slurm_sigusr_handler_fn", "saves inside a signal handler, which is no place for a collective"),
     Internal(_SIGNALS, "received_sigterm", "set on all ranks at once, after the agreement"),
     Internal(_TRAINER, "_signal_connector", "to reach the handlers before they are registered"),
-    Internal(_SETUP, "_val_check_time_interval", "each rank's own clock starts validation, so it is refused"),
-    Internal(_TRAINER, "_results", "to find per-step `sync_dist` logs and unsynchronised monitors by name"),
+    Internal(_SETUP, "_val_check_time_interval", "how often validation runs, where that is a time"),
+    Internal(_FIT_LOOP, "_last_val_time", "since when that time counts; each rank has its own"),
+    Internal(_EPOCH_LOOP, "_get_monitor_value", "each rank's ReduceLROnPlateau would watch a value of its own"),
+    Internal(_EPOCH_LOOP, "_should_check_val_fx", "each rank's own clock would start validation"),
+    Internal(_EPOCH_LOOP, "_should_check_val_epoch", "whether this epoch validates at all"),
+    Internal(_TRAINER, "_results", "to find per-step `sync_dist` logs by name"),
     Internal("lightning.pytorch.callbacks.Timer", "_check_time_remaining", "a broadcast on every batch"),
     Internal("lightning.pytorch.callbacks.Timer", "_duration", "the time limit, in seconds"),
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_train_time_interval", "a broadcast on every batch"),
@@ -327,6 +331,43 @@ def replace_timed_checkpoint(
     original = patches.set(callback, "on_train_batch_end", on_train_batch_end)
 
 
+def replace_timed_validation(trainer: Trainer, patches: Patches, agreed: Callable[[], bool]) -> None:
+    """Let validation by the clock (``val_check_interval`` as a time) run where all ranks have agreed to."""
+    timed = cast(Any, trainer)
+    if timed._val_check_time_interval is None:
+        return
+
+    def should_check(data_fetcher: Any) -> bool:
+        # the test itself is Lightning's, which has more reasons to validate; it is told that the time is up, or not
+        last, timed._last_val_time = timed._last_val_time, float("-inf") if agreed() else float("inf")
+        try:
+            return original(data_fetcher)
+        finally:
+            timed._last_val_time = last
+
+    original: Callable[[Any], bool] = patches.set(trainer.fit_loop.epoch_loop, "_should_check_val_fx", should_check)
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether the time after which validation runs is up on this rank's clock."""
+    timed = cast(Any, trainer)
+    interval_s: float | None = timed._val_check_time_interval
+    if interval_s is None or not trainer.fit_loop.epoch_loop._should_check_val_epoch():
+        return False
+    return bool(time.monotonic() - timed._last_val_time >= interval_s)
+
+
+def replace_monitor_value(
+    trainer: Trainer, patches: Patches, agreed: Callable[[str, Callable[[str], Any]], Any]
+) -> None:
+    """Hand the value that a scheduler watches to a function, with its name and what reads this rank's own."""
+
+    def monitor_value(name: str) -> Any:
+        return agreed(name, original)
+
+    original: Callable[[str], Any] = patches.set(trainer.fit_loop.epoch_loop, "_get_monitor_value", monitor_value)
+
+
 def replace_links(trainer: Trainer, patches: Patches) -> None:
     """Let ``ModelCheckpoint(save_last="link")`` point to a whole checkpoint at any time.
 
@@ -474,11 +515,6 @@ def timeout_of(strategy: Strategy) -> timedelta:
     """Return how long messages of a strategy wait for other ranks."""
     timeout = getattr(strategy, "_timeout", None)
     return timeout if isinstance(timeout, timedelta) else timedelta(minutes=30)
-
-
-def validates_by_the_clock(trainer: Trainer) -> bool:
-    """Whether ``val_check_interval`` is a time, so that each rank's own clock starts validation."""
-    return getattr(trainer, "_val_check_time_interval", None) is not None
 
 
 def weight_average_of(callback: Callback) -> Module | None:

@@ -21,7 +21,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticPeriod, RoundClock
-from lightning_comm.lightning_internals import logged_metrics, validates_by_the_clock
+from lightning_comm.lightning_internals import logged_metrics
 from lightning_comm.refusals import refuse
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.transport.averaging import Averaging
@@ -131,11 +131,6 @@ def trainer_problems(trainer: Trainer, sync_batchnorm: bool) -> Iterator[str]:
         yield (
             "`Trainer(sync_batchnorm=True)` talks to all ranks in every forward, so nothing would be saved "
             "and ranks could not run apart. Leave it out; BatchNorm statistics are averaged with the weights."
-        )
-    if validates_by_the_clock(trainer):
-        yield (
-            "`Trainer(val_check_interval=...)` is a time, so each rank would validate when its own clock "
-            "says so, and wait there for ever for the others. Give a number of batches or a share of the epoch."
         )
     for callback in getattr(trainer, "callbacks", []):
         if isinstance(callback, ModelPruning):
@@ -332,15 +327,3 @@ def resolved_period(trainer: Trainer, settings: Settings, total: int | None, sav
         "may want tuning: a larger alpha communicates less."
     )
     return resolved
-
-
-def check_plateau_monitors(trainer: Trainer, where: str) -> None:
-    """Refuse a ReduceLROnPlateau that watches a value which differs between ranks, once that value is known."""
-    monitored = {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
-    for metric in logged_metrics(trainer):
-        if metric.name in monitored and not metric.synchronised:
-            raise MisconfigurationException(
-                f"{where}: ReduceLROnPlateau watches `monitor`={metric.name!r}, which is logged without "
-                "`sync_dist=True`, so each rank would lower its learning rate when its own value says so. Log it with "
-                f"`self.log({metric.name!r}, ..., sync_dist=True)`, or as a torchmetrics object."
-            )

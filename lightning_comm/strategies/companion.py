@@ -18,9 +18,6 @@ class Accompanied(Protocol):
     def begin_evaluation(self) -> None:
         """Validation begins."""
 
-    def end_evaluation_epoch(self) -> None:
-        """All validation batches are done and their metrics known."""
-
     def finish(self) -> None:
         """Training is over."""
 
@@ -50,10 +47,6 @@ class Companion(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._strategy.begin_evaluation()
-
-    @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._strategy.end_evaluation_epoch()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -43,6 +43,7 @@ from lightning_comm.strategies.compression_run import CompressionRun
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.loss_scale import loss_scale
 from lightning_comm.strategies.peer_aware import PeerAwareStrategy
+from lightning_comm.strategies.plateau import PlateauMonitors
 from lightning_comm.strategies.run_length import restore_accumulation
 from lightning_comm.strategies.sparse_mask import PrunedWeights, optimizer_problems
 from lightning_comm.transport.agreement import Agreement, default_store
@@ -319,6 +320,9 @@ class CompressedDDPStrategy(PeerAwareStrategy):
             return  # a trial run of a learning-rate finder, which sets callbacks aside and undoes all that it did
         run.check_start(float(trainer.num_training_batches))
         self._interruptions.install(in_step=run)
+        assert self._failures is not None
+        patches, recorder = self._interruptions.patches, Recorder(self._ledger)
+        PlateauMonitors(trainer, patches, recorder, self._failures, self.root_device, _WHERE)
         run.settle()
 
     @override

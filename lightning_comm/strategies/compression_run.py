@@ -180,7 +180,7 @@ class CompressionRun:
             rows = gather_json(mine, self._recorder, self._module.device, "control")
         for kind, reason in {kind: reason for row in reversed(rows) for kind, reason in row}.items():
             decision = Decision(kind, reason, self._trainer.global_step)
-            if kind == "stop":
+            if kind in ("stop", "validate"):  # which count for the end of this batch
                 self.on_decision(decision)
             elif all(each.kind != kind for each in self._decided):
                 self._decided.append(decision)

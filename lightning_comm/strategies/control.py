@@ -118,6 +118,7 @@ def warn_of_different_rates(rows: list[ControlRow]) -> bool:
     if differ:
         rank_zero_warn(
             f"LocalUpdateStrategy: learning rates differ between ranks at step {int(rows[0].steps_done)}: {lrs} by "
-            "rank. The period follows rank 0. A scheduler that watches a metric needs it logged with `sync_dist=True`."
+            "rank. The period follows rank 0. Where a scheduler is stepped by hand with a metric, give it the mean: "
+            "`scheduler.step(self.trainer.strategy.reduce(metric))`."
         )
     return differ

@@ -34,6 +34,7 @@ from lightning_comm.strategies.cyclic_files import CyclicResume
 from lightning_comm.strategies.cyclic_run import CyclicRun
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.peer_aware import PeerAwareStrategy
+from lightning_comm.strategies.plateau import PlateauMonitors
 from lightning_comm.strategies.unregistered import UnregisteredState
 from lightning_comm.transport.agreement import Agreement, default_store
 from lightning_comm.transport.averaging import broadcast_
@@ -101,7 +102,7 @@ class CyclicStrategy(PeerAwareStrategy):
         The step after a flush computes with it everywhere, so where flushes fall is a part of the run.
 
         *Gradients.* Are handed over during backward, so ``on_after_backward`` and ``on_before_optimizer_step`` find
-        none.
+        none; under manual optimization they are when the optimizer's ``step`` is called, and this rank's own before.
 
         *Weights between steps* are those that this rank computed with. If something else than the optimizer changes
         them, or changes the optimizer's state, the run ends with an error that names it.
@@ -276,7 +277,6 @@ class CyclicStrategy(PeerAwareStrategy):
         if not any(isinstance(callback, Companion) for callback in getattr(trainer, "callbacks", [])):
             return  # a trial run of a learning-rate finder, which sets callbacks aside and undoes all that it did
         lightning_internals.load_skipped_loader_states(trainer)
-        cyclic_checks.check_batches(trainer)
         run.check_start(float(trainer.num_training_batches))
         resume, self._resume = self._resume or CyclicResume(run_began_at=trainer.global_step), None
         steps_done = trainer.global_step if resume.steps_done is None else resume.steps_done
@@ -286,6 +286,7 @@ class CyclicStrategy(PeerAwareStrategy):
             self._ledger.load_state_dict(resume.ledger)
         self._interruptions.install()
         self._interruptions.before_validation(self.begin_evaluation)
+        PlateauMonitors(trainer, self._interruptions.patches, run.recorder, run.agreement, self.root_device, WHERE)
         if resume.random is not None:
             set_random_state(resume.random)  # last, since what comes before may draw from the generators
             if resume.epoch_is_over:
@@ -301,9 +302,13 @@ class CyclicStrategy(PeerAwareStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self._run is not None:
-            self._run.begin_forward()
-        return super().training_step(*args, **kwargs)
+        if self._run is None:
+            return super().training_step(*args, **kwargs)
+        self._run.begin_forward()
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            self._run.end_forward()
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
@@ -367,7 +372,6 @@ class CyclicStrategy(PeerAwareStrategy):
         assert self._trainer is not None
         if self._run.active:
             self._run.end_epoch()  # where the last batch was not known to be the last
-        checks.check_plateau_monitors(self._trainer, WHERE)
 
     # ---- meeting -------------------------------------------------------------------------------------------------
 
@@ -380,11 +384,6 @@ class CyclicStrategy(PeerAwareStrategy):
             self._interruptions.remember_random_state()
             self._interruptions.met |= not run.flushed
         self._flush(run)
-
-    def end_evaluation_epoch(self) -> None:
-        """Called by the companion when all validation batches are done and their metrics known."""
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            checks.check_plateau_monitors(self._trainer, WHERE)
 
     def finish(self) -> None:
         """Called by the companion when training ends, before any other callback."""

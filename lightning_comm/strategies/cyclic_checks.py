@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
@@ -146,23 +145,9 @@ def trainer_problems(trainer: Trainer, sync_batchnorm: bool) -> Iterator[str]:
             )
 
 
-def check_batches(trainer: Trainer) -> None:
-    """Refuse a run whose number of batches is not known; when loaders are there."""
-    if trainer.num_training_batches == float("inf"):
-        raise MisconfigurationException(
-            f"{WHERE}: the number of training batches is not known, and a rank that ends its epoch first would let the "
-            "others wait for its gradients. Give the Trainer `limit_train_batches=<number>`."
-        )
-
-
 def module_problems(module: LightningModule) -> Iterator[str]:
     """Yield why hooks cannot follow a module, or that it communicates in its forward."""
     yield from checks.module_problems(module)
-    if not module.automatic_optimization:
-        yield (
-            "`automatic_optimization=False` lets the module step its optimizers, and here stages are updated "
-            "one by one, beside compute. Use automatic optimization with one optimizer."
-        )
     if getattr(module, "_compiler_ctx", None) is not None:
         yield (
             "a model from torch.compile runs as one piece, so it cannot be cut into stages. Leave "
@@ -204,9 +189,14 @@ def optimizer_problems(module: LightningModule, optimizers: list[Optimizer]) -> 
     """Yield why there is not one optimizer that can update stages one by one."""
     if len(optimizers) != 1:
         yield (
-            f"`configure_optimizers` must return one optimizer; got {len(optimizers)}. Use parameter groups "
-            "for parts with other settings."
+            f"`configure_optimizers` must return one optimizer; got {len(optimizers)}, and a rank would not know which "
+            "of them the gradient that comes round the ring is for. Use one with parameter groups for parts with other "
+            "settings; where parts are trained by losses of their own (a GAN), LocalUpdateStrategy or "
+            "CompressedDDPStrategy, which work with several."
         )
+        for each in optimizers:
+            if (problem := why_not_by_stage(each)) is not None:
+                yield f"the optimizer {problem}"
         return
     optimizer = optimizers[0]
     names = [base.__name__ for base in type(optimizer).__mro__]
@@ -246,7 +236,7 @@ def warn_of_gradient_hooks(trainer: Trainer, module: LightningModule) -> None:
     found = [
         f"{type(each).__name__}.{hook}"
         for each, parent in [(module, LightningModule), *((each, Callback) for each in callbacks)]
-        for hook in ("on_after_backward", "on_before_optimizer_step")
+        for hook in ("on_after_backward", "on_before_optimizer_step")[not module.automatic_optimization :]
         if is_overridden(hook, each, parent)
     ]
     if found:
@@ -291,7 +281,8 @@ def without_backward(step: int, batch: int) -> RuntimeError:
     return RuntimeError(
         f"{WHERE}: the optimizer's `step` was called in batch {batch} of this `fit`, for optimizer step {step}, with "
         "no backward since the step before, whose gradients are handed over and not kept. Compute gradients once for "
-        "each step: `optimizer.step(closure=optimizer_closure)`, or `optimizer_closure()` and then `optimizer.step()`."
+        "each step: `optimizer.step(closure=optimizer_closure)`, or `optimizer_closure()` and then `optimizer.step()`; "
+        "under manual optimization `self.manual_backward(loss)` before each `optimizer.step()`."
     )
 
 
@@ -331,7 +322,7 @@ def different_batches(step: int, own: int, others: float, world_size: int) -> Ru
     return RuntimeError(
         f"{WHERE}: ranks do not take optimizer step {step} in the same batch of this `fit`: batch {own} on this rank, "
         f"{what}. A rank has left out a step that others took, or has ended an epoch before them. Step on all ranks "
-        "alike: where `optimizer_step` skips a step, decide it with "
+        "alike: where `optimizer_step` or manual optimization skips a step, decide it with "
         "`self.trainer.strategy.reduce_boolean_decision(skip, all=False)`; and give all the same number of batches "
         "(`limit_train_batches`)."
     )
@@ -339,11 +330,35 @@ def different_batches(step: int, own: int, others: float, world_size: int) -> Ru
 
 def warn_of_own_gradients(module: LightningModule) -> None:
     """Say what the gradients are that the module's own `optimizer_step` finds."""
+    what = (
+        "optimizer_step` computes gradients before it calls the optimizer's `step`, or in a closure of its own. They "
+        if module.automatic_optimization
+        else "training_step` steps the optimizer by hand, and the gradients that it finds before that "
+    )
     rank_zero_warn(
-        f"{WHERE}: `{type(module).__name__}.optimizer_step` computes gradients before it calls the optimizer's `step`, "
-        "or in a closure of its own. They are those of this rank, not the mean over the ranks, which does not exist in "
-        "one place: what is done to them there (clipping, noise, checks) is done on each rank by itself, before the "
-        "mean. Skip a step on all ranks alike, and use `clip_norm` to clip."
+        f"{WHERE}: `{type(module).__name__}.{what}are those of this rank, not the mean over the ranks, which does not "
+        "exist in one place: what is done to them there (clipping, noise, checks) is done on each rank by itself, "
+        "before the mean. They are gone after the step, cleared or not. Skip a step on all ranks alike, and use "
+        "`clip_norm` to clip."
+    )
+
+
+def warn_of_late_rate(step: int) -> None:
+    """Say that a learning rate was changed when a part of the step's gradients had been sent."""
+    rank_zero_warn(
+        f"{WHERE}: the learning rate was changed during the backward of optimizer step {step} or behind it, as in "
+        "`on_after_backward` or `on_before_optimizer_step`, when stages may have been updated already, so it counts "
+        "from the next step. Change it between steps, with a scheduler, or before the backward."
+    )
+
+
+def warn_of_different_rates(step: int, own: float, others: float) -> None:
+    """Say that the stages of each rank are updated with another learning rate."""
+    rank_zero_warn(
+        f"{WHERE}: learning rates differ between ranks at optimizer step {step}: {own:g} on this one, {others:g} in "
+        "the others' mean, summed over the parameter groups. Each rank updates the stages that it owns with its own "
+        "rate. Where a scheduler is stepped by hand with a metric, give it the mean: "
+        "`scheduler.step(self.trainer.strategy.reduce(metric))`."
     )
 
 

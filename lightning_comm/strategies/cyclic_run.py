@@ -40,7 +40,7 @@ from lightning_comm.transport.cyclic_buffers import average_buffers
 from lightning_comm.transport.cyclic_guard import OptimizerGuard
 from lightning_comm.transport.cyclic_messages import StageLayout
 from lightning_comm.transport.cyclic_optimizer import SQUARED_NORM, StageOptimizer
-from lightning_comm.transport.cyclic_requests import BATCH, Requests, check_finite
+from lightning_comm.transport.cyclic_requests import BATCH, RATE, Requests, check_finite
 from lightning_comm.transport.cyclic_stages import START, ForwardTrace, Stage, not_compiled
 from lightning_comm.transport.cyclic_stagger import Stagger
 from lightning_comm.transport.cyclic_untrained import UntrainedParameters
@@ -121,6 +121,8 @@ class CyclicRun:
         self._untrained: UntrainedParameters | None = None
         self._began_at = self.run_began_at = 0
         self._saved_norm: float | None = None
+        self._manual = not module.automatic_optimization
+        self._training = False  # whether the module's `training_step` runs
         self._open = False  # whether there was a forward since the last step
         self._awaited = False  # whether what a forward has computed waits for its backward
         self._due = False  # whether the optimizer's step is being taken
@@ -131,6 +133,8 @@ class CyclicRun:
         self._batch = 0  # of this fit
         self._decided: list[Decision] = []
         self._batch_of: dict[int, int] = {}  # by step
+        self._rate_of: dict[int, float] = {}  # by step, the sum over the groups
+        self._warned_of_rates = self._warned_of_late_rate = False
         self._entered: set[int] = set()
         self._ready: list[int] = []
         self._handed: set[int] = set()
@@ -241,8 +245,7 @@ class CyclicRun:
         if not self.active:
             return
         self._refuse_torn()
-        first, self._open = not self._open, True
-        self._awaited = True
+        self._training = self._open = self._awaited = True
         if self._uncut or self._trace is not None:
             if self._trace is not None:
                 self._trace.units()  # of a forward without a backward, whose error the module may have caught
@@ -254,10 +257,15 @@ class CyclicRun:
             self._end_turn()
             with self.agreement.first_error_shown():
                 self._stagger.begin_batch()
-        if first:
-            self._entered.clear()
         if self._stepping:
             self._ask()
+        self._enter_start()
+
+    def end_forward(self) -> None:
+        """Note that the module's training step is over, and under manual optimization all steps of the batch."""
+        self._training = False
+
+    def _enter_start(self) -> None:
         if START in self.stages[0].modules:
             self._enter(0)
 
@@ -269,19 +277,22 @@ class CyclicRun:
             self._non_finite = None  # what was computed before has been cleared, and reaches no parameter
         bad = (~torch.isfinite(loss.detach()).all()).to(torch.float64)
         self._non_finite = bad if self._non_finite is None else torch.maximum(self._non_finite, bad)
-        if self._trace is not None:
-            trace, self._trace = self._trace, None
-            rank, workers = self.recorder.rank, self.recorder.world_size
-            self._build(agreed_stages(trace.units(), self.settings, rank, workers, self._broadcast))
-            self._say_stages()
-            self._entered = set(range(len(self.stages)))
-            if self._due:
-                self._note_settings()
+        self._cut()
         if self._stagger is not None:
             self._stagger.reach(len(self.stages))
 
+    def _cut(self) -> None:
+        """Cut the model into stages, by the forward that was traced."""
+        if self._trace is None:
+            return
+        trace, self._trace = self._trace, None
+        rank, workers = self.recorder.rank, self.recorder.world_size
+        self._build(agreed_stages(trace.units(), self.settings, rank, workers, self._broadcast))
+        self._say_stages()
+        self._entered = set(range(len(self.stages)))
+
     def step_is_due(self, *, at_once: bool) -> None:
-        """Note that this batch ends in an optimizer step, and the settings that count for it.
+        """Note that this batch ends in an optimizer step.
 
         Args:
             at_once: Whether gradients are handed over as backward brings them. Otherwise they are when the closure is
@@ -292,7 +303,6 @@ class CyclicRun:
             self._refuse_torn()
             self._due, self._stepping = True, at_once
             self._check_optimizer()
-            self._note_settings()
 
     def complete(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return the closure; when it is done, what no hook has is handed over."""
@@ -309,7 +319,8 @@ class CyclicRun:
         cleared = not self._handed and all(each.grad is None for each in _trained(self._user_optimizer))
         if self._open and cleared:
             self._due = False  # by a hook, or by Lightning before a validation: such a step changes nothing anywhere
-        elif self._open and self._ring is not None:
+        elif self._open:
+            self._cut()  # where no backward of Lightning's has: `loss.backward()` under manual optimization
             for stage in reversed(range(len(self.stages))):
                 if stage not in self._handed:
                     self._hand_over(stage)
@@ -349,9 +360,8 @@ class CyclicRun:
         if found := self._guard.changed():
             raise cyclic_checks.changed_optimizer(self._user_optimizer, self.steps_done, found)
 
-    def _note_settings(self) -> None:
-        if self.optimizer is not None:
-            self.optimizer.note_settings(self.steps_done)
+    def _rate(self) -> float:
+        return sum(float(group.get("lr", 0.0)) for group in self._user_optimizer.param_groups)
 
     def end_backward(self) -> None:
         """Hand over what no hook has, and refuse parameters that had no part in the step."""
@@ -365,10 +375,14 @@ class CyclicRun:
 
     def count_step(self) -> None:
         """Close the step; called after what Lightning takes for the optimizer's step."""
+        self._end_turn()
         if not self.active or not self._due:
             return
         if self._counted:
             self._read_notes()  # of an earlier step in this batch
+        if not self._warned_of_late_rate and self._rate() != self._rate_of[self.steps_done]:
+            self._warned_of_late_rate = True
+            cyclic_checks.warn_of_late_rate(self.steps_done)
         self.steps_done += 1
         self.recorder.step = self.steps_done
         if self._guard is not None:
@@ -376,8 +390,11 @@ class CyclicRun:
         self._open = self._due = self._stepping = self._asked = False
         self._counted = True
         self._handed.clear()
+        self._entered.clear()
         self._ready = [0] * len(self.stages)
         self._non_finite = None
+        if self._manual:
+            self._enter_start()  # its parameters may be used for a further step of this batch, before any module is
 
     def end_batch(self) -> None:
         """Do what ranks agreed on, if a step is over; called after every batch, before other callbacks."""
@@ -408,11 +425,18 @@ class CyclicRun:
             notes = self._notes_of(version)
             self._check_finite(version, notes)
             self._check_batch(version - 1, notes)
+            self._compare_rates(version - 1, notes)
             self._decided += self._requests.decided(version - 1, notes, self.steps_done)
 
     def _on_forward(self, stage: int, *_: Any) -> None:
+        if self._manual and not self._open and (self._training or self._trains_in_a_hook()):
+            # a further step in this batch
+            self._open, self._awaited = True, self._training and torch.is_grad_enabled()
         if self._open and self._ring is not None:
             self._enter(stage)
+
+    def _trains_in_a_hook(self) -> bool:
+        return bool(self.trainer.training) and torch.is_grad_enabled()
 
     def _enter(self, stage: int) -> None:
         """Put the version in place with which this step computes; at the first call of each step."""
@@ -451,6 +475,7 @@ class CyclicRun:
     def _on_gradient(self, stage: int, parameter: Tensor) -> None:
         self._awaited = False
         if not self._stepping:
+            self._open |= self._manual
             return
         if stage in self._handed:
             raise cyclic_checks.late_gradient(stage, self.stages[stage].modules)
@@ -471,9 +496,17 @@ class CyclicRun:
             raise cyclic_checks.sparse_gradient(sparse)
         for parameter in parameters:
             parameter.grad = None
+        if not self._handed and self.optimizer is not None:  # as late as can be: the module may change them before
+            self.optimizer.note_settings(self.steps_done)
+            self._rate_of[self.steps_done] = self._rate()
         self._handed.add(stage)
         notes = self._requests.notes(
-            self.steps_done, self._non_finite, self.module.device, asking=stage == _NOTED, batch=self._batch
+            self.steps_done,
+            self._non_finite,
+            self.module.device,
+            asking=stage == _NOTED,
+            batch=self._batch,
+            rate=self._rate_of[self.steps_done],
         )
         self._batch_of[self.steps_done] = self._batch
         self._ask()
@@ -515,12 +548,18 @@ class CyclicRun:
     def finish(self) -> None:
         """End the run: all ranks hold the newest parameters, and nothing is under way."""
         if self._ring is None:
+            self._end_hooks()
+            self.active = False
             return
         self.flush()
         if self._stagger is not None:
             with self.agreement.first_error_shown():
                 self._stagger.close()
-        self._ring.close()
+        if self._asked:  # for a step whose forward failed, or found no data any more, and none came after it
+            self._meet()  # so that all have received what was sent
+            self._end_lanes(self._ring)
+        else:
+            self._ring.close()
         for lane in self._lanes:
             lane.write_held()
         self._end_hooks()
@@ -535,15 +574,23 @@ class CyclicRun:
     def abandon(self) -> None:
         """Take the hooks away and end the lanes, where the run has not ended as it should."""
         self._end_hooks()
-        if self.recorder.world_size > 1 and dist.is_initialized():
-            # A thread that wakes up while Python shuts down takes the whole process with it, so none is left waiting.
-            for group in (*self._groups, *([] if self._tokens is None else [self._tokens])):
-                hang_up(group)
-        if self._ring is not None:
-            self._ring.abandon()
+        if self._tokens is not None and dist.is_initialized():
+            hang_up(self._tokens)
+        self._end_lanes(self._ring)
         if self._stagger is not None:
             self._stagger.abandon()
         self.active = False
+
+    def _end_lanes(self, ring: CyclicRing | None) -> None:
+        """End lanes that wait for messages which will not come."""
+        if ring is not None:
+            ring.give_up()
+        if self.recorder.world_size > 1 and dist.is_initialized():
+            # A thread that wakes up while Python shuts down takes the whole process with it, so none is left waiting.
+            for group in self._groups:
+                hang_up(group)
+        if ring is not None:
+            ring.abandon()
 
     def request(self, kind: Kind, reason: str) -> None:
         """Ask for something that all ranks are to do at the same step."""
@@ -585,6 +632,15 @@ class CyclicRun:
         if others != own * (self.recorder.world_size - 1):
             raise self.ends.told(cyclic_checks.different_batches(step, own, others, self.recorder.world_size))
 
+    def _compare_rates(self, step: int, notes: list[float]) -> None:
+        """Say that learning rates differ between ranks, where each would use its own for the stages that it owns."""
+        own = self._rate_of.pop(step)
+        others = (notes[RATE] - own) / max(1, self.recorder.world_size - 1)
+        differ = self.recorder.world_size > 1 and not math.isclose(own, others, rel_tol=1e-9)
+        if differ and not self._warned_of_rates:
+            self._warned_of_rates = True
+            cyclic_checks.warn_of_different_rates(step, own, others)
+
     def _meet(self) -> None:
         """Wait for all ranks, where the same notes have brought them to the same place."""
         with self.agreement.first_error_shown():
@@ -598,6 +654,8 @@ class CyclicRun:
         return math.sqrt(sum(row[SQUARED_NORM] for row in rows))
 
     def _end_hooks(self) -> None:
+        if self._trace is not None:
+            self._trace.units()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

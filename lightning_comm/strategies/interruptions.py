@@ -65,8 +65,9 @@ class Interruptions:
         self._run = run
         self._where = where
         self._any_rank = any_rank
-        self._patches = internals.Patches()
-        self._save_now = False
+        self.patches = internals.Patches()  # what is replaced in Lightning until the run ends
+        self._save_now = self._validate_now = False
+        self._validation_asked = False
         self._stop_is_agreed = False
         self._terminating = False
         self._validated: dict[str, object] | None = None
@@ -76,7 +77,7 @@ class Interruptions:
     def install_signal_handlers(self) -> None:
         """Replace what Lightning is about to register as signal handlers."""
         self._requeue = internals.replace_signal_handlers(
-            self._trainer, self._patches, self._on_sigterm, self._on_requeue
+            self._trainer, self.patches, self._on_sigterm, self._on_requeue
         )
 
     def install(self, after_save: Callable[[], None] | None = None, in_step: InStep | None = None) -> None:
@@ -87,7 +88,7 @@ class Interruptions:
             in_step: Where ranks meet that are in step; ``None`` where they run apart.
 
         """
-        trainer, patches = self._trainer, self._patches
+        trainer, patches = self._trainer, self.patches
         if after_save is not None:
             internals.wrap_saves(trainer, patches, after_save)
         internals.leave_out_sigterm_broadcast(trainer, patches)
@@ -99,6 +100,7 @@ class Interruptions:
             internals.wrap_skipped_validation(trainer, patches, _without_drawing)
             self.met = True  # all ranks start together, so a stop asked for in `on_train_start` is settled now
             self._settle_stop()
+        internals.replace_timed_validation(trainer, patches, agreed=lambda: self._validate_now)
         for callback in getattr(trainer, "callbacks", []):
             if isinstance(callback, Timer):
                 internals.replace_timer_check(callback, patches, lambda why: self._run.request("stop", why))
@@ -113,23 +115,24 @@ class Interruptions:
     def _meet_in_step(self, in_step: InStep) -> None:
         def after_batch(end_of_batch: Callable[[], None]) -> None:
             self.begin_batch()  # an agreed checkpoint has been saved by now, in the hooks at the end of this batch
+            self._ask_for_validation()
             in_step.after_batch(end_of_batch)
 
         internals.wrap_loop_ends(
-            self._trainer, self._patches, after_batch, in_step.around_epoch_start, in_step.around_epoch_end
+            self._trainer, self.patches, after_batch, in_step.around_epoch_start, in_step.around_epoch_end
         )
 
     def before_validation(self, call: Callable[[], None]) -> None:
         """Call a function before each validation, until this is undone."""
-        internals.before_validation(self._trainer, self._patches, call)
+        internals.before_validation(self._trainer, self.patches, call)
 
     def undo(self) -> None:
         """Leave Lightning's objects as they were."""
-        self._patches.undo()
+        self.patches.undo()
 
     def begin_batch(self) -> None:
-        """Forget that ranks met, and an agreed save; called before every batch."""
-        self.met = self._save_now = False
+        """Forget that ranks met, and what was agreed for a batch; called before every one."""
+        self.met = self._save_now = self._validate_now = False
 
     def remember_random_state(self) -> None:
         """Note the generators when validation starts, which draws from them."""
@@ -140,6 +143,9 @@ class Interruptions:
         step = self._run.steps_done
         if decision.kind == "checkpoint":
             self._save_now = True
+            return
+        if decision.kind == "validate":
+            self._validate_now, self._validation_asked = True, False
             return
         where = f"at step {step}" if decision.at_step is not None else "where each rank stands"
         rank_zero_info(f"{self._where}: {decision.reason}; all ranks agreed to {decision.kind} {where}.")
@@ -152,6 +158,12 @@ class Interruptions:
         else:
             self._requeue(int(decision.reason.rsplit(" ", 1)[-1]), None)
 
+    def _ask_for_validation(self) -> None:
+        """Ask all ranks to validate, once, when the time has come on the clock of rank 0."""
+        if self._trainer.is_global_zero and not self._validation_asked and internals.validation_is_due(self._trainer):
+            self._validation_asked = True
+            self._run.request("validate", "the time for a validation has come")
+
     def _after_batch(self, end_of_batch: Callable[[], None]) -> None:
         self._settle_stop()
         before = torch.get_rng_state() if self._trainer.enable_validation else None
@@ -160,6 +172,7 @@ class Interruptions:
         if validated is not None and before is not None:
             # Validation draws random numbers, if only to start its loader. Training goes on as if it had not been.
             set_random_state(validated | {"torch": before})
+        self._ask_for_validation()
         self._settle_stop()
 
     def _around_epoch(self, start_or_end: Callable[[], None]) -> None:

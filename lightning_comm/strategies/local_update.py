@@ -35,6 +35,7 @@ from lightning_comm.strategies.group_numbers import GroupNumbers
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
 from lightning_comm.strategies.peer_aware import PeerAwareStrategy
+from lightning_comm.strategies.plateau import PlateauMonitors
 from lightning_comm.strategies.run_length import restore_accumulation, total_steps
 from lightning_comm.strategies.sample_weights import SampleWeights
 from lightning_comm.strategies.settings import Round, Settings
@@ -349,6 +350,8 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         if self.world_size > 1:
             rank_zero_info(f"LocalUpdateStrategy: {local_update_line.plan_of(trainer, run)}")
         self._interruptions.install(after_save=run.leave_checkpoint)
+        patches = self._interruptions.patches
+        PlateauMonitors(trainer, patches, run.recorder, run.agreement, self.root_device, "LocalUpdateStrategy")
         self._resume = None
         if own is not None:
             set_random_state(own["random"])  # last, since what comes before may draw from the generators
@@ -415,7 +418,6 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         assert self._trainer is not None
         if self._run.active:
             self._run.end_epoch()  # where the last batch was not known to be the last
-        checks.check_plateau_monitors(self._trainer, "LocalUpdateStrategy")
         checks.warn_of_uncounted_steps(self._run.clock.steps_done)
         if self._trainer.num_training_batches == float("inf"):
             self._run.meet_at_epoch_end()
@@ -436,11 +438,6 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         run.compare_places()
         if run.settings.evaluate_weights == "average":
             run.enter_average("evaluation")
-
-    def end_evaluation_epoch(self) -> None:
-        """Called by the companion when all validation batches are done and their metrics known."""
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            checks.check_plateau_monitors(self._trainer, "LocalUpdateStrategy")
 
     @override
     def on_validation_end(self) -> None:

@@ -429,7 +429,7 @@ class LocalUpdateRun:
             if not self.standing:
                 self._meet(stand=True)
                 self.stand()
-        elif decision.kind != "checkpoint" and self.apart and not self.in_gradient_phase:
+        elif decision.kind not in ("checkpoint", "validate") and self.apart and not self.in_gradient_phase:
             self.synchronise(in_full=True)
         self.agreement.settled()
         self.on_decision(decision)

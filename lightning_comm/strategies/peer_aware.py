@@ -191,9 +191,6 @@ class PeerAwareStrategy(DDPStrategy):
     def begin_evaluation(self) -> None:
         """Called by the companion when validation starts."""
 
-    def end_evaluation_epoch(self) -> None:
-        """Called by the companion when all validation batches are done and their metrics known."""
-
     def finish(self) -> None:
         """Called by the companion when training ends, before any other callback."""
 

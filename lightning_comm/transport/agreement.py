@@ -28,7 +28,7 @@ from lightning_comm.transport.store_client import StoreLostError
 from lightning_comm.transport.store_client import default_store as default_store
 
 _T = TypeVar("_T")
-Kind = Literal["stop", "terminate", "requeue", "checkpoint"]
+Kind = Literal["stop", "terminate", "requeue", "checkpoint", "validate"]
 
 _MOVING = "moving"  # in place of a position: that rank trains on
 _SHARE, _LONGEST_S = 0.01, 4.0  # of the time for looking into the store; how long that may delay the next look

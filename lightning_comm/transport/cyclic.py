@@ -105,7 +105,7 @@ class CyclicRing:
         self._notes: dict[int, dict[int, list[float]]] = defaultdict(dict)  # by version and stage
         self._changed = threading.Condition()
         self._error: BaseException | None = None
-        self._closed = False
+        self._closed = self._given_up = False
         self._lanes: list[threading.Thread] = []
         self._steps: list[SimpleQueue[int | None]] = []  # by lane
         for stages in [[stage] for stage in schedule.order()] if in_any_order else [list(schedule.order())]:
@@ -173,9 +173,13 @@ class CyclicRing:
         if self._link is not None:
             self._link.close()
 
-    def abandon(self) -> None:
-        """End the lanes where another rank is gone, or this one is about to go, once the group has been hung up."""
+    def give_up(self) -> None:
+        """Let the lanes end, and their errors no longer count: the group is about to be hung up."""
+        self._given_up = True
         self._stop()
+
+    def abandon(self) -> None:
+        """Wait for lanes that were given up, where another rank is gone or has nothing more to send."""
         if self._device.type != "cpu" or self._schedule.workers == 1:
             return
         until_s = time.monotonic() + _END_S
@@ -317,7 +321,8 @@ class CyclicRing:
             return
         except BaseException as error:  # raised where compute looks for it
             with self._changed:
-                self._error = self._error or error
+                if not self._given_up:
+                    self._error = self._error or error
                 self._changed.notify_all()
 
     def _wait(self, condition: Callable[[], bool], listen: Callable[[], None]) -> None:

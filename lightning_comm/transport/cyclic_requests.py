@@ -9,8 +9,12 @@ from lightning_comm.transport.agreement import Decision, KeyValueStore, Kind
 from lightning_comm.transport.cyclic_messages import NOTES
 
 _KINDS: tuple[Kind, ...] = get_args(Kind)
-NON_FINITE, NON_FINITE_RANKS = len(_KINDS), len(_KINDS) + 1  # how many losses were not finite; the sum of their ranks
-BATCH = len(_KINDS) + 2  # the sum of the numbers of the batches in which ranks take the step
+# How many ranks ask for each kind: three counts in one number, the first in its lowest digits. The sums over the ranks
+# stay whole numbers below 2**53.
+_IN_A_NUMBER, _BASE = 3, 2**17
+RATE = 3  # the sum of the learning rates of the step
+NON_FINITE, NON_FINITE_RANKS = 4, 5  # how many losses were not finite; the sum of their ranks
+BATCH = 6  # the sum of the numbers of the batches in which ranks take the step
 
 
 class Requests:
@@ -33,13 +37,21 @@ class Requests:
     def __init__(self, store: KeyValueStore, rank: int, namespace: str) -> None:
         self._store, self._rank, self._namespace = store, rank, namespace
         self._wanted: dict[Kind, str] = {}
+        self._acted_at: dict[Kind, int] = {}
 
     def ask(self, kind: Kind, reason: str) -> None:
         """Ask for something; it travels with the next gradient. A signal handler may call this."""
         self._wanted.setdefault(kind, f"rank {self._rank}: {reason}")
 
     def notes(
-        self, step: int, non_finite: Tensor | None, device: torch.device, *, asking: bool, batch: int = 0
+        self,
+        step: int,
+        non_finite: Tensor | None,
+        device: torch.device,
+        *,
+        asking: bool,
+        batch: int = 0,
+        rate: float = 0.0,
     ) -> Tensor:
         """Return this rank's notes of a step and stage.
 
@@ -50,13 +62,16 @@ class Requests:
             asking: Whether this is the stage whose notes all ranks read: what was asked for since its last ones is
                 counted into these, and into those of no other stage.
             batch: In which batch of the fit this rank takes the step.
+            rate: The sum of its learning rates there, over the groups.
 
         """
         row = [0.0] * NOTES
         row[BATCH] = float(batch)
+        row[RATE] = rate
         for kind in tuple(self._wanted) if asking else ():
             self._store.compare_set(self._key(kind, step), "", self._wanted.pop(kind))
-            row[_KINDS.index(kind)] = 1.0
+            number, digit = divmod(_KINDS.index(kind), _IN_A_NUMBER)
+            row[number] += _BASE**digit
         notes = torch.tensor(row, dtype=torch.float64, device=device)
         if non_finite is not None:
             notes[NON_FINITE] = non_finite
@@ -66,13 +81,23 @@ class Requests:
     def decided(self, step: int, notes: list[float], at_step: int) -> list[Decision]:
         """Return what all ranks do now, from the summed notes of a step.
 
+        What was asked for again before it was done, by this rank or another one, is done with it.
+
         Args:
             step: Whose notes.
             notes: Their sum over the ranks.
             at_step: Optimizer steps done now.
 
         """
-        kinds = [kind for kind, count in zip(_KINDS, notes, strict=False) if count > 0]
+        kinds = [
+            kind
+            for place, kind in enumerate(_KINDS)
+            if int(notes[place // _IN_A_NUMBER]) // _BASE ** (place % _IN_A_NUMBER) % _BASE
+            and step >= self._acted_at.get(kind, 0)
+        ]
+        for kind in kinds:
+            self._acted_at[kind] = at_step
+            self._wanted.pop(kind, None)
         return [Decision(kind, self._store.get(self._key(kind, step)).decode(), at_step) for kind in kinds]
 
     def _key(self, kind: Kind, step: int) -> str:

@@ -60,7 +60,7 @@ class EpochEnds:
         self._namespace, self._where = f"{namespace}/ends", where
         self._agreement, self._hang_up, self._timeout_s = agreement, hang_up, timeout_s
         self._begun = 0, 0  # the epoch, and the number of the batch in it
-        self._reached: tuple[str, Place] | None = None  # until the others are there too
+        self._reached: tuple[str, int, Place] | None = None  # where, and in which epoch, until the others are there too
         self._last_epoch = -1  # that all ranks have ended
         self._meetings = 0
         self.needed = False  # whether ranks may come apart by batches or steps; the same on all ranks
@@ -106,12 +106,12 @@ class EpochEnds:
                 self._wait(*self._reached, meanwhile)
             self._reached = None
 
-    def _wait(self, key: str, mine: Place, meanwhile: Callable[[], bool]) -> None:
+    def _wait(self, key: str, epoch: int, mine: Place, meanwhile: Callable[[], bool]) -> None:
         places, pause_s, until_s = {self._rank: mine}, _LOOK_S, time.monotonic() + self._timeout_s
         while len(places) < self._world_size:
-            further = self._look(key, mine, places)
+            further = self._look(key, epoch, mine, places)
             if further or any(place != mine for place in places.values()):
-                raise self.told(unequal_epochs(self._where, self._begun[0], self._world_size, places, further))
+                raise self.told(unequal_epochs(self._where, epoch, self._world_size, places, further))
             if meanwhile():
                 break
             if len(places) < self._world_size:
@@ -129,19 +129,19 @@ class EpochEnds:
 
     def _reach(self, key: str, epoch: int, steps: int) -> None:
         place = Place(self._begun[1] if self._begun[0] == epoch else 0, steps)
-        self._reached = key, place
+        self._reached = key, epoch, place
         with self._agreement.first_error_shown("a look into the store"):
             self._store.set(f"{self._namespace}/{key}/{self._rank}", f"{place.batches} {place.steps}")
 
-    def _look(self, key: str, mine: Place, places: dict[int, Place]) -> dict[int, int]:
+    def _look(self, key: str, epoch: int, mine: Place, places: dict[int, Place]) -> dict[int, int]:
         """Add who else is there by now; return the batches of those that go on in the same epoch."""
         further: dict[int, int] = {}
         for rank in set(range(self._world_size)) - set(places):
             if (place := self._numbers(f"{self._namespace}/{key}/{rank}")) is not None:
                 places[rank] = Place(*place)
                 continue
-            epoch, number = self._numbers(f"{self._namespace}/begun/{rank}") or (-1, 0)
-            if epoch == self._begun[0] and number > mine.batches:
+            begun, number = self._numbers(f"{self._namespace}/begun/{rank}") or (-1, 0)
+            if begun == epoch and number > mine.batches:
                 further[rank] = number
         return further
 

@@ -93,15 +93,15 @@ def descend(model: nn.Module, rank: int, step: int, batch_size: int = 4) -> None
 
 
 class Stop(Callback):
-    """Saves a checkpoint after a step, and ends the run there."""
+    """Saves a checkpoint after a step, and ends the run there, unless it goes on."""
 
-    def __init__(self, step: int, path: str) -> None:
-        self.step, self.path = step, path
+    def __init__(self, step: int, path: str, *, goes_on: bool = False) -> None:
+        self.step, self.path, self.goes_on = step, path, goes_on
 
     def on_train_batch_end(self, runner: Trainer, *args: Any) -> None:
         if runner.global_step == self.step:
             runner.save_checkpoint(self.path)
-            runner.should_stop = True
+            runner.should_stop = not self.goes_on
 
 
 def own_file(path: Any, rank: int) -> Path:

@@ -1,0 +1,109 @@
+"""`val_check_interval` as a time: rank 0's clock says when, and all ranks validate after the same batch."""
+
+import time
+from datetime import timedelta
+
+import numpy as np
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from support.cyclic import cyclic, deep
+from support.processes import launch
+from support.training import Regression, loader, local_update, sample, trainer, weights
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_comm import Averaging, CompressedDDPStrategy, FixedPeriod
+
+STRATEGIES = {
+    "cyclic": cyclic,
+    "rounds": lambda: local_update(FixedPeriod(5)),
+    "overlap": lambda: local_update(FixedPeriod(8), averaging=Averaging(overlap_steps=2)),
+    "gradients": lambda: local_update(FixedPeriod(4), gradient_steps=1000),
+    "compressed": lambda: CompressedDDPStrategy("bf16", timeout=timedelta(seconds=40)),
+}
+
+
+class Endless(IterableDataset):
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __iter__(self):
+        index = 0
+        while True:
+            yield sample(self.rank, index)
+            index += 1
+
+
+class Paced(Regression):
+    """Rank 1 takes three times as long as rank 0, and its own clock is always late, or always early."""
+
+    def __init__(self, rank, early):
+        super().__init__(deep(6))
+        self.rank, self.early, self.validated = rank, early, []
+
+    def training_step(self, batch, batch_idx):
+        time.sleep(0.002 + 0.004 * self.rank)
+        if self.rank:
+            self.trainer._last_val_time = float("-inf" if self.early else "inf")
+        return super().training_step(batch, batch_idx)
+
+    def on_validation_start(self):
+        if not self.trainer.sanity_checking:
+            self.validated.append((self.trainer.global_step, time.monotonic()))
+
+
+RUNS = {
+    "endless": {"max_steps": 60, "max_epochs": -1, "val_check_interval": timedelta(seconds=0.12)},
+    "epochs": {"max_epochs": 2, "val_check_interval": {"seconds": 0.12}, "accumulate_grad_batches": 2},
+}
+
+
+def _timed(rank, world_size):
+    answers = {}
+    for name, strategy in STRATEGIES.items():
+        for kind, options in RUNS.items():
+            if kind == "epochs" and name not in ("cyclic", "rounds"):
+                continue
+            module = Paced(rank, early=kind == "endless")
+            runner = trainer(strategy(), world_size, limit_val_batches=1, num_sanity_val_steps=0, **options)
+            data = DataLoader(Endless(rank), 4) if kind == "endless" else loader(41, rank)
+            began = time.monotonic()
+            runner.fit(module, data, loader(1, 90 + rank))
+            steps = [step for step, _ in module.validated]
+            answers[name, kind] = steps, [at - began for _, at in module.validated], weights(module)
+    return answers
+
+
+def test_all_ranks_validate_after_the_same_batch_whatever_their_clocks_say():
+    one, other = launch(_timed, 2, world_size=2, timeout_s=120)
+    assert len(one) == 7
+    for name, (steps, times, final) in one.items():
+        assert len(steps) >= 1, name
+        assert (np.diff([0.0, *times]) >= 0.12).all(), (name, times)  # on the clock of rank 0
+        assert steps == other[name][0], name
+        for mine, others in zip(final, other[name][2], strict=True):
+            assert np.array_equal(mine, others), name
+
+
+class Saves(Callback):
+    """When, and after which step, something is saved."""
+
+    def __init__(self):
+        self.at = []
+
+    def on_save_checkpoint(self, runner, module, checkpoint):
+        self.at.append((runner.global_step, time.monotonic()))
+
+
+def _saved(rank, world_size, folder):
+    save = ModelCheckpoint(folder, train_time_interval=timedelta(seconds=0.12), save_top_k=-1)
+    saves = Saves()
+    runner = trainer(cyclic(), world_size, callbacks=[save, saves], enable_checkpointing=True)
+    runner.fit(Paced(rank, early=True), loader(45, rank))
+    return [step for step, _ in saves.at], [at for _, at in saves.at]
+
+
+def test_a_checkpoint_by_the_clock_is_saved_once_though_both_ranks_ask_for_it(tmp_path):
+    (steps, times), (others, _) = launch(_saved, 2, str(tmp_path), world_size=2)
+    assert steps == others
+    assert len(steps) >= 2
+    assert (np.diff(times) >= 0.12).all()
