@@ -82,12 +82,14 @@ INTERNALS = (
     Internal(f"{_COMBINED_LOADER}._ModeIterator", "_idx", "how many batches of a pass have been handed out"),
     Internal(_EPOCH_LOOP, "restarted_on_train_batch_end", "a batch that is counted only as the resumed loop begins"),
     Internal(_EPOCH_LOOP, "_batches_that_stepped", "the axis on which Lightning logs everything"),
+    Internal(_EPOCH_LOOP, "_should_accumulate", "metrics of a batch that only accumulates are not logged"),
+    Internal(_TRAINER, "_logger_connector", "whether the metrics of this batch are logged"),
     Internal(_SIGNALS, "_sigterm_notifier_fn", "starts a broadcast inside a signal handler"),
     Internal(_SIGNALS, "_slurm_sigusr_handler_fn", "saves inside a signal handler, which is no place for a collective"),
     Internal(_SIGNALS, "received_sigterm", "set on all ranks at once, after the agreement"),
     Internal(_TRAINER, "_signal_connector", "to reach the handlers before they are registered"),
     Internal(_SETUP, "_val_check_time_interval", "each rank's own clock starts validation, so it is refused"),
-    Internal(_TRAINER, "_results", "to find per-step `sync_dist` logs and unsynchronised monitors by name"),
+    Internal(_TRAINER, "_results", "per-step `sync_dist` logs, unsynchronised monitors and a logged `step`, by name"),
     Internal("lightning.pytorch.callbacks.Timer", "_check_time_remaining", "a broadcast on every batch"),
     Internal("lightning.pytorch.callbacks.Timer", "_duration", "the time limit, in seconds"),
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_train_time_interval", "a broadcast on every batch"),
@@ -426,12 +428,21 @@ def place_in_run(trainer: Trainer) -> tuple[int, int]:
     return epochs, done
 
 
-def logged_step(trainer: Trainer) -> int:
-    """Return how many batches have stepped when the present one ends, whatever the optimizers: Lightning's log axis.
+def logged_step(trainer: Trainer) -> int | None:
+    """Return the step at which Lightning is about to log the metrics of this batch; ``None`` if it does not log them.
 
-    Under automatic optimization that is ``trainer.global_step``, which otherwise counts each optimizer.
+    For ``on_train_batch_end`` alone: before it, the metrics are not complete, and after it the step may have been
+    logged. It counts batches that step, whatever the number of optimizers, from 0; a module that logs a metric of the
+    name ``"step"`` puts what is logged with it there instead.
     """
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped) + 1
+    loop, module = trainer.fit_loop.epoch_loop, trainer.lightning_module
+    if module.automatic_optimization and loop._should_accumulate():
+        return None
+    if not (trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False)):
+        return None
+    results = trainer._results
+    own = None if results is None else results.metrics(on_step=True)["log"].get("step")
+    return int(loop._batches_that_stepped if own is None else own)
 
 
 def close_finished_epoch(loops: dict[str, Any] | None) -> None:
@@ -453,6 +464,8 @@ def close_finished_epoch(loops: dict[str, Any] | None) -> None:
     last_batch = batches["is_last_batch"] and batches["total"]["completed"] == batches["total"]["processed"] - 1
     if not (processed or last_batch):
         return
+    if not processed:  # saved before the batch was counted on the axis of the loggers
+        fit["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
     stages = ("ready", "started", "processed", "completed")
     for part in ("total", "current"):
         epochs[part].update(dict.fromkeys(stages, epochs[part]["started"]))
