@@ -19,6 +19,7 @@ from typing import Any, cast
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.core import optimizer as optimizer_parsing
 from lightning.pytorch.loops.optimization.closure import AbstractClosure
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -75,6 +76,9 @@ INTERNALS = (
     Internal(_FIT_LOOP, "on_advance_end", "the same at the end of an epoch"),
     Internal(_EVALUATION_LOOP, "on_run_start", "a module may merge weights when it is told that it evaluates"),
     Internal(_EVALUATION_LOOP, "increment_progress_to_evaluation_end", "draws random numbers in a resumed run"),
+    Internal(
+        "lightning.pytorch.core.optimizer", "_configure_optimizers", "its KeyError is a dictionary without an optimizer"
+    ),
     Internal(_FIT_LOOP, "_combined_loader", "to see whether a loader has a state of its own"),
     Internal(_FIT_LOOP, "_data_fetcher", "made before the random state is restored, so it is begun again"),
     Internal(_FIT_LOOP, "_load_combined_loader_states", "skipped where `configure_optimizers` loads the data first"),
@@ -522,6 +526,12 @@ def logged_metrics(trainer: Trainer) -> Iterator[LoggedMetric]:
         meta = result.meta
         is_metric = not result.is_tensor
         yield LoggedMetric(meta.name, bool(meta.sync.should) or is_metric, bool(meta.on_step), is_metric)
+
+
+def is_without_optimizer(error: KeyError) -> bool:
+    """Whether an error is Lightning's word for a dictionary of ``configure_optimizers`` that has no optimizer."""
+    places = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return error.args == ("optimizer",) and places[-1] is optimizer_parsing._configure_optimizers.__code__
 
 
 def is_own_closure(closure: object) -> bool:

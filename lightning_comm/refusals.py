@@ -86,4 +86,5 @@ class Refusals:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._problems and (error is None or isinstance(error, Exception)):
-            raise RefusedSetUp(self._where, self._problems) from error
+            found = error.problems if isinstance(error, RefusedSetUp) else []
+            raise RefusedSetUp(self._where, [*self._problems, *found]) from error

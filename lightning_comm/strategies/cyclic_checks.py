@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_comm.core.cyclic import RULES, CyclicSchedule, Rule
 from lightning_comm.refusals import refuse
-from lightning_comm.strategies import checks
+from lightning_comm.strategies import checks, model_checks
 from lightning_comm.transport.cyclic_update import ClipBy, clips_by_itself, why_not_by_stage
 from lightning_comm.transport.optimizer_trial import why_not_by_parameter
 from lightning_comm.transport.shared_memory import shared
@@ -202,6 +202,9 @@ def _memory_problems(module: LightningModule) -> Iterator[str]:
 
 def optimizer_problems(module: LightningModule, optimizers: list[Optimizer]) -> Iterator[str]:
     """Yield why there is not one optimizer that can update stages one by one."""
+    if model_checks.has_no_optimizer(optimizers):
+        yield model_checks.no_optimizer(module, "there are no stages to update")
+        return
     if len(optimizers) != 1:
         yield (
             f"`configure_optimizers` must return one optimizer; got {len(optimizers)}. Use parameter groups "

@@ -27,7 +27,7 @@ from lightning_comm import lightning_internals
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update import PeriodRule
 from lightning_comm.refusals import Refusals
-from lightning_comm.strategies import checks, control, rank_files, run_state, sparse_mask
+from lightning_comm.strategies import checks, control, model_checks, rank_files, run_state, sparse_mask
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.loading import load_together
 from lightning_comm.strategies.companion import Companion
@@ -267,8 +267,10 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         with Refusals("LocalUpdateStrategy") as refusals:
             refusals.add(checks.trainer_problems(trainer, self._layer_sync is not None))
             refusals.add(checks.module_problems(module))
+            if self.settings.starts_with_gradients:
+                refusals.add(model_checks.trained_problems(module))
             super().setup(trainer)
-            refusals.add(checks.optimizer_problems(self.optimizers, self.settings))
+            refusals.add(checks.optimizer_problems(module, self.optimizers, self.settings))
             if isinstance(self.settings.averaging.method, SparseMask):
                 refusals.add(sparse_mask.optimizer_problems(self.optimizers))
         store = default_store() if self._peers is None else self._peers.store
@@ -299,7 +301,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        if self.settings.starts_with_gradients:
+        if self.settings.starts_with_gradients or model_checks.lazy_names(self.lightning_module):
             super().configure_ddp()  # DDP compares the models and gives all ranks the weights of rank 0
             return
         assert self.model is not None
