@@ -24,7 +24,9 @@ from lightning.pytorch.loops.optimization.closure import AbstractClosure
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.trainer.connectors import signal_connector
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.rank_zero import rank_prefixed_message, rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
@@ -96,6 +98,7 @@ INTERNALS = (
     Internal(_TRAINER, "_results", "per-step `sync_dist` logs, unsynchronised monitors and a logged `step`, by name"),
     Internal("lightning.pytorch.callbacks.Timer", "_check_time_remaining", "a broadcast on every batch"),
     Internal("lightning.pytorch.callbacks.Timer", "_duration", "the time limit, in seconds"),
+    Internal("lightning.pytorch.callbacks.Timer", "_verbose", "whether it says that time is up"),
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_train_time_interval", "a broadcast on every batch"),
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_last_time_checked", "to make the agreed save happen"),
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_link_checkpoint", "takes the old link away first"),
@@ -273,11 +276,21 @@ def replace_signal_handlers(
 ) -> Callable[[int, Any], None]:
     """Replace the handlers, before Lightning registers them; return the original of the requeue signal."""
     connector = trainer._signal_connector
-    patches.set(connector, "_sigterm_notifier_fn", lambda signum, _: on_sigterm(signum))
+
+    def sigterm(signum: int, _: Any) -> None:
+        _say_sigterm(trainer, signum)
+        on_sigterm(signum)
+
+    patches.set(connector, "_sigterm_notifier_fn", sigterm)
     original: Callable[[int, Any], None] = patches.set(
         connector, "_slurm_sigusr_handler_fn", lambda signum, _: on_requeue(signum)
     )
     return original
+
+
+def _say_sigterm(trainer: Trainer, signum: int) -> None:
+    """Say what Lightning's own handler says first, where users and their tools look for it."""
+    signal_connector.log.info(rank_prefixed_message(f"Received SIGTERM: {signum}", trainer.local_rank))
 
 
 def only_note_sigterm(trainer: Trainer, patches: Patches) -> None:
@@ -285,6 +298,7 @@ def only_note_sigterm(trainer: Trainer, patches: Patches) -> None:
     connector = trainer._signal_connector
 
     def note(signum: int, _: Any) -> None:
+        _say_sigterm(trainer, signum)
         launcher = trainer.strategy.launcher
         if not connector.received_sigterm and launcher is not None:
             launcher.kill(signum)
@@ -304,9 +318,21 @@ def replace_timer_check(timer: Timer, patches: Patches, on_time: Callable[[str],
     def check(_: Trainer) -> None:
         limit_s = timer._duration
         if limit_s is not None and timer.time_elapsed() >= limit_s:
-            on_time(f"the time limit of {limit_s:g} s is reached")
+            on_time(_time_is_up(timer))
 
     patches.set(timer, "_check_time_remaining", check)
+
+
+def _time_is_up(timer: Timer) -> str:
+    return f"the time limit of {timer._duration or 0:g} s is reached"
+
+
+def say_time_is_up(trainer: Trainer, reason: str) -> None:
+    """Say what Lightning says where a :class:`Timer` ends a run, if that is the reason for which all ranks stop."""
+    for callback in getattr(trainer, "callbacks", []):
+        if isinstance(callback, Timer) and callback._verbose and reason.endswith(_time_is_up(callback)):
+            elapsed = timedelta(seconds=int(callback.time_elapsed(RunningStage.TRAINING)))
+            rank_zero_info(f"Time limit reached. Elapsed time is {elapsed}. Signaling Trainer to stop.")
 
 
 def replace_timed_checkpoint(

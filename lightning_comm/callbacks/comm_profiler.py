@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_comm.callbacks.comm_profiler_session import Session
@@ -207,7 +208,8 @@ class CommProfiler(Callback):
     @_never_ends_training
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._session is not None:  # here, since parameters may be frozen and unfrozen between epochs
-            dense = 4 * sum(each.numel() for each in pl_module.parameters() if each.requires_grad)
+            trained = (each for each in pl_module.parameters() if each.requires_grad and not is_lazy(each))
+            dense = 4 * sum(each.numel() for each in trained)  # lazy ones have no size before the first forward
             self._session.dense_bytes = wire_bytes("all_reduce", dense, trainer.world_size)
             self._session.automatic = pl_module.automatic_optimization
 
