@@ -19,11 +19,14 @@ from typing import Any, NamedTuple, cast
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.core import optimizer as optimizer_parsing
 from lightning.pytorch.loops.optimization.closure import AbstractClosure
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.trainer.connectors import signal_connector
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.rank_zero import rank_prefixed_message, rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
@@ -75,6 +78,9 @@ INTERNALS = (
     Internal(_FIT_LOOP, "on_advance_end", "the same at the end of an epoch"),
     Internal(_EVALUATION_LOOP, "on_run_start", "a module may merge weights when it is told that it evaluates"),
     Internal(_EVALUATION_LOOP, "increment_progress_to_evaluation_end", "draws random numbers in a resumed run"),
+    Internal(
+        "lightning.pytorch.core.optimizer", "_configure_optimizers", "its KeyError is a dictionary without an optimizer"
+    ),
     Internal(_FIT_LOOP, "_combined_loader", "to see whether a loader has a state of its own"),
     Internal(_FIT_LOOP, "_data_fetcher", "made before the random state is restored, so it is begun again"),
     Internal(_FIT_LOOP, "_load_combined_loader_states", "skipped where `configure_optimizers` loads the data first"),
@@ -82,6 +88,8 @@ INTERNALS = (
     Internal(f"{_COMBINED_LOADER}._ModeIterator", "_idx", "how many batches of a pass have been handed out"),
     Internal(_EPOCH_LOOP, "restarted_on_train_batch_end", "a batch that is counted only as the resumed loop begins"),
     Internal(_EPOCH_LOOP, "_batches_that_stepped", "the axis on which Lightning logs everything"),
+    Internal(_EPOCH_LOOP, "_should_accumulate", "metrics of a batch that only accumulates are not logged"),
+    Internal(_TRAINER, "_logger_connector", "whether the metrics of this batch are logged"),
     Internal(_SIGNALS, "_sigterm_notifier_fn", "starts a broadcast inside a signal handler"),
     Internal(_SIGNALS, "_slurm_sigusr_handler_fn", "saves inside a signal handler, which is no place for a collective"),
     Internal(_SIGNALS, "received_sigterm", "set on all ranks at once, after the agreement"),
@@ -91,9 +99,10 @@ INTERNALS = (
     Internal(_EPOCH_LOOP, "_get_monitor_value", "each rank's ReduceLROnPlateau would watch a value of its own"),
     Internal(_EPOCH_LOOP, "_should_check_val_fx", "each rank's own clock would start validation"),
     Internal(_EPOCH_LOOP, "_should_check_val_epoch", "whether this epoch validates at all"),
-    Internal(_TRAINER, "_results", "to find per-step `sync_dist` logs by name"),
+    Internal(_TRAINER, "_results", "per-step `sync_dist` logs, unsynchronised monitors and a logged `step`, by name"),
     Internal("lightning.pytorch.callbacks.Timer", "_check_time_remaining", "a broadcast on every batch"),
     Internal("lightning.pytorch.callbacks.Timer", "_duration", "the time limit, in seconds"),
+    Internal("lightning.pytorch.callbacks.Timer", "_verbose", "whether it says that time is up"),
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_train_time_interval", "a broadcast on every batch"),
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_last_time_checked", "to make the agreed save happen"),
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_link_checkpoint", "takes the old link away first"),
@@ -274,11 +283,21 @@ def replace_signal_handlers(
 ) -> Callable[[int, Any], None]:
     """Replace the handlers, before Lightning registers them; return the original of the requeue signal."""
     connector = trainer._signal_connector
-    patches.set(connector, "_sigterm_notifier_fn", lambda signum, _: on_sigterm(signum))
+
+    def sigterm(signum: int, _: Any) -> None:
+        _say_sigterm(trainer, signum)
+        on_sigterm(signum)
+
+    patches.set(connector, "_sigterm_notifier_fn", sigterm)
     original: Callable[[int, Any], None] = patches.set(
         connector, "_slurm_sigusr_handler_fn", lambda signum, _: on_requeue(signum)
     )
     return original
+
+
+def _say_sigterm(trainer: Trainer, signum: int) -> None:
+    """Say what Lightning's own handler says first, where users and their tools look for it."""
+    signal_connector.log.info(rank_prefixed_message(f"Received SIGTERM: {signum}", trainer.local_rank))
 
 
 def only_note_sigterm(trainer: Trainer, patches: Patches) -> None:
@@ -286,6 +305,7 @@ def only_note_sigterm(trainer: Trainer, patches: Patches) -> None:
     connector = trainer._signal_connector
 
     def note(signum: int, _: Any) -> None:
+        _say_sigterm(trainer, signum)
         launcher = trainer.strategy.launcher
         if not connector.received_sigterm and launcher is not None:
             launcher.kill(signum)
@@ -305,9 +325,21 @@ def replace_timer_check(timer: Timer, patches: Patches, on_time: Callable[[str],
     def check(_: Trainer) -> None:
         limit_s = timer._duration
         if limit_s is not None and timer.time_elapsed() >= limit_s:
-            on_time(f"the time limit of {limit_s:g} s is reached")
+            on_time(_time_is_up(timer))
 
     patches.set(timer, "_check_time_remaining", check)
+
+
+def _time_is_up(timer: Timer) -> str:
+    return f"the time limit of {timer._duration or 0:g} s is reached"
+
+
+def say_time_is_up(trainer: Trainer, reason: str) -> None:
+    """Say what Lightning says where a :class:`Timer` ends a run, if that is the reason for which all ranks stop."""
+    for callback in getattr(trainer, "callbacks", []):
+        if isinstance(callback, Timer) and callback._verbose and reason.endswith(_time_is_up(callback)):
+            elapsed = timedelta(seconds=int(callback.time_elapsed(RunningStage.TRAINING)))
+            rank_zero_info(f"Time limit reached. Elapsed time is {elapsed}. Signaling Trainer to stop.")
 
 
 def replace_timed_checkpoint(
@@ -470,12 +502,21 @@ def place_in_run(trainer: Trainer) -> tuple[int, int]:
     return epochs, done
 
 
-def logged_step(trainer: Trainer) -> int:
-    """Return how many batches have stepped when the present one ends, whatever the optimizers: Lightning's log axis.
+def logged_step(trainer: Trainer) -> int | None:
+    """Return the step at which Lightning is about to log the metrics of this batch; ``None`` if it does not log them.
 
-    Under automatic optimization that is ``trainer.global_step``, which otherwise counts each optimizer.
+    For ``on_train_batch_end`` alone: before it, the metrics are not complete, and after it the step may have been
+    logged. It counts batches that step, whatever the number of optimizers, from 0; a module that logs a metric of the
+    name ``"step"`` puts what is logged with it there instead.
     """
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped) + 1
+    loop, module = trainer.fit_loop.epoch_loop, trainer.lightning_module
+    if module.automatic_optimization and loop._should_accumulate():
+        return None
+    if not (trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False)):
+        return None
+    results = trainer._results
+    own = None if results is None else results.metrics(on_step=True)["log"].get("step")
+    return int(loop._batches_that_stepped if own is None else own)
 
 
 def close_finished_epoch(loops: dict[str, Any] | None) -> None:
@@ -497,6 +538,8 @@ def close_finished_epoch(loops: dict[str, Any] | None) -> None:
     last_batch = batches["is_last_batch"] and batches["total"]["completed"] == batches["total"]["processed"] - 1
     if not (processed or last_batch):
         return
+    if not processed:  # saved before the batch was counted on the axis of the loggers
+        fit["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
     stages = ("ready", "started", "processed", "completed")
     for part in ("total", "current"):
         epochs[part].update(dict.fromkeys(stages, epochs[part]["started"]))
@@ -578,6 +621,12 @@ def logged_metrics(trainer: Trainer) -> Iterator[LoggedMetric]:
         meta = result.meta
         is_metric = not result.is_tensor
         yield LoggedMetric(meta.name, bool(meta.sync.should) or is_metric, bool(meta.on_step), is_metric)
+
+
+def is_without_optimizer(error: KeyError) -> bool:
+    """Whether an error is Lightning's word for a dictionary of ``configure_optimizers`` that has no optimizer."""
+    places = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return error.args == ("optimizer",) and places[-1] is optimizer_parsing._configure_optimizers.__code__
 
 
 def is_own_closure(closure: object) -> bool:

@@ -109,4 +109,5 @@ class Refusals:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._problems and (error is None or isinstance(error, Exception)):
-            raise RefusedSetUp(self._problems) from error
+            found = error.problems if isinstance(error, RefusedSetUp) else []
+            raise RefusedSetUp([*self._problems, *found]) from error

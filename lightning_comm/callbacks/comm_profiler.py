@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_comm.callbacks.comm_profiler_session import Session
@@ -23,6 +24,7 @@ from lightning_comm.core.costs import LinkProfile
 from lightning_comm.core.key_figures import RunFigures, StepFigures
 from lightning_comm.core.ledger import wire_bytes
 from lightning_comm.core.rank_profile import RankProfile, combine, inferred_waits, with_waits
+from lightning_comm.lightning_internals import logged_step
 from lightning_comm.planning.profile_files import Profile, RankFile, next_run, run_folder
 from lightning_comm.planning.profile_text import summary
 from lightning_comm.transport.clocks import (
@@ -59,8 +61,10 @@ class CommProfiler(Callback):
     steps of this rank. Rank 0 prints a summary. While the run goes on, the Trainer's loggers get ``comm/bytes_sent``,
     ``comm/bytes_dense``, ``comm/time_s``, ``comm/exposed_s``, ``comm/share_busy``, ``comm/share_exposed``,
     ``comm/lightning_s``, ``comm/bandwidth`` and, where ranks meet in rounds, ``comm/wait_s``: means of the
-    steps since the last time, on rank 0. Every rank writes ``rank_<r>.jsonl``, a line a step, which
-    :func:`load_profile` reads, also of a run that was killed. Rank 0 writes ``profile.html``, one page to look at.
+    steps since the last time, on rank 0, where Lightning logs the metrics of a batch and at the same step. Every rank
+    writes ``rank_<r>.jsonl``, a line a step, which :func:`load_profile` reads, also of a run that was killed; steps
+    there, in :attr:`steps` and on the page are numbered in optimizer steps and batches. Rank 0 writes ``profile.html``,
+    one page to look at.
 
     Args:
         folder: Where files go: each ``fit`` makes ``run_<n>`` in it. ``None``: ``comm_profile`` in the Trainer's
@@ -204,7 +208,8 @@ class CommProfiler(Callback):
     @_never_ends_training
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._session is not None:  # here, since parameters may be frozen and unfrozen between epochs
-            dense = 4 * sum(each.numel() for each in pl_module.parameters() if each.requires_grad)
+            trained = (each for each in pl_module.parameters() if each.requires_grad and not is_lazy(each))
+            dense = 4 * sum(each.numel() for each in trained)  # lazy ones have no size before the first forward
             self._session.dense_bytes = wire_bytes("all_reduce", dense, trainer.world_size)
             self._session.automatic = pl_module.automatic_optimization
 
@@ -213,7 +218,8 @@ class CommProfiler(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._session is not None:
             self._session.begin_step(trainer.strategy.model)
-            self._show(trainer, self._session.take_latest())
+            if (step := self._session.take_latest()) is not None:
+                self._window.add(step)
 
     @override
     @_never_ends_training
@@ -234,6 +240,7 @@ class CommProfiler(Callback):
     ) -> None:
         if self._session is not None:
             self._session.end_batch()
+            self._log(trainer)
 
     @override
     @_never_ends_training
@@ -247,16 +254,12 @@ class CommProfiler(Callback):
         if self._session is not None:
             self._session.leave_training()
 
-    def _show(self, trainer: Trainer, step: StepFigures | None) -> None:
-        """Hand the loggers the means of the steps since the last time, every ``log_every_n_steps`` optimizer steps."""
-        if step is None or not trainer.is_global_zero:
-            return
-        self._window.add(step)
-        every = getattr(trainer, "log_every_n_steps", 0)
-        if every > 0 and (step.step + step.optimizer_steps) // every > step.step // every:
-            metrics = self._window.take()
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
+    def _log(self, trainer: Trainer) -> None:
+        """Hand the loggers the means of the steps since the last time, where Lightning logs the metrics of a batch."""
+        step = logged_step(trainer) if trainer.is_global_zero else None
+        metrics = {} if step is None else self._window.take()
+        for logger in trainer.loggers if metrics else []:
+            logger.log_metrics(metrics, step=step)
 
     # ---- the end -------------------------------------------------------------------------------------------------
 

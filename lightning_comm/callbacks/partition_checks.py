@@ -172,6 +172,12 @@ def _not_partitioned(loader: Any) -> str:
         )
     if isinstance(sampler, DistributedSampler):
         what += " with a DistributedSampler, which gives each rank as many samples as the others"
+    if getattr(loader, "batch_size", 0) is None and getattr(loader, "batch_sampler", None) is not None:
+        return (
+            f"the training data must be a PartitionedLoader, which makes batches that ranks share; got a {what} whose "
+            f"batches are made by {type(loader.batch_sampler).__name__}. Give "
+            "`PartitionedLoader(dataset, global_batch_size=…)`, and an order of the single samples as `sampler`."
+        )
     of_its_own = type(loader).__iter__ is not DataLoader.__iter__ if isinstance(loader, DataLoader) else True
     way_out = (
         "Make one of its dataset, `PartitionedLoader(dataset, global_batch_size=…)`; the examples' DigitsData does so "

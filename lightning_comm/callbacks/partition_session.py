@@ -79,6 +79,7 @@ class PartitionSession:
         self._rounds_seen = 0
         self._warned_of_data = self._warned_of_waits = False
         self._logs_checked = 0
+        self._metrics: dict[str, float] = {}  # of the newest window, not logged yet
         self.weight = 1.0
         self.sizes: tuple[int, ...] = ()
         self._place = Place(0, 0)
@@ -169,6 +170,10 @@ class PartitionSession:
 
     def end_batch(self) -> None:
         """End a batch; compare times and move shares, where a window is full."""
+        self._end_batch()
+        self._log()
+
+    def _end_batch(self) -> None:
         if not self._hears_of_backward and not self._warned_of_backward and self._gradient_factor() != 1.0:
             self._warn_of_own_backward()
         logged = internals.number_of_logged_metrics(self._trainer)
@@ -222,7 +227,7 @@ class PartitionSession:
                 f"AdaptivePartition: from batch {start.batch} of epoch {start.epoch} on, ranks take {list(proposal)} "
                 f"samples; {why}."
             )
-        self._log()
+        self._metrics = self.record.metrics(_LOGGED_RANKS)
         self.files.save_now_and_then(self.record.journal)
 
     def _exchange(self, row: Row) -> list[Row]:
@@ -263,11 +268,13 @@ class PartitionSession:
     # ---- what is said ------------------------------------------------------------------------------------------------
 
     def _log(self) -> None:
-        if not self._trainer.is_global_zero:
+        """Hand the loggers the newest window, where Lightning logs the metrics of a batch, and at the same step."""
+        step = internals.logged_step(self._trainer) if self._metrics and self._trainer.is_global_zero else None
+        if step is None:
             return
-        metrics = self.record.metrics(_LOGGED_RANKS)
+        metrics, self._metrics = self._metrics, {}
         for logger in self._trainer.loggers:
-            logger.log_metrics(metrics, step=self._trainer.global_step)
+            logger.log_metrics(metrics, step=step)
 
     def _warn_of_slow_data(self, rows: list[Row]) -> None:
         slow = [rank for rank, row in enumerate(rows) if row.fetch_s > _DATA_BOUND * row.busy_s]

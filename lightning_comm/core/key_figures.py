@@ -27,7 +27,7 @@ class StepFigures:
 
     Args:
         batch: Training batches before it in this ``fit``.
-        step: Optimizer steps before it.
+        step: Optimizer steps before it, of all optimizers; not a step of the loggers, which count batches that step.
         optimizer_steps: Optimizer steps in it: 0 where it only accumulated gradients, more than one where the module
             optimizes manually and steps several optimizers.
         start_s: When it began, in seconds on this process's monotonic clock.

@@ -18,7 +18,7 @@ class CommRecord:
         purpose: What it was for: ``"parameters"``, ``"buffers"``, ``"gradients"``, ``"evaluation"``, …
         payload_bytes: What was handed over on this rank.
         wire_bytes: What this rank sends for it, on average over the ranks (:func:`wire_bytes`).
-        step: Optimizer steps done when it started.
+        step: Optimizer steps done when it started, not a step of the loggers: those count batches.
         start_s: When it started, in seconds on this process's monotonic clock.
         duration_s: How long it took, in seconds. 0.0 where others time it (gradients, which DDP sends).
         hidden_s: How much of that compute went on beside it. 0.0 where the sender waits until it has arrived.

@@ -113,7 +113,7 @@ class PartitionedLoader:
         self.global_batch_size = whole_number("global_batch_size", global_batch_size, 1)
         seed = whole_number("seed", seed, 0)
         batches = GlobalBatches(samples, self.global_batch_size, tail)
-        check_batches(batches)
+        check_batches(batches, sampler)
         self.dataset = dataset
         self._seed = seed
         self._sampler = sampler

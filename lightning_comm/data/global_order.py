@@ -184,7 +184,16 @@ class GlobalOrder:
             set_epoch(key[0])
         with seeded(seed), _own_generator(self.sampler, seed):
             some = itertools.islice(self.sampler, self.samples + 1)  # also of one that never ends
-            return [operator.index(each) if hasattr(each, "__index__") else each for each in some]
+            return [self._single(each) for each in some]
+
+    def _single(self, drawn: Any) -> Any:
+        if isinstance(drawn, (list, range, set)) or getattr(drawn, "ndim", 0) > 0:
+            raise TypeError(
+                f"PartitionedLoader: `sampler` must yield one index at a time; {type(self.sampler).__name__} yields "
+                f"batches, such as {drawn!r}. Give the sampler of single samples that it makes them of; batches of "
+                "the size `global_batch_size` are made by the loader, and shared out over the ranks."
+            )
+        return operator.index(drawn) if hasattr(drawn, "__index__") else drawn
 
 
 @contextmanager

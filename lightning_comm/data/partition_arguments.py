@@ -78,13 +78,14 @@ def checked_samples(dataset: Any, sampler: Any, shuffle: bool | None) -> int:
     if isinstance(sampler, BatchSampler) or not hasattr(sampler, "__len__"):
         raise TypeError(
             f"PartitionedLoader: `sampler` must yield single indices and have a length, by which all ranks count steps;"
-            f" got {name}. Give it `__len__`, or the sampler inside a BatchSampler, with `global_batch_size`."
+            f" got {name}. Give it `__len__`, or in place of a batch sampler that of the single samples "
+            "(`batch_sampler.sampler`); batches of the size `global_batch_size` are made by the loader."
         )
     return len(sampler)
 
 
-def check_batches(batches: GlobalBatches) -> None:
-    """Refuse data that make no batch.
+def check_batches(batches: GlobalBatches, sampler: Any = None) -> None:
+    """Refuse data that make no batch, as a sampler counts them if there is one.
 
     Raises:
         ValueError: If there is none, or ``tail`` is no word for what to do.
@@ -96,9 +97,12 @@ def check_batches(batches: GlobalBatches) -> None:
             f'{TAILS}; got {batches.tail!r}. "keep" loses none and has a smaller last step.'
         )
     if batches.number == 0:
+        counted = (
+            "" if sampler is None else f" (by the length of {type(sampler).__name__}, which must not yield batches)"
+        )
         raise ValueError(
-            f"PartitionedLoader: `dataset` must make at least one global batch; got {batches.samples} samples for "
-            f"`global_batch_size`={batches.size}, `tail`={batches.tail!r}. "
+            f"PartitionedLoader: `dataset` must make at least one global batch; got {batches.samples} samples{counted}"
+            f" for `global_batch_size`={batches.size}, `tail`={batches.tail!r}. "
             + ('Take a smaller batch or `tail="keep"`.' if batches.samples else "Give a dataset with samples.")
         )
 

@@ -16,6 +16,15 @@ from lightning_comm.data.global_order import Draws
 
 T_co = TypeVar("T_co", covariant=True)
 _OWN_OPTIONS = ("sampler", "batch_sampler", "generator")
+_ELSEWHERE = (
+    "an order of your own is resumed by `PartitionedLoader(dataset, global_batch_size, sampler=...)`, whose sampler "
+    "yields single samples, and batches of your own by torchdata's StatefulDataLoader."
+)
+_WAYS_OUT = {
+    "sampler": f"Use `shuffle` and `seed`; {_ELSEWHERE}",
+    "batch_sampler": f"Use `batch_size`, `shuffle` and `seed`; {_ELSEWHERE}",
+    "generator": "Use `shuffle` and `seed`.",
+}
 
 
 class ResumedEpoch(NamedTuple):
@@ -237,7 +246,13 @@ def _check_arguments(
             f"{type(dataset).__name__}. Iterable datasets keep their own place: torchdata's StatefulDataLoader is made "
             "for them."
         )
-    if batch_size < 1:
+    if refused := [name for name in _OWN_OPTIONS if name in options]:
+        raise TypeError(
+            f"ResumableLoader: `{refused[0]}` cannot be given, since the loader keeps an order that it can resume; got "
+            f"{options[refused[0]]!r}. {_WAYS_OUT[refused[0]]} Lightning's `overfit_batches` replaces samplers: take "
+            "`limit_train_batches` and `shuffle=False` instead."
+        )
+    if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(
             f"ResumableLoader: `batch_size` counts the samples of a batch on one rank, so it must be >= 1; got "
             f"{batch_size!r}. The global batch is `num_replicas` times as large."
@@ -250,11 +265,5 @@ def _check_arguments(
         raise ValueError(
             f"ResumableLoader: `rank` must be >= 0 and < `num_replicas`={num_replicas}; got {rank!r}. Leave both out "
             "to take them from the process group."
-        )
-    if refused := [name for name in _OWN_OPTIONS if name in options]:
-        raise TypeError(
-            f"ResumableLoader: `{refused[0]}` cannot be given, since the loader keeps an order that it can resume; got "
-            f"{options[refused[0]]!r}. Use `shuffle` and `seed`. Lightning's `overfit_batches` replaces samplers: take "
-            "`limit_train_batches` and `shuffle=False` instead."
         )
     return len(dataset)

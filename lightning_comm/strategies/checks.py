@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticPeriod, RoundClock
 from lightning_comm.lightning_internals import logged_metrics
 from lightning_comm.refusals import refuse
+from lightning_comm.strategies.model_checks import has_no_optimizer, lazy_problems, no_optimizer, trained_problems
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.flat import distinct
@@ -105,6 +106,7 @@ def module_problems(module: LightningModule) -> Iterator[str]:
 
 def replica_problems(module: LightningModule) -> Iterator[str]:
     """Yield what of a model is not whole on each rank, or synchronises itself."""
+    yield from lazy_problems(module)
     for name, part in module.named_modules():
         if isinstance(part, DistributedDataParallel) or type(part).__name__ in _WRAPPERS:
             yield (
@@ -158,8 +160,13 @@ def check_twin_callbacks(callbacks: list[Any], where: str) -> None:
             )
 
 
-def optimizer_problems(optimizers: list[Optimizer], settings: Settings) -> Iterator[str]:
+def optimizer_problems(module: LightningModule, optimizers: list[Optimizer], settings: Settings) -> Iterator[str]:
     """Yield optimizers that communicate in their ``step``, and a ``counted_optimizer`` that is not there."""
+    if has_no_optimizer(optimizers):
+        yield no_optimizer(module, "ranks have nothing to average")
+        return
+    if module.automatic_optimization:
+        yield from trained_problems(module, optimizers)
     for optimizer in optimizers:
         if any(base.__name__ in COMMUNICATING for base in type(optimizer).__mro__):
             yield (
@@ -176,10 +183,10 @@ def optimizer_problems(optimizers: list[Optimizer], settings: Settings) -> Itera
             f"`counted_optimizer`={settings.counted_optimizer} is not there; `configure_optimizers` returned "
             f"{len(optimizers)} optimizer(s), counted from 0."
         )
-    elif not optimizers[settings.counted_optimizer].param_groups:  # Lightning's stand-in for none
+    elif not (counted := optimizers[settings.counted_optimizer]).param_groups:
         yield (
-            "`configure_optimizers` returned no optimizer, so nothing is trained and ranks have nothing to "
-            "average. Return an optimizer, or use DDPStrategy."
+            f"`counted_optimizer`={settings.counted_optimizer} is a {type(counted).__name__} without parameter groups, "
+            "so it has no learning rate that rounds could follow. Count another one."
         )
 
 

@@ -33,7 +33,7 @@ from lightning_comm.lightning_internals import (
     load_skipped_loader_states,
     unused_by_all_ranks,
 )
-from lightning_comm.strategies import checks, compression_files, compression_line
+from lightning_comm.strategies import checks, compression_files, compression_line, model_checks
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.entry import Save
 from lightning_comm.strategies.checkpoints.loading import load_together
@@ -289,7 +289,10 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         with self._refusals(_WHERE) as refusals:
             refusals.add(_trainer_problems(trainer, bool(self._ddp_kwargs["static_graph"])))
             refusals.add(replica_problems(module))
+            refusals.add(model_checks.trained_problems(module))
             super().setup(trainer)
+            if module.automatic_optimization:
+                refusals.add(_optimizer_problems(module, self.optimizers))
             if self._pruned is not None:
                 refusals.add(optimizer_problems(self.optimizers))
         _warn_at_start(self.compression, self.world_size)
@@ -559,6 +562,13 @@ def _trainer_problems(trainer: Trainer, static_graph: bool) -> Iterator[str]:
             f"{trainer.accumulate_grad_batches}: torch's DDP fails in the first window, or no longer averages "
             "gradients. Leave out one of the two."
         )
+
+
+def _optimizer_problems(module: LightningModule, optimizers: list[Optimizer]) -> Iterator[str]:
+    """Yield that automatic optimization has nothing to step; where None was returned, Lightning steps a stand-in."""
+    if not optimizers:
+        yield model_checks.no_optimizer(module, "automatic optimization has none to step")
+    yield from model_checks.trained_problems(module, optimizers)
 
 
 def _warn_at_start(compression: Compression, world_size: int) -> None:

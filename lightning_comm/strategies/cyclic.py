@@ -33,6 +33,7 @@ from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
 from lightning_comm.strategies.cyclic_files import CyclicResume
 from lightning_comm.strategies.cyclic_run import CyclicRun
 from lightning_comm.strategies.interruptions import Interruptions
+from lightning_comm.strategies.model_checks import lazy_names
 from lightning_comm.strategies.peer_aware import PeerAwareStrategy
 from lightning_comm.strategies.plateau import PlateauMonitors
 from lightning_comm.strategies.unregistered import UnregisteredState
@@ -257,6 +258,8 @@ class CyclicStrategy(PeerAwareStrategy):
 
     @override
     def configure_ddp(self) -> None:
+        if lazy_names(self.lightning_module):
+            return  # refused when the set-up ends, with what else there is
         assert self.model is not None
         recorder = Recorder(self._ledger)
         named = [*self.model.named_parameters(), *self.model.named_buffers()]

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_comm.core.cyclic import RULES, CyclicSchedule, Rule
 from lightning_comm.refusals import refuse
-from lightning_comm.strategies import checks
+from lightning_comm.strategies import checks, model_checks
 from lightning_comm.transport.cyclic_update import ClipBy, clips_by_itself, why_not_by_stage
 from lightning_comm.transport.optimizer_trial import why_not_by_parameter
 from lightning_comm.transport.shared_memory import shared
@@ -187,6 +187,9 @@ def _memory_problems(module: LightningModule) -> Iterator[str]:
 
 def optimizer_problems(module: LightningModule, optimizers: list[Optimizer]) -> Iterator[str]:
     """Yield why there is not one optimizer that can update stages one by one."""
+    if model_checks.has_no_optimizer(optimizers):
+        yield model_checks.no_optimizer(module, "there are no stages to update")
+        return
     if len(optimizers) != 1:
         yield (
             f"`configure_optimizers` must return one optimizer; got {len(optimizers)}, and a rank would not know which "
@@ -194,11 +197,12 @@ def optimizer_problems(module: LightningModule, optimizers: list[Optimizer]) -> 
             "settings; where parts are trained by losses of their own (a GAN), LocalUpdateStrategy or "
             "CompressedDDPStrategy, which work with several."
         )
-        for each in optimizers:
-            if (problem := why_not_by_stage(each)) is not None:
-                yield f"the optimizer {problem}"
+        yield from (f"the optimizer {problem}" for problem in map(why_not_by_stage, optimizers) if problem is not None)
         return
-    optimizer = optimizers[0]
+    yield from _one_optimizer_problems(module, optimizers[0])
+
+
+def _one_optimizer_problems(module: LightningModule, optimizer: Optimizer) -> Iterator[str]:
     names = [base.__name__ for base in type(optimizer).__mro__]
     if any(name in checks.COMMUNICATING for name in names):
         yield (

@@ -148,6 +148,8 @@ class Interruptions:
             self._validate_now, self._validation_asked = True, False
             return
         where = f"at step {step}" if decision.at_step is not None else "where each rank stands"
+        if decision.kind == "stop":
+            internals.say_time_is_up(self._trainer, decision.reason)
         rank_zero_info(f"{self._where}: {decision.reason}; all ranks agreed to {decision.kind} {where}.")
         if decision.kind == "stop":
             self._stop_is_agreed = True

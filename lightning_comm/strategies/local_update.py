@@ -27,7 +27,15 @@ from typing_extensions import override
 from lightning_comm import lightning_internals
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update import PeriodRule
-from lightning_comm.strategies import checks, control, local_update_line, rank_files, run_state, sparse_mask
+from lightning_comm.strategies import (
+    checks,
+    control,
+    local_update_line,
+    model_checks,
+    rank_files,
+    run_state,
+    sparse_mask,
+)
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.loading import load_together
 from lightning_comm.strategies.companion import Companion
@@ -268,8 +276,10 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         with self._refusals("LocalUpdateStrategy") as refusals:
             refusals.add(checks.trainer_problems(trainer, self._layer_sync is not None))
             refusals.add(checks.module_problems(module))
+            if self.settings.starts_with_gradients:
+                refusals.add(model_checks.trained_problems(module))
             super().setup(trainer)
-            refusals.add(checks.optimizer_problems(self.optimizers, self.settings))
+            refusals.add(checks.optimizer_problems(module, self.optimizers, self.settings))
             if isinstance(self.settings.averaging.method, SparseMask):
                 refusals.add(sparse_mask.optimizer_problems(self.optimizers))
         store = default_store() if self._peers is None else self._peers.store
@@ -300,7 +310,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        if self.settings.starts_with_gradients:
+        if self.settings.starts_with_gradients or model_checks.lazy_names(self.lightning_module):
             super().configure_ddp()  # DDP compares the models and gives all ranks the weights of rank 0
             return
         assert self.model is not None

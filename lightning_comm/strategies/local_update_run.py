@@ -149,9 +149,12 @@ class LocalUpdateRun:
 
     def end_batch(self) -> None:
         """Synchronise if the round is over, and carry out what ranks agreed on; called after every batch."""
+        self._end_step()
+        self.log.end_batch()
+
+    def _end_step(self) -> None:
         self.leave_checkpoint()
         ticks, self._ticks = self._ticks, 0
-        self.log.end_batch()
         self.samples.end_batch(in_round=not self.in_gradient_phase)
         if self.trainer.is_last_batch:
             self._note_end(ticks)  # before messages of this step, which a rank without it will not answer
@@ -282,14 +285,14 @@ class LocalUpdateRun:
     def finish(self) -> None:
         """End the run averaged, also where its length was not known."""
         self.leave_checkpoint()
-        if self.in_gradient_phase or not self.apart:
-            return
-        started = time.monotonic()
-        with self.agreement.first_error_shown():
-            weight = self._weight()
-            drift = self._average(weight, in_full=True)
-        self._note(drift, 0.0, time.monotonic() - started)
-        self._end_round(weight)
+        if not self.in_gradient_phase and self.apart:
+            started = time.monotonic()
+            with self.agreement.first_error_shown():
+                weight = self._weight()
+                drift = self._average(weight, in_full=True)
+            self._note(drift, 0.0, time.monotonic() - started)
+            self._end_round(weight)
+        self.log.end_run()
 
     def keep_pruned_at_zero(self) -> None:
         """Set pruned weights to zero: after an optimizer step, or where an average of before the pruning has landed."""

@@ -19,12 +19,18 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_comm.lightning_internals import Patches, close_finished_epoch, only_note_sigterm
-from lightning_comm.refusals import Refusals
+from lightning_comm.lightning_internals import (
+    Patches,
+    close_finished_epoch,
+    is_without_optimizer,
+    only_note_sigterm,
+)
+from lightning_comm.refusals import Refusals, RefusedSetUp
 from lightning_comm.strategies import earlier_failures
 from lightning_comm.strategies.checkpoints import removal
 from lightning_comm.strategies.checkpoints.whole_files import with_default
 from lightning_comm.strategies.interruptions import Interruptions
+from lightning_comm.strategies.model_checks import lazy_names
 from lightning_comm.transport.agreement import Agreement, KeyValueStore, PeerFailure, default_store
 from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.peers import Peers, is_lost_connection
@@ -126,8 +132,23 @@ class PeerAwareStrategy(DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
+        if lazy_names(self.lightning_module):
+            return  # refused when the set-up ends, with what else there is
         with self._first_error_shown("the set-up of DDP"):
             super().configure_ddp()
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        try:
+            super().setup_optimizers(trainer)
+        except KeyError as error:
+            if not is_without_optimizer(error):
+                raise
+            problem = (
+                "`configure_optimizers` returned a dictionary without an optimizer. Return it with the schedule: "
+                '{"optimizer": optimizer, "lr_scheduler": scheduler}.'
+            )
+            raise RefusedSetUp([(type(self).__name__, problem)]) from error
 
     @property
     @override

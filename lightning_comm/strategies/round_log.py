@@ -14,6 +14,9 @@ from lightning_comm.transport.flat import Drift
 class RoundLog:
     """The synchronisations of one ``fit``, on this rank.
 
+    Loggers are told of the newest one where Lightning logs the metrics of a batch, and at the same step, so that they
+    stand on one axis. Some loggers drop what comes with a smaller step than the last.
+
     Args:
         trainer: Its loggers are told.
         ledger: Where messages are counted.
@@ -25,23 +28,25 @@ class RoundLog:
         self.rounds = 0
         self._trainer = trainer
         self._ledger = ledger
-        self._last_logged_step = -1
-        self._batch_step: int | None = None  # Lightning's count at the end of the last batch
+        self._newest: dict[str, float] = {}  # not logged yet
+        self._logged_step: int | None = None  # of the last batch, if its metrics were logged
 
     def end_batch(self) -> None:
-        """Log what follows at the end of this batch, also when training is over."""
-        self._batch_step = logged_step(self._trainer)
+        """Log the newest synchronisation, if Lightning logs this batch; in ``on_train_batch_end``."""
+        self._logged_step = logged_step(self._trainer) if self._trainer.is_global_zero else None
+        self._log()
+
+    def end_run(self) -> None:
+        """Log a synchronisation that came after the last batch, at its step."""
+        self._log()
 
     def add(self, *, step: int, period_steps: int, lr: float, wait_s: float, transfer_s: float, drift: Drift) -> None:
-        """Note a synchronisation, and log it as often as the Trainer logs."""
+        """Note a synchronisation, to be logged when the batch ends."""
         self.rounds += 1
         done = Round(self.rounds, step, period_steps, lr, drift.relative, wait_s, transfer_s)
         self.history.append(done)
-        every = getattr(self._trainer, "log_every_n_steps", 1)
-        now = logged_step(self._trainer) if self._batch_step is None else self._batch_step
-        if self._trainer.is_global_zero and every > 0 and now - self._last_logged_step >= every:
-            self._last_logged_step = now
-            metrics = {
+        if self._trainer.is_global_zero:
+            self._newest = {
                 "local_update/period_steps": done.period_steps,
                 "local_update/synchronisations": done.index,
                 "local_update/lr": done.lr,
@@ -51,5 +56,10 @@ class RoundLog:
                 "local_update/wait_s": done.wait_s,
                 "local_update/transfer_s": done.transfer_s,
             }
-            for logger in self._trainer.loggers:
-                logger.log_metrics(metrics, step=now)
+
+    def _log(self) -> None:
+        if self._logged_step is None or not self._newest:
+            return
+        metrics, self._newest = self._newest, {}
+        for logger in self._trainer.loggers:
+            logger.log_metrics(metrics, step=self._logged_step)

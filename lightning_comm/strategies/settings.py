@@ -32,7 +32,7 @@ class Round:
 
     Args:
         index: How many there have been, this one included.
-        step: Optimizer steps done.
+        step: Optimizer steps done; the axis of the loggers, batches that stepped from 0, is another one.
         period_steps: Length of the round that it ended.
         lr: Learning rate at the first step of that round, on rank 0.
         drift: How far this rank was from the mean, as a share of the norm of the mean.

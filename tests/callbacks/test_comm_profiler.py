@@ -412,16 +412,18 @@ def test_the_slow_rank_is_named_and_the_other_one_waits(answers, name):
 
 def test_loggers_get_the_means_of_the_steps_since_the_last_time(answers):
     logged = logged_rows(Path(of(answers, "accumulated")[0]["folder"]).parents[1] / "logs")
-    assert len(logged) == 1  # every second of four steps; the last one ends with the run
-    assert float(logged[0]["comm/bytes_dense"]) == pytest.approx(2 / 6 * 4 * PARAMETERS)
+    assert [float(row["step"]) for row in logged] == [1, 3]  # with every second of four steps: five batches, then six
+    assert [float(row["comm/bytes_dense"]) for row in logged] == pytest.approx(
+        [1 / 5 * 4 * PARAMETERS, 2 / 6 * 4 * PARAMETERS]
+    )
     assert 0 < float(logged[0]["comm/share_exposed"]) <= float(logged[0]["comm/share_busy"]) < 1
     assert float(logged[0]["comm/time_s"]) > 0
     assert float(logged[0]["comm/bandwidth"]) > 0
 
 
-def test_loggers_are_not_forgotten_where_a_batch_has_two_optimizer_steps(answers):
+def test_loggers_are_told_on_their_own_axis_where_a_batch_has_two_optimizer_steps(answers):
     logged = logged_rows(Path(of(answers, "alternating 2")[0]["folder"]).parent)
-    assert [float(row["step"]) for row in logged] == [4, 8]  # the last of twelve ends with the run
+    assert [float(row["step"]) for row in logged] == [3]  # with the fourth of six batches
 
 
 def logged_rows(folder):

@@ -143,6 +143,32 @@ def test_a_sampler_that_yields_another_number_than_its_length_is_refused():
         next(iter(loader))
 
 
+@pytest.mark.parametrize("batch", [[3, 4], torch.tensor([3, 4]), np.array([3, 4]), range(3, 5)], ids=repr)
+def test_a_batch_sampler_in_place_of_a_sampler_is_refused_before_any_sample_is_loaded(batch):
+    loaded = []
+
+    class Loads(Dataset):
+        def __len__(self):
+            return 30
+
+        def __getitem__(self, index):
+            loaded.append(index)
+            return index
+
+    loader = PartitionedLoader(Loads(), 3, sampler=[batch, batch, batch])
+    with pytest.raises(
+        TypeError, match=r"one index at a time; list yields batches, such as .*sampler of single samples"
+    ):
+        next(iter(loader))
+    assert loaded == []
+
+
+def test_a_sampler_may_yield_keys_and_numbers_of_other_libraries():
+    keys = [("a", 1), np.int64(2), torch.tensor(3), "b"]
+    data = {("a", 1): 10, 2: 20, 3: 30, "b": 40}
+    assert next(iter(PartitionedLoader(data, 4, sampler=keys))).tolist() == [10, 20, 30, 40]
+
+
 class Noise(Dataset):
     def __len__(self) -> int:
         return 13

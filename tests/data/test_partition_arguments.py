@@ -114,6 +114,11 @@ class Unsized(Sampler):
         ({"sampler": Unsized()}, TypeError, ["sampler", "length", "Unsized", "__len__"]),
         ({"sampler": BatchSampler(range(8), 2, False)}, TypeError, ["sampler", "single indices", "BatchSampler"]),
         (
+            {"sampler": [[0, 1], [2, 3]], "global_batch_size": 4, "tail": "drop"},
+            ValueError,
+            ["2 samples", "by the length of list", "must not yield batches"],
+        ),
+        (
             {"sampler": DistributedSampler(range(8), 2, 0)},
             TypeError,
             ["sampler", "DistributedSampler", "one rank", "`shuffle` and `seed`"],

@@ -134,6 +134,13 @@ def test_a_plan_that_changed_in_mid_epoch_is_refused_and_at_the_end_of_an_epoch_
         ({"dataset": range(0)}, ValueError, ["dataset", "0 samples"]),
         ({"dataset": iter([1])}, TypeError, ["dataset", "length", "list_iterator", "StatefulDataLoader"]),
         ({"sampler": [3]}, TypeError, ["sampler", "got [3]", "shuffle", "limit_train_batches"]),
+        (
+            {"batch_sampler": [[3]]},
+            TypeError,
+            ["batch_sampler", "got [[3]]", "PartitionedLoader", "StatefulDataLoader"],
+        ),
+        ({"batch_size": None, "sampler": [[3]]}, TypeError, ["sampler", "got [[3]]", "yields single samples"]),
+        ({"batch_size": None}, ValueError, ["batch_size", "got None"]),
         ({"generator": None}, TypeError, ["generator", "seed"]),
     ],
 )

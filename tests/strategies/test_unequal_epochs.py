@@ -5,7 +5,6 @@ import time
 import pytest
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.cyclic import cyclic, deep
 from support.processes import launch, outcomes
 from support.training import Regression, loader, local_update, sample, trainer
@@ -106,17 +105,6 @@ def test_a_step_left_out_on_one_rank_alone_is_refused_by_the_steps_of_both(tmp_p
     for message in launch(_skipping, str(tmp_path), world_size=2):
         assert "rank 0 stopped after 3, at optimizer step 3; rank 1 stopped after 3, at optimizer step 2" in message
         assert "reduce_boolean_decision" in message
-
-
-def _without_optimizer(rank):
-    module = Regression(deep(4))
-    module.configure_optimizers = lambda: None
-    with pytest.raises(MisconfigurationException, match=r"returned no optimizer, .* Return an optimizer"):
-        trainer(local_update(FixedPeriod(4)), 2).fit(module, loader(3, rank))
-
-
-def test_a_module_without_an_optimizer_is_refused():
-    launch(_without_optimizer, world_size=2)
 
 
 class Once:

@@ -27,7 +27,8 @@ def agree(masks: Masks | None, problem: str | None, module: nn.Module, recorder:
 
     """
     parameters = dict(module.named_parameters())
-    device = next(iter(parameters.values())).device
+    # without a default, the end of the iterator would pass for the end of an epoch in Lightning's loop
+    device = next((each.device for each in parameters.values()), torch.device("cpu"))
     names = list(parameters)
     raise_problem_of_rank_0(problem, device, recorder)
     has_mask = torch.tensor([masks is not None and name in masks for name in names], dtype=torch.uint8, device=device)

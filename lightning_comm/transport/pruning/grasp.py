@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
 from lightning_comm.core.periods import is_number, is_whole
@@ -22,6 +21,7 @@ from lightning_comm.transport.pruning.base import (
     prunable,
 )
 from lightning_comm.transport.pruning.scores import choose
+from lightning_comm.transport.pruning.twice import derivatives, kernels_with_second_derivatives
 from lightning_comm.transport.random_state import random_state, set_random_state
 
 _SCOPES = ("global", "layer")
@@ -48,13 +48,14 @@ class GraSPPruning(Pruning):
         skip: As in :class:`MagnitudePruning`.
 
     Raises:
-        ValueError: If an argument is out of range, if there is nothing left to prune, or if samples or loss do not fit.
+        ValueError: If an argument is out of range, if there is nothing left to prune, if samples or loss do not fit, or
+            if an operation of the loss, which the message names, has no second derivative.
 
     Note:
         *Communication.* None; rank 0 computes the scores alone while the others wait for its masks.
 
         *Memory.* Two copies of the weights, and the graph of one batch for a second derivative. Attention goes through
-        torch's plain kernel meanwhile, since the fused ones have none.
+        torch's plain kernel meanwhile, and on CUDA recurrent layers too, since the fused ones have none.
 
         *Left whole*, and named in a warning, is what :class:`MagnitudePruning` leaves whole, with scores for
         magnitudes: a parameter that the loss does not depend on scores zero everywhere.
@@ -148,14 +149,14 @@ def gradient_flow_scores(
     rows, total = list(weights.values()), sum(count for _, count in batches)
     gradient = [torch.zeros_like(row) for row in rows]
     for batch, count in batches:
-        for sum_, part in zip(gradient, _derivatives(loss(_seeded(module), batch), rows, graph=False), strict=True):
+        for sum_, part in zip(gradient, derivatives(loss(_seeded(module), batch), rows), strict=True):
             sum_.add_(part, alpha=count / total)
     products = [torch.zeros_like(row) for row in rows]
     for batch, count in batches:
-        parts = _derivatives(loss(_seeded(module), batch), rows, graph=True)
+        parts = derivatives(loss(_seeded(module), batch), rows, graph=True)
         flow = torch.stack([(part * fixed).sum() for part, fixed in zip(parts, gradient, strict=True)]).sum()
         if flow.requires_grad:  # not where the loss is linear in the weights
-            for sum_, part in zip(products, _derivatives(flow, rows, graph=False), strict=True):
+            for sum_, part in zip(products, derivatives(flow, rows), strict=True):
                 sum_.add_(part, alpha=count / total)
     scores = {name: row.detach() * product for (name, row), product in zip(weights.items(), products, strict=True)}
     bad = [name for name, score in scores.items() if not bool(torch.isfinite(score).all())]
@@ -165,12 +166,6 @@ def gradient_flow_scores(
             "or use MagnitudePruning."
         )
     return scores
-
-
-def _derivatives(value: Tensor, rows: list[nn.Parameter], *, graph: bool) -> list[Tensor]:
-    # not `backward`, which would add to the gradients that the model has and start DDP's hooks
-    found = torch.autograd.grad(value, rows, create_graph=graph, allow_unused=True)
-    return [torch.zeros_like(row) if each is None else each for row, each in zip(rows, found, strict=True)]
 
 
 def _seeded(module: nn.Module) -> nn.Module:
@@ -187,7 +182,7 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
     for each in asking:
         each.training = False
     try:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), kernels_with_second_derivatives(module):
             yield
     finally:
         for each in asking:

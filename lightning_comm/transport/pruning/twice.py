@@ -1,0 +1,135 @@
+"""Second derivatives of a loss, or an error that names the operation which has none.
+
+torch's own errors say neither what to do nor, of some operations, which one it is. And of an operation that somebody
+wrote as a ``torch.autograd.Function`` a second derivative may be wrong without any error: where its ``backward`` leaves
+autograd, by ``@once_differentiable``, ``detach`` or numpy, what lies behind it is left out. So these are looked at.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+
+_NOT_IMPLEMENTED = re.compile(r"derivative for '?(?:aten::)?_*(\w+?)(?:_backward\w*)?'? is not implemented")
+_FUSED = ("scaled_dot_product", "attention")
+_LENGTH = 240  # of what torch says
+
+
+class Functions:
+    """The operations of a loss that are not torch's own, while their backward runs.
+
+    Args:
+        value: The loss.
+
+    Attributes:
+        begun: The names of those whose backward has begun and not ended.
+        broken: The names of those whose backward leaves autograd.
+
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.begun: list[str] = []
+        self.broken: list[str] = []
+        self._handles = [handle for node in _functions(value) for handle in self._watch(node)]
+
+    def end(self) -> None:
+        """Stop to watch them."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _watch(self, node: Any) -> Iterator[Any]:
+        name = type(node).__name__.removesuffix("Backward")
+
+        def begin(_: Any) -> None:
+            self.begun.append(name)
+
+        def end(into: tuple[Tensor | None, ...], out_of: tuple[Tensor | None, ...]) -> None:
+            self.begun.remove(name)
+            asked = any(each is not None and each.requires_grad for each in out_of)
+            # what is zero everywhere may well be a constant, and nothing else that depends on what has come in
+            if asked and any(each is not None and not _can_go_on(each) and bool(each.any()) for each in into):
+                self.broken.append(name)
+
+        yield node.register_prehook(begin)
+        yield node.register_hook(end)
+
+
+def derivatives(value: Tensor, rows: list[nn.Parameter], *, graph: bool = False) -> list[Tensor]:
+    """Return the derivatives of a number by the rows; zeros where it does not depend on one.
+
+    Args:
+        value: The number.
+        rows: What to derive by.
+        graph: Whether the derivatives are derived once more.
+
+    Raises:
+        ValueError: If they cannot be; names the operation, as far as it is known.
+
+    """
+    functions = Functions(value)
+    try:
+        # not `backward`, which would add to the gradients that the model has and start DDP's hooks
+        found = torch.autograd.grad(value, rows, create_graph=graph, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(_refusal(functions.begun[-1:], str(error))) from error
+    finally:
+        functions.end()
+    if graph and functions.broken:
+        raise ValueError(_refusal(functions.broken[:1], ""))
+    return [torch.zeros_like(row) if each is None else each for row, each in zip(rows, found, strict=True)]
+
+
+@contextmanager
+def kernels_with_second_derivatives(module: nn.Module) -> Iterator[None]:
+    """Let torch's own operations run by kernels that can be differentiated twice: attention, and on CUDA recurrence."""
+    with ExitStack() as stack:
+        stack.enter_context(nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH))
+        if torch.cuda.is_available() and any(isinstance(each, nn.RNNBase) for each in module.modules()):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+def _functions(value: Tensor) -> Iterator[Any]:
+    waiting: list[Any] = [value.grad_fn]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction):
+            yield node
+        waiting += [each for each, _ in node.next_functions]
+
+
+def _can_go_on(gradient: Tensor) -> bool:
+    """Whether a gradient can be derived further; torch marks those that cannot by a node that raises an error."""
+    return gradient.requires_grad and type(gradient.grad_fn).__name__ != "Error"
+
+
+def _refusal(names: list[str], said: str) -> str:
+    found = _NOT_IMPLEMENTED.search(said)
+    operation = names[0] if names else found[1] if found else None
+    where = "" if operation is None else f" because of {operation}"
+    torch_says = f" torch says: {said.splitlines()[0][:_LENGTH].rstrip('.')}." if said else ""
+    return (
+        f"GraSPPruning: the scores need second derivatives of the loss by the weights, and there are none{where}."
+        f"{torch_says} Give `GraSPPruning(loss=...)` a loss without that operation, {_cure(operation, names)}or use "
+        "another pruning, such as MagnitudePruning."
+    )
+
+
+def _cure(operation: str | None, names: list[str]) -> str:
+    if operation is not None and any(each in operation.lower() for each in _FUSED):
+        return "run that attention under `sdpa_kernel(SDPBackend.MATH)`, "
+    if names == ["CompiledFunction"]:
+        return "such as that of the model before torch.compile, "
+    if names and names != ["CheckpointFunction"]:
+        return "let its `backward`, if it is your own, be made of operations that autograd follows, "
+    return ""
