@@ -194,8 +194,8 @@ def optimizer_problems(module: LightningModule, optimizers: list[Optimizer]) -> 
         yield (
             f"`configure_optimizers` must return one optimizer; got {len(optimizers)}, and a rank would not know which "
             "of them the gradient that comes round the ring is for. Use one with parameter groups for parts with other "
-            "settings; where parts are trained by losses of their own (a GAN), LocalUpdateStrategy or "
-            "CompressedDDPStrategy, which work with several."
+            "settings; where parts are trained by losses of their own (a GAN), LocalUpdateStrategy (`local_sgd`) or "
+            "CompressedDDPStrategy (`ddp_bf16`), which work with several."
         )
         yield from (f"the optimizer {problem}" for problem in map(why_not_by_stage, optimizers) if problem is not None)
         return
