@@ -5,13 +5,15 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
 import lightning_comm  # noqa: F401  # registers the strategies
+from lightning_comm.cli.own_modules import Parser, search_beside_configs
 from lightning_comm.lab.cluster import LAB_VARIABLE
 from lightning_comm.transport.recording import leave_group_at_exit
 
@@ -37,7 +39,20 @@ def predict(args: Sequence[str]) -> None:
 
 
 class CommandLine(LightningCLI):
-    """Lightning's command line, which says at once and in one sentence that a strategy's name is wrong."""
+    """Lightning's command line, which knows our strategies, and the user's modules beside a config.
+
+    It says at once and in one sentence which name is wrong.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(parser_class=Parser, **options)
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list):
+            search_beside_configs(words)
+        super().parse_arguments(parser, args)
 
     @override
     def before_instantiate_classes(self) -> None:
