@@ -20,9 +20,11 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.strategies import DDPStrategy
+from typing_extensions import override
 
 from lightning_comm.cli.probe_arguments import parse
 from lightning_comm.core.costs import LinkProfile
@@ -31,8 +33,9 @@ from lightning_comm.transport.clocks import device_of_group, gather_json, json_f
 from lightning_comm.transport.nccl_log import ways_taken
 from lightning_comm.transport.probe import probe_link
 from lightning_comm.transport.recording import leave_group_at_exit
+from lightning_comm.transport.start import all_ranks_started
 
-_PATIENCE_S = 120  # beyond the budget, for other hosts to start and for a rank that died
+_PATIENCE_S = 120  # beyond the budget, for a rank that died
 _ALONE = (
     "lightning-comm probe: this job is one process, so there is no link to measure. Start two here with "
     "`lightning-comm probe --devices 2`, or the same command on several hosts with torchrun, srun or "
@@ -63,7 +66,7 @@ def main(args: Sequence[str]) -> int:
                 print(_ALONE, file=sys.stderr)
                 return 2
             fabric.launch()
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             print(f"lightning-comm probe: the job could not be started. {error}", file=sys.stderr)
             return 2
         return _measure(fabric, options, args)
@@ -120,11 +123,33 @@ def _fabric(options: argparse.Namespace) -> Fabric:
         accelerator="cpu" if in_lab and options.accelerator == "auto" else options.accelerator,
         devices="auto" if devices is None else devices,
         num_nodes=1 if num_nodes is None else num_nodes,
-        strategy=DDPStrategy(
+        strategy=_PatientAtStart(
             process_group_backend=options.backend,
             timeout=timedelta(seconds=_PATIENCE_S + options.plan.seconds),
         ),
     )
+
+
+class _PatientAtStart(DDPStrategy):
+    """Fabric's DDP, whose time-out bounds the measurement, but not the start of processes."""
+
+    @override
+    def setup_environment(self) -> None:
+        environment = self.cluster_environment
+        if environment is None or dist.is_initialized():
+            super().setup_environment()
+            return
+        environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)  # as Fabric is about to
+        environment.set_world_size(self.num_nodes * self.num_processes)
+        with all_ranks_started(
+            "probe",
+            environment.main_address,
+            environment.main_port,
+            environment.global_rank(),
+            environment.world_size(),
+            timeout_s=_PATIENCE_S,
+        ):
+            super().setup_environment()
 
 
 def _settle(name: str, asked: int | None, found: int | None) -> int | None:
