@@ -13,8 +13,10 @@ from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
 import lightning_comm  # noqa: F401  # registers the strategies
+from lightning_comm.callbacks import EmulatedDevice
 from lightning_comm.cli.own_modules import Parser, search_beside_configs
 from lightning_comm.lab.cluster import LAB_VARIABLE
+from lightning_comm.lab.device_settings import SPEED_VARIABLE
 from lightning_comm.transport.recording import leave_group_at_exit
 
 
@@ -60,6 +62,19 @@ class CommandLine(LightningCLI):
         if isinstance(strategy, str) and (problem := strategy_problem(strategy)):
             self.parser.error(problem)
         follow_lab(self.config[self.subcommand].trainer)
+
+    def before_fit(self) -> None:
+        """Called by Lightning before ``fit``: says so if emulated speeds are given and nothing goes by them."""
+        speed, callbacks = os.environ.get(SPEED_VARIABLE, "1"), getattr(self.trainer, "callbacks", [])
+        slowed = any(isinstance(each, EmulatedDevice) and each.speed is None for each in callbacks)
+        if speed == "1" or slowed or os.environ.get("LOCAL_RANK", "0") != "0":
+            return
+        print(
+            f"In the lab: `--speed` slows nothing on this host, whose speed is to be {speed}: the Trainer has no "
+            "EmulatedDevice that takes it from the lab. Give --trainer.callbacks+=lightning_comm.EmulatedDevice "
+            "--trainer.callbacks.step_s=0.1 --trainer.callbacks.batch_size=16, as a device of speed 1 has them.",
+            file=sys.stderr,
+        )
 
 
 def follow_lab(trainer: Namespace) -> None:
