@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ from lightning_comm.cli.own_modules import import_problem
 
 torch.set_num_threads(1)  # a process that has started torch's threads cannot be forked into ranks
 
-CONFIG = Path(__file__).parents[2] / "configs" / "qsr.yaml"
+ROOT = Path(__file__).parents[2]
+CONFIG, README = ROOT / "configs" / "qsr.yaml", ROOT / "README.md"
 WITHOUT_TORCH = [
     *([], ["--version"], ["--help"], ["ft"]),
     *([name, "--help"] for name in ("lab", "probe", "pilot", "demo")),
@@ -88,7 +90,7 @@ def job(tmp_path, monkeypatch):
         (folder / beside / config).write_text(yaml.safe_dump(content))
 
     yield make
-    for name in [name for name in sys.modules if name.startswith("users_")]:
+    for name in [name for name in sys.modules if name == "own" or name.startswith("users_")]:
         del sys.modules[name]
 
 
@@ -111,10 +113,12 @@ def test_torch_is_loaded_by_no_help_no_version_and_no_wrong_word(tmp_path):
     assert wrong == [[], ["ft"], *WITHOUT_TORCH[8:]]
 
 
-def test_an_own_module_in_the_current_folder_is_trained(job, monkeypatch):
-    job("users_net")
-    monkeypatch.setattr(sys, "argv", ["lightning-comm", *command("--config=own.yaml", "--trainer.devices=2")])
-    sys.argv.append("--trainer.strategy=local_sgd_fork")
+def test_an_own_module_in_the_current_folder_is_trained_by_the_config_that_the_readme_shows(job, monkeypatch):
+    job("own")
+    (shown,) = re.findall(r"```yaml\n# own.yaml\n(.*?)```", README.read_text(), re.DOTALL)
+    Path("own.yaml").write_text(shown)
+    monkeypatch.setattr(sys, "argv", ["lightning-comm", *command("--config=own.yaml", "--trainer.logger=false")])
+    sys.argv.append("--trainer.strategy=qsr_fork")
     assert lightning_comm_command.main() == 0
     assert sys.path[0] == os.getcwd()
     assert sorted(path.name for path in Path().glob("rank *")) == ["rank 0 of 2", "rank 1 of 2"]
