@@ -21,25 +21,24 @@ _NEEDED = {
 
 def main() -> int:
     """Run the command line that this process was started with, and return its exit code."""
-    here = _import_from_current_folder()
-    load = _put_in_place("lightning_comm")
+    execute = _put_in_place("lightning_comm")
     from lightning_comm.cli.main import main as run
 
     def load_all() -> None:
-        if here is not None and os.environ.get("LOCAL_RANK", "0") == "0" and (hiding := _hiding(here)):
-            print(_warning(here, hiding), file=sys.stderr)
-        load()
+        _import_from_current_folder()
+        execute()
 
     return run(load_all=load_all)
 
 
-def _import_from_current_folder() -> Path | None:
-    """Let modules in the current folder be imported first, as under ``python -m``; return it, or ``None`` where not."""
+def _import_from_current_folder() -> None:
+    """Let modules in the current folder be imported first, as under ``python -m``, and say what they hide."""
     if getattr(sys.flags, "safe_path", False):  # python -P, PYTHONSAFEPATH: the user wants none of that
-        return None
+        return
     here = Path.cwd()
     sys.path.insert(0, str(here))
-    return here
+    if os.environ.get("LOCAL_RANK", "0") == "0" and (hiding := _hiding(here)):
+        print(_warning(here, hiding), file=sys.stderr)
 
 
 def _put_in_place(package: str) -> Callable[[], None]:
@@ -65,5 +64,6 @@ def _hiding(folder: Path) -> list[str]:
 def _warning(folder: Path, hiding: list[str]) -> str:
     return (
         f"lightning-comm: the current folder, {folder}, is searched for modules first, and it has {', '.join(hiding)}, "
-        "the name of a module that others import. If an import fails, rename it, or start the command elsewhere."
+        "by whose name other modules import something else. If an import fails, rename it, or start the command "
+        "elsewhere."
     )
