@@ -188,7 +188,7 @@ def test_a_rank_that_starts_late_is_waited_for_beyond_the_time_of_the_measuremen
 
     def start(rank):
         if rank == 1:
-            time.sleep(2.0)
+            time.sleep(1.5)
         began = time.monotonic()
         fabric = cli._fabric(options)
         fabric.launch()
@@ -196,4 +196,4 @@ def test_a_rank_that_starts_late_is_waited_for_beyond_the_time_of_the_measuremen
 
     (ranks, waited_s), _ = launch(start, world_size=2)
     assert ranks == 2
-    assert waited_s > 1.5
+    assert waited_s > 1.0  # what the group of a second would have allowed

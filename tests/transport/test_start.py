@@ -15,7 +15,7 @@ from lightning_comm import Cast, CompressedDDPStrategy, CyclicStrategy, FixedPer
 from lightning_comm.transport.start import all_ranks_started
 
 TIMEOUT = timedelta(seconds=1)
-LATE_S = 1.5
+LATE_S = 1.3
 STRATEGIES = [
     lambda: LocalUpdateStrategy(FixedPeriod(2), timeout=TIMEOUT),
     lambda: CompressedDDPStrategy(Cast("bf16"), timeout=TIMEOUT),
@@ -39,7 +39,7 @@ def set_up_with_a_late_rank(rank):
         if rank == 0:
             dist.all_reduce(torch.ones(1))
         else:
-            time.sleep(3 * TIMEOUT.total_seconds())
+            time.sleep(1.5 * TIMEOUT.total_seconds())
         said = ""
     except RuntimeError as error:
         said = str(error)
