@@ -8,7 +8,7 @@ from lightning_comm.core.cyclic import CyclicSchedule
 from lightning_comm.core.ledger import CommLedger, CommRecord
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, PowerPeriod, QuadraticPeriod, RoundClock
 from lightning_comm.core.sparse_mask import PruningSchedule
-from lightning_comm.data.adaptive_partition import PartitionedLoader
+from lightning_comm.data import PartitionedLoader, ResumableLoader
 from lightning_comm.planning.profile_files import load_profile
 from lightning_comm.strategies import CompressedDDPStrategy, CyclicStrategy, LocalUpdateStrategy, register_strategies
 from lightning_comm.transport.activation_meter import ActivationMeter, SharedCounter
@@ -64,6 +64,7 @@ __all__ = [
     "Pruning",
     "PruningSchedule",
     "QuadraticPeriod",
+    "ResumableLoader",
     "RoundClock",
     "SharedCounter",
     "SparseMask",

@@ -1,6 +1,8 @@
 """Documentation that can rot is executed: code blocks, links, and the parts that each technique must have."""
 
 import doctest
+import importlib
+import json
 import re
 from pathlib import Path
 
@@ -44,6 +46,7 @@ def test_code_marked_as_executed_runs(path):
 def test_the_readme_and_the_card_have_code_that_is_executed():
     assert _EXECUTED.search((ROOT / "README.md").read_text())
     assert _EXECUTED.search((ROOT / "docs/techniques/local_update.md").read_text())
+    assert _EXECUTED.search((ROOT / "docs/how-to/resume.md").read_text())
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
@@ -74,6 +77,62 @@ def test_every_technique_in_the_code_has_a_card():
     techniques = (in_core & in_shells) - {"__init__"}
     assert techniques  # otherwise the line below proves nothing
     assert techniques == {path.stem for path in CARDS}
+
+
+IMPORT = re.compile(r"from (lightning_comm[\w.]*) import (?:\(([^)]*)\)|([\w, ]+))")
+DOTTED = re.compile(r"\blightning_comm(?:\.[A-Za-z_]\w*)+")
+ENTRIES = {f"lightning_comm.{name}" for name in ("save", "compression", "local_update", "cyclic", "profile")}
+
+
+def what_users_read():
+    """Pages, configs, the code of notebooks, and the docstrings and messages of modules."""
+    notebooks = {path: json.loads(path.read_text())["cells"] for path in ROOT.glob("notebooks/*.ipynb")}
+    texts = {path: "\n".join("".join(cell["source"]) for cell in cells) for path, cells in notebooks.items()}
+    files = [*PAGES, *ROOT.glob("configs/*.yaml"), *ROOT.glob("lightning_comm/**/*.py")]
+    return texts | {path: path.read_text() for path in files}
+
+
+def can_be_imported(dotted):
+    """Whether a name is a module, or what a module has."""
+    parts = dotted.split(".")
+    for depth in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:depth]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[depth:]:
+            found = getattr(found, name, None)
+        return found is not None
+    return False
+
+
+def test_every_import_and_every_name_with_its_module_that_users_read_can_be_imported():
+    imports, dotted = set(), set()
+    for text in what_users_read().values():
+        imports |= {
+            f"{module}.{name.split(' as ')[0].strip()}"
+            for module, many, few in IMPORT.findall(text)
+            for name in (many or few).split(",")
+            if name.strip() and "#" not in name
+        }
+        dotted |= set(DOTTED.findall(text))
+    assert {"lightning_comm.data.ResumableLoader", "lightning_comm.LocalUpdateStrategy"} <= imports
+    assert [name for name in sorted((imports | dotted) - ENTRIES) if not can_be_imported(name)] == []
+
+
+def test_the_reference_shows_each_name_where_it_is_public():
+    documented = set(re.findall(r"auto\w+:: (lightning_comm[\w.]+)", (ROOT / "docs" / "reference.md").read_text()))
+    hidden = {name for name in documented if name.count(".") > 1 and name.rpartition(".")[2] in lightning_comm.__all__}
+    assert hidden == set()
+    for module in (
+        "lightning_comm.data",
+        "lightning_comm.examples",
+        "lightning_comm.strategies",
+        "lightning_comm.callbacks",
+    ):
+        assert [
+            name for name in importlib.import_module(module).__all__ if not can_be_imported(f"{module}.{name}")
+        ] == []
 
 
 def test_the_citation_names_the_version_and_the_papers():

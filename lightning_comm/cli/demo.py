@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_comm.cli import report
+from lightning_comm.cli.demo_arguments import check, parse
 from lightning_comm.cli.demo_run import PROGRESS, RunSettings
 from lightning_comm.cli.environment import environment
 from lightning_comm.core.local_update import QuadraticPeriod
@@ -25,21 +26,15 @@ from lightning_comm.core.whole_files import write_text
 from lightning_comm.planning.report import megabytes, percent, text_table
 
 METHODS = ("ddp", "local_sgd", "qsr")
-_IMAGES = 1437  # to train on, in DigitsData
 _SHOWN_OF_A_FAILURE = 40  # lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; return 0, or 1 if a run failed."""
     argv = sys.argv[1:] if argv is None else argv
-    arguments = _parse(argv)
-    if (missing := _missing_package()) is not None:
-        print(
-            f"lightning-comm demo: {missing!r} is not installed, and the demo needs it. Install it with "
-            "pip install 'lightning-comm[examples]'.",
-            file=sys.stderr,
-        )
-        return 1
+    if (code := check(argv)) != 0:
+        return code
+    arguments = parse(argv)
     folder = Path(arguments.out) / datetime.now().strftime("%Y-%m-%d_%H%M%S")
     (folder / "logs").mkdir(parents=True)  # fails if it is there: no result is ever overwritten
     results: dict[str, Any] = {
@@ -154,55 +149,10 @@ def _write_and_show(results: dict[str, Any], folder: Path) -> None:
         print(f"{what + ':':<9}{(folder / path).resolve()}")
 
 
-def _missing_package() -> str | None:
-    """Return what the demo lacks; asked before the training, not after minutes of it."""
-    try:
-        import matplotlib  # noqa: F401
-
-        import lightning_comm.examples  # noqa: F401
-    except ModuleNotFoundError as error:
-        return error.name
-    return None
-
-
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     rule = QuadraticPeriod().resolve(family="adam", peak_lr=arguments.lr)
     chosen = {name: getattr(arguments, name) for name in ("devices", "epochs", "seeds", "lr", "batch_size")}
     return {**chosen, "alpha": rule.alpha, "h_base": rule.h_base}
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lightning-comm demo",
-        description="Train a small ViT on real handwritten digits with DDP, local SGD and QSR, and compare them.",
-    )
-    add = parser.add_argument
-    add("--devices", type=int, default=4, help="processes, at least 2 (default: %(default)s)")
-    add("--epochs", type=int, default=60, help="passes through the training images (default: %(default)s)")
-    add("--seeds", type=int, default=1, help="paired seeds: each method trains once with each (default: %(default)s)")
-    add("--lr", type=float, default=2e-3, help="peak learning rate, equal for all methods (default: %(default)s)")
-    add("--batch-size", type=int, default=16, help="images per batch and process (default: %(default)s)")
-    add("--pilot-repeats", type=int, default=3, help="of each method on slow links; 0: none (default: %(default)s)")
-    add("--out", default="demo_results", help="a new folder is made in here (default: %(default)s/)")
-    arguments = parser.parse_args(argv)
-    for name, least, meaning in (
-        ("devices", 2, "One process has nobody to talk to."),
-        ("epochs", 1, "60 take about a minute a run on 2 cores."),
-        ("seeds", 1, "5 show how much results spread."),
-        ("batch_size", 1, "The global batch is as many times larger as there are processes."),
-        ("pilot_repeats", 0, "0 leaves the times on slow links out."),
-    ):
-        value = getattr(arguments, name)
-        if value < least:
-            parser.error(f"`--{name.replace('_', '-')}` must be >= {least}; got {value}. {meaning}")
-    if not 0 < arguments.lr < float("inf"):
-        parser.error(f"`--lr` is the peak learning rate, so it must be finite and > 0; got {arguments.lr}.")
-    if arguments.devices * arguments.batch_size > _IMAGES:
-        parser.error(
-            f"`--batch-size` {arguments.batch_size} on {arguments.devices} processes is more than the {_IMAGES} "
-            f"training images; it must be <= {_IMAGES // arguments.devices}."
-        )
-    return arguments
 
 
 if __name__ == "__main__":

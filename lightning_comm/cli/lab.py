@@ -28,6 +28,12 @@ On the hosts the command finds the environment that Lightning, torchrun and init
 `lightning-comm fit` takes the number of hosts and devices from the lab; a script of your own says
 Trainer(num_nodes=HOSTS, devices=1).
 """
+_NOTHING_SLOWED = (
+    "lightning-comm lab: `--speed` is for emulated devices, and no process of the job had one that takes its speed "
+    "from the lab, so nothing was slowed. Give the Trainer EmulatedDevice(step_s=0.1, batch_size=16), with the numbers "
+    "of a device of speed 1, or give `lightning-comm fit` --trainer.callbacks+=lightning_comm.EmulatedDevice "
+    "--trainer.callbacks.step_s=0.1 --trainer.callbacks.batch_size=16."
+)
 
 
 class _Ended(Exception):
@@ -48,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _NOT_AVAILABLE
         with Lab(options.hosts, options.link, speeds=options.speed, devices_per_host=options.devices_per_host) as lab:
             _plan_faults(lab, options.fault)
-            return _report(lab.run(command, timeout_s=options.timeout, on_line=_show(options.hosts)))
+            result = lab.run(command, timeout_s=options.timeout, on_line=_show(options.hosts))
+            if result.host is None and not lab.speeds_taken and any(speed != 1 for speed in options.speed or ()):
+                print(_NOTHING_SLOWED, file=sys.stderr)
+            return _report(result)
     except _Ended as ended:
         print("lightning-comm lab: interrupted; every host has been ended.", file=sys.stderr)
         return ended.status

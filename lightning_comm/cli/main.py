@@ -4,25 +4,60 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import NamedTuple
 
-# What a subcommand does, and the function that does it: imported when it is called, and given the words after its name.
+
+class Command(NamedTuple):
+    """A subcommand.
+
+    Args:
+        what: What it does, in words.
+        run: The function that does it, as ``module:name``: imported when it is called, and given the words after the
+            subcommand's name.
+        check: A function that is given them before torch is loaded. It ends the process, or returns its exit code,
+            where they ask for help or make no sense.
+        needs_all: Whether ``run`` needs all of the package, which is torch and Lightning as well.
+
+    """
+
+    what: str
+    run: str
+    check: str | None = None
+    needs_all: bool = True
+
+
+_CLI = "lightning_comm.cli."
 COMMANDS = {
-    "fit": ("train a model", "lightning_comm.cli.training:fit"),
-    "validate": ("measure a trained model on the validation data", "lightning_comm.cli.training:validate"),
-    "test": ("measure a trained model on the test data", "lightning_comm.cli.training:test"),
-    "predict": ("let a trained model answer", "lightning_comm.cli.training:predict"),
-    "lab": ("run a command on emulated hosts, joined by links of a stated speed", "lightning_comm.cli.lab:main"),
-    "probe": ("measure the link between the ranks of a job", "lightning_comm.cli.probe:main"),
-    "pilot": ("try strategies on your own config for a few steps, and compare them", "lightning_comm.cli.pilot:main"),
-    "demo": ("train real digits with DDP, local SGD and QSR, and compare them", "lightning_comm.cli.demo:main"),
+    "fit": Command("train a model", _CLI + "training:fit"),
+    "validate": Command("measure a trained model on the validation data", _CLI + "training:validate"),
+    "test": Command("measure a trained model on the test data", _CLI + "training:test"),
+    "predict": Command("let a trained model answer", _CLI + "training:predict"),
+    "lab": Command(
+        "run a command on emulated hosts, joined by links of a stated speed", _CLI + "lab:main", needs_all=False
+    ),
+    "probe": Command(
+        "measure the link between the ranks of a job", _CLI + "probe:main", _CLI + "probe_arguments:check"
+    ),
+    "pilot": Command(
+        "try strategies on your own config for a few steps, and compare them",
+        _CLI + "pilot:main",
+        _CLI + "pilot_arguments:check",
+    ),
+    "demo": Command(
+        "train real digits with DDP, local SGD and QSR, and compare them",
+        _CLI + "demo:main",
+        _CLI + "demo_arguments:check",
+    ),
 }
 
 
-def main(args: Sequence[str] | None = None) -> int:
+def main(args: Sequence[str] | None = None, load_all: Callable[[], object] = lambda: None) -> int:
     """Run the command line and return its exit code.
 
     Args:
         args: The words after ``lightning-comm``; ``None`` takes those that the process was started with.
+        load_all: Loads what of the package is not loaded yet; called before a command that needs it.
 
     """
     name, *rest = (sys.argv[1:] if args is None else list(args)) or [""]
@@ -30,21 +65,28 @@ def main(args: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     if name == "--version":
-        from lightning_comm import __version__
-
-        print(f"lightning-comm {__version__}")
+        print(f"lightning-comm {metadata.version('lightning-comm')}")
         return 0
     if name not in COMMANDS:
         print(_unknown(name) if name else _help(), file=sys.stderr)
         return 2
-    module, _, function = COMMANDS[name][1].partition(":")
-    run: Callable[[list[str]], int | None] = getattr(importlib.import_module(module), function)
-    return run(rest) or 0
+    command = COMMANDS[name]
+    if command.check is not None and (code := _function(command.check)(rest)):
+        return code
+    if command.needs_all:
+        load_all()
+    return _function(command.run)(rest) or 0
+
+
+def _function(place: str) -> Callable[[list[str]], int | None]:
+    module, _, name = place.partition(":")
+    function: Callable[[list[str]], int | None] = getattr(importlib.import_module(module), name)
+    return function
 
 
 def _help() -> str:
     width = max(len(name) for name in COMMANDS)
-    lines = "\n".join(f"  {name:<{width}}  {what}" for name, (what, _) in COMMANDS.items())
+    lines = "\n".join(f"  {name:<{width}}  {command.what}" for name, command in COMMANDS.items())
     return (
         "usage: lightning-comm COMMAND [options]\n\n"
         "Training with PyTorch Lightning that communicates less.\n\n"

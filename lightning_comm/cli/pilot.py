@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_comm.cli.environment import environment
-from lightning_comm.cli.pilot_arguments import Options, Refused, UserRun, parse, read_run
+from lightning_comm.cli.pilot_arguments import Options, Refused, parse
+from lightning_comm.cli.pilot_place import UserRun, read_run
 from lightning_comm.cli.pilot_report import write_report
 from lightning_comm.cli.pilot_results import Progress, Results
 from lightning_comm.cli.pilot_run import Job, run

@@ -2,27 +2,16 @@
 
 import argparse
 import difflib
-import json
-import logging
 import math
-import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from jsonargparse import Namespace
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from typing_extensions import override
-
-from lightning_comm.cli.pilot_run import OWN, without_start_method
-from lightning_comm.cli.training import CommandLine
-from lightning_comm.core.rates import format_rate, parse_rate
-from lightning_comm.lab.cluster import LAB_VARIABLE, check_arguments, unavailable
+from lightning_comm.lab.cluster import check_arguments, unavailable
 from lightning_comm.planning.pilot import BASELINE
+
+OWN = "config"  # the strategy that the user's config has
 
 _DESCRIPTION = (
     "Run your own config for a few steps under several strategies, interleaved, and compare step time, bytes and "
@@ -81,33 +70,17 @@ class Options:
         }
 
 
-@dataclass(frozen=True)
-class UserRun:
-    """Where the user's run takes place.
-
-    Args:
-        ranks: How many there are.
-        rank: This process's, if they exist already.
-        started_externally: Whether they do: under torchrun, SLURM or the lab.
-        trainer: Arguments of the Trainer that differ from the user's, on emulated hosts.
-        lab: The emulated hosts, as the variable that the lab sets says it; ``None`` on real ones.
-
-    """
-
-    ranks: int
-    rank: int
-    started_externally: bool
-    trainer: dict[str, Any]
-    lab: dict[str, Any] | None
+def check(argv: Sequence[str]) -> int:
+    """Return 0, or 2 after saying what is wrong with the options, as far as that can be seen without torch."""
+    try:
+        _own_options(argv)
+    except Refused as refused:
+        print(f"lightning-comm pilot: error: {refused}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
-    """Return the pilot's own options, and the other words.
-
-    Raises:
-        Refused: If an option is out of range, or the strategies have no such name.
-
-    """
+def _own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="lightning-comm pilot", description=_DESCRIPTION, allow_abbrev=False)
     add = parser.add_argument
     add("--config", "-c", action="append", metavar="FILE", help="your config, as for `fit`; may be given several times")
@@ -130,6 +103,17 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
     add("--out", default="pilot_results", help="a new folder is made in here (default: %(default)s/)")
     known, words = parser.parse_known_args(argv)
     _check(known)
+    return known, words
+
+
+def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
+    """Return the pilot's own options, and the other words.
+
+    Raises:
+        Refused: If an option is out of range, or the strategies have no such name.
+
+    """
+    known, words = _own_options(argv)
     links = tuple(known.link.split(","))
     options = Options(
         strategies=_strategies(known.strategies),
@@ -185,7 +169,16 @@ def _check_hosts(options: Options) -> None:
         raise Refused(f"`--hosts` and `--link` describe no lab. {error}") from error
 
 
+def without_start_method(name: str) -> str:
+    """Return the strategy for processes that are started already, as those of a pilot are."""
+    for suffix in ("_spawn", "_forkserver", "_fork", "_notebook"):
+        name = name.removesuffix(suffix)
+    return name
+
+
 def _strategies(text: str) -> tuple[str, ...]:
+    from lightning.pytorch.strategies import StrategyRegistry  # torch, which the options do without
+
     known = [OWN, *StrategyRegistry.available_strategies()]
     names = [without_start_method(name.strip().lower()) for name in text.split(",") if name.strip()]
     for name in names:
@@ -198,111 +191,3 @@ def _strategies(text: str) -> tuple[str, ...]:
     if not names:
         raise Refused(f"`--strategies` must name at least one; got {text!r}. The default is ddp,local_sgd,qsr.")
     return tuple(dict.fromkeys([BASELINE, *names]))
-
-
-def read_run(options: Options, words: Sequence[str]) -> UserRun:
-    """Read the user's config and return where the run takes place. Nothing of the config is built.
-
-    Raises:
-        Refused: If the place makes no sense, or the config lacks what the options speak of.
-        SystemExit: From Lightning's parser, which says what is wrong with the config.
-
-    """
-    with _quietly():
-        config = _config(words).trainer
-    if OWN in options.strategies and config.strategy in (None, "auto"):
-        raise Refused(
-            f"`--strategies` names `{OWN}`, the strategy of your config, and the config has none (trainer.strategy is "
-            f"{config.strategy!r}). Leave `{OWN}` out, or give the config a strategy."
-        )
-    place: dict[str, Any] = {}
-    if options.hosts is not None:
-        place = {"num_nodes": options.hosts, "devices": options.devices_per_host}
-        if config.accelerator == "auto":
-            place["accelerator"] = "cpu"
-    with _quietly():
-        trainer = _trainer(config, place)
-    environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]  # DDP has one
-    externally = environment.creates_processes_externally
-    if externally and options.hosts is not None:
-        raise Refused("`--hosts` starts ranks of its own, and this process is one already. Start the pilot by itself.")
-    if trainer.world_size == 1:
-        raise Refused(
-            "one rank has nobody to talk to, so there is nothing to compare; got trainer.devices="
-            f"{config.devices!r}. Give --trainer.devices 2 or more, or --hosts 2."
-        )
-    if trainer.num_nodes > 1 and not externally and options.hosts is None:
-        raise Refused(
-            f"`trainer.num_nodes` is {trainer.num_nodes}, and the pilot starts ranks on one machine only. Start it on "
-            "each host as you start `fit`, with torchrun or SLURM, or emulate them with --hosts."
-        )
-    return UserRun(
-        ranks=trainer.world_size,
-        rank=trainer.global_rank if externally else 0,
-        started_externally=externally,
-        trainer=place,
-        lab=_lab(options),
-    )
-
-
-def _lab(options: Options) -> dict[str, Any] | None:
-    if options.hosts is None:
-        told = os.environ.get(LAB_VARIABLE)
-        lab = None if told is None else dict(json.loads(told))
-    else:
-        links = [options.link] * options.hosts if isinstance(options.link, str) else [*options.link]
-        lab = {"hosts": options.hosts, "devices_per_host": options.devices_per_host, "links": links}
-    return lab and {**lab, "links": [format_rate(parse_rate(link)) for link in lab["links"]]}
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep Lightning's remarks about seeds and devices for the ranks, which make them as well."""
-    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-class _ConfigRead(Exception):
-    """Ends Lightning's command line once the config is read."""
-
-
-class _ConfigOnly(CommandLine):
-    @override
-    def instantiate_classes(self) -> NoReturn:
-        raise _ConfigRead(self.config.fit)
-
-
-def _config(words: Sequence[str]) -> Namespace:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # the words are not its own
-            _ConfigOnly(args=["fit", *words], seed_everything_default=0, save_config_callback=None)
-    except _ConfigRead as read:
-        config: Namespace = read.args[0]
-        return config
-    raise AssertionError("Lightning built nothing")
-
-
-def _trainer(config: Namespace, place: dict[str, Any]) -> Trainer:
-    """Return a Trainer that knows how many ranks there are, and has nothing else of the user's."""
-    asked = {name: config[name] for name in ("accelerator", "devices", "num_nodes")}
-    if not isinstance(asked["accelerator"], str):
-        asked["accelerator"] = "auto"  # a class of the user's, which only a rank builds
-    try:
-        return Trainer(
-            **{**asked, **place},
-            strategy=BASELINE,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
-        raise Refused(f"the Trainer of your config cannot be built: {error}") from error

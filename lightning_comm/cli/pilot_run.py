@@ -32,6 +32,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
 from lightning_comm.callbacks import CommProfiler, EmulatedDevice
+from lightning_comm.cli.pilot_arguments import OWN, without_start_method
 from lightning_comm.cli.pilot_watch import Rehearsal, Watch
 from lightning_comm.cli.training import CommandLine
 from lightning_comm.core.local_update import FixedPeriod
@@ -43,7 +44,6 @@ from lightning_comm.transport.peer_texts import PeerFailure
 from lightning_comm.transport.recording import leave_group_at_exit
 
 EVENT = "@pilot "
-OWN = "config"  # the strategy that the user's config has
 _LEFT_OUT = (
     Checkpoint,
     EarlyStopping,
@@ -128,13 +128,6 @@ class TrialLine(CommandLine):
             return _kept(own if isinstance(own, Sequence) else [own])
 
         model.configure_callbacks = configure
-
-
-def without_start_method(name: str) -> str:
-    """Return the strategy for processes that are started already, as those of a pilot are."""
-    for suffix in ("_spawn", "_forkserver", "_fork", "_notebook"):
-        name = name.removesuffix(suffix)
-    return name
 
 
 def _kept(callbacks: Sequence[Callback]) -> list[Callback]:

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import platform
-import re
 import shlex
 import socket
 import sys
@@ -21,20 +20,22 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.strategies import DDPStrategy
+from typing_extensions import override
 
+from lightning_comm.cli.probe_arguments import parse
 from lightning_comm.core.costs import LinkProfile
-from lightning_comm.core.probe_plan import MAX_BYTES, MIN_BYTES, ProbePlan, sizes_between
 from lightning_comm.planning.link_report import describe_link
 from lightning_comm.transport.clocks import device_of_group, gather_json, json_from_rank_0
 from lightning_comm.transport.nccl_log import ways_taken
 from lightning_comm.transport.probe import probe_link
 from lightning_comm.transport.recording import leave_group_at_exit
+from lightning_comm.transport.start import all_ranks_started
 
-_PATIENCE_S = 120  # beyond the budget, for other hosts to start and for a rank that died
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_PATIENCE_S = 120  # beyond the budget, for a rank that died
 _ALONE = (
     "lightning-comm probe: this job is one process, so there is no link to measure. Start two here with "
     "`lightning-comm probe --devices 2`, or the same command on several hosts with torchrun, srun or "
@@ -52,7 +53,7 @@ def main(args: Sequence[str]) -> int:
         *Communication.* On every rank the same messages, for about ``--seconds``.
 
     """
-    options = _parse(args)
+    options = parse(args)
     for name in ("lightning.fabric", "lightning.pytorch"):  # one of them greets
         logging.getLogger(name).setLevel(logging.WARNING)
     leave_group_at_exit()
@@ -65,7 +66,7 @@ def main(args: Sequence[str]) -> int:
                 print(_ALONE, file=sys.stderr)
                 return 2
             fabric.launch()
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             print(f"lightning-comm probe: the job could not be started. {error}", file=sys.stderr)
             return 2
         return _measure(fabric, options, args)
@@ -109,47 +110,6 @@ def _report(profile: LinkProfile, out: Path) -> int:
     return 0
 
 
-def _parse(args: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lightning-comm probe",
-        description="Measure the link between the ranks of a job: alone with --devices, or under torchrun, srun or "
-        "`lightning-comm lab`, once on every rank.",
-    )
-    parser.add_argument("--devices", type=int, help="processes on each host (default: what the launcher says)")
-    parser.add_argument("--num-nodes", type=int, help="hosts (default: what the launcher says)")
-    parser.add_argument("--accelerator", default="auto", help="as in the Trainer: auto, cpu, gpu (default: auto)")
-    parser.add_argument("--backend", help="of the process group: gloo, nccl (default: that of the accelerator)")
-    parser.add_argument("--sizes", type=_sizes, metavar="A,B,...", help="payloads to measure: 4,64KiB,16MiB")
-    parser.add_argument("--min-bytes", type=_bytes, metavar="SIZE", help="least payload (default: 4)")
-    parser.add_argument("--max-bytes", type=_bytes, metavar="SIZE", help="greatest payload (default: 64MiB)")
-    parser.add_argument("--repeats", type=int, default=5, help="samples of each size (default: 5)")
-    parser.add_argument("--seconds", type=float, default=12.0, help="time it may take, start apart (default: 12)")
-    parser.add_argument("--out", type=Path, default=Path("probe.json"), metavar="FILE", help="default: probe.json")
-    options = parser.parse_args(args)
-    if options.sizes and (options.min_bytes or options.max_bytes):
-        parser.error("`--sizes` names all payloads, so `--min-bytes` and `--max-bytes` cannot stand beside it.")
-    try:
-        sizes = options.sizes or sizes_between(
-            MIN_BYTES if options.min_bytes is None else options.min_bytes,
-            MAX_BYTES if options.max_bytes is None else options.max_bytes,
-        )
-        options.plan = ProbePlan(sizes, options.repeats, options.seconds)
-    except ValueError as error:
-        parser.error(str(error))
-    return options
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([a-z]*)", text.strip().lower())
-    if match is None or match[2] not in _UNITS:
-        raise argparse.ArgumentTypeError(f"a size is a whole number and B, KiB, MiB, GiB, kB, MB or GB; got {text!r}")
-    return int(match[1]) * _UNITS[match[2]]
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_bytes(part) for part in text.split(",")}))
-
-
 def _fabric(options: argparse.Namespace) -> Fabric:
     launched = shape_of_job(os.environ)
     devices, num_nodes = (
@@ -163,11 +123,33 @@ def _fabric(options: argparse.Namespace) -> Fabric:
         accelerator="cpu" if in_lab and options.accelerator == "auto" else options.accelerator,
         devices="auto" if devices is None else devices,
         num_nodes=1 if num_nodes is None else num_nodes,
-        strategy=DDPStrategy(
+        strategy=_PatientAtStart(
             process_group_backend=options.backend,
             timeout=timedelta(seconds=_PATIENCE_S + options.plan.seconds),
         ),
     )
+
+
+class _PatientAtStart(DDPStrategy):
+    """Fabric's DDP, whose time-out bounds the measurement, but not the start of processes."""
+
+    @override
+    def setup_environment(self) -> None:
+        environment = self.cluster_environment
+        if environment is None or dist.is_initialized():
+            super().setup_environment()
+            return
+        environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)  # as Fabric is about to
+        environment.set_world_size(self.num_nodes * self.num_processes)
+        with all_ranks_started(
+            "probe",
+            environment.main_address,
+            environment.main_port,
+            environment.global_rank(),
+            environment.world_size(),
+            timeout_s=_PATIENCE_S,
+        ):
+            super().setup_environment()
 
 
 def _settle(name: str, asked: int | None, found: int | None) -> int | None:

@@ -5,14 +5,18 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
 import lightning_comm  # noqa: F401  # registers the strategies
+from lightning_comm.callbacks import EmulatedDevice
+from lightning_comm.cli.own_modules import Parser, search_beside_configs
 from lightning_comm.lab.cluster import LAB_VARIABLE
+from lightning_comm.lab.device_settings import SPEED_VARIABLE
 from lightning_comm.transport.recording import leave_group_at_exit
 
 
@@ -37,7 +41,20 @@ def predict(args: Sequence[str]) -> None:
 
 
 class CommandLine(LightningCLI):
-    """Lightning's command line, which says at once and in one sentence that a strategy's name is wrong."""
+    """Lightning's command line, which knows our strategies, and the user's modules beside a config.
+
+    It says at once and in one sentence which name is wrong.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(parser_class=Parser, **options)
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list):
+            search_beside_configs(words)
+        super().parse_arguments(parser, args)
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -45,6 +62,19 @@ class CommandLine(LightningCLI):
         if isinstance(strategy, str) and (problem := strategy_problem(strategy)):
             self.parser.error(problem)
         follow_lab(self.config[self.subcommand].trainer)
+
+    def before_fit(self) -> None:
+        """Called by Lightning before ``fit``: says so if emulated speeds are given and nothing goes by them."""
+        speed, callbacks = os.environ.get(SPEED_VARIABLE, "1"), getattr(self.trainer, "callbacks", [])
+        slowed = any(isinstance(each, EmulatedDevice) and each.speed is None for each in callbacks)
+        if speed == "1" or slowed or os.environ.get("LOCAL_RANK", "0") != "0":
+            return
+        print(
+            f"In the lab: `--speed` slows nothing on this host, whose speed is to be {speed}: the Trainer has no "
+            "EmulatedDevice that takes it from the lab. Give --trainer.callbacks+=lightning_comm.EmulatedDevice "
+            "--trainer.callbacks.step_s=0.1 --trainer.callbacks.batch_size=16, as a device of speed 1 has them.",
+            file=sys.stderr,
+        )
 
 
 def follow_lab(trainer: Namespace) -> None:

@@ -113,13 +113,15 @@ class ResumableLoader(DataLoader[T_co]):
         seed: Decides the order; at least 0, and the same on every rank.
         drop_last: Whether samples that do not fill a batch on every rank are left out. If not, the last batch may be
             smaller, and some samples come twice in an epoch where the dataset does not divide by the ranks.
-        num_replicas: Number of ranks. ``None`` asks the process group; without one it is 1.
+        num_replicas: Number of ranks. ``None`` asks the process group; without one it is 1. Lightning joins the ranks
+            in ``fit``, so build the loader in ``train_dataloader``.
         rank: Which of them this is. ``None`` asks the process group; without one it is 0.
         **options: What else a ``DataLoader`` takes, such as ``num_workers`` and ``collate_fn``.
 
     Raises:
         ValueError: If an argument is out of range, or no batch is left. With the first batch, if the run is resumed in
-            the middle of an epoch that was begun with other data, another order or another split of it.
+            the middle of an epoch that was begun with other data, another order or another split of it, or if the ranks
+            were joined after the loader was built, without ``num_replicas``.
         TypeError: If ``options`` holds a sampler or a generator, or ``dataset`` has no length.
 
     Note:
@@ -161,11 +163,12 @@ class ResumableLoader(DataLoader[T_co]):
         rank: int | None = None,
         **options: Any,
     ) -> None:
-        in_group = dist.is_available() and dist.is_initialized()
+        # Whether it takes itself for the only rank because it found no others, which may be joined later.
+        self._found_no_group = not _in_group() and num_replicas is None
         if num_replicas is None:
-            num_replicas = dist.get_world_size() if in_group else 1
+            num_replicas = dist.get_world_size() if _in_group() else 1
         if rank is None:
-            rank = dist.get_rank() if in_group else 0
+            rank = dist.get_rank() if _in_group() else 0
         samples = _check_arguments(dataset, batch_size, seed, num_replicas, rank, options)
         self._order: ResumableSampler[T_co] = ResumableSampler(
             dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed, drop_last=drop_last
@@ -216,6 +219,13 @@ class ResumableLoader(DataLoader[T_co]):
         self._order.set_epoch(self._epoch)
 
     def _begin_pass(self) -> None:
+        if self._found_no_group and _in_group() and dist.get_world_size() > 1:
+            raise ValueError(
+                f"ResumableLoader: `num_replicas` must be the number of ranks, {dist.get_world_size()}; got none, and "
+                "the loader was built before the ranks were joined, so each would train on all samples. Build it in "
+                "`train_dataloader` of the module or of a data module, or give `num_replicas` and `rank` (1 and 0 for "
+                "all samples on each rank)."
+            )
         plan, self._loaded_plan = self._loaded_plan, None
         if self._loaded_epoch != self._order.epoch:
             self._loaded_epoch = None
@@ -234,6 +244,10 @@ class ResumableLoader(DataLoader[T_co]):
         self._epoch = self._order.epoch
         self._order.skip_samples = self._batches_done * self._plan["batch_size"]
         self._draws.manual_seed((self._plan["seed"] + self._epoch) * self._order.num_replicas + self._order.rank)
+
+
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _check_arguments(

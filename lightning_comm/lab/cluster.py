@@ -5,12 +5,15 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from secrets import token_hex
+from tempfile import gettempdir
 from types import TracebackType
 from typing import Any
 
 from lightning_comm.lab import namespaces
 from lightning_comm.lab.arguments import check_arguments
-from lightning_comm.lab.device import SPEED_VARIABLE
+from lightning_comm.lab.device_settings import SPEED_TAKEN_VARIABLE, SPEED_VARIABLE
 from lightning_comm.lab.job import Job, LabResult
 from lightning_comm.lab.namespaces import INTERFACE, LabError, Namespace, unavailable
 
@@ -72,6 +75,7 @@ class Lab:
         self.links = [link] * hosts if isinstance(link, str) else list(link)
         self.speeds = None if speeds is None else list(speeds)
         self.devices_per_host = devices_per_host
+        self._taken = Path(gettempdir()) / f"lightning-comm-lab-{token_hex(8)}"  # made by who takes a speed
         self._switch: Namespace | None = None
         self._hosts: list[Namespace] = []
         self._processes: list[list[subprocess.Popen[Any]]] = [[] for _ in self.links]
@@ -114,8 +118,13 @@ class Lab:
             # with more, a launcher on the host sets them; LOCAL_RANK would tell Lightning that somebody else has
             variables |= {"RANK": str(host), "LOCAL_RANK": "0", "WORLD_SIZE": str(self.hosts), "LOCAL_WORLD_SIZE": "1"}
         if self.speeds is not None:
-            variables[SPEED_VARIABLE] = f"{self.speeds[host]:g}"
+            variables |= {SPEED_VARIABLE: f"{self.speeds[host]:g}", SPEED_TAKEN_VARIABLE: str(self._taken)}
         return variables
+
+    @property
+    def speeds_taken(self) -> bool:
+        """Whether a process on a host has taken an emulated device's speed from the lab, so that it goes by it."""
+        return self._taken.exists()
 
     def start(
         self, host: int, command: Sequence[str], *, env: Mapping[str, str] | None = None, **popen: Any
@@ -251,6 +260,7 @@ class Lab:
             self._switch = None
         for process in (each for processes in self._processes for each in processes):
             process.wait()
+        self._taken.unlink(missing_ok=True)
 
     def __enter__(self) -> "Lab":
         return self
@@ -290,4 +300,6 @@ class Lab:
 
 def _of_another_job(name: str) -> bool:
     """Whether a variable describes a job that this process belongs to, which the hosts must not take for theirs."""
-    return name in (*_RANK_VARIABLES, SPEED_VARIABLE) or name.startswith(("TORCHELASTIC_", "SLURM_"))
+    return name in (*_RANK_VARIABLES, SPEED_VARIABLE, SPEED_TAKEN_VARIABLE) or name.startswith(
+        ("TORCHELASTIC_", "SLURM_")
+    )

@@ -5,9 +5,7 @@ long as their first process does (:mod:`lightning_comm.lab.host_init`), which en
 """
 
 import os
-import platform
 import select
-import shutil
 import subprocess
 import sys
 import threading
@@ -16,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_comm.core.rates import parse_rate
+from lightning_comm.lab import permissions
 
 INTERFACE = "eth0"  # of every host
 _NEW = ("unshare", "--net", "--pid", "--fork", "--kill-child")
 _INIT = Path(__file__).with_name("host_init.py")
 _ENTER = Path(__file__).with_name("host_enter.py")
-_TOOLS = {"ip": "iproute2", "tc": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
 _START_S = 10.0  # far longer than it takes to start a command
 _LEAST_RATE, _MOST_RATE = "1kbit", "100gbit"
 _QUEUE_S = 0.05  # what waits longer than this in a shaped queue is dropped
@@ -44,16 +42,6 @@ def unavailable() -> str | None:
     return None
 
 
-def _missing() -> str | None:
-    if platform.system() != "Linux":
-        return f"the lab needs network namespaces, which only Linux has; this is {platform.system()}"
-    if missing := sorted({package for tool, package in _TOOLS.items() if shutil.which(tool) is None}):
-        return (
-            f"the lab needs the programs of {' and '.join(missing)}; install them (apt-get install {' '.join(missing)})"
-        )
-    return None
-
-
 class LabError(RuntimeError):
     """Something about the emulated hosts went wrong; the message says what."""
 
@@ -71,11 +59,11 @@ class Namespace:
     """
 
     def __init__(self, beside: "Namespace | None" = None) -> None:
-        if (missing := _missing()) is not None:
+        if (missing := permissions.missing()) is not None:
             raise LabError(missing)
-        self.needs_user: bool = beside.needs_user if beside else not _may_administer()
+        self.needs_user: bool = beside.needs_user if beside else not permissions.may_administer()
         self._turn = threading.Lock()  # a fault and the end of a job may come at once
-        new = list(_NEW)
+        new = permissions.words_of(_NEW)
         if beside is not None:
             new = [*beside.enter(network=False), *new]
         elif self.needs_user:
@@ -98,17 +86,14 @@ class Namespace:
         said = self._process.stdout.readline().strip()
         if not said.isdigit():
             _, error = self._process.communicate()
-            raise LabError(
-                "the lab needs root, or a kernel that lets users make namespaces; here "
-                f"{'; '.join(error.split(chr(10))).strip('; ') or 'unshare ended without a word'}"
-            )
+            raise LabError(permissions.why_not(error))
         self.pid = int(said)
 
     def enter(self, *, network: bool = True) -> list[str]:
         """Return the words that put a short command into this network, or only among its users."""
         words = ["--user", "--preserve-credentials"] if self.needs_user else []
         words += ["--net"] if network else []
-        return ["nsenter", "--target", str(self.pid), *words] if words else []
+        return permissions.words_of(("nsenter", "--target", str(self.pid), *words)) if words else []
 
     def run(self, *command: str) -> str:
         """Run a short command in this network and return what it printed.
@@ -117,9 +102,9 @@ class Namespace:
             LabError: If it fails.
 
         """
-        done = subprocess.run([*self.enter(), *command], capture_output=True, text=True)
+        done = subprocess.run([*self.enter(), *permissions.words_of(command)], capture_output=True, text=True)
         if done.returncode != 0:
-            raise LabError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+            raise LabError(permissions.what_failed(command, done.stderr.strip() or done.stdout.strip()))
         return done.stdout
 
     @property
@@ -249,11 +234,6 @@ def start(host: Namespace, command: Sequence[str], **popen: Any) -> "subprocess.
             if each >= 0:
                 os.close(each)
     return process
-
-
-def _may_administer() -> bool:
-    """Whether this process may make namespaces by itself, as root may outside of most containers."""
-    return os.geteuid() == 0 and subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode == 0
 
 
 def _own_pidfd() -> int:

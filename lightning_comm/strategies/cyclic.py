@@ -86,7 +86,7 @@ class CyclicStrategy(PeerAwareStrategy):
         checkpoint_io: How files are written.
         precision_plugin: Set by the Trainer.
         process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if left out.
-        timeout: How long a rank waits for the others.
+        timeout: How long a rank waits for the others; when the job starts, ten minutes at least.
         start_method: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
 
     Raises:

@@ -94,7 +94,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         precision_plugin: Set by the Trainer.
         process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if left out.
         timeout: How long a rank waits for the others in a synchronisation. Ranks of unequal speed drift apart within a
-            round, so long rounds may want more than the default half hour.
+            round, so long rounds may want more than the default half hour. When the job starts, ten minutes at least.
         start_method: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
 
     Raises:

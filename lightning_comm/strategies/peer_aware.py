@@ -35,6 +35,7 @@ from lightning_comm.transport.agreement import Agreement, KeyValueStore, PeerFai
 from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.peers import Peers, is_lost_connection
 from lightning_comm.transport.recording import hang_up, has_unfinished_messages, leave_group_at_exit, note_exit_status
+from lightning_comm.transport.start import all_ranks_started
 from lightning_comm.transport.store_client import StoreLostError
 
 _T = TypeVar("_T")
@@ -88,6 +89,23 @@ class PeerAwareStrategy(DDPStrategy):
             )
             self._peers.begin("`prepare_data`, or what comes before the set-up")
             earlier_failures.refuse_broken_group(self._peers.store, type(self).__name__)
+
+    @override
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        environment = self.cluster_environment
+        if environment is None or self.world_size == 1 or dist.is_initialized():
+            super().setup_distributed()
+            return
+        with all_ranks_started(
+            type(self).__name__,
+            environment.main_address,
+            environment.main_port,
+            self.global_rank,
+            self.world_size,
+            timeout_s=self._timeout_s,
+        ):
+            super().setup_distributed()
 
     @override
     def setup(self, trainer: Trainer) -> None:

@@ -101,7 +101,7 @@ def test_a_config_says_how_to_run_it(config):
     assert f"#   lightning-comm fit --config configs/{config.name}\n" in config.read_text()
 
 
-def test_grasp_on_a_schedule_can_be_written_in_a_config(tmp_path):
+def test_grasp_on_a_schedule_and_own_data_can_be_written_in_a_config(tmp_path):
     content = yaml.safe_load((CONFIGS[0].parent / "pactrain.yaml").read_text())
     mask = content["trainer"]["strategy"]["init_args"]["compression"][0]["init_args"]
     mask["pruning"] = {
@@ -109,6 +109,8 @@ def test_grasp_on_a_schedule_can_be_written_in_a_config(tmp_path):
         "init_args": {"sparsity": 0.7, "samples": 32, "scope": "layer"},
     }
     mask["schedule"] = {"start_step": 2, "end_step": 6, "every_steps": 2}
+    content["data"]["class_path"] = "own_digits.OwnDigits"  # a module beside the config, for every rank
+    (tmp_path / "own_digits.py").write_text("from lightning_comm.examples import DigitsData as OwnDigits\n")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     text = run(["fit", "--config=config.yaml", "--trainer.max_epochs=1"], tmp_path)
     assert "`max_epochs=1` reached" in text

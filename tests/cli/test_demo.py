@@ -138,10 +138,13 @@ def test_a_bad_argument_is_named_with_its_value_and_a_way_out(arguments, must_sa
     assert [word for word in must_say if word not in said] == []
 
 
-def test_a_missing_extra_is_named_with_its_installation_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+def test_all_missing_extras_are_named_in_a_line_with_their_installation_before_anything_is_trained(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
     assert demo.main(["--out", str(tmp_path / "results")]) == 1
-    said = capsys.readouterr().err
-    assert "matplotlib" in said
-    assert "pip install 'lightning-comm[examples]'" in said
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lightning-comm demo: it needs 'timm', 'matplotlib', which are not installed. ")
+    assert line.endswith("`pip install timm matplotlib` gets them.")
     assert not (tmp_path / "results").exists()

@@ -149,6 +149,22 @@ def test_a_bad_word_is_named_with_its_value_and_a_way_out(words, must_say, capsy
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("speeds", "command", "slows_nothing"),
+    [
+        ("1,0.5", "true", True),
+        ("1,0.5", "touch $LIGHTNING_COMM_SPEED_TAKEN", False),  # as an emulated device does
+        ("1,1", "true", False),
+        ("1,0.5", "exit 3", False),  # what failed did not come to that
+    ],
+)
+def test_speeds_that_no_process_takes_are_said_to_slow_nothing(run_lab, speeds, command, slows_nothing):
+    _, _, err = run_lab("--hosts", "2", "--speed", speeds, "--", "sh", "-c", command)
+    said = "\n".join(err)
+    assert ("so nothing was slowed" in said) == slows_nothing
+    assert ("EmulatedDevice(step_s=" in said) == slows_nothing
+
+
 def test_where_hosts_cannot_be_had_one_line_says_why(monkeypatch, capsys):
     monkeypatch.setattr(command, "unavailable", lambda: "the lab needs a kernel")
     assert command.main(["--", "true"]) == 1

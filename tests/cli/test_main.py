@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 
 import lightning_comm
 from lightning_comm import AdaptivePartition, EmulatedDevice
-from lightning_comm.cli.main import COMMANDS, main
+from lightning_comm.cli.main import COMMANDS, Command, main
 from lightning_comm.cli.training import strategy_problem
 
 torch.set_num_threads(1)  # a process that has started torch's threads cannot be forked into ranks
@@ -37,7 +37,7 @@ def _same_environment(monkeypatch):
 def test_help_says_what_each_command_does(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert [name for name, (what, _) in COMMANDS.items() if f"  {name} " not in text or what not in text] == []
+    assert [name for name, command in COMMANDS.items() if f"  {name} " not in text or command.what not in text] == []
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -62,15 +62,16 @@ def test_an_unknown_command_is_named_with_those_near_it(name, must_say, capsys):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_there(name):
-    module, _, function = COMMANDS[name][1].partition(":")
-    assert callable(getattr(importlib.import_module(module), function))
+    for place in filter(None, (COMMANDS[name].run, COMMANDS[name].check)):
+        module, _, function = place.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 @pytest.mark.parametrize(("answer", "code"), [(None, 0), (0, 0), (3, 3)])
 def test_a_command_gets_the_words_after_its_name_and_decides_on_the_exit_code(answer, code, monkeypatch):
     given = []
     monkeypatch.setitem(sys.modules, "some.module", SimpleNamespace(run=lambda words: given.append(words) or answer))
-    monkeypatch.setitem(COMMANDS, "mine", ("test this", "some.module:run"))
+    monkeypatch.setitem(COMMANDS, "mine", Command("test this", "some.module:run"))
     assert main(["mine", "--a", "b"]) == code
     monkeypatch.setattr(sys, "argv", ["lightning-comm", "mine", "c"])
     assert main() == code
@@ -176,3 +177,25 @@ def test_the_speed_of_an_emulated_device_can_be_a_number_or_one_for_each_rank(
     assert main(["fit", f"--config={CONFIGS / 'ddp.yaml'}", *words]) == 0
     [device] = [each for each in built[0].callbacks if isinstance(each, EmulatedDevice)]
     assert device.speed == value
+
+
+@pytest.mark.parametrize(
+    ("speed", "more", "slows_nothing"),
+    [
+        ("0.5", [], True),
+        ("0.5", ["--trainer.callbacks.speed=2"], True),
+        ("0.5", ["--trainer.callbacks.speed=null"], False),
+        ("1", [], False),
+    ],
+)
+def test_fit_says_before_training_that_an_emulated_speed_slows_nothing(
+    speed, more, slows_nothing, built, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_COMM_SPEED", speed)
+    device = ["--trainer.callbacks+=EmulatedDevice", "--trainer.callbacks.step_s=1", "--trainer.callbacks.batch_size=4"]
+    assert main(["fit", f"--config={CONFIGS / 'ddp.yaml'}", *(device if more else []), *more]) == 0
+    said = capsys.readouterr().err
+    assert ("`--speed` slows nothing on this host" in said) == slows_nothing
+    assert ("--trainer.callbacks+=lightning_comm.EmulatedDevice" in said) == slows_nothing
+    assert len(built) == 1

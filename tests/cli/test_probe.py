@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 
@@ -13,6 +14,7 @@ from support.processes import free_port, launch
 from lightning_comm.cli import probe as cli
 from lightning_comm.cli.main import main
 from lightning_comm.cli.probe import shape_of_job
+from lightning_comm.cli.probe_arguments import parse
 from lightning_comm.core.costs import LinkProfile
 
 QUICK = ["--sizes=4,64KiB,1MiB", "--repeats=3", "--seconds=6"]
@@ -178,3 +180,20 @@ def test_a_result_that_is_there_is_not_touched_by_the_check_whether_it_can_be_wr
     assert [path.name for path in tmp_path.iterdir()] == ["probe.json"]
     assert old.read_text() == "old"
     assert "It is a folder" in cli._problem_with(tmp_path)
+
+
+def test_a_rank_that_starts_late_is_waited_for_beyond_the_time_of_the_measurement(monkeypatch):
+    monkeypatch.setattr(cli, "_PATIENCE_S", 0)
+    options = parse(["--accelerator=cpu", "--devices=2", "--seconds=1"])
+
+    def start(rank):
+        if rank == 1:
+            time.sleep(1.5)
+        began = time.monotonic()
+        fabric = cli._fabric(options)
+        fabric.launch()
+        return fabric.world_size, time.monotonic() - began
+
+    (ranks, waited_s), _ = launch(start, world_size=2)
+    assert ranks == 2
+    assert waited_s > 1.0  # what the group of a second would have allowed

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from support.processes import launch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_comm.data.resumable import ResumableLoader
@@ -148,3 +150,14 @@ def test_a_bad_argument_is_named_with_its_value_and_a_way_out(kwargs, error, mus
     with pytest.raises(error) as caught:
         ResumableLoader(**{"dataset": range(5), "batch_size": 2, **kwargs})
     assert [word for word in ["ResumableLoader", *must_say] if word not in str(caught.value)] == []
+
+
+def test_a_loader_that_was_built_before_the_ranks_were_joined_is_refused_and_one_that_names_them_is_not():
+    def first_batches(rank):
+        early, told = ResumableLoader(range(8), 2), ResumableLoader(range(8), 2, num_replicas=1, rank=0)
+        dist.init_process_group("gloo")
+        with pytest.raises(ValueError, match=r"`num_replicas` must be the number of ranks, 2.*`train_data"):
+            next(iter(early))
+        return len(list(told)), len(list(ResumableLoader(range(8), 2)))
+
+    assert launch(first_batches, world_size=2) == [(4, 2), (4, 2)]

@@ -158,10 +158,10 @@ def test_a_bad_argument_is_named_with_its_value_and_a_way_out(kwargs, must_say):
     assert [word for word in must_say if word not in str(caught.value)] == []
 
 
-@pytest.mark.parametrize("missing", ["timm", "sklearn"])
-def test_without_the_extra_the_import_names_it(missing, monkeypatch):
+@pytest.mark.parametrize(("missing", "package"), [("timm", "timm"), ("sklearn", "scikit-learn")])
+def test_without_the_extra_the_import_names_it(missing, package, monkeypatch):
     for name in [name for name in sys.modules if name.startswith(("lightning_comm.examples", f"{missing}."))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"'{missing}'.*pip install 'lightning-comm\[examples\]'"):
+    with pytest.raises(ModuleNotFoundError, match=rf"'{missing}'.*`pip install {package}`"):
         __import__("lightning_comm.examples.digits")

@@ -296,6 +296,15 @@ def test_the_speed_of_the_host_is_read_from_its_variable(monkeypatch):
     assert DevicePacer(stack(), step_s=1, batch_size=1, speed=2.0).speed == 2.0
 
 
+def test_a_device_leaves_a_note_when_it_takes_its_speed_from_the_lab_and_else_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("LIGHTNING_COMM_SPEED", "0.25")
+    monkeypatch.setenv("LIGHTNING_COMM_SPEED_TAKEN", str(tmp_path / "taken"))
+    DevicePacer(stack(), step_s=1, batch_size=1, speed=2)
+    assert not (tmp_path / "taken").exists()
+    DevicePacer(stack(), step_s=1, batch_size=1)
+    assert (tmp_path / "taken").exists()
+
+
 @pytest.mark.parametrize("text", ["fast", "", "0", "-1", "nan", "inf"])
 def test_a_speed_that_is_no_number_is_named_with_its_variable(text, monkeypatch):
     monkeypatch.setenv("LIGHTNING_COMM_SPEED", text)
