@@ -130,6 +130,7 @@ INTERNALS = (
         "_build_params_for_reducer",
         "the order in which DDP numbers parameters",
     ),
+    Internal("torch.nn.parallel.DistributedDataParallel", "_comm_hooks", "whether DDP makes means by itself"),
     Internal(
         "torch._C._distributed_c10d.Reducer",
         "_get_local_used_map",
@@ -632,6 +633,11 @@ def is_without_optimizer(error: KeyError) -> bool:
 def is_own_closure(closure: object) -> bool:
     """Whether a closure is the one that Lightning makes, and not one that a module has put around it."""
     return isinstance(closure, AbstractClosure)
+
+
+def averages_without_a_hook(model: object) -> bool:
+    """Whether DDP makes the means of gradients by itself, and not a hook that somebody has registered."""
+    return isinstance(model, DistributedDataParallel) and not model._comm_hooks
 
 
 def unused_by_all_ranks(model: DistributedDataParallel) -> Callable[[], list[Parameter]]:

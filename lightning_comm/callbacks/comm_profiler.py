@@ -24,7 +24,7 @@ from lightning_comm.core.costs import LinkProfile
 from lightning_comm.core.key_figures import RunFigures, StepFigures
 from lightning_comm.core.ledger import wire_bytes
 from lightning_comm.core.rank_profile import RankProfile, combine, inferred_waits, with_waits
-from lightning_comm.lightning_internals import logged_step
+from lightning_comm.lightning_internals import averages_without_a_hook, logged_step
 from lightning_comm.planning.profile_files import Profile, RankFile, next_run, run_folder
 from lightning_comm.planning.profile_text import summary
 from lightning_comm.transport.clocks import (
@@ -34,6 +34,7 @@ from lightning_comm.transport.clocks import (
     json_from_rank_0,
     number_from_rank_0,
 )
+from lightning_comm.transport.sparse_gradients import fault_of_ddp
 
 _log = logging.getLogger(__name__)
 _Hook = TypeVar("_Hook", bound=Callable[..., None])
@@ -199,6 +200,11 @@ class CommProfiler(Callback):
         profile = RankProfile(self._header, keep=keep, clock=clock)
         self._session = Session(profile, file, self.timeline_steps, lambda: trainer.global_step, self._safely)
         self._session.begin_measuring()
+        of_ours = type(trainer.strategy).__module__.startswith("lightning_comm.")  # it has said so itself
+        if not of_ours and averages_without_a_hook(trainer.strategy.model):
+            fault = fault_of_ddp(pl_module, trainer.world_size)
+            if fault is not None:
+                rank_zero_warn(f"CommProfiler: {fault}")
         if trainer.world_size == 1:
             rank_zero_info("CommProfiler: one process, so nothing is sent; it measures the time of steps.")
 

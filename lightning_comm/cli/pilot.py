@@ -189,6 +189,8 @@ def _listener(
         kind = event["event"]
         if kind == "rehearsed":
             results.rehearsed(event)
+            if event.get("fault") is not None:
+                print(f"The baseline `{BASELINE}`: {event['fault']}", flush=True)
         elif kind == "begin":
             current.update(strategy=event["strategy"], repeat=event["repeat"])
             progress.begin(event["strategy"], event["repeat"])

@@ -162,6 +162,7 @@ def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
                 "device": str(line.trainer.strategy.root_device),
                 "total_steps": rehearsal.total_steps,
                 "problem": rehearsal.problem,
+                "fault": rehearsal.fault,
             }
         )
     del line

@@ -16,6 +16,7 @@ from lightning_comm.planning.pilot import first_whole_round
 from lightning_comm.strategies import LocalUpdateStrategy
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
 from lightning_comm.strategies.planned_rates import ScheduleUnknown
+from lightning_comm.transport.sparse_gradients import fault_of_ddp
 
 _LAST_LOSSES = 5  # steps whose mean is the loss after the pilot
 
@@ -29,6 +30,7 @@ class Rehearsal(Callback):
         self.total_steps: int | None = None
         self.rates: list[float] | None = None
         self.problem: str | None = None  # why the rates are not known
+        self.fault: str | None = None  # why the baseline may train wrongly
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -36,6 +38,7 @@ class Rehearsal(Callback):
             return
         self.batch_size = samples_of(batch)
         self.parameters = sum(each.numel() for each in pl_module.parameters())
+        self.fault = fault_of_ddp(pl_module, trainer.world_size)
         try:
             self.total_steps = run_length(trainer, pl_module)
             self.rates = use_up_schedule(trainer, pl_module, self.total_steps)

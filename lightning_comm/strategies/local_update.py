@@ -19,7 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -55,6 +55,7 @@ from lightning_comm.transport.optimizer_messages import FirstSteps
 from lightning_comm.transport.random_state import set_random_state
 from lightning_comm.transport.recording import Pending, Recorder, another_group, hang_up
 from lightning_comm.transport.replica import fingerprint
+from lightning_comm.transport.sparse_gradients import fault_of_ddp
 
 _fits = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
 
@@ -282,6 +283,8 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             refusals.add(checks.optimizer_problems(module, self.optimizers, self.settings))
             if isinstance(self.settings.averaging.method, SparseMask):
                 refusals.add(sparse_mask.optimizer_problems(self.optimizers))
+        if self.settings.starts_with_gradients and (fault := fault_of_ddp(module, self.world_size)) is not None:
+            rank_zero_warn(f"LocalUpdateStrategy, in its gradient phase: {fault}")
         store = default_store() if self._peers is None else self._peers.store
         namespace = f"lightning_comm/{next(_fits)}"
         agreement = Agreement(store, self.global_rank, self.world_size, namespace, peers=self._peers)
