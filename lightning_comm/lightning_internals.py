@@ -94,6 +94,7 @@ INTERNALS = (
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_last_time_checked", "to make the agreed save happen"),
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_link_checkpoint", "takes the old link away first"),
     Internal("lightning.pytorch.callbacks.WeightAveraging", "_average_model", "averaged together with the weights"),
+    Internal("lightning.pytorch.plugins.precision.Precision", "clip_gradients", "gradients may be elsewhere by then"),
     Internal(_DDP, "configure_ddp", "where the model is wrapped, or not"),
     Internal(_DDP, "_model_averaging_period", "parameters averaged over ranks alike, whatever their samples"),
     Internal(_DDP, "_timeout", "how long messages on further process groups wait"),
@@ -244,6 +245,17 @@ def before_validation(trainer: Trainer, patches: Patches, call: Callable[[], Non
         original()
 
     original: Callable[[], None] = patches.set(trainer.fit_loop.epoch_loop.val_loop, "on_run_start", start)
+
+
+def clip_what_is_there(trainer: Trainer, patches: Patches) -> None:
+    """Leave Lightning's own clipping out where an optimizer has no gradients, at which torch fails by value."""
+    precision = trainer.precision_plugin
+
+    def clip(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if any(parameter.grad is not None for parameter in precision.main_params(optimizer)):
+            original(optimizer, *args, **kwargs)
+
+    original: Callable[..., None] = patches.set(precision, "clip_gradients", clip)
 
 
 def end_after_this_step(trainer: Trainer) -> None:

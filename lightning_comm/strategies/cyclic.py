@@ -25,7 +25,7 @@ from lightning_comm import lightning_internals
 from lightning_comm.core.cyclic import CyclicSchedule, Rule
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.refusals import Refusals
-from lightning_comm.strategies import checks, control, cyclic_checks, cyclic_files
+from lightning_comm.strategies import checks, control, cyclic_checks, cyclic_clipping, cyclic_files
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.entry import Save
 from lightning_comm.strategies.checkpoints.loading import load_together
@@ -75,10 +75,12 @@ class CyclicStrategy(PeerAwareStrategy):
         stagger: ``"step"``: each rank starts a batch 1/N of its time after the one before it, which lowers the sum of
             activations where ranks share a memory, and costs about what a barrier costs; ``"none"``: ranks start when
             they can.
-        clip_norm: Bounds the gradient norm; ``None`` does not. ``Trainer(gradient_clip_val=...)`` is refused: the norm
-            of the whole gradient is not known when the first stages are updated.
-        clip_by: ``"stage"``: each stage's gradient is clipped by its own norm; ``"previous_norm"``: by the norm of the
-            whole gradient of the step before, and in the first step by stage.
+        clip_norm: The largest norm of a gradient, where the Trainer does not say it; ``None`` leaves it to
+            ``Trainer(gradient_clip_val=...)``.
+        clip_by: By which norm, since that of the whole gradient is not known when the first stages are updated.
+            ``"stage"``: each stage's gradient is clipped by its own; ``"previous_norm"``: by the norm of the whole
+            gradient of the step before, and in the first step by stage. ``None`` takes ``"stage"`` for ``clip_norm``,
+            and is refused where the Trainer clips by norm. ``gradient_clip_algorithm="value"`` needs no choice.
         accelerator: As in Lightning's ``DDPStrategy``, and so are the arguments below.
         parallel_devices: Set by the Trainer.
         cluster_environment: Where ranks and addresses come from.
@@ -131,7 +133,7 @@ class CyclicStrategy(PeerAwareStrategy):
         stages: int | list[str] | None = None,
         stagger: Literal["none", "step"] = "none",
         clip_norm: float | None = None,
-        clip_by: ClipBy = "stage",
+        clip_by: ClipBy | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -161,6 +163,7 @@ class CyclicStrategy(PeerAwareStrategy):
         self._warned_of_gradients = False
         self._unregistered: UnregisteredState | None = None
         self._first_steps = FirstSteps(WHERE)
+        self._patches = lightning_internals.Patches()
 
     # ---- what can be seen ----------------------------------------------------------------------------------------
 
@@ -224,6 +227,7 @@ class CyclicStrategy(PeerAwareStrategy):
         with Refusals(WHERE) as refusals:
             refusals.add(cyclic_checks.rank_problems(self.settings, self.world_size))
             refusals.add(cyclic_checks.trainer_problems(trainer, self._layer_sync is not None))
+            refusals.add(cyclic_clipping.problems(self.settings, trainer, module))
             refusals.add(cyclic_checks.module_problems(module))
             super().setup(trainer)
             refusals.add(cyclic_checks.optimizer_problems(module, self.optimizers))
@@ -287,6 +291,7 @@ class CyclicStrategy(PeerAwareStrategy):
             self._ledger.load_state_dict(resume.ledger)
         self._interruptions.install()
         self._interruptions.before_validation(self.begin_evaluation)
+        lightning_internals.clip_what_is_there(trainer, self._patches)
         if resume.random is not None:
             set_random_state(resume.random)  # last, since what comes before may draw from the generators
             if resume.epoch_is_over:
@@ -470,6 +475,7 @@ class CyclicStrategy(PeerAwareStrategy):
 
     @override
     def teardown(self) -> None:
+        self._patches.undo()
         if self._interruptions is not None:
             self._interruptions.undo()
             self._interruptions = None
@@ -489,4 +495,5 @@ class CyclicStrategy(PeerAwareStrategy):
             "_trainer": None,
             "_resume": None,
             "_unregistered": None,
+            "_patches": lightning_internals.Patches(),
         }

@@ -40,7 +40,7 @@ class CyclicSettings:
     stages: int | list[str] | None
     stagger: Literal["none", "step"]
     clip_norm: float | None
-    clip_by: ClipBy
+    clip_by: ClipBy | None
 
 
 def _is_count(value: object, least: int) -> bool:
@@ -60,7 +60,7 @@ def checked(settings: CyclicSettings) -> CyclicSettings:
 
 def _setting_problems(settings: CyclicSettings) -> Iterator[str]:
     for name, choices in _CHOICES.items():
-        if getattr(settings, name) not in choices:
+        if getattr(settings, name) not in choices and (name, getattr(settings, name)) != ("clip_by", None):
             yield (f"`{name}` must be one of {', '.join(map(repr, choices))}; got {getattr(settings, name)!r}.")
     for name, what in (("lag", "workers"), ("warmup_sync_steps", "optimizer steps")):
         if not _is_count(getattr(settings, name), 0):
@@ -120,13 +120,6 @@ def warn_of_one_process(world_size: int) -> None:
 def trainer_problems(trainer: Trainer, sync_batchnorm: bool) -> Iterator[str]:
     """Yield settings and callbacks of the Trainer that this cannot honour."""
     yield from checks.trainer_problems(trainer, sync_batchnorm)
-    clip = trainer.gradient_clip_val
-    if clip:
-        yield (
-            f"`Trainer(gradient_clip_val={clip!r})` would clip nothing: stages are updated one by one, before "
-            "the norm of the whole gradient is known. Use `CyclicStrategy(clip_norm=..., clip_by='stage')`, which "
-            "clips each stage by its own norm, or `clip_by='previous_norm'`, by the whole norm of the step before."
-        )
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         yield (
             "`Trainer(precision='16-mixed')` needs a gradient scaler, which skips a step when any stage "
@@ -171,8 +164,8 @@ def module_problems(module: LightningModule) -> Iterator[str]:
     if is_overridden("configure_gradient_clipping", module):
         yield (
             f"`{type(module).__name__}.configure_gradient_clipping` would clip nothing: gradients are handed "
-            "over during backward. Take it out and use `CyclicStrategy(clip_norm=..., clip_by='stage')` or "
-            "`clip_by='previous_norm'`."
+            "over during backward. Take it out, give the Trainer `gradient_clip_val`, and for a limit of the norm the "
+            "strategy `clip_by='stage'` or `clip_by='previous_norm'`."
         )
     yield from _memory_problems(module)
     for name, part in module.named_modules():

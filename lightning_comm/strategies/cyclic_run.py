@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_comm.core.cyclic import CyclicSchedule
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.strategies import control, cyclic_checks
+from lightning_comm.strategies import control, cyclic_checks, cyclic_clipping
 from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
 from lightning_comm.strategies.cyclic_cut import agreed_stages
@@ -44,6 +44,7 @@ from lightning_comm.transport.cyclic_requests import BATCH, Requests, check_fini
 from lightning_comm.transport.cyclic_stages import START, ForwardTrace, Stage, not_compiled
 from lightning_comm.transport.cyclic_stagger import Stagger
 from lightning_comm.transport.cyclic_untrained import UntrainedParameters
+from lightning_comm.transport.cyclic_update import Clipping
 from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.random_state import random_state
 from lightning_comm.transport.recording import Pending, Recorder, another_group, hang_up
@@ -121,6 +122,8 @@ class CyclicRun:
         self._untrained: UntrainedParameters | None = None
         self._began_at = self.run_began_at = 0
         self._saved_norm: float | None = None
+        self._limits: tuple[object, object] | None = None  # of the Trainer, and what they come to
+        self._clipping = Clipping()
         self._open = False  # whether there was a forward since the last step
         self._awaited = False  # whether what a forward has computed waits for its backward
         self._due = False  # whether the optimizer's step is being taken
@@ -183,9 +186,7 @@ class CyclicRun:
         self._versions = [self.steps_done] * len(stages)
         self._ready = [0] * len(stages)
         owned = {stage: self._parameters[stage] for stage in schedule.owned(rank)}
-        self.optimizer = StageOptimizer(
-            self._user_optimizer, owned, settings.clip_norm, settings.clip_by, self._previous_norm
-        )
+        self.optimizer = StageOptimizer(self._user_optimizer, owned, self._previous_norm)
         self._guard = OptimizerGuard(self._user_optimizer)
         self._contents = Contents([{name: parameters[name] for name in stage.parameters} for stage in stages])
         for number in range(len(stages)):
@@ -351,7 +352,11 @@ class CyclicRun:
 
     def _note_settings(self) -> None:
         if self.optimizer is not None:
-            self.optimizer.note_settings(self.steps_done)
+            limits = (self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm)
+            if limits != self._limits:  # at first, and where a callback has changed them
+                self._clipping = cyclic_clipping.clipping_of(self.settings, self.trainer, self.module)
+                self._limits = limits
+            self.optimizer.note_settings(self.steps_done, self._clipping)
 
     def end_backward(self) -> None:
         """Hand over what no hook has, and refuse parameters that had no part in the step."""

@@ -76,7 +76,7 @@ class With(Regression):
 
     def __init__(self, part, optimizer=momentum):
         super().__init__(deep(6), optimizer)
-        self.part = part.double()
+        self.part = part
 
 
 class Manual(Regression):
@@ -163,6 +163,10 @@ def plain(optimizer=momentum, **options):
     return Regression(deep(6), optimizer), {}, options
 
 
+def by_value():
+    return {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"}
+
+
 def scaler():
     return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
 
@@ -170,7 +174,27 @@ def scaler():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: plain(gradient_clip_val=0.5), ["gradient_clip_val=0.5", "clip_norm", "'previous_norm'"]),
+        (
+            lambda: plain(gradient_clip_val=0.5),
+            ["gradient_clip_val=0.5", "clip_by='stage'", "own norm", "clip_by='previous_norm'", "one step before"],
+        ),
+        (
+            lambda: (Regression(deep(6)), {"clip_norm": 1.0}, {"gradient_clip_val": 0.5}),
+            ["`clip_norm`=1.0", "gradient_clip_val=0.5", "two limits", "Leave one"],
+        ),
+        (
+            lambda: (Regression(deep(6)), {"clip_norm": 1.0}, by_value()),
+            ["`clip_norm`=1.0", "gradient_clip_algorithm='value'", "two ways", "Leave one"],
+        ),
+        (
+            lambda: (Regression(deep(6)), {"clip_by": "stage"}, by_value()),
+            ["`clip_by`='stage'", "gradient_clip_algorithm='value'", "each entry", "Leave one"],
+        ),
+        (
+            lambda: (With(nn.Linear(2, 2).to(torch.complex64)), {}, by_value()),
+            ["complex", "part.weight", "'previous_norm'"],
+        ),
+        (lambda: plain(gradient_clip_val=float("nan")), ["gradient_clip_val=nan", "> 0"]),
         (lambda: plain(plugins=[scaler()]), ["16-mixed", "gradient scaler", "bf16-mixed"]),
         (lambda: (Manual(), {}, {}), ["automatic_optimization=False", "one optimizer"]),
         (lambda: plain(torch.optim.LBFGS), ["LBFGS", "AdamW"]),
@@ -182,7 +206,10 @@ def scaler():
         (lambda: plain(lambda p: Talks(p, 0.1)), ["Talks", "communicates in its `step` (barrier)", "DDPStrategy"]),
         (lambda: plain(lambda p: Switched(p, 0.1)), ["Switched", "`train` and `eval`", "AdamW"]),
         (lambda: plain(lambda p: NeedsAClosure(p, 0.1)), ["NeedsAClosure", "without a closure", "SGD or AdamW"]),
-        (lambda: (Clips(deep(6)), {}, {}), ["Clips.configure_gradient_clipping", "clip_norm", "'previous_norm'"]),
+        (
+            lambda: (Clips(deep(6)), {}, {}),
+            ["Clips.configure_gradient_clipping", "`gradient_clip_val`", "'previous_norm'"],
+        ),
         (lambda: plain(lambda p: momentum(nn.Linear(2, 2).parameters())), ["2 parameter(s)", "not in the model"]),
         (
             lambda: plain(lambda p: momentum([each.requires_grad_(False) for each in p])),
