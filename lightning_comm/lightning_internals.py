@@ -18,7 +18,13 @@ from typing import Any, cast
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.loops.optimization.closure import AbstractClosure
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -62,6 +68,7 @@ _SIGNALS = "lightning.pytorch.trainer.connectors.signal_connector._SignalConnect
 _DDP = "lightning.pytorch.strategies.DDPStrategy"
 _SETUP = "lightning.pytorch.trainer.setup._init_debugging_flags"
 _TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+_SWA = "lightning.pytorch.callbacks.StochasticWeightAveraging"
 _ASYNC_IO = "lightning.pytorch.plugins.io.AsyncCheckpointIO"
 
 INTERNALS = (
@@ -94,6 +101,9 @@ INTERNALS = (
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_last_time_checked", "to make the agreed save happen"),
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_link_checkpoint", "takes the old link away first"),
     Internal("lightning.pytorch.callbacks.WeightAveraging", "_average_model", "averaged together with the weights"),
+    Internal("torch.optim.swa_utils.AveragedModel", "update_parameters", "when it takes the weights"),
+    Internal(_SWA, "update_parameters", "the same"),
+    Internal(_SWA, "transfer_weights", "when the average takes the place of the weights"),
     Internal("lightning.pytorch.plugins.precision.Precision", "clip_gradients", "gradients may be elsewhere by then"),
     Internal(_DDP, "configure_ddp", "where the model is wrapped, or not"),
     Internal(_DDP, "_model_averaging_period", "parameters averaged over ranks alike, whatever their samples"),
@@ -494,6 +504,27 @@ def weight_average_of(callback: Callback) -> Module | None:
     """Return the averaged model of a :class:`WeightAveraging` callback, if it is one and has one."""
     model = callback._average_model if isinstance(callback, WeightAveraging) else None
     return model if isinstance(model, Module) else None
+
+
+def before_weight_averages(trainer: Trainer, patches: Patches, call: Callable[[Callback], None]) -> None:
+    """Call a function before a callback takes the weights into an average of its own, or puts that in their place."""
+    for callback in getattr(trainer, "callbacks", []):
+        model = weight_average_of(callback)
+        if model is not None:
+            _call_before(callback, model, "update_parameters", patches, call)
+        elif isinstance(callback, StochasticWeightAveraging):
+            for name in ("update_parameters", "transfer_weights"):
+                _call_before(callback, callback, name, patches, call)
+
+
+def _call_before(
+    callback: Callback, owner: object, name: str, patches: Patches, call: Callable[[Callback], None]
+) -> None:
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        call(callback)
+        original(*args, **kwargs)
+
+    original: Callable[..., None] = patches.set(owner, name, wrapped)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
@@ -30,6 +30,7 @@ from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.entry import Save
 from lightning_comm.strategies.checkpoints.loading import load_together
 from lightning_comm.strategies.companion import Companion
+from lightning_comm.strategies.cyclic_averages import WeightAverages
 from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
 from lightning_comm.strategies.cyclic_files import CyclicResume
 from lightning_comm.strategies.cyclic_run import CyclicRun
@@ -164,6 +165,7 @@ class CyclicStrategy(PeerAwareStrategy):
         self._unregistered: UnregisteredState | None = None
         self._first_steps = FirstSteps(WHERE)
         self._patches = lightning_internals.Patches()
+        self._averages = WeightAverages()
 
     # ---- what can be seen ----------------------------------------------------------------------------------------
 
@@ -286,12 +288,14 @@ class CyclicStrategy(PeerAwareStrategy):
         resume, self._resume = self._resume or CyclicResume(run_began_at=trainer.global_step), None
         steps_done = trainer.global_step if resume.steps_done is None else resume.steps_done
         run.start(steps_done, resume.stages, resume.previous_norm, resume.run_began_at)
+        self._averages = WeightAverages()
         self._unregistered = UnregisteredState(WHERE, trainer, run.module)
         if resume.ledger is not None:
             self._ledger.load_state_dict(resume.ledger)
         self._interruptions.install()
         self._interruptions.before_validation(self.begin_evaluation)
         lightning_internals.clip_what_is_there(trainer, self._patches)
+        lightning_internals.before_weight_averages(trainer, self._patches, self._before_average)
         if resume.random is not None:
             set_random_state(resume.random)  # last, since what comes before may draw from the generators
             if resume.epoch_is_over:
@@ -397,6 +401,14 @@ class CyclicStrategy(PeerAwareStrategy):
         if self._run is not None:
             self._flush(self._run)
             self._run.finish()
+
+    def _before_average(self, callback: Callback) -> None:
+        """Take up the newest parameters for an average of weights, of one version and the same on all ranks."""
+        run = self._run
+        if run is not None and run.active:
+            self._averages.count(callback, run.steps_done)
+            with self._averages.explained(callback, run.steps_done):
+                self._flush(run)
 
     def _flush(self, run: CyclicRun) -> None:
         if run.active:

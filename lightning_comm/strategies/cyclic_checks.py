@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -119,19 +118,13 @@ def warn_of_one_process(world_size: int) -> None:
 
 def trainer_problems(trainer: Trainer, sync_batchnorm: bool) -> Iterator[str]:
     """Yield settings and callbacks of the Trainer that this cannot honour."""
-    yield from checks.trainer_problems(trainer, sync_batchnorm)
+    yield from checks.trainer_problems(trainer, sync_batchnorm, one_version=True)
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         yield (
             "`Trainer(precision='16-mixed')` needs a gradient scaler, which skips a step when any stage "
             "overflows, and stages are updated before that is known. Use 'bf16-mixed' or '32-true'."
         )
     for callback in getattr(trainer, "callbacks", []):
-        if isinstance(callback, WeightAveraging):
-            yield (
-                f"the callback {type(callback).__name__} averages the weights that a rank computes with, and "
-                "these are of two versions, another mix on each rank. Leave it out, or average checkpoints, which hold "
-                "one version."
-            )
         if type(callback).__name__ == "AdaptivePartition":
             yield (
                 "the callback AdaptivePartition measures how long ranks wait for each other at the end of a "

@@ -30,6 +30,7 @@ from lightning_comm.core.cyclic import CyclicSchedule
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.strategies import control, cyclic_checks, cyclic_clipping
 from lightning_comm.strategies.control import ControlRow
+from lightning_comm.strategies.cyclic_averages import averages_by_own_rule
 from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
 from lightning_comm.strategies.cyclic_cut import agreed_stages
 from lightning_comm.strategies.run_length import may_differ
@@ -125,6 +126,7 @@ class CyclicRun:
         self._limits: tuple[object, object] | None = None  # of the Trainer, and what they come to
         self._clipping = Clipping()
         self._open = False  # whether there was a forward since the last step
+        self._moved = False  # whether a forward may have changed buffers since ranks last met
         self._awaited = False  # whether what a forward has computed waits for its backward
         self._due = False  # whether the optimizer's step is being taken
         self._stepping = False  # whether this backward hands gradients over as they come
@@ -168,7 +170,8 @@ class CyclicRun:
 
     def check_start(self, batches: float) -> None:
         """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
-        row = ControlRow(batches=batches if math.isfinite(batches) else -1, urgent=may_differ(self.trainer))
+        urgent = may_differ(self.trainer) or averages_by_own_rule(self.trainer)
+        row = ControlRow(batches=batches if math.isfinite(batches) else -1, urgent=urgent)
         with self.agreement.first_error_shown():
             rows = control.exchange(row, self.recorder, self.module.device, Pending.wait)
             control.check_same_batches(rows, WHERE)
@@ -243,7 +246,7 @@ class CyclicRun:
             return
         self._refuse_torn()
         first, self._open = not self._open, True
-        self._awaited = True
+        self._awaited = self._moved = True
         if self._uncut or self._trace is not None:
             if self._trace is not None:
                 self._trace.units()  # of a forward without a backward, whose error the module may have caught
@@ -413,6 +416,7 @@ class CyclicRun:
             notes = self._notes_of(version)
             self._check_finite(version, notes)
             self._check_batch(version - 1, notes)
+            del self._batch_of[version - 1]
             self._decided += self._requests.decided(version - 1, notes, self.steps_done)
 
     def _on_forward(self, stage: int, *_: Any) -> None:
@@ -511,17 +515,29 @@ class CyclicRun:
             notes = {version: self._notes_of(version) for version in versions}
         for version in versions:
             self._check_finite(version, notes[version])  # every rank's own error, not that of the first to find it
+            self._check_batch(version - 1, notes[version])
+        self._bring_together()
+        self.flushed_at = self.steps_done
+
+    def _bring_together(self) -> None:
+        """Average what no stage has."""
         with self.agreement.first_error_shown():
             average_buffers(self.module, self.recorder)
             if self._untrained is not None:
                 self._untrained.bring_together(self.recorder)
-        self.flushed_at = self.steps_done
+        self._moved = False
 
     def finish(self) -> None:
         """End the run: all ranks hold the newest parameters, and nothing is under way."""
         if self._ring is None:
             return
         self.flush()
+        if self._asked:  # of a step that nobody takes, such as one whose `training_step` returned None
+            self._batch_of[self.steps_done] = 0
+            self._ring.leave_out(self.steps_done)
+            self._check_batch(self.steps_done, self._notes_of(self.steps_done + 1))
+        if self._moved:
+            self._bring_together()  # forwards without a step behind the last one
         if self._stagger is not None:
             with self.agreement.first_error_shown():
                 self._stagger.close()
@@ -583,7 +599,7 @@ class CyclicRun:
 
     def _check_batch(self, step: int, notes: list[float]) -> None:
         """Refuse ranks that take a step in different batches, since one of them has left a step out."""
-        own = self._batch_of.pop(step)
+        own = self._batch_of[step]
         others = notes[BATCH] - own
         if others != own * (self.recorder.world_size - 1):
             raise self.ends.told(cyclic_checks.different_batches(step, own, others, self.recorder.world_size))

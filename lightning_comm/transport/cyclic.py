@@ -106,6 +106,7 @@ class CyclicRing:
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._closed = False
+        self._left_out: int | None = None
         self._lanes: list[threading.Thread] = []
         self._steps: list[SimpleQueue[int | None]] = []  # by lane
         for stages in [[stage] for stage in schedule.order()] if in_any_order else [list(schedule.order())]:
@@ -162,6 +163,14 @@ class CyclicRing:
         with self._changed:
             return [self._notes[version][stage] for stage in stages]
 
+    def leave_out(self, step: int) -> None:
+        """Let a step that has begun pass without gradients and updates; on all ranks, and there is none after it."""
+        self._left_out = step
+        for stage, layout in enumerate(self._layouts):
+            nothing = Message(layout, self._device)
+            nothing.memory.zero_()
+            self.hand_over(stage, nothing.parts, nothing.notes)
+
     def close(self) -> None:
         """End the lanes and wait for what they have sent; only where all ranks have taken up the last version."""
         self._stop()  # behind all that is under way
@@ -212,7 +221,8 @@ class CyclicRing:
                 self._send("gradient", step, stage, message)
                 self._free["gradient"][stage].append(message)
                 continue
-            self._update(step, stage, message)
+            if step != self._left_out:
+                self._update(step, stage, message)
             message.written = Mark(self._device)
             self._updated[stage].put(message)
 
