@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -26,6 +27,10 @@ from lightning_comm.transport.optimizer_trial import why_not_by_parameter
 from lightning_comm.transport.shared_memory import shared
 
 WHERE = "CyclicStrategy"
+_ANOTHER_FIT = (
+    "Freeze, unfreeze, add and replace parameters before `fit`; to change them later, end this `fit`, save a "
+    "checkpoint and start another `fit` from its weights."
+)
 _CHOICES = {"rule": RULES, "stagger": ("none", "step"), "clip_by": ("stage", "previous_norm")}
 
 
@@ -125,6 +130,11 @@ def trainer_problems(trainer: Trainer, sync_batchnorm: bool) -> Iterator[str]:
             "overflows, and stages are updated before that is known. Use 'bf16-mixed' or '32-true'."
         )
     for callback in getattr(trainer, "callbacks", []):
+        if isinstance(callback, BaseFinetuning):
+            yield (
+                f"the callback {type(callback).__name__} unfreezes parameters in the middle of a run, and stages are "
+                f"cut once, of the parameters that are trained then. Leave it out. {_ANOTHER_FIT}"
+            )
         if type(callback).__name__ == "AdaptivePartition":
             yield (
                 "the callback AdaptivePartition measures how long ranks wait for each other at the end of a "
@@ -341,14 +351,40 @@ def sparse_gradient(names: Sequence[str]) -> RuntimeError:
     )
 
 
-def other_parameters(step: int, before: int, now: int) -> RuntimeError:
+def other_parameters(step: int, before: int, now: int, frozen: Sequence[str], new: Sequence[str]) -> RuntimeError:
     """Return the error of parameters that began, or ceased, to be trained in the middle of a run."""
+    which = [f" {what}: {', '.join(names[:8])}." for what, names in (("Not any more", frozen), ("New", new)) if names]
     what = f"{now} parameters" if now != before else "other parameters, or in other groups,"
     than = f", and {before} when" if now != before else " than when"
     return RuntimeError(
         f"{WHERE}: the optimizer trains {what} at step {step}{than} the model was cut into stages, so others "
-        "would wait for gradients that do not come. Freeze, unfreeze and add parameters before `fit`; to change them "
-        "later, save a checkpoint and start another `fit`."
+        f"would wait for gradients that do not come.{''.join(which)} {_ANOTHER_FIT}"
+    )
+
+
+def warn_of_another_cut() -> None:
+    """Say that a checkpoint's stages are not those of the model as it is now."""
+    rank_zero_warn(
+        f"{WHERE}: the run that wrote the checkpoint trained other parameters than this one, so the model is cut into "
+        "stages anew."
+    )
+
+
+def replaced_parameters(step: int, names: Sequence[str]) -> RuntimeError:
+    """Return the error of a module that has other parameters in the places of those that the optimizer has."""
+    return RuntimeError(
+        f"{WHERE}: {len(names)} parameter(s) that the optimizer trains are not those of the module any more at step "
+        f"{step}: {', '.join(names[:8])}. A layer, or a weight, was put in the place of another, and other ranks wait "
+        f"for the gradient of the old one. {_ANOTHER_FIT}"
+    )
+
+
+def another_optimizer(optimizer: Optimizer, step: int) -> RuntimeError:
+    """Return the error of an optimizer that has taken the place of the one whose copies update the stages."""
+    return RuntimeError(
+        f"{WHERE}: the optimizer {type(optimizer).__name__} that is to take step {step} is not the one with which this "
+        "`fit` began, and stages are updated by copies of that one. Change learning rates and other settings in its "
+        "`param_groups`; for another optimizer, save a checkpoint and start another `fit`."
     )
 
 

@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_comm.core.cyclic import CyclicSchedule
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.strategies import control, cyclic_checks, cyclic_clipping
+from lightning_comm.strategies import control, cyclic_checks, cyclic_clipping, cyclic_trained
 from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.cyclic_averages import averages_by_own_rule
 from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
@@ -163,10 +163,12 @@ class CyclicRun:
         self._untrained = UntrainedParameters(self.module, _trained(self._user_optimizer))
         if hasattr(self._user_optimizer, "register_step_pre_hook"):
             self._handles.append(self._user_optimizer.register_step_pre_hook(self._on_optimizer))
-        if stages:
+        if stages and cyclic_trained.are_of(stages, self.module, _trained(self._user_optimizer)):
             self._build(stages)
-        else:
-            self._uncut = True
+            return
+        self._uncut = True
+        if stages:
+            cyclic_checks.warn_of_another_cut()
 
     def check_start(self, batches: float) -> None:
         """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
@@ -180,6 +182,7 @@ class CyclicRun:
     def _build(self, stages: Sequence[Stage]) -> None:
         settings, rank = self.settings, self.recorder.rank
         self.stages = list(stages)
+        cyclic_trained.check(stages, self.module, _trained(self._user_optimizer), self.steps_done)
         warmup_ends_at = self.run_began_at + settings.warmup_sync_steps
         self.schedule = schedule = CyclicSchedule(
             self.recorder.world_size, len(stages), settings.rule, settings.lag, warmup_ends_at
@@ -194,6 +197,8 @@ class CyclicRun:
         self._contents = Contents([{name: parameters[name] for name in stage.parameters} for stage in stages])
         for number in range(len(stages)):
             self._contents.note(number)
+        if self._untrained is not None:
+            self._untrained.leave_out(each for parameters in self._parameters for each in parameters)
         layouts = [StageLayout(each) for each in self._parameters]
         sums, versions = self._lanes
         self._ring = CyclicRing(
@@ -269,6 +274,8 @@ class CyclicRun:
         """Note whether the loss is finite; in the first step, cut the model into stages."""
         if not self.active:
             return
+        if not loss.requires_grad and self._guard is not None and self._guard.trains_others():
+            raise self._other_parameters()  # all are frozen, since the forward of this batch began
         if self._non_finite is not None and all(each.grad is None for each in _trained(self._user_optimizer)):
             self._non_finite = None  # what was computed before has been cleared, and reaches no parameter
         bad = (~torch.isfinite(loss.detach()).all()).to(torch.float64)
@@ -284,16 +291,19 @@ class CyclicRun:
         if self._stagger is not None:
             self._stagger.reach(len(self.stages))
 
-    def step_is_due(self, *, at_once: bool) -> None:
+    def step_is_due(self, optimizer: Optimizer, *, at_once: bool) -> None:
         """Note that this batch ends in an optimizer step, and the settings that count for it.
 
         Args:
+            optimizer: The one that Lightning steps.
             at_once: Whether gradients are handed over as backward brings them. Otherwise they are when the closure is
                 done, as where the module's own `optimizer_step` has called it before, or changes gradients in it.
 
         """
         if self.active:
             self._refuse_torn()
+            if optimizer is not self._user_optimizer:
+                raise cyclic_checks.another_optimizer(optimizer, self.steps_done)
             self._due, self._stepping = True, at_once
             self._check_optimizer()
             self._note_settings()
@@ -348,10 +358,12 @@ class CyclicRun:
         if self._guard is None:
             return
         if self._guard.trains_others():
-            now = len(_trained(self._user_optimizer))
-            raise cyclic_checks.other_parameters(self.steps_done, self._guard.parameters, now)
+            raise self._other_parameters()
         if found := self._guard.changed():
             raise cyclic_checks.changed_optimizer(self._user_optimizer, self.steps_done, found)
+
+    def _other_parameters(self) -> RuntimeError:
+        return cyclic_trained.others(self.stages, self.module, _trained(self._user_optimizer), self.steps_done)
 
     def _note_settings(self) -> None:
         if self.optimizer is not None:
@@ -473,8 +485,8 @@ class CyclicRun:
         names = self.stages[stage].parameters
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if len(gradients) < len(parameters):
-            unused = [name for name, parameter in zip(names, parameters, strict=True) if parameter.grad is None]
-            raise cyclic_checks.without_gradient(self.steps_done, unused)
+            named = dict(zip(names, parameters, strict=True))
+            raise cyclic_trained.without_gradient(named, self.module, self.steps_done) or self._other_parameters()
         if any(gradient.is_sparse for gradient in gradients):
             sparse = [name for name, gradient in zip(names, gradients, strict=True) if gradient.is_sparse]
             raise cyclic_checks.sparse_gradient(sparse)

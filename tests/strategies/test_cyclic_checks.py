@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.cyclic import cyclic, deep, momentum
@@ -83,6 +83,12 @@ class Manual(Regression):
     def __init__(self):
         super().__init__(deep(6))
         self.automatic_optimization = False
+
+
+class Thawing(With):
+    def __init__(self):
+        super().__init__(nn.Linear(2, 2))
+        self.backbone = self.part
 
 
 class SAM(torch.optim.SGD):
@@ -219,8 +225,7 @@ def scaler():
         (lambda: (With(nn.SyncBatchNorm(7)), {}, {}), ["'part'", "SyncBatchNorm", "Use BatchNorm"]),
         (lambda: plain(sync_batchnorm=True), ["sync_batchnorm=True", "Leave it out"]),
         (lambda: (torch.compile(Regression(deep(6))), {}, {}), ["torch.compile", "block.compile()"]),
-        (lambda: plain(callbacks=[EMAWeightAveraging()]), ["EMAWeightAveraging", "two versions", "checkpoints"]),
-        (lambda: plain(callbacks=[StochasticWeightAveraging(0.1)]), ["StochasticWeightAveraging"]),
+        (lambda: (Thawing(), {}, {"callbacks": [BackboneFinetuning()]}), ["BackboneFinetuning", "another `fit`"]),
         (lambda: plain(callbacks=[AdaptivePartition()]), ["AdaptivePartition", "DDPStrategy"]),
         (lambda: plain(data=DataLoader(Endless(), 4)), ["number of training batches", "limit_train_batches"]),
     ],
