@@ -313,7 +313,12 @@ class CyclicStrategy(PeerAwareStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._run is not None:
             self._run.begin_forward()
-        return super().training_step(*args, **kwargs)
+        try:
+            return super().training_step(*args, **kwargs)
+        except Exception as error:
+            if self._run is not None and self._run.active and cyclic_checks.is_of_whole_graph(error):
+                raise cyclic_checks.compiled_whole_graph(error) from error
+            raise
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:

@@ -159,11 +159,6 @@ def module_problems(module: LightningModule) -> Iterator[str]:
             "`automatic_optimization=False` lets the module step its optimizers, and here stages are updated "
             "one by one, beside compute. Use automatic optimization with one optimizer."
         )
-    if getattr(module, "_compiler_ctx", None) is not None:
-        yield (
-            "a model from torch.compile runs as one piece, so it cannot be cut into stages. Leave "
-            "torch.compile out, or compile its blocks one by one (`block.compile()`)."
-        )
     if is_overridden("configure_gradient_clipping", module):
         yield (
             f"`{type(module).__name__}.configure_gradient_clipping` would clip nothing: gradients are handed "
@@ -178,7 +173,7 @@ def module_problems(module: LightningModule) -> Iterator[str]:
                 "weight in place, and the rank that owns it would not know. Leave `max_norm` out, and bound the norm "
                 "of the rows that were looked up instead."
             )
-        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse and part.weight.requires_grad:
             yield (
                 f"{type(part).__name__} {name!r} has `sparse=True`, and a sparse gradient cannot be added up "
                 "along the ring. Leave `sparse` out."
@@ -242,13 +237,15 @@ def warn_of_gradient_hooks(trainer: Trainer, module: LightningModule) -> None:
     found = [
         f"{type(each).__name__}.{hook}"
         for each, parent in [(module, LightningModule), *((each, Callback) for each in callbacks)]
-        for hook in ("on_after_backward", "on_before_optimizer_step")
-        if is_overridden(hook, each, parent)
+        for hook in ("backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
+        if hasattr(parent, hook) and is_overridden(hook, each, parent)
     ]
     if found:
         rank_zero_warn(
             f"{WHERE}: gradients are handed over during backward, so {', '.join(found)} finds none: what is done to "
-            "gradients there (clipping, noise, logging of norms) has no effect. Use `clip_norm` to clip."
+            "gradients there (clipping, noise, logging of norms) has no effect. To clip, give the Trainer "
+            "`gradient_clip_val`; to change or see this rank's own gradients, use hooks of the parameters "
+            "(`parameter.register_hook`), registered before the first batch."
         )
 
 
@@ -406,6 +403,20 @@ def changed_optimizer(optimizer: Optimizer, step: int, what: Sequence[str]) -> R
         f"loaded or cleared before step {step}, and stages are updated by copies of it, on the ranks that own them, "
         "which know nothing of it. Settings in `param_groups` may change between steps; to begin with another state, "
         "start another `fit`."
+    )
+
+
+def is_of_whole_graph(error: Exception) -> bool:
+    """Whether an error is that of a compiled module that must be one graph, and in which a stage begins."""
+    return type(error).__module__.startswith("torch._dynamo") and "torch.compiler.disable" in str(error)
+
+
+def compiled_whole_graph(error: Exception) -> RuntimeError:
+    """Return the error of a module that was compiled as one graph, though a stage begins in it."""
+    return RuntimeError(
+        f"{WHERE}: a module was compiled with `fullgraph=True`, and at the start of each stage its parameters are put "
+        "in place, where the graph must end. Leave out `fullgraph=True`; what lies between the starts of stages is "
+        f"compiled all the same. torch said: {str(error).splitlines()[0]}"
     )
 
 

@@ -487,9 +487,9 @@ class CyclicRun:
         if len(gradients) < len(parameters):
             named = dict(zip(names, parameters, strict=True))
             raise cyclic_trained.without_gradient(named, self.module, self.steps_done) or self._other_parameters()
-        if any(gradient.is_sparse for gradient in gradients):
-            sparse = [name for name, gradient in zip(names, gradients, strict=True) if gradient.is_sparse]
-            raise cyclic_checks.sparse_gradient(sparse)
+        if any(gradient.layout != torch.strided for gradient in gradients):
+            pairs = zip(names, gradients, strict=True)
+            raise cyclic_checks.sparse_gradient([name for name, each in pairs if each.layout != torch.strided])
         for parameter in parameters:
             parameter.grad = None
         self._handed.add(stage)
@@ -544,10 +544,11 @@ class CyclicRun:
         if self._ring is None:
             return
         self.flush()
-        if self._asked:  # of a step that nobody takes, such as one whose `training_step` returned None
+        if self._asked:  # of a step that nobody takes, such as one whose error the module has caught
             self._batch_of[self.steps_done] = 0
-            self._ring.leave_out(self.steps_done)
-            self._check_batch(self.steps_done, self._notes_of(self.steps_done + 1))
+            with self.agreement.first_error_shown():
+                notes = self._ring.leave_out(self.steps_done, self.agreement.listen)
+            self._check_batch(self.steps_done, notes[_NOTED])
         if self._moved:
             self._bring_together()  # forwards without a step behind the last one
         if self._stagger is not None:

@@ -163,13 +163,23 @@ class CyclicRing:
         with self._changed:
             return [self._notes[version][stage] for stage in stages]
 
-    def leave_out(self, step: int) -> None:
-        """Let a step that has begun pass without gradients and updates; on all ranks, and there is none after it."""
+    def leave_out(self, step: int, listen: Callable[[], None]) -> list[list[float]]:
+        """Let a step that has begun pass without an update, where it never comes; on all ranks, as the last one.
+
+        Args:
+            step: Which.
+            listen: As in :meth:`take`.
+
+        Returns:
+            The notes of all stages: zeros, unless another rank has taken the step.
+
+        """
         self._left_out = step
         for stage, layout in enumerate(self._layouts):
             nothing = Message(layout, self._device)
             nothing.memory.zero_()
             self.hand_over(stage, nothing.parts, nothing.notes)
+        return self.notes(step + 1, range(len(self._layouts)), listen)
 
     def close(self) -> None:
         """End the lanes and wait for what they have sent; only where all ranks have taken up the last version."""

@@ -224,7 +224,6 @@ def scaler():
         (lambda: (With(nn.Embedding(3, 2, sparse=True)), {}, {}), ["'part'", "sparse=True", "Leave `sparse` out"]),
         (lambda: (With(nn.SyncBatchNorm(7)), {}, {}), ["'part'", "SyncBatchNorm", "Use BatchNorm"]),
         (lambda: plain(sync_batchnorm=True), ["sync_batchnorm=True", "Leave it out"]),
-        (lambda: (torch.compile(Regression(deep(6))), {}, {}), ["torch.compile", "block.compile()"]),
         (lambda: (Thawing(), {}, {"callbacks": [BackboneFinetuning()]}), ["BackboneFinetuning", "another `fit`"]),
         (lambda: plain(callbacks=[AdaptivePartition()]), ["AdaptivePartition", "DDPStrategy"]),
         (lambda: plain(data=DataLoader(Endless(), 4)), ["number of training batches", "limit_train_batches"]),
@@ -284,6 +283,13 @@ class Backward(Regression):
         return loss
 
 
+def one_graph():
+    module, *others = plain()
+    for part in module.net:
+        part.compile(backend="eager", fullgraph=True)
+    return module, *others
+
+
 class Unfreeze(Callback):
     def on_train_batch_start(self, runner, module, batch, batch_idx):
         module.net[4].requires_grad_(runner.global_step >= 3)
@@ -313,6 +319,7 @@ def thawing():
         (lambda: (Backward(deep(6)), {}, {}), ["second backward", "one backward a batch", "use_reentrant=False"]),
         (lambda: (Sparse(), {}, {}), ["table", "is sparse", "Leave out `sparse=True`"]),
         (lambda: (Penalty(deep(6)), {}, {}), ["before the module", "behind the forward"]),
+        (one_graph, ["`fullgraph=True`", "start of each stage", "Leave out"]),
         (thawing, ["12 parameters at step 3", "and 10 when", "another `fit`"]),
     ],
 )
@@ -325,6 +332,17 @@ def test_what_shows_only_with_the_ranks_or_in_a_step_is_refused(make, words):
 class Hooks(Regression):
     def on_before_optimizer_step(self, optimizer):
         nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def configure_callbacks(self):
+        return [Brought()]
+
+
+class Brought(Callback):
+    def on_before_zero_grad(self, runner, module, optimizer):
+        pass
 
 
 class Norms(Callback):
@@ -358,7 +376,8 @@ def test_what_works_badly_is_warned_of():
         return Hooks(deep(6), bounded)
 
     (texts,) = launch(_warned, 1, gradients, [Norms()], world_size=1)
-    says(" ".join(texts), ["Hooks.on_before_optimizer_step", "Norms.on_after_backward", "has no effect", "clip_norm"])
+    says(" ".join(texts), ["Hooks.on_before_optimizer_step", "Norms.on_after_backward", "has no effect"])
+    says(" ".join(texts), ["Brought.on_before_zero_grad", "Hooks.backward", "gradient_clip_val", "register_hook"])
     says(" ".join(texts), ["SGD", "`max_grad_norm`", "clips by stage", "clip_by"])
     texts, _ = launch(_warned, 2, lambda: Logs(deep(6)), world_size=2)
     says(" ".join(texts), ["'each'", "sync_dist=True", "every step"])
