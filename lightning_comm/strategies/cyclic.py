@@ -281,7 +281,9 @@ class CyclicStrategy(PeerAwareStrategy):
         assert trainer is not None
         assert self._interruptions is not None
         if not any(isinstance(callback, Companion) for callback in getattr(trainer, "callbacks", [])):
-            return  # a trial run of a learning-rate finder, which sets callbacks aside and undoes all that it did
+            # a trial run of a learning-rate finder, which sets callbacks aside and undoes all that it did
+            cyclic_checks.check_trial(run.active, run.steps_done)
+            return
         lightning_internals.load_skipped_loader_states(trainer)
         cyclic_checks.check_batches(trainer)
         run.check_start(float(trainer.num_training_batches))

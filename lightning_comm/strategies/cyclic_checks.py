@@ -142,6 +142,23 @@ def trainer_problems(trainer: Trainer, sync_batchnorm: bool) -> Iterator[str]:
             )
 
 
+def check_trial(active: bool, step: int) -> None:
+    """Refuse a trial run in the middle of a run, whose ring and stages know nothing of what it puts back.
+
+    Args:
+        active: Whether a run is under way.
+        step: At which step.
+
+    """
+    if active:
+        raise MisconfigurationException(
+            f"{WHERE}: a learning-rate finder was started in the middle of a run, at step {step}. Its trial steps "
+            "change weights and optimizer state that stages keep on other ranks. Start it in `on_fit_start`, as the "
+            "callback `LearningRateFinder` does by itself, or before: `Tuner(trainer).lr_find(model)`; for a later "
+            "one, end this `fit` and start another."
+        )
+
+
 def check_batches(trainer: Trainer) -> None:
     """Refuse a run whose number of batches is not known; when loaders are there."""
     if trainer.num_training_batches == float("inf"):
