@@ -105,7 +105,9 @@ class CyclicStrategy(PeerAwareStrategy):
         The step after a flush computes with it everywhere, so where flushes fall is a part of the run.
 
         *Gradients.* Are handed over during backward, so ``on_after_backward`` and ``on_before_optimizer_step`` find
-        none.
+        none. Hooks of parameters see those of this rank.
+
+        *Averages of weights.* Before one of Lightning's callbacks takes the weights into its average, all ranks flush.
 
         *Weights between steps* are those that this rank computed with. If something else than the optimizer changes
         them, or changes the optimizer's state, the run ends with an error that names it.
