@@ -198,8 +198,9 @@ class StageClip:
 
     def clip_(self, stage: int, gradients: Sequence[Tensor | None]) -> None:
         """Clip one stage's mean gradient, in place."""
-        self._squares[stage] = square = squared_norm(gradients)
-        clip_(self._clipping, square, self._previous, gradients)
+        if self._clipping.norm is not None:
+            self._squares[stage] = squared_norm(gradients)
+        clip_(self._clipping, self._squares[stage], self._previous, gradients)
 
     def end_step(self) -> None:
         """Say that every stage has had its turn."""

@@ -153,6 +153,7 @@ def test_frequent_updates_are_warned_of_with_a_way_out():
     assert [text for text in third if "every 3 steps" in text and "update_every_n_steps=10" in text]
     assert [text for text in epoch if "every 5 steps" in text and "`should_update`" in text]
     assert tenth == []
+    assert not [text for text in epoch if "neither a parameter nor a buffer" in text], "it is brought together"
 
 
 class OnOneRank(WeightAveraging):
