@@ -354,7 +354,7 @@ class CyclicStrategy(PeerAwareStrategy):
         if not at_once and run.active and not self._warned_of_gradients and self.lightning_module is not None:
             self._warned_of_gradients = True
             cyclic_checks.warn_of_own_gradients(self.lightning_module)
-        run.step_is_due(optimizer, at_once=at_once)
+        run.step_is_due(getattr(optimizer, "_optimizer", optimizer), at_once=at_once)
         # the closure hands all gradients over, so that the optimizer itself finds nothing to step on
         closure = cyclic_checks.once(run.complete(closure), optimizer)
         try:
