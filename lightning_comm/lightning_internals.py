@@ -18,7 +18,13 @@ from typing import Any, NamedTuple, cast
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, Timer, WeightAveraging
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.core import optimizer as optimizer_parsing
 from lightning.pytorch.loops.optimization.closure import AbstractClosure
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
@@ -65,6 +71,7 @@ _SIGNALS = "lightning.pytorch.trainer.connectors.signal_connector._SignalConnect
 _DDP = "lightning.pytorch.strategies.DDPStrategy"
 _SETUP = "lightning.pytorch.trainer.setup._init_debugging_flags"
 _TRAINER = "lightning.pytorch.trainer.trainer.Trainer"
+_SWA = "lightning.pytorch.callbacks.StochasticWeightAveraging"
 _ASYNC_IO = "lightning.pytorch.plugins.io.AsyncCheckpointIO"
 
 INTERNALS = (
@@ -110,6 +117,10 @@ INTERNALS = (
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_every_n_epochs", "the same"),
     Internal("lightning.pytorch.callbacks.ModelCheckpoint", "_should_save_on_train_epoch_end", "the same"),
     Internal("lightning.pytorch.callbacks.WeightAveraging", "_average_model", "averaged together with the weights"),
+    Internal("torch.optim.swa_utils.AveragedModel", "update_parameters", "when it takes the weights"),
+    Internal(_SWA, "update_parameters", "the same"),
+    Internal(_SWA, "transfer_weights", "when the average takes the place of the weights"),
+    Internal("lightning.pytorch.plugins.precision.Precision", "clip_gradients", "gradients may be elsewhere by then"),
     Internal(_DDP, "configure_ddp", "where the model is wrapped, or not"),
     Internal(_DDP, "_model_averaging_period", "parameters averaged over ranks alike, whatever their samples"),
     Internal(_DDP, "_timeout", "how long messages on further process groups wait"),
@@ -261,6 +272,17 @@ def before_validation(trainer: Trainer, patches: Patches, call: Callable[[], Non
         original()
 
     original: Callable[[], None] = patches.set(trainer.fit_loop.epoch_loop.val_loop, "on_run_start", start)
+
+
+def clip_what_is_there(trainer: Trainer, patches: Patches) -> None:
+    """Leave Lightning's own clipping out where an optimizer has no gradients, at which torch fails by value."""
+    precision = trainer.precision_plugin
+
+    def clip(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if any(parameter.grad is not None for parameter in precision.main_params(optimizer)):
+            original(optimizer, *args, **kwargs)
+
+    original: Callable[..., None] = patches.set(precision, "clip_gradients", clip)
 
 
 def end_after_this_step(trainer: Trainer) -> None:
@@ -595,6 +617,27 @@ def save_plan(callback: ModelCheckpoint, trainer: Trainer) -> SavePlan:
         callback._train_time_interval is not None,
         int(callback.save_top_k != 0) + int(callback.save_last is True),
     )
+
+
+def before_weight_averages(trainer: Trainer, patches: Patches, call: Callable[[Callback], None]) -> None:
+    """Call a function before a callback takes the weights into an average of its own, or puts that in their place."""
+    for callback in getattr(trainer, "callbacks", []):
+        model = weight_average_of(callback)
+        if model is not None:
+            _call_before(callback, model, "update_parameters", patches, call)
+        elif isinstance(callback, StochasticWeightAveraging):
+            for name in ("update_parameters", "transfer_weights"):
+                _call_before(callback, callback, name, patches, call)
+
+
+def _call_before(
+    callback: Callback, owner: object, name: str, patches: Patches, call: Callable[[Callback], None]
+) -> None:
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        call(callback)
+        original(*args, **kwargs)
+
+    original: Callable[..., None] = patches.set(owner, name, wrapped)
 
 
 @dataclass(frozen=True)

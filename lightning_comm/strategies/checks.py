@@ -127,8 +127,15 @@ def replica_problems(module: LightningModule) -> Iterator[str]:
             )
 
 
-def trainer_problems(trainer: Trainer, sync_batchnorm: bool) -> Iterator[str]:
-    """Yield settings and callbacks of the Trainer that communicate, or decide, on each rank by itself."""
+def trainer_problems(trainer: Trainer, sync_batchnorm: bool, *, one_version: bool = False) -> Iterator[str]:
+    """Yield settings and callbacks of the Trainer that communicate, or decide, on each rank by itself.
+
+    Args:
+        trainer: The Trainer.
+        sync_batchnorm: Whether the Trainer makes BatchNorm talk to all ranks.
+        one_version: Whether callbacks that average weights find the same ones on all ranks.
+
+    """
     if sync_batchnorm:
         yield (
             "`Trainer(sync_batchnorm=True)` talks to all ranks in every forward, so nothing would be saved "
@@ -140,7 +147,7 @@ def trainer_problems(trainer: Trainer, sync_batchnorm: bool) -> Iterator[str]:
                 "the callback ModelPruning chooses a mask from each rank's own weights, so ranks would "
                 "prune differently. Prune before training, alike on all ranks, or use plain DDP."
             )
-        if isinstance(callback, StochasticWeightAveraging):
+        if isinstance(callback, StochasticWeightAveraging) and not one_version:
             yield (
                 "the callback StochasticWeightAveraging averages each rank's own weights and swaps them in "
                 "at the end of the run, so ranks would end with different models. Average checkpoints, or under "

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
@@ -24,11 +24,12 @@ from typing_extensions import override
 from lightning_comm import lightning_internals
 from lightning_comm.core.cyclic import CyclicSchedule, Rule
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.strategies import checks, control, cyclic_checks, cyclic_files
+from lightning_comm.strategies import checks, control, cyclic_checks, cyclic_clipping, cyclic_files
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.entry import Save
 from lightning_comm.strategies.checkpoints.loading import load_together
 from lightning_comm.strategies.companion import Companion
+from lightning_comm.strategies.cyclic_averages import WeightAverages
 from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
 from lightning_comm.strategies.cyclic_files import CyclicResume
 from lightning_comm.strategies.cyclic_run import CyclicRun
@@ -76,10 +77,12 @@ class CyclicStrategy(PeerAwareStrategy):
         stagger: ``"step"``: each rank starts a batch 1/N of its time after the one before it, which lowers the sum of
             activations where ranks share a memory, and costs about what a barrier costs; ``"none"``: ranks start when
             they can.
-        clip_norm: Bounds the gradient norm; ``None`` does not. ``Trainer(gradient_clip_val=...)`` is refused: the norm
-            of the whole gradient is not known when the first stages are updated.
-        clip_by: ``"stage"``: each stage's gradient is clipped by its own norm; ``"previous_norm"``: by the norm of the
-            whole gradient of the step before, and in the first step by stage.
+        clip_norm: The largest norm of a gradient, where the Trainer does not say it; ``None`` leaves it to
+            ``Trainer(gradient_clip_val=...)``.
+        clip_by: By which norm, since that of the whole gradient is not known when the first stages are updated.
+            ``"stage"``: each stage's gradient is clipped by its own; ``"previous_norm"``: by the norm of the whole
+            gradient of the step before, and in the first step by stage. ``None`` takes ``"stage"`` for ``clip_norm``,
+            and is refused where the Trainer clips by norm. ``gradient_clip_algorithm="value"`` needs no choice.
         accelerator: As in Lightning's ``DDPStrategy``, and so are the arguments below.
         parallel_devices: Set by the Trainer.
         cluster_environment: Where ranks and addresses come from.
@@ -104,6 +107,9 @@ class CyclicStrategy(PeerAwareStrategy):
 
         *Gradients.* Are handed over during backward, so ``on_after_backward`` and ``on_before_optimizer_step`` find
         none; under manual optimization they are when the optimizer's ``step`` is called, and this rank's own before.
+        Hooks of parameters see those of this rank.
+
+        *Averages of weights.* Before one of Lightning's callbacks takes the weights into its average, all ranks flush.
 
         *Weights between steps* are those that this rank computed with. If something else than the optimizer changes
         them, or changes the optimizer's state, the run ends with an error that names it.
@@ -132,7 +138,7 @@ class CyclicStrategy(PeerAwareStrategy):
         stages: int | list[str] | None = None,
         stagger: Literal["none", "step"] = "none",
         clip_norm: float | None = None,
-        clip_by: ClipBy = "stage",
+        clip_by: ClipBy | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -162,6 +168,8 @@ class CyclicStrategy(PeerAwareStrategy):
         self._warned_of_gradients = False
         self._unregistered: UnregisteredState | None = None
         self._first_steps = FirstSteps(WHERE)
+        self._patches = lightning_internals.Patches()
+        self._averages = WeightAverages()
 
     # ---- what can be seen ----------------------------------------------------------------------------------------
 
@@ -225,6 +233,7 @@ class CyclicStrategy(PeerAwareStrategy):
         with self._refusals(WHERE) as refusals:
             refusals.add(cyclic_checks.rank_problems(self.settings, self.world_size))
             refusals.add(cyclic_checks.trainer_problems(trainer, self._layer_sync is not None))
+            refusals.add(cyclic_clipping.problems(self.settings, trainer, module))
             refusals.add(cyclic_checks.module_problems(module))
             super().setup(trainer)
             refusals.add(cyclic_checks.optimizer_problems(module, self.optimizers))
@@ -278,18 +287,23 @@ class CyclicStrategy(PeerAwareStrategy):
         assert trainer is not None
         assert self._interruptions is not None
         if not any(isinstance(callback, Companion) for callback in getattr(trainer, "callbacks", [])):
-            return  # a trial run of a learning-rate finder, which sets callbacks aside and undoes all that it did
+            # a trial run of a learning-rate finder, which sets callbacks aside and undoes all that it did
+            cyclic_checks.check_trial(run.active, run.steps_done)
+            return
         lightning_internals.load_skipped_loader_states(trainer)
         run.check_start(float(trainer.num_training_batches))
         resume, self._resume = self._resume or CyclicResume(run_began_at=trainer.global_step), None
         steps_done = trainer.global_step if resume.steps_done is None else resume.steps_done
         run.start(steps_done, resume.stages, resume.previous_norm, resume.run_began_at)
+        self._averages = WeightAverages()
         self._unregistered = UnregisteredState(WHERE, trainer, run.module)
         if resume.ledger is not None:
             self._ledger.load_state_dict(resume.ledger)
         self._interruptions.install()
         self._interruptions.before_validation(self.begin_evaluation)
         PlateauMonitors(trainer, self._interruptions.patches, run.recorder, run.agreement, self.root_device, WHERE)
+        lightning_internals.clip_what_is_there(trainer, self._patches)
+        lightning_internals.before_weight_averages(trainer, self._patches, self._before_average)
         if resume.random is not None:
             set_random_state(resume.random)  # last, since what comes before may draw from the generators
             if resume.epoch_is_over:
@@ -310,6 +324,10 @@ class CyclicStrategy(PeerAwareStrategy):
         self._run.begin_forward()
         try:
             return super().training_step(*args, **kwargs)
+        except Exception as error:
+            if self._run.active and cyclic_checks.is_of_whole_graph(error):
+                raise cyclic_checks.compiled_whole_graph(error) from error
+            raise
         finally:
             self._run.end_forward()
 
@@ -343,7 +361,7 @@ class CyclicStrategy(PeerAwareStrategy):
         if not at_once and run.active and not self._warned_of_gradients and self.lightning_module is not None:
             self._warned_of_gradients = True
             cyclic_checks.warn_of_own_gradients(self.lightning_module)
-        run.step_is_due(at_once=at_once)
+        run.step_is_due(getattr(optimizer, "_optimizer", optimizer), at_once=at_once)
         # the closure hands all gradients over, so that the optimizer itself finds nothing to step on
         closure = cyclic_checks.once(run.complete(closure), optimizer)
         try:
@@ -393,6 +411,14 @@ class CyclicStrategy(PeerAwareStrategy):
         if self._run is not None:
             self._flush(self._run)
             self._run.finish()
+
+    def _before_average(self, callback: Callback) -> None:
+        """Take up the newest parameters for an average of weights, of one version and the same on all ranks."""
+        run = self._run
+        if run is not None and run.active:
+            self._averages.count(callback, run.steps_done)
+            with self._averages.explained(callback, run.steps_done):
+                self._flush(run)
 
     def _flush(self, run: CyclicRun) -> None:
         if run.active:
@@ -471,6 +497,7 @@ class CyclicStrategy(PeerAwareStrategy):
 
     @override
     def teardown(self) -> None:
+        self._patches.undo()
         if self._interruptions is not None:
             self._interruptions.undo()
             self._interruptions = None
@@ -490,4 +517,5 @@ class CyclicStrategy(PeerAwareStrategy):
             "_trainer": None,
             "_resume": None,
             "_unregistered": None,
+            "_patches": lightning_internals.Patches(),
         }

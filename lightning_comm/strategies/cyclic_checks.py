@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
@@ -26,6 +27,10 @@ from lightning_comm.transport.optimizer_trial import why_not_by_parameter
 from lightning_comm.transport.shared_memory import shared
 
 WHERE = "CyclicStrategy"
+_ANOTHER_FIT = (
+    "Freeze, unfreeze, add and replace parameters before `fit`; to change them later, end this `fit`, save a "
+    "checkpoint and start another `fit` from its weights."
+)
 _CHOICES = {"rule": RULES, "stagger": ("none", "step"), "clip_by": ("stage", "previous_norm")}
 
 
@@ -39,7 +44,7 @@ class CyclicSettings:
     stages: int | list[str] | None
     stagger: Literal["none", "step"]
     clip_norm: float | None
-    clip_by: ClipBy
+    clip_by: ClipBy | None
 
 
 def _is_count(value: object, least: int) -> bool:
@@ -59,7 +64,7 @@ def checked(settings: CyclicSettings) -> CyclicSettings:
 
 def _setting_problems(settings: CyclicSettings) -> Iterator[str]:
     for name, choices in _CHOICES.items():
-        if getattr(settings, name) not in choices:
+        if getattr(settings, name) not in choices and (name, getattr(settings, name)) != ("clip_by", None):
             yield (f"`{name}` must be one of {', '.join(map(repr, choices))}; got {getattr(settings, name)!r}.")
     for name, what in (("lag", "workers"), ("warmup_sync_steps", "optimizer steps")):
         if not _is_count(getattr(settings, name), 0):
@@ -118,25 +123,17 @@ def warn_of_one_process(world_size: int) -> None:
 
 def trainer_problems(trainer: Trainer, sync_batchnorm: bool) -> Iterator[str]:
     """Yield settings and callbacks of the Trainer that this cannot honour."""
-    yield from checks.trainer_problems(trainer, sync_batchnorm)
-    clip = trainer.gradient_clip_val
-    if clip:
-        yield (
-            f"`Trainer(gradient_clip_val={clip!r})` would clip nothing: stages are updated one by one, before "
-            "the norm of the whole gradient is known. Use `CyclicStrategy(clip_norm=..., clip_by='stage')`, which "
-            "clips each stage by its own norm, or `clip_by='previous_norm'`, by the whole norm of the step before."
-        )
+    yield from checks.trainer_problems(trainer, sync_batchnorm, one_version=True)
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         yield (
             "`Trainer(precision='16-mixed')` needs a gradient scaler, which skips a step when any stage "
             "overflows, and stages are updated before that is known. Use 'bf16-mixed' or '32-true'."
         )
     for callback in getattr(trainer, "callbacks", []):
-        if isinstance(callback, WeightAveraging):
+        if isinstance(callback, BaseFinetuning):
             yield (
-                f"the callback {type(callback).__name__} averages the weights that a rank computes with, and "
-                "these are of two versions, another mix on each rank. Leave it out, or average checkpoints, which hold "
-                "one version."
+                f"the callback {type(callback).__name__} unfreezes parameters in the middle of a run, and stages are "
+                f"cut once, of the parameters that are trained then. Leave it out. {_ANOTHER_FIT}"
             )
         if type(callback).__name__ == "AdaptivePartition":
             yield (
@@ -145,19 +142,31 @@ def trainer_problems(trainer: Trainer, sync_batchnorm: bool) -> Iterator[str]:
             )
 
 
+def check_trial(active: bool, step: int) -> None:
+    """Refuse a trial run in the middle of a run, whose ring and stages know nothing of what it puts back.
+
+    Args:
+        active: Whether a run is under way.
+        step: At which step.
+
+    """
+    if active:
+        raise MisconfigurationException(
+            f"{WHERE}: a learning-rate finder was started in the middle of a run, at step {step}. Its trial steps "
+            "change weights and optimizer state that stages keep on other ranks. Start it in `on_fit_start`, as the "
+            "callback `LearningRateFinder` does by itself, or before: `Tuner(trainer).lr_find(model)`; for a later "
+            "one, end this `fit` and start another."
+        )
+
+
 def module_problems(module: LightningModule) -> Iterator[str]:
     """Yield why hooks cannot follow a module, or that it communicates in its forward."""
     yield from checks.module_problems(module)
-    if getattr(module, "_compiler_ctx", None) is not None:
-        yield (
-            "a model from torch.compile runs as one piece, so it cannot be cut into stages. Leave "
-            "torch.compile out, or compile its blocks one by one (`block.compile()`)."
-        )
     if is_overridden("configure_gradient_clipping", module):
         yield (
             f"`{type(module).__name__}.configure_gradient_clipping` would clip nothing: gradients are handed "
-            "over during backward. Take it out and use `CyclicStrategy(clip_norm=..., clip_by='stage')` or "
-            "`clip_by='previous_norm'`."
+            "over during backward. Take it out, give the Trainer `gradient_clip_val`, and for a limit of the norm the "
+            "strategy `clip_by='stage'` or `clip_by='previous_norm'`."
         )
     yield from _memory_problems(module)
     for name, part in module.named_modules():
@@ -167,7 +176,7 @@ def module_problems(module: LightningModule) -> Iterator[str]:
                 "weight in place, and the rank that owns it would not know. Leave `max_norm` out, and bound the norm "
                 "of the rows that were looked up instead."
             )
-        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse:
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse and part.weight.requires_grad:
             yield (
                 f"{type(part).__name__} {name!r} has `sparse=True`, and a sparse gradient cannot be added up "
                 "along the ring. Leave `sparse` out."
@@ -237,16 +246,21 @@ def _one_optimizer_problems(module: LightningModule, optimizer: Optimizer) -> It
 def warn_of_gradient_hooks(trainer: Trainer, module: LightningModule) -> None:
     """Say which hooks look for gradients where there are none any more."""
     callbacks = [each for each in getattr(trainer, "callbacks", []) if not _is_ours(each)]
+    hooks: tuple[str, ...] = ("on_before_optimizer_step",)  # by hand, gradients are there until the optimizer steps
+    if module.automatic_optimization:
+        hooks = ("backward", "on_after_backward", *hooks, "on_before_zero_grad")
     found = [
         f"{type(each).__name__}.{hook}"
         for each, parent in [(module, LightningModule), *((each, Callback) for each in callbacks)]
-        for hook in ("on_after_backward", "on_before_optimizer_step")[not module.automatic_optimization :]
-        if is_overridden(hook, each, parent)
+        for hook in hooks
+        if hasattr(parent, hook) and is_overridden(hook, each, parent)
     ]
     if found:
         rank_zero_warn(
             f"{WHERE}: gradients are handed over during backward, so {', '.join(found)} finds none: what is done to "
-            "gradients there (clipping, noise, logging of norms) has no effect. Use `clip_norm` to clip."
+            "gradients there (clipping, noise, logging of norms) has no effect. To clip, give the Trainer "
+            "`gradient_clip_val`; to change or see this rank's own gradients, use hooks of the parameters "
+            "(`parameter.register_hook`), registered before the first batch."
         )
 
 
@@ -374,14 +388,40 @@ def sparse_gradient(names: Sequence[str]) -> RuntimeError:
     )
 
 
-def other_parameters(step: int, before: int, now: int) -> RuntimeError:
+def other_parameters(step: int, before: int, now: int, frozen: Sequence[str], new: Sequence[str]) -> RuntimeError:
     """Return the error of parameters that began, or ceased, to be trained in the middle of a run."""
+    which = [f" {what}: {', '.join(names[:8])}." for what, names in (("Not any more", frozen), ("New", new)) if names]
     what = f"{now} parameters" if now != before else "other parameters, or in other groups,"
     than = f", and {before} when" if now != before else " than when"
     return RuntimeError(
         f"{WHERE}: the optimizer trains {what} at step {step}{than} the model was cut into stages, so others "
-        "would wait for gradients that do not come. Freeze, unfreeze and add parameters before `fit`; to change them "
-        "later, save a checkpoint and start another `fit`."
+        f"would wait for gradients that do not come.{''.join(which)} {_ANOTHER_FIT}"
+    )
+
+
+def warn_of_another_cut() -> None:
+    """Say that a checkpoint's stages are not those of the model as it is now."""
+    rank_zero_warn(
+        f"{WHERE}: the run that wrote the checkpoint trained other parameters than this one, so the model is cut into "
+        "stages anew."
+    )
+
+
+def replaced_parameters(step: int, names: Sequence[str]) -> RuntimeError:
+    """Return the error of a module that has other parameters in the places of those that the optimizer has."""
+    return RuntimeError(
+        f"{WHERE}: {len(names)} parameter(s) that the optimizer trains are not those of the module any more at step "
+        f"{step}: {', '.join(names[:8])}. A layer, or a weight, was put in the place of another, and other ranks wait "
+        f"for the gradient of the old one. {_ANOTHER_FIT}"
+    )
+
+
+def another_optimizer(optimizer: Optimizer, step: int) -> RuntimeError:
+    """Return the error of an optimizer that has taken the place of the one whose copies update the stages."""
+    return RuntimeError(
+        f"{WHERE}: the optimizer {type(optimizer).__name__} that is to take step {step} is not the one with which this "
+        "`fit` began, and stages are updated by copies of that one. Change learning rates and other settings in its "
+        "`param_groups`; for another optimizer, save a checkpoint and start another `fit`."
     )
 
 
@@ -403,6 +443,20 @@ def changed_optimizer(optimizer: Optimizer, step: int, what: Sequence[str]) -> R
         f"loaded or cleared before step {step}, and stages are updated by copies of it, on the ranks that own them, "
         "which know nothing of it. Settings in `param_groups` may change between steps; to begin with another state, "
         "start another `fit`."
+    )
+
+
+def is_of_whole_graph(error: Exception) -> bool:
+    """Whether an error is that of a compiled module that must be one graph, and in which a stage begins."""
+    return type(error).__module__.startswith("torch._dynamo") and "torch.compiler.disable" in str(error)
+
+
+def compiled_whole_graph(error: Exception) -> RuntimeError:
+    """Return the error of a module that was compiled as one graph, though a stage begins in it."""
+    return RuntimeError(
+        f"{WHERE}: a module was compiled with `fullgraph=True`, and at the start of each stage its parameters are put "
+        "in place, where the graph must end. Leave out `fullgraph=True`; what lies between the starts of stages is "
+        f"compiled all the same. torch said: {str(error).splitlines()[0]}"
     )
 
 

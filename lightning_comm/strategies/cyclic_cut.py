@@ -35,6 +35,11 @@ def agreed_stages(
 def _stages(units: Sequence[Unit], settings: CyclicSettings, workers: int) -> list[Stage]:
     if isinstance(settings.stages, list):
         return cut_at(units, settings.stages, WHERE)
+    if not units:
+        raise ValueError(
+            f"{WHERE}: no parameter that the optimizer trains requires a gradient in the first batch, so there is "
+            "nothing to train. Freeze a part of the model only."
+        )
     if len(units) < workers:
         raise ValueError(
             f"{WHERE}: the model has {len(units)} module(s) with trainable parameters that ran, and each of the "

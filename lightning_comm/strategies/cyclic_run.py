@@ -28,8 +28,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_comm.core.cyclic import CyclicSchedule
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.strategies import control, cyclic_checks
+from lightning_comm.strategies import control, cyclic_checks, cyclic_clipping, cyclic_trained
 from lightning_comm.strategies.control import ControlRow
+from lightning_comm.strategies.cyclic_averages import averages_by_own_rule
 from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
 from lightning_comm.strategies.cyclic_cut import agreed_stages
 from lightning_comm.strategies.run_length import may_differ
@@ -44,6 +45,7 @@ from lightning_comm.transport.cyclic_requests import BATCH, RATE, Requests, chec
 from lightning_comm.transport.cyclic_stages import START, ForwardTrace, Stage, not_compiled
 from lightning_comm.transport.cyclic_stagger import Stagger
 from lightning_comm.transport.cyclic_untrained import UntrainedParameters
+from lightning_comm.transport.cyclic_update import Clipping
 from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.random_state import random_state
 from lightning_comm.transport.recording import Pending, Recorder, another_group, hang_up
@@ -123,7 +125,10 @@ class CyclicRun:
         self._saved_norm: float | None = None
         self._manual = not module.automatic_optimization
         self._training = False  # whether the module's `training_step` runs
+        self._limits: tuple[object, object] | None = None  # of the Trainer, and what they come to
+        self._clipping = Clipping()
         self._open = False  # whether there was a forward since the last step
+        self._moved = False  # whether a forward may have changed buffers since ranks last met
         self._awaited = False  # whether what a forward has computed waits for its backward
         self._due = False  # whether the optimizer's step is being taken
         self._stepping = False  # whether this backward hands gradients over as they come
@@ -162,14 +167,17 @@ class CyclicRun:
         self._untrained = UntrainedParameters(self.module, _trained(self._user_optimizer))
         if hasattr(self._user_optimizer, "register_step_pre_hook"):
             self._handles.append(self._user_optimizer.register_step_pre_hook(self._on_optimizer))
-        if stages:
+        if stages and cyclic_trained.are_of(stages, self.module, _trained(self._user_optimizer)):
             self._build(stages)
-        else:
-            self._uncut = True
+            return
+        self._uncut = True
+        if stages:
+            cyclic_checks.warn_of_another_cut()
 
     def check_start(self, batches: float) -> None:
         """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
-        row = ControlRow(batches=batches if math.isfinite(batches) else -1, urgent=may_differ(self.trainer))
+        urgent = may_differ(self.trainer) or averages_by_own_rule(self.trainer)
+        row = ControlRow(batches=batches if math.isfinite(batches) else -1, urgent=urgent)
         with self.agreement.first_error_shown():
             rows = control.exchange(row, self.recorder, self.module.device, Pending.wait)
             control.check_same_batches(rows, WHERE)
@@ -178,6 +186,7 @@ class CyclicRun:
     def _build(self, stages: Sequence[Stage]) -> None:
         settings, rank = self.settings, self.recorder.rank
         self.stages = list(stages)
+        cyclic_trained.check(stages, self.module, _trained(self._user_optimizer), self.steps_done)
         warmup_ends_at = self.run_began_at + settings.warmup_sync_steps
         self.schedule = schedule = CyclicSchedule(
             self.recorder.world_size, len(stages), settings.rule, settings.lag, warmup_ends_at
@@ -187,13 +196,13 @@ class CyclicRun:
         self._versions = [self.steps_done] * len(stages)
         self._ready = [0] * len(stages)
         owned = {stage: self._parameters[stage] for stage in schedule.owned(rank)}
-        self.optimizer = StageOptimizer(
-            self._user_optimizer, owned, settings.clip_norm, settings.clip_by, self._previous_norm
-        )
+        self.optimizer = StageOptimizer(self._user_optimizer, owned, self._previous_norm)
         self._guard = OptimizerGuard(self._user_optimizer)
         self._contents = Contents([{name: parameters[name] for name in stage.parameters} for stage in stages])
         for number in range(len(stages)):
             self._contents.note(number)
+        if self._untrained is not None:
+            self._untrained.leave_out(each for parameters in self._parameters for each in parameters)
         layouts = [StageLayout(each) for each in self._parameters]
         sums, versions = self._lanes
         self._ring = CyclicRing(
@@ -245,7 +254,7 @@ class CyclicRun:
         if not self.active:
             return
         self._refuse_torn()
-        self._training = self._open = self._awaited = True
+        self._training = self._open = self._awaited = self._moved = True
         if self._uncut or self._trace is not None:
             if self._trace is not None:
                 self._trace.units()  # of a forward without a backward, whose error the module may have caught
@@ -273,6 +282,8 @@ class CyclicRun:
         """Note whether the loss is finite; in the first step, cut the model into stages."""
         if not self.active:
             return
+        if not loss.requires_grad and self._guard is not None and self._guard.trains_others():
+            raise self._other_parameters()  # all are frozen, since the forward of this batch began
         if self._non_finite is not None and all(each.grad is None for each in _trained(self._user_optimizer)):
             self._non_finite = None  # what was computed before has been cleared, and reaches no parameter
         bad = (~torch.isfinite(loss.detach()).all()).to(torch.float64)
@@ -291,16 +302,19 @@ class CyclicRun:
         self._say_stages()
         self._entered = set(range(len(self.stages)))
 
-    def step_is_due(self, *, at_once: bool) -> None:
+    def step_is_due(self, optimizer: Optimizer, *, at_once: bool) -> None:
         """Note that this batch ends in an optimizer step.
 
         Args:
+            optimizer: The one that Lightning steps.
             at_once: Whether gradients are handed over as backward brings them. Otherwise they are when the closure is
                 done, as where the module's own `optimizer_step` has called it before, or changes gradients in it.
 
         """
         if self.active:
             self._refuse_torn()
+            if optimizer is not self._user_optimizer:
+                raise cyclic_checks.another_optimizer(optimizer, self.steps_done)
             self._due, self._stepping = True, at_once
             self._check_optimizer()
 
@@ -355,13 +369,23 @@ class CyclicRun:
         if self._guard is None:
             return
         if self._guard.trains_others():
-            now = len(_trained(self._user_optimizer))
-            raise cyclic_checks.other_parameters(self.steps_done, self._guard.parameters, now)
+            raise self._other_parameters()
         if found := self._guard.changed():
             raise cyclic_checks.changed_optimizer(self._user_optimizer, self.steps_done, found)
 
     def _rate(self) -> float:
         return sum(float(group.get("lr", 0.0)) for group in self._user_optimizer.param_groups)
+
+    def _other_parameters(self) -> RuntimeError:
+        return cyclic_trained.others(self.stages, self.module, _trained(self._user_optimizer), self.steps_done)
+
+    def _note_settings(self) -> None:
+        if self.optimizer is not None:
+            limits = (self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm)
+            if limits != self._limits:  # at first, and where a callback has changed them
+                self._clipping = cyclic_clipping.clipping_of(self.settings, self.trainer, self.module)
+                self._limits = limits
+            self.optimizer.note_settings(self.steps_done, self._clipping)
 
     def end_backward(self) -> None:
         """Hand over what no hook has, and refuse parameters that had no part in the step."""
@@ -426,12 +450,14 @@ class CyclicRun:
             self._check_finite(version, notes)
             self._check_batch(version - 1, notes)
             self._compare_rates(version - 1, notes)
+            del self._batch_of[version - 1]
             self._decided += self._requests.decided(version - 1, notes, self.steps_done)
 
     def _on_forward(self, stage: int, *_: Any) -> None:
         if self._manual and not self._open and (self._training or self._trains_in_a_hook()):
             # a further step in this batch
-            self._open, self._awaited = True, self._training and torch.is_grad_enabled()
+            self._open = self._moved = True
+            self._awaited = self._training and torch.is_grad_enabled()
         if self._open and self._ring is not None:
             self._enter(stage)
 
@@ -489,15 +515,15 @@ class CyclicRun:
         names = self.stages[stage].parameters
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if len(gradients) < len(parameters):
-            unused = [name for name, parameter in zip(names, parameters, strict=True) if parameter.grad is None]
-            raise cyclic_checks.without_gradient(self.steps_done, unused)
-        if any(gradient.is_sparse for gradient in gradients):
-            sparse = [name for name, gradient in zip(names, gradients, strict=True) if gradient.is_sparse]
-            raise cyclic_checks.sparse_gradient(sparse)
+            named = dict(zip(names, parameters, strict=True))
+            raise cyclic_trained.without_gradient(named, self.module, self.steps_done) or self._other_parameters()
+        if any(gradient.layout != torch.strided for gradient in gradients):
+            pairs = zip(names, gradients, strict=True)
+            raise cyclic_checks.sparse_gradient([name for name, each in pairs if each.layout != torch.strided])
         for parameter in parameters:
             parameter.grad = None
         if not self._handed and self.optimizer is not None:  # as late as can be: the module may change them before
-            self.optimizer.note_settings(self.steps_done)
+            self._note_settings()
             self._rate_of[self.steps_done] = self._rate()
         self._handed.add(stage)
         notes = self._requests.notes(
@@ -539,11 +565,17 @@ class CyclicRun:
             notes = {version: self._notes_of(version) for version in versions}
         for version in versions:
             self._check_finite(version, notes[version])  # every rank's own error, not that of the first to find it
+            self._check_batch(version - 1, notes[version])
+        self._bring_together()
+        self.flushed_at = self.steps_done
+
+    def _bring_together(self) -> None:
+        """Average what no stage has."""
         with self.agreement.first_error_shown():
             average_buffers(self.module, self.recorder)
             if self._untrained is not None:
                 self._untrained.bring_together(self.recorder)
-        self.flushed_at = self.steps_done
+        self._moved = False
 
     def finish(self) -> None:
         """End the run: all ranks hold the newest parameters, and nothing is under way."""
@@ -552,14 +584,17 @@ class CyclicRun:
             self.active = False
             return
         self.flush()
+        if self._asked:  # of a step that nobody takes, such as one whose error the module has caught
+            self._batch_of[self.steps_done] = 0
+            with self.agreement.first_error_shown():
+                notes = self._ring.leave_out(self.steps_done, self.agreement.listen)
+            self._check_batch(self.steps_done, notes[_NOTED])
+        if self._moved:
+            self._bring_together()  # forwards without a step behind the last one
         if self._stagger is not None:
             with self.agreement.first_error_shown():
                 self._stagger.close()
-        if self._asked:  # for a step whose forward failed, or found no data any more, and none came after it
-            self._meet()  # so that all have received what was sent
-            self._end_lanes(self._ring)
-        else:
-            self._ring.close()
+        self._ring.close()
         for lane in self._lanes:
             lane.write_held()
         self._end_hooks()
@@ -574,23 +609,15 @@ class CyclicRun:
     def abandon(self) -> None:
         """Take the hooks away and end the lanes, where the run has not ended as it should."""
         self._end_hooks()
-        if self._tokens is not None and dist.is_initialized():
-            hang_up(self._tokens)
-        self._end_lanes(self._ring)
+        if self.recorder.world_size > 1 and dist.is_initialized():
+            # A thread that wakes up while Python shuts down takes the whole process with it, so none is left waiting.
+            for group in (*self._groups, *([] if self._tokens is None else [self._tokens])):
+                hang_up(group)
+        if self._ring is not None:
+            self._ring.abandon()
         if self._stagger is not None:
             self._stagger.abandon()
         self.active = False
-
-    def _end_lanes(self, ring: CyclicRing | None) -> None:
-        """End lanes that wait for messages which will not come."""
-        if ring is not None:
-            ring.give_up()
-        if self.recorder.world_size > 1 and dist.is_initialized():
-            # A thread that wakes up while Python shuts down takes the whole process with it, so none is left waiting.
-            for group in self._groups:
-                hang_up(group)
-        if ring is not None:
-            ring.abandon()
 
     def request(self, kind: Kind, reason: str) -> None:
         """Ask for something that all ranks are to do at the same step."""
@@ -627,7 +654,7 @@ class CyclicRun:
 
     def _check_batch(self, step: int, notes: list[float]) -> None:
         """Refuse ranks that take a step in different batches, since one of them has left a step out."""
-        own = self._batch_of.pop(step)
+        own = self._batch_of[step]
         others = notes[BATCH] - own
         if others != own * (self.recorder.world_size - 1):
             raise self.ends.told(cyclic_checks.different_batches(step, own, others, self.recorder.world_size))

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_comm.lightning_internals import weight_average_of
 from lightning_comm.transport.content import content
 
 _DEPTH = 4  # containers and objects within each other
@@ -98,6 +99,8 @@ class UnregisteredState:
                         yield f"{label} of {type(part).__name__}", tensor, place
         for callback in getattr(self._trainer, "callbacks", []):
             for name, value in {} if _is_foreign(callback) else vars(callback).items():
+                if isinstance(value, nn.Module) and value is weight_average_of(callback):
+                    continue  # which strategies see to
                 for tensor, place in _within(value, "attribute", _DEPTH, seen):
                     yield f"`{name}` of the callback {type(callback).__name__}", tensor, place
 

@@ -105,7 +105,8 @@ class CyclicRing:
         self._notes: dict[int, dict[int, list[float]]] = defaultdict(dict)  # by version and stage
         self._changed = threading.Condition()
         self._error: BaseException | None = None
-        self._closed = self._given_up = False
+        self._closed = False
+        self._left_out: int | None = None
         self._lanes: list[threading.Thread] = []
         self._steps: list[SimpleQueue[int | None]] = []  # by lane
         for stages in [[stage] for stage in schedule.order()] if in_any_order else [list(schedule.order())]:
@@ -162,6 +163,24 @@ class CyclicRing:
         with self._changed:
             return [self._notes[version][stage] for stage in stages]
 
+    def leave_out(self, step: int, listen: Callable[[], None]) -> list[list[float]]:
+        """Let a step that has begun pass without an update, where it never comes; on all ranks, as the last one.
+
+        Args:
+            step: Which.
+            listen: As in :meth:`take`.
+
+        Returns:
+            The notes of all stages: zeros, unless another rank has taken the step.
+
+        """
+        self._left_out = step
+        for stage, layout in enumerate(self._layouts):
+            nothing = Message(layout, self._device)
+            nothing.memory.zero_()
+            self.hand_over(stage, nothing.parts, nothing.notes)
+        return self.notes(step + 1, range(len(self._layouts)), listen)
+
     def close(self) -> None:
         """End the lanes and wait for what they have sent; only where all ranks have taken up the last version."""
         self._stop()  # behind all that is under way
@@ -173,13 +192,9 @@ class CyclicRing:
         if self._link is not None:
             self._link.close()
 
-    def give_up(self) -> None:
-        """Let the lanes end, and their errors no longer count: the group is about to be hung up."""
-        self._given_up = True
-        self._stop()
-
     def abandon(self) -> None:
-        """Wait for lanes that were given up, where another rank is gone or has nothing more to send."""
+        """End the lanes where another rank is gone, or this one is about to go, once the group has been hung up."""
+        self._stop()
         if self._device.type != "cpu" or self._schedule.workers == 1:
             return
         until_s = time.monotonic() + _END_S
@@ -216,7 +231,8 @@ class CyclicRing:
                 self._send("gradient", step, stage, message)
                 self._free["gradient"][stage].append(message)
                 continue
-            self._update(step, stage, message)
+            if step != self._left_out:
+                self._update(step, stage, message)
             message.written = Mark(self._device)
             self._updated[stage].put(message)
 
@@ -321,8 +337,7 @@ class CyclicRing:
             return
         except BaseException as error:  # raised where compute looks for it
             with self._changed:
-                if not self._given_up:
-                    self._error = self._error or error
+                self._error = self._error or error
                 self._changed.notify_all()
 
     def _wait(self, condition: Callable[[], bool], listen: Callable[[], None]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_comm.core.cyclic import CyclicSchedule, Rule
 from lightning_comm.transport.cyclic_update import (
     ClipBy,
+    Clipping,
     StageClip,
     check_optimizer,
     mean_gradients,
@@ -65,6 +66,7 @@ def simulate_delay(  # noqa: PLR0913  (one flat list: the words of the strategy,
     max_steps: int | None = None,
     clip_norm: float | None = None,
     clip_by: ClipBy = "stage",
+    clip_value: float | None = None,
     addition: Addition = "ring",
 ) -> DelayedRun:
     """Train on one device as so many workers would under Cyclic Data Parallelism, and with the same results.
@@ -94,6 +96,7 @@ def simulate_delay(  # noqa: PLR0913  (one flat list: the words of the strategy,
         clip_norm: The largest norm of a gradient; ``None`` does not clip.
         clip_by: ``"stage"``: each stage's gradient is clipped by its own norm; ``"previous_norm"``: all by the norm of
             the whole gradient of the step before, and in the first step each by its own.
+        clip_value: The largest absolute value of an entry of a gradient; ``None`` does not clip.
         addition: In which order the workers' gradients are added: ``"ring"``, as the strategy does it, or
             ``"arrival"``, worker 0 first, as :class:`CyclicEngine` does it.
 
@@ -155,7 +158,8 @@ def simulate_delay(  # noqa: PLR0913  (one flat list: the words of the strategy,
     parameters = parameters_by_stage(network, stages)
     check_optimizer("simulate_delay", optimizer, network.parameters())
     schedule = CyclicSchedule(workers, len(parameters), rule, lag, warmup_sync_steps)
-    simulation = _Simulation(network, parameters, optimizer, schedule, StageClip(clip_norm, clip_by, len(parameters)))
+    clip = StageClip(Clipping(clip_norm, clip_by, clip_value), len(parameters))
+    simulation = _Simulation(network, parameters, optimizer, schedule, clip)
     simulation.in_ring_order = addition == "ring"
     return simulation.run(batches, loss, scheduler, on_step, max_steps, frozenset(flush_after))
 
@@ -240,7 +244,7 @@ class _Simulation:
         for stage in self._schedule.order():
             path = self._schedule.path(stage) if self.in_ring_order else range(self._schedule.workers)
             mean = mean_gradients([gradients[worker][stage] for worker in path])
-            self._clip.scale_(stage, mean)
+            self._clip.clip_(stage, mean)
             step_stage(self._optimizer, self._parameters[stage], mean, settings)
         self._clip.end_step()
         self._versions = {step: self._versions[step], step + 1: _copies(self._all_parameters())}

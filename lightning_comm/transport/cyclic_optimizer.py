@@ -1,6 +1,5 @@
 """A rank's part of an optimizer: it updates the stages that the rank owns, one at a time, beside compute."""
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,7 +11,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_comm.transport.cyclic_messages import Message
-from lightning_comm.transport.cyclic_update import ClipBy, settings_of, squared_norm
+from lightning_comm.transport.cyclic_update import Clipping, clip_, settings_of, squared_norm
 from lightning_comm.transport.optimizer_messages import NoMessages
 from lightning_comm.transport.optimizer_numbers import changed, numbers_of
 from lightning_comm.transport.optimizer_trial import counters_of, keeps_numbers
@@ -33,8 +32,6 @@ class StageOptimizer:
     Args:
         optimizer: The user's.
         owned: The parameters of each stage that this rank owns, in the order of their gradients in a message.
-        clip_norm: Bounds the norm of the mean gradient, or ``None``.
-        clip_by: Whether the norm is that of the stage alone, or that of the whole model one step before.
         previous_norm: Returns the norm of the whole mean gradient of the step before a step, ``None`` before the first.
 
     Note:
@@ -48,13 +45,11 @@ class StageOptimizer:
         self,
         optimizer: Optimizer,
         owned: Mapping[int, Sequence[Parameter]],
-        clip_norm: float | None,
-        clip_by: ClipBy,
         previous_norm: Callable[[int], float | None],
     ) -> None:
         self._optimizer = optimizer
-        self._clip_norm, self._clip_by, self._previous_norm = clip_norm, clip_by, previous_norm
-        self._settings: dict[int, list[dict[str, Any]]] = {}  # by step
+        self._previous_norm = previous_norm
+        self._settings: dict[int, tuple[list[dict[str, Any]], Clipping]] = {}  # by step
         self._copies: dict[int, list[Parameter]] = {}
         self._twins: dict[int, Optimizer] = {}
         self._counters = counters_of(_WHERE, optimizer)
@@ -75,9 +70,9 @@ class StageOptimizer:
                 twin, copy = self._owned[number]
                 twin.state[copy] = state
 
-    def note_settings(self, step: int) -> None:
-        """Note the learning rates and other settings of the groups that count for a step's gradient."""
-        self._settings[step] = settings_of(self._optimizer)
+    def note_settings(self, step: int, clipping: Clipping) -> None:
+        """Note the learning rates and other settings of the groups that count for a step's gradient, and its limits."""
+        self._settings[step] = settings_of(self._optimizer), clipping
         for old in [each for each in self._settings if each < step - 4]:
             del self._settings[old]
 
@@ -85,9 +80,11 @@ class StageOptimizer:
         """Take the mean gradient of a stage from a message, update the stage, and leave its new parameters there."""
         squared = squared_norm(message.parts)
         message.notes[SQUARED_NORM] = squared
-        self._clip(step, squared, message.parts)
+        groups, clipping = self._settings[step]
+        by_previous = clipping.norm is not None and clipping.by == "previous_norm"
+        clip_(clipping, squared, self._previous_norm(step) if by_previous else None, message.parts)
         twin, copies = self._twins[stage], self._copies[stage]
-        for group, settings in zip(twin.param_groups, self._settings[step], strict=True):
+        for group, settings in zip(twin.param_groups, groups, strict=True):
             group.update(settings)
         for copy, gradient in zip(copies, message.parts, strict=True):
             copy.grad = gradient
@@ -116,16 +113,6 @@ class StageOptimizer:
         states = [state for twin in self._twins.values() for state in twin.state.values()]
         tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    def _clip(self, step: int, squared: float, gradients: Sequence[Tensor]) -> None:
-        if self._clip_norm is None:
-            return
-        norm = self._previous_norm(step) if self._clip_by == "previous_norm" else None
-        if norm is None:
-            norm = math.sqrt(squared)
-        if norm > self._clip_norm:
-            for gradient in gradients:
-                gradient.mul_(self._clip_norm / norm)
 
 
 def _twin_of(optimizer: Optimizer, copies: Mapping[int, Parameter]) -> Optimizer:

@@ -65,6 +65,8 @@ class ForwardTrace:
         self._called = {START: 0}  # positions of what each module has given so far, in the order of first calls
         self._handles: list[RemovableHandle] = []
         for name, part in module.named_modules():
+            if type(part).__name__ == "RecursiveScriptModule":
+                continue  # from `torch.jit.script`, and takes no hooks: its parameters belong to what is above it
             if name and any(id(parameter) in self._wanted for parameter in part.parameters()):
                 self._handles += [
                     part.register_forward_pre_hook(not_compiled(partial(self._begin, name)), prepend=True),

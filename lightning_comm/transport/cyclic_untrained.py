@@ -28,6 +28,12 @@ class UntrainedParameters:
         self._trained = {id(parameter) for parameter in trained}
         self._noted = {name: content(parameter) for name, parameter in self._parameters().items()}
 
+    def leave_out(self, trained: Iterable[Tensor]) -> None:
+        """Take these for the trained ones, and all others for those that no stage has."""
+        self._trained = {id(parameter) for parameter in trained}
+        others = self._parameters()
+        self._noted |= {name: content(each) for name, each in others.items() if name not in self._noted}
+
     @torch.no_grad()
     def bring_together(self, recorder: Recorder) -> None:
         """Average those that have changed on any rank; floating-point ones, and others are those of rank 0."""

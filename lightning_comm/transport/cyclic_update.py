@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,21 @@ from lightning_comm.transport.optimizer_state import has_modes
 from lightning_comm.transport.optimizer_trial import why_not_by_parameter
 
 ClipBy = Literal["stage", "previous_norm"]
+
+
+class Clipping(NamedTuple):
+    """How gradients are bounded.
+
+    Args:
+        norm: The largest norm; ``None`` does not bound it.
+        by: Whose norm: ``"stage"``, or that of the whole gradient one step before, ``"previous_norm"``.
+        value: The largest absolute value of an entry; ``None`` does not bound it.
+
+    """
+
+    norm: float | None = None
+    by: ClipBy = "stage"
+    value: float | None = None
 
 
 def equal_stages(network: nn.Module, count: int) -> list[list[str]]:
@@ -154,43 +169,63 @@ def mean_gradients(parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor | No
 
 
 class StageClip:
-    """Scales the mean gradient of a stage where a norm is above a limit.
+    """Clips the mean gradient of a stage, and keeps the norm of the whole gradient for the next step.
 
     Args:
-        limit: The largest norm; ``None`` leaves gradients as they are.
-        by: ``"stage"``: the norm of the stage's own mean gradient; ``"previous_norm"``: the norm over all stages of the
-            step before, as it was before clipping, and in the first step each stage's own.
+        clipping: How. By ``"previous_norm"`` the norm is the one before clipping, and in the first step each stage's
+            own.
         stages: How many there are.
 
     """
 
-    def __init__(self, limit: float | None, by: ClipBy, stages: int) -> None:
-        if limit is not None and not (math.isfinite(limit) and limit > 0):
+    def __init__(self, clipping: Clipping, stages: int) -> None:
+        for name, what, limit in (("clip_norm", "norm", clipping.norm), ("clip_value", "entry", clipping.value)):
+            if limit is not None and not (math.isfinite(limit) and limit > 0):
+                raise ValueError(
+                    f"simulate_delay: `{name}` is the largest {what} of a gradient, so it must be finite and > 0; got "
+                    f"{limit!r}. None does not clip."
+                )
+        if clipping.by not in ("stage", "previous_norm"):
+            raise ValueError(f"simulate_delay: `clip_by` must be 'stage' or 'previous_norm'; got {clipping.by!r}.")
+        if clipping.norm is not None and clipping.value is not None:
             raise ValueError(
-                f"simulate_delay: `clip_norm` is the largest norm of a gradient, so it must be finite and > 0; got "
-                f"{limit!r}. None does not clip."
+                f"simulate_delay: `clip_norm`={clipping.norm!r} and `clip_value`={clipping.value!r} are two ways to "
+                "clip. Give one of them."
             )
-        if by not in ("stage", "previous_norm"):
-            raise ValueError(f"simulate_delay: `clip_by` must be 'stage' or 'previous_norm'; got {by!r}.")
-        self._limit = limit
-        self._by = by
+        self._clipping = clipping
         self._squares = [0.0] * stages
         self._previous: float | None = None
 
-    def scale_(self, stage: int, gradients: Sequence[Tensor | None]) -> None:
-        """Scale one stage's mean gradient, in place."""
-        if self._limit is None:
-            return
-        self._squares[stage] = square = squared_norm(gradients)
-        norm = math.sqrt(square) if self._by == "stage" or self._previous is None else self._previous
-        if norm > self._limit:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(self._limit / norm)
+    def clip_(self, stage: int, gradients: Sequence[Tensor | None]) -> None:
+        """Clip one stage's mean gradient, in place."""
+        if self._clipping.norm is not None:
+            self._squares[stage] = squared_norm(gradients)
+        clip_(self._clipping, self._squares[stage], self._previous, gradients)
 
     def end_step(self) -> None:
         """Say that every stage has had its turn."""
         self._previous = math.sqrt(sum(self._squares))
+
+
+def clip_(clipping: Clipping, square: float, previous_norm: float | None, gradients: Sequence[Tensor | None]) -> None:
+    """Clip the mean gradient of a stage, in place.
+
+    Args:
+        clipping: How.
+        square: The square of its norm.
+        previous_norm: Of the whole gradient one step before; ``None`` where it is not known.
+        gradients: Of each parameter.
+
+    """
+    there = [gradient for gradient in gradients if gradient is not None]
+    if clipping.value is not None:
+        for gradient in there:
+            gradient.clamp_(-clipping.value, clipping.value)
+    if clipping.norm is not None:
+        norm = math.sqrt(square) if clipping.by == "stage" or previous_norm is None else previous_norm
+        if norm > clipping.norm:
+            for gradient in there:
+                gradient.mul_(clipping.norm / norm)
 
 
 def squared_norm(gradients: Sequence[Tensor | None]) -> float:

@@ -75,8 +75,8 @@ def _resume_everywhere(rank, world_size, folder, make, settings, options, steps=
 @pytest.mark.parametrize(
     ("world_size", "optimizer", "settings", "options"),
     [
-        (2, adamw, {}, {}),
-        (2, momentum, {"rule": "v1", "clip_norm": 0.1, "clip_by": "previous_norm"}, {}),
+        (2, adamw, {}, {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}),
+        (2, momentum, {"rule": "v1", "clip_by": "previous_norm"}, {"gradient_clip_val": 0.1}),
         (3, momentum, {"warmup_sync_steps": 2, "stages": 3}, {"limit_val_batches": 1, "val_check_interval": 2}),
     ],
     ids=["adamw", "v1, clipped", "three, validated"],

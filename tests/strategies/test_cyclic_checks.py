@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.cyclic import cyclic, deep, momentum
@@ -74,7 +74,13 @@ class With(Regression):
 
     def __init__(self, part, optimizer=momentum):
         super().__init__(deep(6), optimizer)
-        self.part = part.double()
+        self.part = part
+
+
+class Thawing(With):
+    def __init__(self):
+        super().__init__(nn.Linear(2, 2))
+        self.backbone = self.part
 
 
 class SAM(torch.optim.SGD):
@@ -149,6 +155,10 @@ def plain(optimizer=momentum, **options):
     return Regression(deep(6), optimizer), {}, options
 
 
+def by_value():
+    return {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"}
+
+
 def scaler():
     return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
 
@@ -156,7 +166,27 @@ def scaler():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: plain(gradient_clip_val=0.5), ["gradient_clip_val=0.5", "clip_norm", "'previous_norm'"]),
+        (
+            lambda: plain(gradient_clip_val=0.5),
+            ["gradient_clip_val=0.5", "clip_by='stage'", "own norm", "clip_by='previous_norm'", "one step before"],
+        ),
+        (
+            lambda: (Regression(deep(6)), {"clip_norm": 1.0}, {"gradient_clip_val": 0.5}),
+            ["`clip_norm`=1.0", "gradient_clip_val=0.5", "two limits", "Leave one"],
+        ),
+        (
+            lambda: (Regression(deep(6)), {"clip_norm": 1.0}, by_value()),
+            ["`clip_norm`=1.0", "gradient_clip_algorithm='value'", "two ways", "Leave one"],
+        ),
+        (
+            lambda: (Regression(deep(6)), {"clip_by": "stage"}, by_value()),
+            ["`clip_by`='stage'", "gradient_clip_algorithm='value'", "each entry", "Leave one"],
+        ),
+        (
+            lambda: (With(nn.Linear(2, 2).to(torch.complex64)), {}, by_value()),
+            ["complex", "part.weight", "'previous_norm'"],
+        ),
+        (lambda: plain(gradient_clip_val=float("nan")), ["gradient_clip_val=nan", "> 0"]),
         (lambda: plain(plugins=[scaler()]), ["16-mixed", "gradient scaler", "bf16-mixed"]),
         (lambda: plain(torch.optim.LBFGS), ["LBFGS", "AdamW"]),
         (lambda: plain(lambda p: SAM(p, 0.1)), ["SAM", "whole gradient", "AdamW"]),
@@ -167,7 +197,10 @@ def scaler():
         (lambda: plain(lambda p: Talks(p, 0.1)), ["Talks", "communicates in its `step` (barrier)", "DDPStrategy"]),
         (lambda: plain(lambda p: Switched(p, 0.1)), ["Switched", "`train` and `eval`", "AdamW"]),
         (lambda: plain(lambda p: NeedsAClosure(p, 0.1)), ["NeedsAClosure", "without a closure", "SGD or AdamW"]),
-        (lambda: (Clips(deep(6)), {}, {}), ["Clips.configure_gradient_clipping", "clip_norm", "'previous_norm'"]),
+        (
+            lambda: (Clips(deep(6)), {}, {}),
+            ["Clips.configure_gradient_clipping", "`gradient_clip_val`", "'previous_norm'"],
+        ),
         (lambda: plain(lambda p: momentum(nn.Linear(2, 2).parameters())), ["2 parameter(s)", "not in the model"]),
         (
             lambda: plain(lambda p: momentum([each.requires_grad_(False) for each in p])),
@@ -176,9 +209,7 @@ def scaler():
         (lambda: (With(nn.Embedding(3, 2, sparse=True)), {}, {}), ["'part'", "sparse=True", "Leave `sparse` out"]),
         (lambda: (With(nn.SyncBatchNorm(7)), {}, {}), ["'part'", "SyncBatchNorm", "Use BatchNorm"]),
         (lambda: plain(sync_batchnorm=True), ["sync_batchnorm=True", "Leave it out"]),
-        (lambda: (torch.compile(Regression(deep(6))), {}, {}), ["torch.compile", "block.compile()"]),
-        (lambda: plain(callbacks=[EMAWeightAveraging()]), ["EMAWeightAveraging", "two versions", "checkpoints"]),
-        (lambda: plain(callbacks=[StochasticWeightAveraging(0.1)]), ["StochasticWeightAveraging"]),
+        (lambda: (Thawing(), {}, {"callbacks": [BackboneFinetuning()]}), ["BackboneFinetuning", "another `fit`"]),
         (lambda: plain(callbacks=[AdaptivePartition()]), ["AdaptivePartition", "DDPStrategy"]),
     ],
 )
@@ -236,6 +267,13 @@ class Backward(Regression):
         return loss
 
 
+def one_graph():
+    module, *others = plain()
+    for part in module.net:
+        part.compile(backend="eager", fullgraph=True)
+    return module, *others
+
+
 class Unfreeze(Callback):
     def on_train_batch_start(self, runner, module, batch, batch_idx):
         module.net[4].requires_grad_(runner.global_step >= 3)
@@ -265,6 +303,7 @@ def thawing():
         (lambda: (Backward(deep(6)), {}, {}), ["second backward", "one backward a batch", "use_reentrant=False"]),
         (lambda: (Sparse(), {}, {}), ["table", "is sparse", "Leave out `sparse=True`"]),
         (lambda: (Penalty(deep(6)), {}, {}), ["before the module", "behind the forward"]),
+        (one_graph, ["`fullgraph=True`", "start of each stage", "Leave out"]),
         (thawing, ["12 parameters at step 3", "and 10 when", "another `fit`"]),
     ],
 )
@@ -277,6 +316,17 @@ def test_what_shows_only_with_the_ranks_or_in_a_step_is_refused(make, words):
 class Hooks(Regression):
     def on_before_optimizer_step(self, optimizer):
         nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def configure_callbacks(self):
+        return [Brought()]
+
+
+class Brought(Callback):
+    def on_before_zero_grad(self, runner, module, optimizer):
+        pass
 
 
 class Norms(Callback):
@@ -310,7 +360,8 @@ def test_what_works_badly_is_warned_of():
         return Hooks(deep(6), bounded)
 
     (texts,) = launch(_warned, 1, gradients, [Norms()], world_size=1)
-    says(" ".join(texts), ["Hooks.on_before_optimizer_step", "Norms.on_after_backward", "has no effect", "clip_norm"])
+    says(" ".join(texts), ["Hooks.on_before_optimizer_step", "Norms.on_after_backward", "has no effect"])
+    says(" ".join(texts), ["Brought.on_before_zero_grad", "Hooks.backward", "gradient_clip_val", "register_hook"])
     says(" ".join(texts), ["SGD", "`max_grad_norm`", "clips by stage", "clip_by"])
     texts, _ = launch(_warned, 2, lambda: Logs(deep(6)), world_size=2)
     says(" ".join(texts), ["'each'", "sync_dist=True", "every step"])

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
 from support.cyclic import Unsteady, adamw, deep, fit, momentum, reference, state
 from support.processes import launch
 from support.training import Regression, loader, trainer
@@ -168,6 +169,14 @@ MODELS = {
         lambda: Regression(deep(8), momentum), {"clip_norm": 0.3, "clip_by": "previous_norm"},
         {"flush_after": (2, 4)}, VALIDATED,
     ),
+    "the Trainer's limit by previous": (
+        lambda: Regression(deep(8), momentum), {"clip_by": "previous_norm"}, {"clip_norm": 0.3},
+        {"gradient_clip_val": 0.3},
+    ),
+    "the Trainer's limit by value": (
+        lambda: Regression(deep(8), momentum), {"rule": "v1"}, {"clip_value": 0.02},
+        {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"},
+    ),
     "batch norm": (lambda: Regression(deep(8, norm=True), momentum), {}, {"flush_after": (2, 4)}, VALIDATED),
     "counter in a group": (lambda: Regression(deep(8), Counting), {}),
     "frozen": (frozen, {}),
@@ -219,16 +228,43 @@ def test_mixed_precision_agrees_with_the_reference():
     assert_equal(launch(_mixed, 2, world_size=2))
 
 
-def _plain(rank, world_size, strategy="ddp"):
-    module = scheduled(adamw)
-    trainer(strategy, world_size).fit(module, loader(STEPS, rank))
+CLIPPED = {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value", "accumulate_grad_batches": 2}
+
+
+class Later(Callback):
+    """Lowers the Trainer's limit in the middle of a run."""
+
+    def on_train_batch_start(self, runner, *args):
+        runner.gradient_clip_val = 0.02 if runner.global_step < 3 else 0.005
+
+
+def _plain(rank, world_size, strategy="ddp", **options):
+    module = scheduled(momentum if options else adamw)
+    batches = STEPS * options.get("accumulate_grad_batches", 1)
+    trainer(strategy, world_size, **options).fit(module, loader(batches, rank))
     return state(module)
 
 
-def _rule(rank, world_size, settings):
-    module = scheduled(adamw)
-    fit(rank, world_size, module, STEPS, settings)
+def _rule(rank, world_size, settings, **options):
+    module = scheduled(momentum if options else adamw)
+    fit(rank, world_size, module, STEPS, settings, **options)
     return state(module)
+
+
+def _clipped_by_value(rank, world_size):
+    free = _plain(rank, world_size, accumulate_grad_batches=2)
+    pairs = []
+    for callbacks in ([], [Later()]):
+        ddp = _plain(rank, world_size, callbacks=callbacks, **CLIPPED)
+        pairs.append((ddp, _rule(rank, world_size, {"warmup_sync_steps": 99}, callbacks=callbacks, **CLIPPED)))
+    return free, pairs
+
+
+def test_clipping_by_value_is_that_of_ddp():
+    for free, pairs in launch(_clipped_by_value, 2, world_size=2):
+        assert max(_farthest(ddp, ours) for ddp, ours in pairs) < 1e-12
+        assert _farthest(pairs[0][0], free) > 1e-4, "the limit is reached"
+        assert _farthest(pairs[0][0], pairs[1][0]) > 1e-4, "and the lower one"
 
 
 def _farthest(one, other):

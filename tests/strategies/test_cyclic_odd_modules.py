@@ -1,6 +1,7 @@
 """Parameters of every kind through the ring, and what a module keeps and changes beside the trained ones."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -219,3 +220,40 @@ def test_what_the_module_changes_itself_is_equal_after_each_flush_and_resumes_ex
         for number, dtype in enumerate(KINDS):
             expected = torch.full((3,), 2 + 0.5 * (dtype.is_floating_point or dtype.is_complex)).to(dtype).tolist()
             assert at_3[f"buffer_{number}"].tolist() == at_3[f"kept_{number}"].tolist() == expected
+
+
+def scripted():
+    net = deep(8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch would have people compile
+        middle = torch.jit.script(net[6:10])
+    return Regression(nn.Sequential(*net[:6], middle, *net[10:]), momentum)
+
+
+COMPILED = {
+    "the whole model, of which a validation ran before": lambda: torch.compile(
+        Regression(deep(8), momentum), backend="eager"
+    ),
+    "two layers, by torch.jit": scripted,
+}
+
+
+def _compiled(rank, world_size):
+    answers = {}
+    for name, make in COMPILED.items():
+        module = make()
+        strategy, _ = fit(rank, world_size, module, 5, limit_val_batches=1, check_val_every_n_epoch=9)
+        plain = Regression(deep(8), momentum)
+        trained = getattr(module, "_orig_mod", module)
+        same = {one: other for (one, _), (other, _) in zip(trained.named_parameters(), plain.named_parameters())}  # noqa: B905
+        reference(plain, world_size, 5, [[same[name] for name in names] for names in strategy.stage_names])
+        answers[name] = state(trained), state(plain), len(strategy.stage_names)
+    return answers
+
+
+def test_a_compiled_model_is_cut_and_trains_as_the_sequential_reference():
+    for answers in launch(_compiled, 2, world_size=2):
+        for name, (ours, expected, stages) in answers.items():
+            assert stages == 6, name
+            for mine, theirs in zip(ours, expected, strict=True):
+                assert abs(mine - theirs).max() < 1e-15, name

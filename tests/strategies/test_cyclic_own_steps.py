@@ -92,7 +92,7 @@ class OwnClosure(Own):
 
 
 class Caught(Own):
-    """The forward of batch 0, of batch 3 and of the last fails on all ranks."""
+    """The forward of batch 0, of batch 3 and of the last one fails on all ranks."""
 
     def training_step(self, batch, batch_idx):
         if batch_idx in (0, 3, STEPS - 1):

@@ -253,6 +253,8 @@ def test_the_network_can_be_evaluated_after_each_step():
         ({"stages": ["0.weight", "0.bias"]}, ["`stages`", "['0.weight', '0.bias']"]),
         ({"flush_after": 3}, ["`flush_after`", "3", "list of steps"]),
         ({"clip_norm": 0.0}, ["clip_norm", "0.0", "None"]),
+        ({"clip_value": -1.0}, ["clip_value", "-1.0", "entry"]),
+        ({"clip_value": 1.0, "clip_norm": 2.0}, ["`clip_norm`=2.0", "`clip_value`=1.0", "Give one"]),
         ({"clip_by": "norm"}, ["clip_by", "norm", "previous_norm"]),
         ({"addition": "any"}, ["addition", "any", "ring"]),
         ({"flush_after": (0,)}, ["flush_after", "0", ">= 1"]),
@@ -284,3 +286,10 @@ def test_an_optimizer_that_does_not_fit_is_refused(make, must_say):
     with pytest.raises(ValueError, match="simulate_delay") as caught:
         simulate_delay(network, [], error, make(network), workers=2, stages=2)
     assert [word for word in must_say if word not in str(caught.value)] == []
+
+
+def test_clipping_by_value_bounds_each_entry_of_the_mean_gradient():
+    first, second, third = moved(GRADIENTS, clip_value=2.0)
+    assert first == pytest.approx([2.0, 2.0, 0.3, 0.4])
+    assert second == pytest.approx([2.0, 2.0, 0.0, 0.0])
+    assert third == pytest.approx([0.6, 0.8, 2.0, 2.0])

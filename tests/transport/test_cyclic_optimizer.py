@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_comm.transport.cyclic_messages import Message, StageLayout
 from lightning_comm.transport.cyclic_optimizer import SQUARED_NORM, StageOptimizer
+from lightning_comm.transport.cyclic_update import Clipping
 
 
 def network():
@@ -29,9 +30,8 @@ def message_of(module, step):
     return message
 
 
-def stage_optimizer(net, optimizer, owned, **kwargs):
-    settings = {"clip_norm": None, "clip_by": "stage", "previous_norm": lambda step: None, **kwargs}
-    return StageOptimizer(optimizer, {stage: list(net[stage].parameters()) for stage in owned}, *settings.values())
+def stage_optimizer(net, optimizer, owned, previous_norm=lambda step: None):
+    return StageOptimizer(optimizer, {stage: list(net[stage].parameters()) for stage in owned}, previous_norm)
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def test_owned_stages_become_what_the_whole_optimizer_makes_of_them_and_compute_
         for each in (optimizer, expected):
             for group in each.param_groups:
                 group["lr"] *= 0.5
-        part.note_settings(step)
+        part.note_settings(step, Clipping())
         for stage in (2, 0):
             message = message_of(net[stage], step)
             for parameter, gradient in zip(whole[stage].parameters(), message.parts, strict=True):
@@ -67,9 +67,9 @@ def test_the_settings_of_a_gradients_step_count_though_a_scheduler_went_on():
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), 1.0)
     part = stage_optimizer(net, optimizer, (1,))
-    part.note_settings(0)
+    part.note_settings(0, Clipping())
     optimizer.param_groups[0]["lr"] = 0.0
-    part.note_settings(1)
+    part.note_settings(1, Clipping())
     message = message_of(net[1], 0)
     expected = [p.detach() - g for p, g in zip(net[1].parameters(), message.parts, strict=True)]
     with torch.no_grad():
@@ -91,19 +91,23 @@ def test_restored_state_is_shared_out_and_goes_on():
     assert not optimizer.state
 
 
-@pytest.mark.parametrize(("clip_by", "previous", "scale"), [("stage", 9.0, 0.2), ("previous_norm", 4.0, 0.25)])
-def test_clipping_scales_by_the_norm_that_was_named(clip_by, previous, scale):
+@pytest.mark.parametrize(
+    ("clipping", "previous", "expected"),
+    [
+        (Clipping(1.0, "stage"), 9.0, [0.6, 0.8]),
+        (Clipping(1.0, "previous_norm"), 4.0, [0.75, 1.0]),
+        (Clipping(value=3.5), 9.0, [3.0, 3.5]),
+    ],
+)
+def test_clipping_scales_by_the_norm_that_was_named_and_bounds_entries(clipping, previous, expected):
     net = network()
-    part = stage_optimizer(
-        net, torch.optim.SGD(net.parameters(), 1.0), (2,), clip_norm=1.0, clip_by=clip_by,
-        previous_norm=lambda step: previous,
-    )  # fmt: skip
+    part = stage_optimizer(net, torch.optim.SGD(net.parameters(), 1.0), (2,), lambda step: previous)
     message = Message(StageLayout(list(net[2].parameters())), torch.device("cpu"))
     message.parts[0].copy_(torch.tensor([[3.0, 4.0]]))
     message.parts[1].zero_()
-    part.note_settings(0)
+    part.note_settings(0, clipping)
     with torch.no_grad():
         part.update(0, 2, message)
     assert message.notes[SQUARED_NORM] == 25  # before clipping
     moved = net[2].weight.detach() - message.parts[0]
-    torch.testing.assert_close(moved, scale * torch.tensor([[3.0, 4.0]], dtype=torch.float64))
+    torch.testing.assert_close(moved, torch.tensor([expected], dtype=torch.float64))
