@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.partition import BATCH, Fit, Points, ddp, fit, loader_of
 from support.processes import launch, outcomes
 from support.training import network
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from lightning_comm import AdaptivePartition, CompressedDDPStrategy, NoSync, PartitionedLoader
 from lightning_comm.callbacks.partition_checks import set_up_problems
@@ -65,6 +65,10 @@ def _whole(rank):
 
 def _with_a_distributed_sampler(rank):
     return DataLoader(Points(40), batch_size=6, sampler=DistributedSampler(Points(40), 2, rank))
+
+
+def _in_own_batches(rank):
+    return DataLoader(Points(40), batch_sampler=BatchSampler(range(40), 6, False))
 
 
 def _plain(rank):
@@ -137,6 +141,7 @@ def _by_rank(rank):
         ({}, _smaller_than_ranks, ["2 ranks", "1 sample", "global_batch_size"]),
         ({"max_per_rank": 7}, _merged, ["max_per_rank", "merge", "17", "14", "keep"]),
         ({}, _plain, ["PartitionedLoader", "DataLoader", "from_dataloader"]),
+        ({}, _in_own_batches, ["made by BatchSampler", "PartitionedLoader(dataset, global_batch_size=…)", "`sampler`"]),
         ({}, _with_a_distributed_sampler, ["PartitionedLoader", "DistributedSampler", "from_dataloader", "left out"]),
         ({}, _stream, ["IterableDataset", "Stream", "order", "__getitem__"]),
         ({}, _of_another_length, ["rank 1", "rank 0", "samples is 49 and 48", "same dataset"]),
