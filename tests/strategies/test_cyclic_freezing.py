@@ -2,7 +2,6 @@
 
 import copy
 import time
-import traceback
 import warnings
 
 import numpy as np
@@ -146,17 +145,16 @@ def _on_one_rank(rank, moment, step):
     callback = At(moment, layer, step, rank=1)
     try:
         trainer(cyclic(), 2, callbacks=[callback], max_epochs=3).fit(make(layer), loader(2, rank))
-    except BaseException:
-        return traceback.format_exc(), time.monotonic() - began_s
-    return "nothing", 0.0
+    finally:
+        assert time.monotonic() - began_s < 20, "waited for the time-out"
 
 
 @pytest.mark.parametrize(("moment", "step"), [("on_train_batch_start", 0), ("on_before_backward", 2)])
 def test_frozen_on_one_rank_alone_is_heard_of_on_all_before_a_time_out(moment, step):
-    (first, second) = [answer for answer, _ in outcomes(_on_one_rank, moment, step, world_size=2, timeout_s=60)]
-    assert "Not any more: net.4.weight, net.4.bias" in second[0]
-    assert "rank 1 failed" in first[0]
-    assert max(first[1], second[1]) < 15
+    (_, first), (_, second) = outcomes(_on_one_rank, moment, step, world_size=2, timeout_s=60)
+    assert "Not any more: net.4.weight, net.4.bias" in second
+    assert "rank 1 failed" in first
+    assert "time-out" not in first + second
 
 
 def _thawed_later(rank, path):
