@@ -40,14 +40,14 @@ def everything(rank, world_size):
             world_size,
             rank,
             LBFGS,
-            callbacks=[Averaged(swa_lrs=0.1), ModelPruning(**PRUNING), AdaptivePartition(shares=[1, 2, 3])],
+            callbacks=[ModelPruning(**PRUNING), AdaptivePartition(shares=[1, 2, 3])],
         ),
         refused(
             LocalUpdateStrategy(FixedPeriod(4), optimizer_state="average", counted_optimizer=3),
             world_size,
             rank,
             LBFGS,
-            callbacks=[ModelPruning(**PRUNING), BatchNormReestimation(), AdaptivePartition(shares=[1, 2, 3])],
+            callbacks=[Averaged(swa_lrs=0.1), BatchNormReestimation(), AdaptivePartition(shares=[1, 2, 3])],
         ),
         refused(
             CompressedDDPStrategy(SparseMask(), static_graph=True),
@@ -66,8 +66,16 @@ def test_one_message_names_all_that_cannot_work_in_trainer_callbacks_model_and_o
     (cyclic, local, compressed), _ = (texts for texts, _ in both)
     assert both[0][0] == both[1][0]
     for text, words in (
-        (cyclic, ["`stages`=7", "StochasticWeightAveraging", "ModelPruning", "AdaptivePartition: `shares`", "LBFGS"]),
-        (local, ["ModelPruning", "BatchNormReestimation: the model", "AdaptivePartition: `shares`", "LBFGS keeps"]),
+        (cyclic, ["`stages`=7", "ModelPruning", "AdaptivePartition: `shares`", "LBFGS", "5 things"]),
+        (
+            local,
+            [
+                "StochasticWeightAveraging",
+                "BatchNormReestimation: the model",
+                "AdaptivePartition: `shares`",
+                "LBFGS keeps",
+            ],
+        ),
         (local, ["`counted_optimizer`=3 is not there", "7 things"]),
         (compressed, ["`static_graph=True`", "AdaptivePartition: `shares`", "LBFGS", "3 things"]),
     ):
