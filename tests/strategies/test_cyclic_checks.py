@@ -363,7 +363,10 @@ def test_what_works_badly_is_warned_of():
         return Hooks(deep(6), bounded)
 
     (texts,) = launch(_warned, 1, gradients, [Norms()], world_size=1)
-    says(" ".join(texts), ["Hooks.on_before_optimizer_step", "Norms.on_after_backward", "no effect or fails", "clip_by='stage'"])
+    says(
+        " ".join(texts),
+        ["Hooks.on_before_optimizer_step", "Norms.on_after_backward", "no effect or fails", "clip_by='stage'"],
+    )
     says(" ".join(texts), ["Brought.on_before_zero_grad", "Hooks.backward", "gradient_clip_val", "register_hook"])
     says(" ".join(texts), ["SGD", "`max_grad_norm`", "clips by stage", "clip_by"])
     texts, _ = launch(_warned, 2, lambda: Logs(deep(6)), world_size=2)
