@@ -99,14 +99,14 @@ class Between:
         return self._store.check(keys)
 
 
-@pytest.mark.parametrize("place", [end_epoch, checkpoint])
-def test_a_rank_that_comes_and_goes_on_between_two_looks_is_not_accused(place):
+@pytest.mark.parametrize(("place", "next_batch"), [(end_epoch, (1, 1)), (checkpoint, (0, 3))])
+def test_a_rank_that_comes_and_goes_on_between_two_looks_is_not_accused(place, next_batch):
     store, gone_on = dist.HashStore(), []
     other = ends(store, 1)
 
     def come_and_go_on():
         place(other, 2, 2)  # rank 0 is there already
-        other.begin_batch(1, 1)
+        other.begin_batch(*next_batch)
         gone_on.append(True)
 
     place(ends(Between(store, come_and_go_on), 0), 2, 2)
