@@ -32,7 +32,7 @@ from lightning_comm.strategies.companion import Companion
 from lightning_comm.strategies.cyclic_averages import WeightAverages
 from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
 from lightning_comm.strategies.cyclic_files import CyclicResume
-from lightning_comm.strategies.cyclic_run import CyclicRun
+from lightning_comm.strategies.cyclic_run import RUN_END, CyclicRun
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.model_checks import lazy_names
 from lightning_comm.strategies.peer_aware import PeerAwareStrategy
@@ -240,6 +240,7 @@ class CyclicStrategy(PeerAwareStrategy):
         optimizer = self.optimizers[0]
         cyclic_checks.warn_of_one_process(self.world_size)
         cyclic_checks.warn_of_gradient_hooks(trainer, module)
+        cyclic_checks.warn_of_finetuning(trainer)
         cyclic_checks.warn_of_memory(self.settings, self.world_size, self.root_device.type == "cuda")
         namespace = f"lightning_comm/cyclic/{next(_fits)}"
         store = default_store() if self._peers is None else self._peers.store
@@ -404,12 +405,12 @@ class CyclicStrategy(PeerAwareStrategy):
         if self._interruptions is not None:
             self._interruptions.remember_random_state()
             self._interruptions.met |= not run.flushed
-        self._flush(run)
+        self._flush(run, "a validation")
 
     def finish(self) -> None:
         """Called by the companion when training ends, before any other callback."""
         if self._run is not None:
-            self._flush(self._run)
+            self._flush(self._run, RUN_END)
             self._run.finish()
 
     def _before_average(self, callback: Callback) -> None:
@@ -418,19 +419,19 @@ class CyclicStrategy(PeerAwareStrategy):
         if run is not None and run.active:
             self._averages.count(callback, run.steps_done)
             with self._averages.explained(callback, run.steps_done):
-                self._flush(run)
+                self._flush(run, f"an update of the average of {type(callback).__name__}")
 
-    def _flush(self, run: CyclicRun) -> None:
+    def _flush(self, run: CyclicRun, purpose: str) -> None:
         if run.active:
             newest = run.flushed
-            run.flush()
+            run.flush(purpose)
             if self._unregistered is not None and not newest:
                 self._unregistered.look()
 
     @override
-    def _compare_places(self) -> None:
+    def _compare_places(self, purpose: str) -> None:
         if self._run is not None and self._trainer is not None and not self._trainer.interrupted:
-            self._run.compare_places()
+            self._run.compare_places(purpose)
 
     def _can_meet(self) -> bool:
         """Whether ranks can be brought together for a checkpoint: in the last ``fit`` of this model, or after it."""
@@ -446,7 +447,7 @@ class CyclicStrategy(PeerAwareStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         # here, where all ranks come for a checkpoint
         if self._run is not None and self._can_meet():
-            self._flush(self._run)
+            self._flush(self._run, "a checkpoint")
         return super().lightning_module_state_dict()
 
     @override

@@ -8,6 +8,8 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_comm.strategies.cyclic_checks import WHERE
+from lightning_comm.transport.agreement import PeerFailure
+from lightning_comm.transport.epoch_ends import is_of_other_calls
 
 _SELDOM_STEPS = 10  # from so many steps between two updates on, the flushes cost little
 
@@ -42,11 +44,13 @@ class WeightAverages:
 
     @contextmanager
     def explained(self, callback: Callback, step: int) -> Iterator[None]:
-        """Say why ranks have come apart, if they do so in an update of an average."""
+        """Say why ranks have come apart, if they do so in an update of an average, whichever of them says so first."""
         try:
             yield
-        except ValueError as error:
-            raise ValueError(
+        except (ValueError, PeerFailure) as error:
+            if not is_of_other_calls(error):
+                raise
+            raise type(error)(
                 f"{WHERE}: the callback {type(callback).__name__} updates its average after step {step} on this rank, "
                 f"and other ranks do not. Let `should_update` depend on its arguments alone. In detail: {error}"
             ) from error

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -130,16 +130,33 @@ def trainer_problems(trainer: Trainer, sync_batchnorm: bool) -> Iterator[str]:
             "overflows, and stages are updated before that is known. Use 'bf16-mixed' or '32-true'."
         )
     for callback in getattr(trainer, "callbacks", []):
-        if isinstance(callback, BaseFinetuning):
+        if isinstance(callback, BackboneFinetuning) and _thaws(callback, trainer):
             yield (
-                f"the callback {type(callback).__name__} unfreezes parameters in the middle of a run, and stages are "
-                f"cut once, of the parameters that are trained then. Leave it out. {_ANOTHER_FIT}"
+                f"the callback {type(callback).__name__} unfreezes the backbone in epoch "
+                f"{callback.unfreeze_backbone_at_epoch}, in the middle of the run, and stages are cut once, of the "
+                f"parameters that are trained then. Leave it out. {_ANOTHER_FIT}"
             )
         if type(callback).__name__ == "AdaptivePartition":
             yield (
                 "the callback AdaptivePartition measures how long ranks wait for each other at the end of a "
                 "step, and here they wait inside it. Leave it out, or use DDPStrategy."
             )
+
+
+def _thaws(callback: BackboneFinetuning, trainer: Trainer) -> bool:
+    at, last = callback.unfreeze_backbone_at_epoch, trainer.max_epochs
+    return at > 0 and (last is None or last < 0 or at < last)  # at 0 it does so before the model is cut
+
+
+def warn_of_finetuning(trainer: Trainer) -> None:
+    """Say what will happen if a callback thaws parameters later, which only the callback knows."""
+    callbacks = [each for each in getattr(trainer, "callbacks", []) if isinstance(each, BaseFinetuning)]
+    if names := [type(each).__name__ for each in callbacks if not isinstance(each, BackboneFinetuning)]:
+        rank_zero_warn(
+            f"{WHERE}: the callback {', '.join(names)} may unfreeze parameters in the middle of the run. It can freeze "
+            "them for all of it; where it unfreezes parameters after the first batch, the run ends there with an "
+            f"error, since stages are cut once, of the parameters that are trained then. {_ANOTHER_FIT}"
+        )
 
 
 def check_trial(active: bool, step: int) -> None:
@@ -257,10 +274,12 @@ def warn_of_gradient_hooks(trainer: Trainer, module: LightningModule) -> None:
     ]
     if found:
         rank_zero_warn(
-            f"{WHERE}: gradients are handed over during backward, so {', '.join(found)} finds none: what is done to "
-            "gradients there (clipping, noise, logging of norms) has no effect. To clip, give the Trainer "
-            "`gradient_clip_val`; to change or see this rank's own gradients, use hooks of the parameters "
-            "(`parameter.register_hook`), registered before the first batch."
+            f"{WHERE}: gradients are handed over during backward, so {', '.join(found)} finds none: `.grad` is None, "
+            "and what is done to gradients there (clipping, noise, logging of norms) has no effect or fails. To clip "
+            "by value, give `Trainer(gradient_clip_val=..., gradient_clip_algorithm='value')`; by norm, "
+            "`Trainer(gradient_clip_val=...)` and `CyclicStrategy(clip_by='stage')` or `clip_by='previous_norm'`. To "
+            "change or see this rank's own gradients, use hooks of the parameters (`parameter.register_hook`), "
+            "registered before the first batch."
         )
 
 
@@ -347,17 +366,19 @@ def different_batches(step: int, own: int, others: float, world_size: int) -> Ru
 
 
 def warn_of_own_gradients(module: LightningModule) -> None:
-    """Say what the gradients are that the module's own `optimizer_step` finds."""
-    what = (
-        "optimizer_step` computes gradients before it calls the optimizer's `step`, or in a closure of its own. They "
-        if module.automatic_optimization
-        else "training_step` steps the optimizer by hand, and the gradients that it finds before that "
-    )
+    """Say what the gradients are that the module's own `optimizer_step`, or its manual optimization, finds."""
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        rank_zero_warn(
+            f"{WHERE}: the gradients that `{name}.training_step` finds before `optimizer.step()` are this rank's own, "
+            "not the mean over the ranks; to clip the mean, give the strategy `clip_norm`."
+        )
+        return
     rank_zero_warn(
-        f"{WHERE}: `{type(module).__name__}.{what}are those of this rank, not the mean over the ranks, which does not "
-        "exist in one place: what is done to them there (clipping, noise, checks) is done on each rank by itself, "
-        "before the mean. They are gone after the step, cleared or not. Skip a step on all ranks alike, and use "
-        "`clip_norm` to clip."
+        f"{WHERE}: `{name}.optimizer_step` computes gradients before it calls the optimizer's `step`, or in a closure "
+        "of its own. They are those of this rank, not the mean over the ranks, which does not exist in one place: what "
+        "is done to them there (clipping, noise, checks) is done on each rank by itself, before the mean. They are "
+        "gone after the step, cleared or not. Skip a step on all ranks alike, and use `clip_norm` to clip."
     )
 
 

@@ -10,14 +10,21 @@ from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
 from lightning_comm.transport.cyclic_update import Clipping
 
 
-def clipping_of(settings: CyclicSettings, trainer: Trainer, module: LightningModule) -> Clipping:
+def clipping_of(settings: CyclicSettings, trainer: Trainer, module: LightningModule, *, changed: bool) -> Clipping:
     """Return the limits that hold now.
+
+    Args:
+        settings: Of the strategy.
+        trainer: The Trainer.
+        module: The model.
+        changed: Whether this run has begun with other limits of the Trainer's.
 
     Raises:
         RefusedSetUp: If they cannot, as where a callback has changed that of the Trainer in the middle of a run.
 
     """
-    refuse(WHERE, problems(settings, trainer, module))
+    when = "the Trainer's limit of the gradient was changed in mid-run: " if changed else ""
+    refuse(WHERE, (f"{when}{problem}" for problem in problems(settings, trainer, module)))
     limit, by = _limit(trainer), settings.clip_by or "stage"
     if limit is not None and _by_value(trainer):
         return Clipping(value=limit)

@@ -33,6 +33,7 @@ from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.cyclic_averages import averages_by_own_rule
 from lightning_comm.strategies.cyclic_checks import WHERE, CyclicSettings
 from lightning_comm.strategies.cyclic_cut import agreed_stages
+from lightning_comm.strategies.cyclic_own_steps import OwnSteps
 from lightning_comm.strategies.run_length import may_differ
 from lightning_comm.transport.agreement import Agreement, Decision, Kind
 from lightning_comm.transport.content import Contents
@@ -51,6 +52,7 @@ from lightning_comm.transport.random_state import random_state
 from lightning_comm.transport.recording import Pending, Recorder, another_group, hang_up
 
 _NOTED = 0  # the stage whose notes all ranks read
+RUN_END = "the end of the run"
 _NOTICEABLE_S = 5e-5  # shorter waits are not worth a record
 
 
@@ -121,6 +123,7 @@ class CyclicRun:
         self._contents = Contents([])  # of these versions
         self._guard: OptimizerGuard | None = None
         self._untrained: UntrainedParameters | None = None
+        self._own_steps: OwnSteps | None = None
         self._began_at = self.run_began_at = 0
         self._saved_norm: float | None = None
         self._manual = not module.automatic_optimization
@@ -165,6 +168,8 @@ class CyclicRun:
         self.run_began_at = run_began_at
         self.recorder.step = steps_done
         self._untrained = UntrainedParameters(self.module, _trained(self._user_optimizer))
+        groups = self._user_optimizer.param_groups
+        self._own_steps = OwnSteps(self.module, [each for group in groups for each in group["params"]])
         if hasattr(self._user_optimizer, "register_step_pre_hook"):
             self._handles.append(self._user_optimizer.register_step_pre_hook(self._on_optimizer))
         if stages and cyclic_trained.are_of(stages, self.module, _trained(self._user_optimizer)):
@@ -233,6 +238,8 @@ class CyclicRun:
     def begin_batch(self, number: int) -> None:
         """Count a batch of the fit, and say which one of its epoch; called before every one."""
         self._batch += 1
+        if self._own_steps is not None:
+            self._own_steps.look()
         self.ends.begin_batch(self.trainer.current_epoch, number)
 
     def end_epoch(self) -> None:
@@ -240,10 +247,10 @@ class CyclicRun:
         self.ends.end_epoch(self.trainer.current_epoch, self.steps_done)
         self.ends.wait(self._hear)
 
-    def compare_places(self) -> None:
+    def compare_places(self, purpose: str) -> None:
         """Compare where ranks are, before they meet in messages that do not tell; only where they may come apart."""
         if self.active:
-            self.ends.meet(self.steps_done, self._hear)
+            self.ends.meet(purpose, self.steps_done, self._hear)
 
     def _hear(self) -> bool:
         self.agreement.listen()
@@ -383,7 +390,8 @@ class CyclicRun:
         if self.optimizer is not None:
             limits = (self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm)
             if limits != self._limits:  # at first, and where a callback has changed them
-                self._clipping = cyclic_clipping.clipping_of(self.settings, self.trainer, self.module)
+                changed = self._limits is not None
+                self._clipping = cyclic_clipping.clipping_of(self.settings, self.trainer, self.module, changed=changed)
                 self._limits = limits
             self.optimizer.note_settings(self.steps_done, self._clipping)
 
@@ -546,10 +554,15 @@ class CyclicRun:
         """Whether this rank holds the newest version of everything."""
         return self.flushed_at == self.steps_done
 
-    def flush(self) -> None:
-        """Take up the newest version of everything, and average what no stage has; on all ranks after the same step."""
+    def flush(self, purpose: str) -> None:
+        """Take up the newest version of everything, and average what no stage has; on all ranks after the same step.
+
+        Args:
+            purpose: For what, in words.
+
+        """
         self._refuse_torn()
-        self.compare_places()
+        self.compare_places(purpose)
         if self._ring is None or self.flushed:
             return
         if self._awaited:
@@ -583,7 +596,7 @@ class CyclicRun:
             self._end_hooks()
             self.active = False
             return
-        self.flush()
+        self.flush(RUN_END)
         if self._asked:  # of a step that nobody takes, such as one whose error the module has caught
             self._batch_of[self.steps_done] = 0
             with self.agreement.first_error_shown():
@@ -635,10 +648,12 @@ class CyclicRun:
         assert self.schedule is not None
         counts = [sum(each.numel() for each in parameters) for parameters in self._parameters]
         begins = ", ".join(stage.modules[0] or "(start)" for stage in self.stages)
+        in_step = self.run_began_at + self.settings.warmup_sync_steps - self.steps_done
+        first = f"; the first {in_step:,} steps are in step, as under DDP, and after them" if in_step > 0 else ", and"
         rank_zero_info(
             f"{WHERE}: {len(counts)} stages of {min(counts):,} to {max(counts):,} parameters on "
             f"{self.recorder.world_size} ranks, which begin at {begins}; a rank updates {len(self.schedule.owned(0))} "
-            f"of them, and parameters are {self.schedule.mean_delay:.3g} updates old on average."
+            f"of them{first} parameters are {self.schedule.mean_delay:.3g} updates old on average."
         )
 
     def _notes_of(self, version: int) -> list[float]:
@@ -683,6 +698,8 @@ class CyclicRun:
     def _end_hooks(self) -> None:
         if self._trace is not None:
             self._trace.units()
+        if self._own_steps is not None:
+            self._own_steps.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

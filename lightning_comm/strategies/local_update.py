@@ -448,7 +448,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         if self._interruptions is not None:
             self._interruptions.remember_random_state()
             self._interruptions.met |= run.apart and run.settings.evaluate_weights == "average"
-        run.compare_places()
+        run.compare_places("a validation")
         if run.settings.evaluate_weights == "average":
             run.enter_average("evaluation")
 
@@ -469,9 +469,9 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         return super().lightning_module_state_dict()
 
     @override
-    def _compare_places(self) -> None:
+    def _compare_places(self, purpose: str) -> None:
         if self._run is not None:
-            self._run.compare_places()
+            self._run.compare_places(purpose)
 
     def _is_fitting(self) -> bool:
         """Whether ranks run under the strategy's rounds, or did in the last ``fit``; not in a tuner's trial run."""

@@ -167,7 +167,7 @@ class LocalUpdateRun:
         if was_in_gradient_phase:
             self._note_gradients(ticks)
             if not self.in_gradient_phase:
-                self.compare_places()  # a rank that is behind would still average gradients
+                self.compare_places("the end of averaged gradients")  # a rank that is behind would still average them
                 self._leave_gradient_phase()
         elif over:
             self.synchronise()
@@ -191,12 +191,12 @@ class LocalUpdateRun:
         if decision is not None and (decision.at_step is None or self.clock.steps_done >= decision.at_step):
             self._carry_out(decision)
 
-    def compare_places(self) -> None:
+    def compare_places(self, purpose: str) -> None:
         """Compare where ranks are, before they meet in messages that do not tell; only where they may come apart."""
         trains = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.interrupted
         if self.active and trains and not self.standing:
             with self.agreement.first_error_shown():
-                self.ends.meet(self.clock.steps_done, self._hear)
+                self.ends.meet(purpose, self.clock.steps_done, self._hear)
 
     def _hear(self) -> bool:
         self.agreement.listen()
@@ -285,6 +285,7 @@ class LocalUpdateRun:
     def finish(self) -> None:
         """End the run averaged, also where its length was not known."""
         self.leave_checkpoint()
+        self.compare_places("the end of the run")
         if not self.in_gradient_phase and self.apart:
             started = time.monotonic()
             with self.agreement.first_error_shown():
@@ -302,6 +303,7 @@ class LocalUpdateRun:
     def stand(self) -> None:
         """Leave the round open: ranks stop at different steps and only their copies are averaged."""
         self.standing = self.apart = True
+        self.ends.count_anew()
 
     def _end_round(self, weight: float | None) -> None:
         self.clock.end_round()
@@ -473,7 +475,7 @@ class LocalUpdateRun:
 
     def enter_checkpoint(self) -> None:
         """Put averaged weights in place for a checkpoint, unless they are there anyway."""
-        self.compare_places()
+        self.compare_places("a checkpoint")
         if not self.apart or self.replica.average_is_for is not None:
             return
         with self.agreement.first_error_shown():

@@ -196,21 +196,22 @@ class PeerAwareStrategy(DDPStrategy):
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        self._compare_places()
+        self._compare_places("a barrier")
         self._together(lambda: DDPStrategy.barrier(self, *args, **kwargs), None, "a barrier")
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        self._compare_places()
+        self._compare_places("a broadcast")
         return self._together(lambda: DDPStrategy.broadcast(self, obj, src), obj, "a broadcast")
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        self._compare_places()
+        self._compare_places("a common decision, as before a checkpoint")
         return super().reduce_boolean_decision(decision, all)
 
     @override
     def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
+        self._compare_places("a reduction, as of what is logged")
         return self._together(lambda: DDPStrategy.reduce(self, tensor, group, reduce_op), tensor, "a reduction")
 
     @override
@@ -233,7 +234,7 @@ class PeerAwareStrategy(DDPStrategy):
     def finish(self) -> None:
         """Called by the companion when training ends, before any other callback."""
 
-    def _compare_places(self) -> None:
+    def _compare_places(self, purpose: str) -> None:
         """Refuse ranks that have come apart, where that can be, before Lightning's own messages for a checkpoint."""
 
     def _together(self, collective: Callable[[], _T], alone: _T, where: str) -> _T:

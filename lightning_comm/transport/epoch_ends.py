@@ -1,15 +1,19 @@
-"""The end of an epoch whose length could not be compared before: no rank goes on until all have ended theirs alike.
+"""Places at which ranks meet where they may come apart: no rank goes on until all are there alike.
 
 A rank that ends an epoch goes on to what Lightning does at its end, and ranks that have further batches wait for it in
 messages that it never sends. So where lengths are not sure, each rank writes down in the process group's store which
-batch it begins. Whoever ends an epoch writes that down as well, and looks, without a collective, until all others have
-ended theirs, or one has begun a further batch. In that case it says so, and the others hear of it as of any failure.
+batch it begins. Whoever comes to the end of an epoch, or to another place where all ranks meet, as for a checkpoint,
+writes that down as well, and looks, without a collective, until all others are there, or one is elsewhere. In that case
+it says so, and the others hear of it as of any failure.
+
+Places are counted, so a rank that waits at its third one sees what the third one of each other rank is.
 """
 
+import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from lightning_comm.transport.agreement import Agreement
 from lightning_comm.transport.peer_texts import LostConnectionError
@@ -17,13 +21,16 @@ from lightning_comm.transport.store_client import KeyValueStore, StoreLostError
 
 _Error = TypeVar("_Error", bound=Exception)
 _LOOK_S, _LONGEST_LOOK_S = 0.001, 0.2  # how often the store is looked at: first, and later
+EPOCH_END = "the end of the epoch"
 
 
 class Place(NamedTuple):
-    """Where a rank stands: batches of its epoch, optimizer steps in all."""
+    """Where a rank stands: its epoch, batches of it, optimizer steps in all, and for what it waits there, in words."""
 
+    epoch: int
     batches: int
     steps: int
+    purpose: str
 
 
 class EpochEnds:
@@ -60,9 +67,9 @@ class EpochEnds:
         self._namespace, self._where = f"{namespace}/ends", where
         self._agreement, self._hang_up, self._timeout_s = agreement, hang_up, timeout_s
         self._begun = 0, 0  # the epoch, and the number of the batch in it
-        self._reached: tuple[str, int, Place] | None = None  # where, and in which epoch, until the others are there too
-        self._last_epoch = -1  # that all ranks have ended
-        self._meetings = 0
+        self._reached: Place | None = None  # until the others are there too
+        self._last_epoch = -1  # that this rank has ended
+        self._counts, self._number = 0, 0  # how often places have been counted anew, and which one of them this is
         self.needed = False  # whether ranks may come apart by batches or steps; the same on all ranks
 
     def begin_batch(self, epoch: int, number: int) -> None:
@@ -70,24 +77,28 @@ class EpochEnds:
         self._begun = epoch, number
         if self.needed:
             with self._agreement.first_error_shown("a look into the store"):
-                self._store.set(f"{self._namespace}/begun/{self._rank}", f"{epoch} {number}")
+                self._store.set(f"{self._namespace}/begun/{self._rank}", json.dumps(self._begun))
 
     def end_epoch(self, epoch: int, steps: int) -> None:
         """Write down that this rank has ended an epoch, unless that is written down already."""
         if self.needed and epoch > self._last_epoch:
             self._last_epoch = epoch
-            self._reach(f"epoch {epoch}", epoch, steps)
+            self._reach(epoch, steps, EPOCH_END)
 
-    def meet(self, steps: int, meanwhile: Callable[[], bool]) -> None:
+    def meet(self, purpose: str, steps: int, meanwhile: Callable[[], bool]) -> None:
         """Compare where ranks stand, in the middle of an epoch; all ranks come here, as often as each other.
+
+        Args:
+            purpose: For what, in words, such as "a checkpoint"; compared as well.
+            steps: Optimizer steps of this rank.
+            meanwhile: As in :meth:`wait`.
 
         Raises:
             ValueError: As in :meth:`wait`.
 
         """
         if self.needed:
-            self._meetings += 1
-            self._reach(f"meeting {self._meetings}", self._begun[0], steps)
+            self._reach(self._begun[0], steps, purpose)
             self.wait(meanwhile)
 
     def wait(self, meanwhile: Callable[[], bool]) -> None:
@@ -97,21 +108,26 @@ class EpochEnds:
             meanwhile: Called again and again; it may raise, and returns whether to wait no longer.
 
         Raises:
-            ValueError: If a rank is there after other batches or steps, or goes on with a further batch.
+            ValueError: If a rank is elsewhere: there after other batches or steps or for something else, or in a
+                further batch.
             PeerFailure: If another rank has failed, or does not come in time.
 
         """
         if self._reached is not None:
-            with self._agreement.first_error_shown("the others at the end of an epoch, or before a checkpoint"):
-                self._wait(*self._reached, meanwhile)
+            with self._agreement.first_error_shown(f"the others at {self._reached.purpose}"):
+                self._wait(self._reached, meanwhile)
             self._reached = None
 
-    def _wait(self, key: str, epoch: int, mine: Place, meanwhile: Callable[[], bool]) -> None:
+    def count_anew(self) -> None:
+        """Forget how many places there were, after ranks have agreed to stop at different ones; on all of them."""
+        self._counts, self._number, self._reached = self._counts + 1, 0, None
+
+    def _wait(self, mine: Place, meanwhile: Callable[[], bool]) -> None:
         places, pause_s, until_s = {self._rank: mine}, _LOOK_S, time.monotonic() + self._timeout_s
         while len(places) < self._world_size:
-            further = self._look(key, epoch, mine, places)
+            further = self._look(mine, places)
             if further or any(place != mine for place in places.values()):
-                raise self.told(unequal_epochs(self._where, epoch, self._world_size, places, further))
+                raise self.told(ranks_apart(self._where, mine.epoch, self._world_size, places, further))
             if meanwhile():
                 break
             if len(places) < self._world_size:
@@ -127,29 +143,39 @@ class EpochEnds:
         self._hang_up()
         return error
 
-    def _reach(self, key: str, epoch: int, steps: int) -> None:
-        place = Place(self._begun[1] if self._begun[0] == epoch else 0, steps)
-        self._reached = key, epoch, place
+    def _reach(self, epoch: int, steps: int, purpose: str) -> None:
+        self._number += 1
+        self._reached = Place(epoch, self._begun[1] if self._begun[0] == epoch else 0, steps, purpose)
         with self._agreement.first_error_shown("a look into the store"):
-            self._store.set(f"{self._namespace}/{key}/{self._rank}", f"{place.batches} {place.steps}")
+            self._store.set(self._key_of(self._rank), json.dumps(self._reached))
 
-    def _look(self, key: str, epoch: int, mine: Place, places: dict[int, Place]) -> dict[int, int]:
-        """Add who else is there by now; return the batches of those that go on in the same epoch."""
-        further: dict[int, int] = {}
+    def _look(self, mine: Place, places: dict[int, Place]) -> dict[int, tuple[int, int]]:
+        """Add who else is there by now; return the batches of those that have gone on without having been there."""
+        further: dict[int, tuple[int, int]] = {}
         for rank in set(range(self._world_size)) - set(places):
-            if (place := self._numbers(f"{self._namespace}/{key}/{rank}")) is not None:
-                places[rank] = Place(*place)
+            if self._add(rank, places):
                 continue
-            begun, number = self._numbers(f"{self._namespace}/begun/{rank}") or (-1, 0)
-            if begun == epoch and number > mine.batches:
-                further[rank] = number
+            epoch, number = self._read(f"{self._namespace}/begun/{rank}") or (-1, 0)
+            # Between these two looks it may have come, found this rank there, and gone on. It says that it is there
+            # before it begins a further batch, so another look tells.
+            if (epoch, number) > (mine.epoch, mine.batches) and not self._add(rank, places):
+                further[rank] = epoch, number
         return further
 
-    def _numbers(self, key: str) -> tuple[int, int] | None:
+    def _add(self, rank: int, places: dict[int, Place]) -> bool:
+        if (place := self._read(self._key_of(rank))) is None:
+            return False
+        places[rank] = Place(*place)
+        return True
+
+    def _key_of(self, rank: int) -> str:
+        return f"{self._namespace}/{self._counts}/{self._number}/{rank}"
+
+    def _read(self, key: str) -> list[Any] | None:
         if not self._store.check([key]):
             return None
-        first, second = self._store.get(key).decode().split()
-        return int(first), int(second)
+        found: list[Any] = json.loads(self._store.get(key))
+        return found
 
 
 def same_batches(batches: dict[int, int]) -> str:
@@ -168,8 +194,8 @@ def same_batches(batches: dict[int, int]) -> str:
     )
 
 
-def unequal_epochs(
-    where: str, epoch: int, world_size: int, places: dict[int, Place], further: dict[int, int]
+def ranks_apart(
+    where: str, epoch: int, world_size: int, places: dict[int, Place], further: dict[int, tuple[int, int]]
 ) -> ValueError:
     """Return the error of ranks that come apart.
 
@@ -177,28 +203,62 @@ def unequal_epochs(
         where: The strategy.
         epoch: That of this rank.
         world_size: The number of ranks.
-        places: Where those ranks stand that have said so, which are done with their batches for now.
-        further: By rank, the batch that others have begun meanwhile.
+        places: Where those ranks stand that have said so.
+        further: By rank, the epoch and the batch that others have begun meanwhile.
 
     """
-    said = [
-        f"rank {rank} stopped after {places[rank].batches}, at optimizer step {places[rank].steps}"
-        if rank in places
-        else f"rank {rank} has begun number {further[rank]}"
-        if rank in further
-        else f"rank {rank} has not said"
-        for rank in range(world_size)
-    ]
-    if further or len({place.batches for place in places.values()}) > 1:
-        counted = {rank: place.batches for rank, place in places.items()}
-        way_out = f"so some would wait for ever for the others. {same_batches(counted)}"
-    else:
-        way_out = (
-            "so a rank has left out optimizer steps that others took. Step on all ranks alike: where `optimizer_step` "
-            "or manual optimization skips a step, decide it with `self.trainer.strategy.reduce_boolean_decision(skip, "
-            "all=False)`."
+    cause = _cause(places)
+    at_one = len({place[:2] for place in places.values()}) == 1 < len(places)
+    purpose = cause == "calls" or (cause == "batches" and at_one)
+    said = "; ".join(_said(rank, epoch, places, further, purpose=purpose) for rank in range(world_size))
+    if cause == "calls":
+        return ValueError(
+            f"{where}: {_OTHER_CALLS} in epoch {epoch}: of its batches {said}; so some would wait for ever for the "
+            "others. Let all ranks do the same after the same batches: whether a callback or a hook saves a "
+            "checkpoint, validates or updates an average must not depend on the rank, nor on its own data."
         )
+    ended = {rank: place.batches for rank, place in places.items() if place.purpose == EPOCH_END}
+    way_out = (
+        "so a rank has left out optimizer steps that others took. Step on all ranks alike: where `optimizer_step` "
+        "or manual optimization skips a step, decide it with `self.trainer.strategy.reduce_boolean_decision(skip, "
+        "all=False)`."
+        if cause == "steps"
+        else f"so some would wait for ever for the others. {same_batches(ended)}"
+    )
     return ValueError(
         f"{where}: ranks have different numbers of training batches or steps in epoch {epoch}: of its batches "
-        f"{'; '.join(said)}; {way_out}"
+        f"{said}; {way_out}"
     )
+
+
+def _cause(places: dict[int, Place]) -> Literal["steps", "calls", "batches"]:
+    """Return what is not alike, as far as those tell that stand somewhere."""
+    stands = [place[:2] for place in places.values()]
+    ends = [place[:2] for place in places.values() if place.purpose == EPOCH_END]
+    if len(set(stands)) == 1 < len({place.steps for place in places.values()}):
+        return "steps"
+    # Whoever stands before the end of another's epoch has not ended its own, and the other has passed by.
+    return "batches" if ends and min(ends) == min(stands) else "calls"
+
+
+_OTHER_CALLS = "ranks do not come to the same places"
+
+
+def is_of_other_calls(error: Exception) -> bool:
+    """Whether an error, of this rank or heard from another, says that ranks with equal batches do different things."""
+    return _OTHER_CALLS in str(error)
+
+
+def _said(
+    rank: int, epoch: int, places: dict[int, Place], further: dict[int, tuple[int, int]], *, purpose: bool
+) -> str:
+    def of(other: int) -> str:
+        return f" of epoch {other}" if other != epoch else ""
+
+    if rank in places:
+        place = places[rank]
+        stopped = f"rank {rank} stopped after {place.batches}{of(place.epoch)}, at optimizer step {place.steps}"
+        return f"{stopped}, for {place.purpose}" if purpose else stopped
+    if rank in further:
+        return f"rank {rank} has begun number {further[rank][1]}{of(further[rank][0])}"
+    return f"rank {rank} has not said"

@@ -4,6 +4,7 @@ import time
 import warnings
 
 import numpy as np
+import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
@@ -157,20 +158,35 @@ def test_frequent_updates_are_warned_of_with_a_way_out():
 
 
 class OnOneRank(WeightAveraging):
+    def __init__(self, step=None, epoch=None):
+        super().__init__()
+        self.at = step, epoch
+
     def should_update(self, step_idx=None, epoch_idx=None):
-        return step_idx == 3 and torch.distributed.get_rank() == 1
+        return (step_idx, epoch_idx) == self.at and torch.distributed.get_rank() == 1
 
 
-def _apart(rank):
+def _apart(rank, at, options):
     began_s = time.monotonic()
     try:
-        _epochs(cyclic(), OnOneRank, rank, 2)
+        _epochs(cyclic(), lambda: OnOneRank(**at), rank, 2, **options)
     finally:
         assert time.monotonic() - began_s < 15, "waited for the time-out"
 
 
-def test_an_update_on_one_rank_alone_is_an_error_that_names_the_callback():
-    (_, first), (_, second) = outcomes(_apart, world_size=2, timeout_s=60)
-    assert "OnOneRank updates its average after step 4 on this rank, and other ranks do not" in second
-    assert "rank 1 failed" in first
+@pytest.mark.parametrize(
+    ("at", "step", "options"),
+    [
+        ({"step": 2}, 3, {}),
+        ({"step": 4}, 5, {}),  # the last of an epoch
+        ({"step": 19}, 20, {}),  # the last of the run
+        ({"epoch": 0}, 5, {}),
+        ({"epoch": 1}, 10, VALIDATED),
+        ({"epoch": 3}, 20, {}),
+    ],
+)
+def test_an_update_on_one_rank_alone_is_an_error_that_names_the_callback(at, step, options):
+    (_, first), (_, second) = outcomes(_apart, at, options, world_size=2, timeout_s=60)
+    assert f"OnOneRank updates its average after step {step} on this rank, and other ranks do not" in second
+    assert "for an update of the average of OnOneRank" in first
     assert "time-out" not in first + second

@@ -209,7 +209,10 @@ def scaler():
         (lambda: (With(nn.Embedding(3, 2, sparse=True)), {}, {}), ["'part'", "sparse=True", "Leave `sparse` out"]),
         (lambda: (With(nn.SyncBatchNorm(7)), {}, {}), ["'part'", "SyncBatchNorm", "Use BatchNorm"]),
         (lambda: plain(sync_batchnorm=True), ["sync_batchnorm=True", "Leave it out"]),
-        (lambda: (Thawing(), {}, {"callbacks": [BackboneFinetuning()]}), ["BackboneFinetuning", "another `fit`"]),
+        (
+            lambda: (Thawing(), {}, {"callbacks": [BackboneFinetuning(1)], "max_epochs": 2}),
+            ["BackboneFinetuning", "in epoch 1", "another `fit`"],
+        ),
         (lambda: plain(callbacks=[AdaptivePartition()]), ["AdaptivePartition", "DDPStrategy"]),
     ],
 )
@@ -360,7 +363,10 @@ def test_what_works_badly_is_warned_of():
         return Hooks(deep(6), bounded)
 
     (texts,) = launch(_warned, 1, gradients, [Norms()], world_size=1)
-    says(" ".join(texts), ["Hooks.on_before_optimizer_step", "Norms.on_after_backward", "has no effect"])
+    says(
+        " ".join(texts),
+        ["Hooks.on_before_optimizer_step", "Norms.on_after_backward", "no effect or fails", "clip_by='stage'"],
+    )
     says(" ".join(texts), ["Brought.on_before_zero_grad", "Hooks.backward", "gradient_clip_val", "register_hook"])
     says(" ".join(texts), ["SGD", "`max_grad_norm`", "clips by stage", "clip_by"])
     texts, _ = launch(_warned, 2, lambda: Logs(deep(6)), world_size=2)

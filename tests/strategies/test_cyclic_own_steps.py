@@ -1,234 +1,131 @@
-"""A module's own `optimizer_step` under Cyclic Data Parallelism: it trains as under DDP, or is refused at once."""
+"""Parameters that the module steps itself under Cyclic Data Parallelism, callbacks that only freeze, a late limit."""
 
-import time
+import warnings
 
 import numpy as np
-import pytest
 import torch
-import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, EMAWeightAveraging
 from support.cyclic import cyclic, deep, momentum, state
 from support.processes import launch, outcomes
 from support.training import Regression, loader, trainer
 
-STEPS = 7
+
+class OwnOptimizer(Regression):
+    """Steps its last layers by an optimizer that the strategy is not given."""
+
+    def configure_optimizers(self):
+        self.second = torch.optim.SGD(self.net[8:].parameters(), 0.05)
+        return momentum(self.net[:8].parameters())
+
+    def on_train_batch_end(self, *args):
+        self.second.step()
+        self.second.zero_grad()
 
 
-class Own(Regression):
-    """Its subclasses say how it steps."""
-
-    def __init__(self):
-        super().__init__(deep(6), momentum)
-        self.rank = 0
-
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        raise NotImplementedError
-
-
-class ClosureFirst(Own):
-    """A guard against gradients that are not finite; all losses of batch 2 are infinite."""
-
-    bad = (2,)
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        return loss * float("inf") if batch_idx in self.bad else loss
-
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        optimizer_closure()
-        if all(bool(torch.isfinite(each.grad).all()) for each in self.parameters()):
-            optimizer.step()
-        else:
-            optimizer.zero_grad()
-
-
-class EverySecond(Own):
-    """As in Lightning's documentation; the closure alone in the very first batch, and in the last."""
-
-    odd = 1
-
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        if batch_idx % 2 == self.odd:
-            optimizer.step(closure=optimizer_closure)
-        else:
-            optimizer_closure()
-
-
-class EverySecondFromTheFirst(EverySecond):
-    odd = 0
-
-
-class StepBeforeClosure(Own):
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        optimizer.step()
-        optimizer_closure()
-
-
-class ClosureTwice(Own):
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        optimizer_closure()
-        optimizer.step(closure=optimizer_closure)
-
-
-class TwoSteps(Own):
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        for _ in range(3):
-            optimizer.step(closure=optimizer_closure)
-
-
-class OwnClosure(Own):
-    """Scales gradients in a closure around Lightning's, which it calls twice in every third batch."""
-
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        def evaluate():
-            for _ in range(2 if batch_idx % 3 == 0 else 1):
-                loss = optimizer_closure()
-            for each in self.parameters():
-                each.grad.mul_(0.5)
-            return loss
-
-        with optimizer.toggle_model():
-            optimizer.step(closure=evaluate)
-
-
-class Caught(Own):
-    """The forward of batch 0, of batch 3 and of the last one fails on all ranks."""
+class ByHand(OwnOptimizer):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.automatic_optimization = False
 
     def training_step(self, batch, batch_idx):
-        if batch_idx in (0, 3, STEPS - 1):
-            self.net[0](batch[0])
-            raise ValueError("out of luck")
-        return super().training_step(batch, batch_idx)
-
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        try:
-            optimizer.step(closure=optimizer_closure)
-        except ValueError:
-            optimizer_closure._result = type("Nothing", (), {"loss": None})()  # else Lightning refuses it
+        first = self.optimizers()
+        first.zero_grad()
+        self.manual_backward(self.loss(batch))
+        first.step()
+        self.on_train_batch_end()
 
 
-def _trained(rank, world_size):
-    answers = {}
-    for kind in (
-        ClosureFirst,
-        EverySecond,
-        EverySecondFromTheFirst,
-        StepBeforeClosure,
-        ClosureTwice,
-        TwoSteps,
-        OwnClosure,
-        Caught,
-    ):
-        for accumulate in (1, 2) if kind is ClosureFirst else (1,):
-            pair = []
-            staggered = cyclic(stagger="step") if kind in (ClosureFirst, Caught) else cyclic()
-            for strategy in (DDPStrategy(), cyclic(warmup_sync_steps=10**6), staggered):
-                module = kind()
-                often = {"limit_val_batches": 1, "val_check_interval": 3}  # Lightning clears gradients before it
-                runner = trainer(strategy, world_size, accumulate_grad_batches=accumulate, **often)
-                runner.fit(module, loader(STEPS * accumulate, rank), loader(1, 90 + rank))
-                pair.append((state(module), module.losses[-1]))
-            answers[kind.__name__, accumulate] = pair
+class NotStepped(OwnOptimizer):
+    """Has a teacher that moves without a gradient, and layers that get a gradient and never move."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.teacher = deep(3)
+
+    def on_train_batch_end(self, *args):
+        with torch.no_grad():
+            for parameter in self.teacher.parameters():
+                parameter.mul_(0.9)
+
+
+def _warned(rank, world_size):
+    answers = []
+    swaps = {
+        "callbacks": [EMAWeightAveraging(update_every_n_steps=10)],
+        "limit_val_batches": 1,
+        "val_check_interval": 2,
+    }
+    for kind, options in ((OwnOptimizer, {}), (ByHand, {}), (NotStepped, swaps)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            module = kind(deep(6), momentum)
+            trainer(cyclic(), world_size, **options).fit(module, loader(5, rank), loader(1, 90 + rank))
+        answers.append([text for each in caught if "no group of the optimizer" in (text := str(each.message))])
     return answers
 
 
-def test_every_order_of_closure_and_step_trains_as_under_ddp():
-    for name, (ddp, synchronous, delayed) in launch(_trained, 3, world_size=3)[0].items():
-        for one, other, late in zip(ddp[0], synchronous[0], delayed[0], strict=True):
-            np.testing.assert_allclose(one, other, rtol=0, atol=1e-12, err_msg=str(name))
-            assert np.isfinite(late).all(), name
-        assert any(not np.array_equal(*each) for each in zip(synchronous[0], delayed[0], strict=True)), name
+def test_parameters_that_the_module_steps_itself_are_warned_of_once_by_name_and_others_are_not():
+    own, by_hand, not_stepped = launch(_warned, 2, world_size=2)[0]
+    for texts in (own, by_hand):
+        (text,) = texts
+        assert "4 parameter(s) get a gradient and are changed" in text
+        assert "net.8.weight, net.8.bias, net.10.weight, net.10.bias" in text
+        assert "by its own gradient" in text
+        assert "as a parameter group" in text
+    assert not_stepped == []
 
 
-class StepTwice(Own):
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        optimizer.step(closure=optimizer_closure)
-        optimizer.step()
+class Freezes(BaseFinetuning):
+    def freeze_before_training(self, module):
+        self.freeze(module.net[:4])
+
+    def finetune_function(self, module, epoch, optimizer):
+        pass
 
 
-class RawStep(Own):
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        optimizer.optimizer.step(closure=optimizer_closure)
+class Backbone(Regression):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.backbone = self.net[:4]
+
+    def configure_optimizers(self):
+        return momentum([each for each in self.parameters() if each.requires_grad])
 
 
-class NoClosure(Own):
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        optimizer.step()
+def _frozen(rank, world_size):
+    answers = []
+    for callback in (Freezes(), BackboneFinetuning(2, verbose=False), BackboneFinetuning(0, verbose=False)):
+        module = Backbone(deep(6))
+        before = state(module.backbone)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(cyclic(), world_size, callbacks=[callback], max_epochs=2).fit(module, loader(4, rank))
+        moved = any(not np.array_equal(*pair) for pair in zip(before, state(module.backbone), strict=True))
+        texts = [str(each.message) for each in caught]
+        answers.append((moved, [text for text in texts if "may unfreeze" in text], state(module)))
+    return answers
 
 
-class SkipsAlone(ClosureFirst):
-    """Only rank 1 finds gradients that are not finite."""
-
-    @property
-    def bad(self):
-        return self.bad_batches if self.trainer.global_rank == 1 else ()
-
-    bad_batches = (2,)
-
-
-class SkipsLastAlone(SkipsAlone):
-    bad_batches = (STEPS - 1,)
+def test_callbacks_that_thaw_nothing_after_the_cut_train_on():
+    first, second = launch(_frozen, 2, world_size=2)
+    assert [moved for moved, _, _ in first] == [False, False, True]
+    assert ["Freezes may unfreeze" in text for _, texts, _ in first for text in texts] == [True]
+    for (_, _, mine), (_, _, theirs) in zip(first, second, strict=True):
+        for pair in zip(mine, theirs, strict=True):
+            np.testing.assert_array_equal(*pair)
 
 
-class NothingOnOneRank(ClosureFirst):
-    def training_step(self, batch, batch_idx):
-        return None if batch_idx == 2 and self.trainer.global_rank == 1 else super().training_step(batch, batch_idx)
+class Limits(Callback):
+    def on_train_batch_end(self, runner, *args):
+        runner.gradient_clip_val = 0.5 if runner.global_step >= 3 else None
 
 
-class TornAlone(Own):
-    """The backward of rank 1 fails half-way in batch 3, and `optimizer_step` goes on."""
-
-    def backward(self, loss, *args, **kwargs):
-        if self.trainer.global_rank == 1 and self.trainer.fit_loop.epoch_loop.batch_idx == 3:
-            self.net[0].weight.register_hook(self.fail)
-        loss.backward()
-
-    def fail(self, gradient):
-        raise ValueError("out of luck")
-
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        try:
-            optimizer.step(closure=optimizer_closure)
-        except ValueError:
-            optimizer_closure._result = type("Nothing", (), {"loss": None})()
+def _limited(rank, world_size):
+    trainer(cyclic(), world_size, callbacks=[Limits()]).fit(Regression(deep(6)), loader(6, rank))
 
 
-class SavesWithinStep(Own):
-    optimizer_step = Regression.optimizer_step
-
-    def on_before_backward(self, loss):
-        if self.trainer.global_step == 3:
-            self.trainer.save_checkpoint("never.ckpt")
-
-
-def _refused(rank, kind, options):
-    started = time.monotonic()
-    module = kind()
-    try:
-        trainer(cyclic(), 2, **options).fit(module, loader(STEPS, rank), loader(1, 90 + rank))
-    except Exception as error:
-        dist.destroy_process_group()  # whoever refuses has left it
-        return type(error).__name__, str(error), time.monotonic() - started
-    return "ended", "", 0.0
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        (StepTwice, ["batch 1 of this `fit`", "no backward since", "optimizer.step(closure=optimizer_closure)"]),
-        (RawStep, ["stepped by itself in batch 1", "optimizer.optimizer.step()", "self.optimizers()"]),
-        (NoClosure, ["closure hasn't been executed"]),
-        (SkipsAlone, ["optimizer step 2", "batch 4 on this rank", "3 on the other", "reduce_boolean_decision"]),
-        (SkipsLastAlone, ["at optimizer step 7", "at optimizer step 6", "reduce_boolean_decision"]),
-        (NothingOnOneRank, ["returning None"]),
-        (SavesWithinStep, ["optimizer step 3", "between forward and backward", "on_train_batch_end"]),
-        (TornAlone, ["optimizer step 3", "first, inside of the `try`"]),
-    ],
-)
-def test_a_step_that_cannot_be_taken_is_refused_on_all_ranks_by_its_reason(kind, words):
-    options = {"limit_val_batches": 1} if kind is SkipsLastAlone else {}
-    answers = [answer for answer, _ in outcomes(_refused, kind, options, world_size=2)]
-    assert all(name != "ended" for name, *_ in answers)
-    for word in words:
-        assert any(word in message for _, message, _ in answers), (word, answers)
-    assert all(seconds < 30 for *_, seconds in answers)
+def test_a_limit_that_is_set_in_mid_run_without_clip_by_is_an_error_that_says_so():
+    for _, error in outcomes(_limited, 2, world_size=2):
+        assert "the Trainer's limit of the gradient was changed in mid-run: `Trainer(gradient_clip_val=0.5)`" in error
+        assert "clip_by='stage'" in error

@@ -185,16 +185,19 @@ def test_compressed_ddp_says_what_a_step_sends_and_how_many_weights_are_pruned()
 
 def turns(rank, world_size):
     said = listening()
-    strategy = cyclic(stages=4)
-    module = Regression(deep(6), momentum)
-    trainer(strategy, world_size).fit(module, loader(3, rank))
+    for steps_in_step in (2, 0):
+        strategy = cyclic(stages=4, warmup_sync_steps=steps_in_step)
+        module = Regression(deep(6), momentum)
+        trainer(strategy, world_size).fit(module, loader(3, rank))
     counts = [sum(module.get_parameter(name).numel() for name in names) for names in strategy.stage_names]
     return said, counts
 
 
 def test_cyclic_says_in_one_line_how_the_model_is_cut_and_how_old_parameters_are():
     (said, counts), _ = launch(turns, 2, world_size=2)
-    (line,) = (line for line in said if line.startswith("CyclicStrategy: ") and "stages" in line)
+    warm, line = (line for line in said if line.startswith("CyclicStrategy: ") and "stages" in line)
     assert "\n" not in line
+    in_step = "; the first 2 steps are in step, as under DDP, and after them parameters are"
+    assert warm == line.replace(", and parameters are", in_step)
     assert f"4 stages of {min(counts):,} to {max(counts):,} parameters on 2 ranks, which begin at " in line
     assert line.endswith("a rank updates 2 of them, and parameters are 0.25 updates old on average.")

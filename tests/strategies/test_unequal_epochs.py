@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from support.cyclic import cyclic, deep
 from support.processes import launch, outcomes
 from support.training import Regression, loader, local_update, sample, trainer
@@ -40,6 +40,10 @@ STRATEGIES = {
 }
 
 
+# where the shorter epoch ends; nothing is written, since ranks come apart before
+SAVES_AT_5 = {"callbacks": [ModelCheckpoint("never", every_n_train_steps=5)], "enable_checkpointing": True}
+
+
 def _fit(rank, strategy, lengths, kind=Stream, **options):
     started = time.monotonic()
     runner = trainer(STRATEGIES[strategy](), len(lengths), **{"max_epochs": 2, **options})
@@ -68,6 +72,11 @@ def _fit(rank, strategy, lengths, kind=Stream, **options):
         ("cyclic", (0, 6), {}),
         ("cyclic", (7, 6), {"kind": Announced, "max_epochs": 1}),
         ("cyclic", (5, 8), {"accumulate_grad_batches": 2}),
+        ("cyclic", (7, 5), {"callbacks": [EMAWeightAveraging(update_every_n_steps=2)]}),
+        ("cyclic", (7, 5), SAVES_AT_5),
+        ("cyclic", (5, 7, 7), SAVES_AT_5),
+        ("rounds", (7, 5), SAVES_AT_5),
+        ("rounds", (7, 5), {"val_check_interval": 5, "limit_val_batches": 1}),
     ],
 )
 def test_an_epoch_that_ends_earlier_on_one_rank_is_refused_on_all_at_once(strategy, lengths, options):
