@@ -237,6 +237,7 @@ class CyclicStrategy(PeerAwareStrategy):
             refusals.add(cyclic_checks.module_problems(module))
             super().setup(trainer)
             refusals.add(cyclic_checks.optimizer_problems(module, self.optimizers))
+        self._meet_before_groups()
         optimizer = self.optimizers[0]
         cyclic_checks.warn_of_one_process(self.world_size)
         cyclic_checks.warn_of_gradient_hooks(trainer, module)

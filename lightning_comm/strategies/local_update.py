@@ -291,6 +291,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         ends = self._epoch_ends(agreement, store, namespace, "LocalUpdateStrategy")
         recorder, background = Recorder(self._ledger), None
         if self.settings.averaging.overlap_steps:
+            self._meet_before_groups()
             with self._first_error_shown("the set-up of a process group"):
                 self._group = another_group(self._timeout)
             background = Recorder(self._ledger, self._group, beside_compute=True, hold=True)

@@ -217,6 +217,10 @@ class PeerAwareStrategy(DDPStrategy):
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         return self._together(lambda: DDPStrategy.all_gather(self, tensor, group, sync_grads), tensor, "a gathering")
 
+    def _meet_before_groups(self) -> None:
+        """Wait for all ranks before process groups are made: there a failure of another would not be heard."""
+        self._together(lambda: DDPStrategy.barrier(self), None, "the set-up")
+
     def _first_error_shown(self, where: str, *, waits: bool = True) -> AbstractContextManager[None]:
         """Turn the loss of a connection into an error that names the rank that failed, in a wait."""
         return nullcontext() if self._peers is None else self._peers.first_error_shown(where, waits=waits)

@@ -1,6 +1,8 @@
 """All that cannot work in one set-up is said in one message, whoever refuses it, and on every rank."""
 
 import pickle
+from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -9,10 +11,11 @@ from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.callbacks import StochasticWeightAveraging as Averaged
 from support.cyclic import deep
 from support.processes import launch, outcomes
-from support.training import Regression, loader, trainer
+from support.training import Regression, loader, local_update, trainer
 
 from lightning_comm import (
     AdaptivePartition,
+    Averaging,
     BatchNormReestimation,
     CompressedDDPStrategy,
     CyclicStrategy,
@@ -24,6 +27,7 @@ from lightning_comm.refusals import RefusedSetUp
 
 PRUNING = {"pruning_fn": "l1_unstructured", "amount": 0.5}
 LBFGS = torch.optim.LBFGS
+TIMEOUT = timedelta(seconds=40)
 
 
 def refused(strategy, world_size=1, rank=0, optimizer=None, **kwargs):
@@ -40,14 +44,19 @@ def everything(rank, world_size):
             world_size,
             rank,
             LBFGS,
-            callbacks=[Averaged(swa_lrs=0.1), ModelPruning(**PRUNING), AdaptivePartition(shares=[1, 2, 3])],
+            callbacks=[ModelPruning(**PRUNING), AdaptivePartition(shares=[1, 2, 3])],
         ),
         refused(
             LocalUpdateStrategy(FixedPeriod(4), optimizer_state="average", counted_optimizer=3),
             world_size,
             rank,
             LBFGS,
-            callbacks=[ModelPruning(**PRUNING), BatchNormReestimation(), AdaptivePartition(shares=[1, 2, 3])],
+            callbacks=[
+                Averaged(swa_lrs=0.1),
+                ModelPruning(**PRUNING),
+                BatchNormReestimation(),
+                AdaptivePartition(shares=[1, 2, 3]),
+            ],
         ),
         refused(
             CompressedDDPStrategy(SparseMask(), static_graph=True),
@@ -66,9 +75,9 @@ def test_one_message_names_all_that_cannot_work_in_trainer_callbacks_model_and_o
     (cyclic, local, compressed), _ = (texts for texts, _ in both)
     assert both[0][0] == both[1][0]
     for text, words in (
-        (cyclic, ["`stages`=7", "StochasticWeightAveraging", "ModelPruning", "AdaptivePartition: `shares`", "LBFGS"]),
+        (cyclic, ["`stages`=7", "5 things", "ModelPruning", "AdaptivePartition: `shares`", "LBFGS"]),
         (local, ["ModelPruning", "BatchNormReestimation: the model", "AdaptivePartition: `shares`", "LBFGS keeps"]),
-        (local, ["`counted_optimizer`=3 is not there", "7 things"]),
+        (local, ["StochasticWeightAveraging", "`counted_optimizer`=3 is not there", "8 things"]),
         (compressed, ["`static_graph=True`", "AdaptivePartition: `shares`", "LBFGS", "3 things"]),
     ):
         assert [word for word in words if word not in text] == [], text
@@ -87,6 +96,32 @@ def test_a_callback_refuses_by_itself_where_the_strategy_is_not_ours():
     runner = Trainer(accelerator="cpu", devices=1, callbacks=[AdaptivePartition(shares=[1, 2, 3])], logger=False)
     with pytest.raises(RefusedSetUp, match=r"^AdaptivePartition: `shares`"):
         runner.fit(Regression(), loader(4, 0))
+
+
+def alone(rank, make_strategy, make_module):
+    module = make_module() if rank == 1 else Regression()
+    trainer(make_strategy(), 2).fit(module, loader(4, rank))
+
+
+def frozen():
+    return Regression().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("make_strategy", "make_module", "words"),
+    [
+        (partial(CyclicStrategy, timeout=TIMEOUT), partial(Regression, optimizer=LBFGS), "the optimizer LBFGS"),
+        (partial(local_update, FixedPeriod(2), averaging=Averaging(overlap_steps=1)), frozen, "no parameter of Regr"),
+    ],
+    ids=["cyclic", "overlap"],
+)
+def test_the_refusal_of_one_rank_alone_is_heard_where_the_others_would_make_process_groups(
+    make_strategy, make_module, words
+):
+    (_, of_0), (_, of_1) = outcomes(alone, make_strategy, make_module, world_size=2, timeout_s=30)
+    assert of_0 is not None
+    assert f"PeerFailure: rank 1 failed: RefusedSetUp: {type(make_strategy()).__name__}: " in of_0
+    assert all(words in text for text in (of_0, of_1 or ""))
 
 
 def one_after_the_other(rank):
