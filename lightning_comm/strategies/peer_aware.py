@@ -125,6 +125,17 @@ class PeerAwareStrategy(DDPStrategy):
         found, self._refused_by_callbacks = self._refused_by_callbacks, []
         return Refusals(where, found)
 
+    def _set_up(self, trainer: Trainer, refusals: Refusals) -> None:
+        """Set up as Lightning does. Where that fails behind a refusal, make the optimizers, to be looked at as well."""
+        try:
+            PeerAwareStrategy.setup(self, trainer)
+        except RefusedSetUp:
+            raise
+        except Exception:
+            if not refusals.found:
+                raise
+            self.setup_optimizers(trainer)
+
     @override
     def teardown(self) -> None:
         self._refused_by_callbacks = []
