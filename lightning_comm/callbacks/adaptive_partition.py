@@ -54,10 +54,10 @@ class AdaptivePartition(Callback):
             training data is not a :class:`PartitionedLoader`.
 
     Note:
-        *Communication.* At the start the settings of the loader from each rank. With ``"balance"`` and ``"observe"``
-        one all-gather of 48 bytes a rank every ``window_steps`` batches, on a gloo group of its own; under
-        :class:`LocalUpdateStrategy` at the first synchronisation after that. With a sampler of the user's, 8 bytes a
-        rank in each epoch. ``"fixed"`` sends nothing more.
+        *Communication.* At the start what is wrong with the loader, and its settings, from each rank. With
+        ``"balance"`` and ``"observe"`` one all-gather of 48 bytes a rank every ``window_steps`` batches, on a gloo
+        group of its own; under :class:`LocalUpdateStrategy` at the first synchronisation after that. With a sampler of
+        the user's, 8 bytes a rank in each epoch. ``"fixed"`` sends nothing more.
 
         *What is measured.* From the moment a rank asks for its batch until its last local gradient is ready, without
         the wait for others; on CUDA by events, without waiting for the device. See

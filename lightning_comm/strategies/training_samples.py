@@ -42,7 +42,7 @@ def training_samples(trainer: Trainer, count: int, where: str) -> Iterator[tuple
         for first in range(0, len(order), size):
             chosen = order[first : first + size]
             _seed(first)  # the same augmentations each time
-            samples = dataset[chosen] if in_lists else [dataset[each] for each in chosen]
+            samples = _taken_at_once(dataset, chosen, where) if in_lists else [dataset[each] for each in chosen]
             batch = trainer.precision_plugin.convert_input(loader.collate_fn(samples))
             yield trainer.strategy.batch_to_device(batch), len(chosen)
     finally:
@@ -76,6 +76,17 @@ def _indexed(loader: Any, where: str) -> tuple[Any, bool]:
         "how to ask for others, is not known. Give the DataLoader a `batch_size` or a `batch_sampler`, or a torch "
         "`BatchSampler` as `sampler`; or use MagnitudePruning, or compute masks yourself and give MaskFunction."
     )
+
+
+def _taken_at_once(dataset: Any, chosen: list[int], where: str) -> Any:
+    try:
+        return dataset[chosen]
+    except Exception as error:  # whatever it is, it is the user's own
+        raise ValueError(
+            f"{where}: with `batch_size=None` the DataLoader hands the lists of its BatchSampler to "
+            f"{type(dataset).__name__}, which cannot take one: {type(error).__name__}: {error}. Give the BatchSampler "
+            "as `batch_sampler`, and samples are asked for one by one."
+        ) from error
 
 
 def _seed(seed: int) -> None:

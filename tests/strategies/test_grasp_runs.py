@@ -98,14 +98,22 @@ def _refused(rank, loader, loss):
     return str(caught.value)
 
 
+IN_LISTS = DataLoader(Noisy(), sampler=BatchSampler(SequentialSampler(range(40)), 4, drop_last=False), batch_size=None)
+
+
 @pytest.mark.parametrize(
     ("loader", "loss", "parts"),
     [
         (DataLoader(Stream(), batch_size=4), squares, ("GraSPPruning", "Stream", "MaskFunction")),
         (DataLoader(Noisy(), batch_size=None), squares, ("GraSPPruning", "`batch_size=None`", "SequentialSampler")),
+        (
+            IN_LISTS,
+            squares,
+            ("GraSPPruning", "`batch_size=None`", "Noisy, which cannot take one: TypeError", "`batch_sampler`"),
+        ),
         ({"a": DataLoader(Noisy(), batch_size=4)}, squares, ("GraSPPruning", "is dict", "one DataLoader")),
     ],
-    ids=["stream", "no batches", "several"],
+    ids=["stream", "no batches", "not in lists", "several"],
 )
 def test_data_without_single_samples_is_an_error_on_all_ranks(loader, loss, parts):
     for said in launch(_refused, loader, loss, world_size=2):
