@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.callbacks import StochasticWeightAveraging as Averaged
 from support.cyclic import deep
 from support.processes import launch, outcomes
-from support.training import Regression, loader, local_update, trainer
+from support.training import Regression, Samples, loader, local_update, trainer
 from torch import nn
 
 from lightning_comm import (
@@ -24,9 +24,11 @@ from lightning_comm import (
     EmulatedDevice,
     FixedPeriod,
     LocalUpdateStrategy,
+    PartitionedLoader,
     QuadraticPeriod,
     SparseMask,
 )
+from lightning_comm.callbacks import partition_session
 from lightning_comm.refusals import RefusedSetUp
 
 PRUNING = {"pruning_fn": "l1_unstructured", "amount": 0.5}
@@ -195,6 +197,22 @@ def test_the_refusal_of_one_rank_alone_is_heard_where_the_others_would_make_proc
     assert of_0 is not None
     assert f"PeerFailure: rank 1 failed: RefusedSetUp: {type(make_strategy()).__name__}: " in of_0
     assert all(words in text for text in (of_0, of_1 or ""))
+
+
+def start_that_fails_on_rank_1(rank):
+    def fails(*args):
+        raise OSError("no room on this rank")
+
+    if rank == 1:
+        partition_session.StartOfRun = fails  # in the process of this rank
+    samples = PartitionedLoader(Samples(32, 0), global_batch_size=8)
+    trainer(local_update(FixedPeriod(2)), 2, callbacks=[AdaptivePartition()]).fit(Regression(), samples)
+
+
+def test_a_rank_whose_shares_cannot_start_is_heard_where_the_others_would_make_a_process_group():
+    (_, of_0), (_, of_1) = outcomes(start_that_fails_on_rank_1, world_size=2, timeout_s=30)
+    assert "rank 1 failed: OSError: no room on this rank" in (of_0 or "")
+    assert "OSError: no room on this rank" in (of_1 or "")
 
 
 def one_after_the_other(rank):
