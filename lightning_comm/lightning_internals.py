@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
@@ -32,6 +33,7 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.connectors import signal_connector
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_prefixed_message, rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -87,6 +89,10 @@ INTERNALS = (
     Internal(_EVALUATION_LOOP, "increment_progress_to_evaluation_end", "draws random numbers in a resumed run"),
     Internal(
         "lightning.pytorch.core.optimizer", "_configure_optimizers", "its KeyError is a dictionary without an optimizer"
+    ),
+    Internal(_FIT_LOOP, "_data_source", "whether `fit` was handed its loaders, so that they are known at set-up"),
+    Internal(
+        "lightning.fabric.utilities.distributed._DatasetSamplerWrapper", "_sampler", "the user's, in Lightning's own"
     ),
     Internal(_FIT_LOOP, "_combined_loader", "to see whether a loader has a state of its own"),
     Internal(_FIT_LOOP, "_data_fetcher", "made before the random state is restored, so it is begun again"),
@@ -182,6 +188,23 @@ def training_loaders(trainer: Trainer) -> list[Any]:
     """Return the loaders of a training epoch, each on its own."""
     combined = trainer.fit_loop._combined_loader
     return list(combined.flattened) if combined is not None else []
+
+
+def given_training_loaders(trainer: Trainer) -> list[Any]:
+    """Return the loaders that ``fit`` was handed, each on its own; none where a module makes them, later."""
+    source = trainer.fit_loop._data_source
+    if source.instance is None or source.is_module():
+        return []
+    given = source.instance
+    return list((given if isinstance(given, CombinedLoader) else CombinedLoader(given)).flattened)
+
+
+def wrapped_sampler(sampler: object) -> object:
+    """Return the user's sampler in one that Lightning has put around it, to give each rank its part; or as it is."""
+    if not isinstance(sampler, DistributedSamplerWrapper):
+        return sampler
+    within: Any = sampler.dataset
+    return cast(object, within._sampler)
 
 
 def accumulates(trainer: Trainer) -> bool:

@@ -98,6 +98,11 @@ class Refusals:
         self._where = where
         self._problems = list(found)
 
+    @property
+    def found(self) -> bool:
+        """Whether there are problems so far."""
+        return bool(self._problems)
+
     def add(self, problems: Iterable[str]) -> None:
         """Note problems; none is fine."""
         self._problems += [(self._where, problem) for problem in problems]

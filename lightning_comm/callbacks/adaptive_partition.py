@@ -54,10 +54,10 @@ class AdaptivePartition(Callback):
             training data is not a :class:`PartitionedLoader`.
 
     Note:
-        *Communication.* At the start the settings of the loader from each rank. With ``"balance"`` and ``"observe"``
-        one all-gather of 48 bytes a rank every ``window_steps`` batches, on a gloo group of its own; under
-        :class:`LocalUpdateStrategy` at the first synchronisation after that. With a sampler of the user's, 8 bytes a
-        rank in each epoch. ``"fixed"`` sends nothing more.
+        *Communication.* At the start what is wrong with the loader, and its settings, from each rank. With
+        ``"balance"`` and ``"observe"`` one all-gather of 48 bytes a rank every ``window_steps`` batches, on a gloo
+        group of its own; under :class:`LocalUpdateStrategy` at the first synchronisation after that. With a sampler of
+        the user's, 8 bytes a rank in each epoch. ``"fixed"`` sends nothing more.
 
         *What is measured.* From the moment a rank asks for its batch until its last local gradient is ready, without
         the wait for others; on CUDA by events, without waiting for the device. See
@@ -101,10 +101,10 @@ class AdaptivePartition(Callback):
     ) -> None:
         self.settings = PartitionSettings(
             mode=mode,
-            shares=_list("shares", shares),
-            batch_sizes=_list("batch_sizes", batch_sizes),
-            min_per_rank=plain("min_per_rank", min_per_rank),
-            max_per_rank=plain("max_per_rank", max_per_rank),
+            shares=plain(shares),
+            batch_sizes=plain(batch_sizes),
+            min_per_rank=plain(min_per_rank),
+            max_per_rank=plain(max_per_rank),
             window_steps=window_steps,
             min_gain=min_gain,
             warmup_steps=warmup_steps,
@@ -159,7 +159,8 @@ class AdaptivePartition(Callback):
         if stage != "fit":
             return
         self._session = None
-        refuse_with_strategy(trainer, "AdaptivePartition", checks.set_up_problems(trainer, pl_module, self.settings))
+        problems = [*checks.set_up_problems(trainer, pl_module, self.settings), *checks.given_loader_problems(trainer)]
+        refuse_with_strategy(trainer, "AdaptivePartition", problems)
         weigh_by_samples = getattr(trainer.strategy, "weigh_by_samples", None)
         if weigh_by_samples is not None:  # LocalUpdateStrategy averages parameters, not gradients
             weigh_by_samples()
@@ -227,10 +228,3 @@ class AdaptivePartition(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what :meth:`state_dict` returned, until training starts."""
         self._loaded = state_dict or None
-
-
-def _list(name: str, value: Any) -> tuple[Any, ...] | None:
-    numbers = plain(name, value)
-    if numbers is None or isinstance(numbers, tuple):
-        return numbers
-    raise ValueError(f"AdaptivePartition: `{name}` must be a list of one number for each rank; got {value!r}.")

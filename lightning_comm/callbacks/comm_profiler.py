@@ -23,10 +23,12 @@ from lightning_comm.callbacks.comm_profiler_window import Window
 from lightning_comm.core.costs import LinkProfile
 from lightning_comm.core.key_figures import RunFigures, StepFigures
 from lightning_comm.core.ledger import wire_bytes
+from lightning_comm.core.periods import is_whole
 from lightning_comm.core.rank_profile import RankProfile, combine, inferred_waits, with_waits
 from lightning_comm.lightning_internals import averages_without_a_hook, logged_step
 from lightning_comm.planning.profile_files import Profile, RankFile, next_run, run_folder
 from lightning_comm.planning.profile_text import summary
+from lightning_comm.refusals import refuse, refuse_with_strategy
 from lightning_comm.transport.clocks import (
     compare_clocks,
     device_of_group,
@@ -113,12 +115,15 @@ class CommProfiler(Callback):
         warmup_steps: int = 3,
         page: bool = True,
     ) -> None:
-        for name, value in (("timeline_steps", timeline_steps), ("warmup_steps", warmup_steps)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(
-                    f"CommProfiler: `{name}` counts training batches, so it must be a whole number >= 0; got "
-                    f"{value!r}. Leave it out for a good one."
-                )
+        refuse(
+            "CommProfiler",
+            [
+                f"`{name}` counts training batches, so it must be a whole number >= 0; got {value!r}. Leave it out for "
+                "a good one."
+                for name, value in (("timeline_steps", timeline_steps), ("warmup_steps", warmup_steps))
+                if not is_whole(value) or value < 0
+            ],
+        )
         self.folder = folder
         self.probe = probe
         self.timeline_steps = timeline_steps
@@ -176,7 +181,8 @@ class CommProfiler(Callback):
             )
             return
         if self.probe is not None:
-            self._link_bytes_per_s = _probed_bytes_per_s(self.probe, trainer)
+            self._link_bytes_per_s, problem = _probed_bytes_per_s(self.probe, trainer)
+            refuse_with_strategy(trainer, "CommProfiler", [problem] if problem else [])
 
     @override
     @_never_ends_training
@@ -370,8 +376,11 @@ def _header(trainer: Trainer, warmup_steps: int, link_bytes_per_s: float | None)
     }
 
 
-def _probed_bytes_per_s(path: str, trainer: Trainer) -> float:
-    """Return what rank 0 reads. Other hosts may lack the file, so all ranks learn of it, and all refuse it alike."""
+def _probed_bytes_per_s(path: str, trainer: Trainer) -> tuple[float, str]:
+    """Return what rank 0 reads, and what is wrong with it.
+
+    Other hosts may lack the file, so all ranks learn of it, and all refuse it alike.
+    """
     bytes_per_s, problem = 0.0, ""
     if trainer.is_global_zero:
         try:
@@ -380,8 +389,8 @@ def _probed_bytes_per_s(path: str, trainer: Trainer) -> float:
             problem = f"got {path!r}: {error}"
     bytes_per_s, problem = json_from_rank_0((bytes_per_s, problem), trainer.strategy.root_device)
     if problem:
-        raise ValueError(
-            f"CommProfiler: `probe` must be a file that `lightning-comm probe` has saved, on rank 0; {problem}. Leave "
-            "it out to measure without a comparison."
+        problem = (
+            f"`probe` must be a file that `lightning-comm probe` has saved, on rank 0; {problem}. Leave it out to "
+            "measure without a comparison."
         )
-    return float(bytes_per_s)
+    return float(bytes_per_s), problem

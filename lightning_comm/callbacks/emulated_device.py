@@ -1,7 +1,7 @@
 """A rank that trains at the pace of a device of a stated speed, whatever it really runs on."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,7 +11,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_comm.core.ledger import CommRecord
-from lightning_comm.lab.device import DevicePacer, check_device
+from lightning_comm.lab.device import DevicePacer
+from lightning_comm.lab.device_settings import device_problems
+from lightning_comm.refusals import refuse, refuse_with_strategy
 from lightning_comm.transport.recording import observe
 
 _log = logging.getLogger(__name__)
@@ -40,8 +42,8 @@ class EmulatedDevice(Callback):
             for each host, or 1.0 without it.
 
     Raises:
-        ValueError: If an argument is out of range, or, when training starts, the model is not on the CPU or compiled,
-            or a list of speeds has not one for each rank.
+        ValueError: If an argument is out of range; at set-up, if the model is compiled or a list of speeds has not one
+            for each rank; when training starts, if the model is not on the CPU.
         MisconfigurationException: In training, if the number of samples cannot be seen in a batch.
 
     Note:
@@ -63,10 +65,16 @@ class EmulatedDevice(Callback):
         self.speed: float | tuple[float, ...] | None = (
             speed if speed is None or isinstance(speed, (int, float)) else tuple(speed)
         )
-        for each in _each(self.speed) or (None,):
-            check_device(
-                "EmulatedDevice", step_s=step_s, batch_size=batch_size, forward_share=forward_share, speed=each
-            )
+        refuse(
+            "EmulatedDevice",
+            (
+                problem
+                for each in _each(self.speed) or (None,)
+                for problem in device_problems(
+                    step_s=step_s, batch_size=batch_size, forward_share=forward_share, speed=each
+                )
+            ),
+        )
         self.step_s = step_s
         self.batch_size = batch_size
         self.forward_share = forward_share
@@ -84,29 +92,31 @@ class EmulatedDevice(Callback):
             f"speed={_shown(speeds)}); not run yet."
         )
 
-    def _speed_of(self, rank: int, ranks: int) -> float | None:
-        if not isinstance(self.speed, tuple):
-            return self.speed
-        if len(self.speed) != ranks:
-            raise ValueError(
-                f"EmulatedDevice: `speed` must be one number or one for each of {ranks} ranks; got {list(self.speed)}, "
-                f"which has {len(self.speed)}. Ranks are numbered over all hosts: devices x num_nodes."
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            refuse_with_strategy(trainer, "EmulatedDevice", self._problems(pl_module, trainer.world_size))
+
+    def _problems(self, module: LightningModule, ranks: int) -> Iterator[str]:
+        if isinstance(self.speed, tuple) and len(self.speed) != ranks:
+            yield (
+                f"`speed` must be one number or one for each of {ranks} ranks; got {list(self.speed)}, which has "
+                f"{len(self.speed)}. Ranks are numbered over all hosts: devices x num_nodes."
             )
-        return self.speed[rank]
+        if getattr(module, "_compiler_ctx", None) is not None:
+            yield (
+                "the model must not be compiled, since it then runs as one piece; got one from torch.compile. Leave "
+                "torch.compile out where devices are emulated."
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if getattr(pl_module, "_compiler_ctx", None) is not None:
-            raise ValueError(
-                "EmulatedDevice: the model must not be compiled, since it then runs as one piece; got one from "
-                "torch.compile. Leave torch.compile out where devices are emulated."
-            )
         self.pacer = DevicePacer(
             pl_module,
             step_s=self.step_s,
             batch_size=self.batch_size,
             forward_share=self.forward_share,
-            speed=self._speed_of(trainer.global_rank, trainer.world_size),
+            speed=self.speed[trainer.global_rank] if isinstance(self.speed, tuple) else self.speed,
         )
         self.pacer.attach()
         self._end_watch()

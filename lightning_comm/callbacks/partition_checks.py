@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_comm.callbacks.partition_settings import PartitionSettings
 from lightning_comm.data.adaptive_partition import PartitionedLoader
-from lightning_comm.lightning_internals import model_averaging_period
+from lightning_comm.lightning_internals import given_training_loaders, model_averaging_period
 from lightning_comm.transport.clocks import device_of_group, gather_json
 from lightning_comm.transport.compression.no_sync import NoSync
 
@@ -29,6 +29,18 @@ def set_up_problems(trainer: Trainer, module: LightningModule, settings: Partiti
             "weighted. Let it take `batch`."
         )
     yield from settings.rank_problems(trainer.world_size)
+
+
+def given_loader_problems(trainer: Trainer) -> list[str]:
+    """Return what is wrong with loaders that ``fit`` was handed; those that a module makes are looked at later.
+
+    Note:
+        *Communication.* What each rank has found, so that all refuse it alike.
+
+    """
+    given = given_training_loaders(trainer)
+    rows = _of_all_ranks(_problem_with(given) if given else None, trainer)
+    return [f"{problem} (on rank {rank})" for rank, problem in enumerate(rows) if problem][:1]
 
 
 def _strategy_problems(trainer: Trainer) -> Iterator[str]:
@@ -84,9 +96,7 @@ def agreed_loaders(trainer: Trainer, settings: PartitionSettings) -> list[Partit
         "loaders": [] if problem else [_settings(loader) for loader in found],
         "callback": settings.shared(),
     }
-    rows = [own]
-    if dist.is_available() and dist.is_initialized() and trainer.world_size > 1:
-        rows = gather_json(own, device_of_group(trainer.strategy.root_device))
+    rows = _of_all_ranks(own, trainer)
     for rank, row in enumerate(rows):
         if row["problem"]:
             raise MisconfigurationException(f"{_WHERE}: {row['problem']} (on rank {rank})")
@@ -140,6 +150,12 @@ def _leaves(loaders: Any) -> Iterator[Any]:
             yield from _leaves(each)
     else:
         yield loaders
+
+
+def _of_all_ranks(own: Any, trainer: Trainer) -> list[Any]:
+    if dist.is_available() and dist.is_initialized() and trainer.world_size > 1:
+        return gather_json(own, device_of_group(trainer.strategy.root_device))
+    return [own]
 
 
 def _problem_with(loaders: list[Any]) -> str | None:

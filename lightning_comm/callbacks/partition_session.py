@@ -92,6 +92,7 @@ class PartitionSession:
         """Make a group for the messages of windows and orders, if there are any."""
         has_sampler = any(loader.settings["sampler"] for loader in self._loaders)
         if self._ranks > 1 and (self._meter is not None or has_sampler):
+            dist.barrier()  # hears of the failure of another rank, which the making of a group would not
             self._group = another_group(internals.timeout_of(self._trainer.strategy), backend="gloo")
             self._recorder = Recorder(CommLedger(), self._group)
 

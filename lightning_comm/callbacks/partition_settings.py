@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from lightning_comm.core.adaptive_partition import UNBOUNDED, proportional_sizes
 from lightning_comm.core.periods import is_whole
+from lightning_comm.refusals import refuse
 
 _WHERE = "AdaptivePartition"
 
@@ -31,34 +32,35 @@ class PartitionSettings:
     folder: str | None
 
     def __post_init__(self) -> None:
+        refuse(_WHERE, self._problems())
+
+    def _problems(self) -> Iterator[str]:
         for name in ("folder", "replay"):
             if not isinstance(getattr(self, name), (str, NoneType)):
-                raise ValueError(f"{_WHERE}: `{name}` must be a path as text; got {getattr(self, name)!r}.")
+                yield f"`{name}` must be a path as text; got {getattr(self, name)!r}."
         for name, choices in (("mode", ("balance", "observe", "fixed")), ("loss_reduction", ("mean", "sum"))):
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{_WHERE}: `{name}` must be one of {', '.join(map(repr, choices))}; got {getattr(self, name)!r}."
-                )
-        self._check_split()
+                yield f"`{name}` must be one of {', '.join(map(repr, choices))}; got {getattr(self, name)!r}."
+        yield from self._split_problems()
         for name in ("min_per_rank", "max_per_rank"):
             value = getattr(self, name)
             each = value if isinstance(value, tuple) else (value,)
             if value is not None and not (each and all(is_whole(n) and n >= 1 for n in each)):
-                raise ValueError(
-                    f"{_WHERE}: `{name}` counts samples of a rank, so it must be a whole number >= 1, or one for each "
-                    f"rank; got {value!r}. Leave it out for no bound."
+                yield (
+                    f"`{name}` counts samples of a rank, so it must be a whole number >= 1, or one for each rank; got "
+                    f"{value!r}. Leave it out for no bound."
                 )
         for name, least in (("window_steps", 1), ("warmup_steps", 0)):
             value = getattr(self, name)
             if not is_whole(value) or value < least:
-                raise ValueError(
-                    f"{_WHERE}: `{name}` counts training batches, so it must be a whole number >= {least}; got "
-                    f"{value!r}. Leave it out for a good one."
+                yield (
+                    f"`{name}` counts training batches, so it must be a whole number >= {least}; got {value!r}. Leave "
+                    "it out for a good one."
                 )
         if not (isinstance(self.min_gain, (int, float)) and 0 <= self.min_gain < 1):
-            raise ValueError(
-                f"{_WHERE}: `min_gain` is relative to the time of a step, so it must be >= 0 and < 1; got "
-                f"{self.min_gain!r}. 0.05 moves shares where a step lasts more than 1.05 times the best one."
+            yield (
+                f"`min_gain` is relative to the time of a step, so it must be >= 0 and < 1; got {self.min_gain!r}. "
+                "0.05 moves shares where a step lasts more than 1.05 times the best one."
             )
 
     def shared(self) -> dict[str, Any]:
@@ -68,33 +70,36 @@ class PartitionSettings:
         )
         return plain
 
-    def _check_split(self) -> None:
+    def _split_problems(self) -> Iterator[str]:
         for name in ("shares", "batch_sizes"):
-            if self.replay is not None and getattr(self, name) is not None:
-                raise ValueError(
-                    f"{_WHERE}: `replay` takes the shares of an earlier run, so `{name}` cannot be given; got "
-                    f"{list(getattr(self, name))}. Leave out one of the two."
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, NoneType)):
+                yield f"`{name}` must be a list of one number for each rank; got {value!r}."
+            elif self.replay is not None and value is not None:
+                yield (
+                    f"`replay` takes the shares of an earlier run, so `{name}` cannot be given; got {list(value)}. "
+                    "Leave out one of the two."
                 )
         if self.shares is not None and self.batch_sizes is not None:
-            raise ValueError(
-                f"{_WHERE}: `shares` and `batch_sizes` say the same thing, so only one can be given; got "
-                f"{list(self.shares)} and {list(self.batch_sizes)}. Leave out one."
+            yield (
+                f"`shares` and `batch_sizes` say the same thing, so only one can be given; got {_shown(self.shares)} "
+                f"and {_shown(self.batch_sizes)}. Leave out one."
             )
         if self.mode == "fixed" and self.shares is None and self.batch_sizes is None and self.replay is None:
-            raise ValueError(
-                f"{_WHERE}: `mode`='fixed' needs `shares`, such as [1, 3], or `batch_sizes`, such as [16, 48], by rank;"
-                " got neither. 'balance' finds shares by itself."
+            yield (
+                "`mode`='fixed' needs `shares`, such as [1, 3], or `batch_sizes`, such as [16, 48], by rank; got "
+                "neither. 'balance' finds shares by itself."
             )
-        if self.shares is not None:
+        if isinstance(self.shares, tuple):
             fine = all(_is_number(share) and math.isfinite(share) and share >= 0 for share in self.shares)
             if not fine or sum(self.shares) <= 0:
-                raise ValueError(
-                    f"{_WHERE}: `shares` are ratios by rank, so they must be finite, >= 0 and not all 0; got "
+                yield (
+                    "`shares` are ratios by rank, so they must be finite, >= 0 and not all 0; got "
                     f"{list(self.shares)}. [1, 3] gives the second rank three times as much."
                 )
-        if self.batch_sizes is not None and not all(is_whole(size) and size >= 1 for size in self.batch_sizes):
-            raise ValueError(
-                f"{_WHERE}: `batch_sizes` count samples by rank, so they must be whole numbers >= 1; got "
+        if isinstance(self.batch_sizes, tuple) and not all(is_whole(size) and size >= 1 for size in self.batch_sizes):
+            yield (
+                f"`batch_sizes` count samples by rank, so they must be whole numbers >= 1; got "
                 f"{list(self.batch_sizes)}. A rank that should do nothing is better left out of `devices`."
             )
 
@@ -150,22 +155,17 @@ class PartitionSettings:
         return self.batch_sizes
 
 
-def plain(name: str, value: Any) -> Any:
-    """Return numbers and sequences of them, also numpy's, as numbers and tuples of Python.
-
-    Raises:
-        ValueError: If it is something else.
-
-    """
-    if value is None or isinstance(value, (int, float)):
-        return value
+def plain(value: Any) -> Any:
+    """Return numbers and sequences of them, also numpy's, as numbers and tuples of Python; others as they are."""
     if isinstance(value, Number) and hasattr(value, "item"):
         return value.item()
     if isinstance(value, (str, dict, set)) or not isinstance(value, Iterable):
-        raise ValueError(
-            f"{_WHERE}: `{name}` must be a number or a list of one for each rank; got {value!r}. [1, 3] is a list."
-        )
-    return tuple(plain(name, each) for each in (value.tolist() if hasattr(value, "tolist") else value))
+        return value
+    return tuple(map(plain, value.tolist() if hasattr(value, "tolist") else value))
+
+
+def _shown(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _for_each(value: int | tuple[int, ...], ranks: int) -> tuple[int, ...]:

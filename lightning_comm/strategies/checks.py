@@ -57,7 +57,6 @@ def checked(settings: Settings) -> Settings:
 
     """
     refuse(_WHERE, _setting_problems(settings))
-    RoundClock(settings.period, None, settings.warmup_steps)  # checks `warmup_steps`
     return settings
 
 
@@ -76,6 +75,10 @@ def _setting_problems(settings: Settings) -> Iterator[str]:
             f"`gradient_steps` must be a whole number of optimizer steps >= 0, or a share of the run from "
             f"0.0 to 1.0; got {steps!r}. 0 averages parameters from the start."
         )
+    try:
+        RoundClock(FixedPeriod(1), None, settings.warmup_steps)
+    except ValueError as error:
+        yield str(error).removeprefix("RoundClock: ")
     for name, choices in _CHOICES.items():
         if getattr(settings, name) not in choices:
             yield (f"`{name}` must be one of {', '.join(map(repr, choices))}; got {getattr(settings, name)!r}.")
@@ -197,6 +200,45 @@ def optimizer_problems(module: LightningModule, optimizers: list[Optimizer], set
         )
 
 
+def period_problems(optimizers: list[Optimizer], settings: Settings, saved_alpha: float | None) -> Iterator[str]:
+    """Yield that no coefficient is known for the optimizer, where it is to be chosen and no resumed run has one."""
+    period, index = settings.period, settings.counted_optimizer
+    if not isinstance(period, QuadraticPeriod) or period.alpha != "auto" or saved_alpha is not None:
+        return
+    if index < len(optimizers) and optimizers[index].param_groups:
+        family = optimizer_family(optimizers[index])
+        if family not in _AUTO_SOURCES:
+            yield (
+                f"`QuadraticPeriod(alpha='auto')` knows the families 'adam' and 'sgd'; got {family!r}. Give `alpha` as "
+                "a number: the learning rate below which the period starts to grow, times sqrt(h_base + 1)."
+            )
+
+
+def length_problems(trainer: Trainer, module: LightningModule, settings: Settings) -> Iterator[str]:
+    """Yield a share of the run where its length cannot be known, as far as that is seen without the data.
+
+    The rest is refused when training starts, by :func:`gradient_steps`.
+    """
+    share = settings.gradient_steps
+    if isinstance(share, int) or share == 0:
+        return
+    automatic = module.automatic_optimization
+    endless = trainer.max_steps == -1 and trainer.max_epochs in (None, -1)
+    if not automatic or endless:
+        yield _share_of_unknown(share, automatic)
+
+
+def _share_of_unknown(share: float, automatic: bool) -> str:
+    why = (
+        "its length is not known before. Give a number of optimizer steps, such as `gradient_steps=500`"
+        if automatic
+        else "under manual optimization only your code knows how often it steps. Give a number of steps of the "
+        "counted optimizer, such as `LocalUpdateStrategy(FixedPeriod(8), gradient_steps=500)`"
+    )
+    way_out = ", or the Trainer a `max_steps`." if automatic else ", instead of a share or of `post_local_sgd`."
+    return f"`gradient_steps`={share!r} is a share of the run, and {why}{way_out}"
+
+
 def gradient_steps(settings: Settings, total: int | None, *, automatic: bool = True) -> int:
     """Return the length of the gradient phase in optimizer steps.
 
@@ -211,16 +253,7 @@ def gradient_steps(settings: Settings, total: int | None, *, automatic: bool = T
     if settings.gradient_steps == 0:
         return 0
     if total is None:
-        why = (
-            "its length is not known before. Give a number of optimizer steps, such as `gradient_steps=500`"
-            if automatic
-            else "under manual optimization only your code knows how often it steps. Give a number of steps of the "
-            "counted optimizer, such as `LocalUpdateStrategy(FixedPeriod(8), gradient_steps=500)`"
-        )
-        way_out = ", or the Trainer a `max_steps`." if automatic else ", instead of a share or of `post_local_sgd`."
-        raise ValueError(
-            f"{_WHERE}: `gradient_steps`={settings.gradient_steps!r} is a share of the run, and {why}{way_out}"
-        )
+        raise ValueError(f"{_WHERE}: {_share_of_unknown(settings.gradient_steps, automatic)}")
     return round(settings.gradient_steps * total)
 
 

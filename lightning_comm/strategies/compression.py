@@ -28,11 +28,13 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.core.periods import is_number
 from lightning_comm.lightning_internals import (
     close_finished_epoch,
     load_skipped_loader_states,
     unused_by_all_ranks,
 )
+from lightning_comm.refusals import refuse
 from lightning_comm.strategies import checks, compression_files, compression_line, model_checks
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.entry import Save
@@ -145,12 +147,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         timeout: timedelta = timedelta(minutes=30),
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
-        if ddp_comm_hook is not None:
-            raise ValueError(
-                f"{_WHERE}: `ddp_comm_hook` cannot be used, since a bucket of gradients has one hook and `compression` "
-                f"takes its place; got {ddp_comm_hook!r}. Say what to send by `compression`, such as 'bf16' or "
-                "'powersgd', or use Lightning's DDPStrategy with your hook."
-            )
+        refuse(_WHERE, _setting_problems(compression, bucket_cap_mb, ddp_comm_hook))
         self.compression = compression_of(compression, _WHERE)
         self._seed = seed
         super().__init__(
@@ -165,7 +162,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
             find_unused_parameters=find_unused_parameters,
             gradient_as_bucket_view=gradient_as_bucket_view,
             static_graph=static_graph,
-            bucket_cap_mb=_checked_cap(bucket_cap_mb),
+            bucket_cap_mb=bucket_cap_mb,
         )
         self._ledger = CommLedger()
         self._sync: GradientSync | None = None
@@ -290,7 +287,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
             refusals.add(_trainer_problems(trainer, bool(self._ddp_kwargs["static_graph"])))
             refusals.add(replica_problems(module))
             refusals.add(model_checks.trained_problems(module))
-            super().setup(trainer)
+            self._set_up(trainer, refusals)
             if module.automatic_optimization:
                 refusals.add(_optimizer_problems(module, self.optimizers))
             if self._pruned is not None:
@@ -544,14 +541,22 @@ def _has_own_hook(owner: object) -> bool:
     return any(module.partition(".")[0] not in ("lightning", "lightning_comm") for module in modules)
 
 
-def _checked_cap(bucket_cap_mb: float | None) -> float | None:
-    number = isinstance(bucket_cap_mb, (int, float)) and not isinstance(bucket_cap_mb, bool)
-    if bucket_cap_mb is not None and not (number and bucket_cap_mb > 0):
-        raise ValueError(
-            f"{_WHERE}: `bucket_cap_mb` is a size in MB, so it must be a number > 0; got {bucket_cap_mb!r}. Leave it "
-            "out for torch's default."
+def _setting_problems(compression: Any, bucket_cap_mb: object, ddp_comm_hook: object) -> Iterator[str]:
+    if ddp_comm_hook is not None:
+        yield (
+            "`ddp_comm_hook` cannot be used, since a bucket of gradients has one hook and `compression` takes its "
+            f"place; got {ddp_comm_hook!r}. Say what to send by `compression`, such as 'bf16' or 'powersgd', or use "
+            "Lightning's DDPStrategy with your hook."
         )
-    return bucket_cap_mb
+    try:
+        compression_of(compression, _WHERE)
+    except ValueError as error:
+        yield str(error).removeprefix(f"{_WHERE}: ")
+    if bucket_cap_mb is not None and not (is_number(bucket_cap_mb) and bucket_cap_mb > 0):
+        yield (
+            f"`bucket_cap_mb` is a size in MB, so it must be a number > 0; got {bucket_cap_mb!r}. Leave it out for "
+            "torch's default."
+        )
 
 
 def _trainer_problems(trainer: Trainer, static_graph: bool) -> Iterator[str]:

@@ -235,8 +235,9 @@ class CyclicStrategy(PeerAwareStrategy):
             refusals.add(cyclic_checks.trainer_problems(trainer, self._layer_sync is not None))
             refusals.add(cyclic_clipping.problems(self.settings, trainer, module))
             refusals.add(cyclic_checks.module_problems(module))
-            super().setup(trainer)
+            self._set_up(trainer, refusals)
             refusals.add(cyclic_checks.optimizer_problems(module, self.optimizers))
+        self._meet_before_groups()
         optimizer = self.optimizers[0]
         cyclic_checks.warn_of_one_process(self.world_size)
         cyclic_checks.warn_of_gradient_hooks(trainer, module)

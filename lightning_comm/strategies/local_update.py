@@ -279,8 +279,10 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             refusals.add(checks.module_problems(module))
             if self.settings.starts_with_gradients:
                 refusals.add(model_checks.trained_problems(module))
-            super().setup(trainer)
+            refusals.add(checks.length_problems(trainer, module, self.settings))
+            self._set_up(trainer, refusals)
             refusals.add(checks.optimizer_problems(module, self.optimizers, self.settings))
+            refusals.add(checks.period_problems(self.optimizers, self.settings, rank_files.saved_alpha(self._resume)))
             if isinstance(self.settings.averaging.method, SparseMask):
                 refusals.add(sparse_mask.optimizer_problems(self.optimizers))
         if self.settings.starts_with_gradients and (fault := fault_of_ddp(module, self.world_size)) is not None:
@@ -291,6 +293,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         ends = self._epoch_ends(agreement, store, namespace, "LocalUpdateStrategy")
         recorder, background = Recorder(self._ledger), None
         if self.settings.averaging.overlap_steps:
+            self._meet_before_groups()
             with self._first_error_shown("the set-up of a process group"):
                 self._group = another_group(self._timeout)
             background = Recorder(self._ledger, self._group, beside_compute=True, hold=True)

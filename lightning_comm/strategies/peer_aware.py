@@ -125,6 +125,17 @@ class PeerAwareStrategy(DDPStrategy):
         found, self._refused_by_callbacks = self._refused_by_callbacks, []
         return Refusals(where, found)
 
+    def _set_up(self, trainer: Trainer, refusals: Refusals) -> None:
+        """Set up as Lightning does. Where that fails behind a refusal, make the optimizers, to be looked at as well."""
+        try:
+            PeerAwareStrategy.setup(self, trainer)
+        except RefusedSetUp:
+            raise
+        except Exception:
+            if not refusals.found:
+                raise
+            self.setup_optimizers(trainer)
+
     @override
     def teardown(self) -> None:
         self._refused_by_callbacks = []
@@ -217,6 +228,10 @@ class PeerAwareStrategy(DDPStrategy):
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         return self._together(lambda: DDPStrategy.all_gather(self, tensor, group, sync_grads), tensor, "a gathering")
+
+    def _meet_before_groups(self) -> None:
+        """Wait for all ranks before process groups are made: there a failure of another would not be heard."""
+        self._together(lambda: DDPStrategy.barrier(self), None, "the set-up")
 
     def _first_error_shown(self, where: str, *, waits: bool = True) -> AbstractContextManager[None]:
         """Turn the loss of a connection into an error that names the rank that failed, in a wait."""

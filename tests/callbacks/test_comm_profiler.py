@@ -596,7 +596,7 @@ def test_a_bad_argument_is_named_with_its_value_and_a_way_out(kwargs, must_say):
 def test_a_probe_is_read_on_rank_0_only_and_refused_on_all_ranks_alike(answers):
     for read, refused in of(answers, "probes"):
         assert read == (None, PROBE.bytes_per_s)
-        assert refused[0] == "ValueError"
+        assert refused[0] == "RefusedSetUp"
         assert "missing.json" in refused[1]
         assert "Leave it out" in refused[1]
 

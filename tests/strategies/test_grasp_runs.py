@@ -4,13 +4,14 @@ from datetime import timedelta
 
 import pytest
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Trainer
 from strategies.test_pruning_schedule_runs import SaveAlways
 from strategies.test_sparse_mask_runs import Stepwise, data, weights, zeros
 from support.processes import launch
 from support.training import trainer
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from lightning_comm import CompressedDDPStrategy, GraSPPruning, PruningSchedule, SparseMask
 from lightning_comm.strategies.training_samples import training_samples
@@ -97,18 +98,55 @@ def _refused(rank, loader, loss):
     return str(caught.value)
 
 
+IN_LISTS = DataLoader(Noisy(), sampler=BatchSampler(SequentialSampler(range(40)), 4, drop_last=False), batch_size=None)
+
+
 @pytest.mark.parametrize(
     ("loader", "loss", "parts"),
     [
         (DataLoader(Stream(), batch_size=4), squares, ("GraSPPruning", "Stream", "MaskFunction")),
-        (DataLoader(Noisy(), batch_size=None), squares, ("GraSPPruning", "by their index")),
+        (DataLoader(Noisy(), batch_size=None), squares, ("GraSPPruning", "`batch_size=None`", "SequentialSampler")),
+        (
+            IN_LISTS,
+            squares,
+            ("GraSPPruning", "`batch_size=None`", "Noisy, which cannot take one: TypeError", "`batch_sampler`"),
+        ),
         ({"a": DataLoader(Noisy(), batch_size=4)}, squares, ("GraSPPruning", "is dict", "one DataLoader")),
     ],
-    ids=["stream", "no batches", "several"],
+    ids=["stream", "no batches", "not in lists", "several"],
 )
 def test_data_without_single_samples_is_an_error_on_all_ranks(loader, loss, parts):
     for said in launch(_refused, loader, loss, world_size=2):
         assert [part for part in parts if part not in said] == []
+
+
+class Lists(Noisy):
+    """Takes a list of indices at once, and makes the batch."""
+
+    def __getitem__(self, indices):
+        return torch.stack([torch.full((5,), float(each)) for each in indices]), torch.tensor(
+            [[float(i)] for i in indices]
+        )
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["the user's", "within Lightning's"])
+def test_a_data_set_that_takes_lists_of_a_batch_sampler_is_asked_for_lists(wrapped):
+    sampler = BatchSampler(SequentialSampler(range(40)), 6, drop_last=False)
+    part = DistributedSamplerWrapper(sampler, num_replicas=2, rank=0) if wrapped else sampler
+    loader = DataLoader(Lists(), sampler=part, batch_size=None)
+    runner = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1, barebones=True)
+    seen = []
+
+    class Looks(Random):
+        def on_train_start(self):
+            seen.extend(training_samples(self.trainer, 15, "here"))
+
+    runner.fit(Looks(), loader)
+    assert [number for _, number in seen] == [6, 6, 3]
+    taken = torch.cat([inputs for (inputs, _), _ in seen])
+    assert taken.shape == (15, 5)
+    assert len(set(taken[:, 0].tolist())) == 15
+    assert torch.equal(taken[:, :1], torch.cat([targets for (_, targets), _ in seen]))
 
 
 def test_samples_are_the_same_each_time_and_no_more_than_there_are():

@@ -140,10 +140,16 @@ def test_with_rank_0_stopped_all_others_say_so(others, strategy):
             assert "rank 0, which hosts it, is stopped or hangs, or the network between it and rank" in fate.text
 
 
-@pytest.mark.parametrize("hook", ["prepare_data", "configure_optimizers"])
-def test_a_set_up_that_torch_would_never_leave_is_ended_by_the_watchdog(others, hook):
-    for _, ended in of(others, hook=hook):
-        assert [fate.text for fate in ended] == [""]  # from another thread, while this one was in `new_group`
+def test_a_preparation_that_torch_would_never_leave_is_ended_by_the_watchdog(others):
+    for _, ended in of(others, hook="prepare_data"):
+        assert [fate.text for fate in ended] == [""]  # from another thread, while this one waited
+
+
+def test_a_rank_that_stops_before_process_groups_are_made_is_heard_of_before_they_are(others):
+    for _, ended in of(others, hook="configure_optimizers"):
+        for fate in ended:
+            assert fate.text.startswith("PeerFailure")
+            assert "rank 0, which hosts it, is stopped or hangs" in fate.text
 
 
 @pytest.mark.parametrize("strategy", ["local", "overlap", "gradients", "staggered", "cyclic"])

@@ -1,6 +1,8 @@
 """All that cannot work in one set-up is said in one message, whoever refuses it, and on every rank."""
 
 import pickle
+from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -9,21 +11,29 @@ from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.callbacks import StochasticWeightAveraging as Averaged
 from support.cyclic import deep
 from support.processes import launch, outcomes
-from support.training import Regression, loader, trainer
+from support.training import Regression, Samples, loader, local_update, trainer
+from torch import nn
 
 from lightning_comm import (
     AdaptivePartition,
+    Averaging,
     BatchNormReestimation,
+    CommProfiler,
     CompressedDDPStrategy,
     CyclicStrategy,
+    EmulatedDevice,
     FixedPeriod,
     LocalUpdateStrategy,
+    PartitionedLoader,
+    QuadraticPeriod,
     SparseMask,
 )
+from lightning_comm.callbacks import partition_session
 from lightning_comm.refusals import RefusedSetUp
 
 PRUNING = {"pruning_fn": "l1_unstructured", "amount": 0.5}
 LBFGS = torch.optim.LBFGS
+TIMEOUT = timedelta(seconds=40)
 
 
 def refused(strategy, world_size=1, rank=0, optimizer=None, **kwargs):
@@ -47,7 +57,12 @@ def everything(rank, world_size):
             world_size,
             rank,
             LBFGS,
-            callbacks=[Averaged(swa_lrs=0.1), BatchNormReestimation(), AdaptivePartition(shares=[1, 2, 3])],
+            callbacks=[
+                Averaged(swa_lrs=0.1),
+                ModelPruning(**PRUNING),
+                BatchNormReestimation(),
+                AdaptivePartition(shares=[1, 2, 3]),
+            ],
         ),
         refused(
             CompressedDDPStrategy(SparseMask(), static_graph=True),
@@ -66,18 +81,10 @@ def test_one_message_names_all_that_cannot_work_in_trainer_callbacks_model_and_o
     (cyclic, local, compressed), _ = (texts for texts, _ in both)
     assert both[0][0] == both[1][0]
     for text, words in (
-        (cyclic, ["`stages`=7", "ModelPruning", "AdaptivePartition: `shares`", "LBFGS", "5 things"]),
-        (
-            local,
-            [
-                "StochasticWeightAveraging",
-                "BatchNormReestimation: the model",
-                "AdaptivePartition: `shares`",
-                "LBFGS keeps",
-            ],
-        ),
-        (local, ["`counted_optimizer`=3 is not there", "7 things"]),
-        (compressed, ["`static_graph=True`", "AdaptivePartition: `shares`", "LBFGS", "3 things"]),
+        (cyclic, ["`stages`=7", "6 things", "ModelPruning", "AdaptivePartition: `shares`", "LBFGS"]),
+        (local, ["ModelPruning", "BatchNormReestimation: the model", "AdaptivePartition: `shares`", "LBFGS keeps"]),
+        (local, ["StochasticWeightAveraging", "`counted_optimizer`=3 is not there", "9 things"]),
+        (compressed, ["`static_graph=True`", "AdaptivePartition: `shares`", "LBFGS", "4 things", "got a DataLoader"]),
     ):
         assert [word for word in words if word not in text] == [], text
 
@@ -93,8 +100,119 @@ def test_several_bad_arguments_are_named_at_once():
 
 def test_a_callback_refuses_by_itself_where_the_strategy_is_not_ours():
     runner = Trainer(accelerator="cpu", devices=1, callbacks=[AdaptivePartition(shares=[1, 2, 3])], logger=False)
-    with pytest.raises(RefusedSetUp, match=r"^AdaptivePartition: `shares`"):
+    with pytest.raises(RefusedSetUp, match=r"^AdaptivePartition: 2 things[^`]*`shares`"):
         runner.fit(Regression(), loader(4, 0))
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs"),
+    [
+        (CompressedDDPStrategy, {"compression": "nope", "bucket_cap_mb": -1, "ddp_comm_hook": print}),
+        (AdaptivePartition, {"mode": "x", "shares": 3, "batch_sizes": [0], "min_per_rank": "y", "min_gain": -1}),
+        (AdaptivePartition, {"max_per_rank": 0, "window_steps": 0, "warmup_steps": -1, "replay": 3, "folder": 4}),
+        (EmulatedDevice, {"step_s": -1, "batch_size": 0, "forward_share": 3, "speed": [0, 1]}),
+        (LocalUpdateStrategy, {"period": FixedPeriod(4), "warmup_steps": -2, "evaluate_weights": "x"}),
+        (CommProfiler, {"timeline_steps": -1, "warmup_steps": 2.5}),
+    ],
+)
+def test_a_constructor_names_all_arguments_that_are_out_of_range(cls, kwargs):
+    with pytest.raises(RefusedSetUp, match=rf"^{cls.__name__}: \d things") as caught:
+        cls(**kwargs)
+    said = [line for line in str(caught.value).splitlines()[1:] if "say the same thing" not in line]
+    named = [name for name in kwargs if name != "period"]
+    assert len(said) == len(named)
+    assert [name for name in named if f"`{name}`" not in str(caught.value)] == []
+
+
+def of_one_rank(strategy, module, callbacks=(), **kwargs):
+    with pytest.raises(RefusedSetUp) as caught:
+        trainer(strategy, 1, callbacks=list(callbacks), **kwargs).fit(module, loader(4, 0))
+    return str(caught.value)
+
+
+def what_was_said_one_a_start(rank, folder):
+    by_hand = Regression(optimizer=torch.optim.Rprop)
+    by_hand.automatic_optimization = False
+    endless = {"max_epochs": -1, "max_time": timedelta(seconds=9)}
+    norm = nn.Sequential(nn.Linear(5, 4), nn.SyncBatchNorm(4), nn.Linear(4, 1)).double()
+    share = {"gradient_steps": 0.5}
+    return [
+        of_one_rank(local_update(QuadraticPeriod(), **share), Regression(optimizer=torch.optim.Rprop), **endless),
+        of_one_rank(local_update(QuadraticPeriod(), **share), by_hand),
+        of_one_rank(local_update(FixedPeriod(2), counted_optimizer=2, **share), Regression(norm)),
+        of_one_rank(
+            local_update(FixedPeriod(2), counted_optimizer=2),
+            Regression(),
+            [
+                EmulatedDevice(0.001, 4, speed=[1, 2, 3]),
+                CommProfiler(folder, f"{folder}/none.json"),
+                AdaptivePartition(),
+            ],
+        ),
+    ]
+
+
+def test_what_is_known_of_optimizer_length_loaders_and_callbacks_is_said_in_the_one_message(tmp_path):
+    (texts,) = launch(what_was_said_one_a_start, str(tmp_path), world_size=1)
+    for text, words in zip(
+        texts,
+        (
+            ["2 things", "`gradient_steps`=0.5 is a share", "`max_steps`", "got 'Rprop'. Give `alpha`"],
+            ["2 things", "under manual optimization", "got 'Rprop'"],
+            ["2 things", "'net.1' is a SyncBatchNorm", "`counted_optimizer`=2"],  # behind a set-up that fails
+            [
+                "4 things",
+                "EmulatedDevice: `speed`",
+                "CommProfiler: `probe`",
+                "got a DataLoader",
+                "`counted_optimizer`=2",
+            ],
+        ),
+        strict=True,
+    ):
+        assert [word for word in words if word not in text] == [], text
+
+
+def alone(rank, make_strategy, make_module):
+    module = make_module() if rank == 1 else Regression()
+    trainer(make_strategy(), 2).fit(module, loader(4, rank))
+
+
+def frozen():
+    return Regression().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("make_strategy", "make_module", "words"),
+    [
+        (partial(CyclicStrategy, timeout=TIMEOUT), partial(Regression, optimizer=LBFGS), "the optimizer LBFGS"),
+        (partial(local_update, FixedPeriod(2), averaging=Averaging(overlap_steps=1)), frozen, "no parameter of Regr"),
+    ],
+    ids=["cyclic", "overlap"],
+)
+def test_the_refusal_of_one_rank_alone_is_heard_where_the_others_would_make_process_groups(
+    make_strategy, make_module, words
+):
+    (_, of_0), (_, of_1) = outcomes(alone, make_strategy, make_module, world_size=2, timeout_s=30)
+    assert of_0 is not None
+    assert f"PeerFailure: rank 1 failed: RefusedSetUp: {type(make_strategy()).__name__}: " in of_0
+    assert all(words in text for text in (of_0, of_1 or ""))
+
+
+def start_that_fails_on_rank_1(rank):
+    def fails(*args):
+        raise OSError("no room on this rank")
+
+    if rank == 1:
+        partition_session.StartOfRun = fails  # in the process of this rank
+    samples = PartitionedLoader(Samples(32, 0), global_batch_size=8)
+    trainer(local_update(FixedPeriod(2)), 2, callbacks=[AdaptivePartition()]).fit(Regression(), samples)
+
+
+def test_a_rank_whose_shares_cannot_start_is_heard_where_the_others_would_make_a_process_group():
+    (_, of_0), (_, of_1) = outcomes(start_that_fails_on_rank_1, world_size=2, timeout_s=30)
+    assert "rank 1 failed: OSError: no room on this rank" in (of_0 or "")
+    assert "OSError: no room on this rank" in (of_1 or "")
 
 
 def one_after_the_other(rank):

@@ -125,6 +125,42 @@ def test_state_modes_gradients_and_random_numbers_of_the_model_are_left_as_they_
     assert all(torch.equal(mask, again[name]) for name, mask in masks.items())
 
 
+def test_scores_that_are_zero_since_the_loss_is_linear_are_said_to_be_so_and_not_only_for_lack_of_training():
+    pruning = GraSPPruning(loss=lambda module, batch: (module(batch[0]).squeeze(1) - 9).abs().mean())
+    linear = nn.Sequential(nn.Linear(3, 1)).double()
+    with pytest.raises(
+        ValueError, match="second derivative of the loss by the weights is 0, as where it is linear"
+    ) as e:
+        pruning.masks(linear, Moment(samples=lambda count: batches((12,))))
+    assert all(
+        words in str(e.value) for words in ("'0.weight'", "another `loss`, or use MagnitudePruning", "start_step")
+    )
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class NoForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (NoForward(), "`module(inputs)`, and NoForward cannot do that: Module [NoForward]"),
+        (Pair(3, 3), "got tuple from Pair"),
+    ],
+)
+def test_a_module_that_the_default_loss_cannot_call_is_told_to_give_a_loss(module, words):
+    with pytest.raises(ValueError, match=r"^GraSPPruning: `loss` must be given") as caught:
+        GraSPPruning().masks(module.double(), Moment(samples=lambda count: batches((12,))))
+    assert words in str(caught.value)
+
+
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_exactly_the_asked_share_is_kept_also_where_scores_are_equal_and_masks_shrink(scope):
     net = tiny()

@@ -49,6 +49,46 @@ class ByNumpyAlone(Followed):
         return torch.from_numpy(gradient.numpy() * ctx.saved_tensors[0].cos().numpy())
 
 
+class StraightThrough(Followed):
+    """Keeps nothing, so that it is linear in what comes in."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+class Positive(Followed):
+    """A rectifier, whose backward keeps its input and yet is linear where autograd follows it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (ctx.saved_tensors[0] > 0)
+
+
+class OnceByAttribute(Once):
+    """Keeps its input where autograd does not see it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.kept = x.detach()
+        return x.sin()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return gradient * ctx.kept.cos()
+
+
 class HalfFollowed(torch.autograd.Function):
     """A product of which one derivative is followed and the other is not."""
 
@@ -122,6 +162,16 @@ def margins(module, batch):
     return F.multi_margin_loss(module(batch[0]), batch[1])
 
 
+def ends_in(function, *, mean_first=False):
+    """The loss whose last operation is a function, or has its mean behind that: what comes in there is a constant."""
+
+    def loss(module, batch):
+        outputs = module(batch[0])
+        return function(outputs.square().mean()) if mean_first else function(outputs).mean()
+
+    return loss
+
+
 def reentrant(x):
     return checkpoint(torch.sin, x, use_reentrant=True)
 
@@ -137,9 +187,26 @@ def reentrant(x):
         (net(), speech, ["because of ctc_loss.", "a loss without that operation"]),
         (net(), margins, ["because of multi_margin_loss."]),
         (net(), lambda module, batch: module(batch[0]).sum().detach(), ["does not require grad"]),
+        (net(), ends_in(Once.apply), ["because of Once."]),
+        (net(), ends_in(Once.apply, mean_first=True), ["because of Once."]),
+        (net(), ends_in(ByNumpy.apply), ["because of ByNumpy."]),
+        (net(), ends_in(ByNumpyAlone.apply), ["because of ByNumpyAlone."]),
+        (net(), ends_in(OnceByAttribute.apply), ["because of OnceByAttribute."]),
+        (net(), ends_in(lambda x: StraightThrough.apply(Once.apply(x))), ["because of Once."]),
         (Attends(True), None, ["because of scaled_dot_product_flash_attention", "`sdpa_kernel(SDPBackend.MATH)`"]),
     ],
-    ids=["once", "detached", "numpy", "half", "reentrant", "ctc", "margins", "constant", "flash"],
+    ids=[
+        "once",
+        "detached",
+        "numpy",
+        "half",
+        "reentrant",
+        "ctc",
+        "margins",
+        "constant",
+        *(f"end {k}" for k in range(6)),
+        "flash",
+    ],
 )
 def test_a_loss_without_a_second_derivative_is_refused_with_the_operation_and_a_way_out(module, loss, parts):
     with pytest.raises(ValueError, match=r"^GraSPPruning: the scores need second derivatives") as caught:
@@ -152,6 +219,24 @@ def test_a_loss_without_a_second_derivative_is_refused_with_the_operation_and_a_
 def test_a_function_whose_backward_autograd_follows_gives_the_masks_of_torchs_own():
     own, torchs = masks(net(Followed.apply)), masks(net())
     assert all(torch.equal(own[name], torchs[name]) for name in torchs)
+
+
+@pytest.mark.parametrize(
+    ("function", "torchs"),
+    [
+        (Followed.apply, torch.sin),
+        (Positive.apply, torch.relu),
+        (StraightThrough.apply, lambda x: 2 * x),
+        (lambda x: StraightThrough.apply(StraightThrough.apply(x)), lambda x: 4 * x),
+    ],
+    ids=["followed", "rectifier", "straight through", "twice"],
+)
+def test_a_function_at_the_end_of_a_loss_that_is_right_by_its_first_derivative_gives_the_masks_of_torchs_own(
+    function, torchs
+):
+    own, expected = masks(net(), ends_in(function)), masks(net(), ends_in(torchs))
+    assert all(torch.equal(own[name], expected[name]) for name in expected)
+    assert any(not bool(mask.all()) for mask in own.values())
 
 
 def test_a_derivative_that_is_zero_everywhere_is_no_reason_to_refuse():

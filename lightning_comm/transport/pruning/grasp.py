@@ -131,7 +131,26 @@ class GraSPPruning(Pruning):
                 f"{type(batch).__name__}{length}. It takes the model and a batch and returns a number."
             )
         inputs, targets = batch
-        return nn.functional.cross_entropy(module(inputs) / self.temperature, targets)
+        return nn.functional.cross_entropy(_outputs(module, inputs) / self.temperature, targets)
+
+
+def _outputs(module: nn.Module, inputs: Any) -> Tensor:
+    name = type(module).__name__
+    try:
+        outputs = module(inputs)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"GraSPPruning: `loss` must be given, since the default one calls `module(inputs)`, and {name} cannot do "
+            f"that: {str(error).rstrip('.')}. Give `GraSPPruning(loss=...)` a function that takes the model and a "
+            "batch and returns a number, or the module a `forward`."
+        ) from error
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            "GraSPPruning: `loss` must be given, since the default one takes the cross entropy of a tensor that "
+            f"`module(inputs)` returns; got {type(outputs).__name__} from {name}. It takes the model and a batch and "
+            "returns a number."
+        )
+    return outputs
 
 
 def gradient_flow_scores(

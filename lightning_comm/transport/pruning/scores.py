@@ -42,10 +42,7 @@ def choose(
         level = [name for name in level if not bool(scores[name].any())]
     told = {name: score for name, score in scores.items() if name not in level}
     if not told:
-        raise ValueError(
-            f"{where}: nothing can be pruned yet: in each parameter that may be, all scores are 0, as in {level[0]!r}. "
-            "Train the model first, by `PruningSchedule(start_step=...)`."
-        )
+        raise ValueError(f"{where}: {_nothing_told(level, weights)}")
     moment.warn(
         level,
         f"{where}: not pruned: {{names}}, since all entries score alike, as in a parameter that starts at zero, so "
@@ -56,6 +53,21 @@ def choose(
     _warn_of_small_rests(masks, sparsity, moment, where)
     _warn_of_zero_rows(told if weights is None else weights, masks, moment, where)
     return {**{name: mask for name, mask in moment.kept.items() if name not in masks}, **masks}
+
+
+def _nothing_told(level: list[str], weights: Mapping[str, Tensor] | None) -> str:
+    if weights is None or not any(bool(weights[name].any()) for name in level):
+        return (
+            f"nothing can be pruned yet: in each parameter that may be, all scores are 0, as in {level[0]!r}. Train "
+            "the model first, by `PruningSchedule(start_step=...)`."
+        )
+    return (
+        f"nothing can be pruned by these scores: in each parameter that may be, all are 0, as in {level[0]!r}. Either "
+        "the second derivative of the loss by the weights is 0, as where it is linear in them (an absolute error of a "
+        "linear model) or a constant (a cross entropy of one output), or the gradient is, as behind layers that start "
+        "at zero. Give another `loss`, or use MagnitudePruning; or, in the second case, train the model first, by "
+        "`PruningSchedule(start_step=...)`."
+    )
 
 
 def _is_level(score: Tensor) -> bool:

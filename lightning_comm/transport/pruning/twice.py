@@ -17,13 +17,19 @@ from torch.autograd.function import BackwardCFunction
 _NOT_IMPLEMENTED = re.compile(r"derivative for '?(?:aten::)?_*(\w+?)(?:_backward\w*)?'? is not implemented")
 _FUSED = ("scaled_dot_product", "attention")
 _LENGTH = 240  # of what torch says
+_PLAIN = (int, float, str, type(None))  # what a backward may keep and be linear nevertheless, such as a factor
 
 
 class Functions:
     """The operations of a loss that are not torch's own, while their backward runs.
 
+    What comes in at the end of a loss is a constant, and what a backward that leaves autograd returns looks like one as
+    well. So there a derivative by `seed` is asked for, which all that comes in depends on.
+
     Args:
         value: The loss.
+        rows: What is derived by.
+        seed: What the gradient of the loss depends on; ``None`` where nothing is derived further.
 
     Attributes:
         begun: The names of those whose backward has begun and not ended.
@@ -31,10 +37,12 @@ class Functions:
 
     """
 
-    def __init__(self, value: Tensor) -> None:
+    def __init__(self, value: Tensor, rows: list[nn.Parameter], seed: Tensor | None) -> None:
         self.begun: list[str] = []
         self.broken: list[str] = []
-        self._handles = [handle for node in _functions(value) for handle in self._watch(node)]
+        self._rows, self._seed = {id(row) for row in rows}, seed
+        functions = [node for node in _nodes([value]) if isinstance(node, BackwardCFunction)]
+        self._handles = [handle for node in functions for handle in self._watch(node)]
 
     def end(self) -> None:
         """Stop to watch them."""
@@ -48,14 +56,27 @@ class Functions:
             self.begun.append(name)
 
         def end(into: tuple[Tensor | None, ...], out_of: tuple[Tensor | None, ...]) -> None:
-            self.begun.remove(name)
-            asked = any(each is not None and each.requires_grad for each in out_of)
             # what is zero everywhere may well be a constant, and nothing else that depends on what has come in
-            if asked and any(each is not None and not _can_go_on(each) and bool(each.any()) for each in into):
+            ends = any(each is not None and not _can_go_on(each) and bool(each.any()) for each in into)
+            if self._seed is not None and ends and self._is_asked(node, out_of):
                 self.broken.append(name)
+            self.begun.remove(name)
 
         yield node.register_prehook(begin)
         yield node.register_hook(end)
+
+    def _is_asked(self, node: Any, out_of: tuple[Tensor | None, ...]) -> bool:
+        """Whether a derivative of what a backward returns is needed: it depends on the rows by what came in, or may.
+
+        It may where a backward has kept something. One that has nothing but what came in, such as a straight-through
+        estimate, is linear in that.
+        """
+        came_in = [each for each in out_of if each is not None and each.requires_grad]
+        if not came_in:
+            return False  # behind something else that ends there, which is refused or right
+        if node.saved_tensors or any(not isinstance(each, _PLAIN) for each in vars(node).values()):
+            return True
+        return any(id(getattr(each, "variable", None)) in self._rows for each in _nodes(came_in))
 
 
 def derivatives(value: Tensor, rows: list[nn.Parameter], *, graph: bool = False) -> list[Tensor]:
@@ -70,10 +91,11 @@ def derivatives(value: Tensor, rows: list[nn.Parameter], *, graph: bool = False)
         ValueError: If they cannot be; names the operation, as far as it is known.
 
     """
-    functions = Functions(value)
+    seed = torch.ones_like(value, requires_grad=True) if graph else None
+    functions = Functions(value, rows, seed)
     try:
         # not `backward`, which would add to the gradients that the model has and start DDP's hooks
-        found = torch.autograd.grad(value, rows, create_graph=graph, allow_unused=True)
+        found = torch.autograd.grad(value, rows, seed, create_graph=graph, allow_unused=True)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -95,16 +117,16 @@ def kernels_with_second_derivatives(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _functions(value: Tensor) -> Iterator[Any]:
-    waiting: list[Any] = [value.grad_fn]
+def _nodes(values: list[Tensor]) -> Iterator[Any]:
+    """Yield the operations that values come from, and the parameters, as nodes that have them as `variable`."""
+    waiting: list[Any] = [each.grad_fn for each in values]
     seen: set[Any] = set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, BackwardCFunction):
-            yield node
+        yield node
         waiting += [each for each, _ in node.next_functions]
 
 
