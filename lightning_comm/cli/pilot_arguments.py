@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_comm.cli.fit_words import problem_of, stray_problem, strays
 from lightning_comm.lab.cluster import check_arguments, unavailable
 from lightning_comm.planning.pilot import BASELINE
 from lightning_comm.planning.pilot_length import STEPS, WARMUP_STEPS
@@ -109,6 +110,8 @@ def _own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     known.given = tuple(name for name in ("steps", "warmup_steps") if getattr(known, name) is not None)
     known.steps = STEPS if known.steps is None else known.steps
     known.warmup_steps = WARMUP_STEPS if known.warmup_steps is None else known.warmup_steps
+    if (found := strays(words)) != []:
+        raise Refused(stray_problem(found[0]))
     _check(known)
     return known, words
 
@@ -143,6 +146,8 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
 def _check(known: argparse.Namespace) -> None:
     if not known.config:
         raise Refused("`--config` must name your config, the one that `lightning-comm fit` takes; got none.")
+    if (problem := problem_of([f"--config={file}" for file in known.config])) is not None:
+        raise Refused(problem)
     for name, least, meaning in (
         ("steps", 2, "60 show several rounds of most strategies."),
         ("warmup_steps", 0, "10 let caches and buckets settle."),
