@@ -314,6 +314,6 @@ def test_a_lab_that_cannot_be_is_refused_in_the_words_of_the_lab(words, must_say
 
 
 def test_plain_ddp_is_always_tried_and_names_are_those_without_a_start_method():
-    options, words = parse(["--config", "a.yaml", "-c", "b.yaml", "--strategies", "QSR_fork, qsr,config", "--x", "1"])
+    options, words = parse(["--config", "a", "-c", "b", "--strategies", "QSR_fork, qsr,config", "--x", "1"])
     assert options.strategies == ("ddp", "qsr", "config")
-    assert words == ["--config=a.yaml", "--config=b.yaml", "--x", "1"]
+    assert words == ["--config=a", "--config=b", "--x", "1"]
