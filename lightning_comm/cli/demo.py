@@ -21,6 +21,7 @@ from lightning_comm.cli import report
 from lightning_comm.cli.demo_arguments import check, parse
 from lightning_comm.cli.demo_run import PROGRESS, RunSettings
 from lightning_comm.cli.environment import environment
+from lightning_comm.cli.fresh_python import fresh_python
 from lightning_comm.core.local_update import QuadraticPeriod
 from lightning_comm.core.whole_files import write_text
 from lightning_comm.planning.report import megabytes, percent, text_table
@@ -82,7 +83,7 @@ def run_one(run: RunSettings, folder: Path, label: str) -> dict[str, Any] | None
     """Train in fresh processes and show how far they are; return the result, or ``None`` after showing why not."""
     name = f"{run.method}-seed{run.seed}"
     log, result_file = folder / "logs" / f"{name}.log", folder / f"{name}.json"
-    command = [sys.executable, "-m", "lightning_comm.cli.demo_run", json.dumps(asdict(run)), str(result_file)]
+    command = fresh_python("lightning_comm.cli.demo_run", json.dumps(asdict(run)), str(result_file))
     # One thread a process: the processes share the cores.
     process = subprocess.Popen(
         command,

@@ -167,5 +167,6 @@ def train(settings: RunSettings, result_file: Path) -> None:
     trainer.fit(model, data)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Train what the words of this process say."""
     train(RunSettings(**json.loads(sys.argv[1])), Path(sys.argv[2]))

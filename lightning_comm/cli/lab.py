@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -178,6 +179,15 @@ def _speeds(text: str) -> list[float]:
         ) from None
 
 
+def _no_command(own: list[str], command: list[str], rest: list[str]) -> str:
+    """Return what is wrong with words that have no command, or of which the lab's options leave a rest."""
+    if rest and (command or rest[0].startswith("-")):
+        return f"unrecognized arguments: {shlex.join(rest)}. The command is what stands behind `--`"
+    at = own.index(rest[0]) if rest else len(own)  # where the command begins
+    words = [*(own[:at] or ["--hosts", "2"]), "--", *(own[at:] or ["python", "train.py"])]
+    return f"the command is missing. Write it behind `--`: {shlex.join(['lightning-comm', 'lab', *words])}"
+
+
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     own, command = list(argv), []
     if "--" in own:
@@ -200,9 +210,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--fault", type=_fault, action="append", default=[], metavar="'5s cut 1'",
         help="let something happen while the job runs: cut, restore, stop, resume or kill a host, or "
         "'5s link 1 10mbit'; may be repeated")  # fmt: skip
-    options = parser.parse_args(own)
-    if not command:
-        parser.error("the command is missing. Write it behind `--`: lightning-comm lab --hosts 2 -- python train.py")
+    options, rest = parser.parse_known_args(own)
+    if rest or not command:
+        parser.error(_no_command(own, command, rest))
     if shutil.which(command[0]) is None:
         found = os.path.exists(command[0])
         way_out = "It is there, but cannot be executed." if found else "Give its full path."

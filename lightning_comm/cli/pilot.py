@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ from lightning_comm.cli.pilot_workers import LabHosts, Place, ThisMachine, Worke
 from lightning_comm.lab.cluster import Lab, LabError
 from lightning_comm.planning.judgement import FEWEST_REPEATS
 from lightning_comm.planning.pilot import BASELINE, LIMIT, Trial, window
+from lightning_comm.planning.pilot_length import counted
 from lightning_comm.transport.recording import leave_group_at_exit
 
 
@@ -48,20 +49,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lightning-comm pilot: error: {refused}", file=sys.stderr)
         return 2
     print(
-        f"{own.ranks} ranks, {len(options.strategies)} strategies and the limit, {options.repeats} repeats of "
-        f"{options.steps} steps. A rehearsal comes first."
+        f"{own.ranks} ranks, {len(options.strategies)} strategies and the limit, "
+        f"{options.repeats} repeat{'s' * (options.repeats > 1)} of {options.steps} steps. A rehearsal comes first."
     )
     if options.repeats < FEWEST_REPEATS:
         print(
             f"{options.repeats} repeat(s) show times, but not how sure they are, so nothing will be concluded: "
             f"--repeats {FEWEST_REPEATS} or more do."
         )
+    return _carry_out(options, own, words, results) or write_report(results.data, results.folder)
+
+
+def _carry_out(options: Options, own: UserRun, words: Sequence[str], results: Results) -> int:
+    """Measure; return 0, or another exit code after saying why it ended."""
     try:
         if own.started_externally:
             _measure_in_this_job(_job(options, own, words), results)
         else:
             with _ended_by_sigterm(), _place(options, own) as place:
                 _measure(_job(options, own, words), results, place, options.timeout_s)
+    except Refused as refused:  # once the rehearsal has shown how long the run is
+        print(f"lightning-comm pilot: error: {refused}", file=sys.stderr)
+        return 2
     except (WorkerFailed, LabError) as failed:
         print(f"\nlightning-comm pilot: {failed}", file=sys.stderr)
         return 1
@@ -69,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nlightning-comm pilot: a result could not be written: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nStopped. What was measured is in {results.folder / 'pilot.json'}.", file=sys.stderr)
+        print(f"\nStopped. What was measured is in {results.file}.", file=sys.stderr)
         return 130
-    return write_report(results.data, results.folder)
+    return 0
 
 
 def _job(options: Options, own: UserRun, words: Sequence[str]) -> Job:
@@ -82,6 +91,7 @@ def _job(options: Options, own: UserRun, words: Sequence[str]) -> Job:
         warmup_steps=options.warmup_steps,
         device_s=options.device_s,
         trainer=own.trainer,
+        given=options.given,
     )
 
 
@@ -139,7 +149,8 @@ def _measure(job: Job, results: Results, place: Place, timeout_s: float) -> None
     """Run all trials; a strategy that fails is left out and the others go on in new processes.
 
     Raises:
-        WorkerFailed: If nothing can be measured at all.
+        WorkerFailed: If nothing can be measured at all, or the baseline fails: all is compared with it.
+        Refused: If the run is too short for what the user asked.
 
     """
     progress = Progress(len(job.trials), 1 + max(repeat for repeat, _ in job.trials))
@@ -148,8 +159,9 @@ def _measure(job: Job, results: Results, place: Place, timeout_s: float) -> None
     hear = _listener(results, progress, left, current)
     while left:
         try:
-            for event in run_workers(replace(job, trials=left), place, results.folder / "logs", timeout_s):
-                hear(event)
+            with closing(run_workers(replace(job, trials=left), place, results.folder / "logs", timeout_s)) as events:
+                for event in events:
+                    hear(event)
             return
         except WorkerFailed as failed:
             if not left:
@@ -160,6 +172,11 @@ def _measure(job: Job, results: Results, place: Place, timeout_s: float) -> None
                 ) from failed
             strategy, repeat = current["strategy"], current["repeat"]
             results.fail(strategy, repeat, str(failed))
+            if strategy == BASELINE:
+                raise WorkerFailed(
+                    f"`{BASELINE}` failed in repeat {repeat + 1}: {failed}\nEverything is compared with it, so there "
+                    f"is no answer without it, and the pilot ends here. What was measured is in {results.file}."
+                ) from failed
             dropped = [trial for trial in left if trial[1] == strategy]
             left[:] = [trial for trial in left if trial[1] != strategy]
             progress.drop(len(dropped))
@@ -175,6 +192,10 @@ def _measure_in_this_job(job: Job, results: Results) -> None:
     hear = _listener(results, progress, list(job.trials), current)
     try:
         run(job, hear)
+    except Refused as refused:
+        if not current:
+            raise
+        raise WorkerFailed(f"`{current['strategy']}` failed in repeat {current['repeat'] + 1}: {refused}") from refused
     except Exception as error:
         where = f"`{current['strategy']}`" if current else f"the rehearsal under `{BASELINE}`"
         raise WorkerFailed(f"{where} failed on rank 0: {type(error).__name__}: {error}") from error
@@ -187,8 +208,15 @@ def _listener(
 
     def hear(event: dict[str, Any]) -> None:
         kind = event["event"]
+        if kind == "refused":
+            raise Refused(event["error"])
         if kind == "rehearsed":
-            results.rehearsed(event)
+            if results.rehearsed(event):
+                print(
+                    f"Your run has {counted(event['total_steps'])}, so trials have {event['steps']}, of which "
+                    f"{event['warmup_steps']} warm up.",
+                    flush=True,
+                )
             if event.get("fault") is not None:
                 print(f"The baseline `{BASELINE}`: {event['fault']}", flush=True)
         elif kind == "begin":

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_comm.cli.fit_words import problem_of, stray_problem, strays
 from lightning_comm.lab.cluster import check_arguments, unavailable
 from lightning_comm.planning.pilot import BASELINE
+from lightning_comm.planning.pilot_length import STEPS, WARMUP_STEPS
 
 OWN = "config"  # the strategy that the user's config has
 
@@ -33,6 +35,7 @@ class Options:
         strategies: Names, DDP first, without the way of starting processes.
         steps: Optimizer steps of a trial.
         warmup_steps: How many of them are not counted.
+        given: Which of these two the user gave; the other is fitted to a run that is shorter.
         repeats: Trials of each strategy.
         hosts: Emulated hosts; ``None`` for none.
         link: Rates of their links.
@@ -47,6 +50,7 @@ class Options:
     strategies: tuple[str, ...]
     steps: int
     warmup_steps: int
+    given: tuple[str, ...]
     repeats: int
     hosts: int | None
     link: str | tuple[str, ...]
@@ -91,8 +95,9 @@ def _own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help=f"what to try, with commas; `{OWN}` is the one that the config has; `{BASELINE}`, with which all are "
         "compared, is always among them (default: %(default)s)",
     )
-    add("--steps", type=int, default=60, help="optimizer steps of each trial (default: %(default)s)")
-    add("--warmup-steps", type=int, default=10, help="how many of them are not counted (default: %(default)s)")
+    fewer = "fewer where your run has fewer"
+    add("--steps", type=int, help=f"optimizer steps of each trial (default: {STEPS}, {fewer})")
+    add("--warmup-steps", type=int, help=f"how many of them are not counted (default: {WARMUP_STEPS}, {fewer})")
     add("--repeats", type=int, default=5, help="trials of each strategy (default: %(default)s)")
     add("--hosts", type=int, help="run on so many emulated hosts on this machine, as `lightning-comm lab` does")
     add("--link", default="1gbit", metavar="RATE", help="the rate of their links, or one a host, with commas")
@@ -102,6 +107,11 @@ def _own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--timeout", type=float, default=600.0, metavar="S", help="how long ranks may be silent (default: %(default)s)")
     add("--out", default="pilot_results", help="a new folder is made in here (default: %(default)s/)")
     known, words = parser.parse_known_args(argv)
+    known.given = tuple(name for name in ("steps", "warmup_steps") if getattr(known, name) is not None)
+    known.steps = STEPS if known.steps is None else known.steps
+    known.warmup_steps = WARMUP_STEPS if known.warmup_steps is None else known.warmup_steps
+    if (found := strays(words)) != []:
+        raise Refused(stray_problem(found[0]))
     _check(known)
     return known, words
 
@@ -119,6 +129,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
         strategies=_strategies(known.strategies),
         steps=known.steps,
         warmup_steps=known.warmup_steps,
+        given=known.given,
         repeats=known.repeats,
         hosts=known.hosts,
         link=links[0] if len(links) == 1 else links,
@@ -135,6 +146,8 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
 def _check(known: argparse.Namespace) -> None:
     if not known.config:
         raise Refused("`--config` must name your config, the one that `lightning-comm fit` takes; got none.")
+    if (problem := problem_of([f"--config={file}" for file in known.config])) is not None:
+        raise Refused(problem)
     for name, least, meaning in (
         ("steps", 2, "60 show several rounds of most strategies."),
         ("warmup_steps", 0, "10 let caches and buckets settle."),

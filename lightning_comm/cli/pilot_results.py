@@ -27,10 +27,19 @@ class Results:
         self.data: dict[str, Any] = {**header, "job": {}, "plans": {}, "problems": {}, "trials": [], "failures": {}}
         self.save()
 
-    def rehearsed(self, event: dict[str, Any]) -> None:
-        """Take in what the rehearsal has found."""
-        self.data["job"] = {name: value for name, value in event.items() if name != "event"}
+    @property
+    def file(self) -> Path:
+        """What holds it."""
+        return self.folder / "pilot.json"
+
+    def rehearsed(self, event: dict[str, Any]) -> bool:
+        """Take in what the rehearsal has found; return whether trials are now shorter than was known."""
+        lengths = {name: event[name] for name in ("steps", "warmup_steps") if name in event}
+        self.data["job"] = {name: value for name, value in event.items() if name not in ("event", *lengths)}
+        before = self.data["settings"].get("steps")
+        self.data["settings"].update(lengths)
         self.save()
+        return before is not None and bool(lengths) and lengths["steps"] < before
 
     def add(self, event: dict[str, Any]) -> None:
         """Take in a trial. What the whole run will do is the same in each repeat, and kept once a strategy."""
@@ -48,7 +57,7 @@ class Results:
 
     def save(self) -> None:
         """Write everything. The file is whole at any time, also if the disk is full."""
-        write_text(self.folder / "pilot.json", json.dumps(self.data))
+        write_text(self.file, json.dumps(self.data))
 
 
 class Progress:

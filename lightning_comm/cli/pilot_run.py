@@ -1,6 +1,6 @@
-"""One rank of a pilot: ``python -m lightning_comm.cli.pilot_run JOB`` runs trial after trial in one process.
+"""One rank of a pilot, which runs trial after trial in one process.
 
-``JOB`` is a :class:`Job` as JSON. What happens is told in lines of JSON on the standard output, marked by ``EVENT``;
+It is told a :class:`Job` as JSON. What happens is told in lines of JSON on the standard output, marked by ``EVENT``;
 all else that is printed there is the user's. Starting a process takes longer than a trial, so all trials of a rank
 share one process and one process group; each has a model, data and a Trainer of its own, built from the config as
 ``fit`` would.
@@ -11,7 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,11 +32,12 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
 from lightning_comm.callbacks import CommProfiler, EmulatedDevice
-from lightning_comm.cli.pilot_arguments import OWN, without_start_method
+from lightning_comm.cli.pilot_arguments import OWN, Refused, without_start_method
 from lightning_comm.cli.pilot_watch import Rehearsal, Watch
 from lightning_comm.cli.training import CommandLine
 from lightning_comm.core.local_update import FixedPeriod
 from lightning_comm.planning.pilot import BASELINE, LIMIT
+from lightning_comm.planning.pilot_length import ended_early, fit_to_run
 from lightning_comm.planning.projection import round_ends
 from lightning_comm.strategies import LocalUpdateStrategy
 from lightning_comm.transport.clocks import device_of_group, gather_json
@@ -77,6 +78,7 @@ class Job:
         warmup_steps: How many of them are not counted.
         device_s: Seconds that a batch takes on the emulated device; ``None`` for the real one.
         trainer: Arguments of the Trainer that the place of the run decides on: the number of devices and hosts.
+        given: Which of ``steps`` and ``warmup_steps`` the user gave; the other is fitted to a run that is shorter.
 
     """
 
@@ -86,6 +88,7 @@ class Job:
     warmup_steps: int
     device_s: float | None
     trainer: dict[str, Any]
+    given: Sequence[str] = ("steps", "warmup_steps")
 
 
 class TrialLine(CommandLine):
@@ -143,7 +146,10 @@ def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
 
     Args:
         job: What to do.
-        emit: Takes events on rank 0.
+        emit: Takes events on rank 0. The last of them is ``refused`` where the run is too short for what was asked.
+
+    Raises:
+        Refused: If a trial ends early; on all ranks.
 
     """
     rehearsal = Rehearsal()
@@ -152,10 +158,21 @@ def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
     batch_size = max(_gather(rehearsal.batch_size or 0, line.trainer))
     if job.device_s is not None and batch_size == 0:
         raise ValueError("pilot: `--device-ms` paces batches by their samples, and this one has none that can be seen.")
-    if line.trainer.is_global_zero:
+    is_first = line.trainer.is_global_zero
+    totals = _gather(rehearsal.total_steps, line.trainer)
+    try:
+        steps, warmup_steps = fit_to_run(job.steps, job.warmup_steps, _shortest(totals), job.given)
+    except ValueError as error:
+        if is_first:
+            emit({"event": "refused", "error": str(error)})
+        return
+    job = replace(job, steps=steps, warmup_steps=warmup_steps)
+    if is_first:
         emit(
             {
                 "event": "rehearsed",
+                "steps": steps,
+                "warmup_steps": warmup_steps,
                 "world_size": ranks,
                 "batch_size": batch_size or None,
                 "parameters": rehearsal.parameters,
@@ -174,8 +191,17 @@ def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
             emit({"event": "trial", "repeat": repeat, **record})
 
 
+def _shortest(totals: Sequence[int | None]) -> int | None:
+    return min((total for total in totals if total is not None), default=None)
+
+
 def _trial(job: Job, strategy: str, batch_size: int, rehearsal: Rehearsal) -> dict[str, Any] | None:
-    """Train a few steps; return what was measured on rank 0, and ``None`` on the others."""
+    """Train a few steps; return what was measured on rank 0, and ``None`` on the others.
+
+    Raises:
+        Refused: If the trial ended before the steps were taken; on all ranks, whichever it was.
+
+    """
     watch = Watch(job.steps, job.warmup_steps, is_limit=strategy == LIMIT)
     device = [EmulatedDevice(job.device_s, batch_size)] if job.device_s is not None else []
     with TemporaryDirectory() as folder:  # its figures are kept, not its files
@@ -192,6 +218,8 @@ def _trial(job: Job, strategy: str, batch_size: int, rehearsal: Rehearsal) -> di
         "devices": [_paced(each) for each in callbacks if isinstance(each, EmulatedDevice)],
     }
     ranks = _gather(own, line.trainer)
+    if (taken := min(len(rank["step_s"]) for rank in ranks)) < job.steps:
+        raise Refused(ended_early(taken, job.steps, job.warmup_steps))
     if not line.trainer.is_global_zero:
         return None
     return {
@@ -274,7 +302,7 @@ def main(job: Job) -> int:
     try:
         run(job, emit)
     except BaseException as error:
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        text = str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {error}".removesuffix(": ")
         traceback.print_exc()
         emit({"event": "failed", "error": text, "of_another": isinstance(error, PeerFailure)})
         return 1
@@ -282,7 +310,8 @@ def main(job: Job) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    _job = Job(**json.loads(sys.argv[1]))
+def start() -> None:
+    """Run the rank that the words of this process describe."""
+    job = Job(**json.loads(sys.argv[1]))
     del sys.argv[1:]  # Lightning's command line warns of words that it is not given
-    sys.exit(main(_job))
+    sys.exit(main(job))

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_comm.cli.pilot_arguments import Refused
 from lightning_comm.cli.pilot_schedule import run_length, use_up_schedule
 from lightning_comm.lightning_internals import end_after_this_step
 from lightning_comm.planning.pilot import first_whole_round
@@ -67,7 +68,7 @@ class Watch(Callback):
         is_limit: Whether the strategy stands for no communication, and no round will end.
 
     Raises:
-        ValueError: In training, if a round is too long to be measured.
+        Refused: In training, if a round is too long to be measured.
 
     Note:
         *Communication.* None. On CUDA it waits for the device at every step.
@@ -146,16 +147,26 @@ class Watch(Callback):
             return
         if not self.sync_steps and run.clock.in_round:
             period = run.clock.round_ends_at - run.clock.round_started_at
-            needed = first_whole_round(period, self.gradient_steps, self._warmup_steps)
-            if needed > self._steps:
-                raise ValueError(
-                    f"pilot: `--steps` must hold a whole round after {self._warmup_steps} steps of warm-up, and the "
-                    f"first round lasts {period}; got {self._steps}. Give --steps "
-                    f"{needed if self.gradient_steps == 0 else 2 * needed} or more."
-                )
+            self._check_round(period, run.clock.total_steps)
         if run.log.rounds > self._rounds:
             self._rounds = run.log.rounds
             self.sync_steps.append(done)
+
+    def _check_round(self, period: int, total: int | None) -> None:
+        needed = first_whole_round(period, self.gradient_steps, self._warmup_steps)
+        if total is not None and needed - period < total <= self._steps:
+            needed = min(needed, total)  # the last round of a run ends with it
+        if needed <= self._steps:
+            return
+        if total is None or total > self._steps:
+            way_out = f"Give --steps {needed if self.gradient_steps == 0 else 2 * needed} or more."
+        else:
+            way_out = "Your run has no more: give it more (--trainer.max_epochs or --trainer.max_steps)"
+            way_out += ", or --warmup-steps 0." if self.gradient_steps + period <= self._steps else "."
+        raise Refused(
+            f"`--steps` must hold a whole round after {self._warmup_steps} steps of warm-up, and the first round lasts "
+            f"{period}; got {self._steps}. {way_out}"
+        )
 
 
 def samples_of(batch: Any) -> int | None:

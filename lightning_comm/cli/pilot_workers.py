@@ -5,10 +5,9 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
+from lightning_comm.cli.fresh_python import fresh_python
 from lightning_comm.cli.pilot_run import EVENT, Job
 from lightning_comm.lab.cluster import Lab
 
@@ -106,7 +106,7 @@ class _Worker:
         return f"rank {self.rank} ended with exit code {code}. The end of its output:\n{end}"
 
 
-def run_workers(job: Job, place: Place, logs: Path, timeout_s: float) -> Iterator[dict[str, Any]]:
+def run_workers(job: Job, place: Place, logs: Path, timeout_s: float) -> Generator[dict[str, Any], None, None]:
     """Start all ranks and yield what they tell, until all have ended; end them all when this is left.
 
     Args:
@@ -119,7 +119,7 @@ def run_workers(job: Job, place: Place, logs: Path, timeout_s: float) -> Iterato
         WorkerFailed: If one fails, or nothing is heard.
 
     """
-    command = [sys.executable, "-m", "lightning_comm.cli.pilot_run", json.dumps(asdict(job))]
+    command = fresh_python("lightning_comm.cli.pilot_run", json.dumps(asdict(job)))
     heard: queue.Queue[tuple[int, str | None]] = queue.Queue()
     workers: list[_Worker] = []
     try:

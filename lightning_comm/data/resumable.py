@@ -261,10 +261,12 @@ def _check_arguments(
             "for them."
         )
     if refused := [name for name in _OWN_OPTIONS if name in options]:
+        names = " and ".join(f"`{name}`" for name in refused)
+        given = " and ".join(repr(options[name]) for name in refused)
         raise TypeError(
-            f"ResumableLoader: `{refused[0]}` cannot be given, since the loader keeps an order that it can resume; got "
-            f"{options[refused[0]]!r}. {_WAYS_OUT[refused[0]]} Lightning's `overfit_batches` replaces samplers: take "
-            "`limit_train_batches` and `shuffle=False` instead."
+            f"ResumableLoader: {names} cannot be given, since the loader keeps an order that it can resume; got "
+            f"{given}. {_WAYS_OUT[refused[0]]} Lightning's `overfit_batches` "
+            "replaces samplers: take `limit_train_batches` and `shuffle=False` instead."
         )
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(

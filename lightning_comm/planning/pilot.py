@@ -102,7 +102,12 @@ def window(trial: Trial) -> Window:
         Window(gradient=(), inside=(5, 6, 7, 9, 10, 11), syncing=(8, 12))
 
     """
-    gradient = tuple(range(trial.warmup_steps + 1, trial.gradient_steps + 1))
+    if trial.steps <= trial.warmup_steps:
+        raise ValueError(
+            f"pilot: `--steps` must be more than the {trial.warmup_steps} steps of warm-up; got {trial.steps} under "
+            f"`{trial.strategy}`. Give more, or fewer --warmup-steps."
+        )
+    gradient = tuple(range(trial.warmup_steps + 1, min(trial.gradient_steps, trial.steps) + 1))
     if trial.strategy == LIMIT:
         return Window((), tuple(range(trial.warmup_steps + 1, trial.steps + 1)), ())
     first = max(trial.warmup_steps, trial.gradient_steps)

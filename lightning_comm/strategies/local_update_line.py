@@ -34,15 +34,20 @@ def plan_of(trainer: Trainer, run: LocalUpdateRun) -> str:
         )
     traffic, exact = traffic_to_come(trainer, run)
     first, saves = traffic.gradient_steps, traffic.checkpoints
+    alone = "average" if first > 1 else "averages"
     return (
-        f"{first + traffic.steps:,} optimizer steps on {ranks} ranks: "
-        + (f"{first:,} that average gradients, as under DDP, then " if first else "")
-        + f"{'' if exact else 'at most '}{traffic.synchronisations:,} synchronisations, {traffic.evaluations:,} "
-        f"averages for validations and {'at most ' if saves else ''}{saves:,} for checkpoints in mid-round; "
-        f"{'at most ' if saves or not exact else ''}{data_size(traffic.wire_bytes)} sent by each rank{with_ema}, "
-        f"{percent(traffic.wire_bytes / traffic.ddp_bytes) if traffic.ddp_bytes else 'none'} of the "
-        f"{data_size(traffic.ddp_bytes)} under DDP."
+        f"{_count(first + traffic.steps, 'optimizer step')} on {ranks} ranks: "
+        + (f"{first:,} that {alone} gradients, as under DDP, then " if first else "")
+        + f"{'' if exact else 'at most '}{_count(traffic.synchronisations, 'synchronisation')}, "
+        f"{_count(traffic.evaluations, 'average')} for validations and {'at most ' if saves else ''}{saves:,} for "
+        f"checkpoints in mid-round; {'at most ' if saves or not exact else ''}{data_size(traffic.wire_bytes)} sent by "
+        f"each rank{with_ema}, {percent(traffic.wire_bytes / traffic.ddp_bytes) if traffic.ddp_bytes else 'none'} of "
+        f"the {data_size(traffic.ddp_bytes)} under DDP."
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def traffic_to_come(trainer: Trainer, run: LocalUpdateRun) -> tuple[LocalUpdateTraffic, bool]:
@@ -112,7 +117,7 @@ def _sync_bytes(run: LocalUpdateRun, parameters: Mapping[str, Tensor], average_b
 def _period(run: LocalUpdateRun) -> str:
     rule = run.settings.period
     if isinstance(rule, FixedPeriod):
-        return f"every {rule.steps} steps"
+        return f"every {rule.steps} steps" if rule.steps > 1 else "every step"
     least = getattr(rule, "h_base", None)
     return f"every {least} steps or more" if least is not None else f"as often as {type(rule).__name__} says"
 

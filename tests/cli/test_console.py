@@ -14,6 +14,7 @@ from support.processes import free_port
 
 import lightning_comm
 import lightning_comm_command
+from lightning_comm.cli.fit_words import problem_of
 from lightning_comm.cli.main import main
 from lightning_comm.cli.own_modules import import_problem
 
@@ -31,6 +32,7 @@ WITHOUT_TORCH = [
         ["lab", "--", "no-such-program"],
     ),
     *(["probe", "--sizes", "7parsec"], ["pilot", "--config=x", "--steps=0"], ["demo", "--devices=1"]),
+    *(["fit"], ["fit", "own.yaml"], ["pilot", "own.yaml"], ["lab", "python", "train.py"]),
 ]
 LINES = """
 import json, sys
@@ -138,24 +140,104 @@ def test_a_module_beside_the_config_is_found_last_and_hides_nothing(job):
         (
             None,
             "users_nowhere.Net",
-            ["model: ", "no module 'users_nowhere'", "current folder, {here}", "users_nowhere.py lies"],
+            [
+                "model: ",
+                "no module 'users_nowhere'",
+                "current folder, {here}",
+                "users_nowhere.py or the folder users_nowhere/ lies",
+            ],
         ),
-        (NET, "users_net.Nett", ["model: ", "'users_net.Nett'", "users_net.py has no 'Nett'", "Near it are Net"]),
-        ("import no_such_package", "users_net.Net", ["model: ", "whose module needs 'no_such_package'", "Install it"]),
+        (NET, "users_net.Nett", ["model: ", "'users_net.Nett'", "users_net.py has no 'Nett'", "Near it is Net."]),
+        (
+            "import no_such_package",
+            "users_net.Net",
+            [
+                "model: ",
+                "whose module needs 'no_such_package'",
+                "folder, {here}",
+                "not beside the config",
+                "no_such_package.py or the folder no_such_package/ lies, or install it",
+            ],
+        ),
+        (NET, "users_ent.Net", ["no module 'users_ent'", "Near it is users_net. Start the command where users_ent.py"]),
+        (NET, "users_net.part.Net", ["no module 'users_net.part'", "users_net/part.py or the folder users_net/part/"]),
+        (NET, "Net", ["`class_path` must be a module and a class in it; got 'Net'. Write users_net.Net."]),
+        (NET, "Ten", ["got 'Ten'. Write the module in front of it, as in my_module.Ten."]),
         ("def net(:", "users_net.Net", ["model: ", "SyntaxError", "users_net.py, line 1", "Mend it"]),
         ("1 / 0", "users_net.Net", ["model: ", "ZeroDivisionError: division by zero", "Mend it"]),
     ],
-    ids=["no module", "no class", "no package", "syntax", "error"],
+    ids=["no module", "no class", "no package", "near", "no part", "no dot", "nowhere", "syntax", "error"],
 )
 def test_a_class_that_cannot_be_imported_is_named_with_the_reason_and_the_way_out(text, name, must_say, job, capsys):
     job("users_net", text or NET)
     sys.path.insert(0, os.getcwd())
-    with pytest.raises(SystemExit) as caught:
-        main(["fit", "--config=own.yaml", f"--model={name}"])
-    assert caught.value.code == 2
+    for config in (["--config=own.yaml"], []):
+        with pytest.raises(SystemExit) as caught:
+            main(["fit", *config, f"--model={name}"])
+        assert caught.value.code == 2
+        said = capsys.readouterr().err
+        missing = [words for words in must_say if words.format(here=os.getcwd()) not in said]
+        assert missing == ([] if config else [words for words in must_say if "beside the config" in words])
+        assert said.count("\n") == 1  # no wall above it
+
+
+def test_all_classes_of_a_config_that_cannot_be_imported_are_named_at_once(job, capsys):
+    job("users_net")
+    sys.path.insert(0, os.getcwd())
+    wrong = {"callbacks": [{"class_path": "users_net.Call"}, {"class_path": "lightning_comm.CommProfiler"}]}
+    config = {"model": {"class_path": "users_none.Net"}, "trainer": {**wrong, "strategy": {"class_path": "users_no.S"}}}
+    Path("wrong.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=wrong.yaml"])
     said = capsys.readouterr().err
-    assert [words for words in must_say if words.format(here=os.getcwd()) not in said] == []
-    assert "Subtypes" not in said
+    assert re.findall(r"got '(.*?)'", said) == ["users_none.Net", "users_net.Call", "users_no.S"]
+    assert said.count("\n") == 3
+
+
+OTHER_WORDS = [
+    (["own.yaml"], ["got 'own.yaml'", "write --config own.yaml"]),
+    (["users_net.py"], ["got 'users_net.py'", "write --model users_net.Net"]),
+    (["--trainer.max_epochs", "-1", "last.ckpt"], ["got 'last.ckpt'", "write --ckpt_path last.ckpt"]),
+    (["--config", "own.yaml", "x"], ["got 'x'", "--config FILE", "--model MODULE.CLASS", "--help"]),
+    (["--config", "onw.yaml"], ["`--config` must be a file; got 'onw.yaml'", "none in {here}", "Near it is own.yaml"]),
+    (["-c", "sub/a.yaml"], ["got 'sub/a.yaml'", "none in {here}/sub", "Give its path"]),
+    (["--config=users_net.py"], ["must be a YAML file; got 'users_net.py'", "write --model users_net.Net"]),
+]
+
+
+@pytest.mark.parametrize(("words", "must_say"), OTHER_WORDS, ids=[" ".join(words) for words, _ in OTHER_WORDS])
+def test_a_word_that_no_option_takes_is_one_line_with_the_option_that_would(words, must_say, job, capsys):
+    job("users_net")
+    for command in ("fit", "validate", "test", "predict", "pilot"):
+        assert main([command, *words]) == 2
+        said = capsys.readouterr().err
+        must = [f"lightning-comm {command}: error: ", *must_say]
+        assert [word for word in must if word.format(here=os.getcwd()) not in said] == []
+        assert said.count("\n") == 1
+
+
+def test_a_run_without_a_model_names_a_config_and_a_model_that_are_there(job, capsys):
+    job("users_net")
+    for words in ([], ["--trainer.max_epochs", "3"]):
+        assert main(["fit", *words]) == 2
+        said = capsys.readouterr().err
+        assert "got neither. Write --config own.yaml, or --model users_net.Net.\n" in said
+    for path in Path().glob("*"):
+        path.unlink()
+    assert main(["fit"]) == 2
+    assert "Write --config my.yaml, or --model my_module.Net.\n" in capsys.readouterr().err
+
+
+def test_words_that_the_parser_takes_are_left_to_it(job):
+    job("users_net")
+    for words in (
+        ["--config", "own.yaml", "--trainer.max_epochs", "-1", "--trainer.callbacks+=A", "--ckpt_path", "a.ckpt"],
+        ["--config={model: users_net.Net}", "--print_config"],
+        ["--model", "users_net.Net", "--trainer.devices=2"],
+        ["--help"],
+        ["--print_config"],
+    ):
+        assert problem_of(words) is None, words
 
 
 def test_callbacks_data_and_strategies_that_cannot_be_imported_are_named_alike(job, capsys):

@@ -121,6 +121,13 @@ def test_a_disk_that_is_full_ends_the_hosts_and_is_named(run_lab, monkeypatch):
     [
         ([], ["command is missing", "lightning-comm lab --hosts 2 -- "]),
         (["--hosts", "2", "--"], ["command is missing"]),
+        (
+            ["--hosts", "3", "python", "my train.py", "--lr", "0.1"],
+            ["Write it behind `--`: lightning-comm lab --hosts 3 -- python 'my train.py' --lr 0.1\n"],
+        ),
+        (["python", "train.py"], ["lightning-comm lab --hosts 2 -- python train.py\n"]),
+        (["--host-s", "3"], ["unrecognized arguments: --host-s 3"]),
+        (["--hosts", "2", "python", "--", "train.py"], ["arguments: python. The command is what stands behind `--`"]),
         (["--hosts", "0", "--", "true"], ["`hosts`", "from 1 to 64", "got 0"]),
         (["--hosts", "1000", "--", "true"], ["`hosts`", "from 1 to 64", "got 1000"]),
         (["--hosts", "many", "--", "true"], ["--hosts", "'many'"]),

@@ -13,6 +13,9 @@ from support.processes import launch
 
 from lightning_comm.cli import pilot
 from lightning_comm.cli.pilot_arguments import Refused, parse
+from lightning_comm.cli.pilot_run import Job
+from lightning_comm.cli.pilot_run import run as run_trials
+from lightning_comm.cli.pilot_watch import Watch
 from lightning_comm.cli.training import CommandLine
 from lightning_comm.core.ledger import wire_bytes
 
@@ -21,6 +24,7 @@ pytestmark = pytest.mark.timeout(360)  # fresh processes, most of it imports; mo
 CONFIG = Path(__file__).parents[2] / "configs" / "qsr.yaml"
 COMMAND = Path(sys.executable).parent / "lightning-comm"
 RATE = "--model.init_args.lr=0.004"
+SHORT_SCHEDULE = "--model.init_args.warmup_steps=2"
 STEPS, WARMUP, REPEATS = 48, 5, 2  # more steps than an epoch has, and than the run
 STRATEGIES = ("ddp", "local_sgd", "post_local_sgd", "config")
 
@@ -173,15 +177,69 @@ def same_environment(monkeypatch):
 def test_what_fails_is_named_with_its_first_error_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     words = [f"--config={CONFIG}", "--trainer.callbacks=support.pilot_faults.FailsOnRank1", "--out", str(tmp_path)]
-    assert pilot.main([*words, "--strategies=local_sgd", "--steps=20", "--warmup-steps=2", "--repeats=1"]) == 1
+    assert pilot.main([*words, "--strategies=local_sgd", "--trainer.max_steps=20", SHORT_SCHEDULE, "--repeats=1"]) == 1
     said = capsys.readouterr().out
+    assert said.count("Your run has 20 steps, so trials have 20, of which 5 warm up.\n") == 1
     assert "`local_sgd` failed in repeat 1: rank 1: ArithmeticError: a callback of the user's gave up\n" in said
     assert "The others go on without it." in said
     (folder,) = tmp_path.iterdir()
     results = json.loads((folder / "pilot.json").read_text())
     assert [trial["strategy"] for trial in results["trials"]] == ["ddp", "limit"]
+    assert {len(row) for trial in results["trials"] for row in trial["step_s"]} == {20}
+    assert (results["settings"]["steps"], results["settings"]["warmup_steps"]) == (20, 5)
     assert list(results["failures"]) == ["local_sgd"]
     assert "<h2>What failed</h2>" in (folder / "pilot.html").read_text()
+
+
+def in_a_rank(rank, words, given=()):
+    """What a rank of a pilot tells, and how it ends."""
+    sys.argv[1:] = []
+    events = []
+    job = Job([f"--config={CONFIG}", *words], [(0, "ddp")], 60, 10, None, {}, given)
+    try:
+        run_trials(job, events.append)
+    except Refused as refused:
+        return events, str(refused)
+    return events, None
+
+
+def test_a_trial_that_a_callback_ends_is_refused_on_all_ranks_with_how_far_it_came():
+    words = ["--trainer.callbacks=support.pilot_faults.EndsTheRun", "--trainer.callbacks.after=23"]
+    (events, said), (_, other) = launch(in_a_rank, words, world_size=2)
+    assert [event["event"] for event in events] == ["rehearsed", "begin"]
+    assert said == other
+    must_say = ["60 steps", "after 23", "should_stop", "--trainer.max_epochs", "--steps 23 --warmup-steps 5"]
+    assert [word for word in must_say if word not in said] == []
+
+
+@pytest.mark.parametrize(("steps", "given"), [(5, []), (20, ["steps"])])
+def test_a_run_too_short_for_its_trials_is_refused_right_after_the_rehearsal(steps, given):
+    words = [f"--trainer.max_steps={steps}", SHORT_SCHEDULE]
+    (events, said), (_, other) = launch(in_a_rank, words, given, world_size=2)
+    assert said is other is None
+    assert [event["event"] for event in events] == ["refused"]
+    assert "--trainer.max_epochs" in events[0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "total", "must_say"),
+    [
+        (10, 2, 10, None),  # a round of 8 steps and one of 2, which the end of the run cuts
+        (8, 2, 8, ["first round lasts 8", "got 8", "no more", "max_epochs", "--warmup-steps 0"]),
+        (8, 0, 8, None),
+        (20, 10, 88, ["first round lasts 8", "got 20", "--steps 24 or more"]),
+        (20, 10, None, ["--steps 24 or more"]),
+    ],
+)
+def test_a_trial_must_hold_a_whole_round_or_the_one_that_ends_the_run(steps, warmup, total, must_say):
+    watch = Watch(steps, warmup, is_limit=False)
+    watch.gradient_steps = 0
+    if must_say is None:
+        watch._check_round(8, total)
+        return
+    with pytest.raises(Refused) as caught:
+        watch._check_round(8, total)
+    assert [word for word in must_say if word not in str(caught.value)] == []
 
 
 BAD_WORDS = [
@@ -256,6 +314,6 @@ def test_a_lab_that_cannot_be_is_refused_in_the_words_of_the_lab(words, must_say
 
 
 def test_plain_ddp_is_always_tried_and_names_are_those_without_a_start_method():
-    options, words = parse(["--config", "a.yaml", "-c", "b.yaml", "--strategies", "QSR_fork, qsr,config", "--x", "1"])
+    options, words = parse(["--config", "a", "-c", "b", "--strategies", "QSR_fork, qsr,config", "--x", "1"])
     assert options.strategies == ("ddp", "qsr", "config")
-    assert words == ["--config=a.yaml", "--config=b.yaml", "--x", "1"]
+    assert words == ["--config=a", "--config=b", "--x", "1"]

@@ -8,7 +8,9 @@ import time
 import pytest
 
 from lightning_comm.cli import pilot
-from lightning_comm.cli.pilot_results import Results
+from lightning_comm.cli.fresh_python import fresh_python
+from lightning_comm.cli.pilot_arguments import Refused
+from lightning_comm.cli.pilot_results import Progress, Results
 from lightning_comm.cli.pilot_run import Job
 from lightning_comm.cli.pilot_workers import WorkerFailed, run_workers
 
@@ -78,6 +80,7 @@ def results(tmp_path):
     return Results(tmp_path, {"settings": {"strategies": ["ddp", "qsr"]}})
 
 
+BEGINS = "say(event='rehearsed')\nsay(event='begin', repeat=0, strategy='ddp')\n"
 TRIAL = """say(event='rehearsed')
 say(event='begin', repeat=0, strategy='ddp')
 say(event='trial', repeat=0, strategy='ddp', warmup_steps=1, gradient_steps=3, sync_steps=[], step_s=[[1, 1, 1]])
@@ -102,6 +105,56 @@ def test_a_strategy_that_fails_is_named_and_the_others_go_on_in_new_processes(tm
     assert [trial["strategy"] for trial in found.data["trials"]] == ["ddp"]
     assert '"trials": [[0, "limit"]]' in place.asked[1]
     assert "`qsr` failed in repeat 1: rank 0: MemoryError\nThe others go on without it." in capsys.readouterr().out
+
+
+def test_a_baseline_that_fails_ends_the_pilot_at_once_with_its_error(tmp_path):
+    """The place starts its ranks once: nothing else is tried without what everything is compared with."""
+    found = results(tmp_path)
+    place = Scripts(BEGINS + "say(event='failed', error='MemoryError')\nsys.exit(1)")
+    with pytest.raises(WorkerFailed) as caught:
+        pilot._measure(Job([], [(0, "ddp"), (0, "qsr"), (0, "limit")], 3, 1, None, {}), found, place, 30.0)
+    said = str(caught.value)
+    must_say = ["`ddp` failed in repeat 1: rank 0: MemoryError\n", "no answer without it", str(tmp_path / "pilot.json")]
+    assert [word for word in must_say if word not in said] == []
+    assert len(place.processes) == 1
+    assert found.data["failures"] == {"ddp": {"repeat": 0, "error": "rank 0: MemoryError"}}
+
+
+def test_a_run_too_short_for_what_was_asked_is_refused_and_no_rank_is_left(tmp_path):
+    place = Scripts("say(event='refused', error='`--steps` must be less')\n" + SLEEPS)
+    with pytest.raises(Refused, match="`--steps` must be less"):
+        pilot._measure(Job([], [(0, "ddp")], 3, 1, None, {}), results(tmp_path), place, 30.0)
+    assert [process.poll() for process in place.processes] == [-9]
+
+
+def test_trials_that_are_shortened_are_said_once_and_kept(tmp_path, capsys):
+    found = results(tmp_path)
+    found.data["settings"].update(steps=60, warmup_steps=10)
+    hear = pilot._listener(found, Progress(1, 1), [], {})
+    for _ in range(2):  # as where ranks are started again
+        hear({"event": "rehearsed", "total_steps": 16, "steps": 16, "warmup_steps": 4})
+    assert capsys.readouterr().out == "Your run has 16 steps, so trials have 16, of which 4 warm up.\n"
+    assert (found.data["settings"]["steps"], found.data["settings"]["warmup_steps"]) == (16, 4)
+
+
+def test_a_rank_is_not_disturbed_by_a_file_named_like_a_module_of_pythons_and_finds_the_users_modules(
+    tmp_path, monkeypatch
+):
+    """A package that loads no torch stands for ours, which is taken from where it was taken here."""
+    package = tmp_path / "elsewhere" / "own_tool"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "rank.py").write_text("import shlex, sys\ndef start():\n    import users_own\n    print(sys.argv)")
+    monkeypatch.syspath_prepend(package.parent)
+    (tmp_path / "shlex.py").write_text("raise ImportError('hidden')")
+    (tmp_path / "users_own.py").write_text("print('found')")
+
+    def start(**more):
+        command, environment = fresh_python("own_tool.rank", "word"), {**os.environ, **more}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    assert (start().stdout, start().stderr) == ("found\n['lightning-comm', 'word']\n", "")
+    assert ("No module named 'users_own'" in start(PYTHONSAFEPATH="1").stderr) == (sys.version_info >= (3, 11))
 
 
 def test_a_config_that_does_not_train_at_all_ends_the_pilot_with_its_error(tmp_path):

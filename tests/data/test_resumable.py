@@ -144,6 +144,11 @@ def test_a_plan_that_changed_in_mid_epoch_is_refused_and_at_the_end_of_an_epoch_
         ({"batch_size": None, "sampler": [[3]]}, TypeError, ["sampler", "got [[3]]", "yields single samples"]),
         ({"batch_size": None}, ValueError, ["batch_size", "got None"]),
         ({"generator": None}, TypeError, ["generator", "seed"]),
+        (
+            {"generator": 7, "sampler": [3], "batch_sampler": [[3]]},
+            TypeError,
+            ["`sampler` and `batch_sampler` and `generator` cannot be", "got [3] and [[3]] and 7.", "shuffle", "seed"],
+        ),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value_and_a_way_out(kwargs, error, must_say):

@@ -53,6 +53,14 @@ def test_too_few_steps_for_a_round_are_refused():
     ] == []
 
 
+@pytest.mark.parametrize("name", ["ddp", "local_sgd", LIMIT])
+def test_a_trial_that_ended_in_its_warm_up_is_refused_and_one_that_ended_early_is_counted_to_its_end(name):
+    with pytest.raises(ValueError, match="must be more than the 10 steps of warm-up; got 10 under"):
+        window(Trial(name, 0, 10, 60, (), ((0.1,) * 10,)))
+    short = window(Trial("ddp", 0, 10, 60, (), ((0.1,) * 16,)))
+    assert short.gradient == tuple(range(11, 17))
+
+
 def test_the_limit_has_no_rounds():
     assert window(trial(LIMIT, step_s=0.1, period=0)).inside == tuple(range(5, 21))
 

@@ -141,15 +141,24 @@ def rates_unknown(rank, world_size):
         module = Scheduled(make)
         trainer(strategy, world_size, **limits).fit(module, loader(STEPS, rank))
         done.append(len(strategy.history))
+    trainer(local_update(FixedPeriod(1)), world_size, max_epochs=-1, max_steps=1).fit(Regression(), loader(STEPS, rank))
     return said, done
 
 
 def test_where_rates_or_length_are_not_known_the_line_says_what_is():
     (said, done), _ = launch(rates_unknown, 2, world_size=2)
-    by_plateau, endless = (line for line in said if line.startswith("LocalUpdateStrategy: ") and "agreed" not in line)
+    by_plateau, endless, single = (
+        line for line in said if line.startswith("LocalUpdateStrategy: ") and "agreed" not in line
+    )
     assert "20 optimizer steps on 2 ranks: at most 5 synchronisations" in by_plateau
     assert done[0] <= 5
     assert "the length of the run is not known before. A synchronisation, every 4 steps or more, sends" in endless
+    assert "LocalUpdateStrategy: 1 optimizer step on 2 ranks: 1 synchronisation, 0 averages for validations" in single
+
+
+def test_what_there_is_one_of_is_in_the_singular():
+    said = [local_update_line._count(number, "average") for number in (0, 1, 2, 1000)]
+    assert said == ["0 averages", "1 average", "2 averages", "1,000 averages"]
 
 
 def compressed(rank, world_size):

@@ -1,4 +1,4 @@
-"""Callbacks that a config can name, to let a pilot's trials fail."""
+"""Callbacks that a config can name, to let a pilot's trials fail or end early."""
 
 from lightning.pytorch import Callback
 
@@ -13,3 +13,13 @@ class FailsOnRank1(Callback):
         chosen = isinstance(strategy, LocalUpdateStrategy) and strategy.settings.period == FixedPeriod(8)
         if chosen and batch_idx == 3 and trainer.global_rank == 1:
             raise ArithmeticError("a callback of the user's gave up")
+
+
+class EndsTheRun(Callback):
+    """As a user's own early stopping: ends the run after some optimizer steps."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.should_stop or trainer.global_step >= self.after
