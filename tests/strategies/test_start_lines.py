@@ -112,10 +112,9 @@ def run(rank, world_size, folder, names):
         local_update_line.traffic_to_come = note
         runner.fit(module, loader(STEPS, rank), loader(1, rank))
         local_update_line.traffic_to_come = told
-        (traffic, exact), *more = promised
-        assert more == []
+        (foreseen,) = promised
         sent = sum(strategy.ledger.wire_bytes(purpose) for purpose in COUNTED)
-        answers[name] = traffic, exact, len(strategy.history), sent
+        answers[name] = foreseen.traffic, foreseen.exact, len(strategy.history), sent
     return answers, said
 
 
