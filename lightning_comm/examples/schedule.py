@@ -110,11 +110,12 @@ class LrSchedule:
 
         It holds numbers alone, so that who looks ahead may call it: it has no effects and answers the same later.
         """
-        rate, peak = partial(_rate, total_steps=total_steps, **asdict(self)), self.lr
+        rate: Callable[[int], float] = partial(_rate, total_steps=total_steps, **asdict(self))
+        peak = self.lr
         return lambda step: rate(step) / peak
 
 
-def _rate(  # noqa: PLR0913  (those of the schedule)
+def _rate(
     step: int,
     *,
     total_steps: float,

@@ -104,7 +104,7 @@ def _check_held(where: str, value: object, optimizers: Mapping[int, object]) -> 
         _check_asked(value, optimizers)
     elif isinstance(value, (types.FunctionType, functools.partial)):
         if why := why_not_pure(value):
-            raise ScheduleUnknown(f"{where} calls a function that cannot be asked ahead: {why}")
+            raise ScheduleUnknown(f"{where}'s {why}")
     elif type(value) in (list, tuple, dict, Counter):
         for each in (*value.keys(), *value.values()) if isinstance(value, dict) else value:  # type: ignore[attr-defined]
             _check_held(where, each, optimizers)

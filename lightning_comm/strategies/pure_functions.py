@@ -59,11 +59,11 @@ def _problems(function: object, seen: set[int]) -> Iterator[str]:
     if type(function) is functools.partial:
         yield from _problems(function.func, seen)
         held: dict[Any, object] = {**dict(enumerate(function.args)), **function.keywords}
-        yield from _held("a partial", "holds", held, seen)
+        yield from _held("partial", "holds", held, seen)
     elif type(function) is types.FunctionType:
         yield from _problems_of_plain(function, seen)
     else:
-        yield f"a {type(function).__name__} is called, which is no plain function"
+        yield f"{type(function).__name__} is no plain function"
 
 
 def _problems_of_plain(function: types.FunctionType, seen: set[int]) -> Iterator[str]:
@@ -80,13 +80,14 @@ def _problems_of_plain(function: types.FunctionType, seen: set[int]) -> Iterator
             names[key] = cell.cell_contents
         except ValueError:
             yield f"{name} reads `{key}`, which has no value yet"
-    yield from _held(name, "reads", {key: each for key, each in names.items() if not _is_module(each)}, seen)
+    yield from _held(name, "reads", names, seen)
     yield from _problems_of_code(function.__code__, function.__globals__, names, seen)
 
 
 def _held(where: str, does: str, values: Mapping[Any, object], seen: set[int]) -> Iterator[str]:
     for key, value in values.items():
-        if not _is_constant(value) and any(True for _ in _problems(value, seen)):
+        known = _is_constant(value) or _is_module(value) or any(value is allowed for allowed in _BUILTINS)
+        if not known and any(True for _ in _problems(value, seen)):
             yield f"{where} {does} `{key}`, a {type(value).__name__}"
 
 
@@ -113,8 +114,7 @@ def _problems_of_code(
                 yield f"{code.co_name} looks up the attribute `{each.argval}`"
         elif each.opname == "LOAD_GLOBAL":
             top = names.get(each.argval, getattr(builtins, each.argval, None))
-            if not _is_module(top) and not any(top is allowed for allowed in _BUILTINS):
-                yield from _held(code.co_name, "reads", {each.argval: top}, seen)
+            yield from _held(code.co_name, "reads", {each.argval: top}, seen)
         elif each.opname == "LOAD_DEREF":
             top = closure.get(each.argval)  # what it holds has been looked at
         elif each.opname == "STORE_DEREF" and each.argval in code.co_freevars:
