@@ -24,6 +24,7 @@ from lightning_comm.core.local_update import FixedPeriod, PeriodRule, PowerPerio
 from lightning_comm.lightning_internals import logged_metrics
 from lightning_comm.refusals import refuse
 from lightning_comm.strategies.model_checks import has_no_optimizer, lazy_problems, no_optimizer, trained_problems
+from lightning_comm.strategies.pure_functions import what_it_changes
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.flat import distinct
@@ -319,12 +320,22 @@ def peak_lr(optimizer: Optimizer, configs: list[LRSchedulerConfig], trainer: Tra
     Schedulers of torch leave the rate before any scaling in ``initial_lr``, and OneCycleLR its peak in ``max_lr``. A
     LambdaLR may never reach ``initial_lr``, or go beyond it, so its factors are asked for. A learning-rate finder
     changes ``lr`` and leaves the others as they were.
+
+    Raises:
+        ValueError: If asking a LambdaLR is seen to change what it answers later, or anything else.
+
     """
     for config in configs:
         scheduler = config.scheduler
         if type(scheduler) is LambdaLR and scheduler.optimizer is optimizer and total is not None:
             count = total if config.interval == "step" else max(1, trainer.max_epochs or 1)
             bases, factors = scheduler.base_lrs, scheduler.lr_lambdas
+            for changed in filter(None, map(what_it_changes, factors)):
+                raise ValueError(
+                    f"QuadraticPeriod: `alpha='auto'` asks a LambdaLR for all its rates before training, and "
+                    f"{changed}, so training would get other ones. Give `alpha` as a number, or a function that depends on its "
+                    "argument alone."
+                )
             steps = range(0, count + 1, max(1, count // 2000))
             rates = [base * max(map(factor, steps)) for base, factor in zip(bases, factors, strict=True)]
             return float(max(rates))

@@ -52,6 +52,45 @@ def why_not_pure(function: object) -> str | None:
     return next(_problems(function, set()), None)
 
 
+_CHANGES = ("STORE_GLOBAL", "STORE_ATTR", "STORE_SUBSCR", "DELETE_")
+_CHANGING = frozenset(("append", "add", "extend", "insert", "pop", "popleft", "remove", "send", "setdefault", "update"))
+
+
+def what_it_changes(function: object) -> str | None:
+    """Return what a call of a function is seen to change or to use up, or ``None``.
+
+    The other way round than :func:`why_not_pure`: ``None`` does not say that there is nothing.
+
+    Example:
+        >>> table, factors = [1.0, 0.1], iter([1.0, 0.1])
+        >>> what_it_changes(lambda step: table[step]), what_it_changes(lambda step: next(factors))
+        (None, '<lambda> uses up `factors`, a list_iterator')
+
+    """
+    if isinstance(function, functools.partial):
+        held = (*function.args, *function.keywords.values())
+        used_up = [f"partial uses up a {type(each).__name__}" for each in held if isinstance(each, Iterator)]
+        return used_up[0] if used_up else what_it_changes(function.func)
+    plain = getattr(function, "__func__", function)
+    if not isinstance(plain, types.FunctionType):
+        plain = vars(type(function)).get("__call__")
+    return next(_changes(plain), None) if isinstance(plain, types.FunctionType) else None
+
+
+def _changes(function: types.FunctionType) -> Iterator[str]:
+    code, name = function.__code__, function.__name__
+    outer = inspect.getclosurevars(function)
+    for key, value in {**outer.globals, **outer.nonlocals}.items():
+        if isinstance(value, Iterator):
+            yield f"{name} uses up `{key}`, a {type(value).__name__}"
+    for each in _instructions(code):
+        of_outer = each.opname == "STORE_DEREF" and each.argval in code.co_freevars
+        if of_outer or each.opname.startswith(_CHANGES):
+            yield f"{name} changes {f'`{each.argval}`' if isinstance(each.argval, str) else 'an entry'}"
+        if each.opname in ("LOAD_ATTR", "LOAD_METHOD") and each.argval in _CHANGING:
+            yield f"{name} calls `{each.argval}`"
+
+
 def _problems(function: object, seen: set[int]) -> Iterator[str]:
     if id(function) in seen:
         return

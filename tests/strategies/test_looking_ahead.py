@@ -96,6 +96,23 @@ def test_schedulers_with_state_or_effects_are_not_asked_before_the_run_asks_them
     assert "only OwnScheduler itself knows" in lines[1]
 
 
+def by_alpha_auto(rank, world_size):
+    module = ByIterator()
+    try:
+        trainer(local_update(QuadraticPeriod(h_base=2)), world_size).fit(module, loader(STEPS, rank))
+    except ValueError as error:
+        return str(error), module.asked
+    return None
+
+
+def test_a_coefficient_that_would_use_up_the_schedule_is_refused_and_the_schedule_left_as_it_was():
+    for said, asked in launch(by_alpha_auto, 2, world_size=2):
+        assert "`alpha='auto'` asks a LambdaLR" in said
+        assert "factor uses up `factors`, a generator" in said
+        assert "Give `alpha` as a number" in said
+        assert asked == [0]
+
+
 class Stops(Callback):
     def on_train_batch_end(self, runner, *_):
         runner.should_stop = runner.global_step >= 1

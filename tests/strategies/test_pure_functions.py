@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_comm.strategies.pure_functions import why_not_pure
+from lightning_comm.strategies.pure_functions import what_it_changes, why_not_pure
 
 TOTAL, TABLE, ITERATOR = 10, [1.0, 0.1], iter([1.0, 0.1])
 CALLS = 0
@@ -59,6 +59,7 @@ COUNTS, DROPS = closures()
 
 class Stateful:
     def __call__(self, step):
+        self.calls = step
         return 1.0
 
     def method(self, step):
@@ -104,3 +105,25 @@ def test_a_function_of_numbers_is_pure(name):
 def test_a_function_with_effects_or_state_is_not_pure_and_the_reason_names_them(name):
     function, reason = NOT_PURE[name]
     assert reason in why_not_pure(function)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("an iterator", "uses up `ITERATOR`"),
+        ("a counter in a closure", "changes `calls`"),
+        ("a counter in a global", "changes `CALLS`"),
+        ("a default that grows", "calls `append`"),
+        ("a callable object", "changes `calls`"),
+        ("a list", None),
+        ("a method", None),
+    ],
+)
+def test_what_a_call_changes_is_named_where_it_is_seen(name, reason):
+    found = what_it_changes(NOT_PURE[name][0])
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_a_function_of_numbers_changes_nothing(name):
+    assert what_it_changes(PURE[name]) is None
