@@ -333,8 +333,8 @@ def peak_lr(optimizer: Optimizer, configs: list[LRSchedulerConfig], trainer: Tra
             for changed in filter(None, map(what_it_changes, factors)):
                 raise ValueError(
                     f"QuadraticPeriod: `alpha='auto'` asks a LambdaLR for all its rates before training, and "
-                    f"{changed}, so training would get other ones. Give `alpha` as a number, or a function that depends on its "
-                    "argument alone."
+                    f"{changed}, so training would get other ones. Give `alpha` as a number, or a function that "
+                    "depends on its argument alone."
                 )
             steps = range(0, count + 1, max(1, count // 2000))
             rates = [base * max(map(factor, steps)) for base, factor in zip(bases, factors, strict=True)]
