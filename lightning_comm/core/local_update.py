@@ -4,7 +4,7 @@ Standard library only, and no messages: what trains, what simulates and what adv
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,6 +25,7 @@ __all__ = [
     "PowerPeriod",
     "QuadraticPeriod",
     "RoundClock",
+    "ends_of_equal_rounds",
     "ends_to_come",
 ]
 
@@ -199,3 +200,40 @@ def ends_to_come(clock: RoundClock, rates: Sequence[float]) -> tuple[int, ...]:
         clock.steps_done = min(clock.round_ends_at, total)
         ends.append(clock.steps_done)
     return tuple(ends)
+
+
+@dataclass(frozen=True)
+class _EqualRounds(Collection[int]):
+    """Steps after which rounds of one length end; the last one is cut to end with the run."""
+
+    whole: range
+    last: int
+
+    def __len__(self) -> int:
+        return len(self.whole) + (self.last not in self.whole)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.whole
+        if self.last not in self.whole:
+            yield self.last
+
+    def __contains__(self, step: object) -> bool:
+        return step == self.last or step in self.whole
+
+
+def ends_of_equal_rounds(clock: RoundClock, length: int, steps: int) -> Collection[int]:
+    """Return what :func:`ends_to_come` does where rounds are of one length; by arithmetic, however long the run.
+
+    Args:
+        clock: Of the run; a round that has begun ends where it says.
+        length: Of the other rounds, in steps.
+        steps: Optimizer steps to come.
+
+    Example:
+        >>> tuple(ends_of_equal_rounds(RoundClock(FixedPeriod(4)), 4, steps=10))
+        (4, 8, 10)
+
+    """
+    last = clock.steps_done + steps
+    first = clock.round_ends_at if clock.in_round else clock.steps_done + length
+    return _EqualRounds(range(first, last + 1, length), last) if steps else ()

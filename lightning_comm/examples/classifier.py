@@ -95,6 +95,10 @@ class TimmClassifier(LightningModule):
         self._total_steps = self.trainer.estimated_stepping_batches
         if not getattr(self.trainer, "fast_dev_run", False):  # a trial of a few batches may well end in the warm-up
             self.lr_schedule.check_run_length(self._total_steps)
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if isinstance(scheduler, LambdaLR) and scheduler.lr_lambdas == [self._share_of_peak]:
+                scheduler.lr_lambdas = [self.lr_schedule.share_of_peak(self._total_steps)]
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -129,8 +133,12 @@ class TimmClassifier(LightningModule):
             optimizer = torch.optim.SGD(
                 self.parameters(), lr=peak, momentum=self.hparams["momentum"], weight_decay=weight_decay
             )
-        scheduler = LambdaLR(optimizer, lambda step: self.lr_schedule.rate(step, total_steps=self._total_steps) / peak)
+        scheduler = LambdaLR(optimizer, self._share_of_peak)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _share_of_peak(self, step: int) -> float:
+        """Return the rate as long as the length of the run is not known."""
+        return self.lr_schedule.rate(step, total_steps=self._total_steps) / self.lr_schedule.lr
 
     def _evaluate(self, part: str, accuracy: MulticlassAccuracy, batch: Batch) -> None:
         images, labels = batch

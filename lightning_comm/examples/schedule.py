@@ -1,7 +1,9 @@
 """The learning rate of each optimizer step, as a plain function of numbers."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal, get_args
 
 ScheduleName = Literal["cosine", "step", "constant"]
@@ -101,11 +103,34 @@ class LrSchedule:
             total_steps: Optimizer steps of the whole run. Only a cosine that is past its warm-up looks at it.
 
         """
-        if step < self.warmup_steps:
-            return self.final_lr + step * (self.lr - self.final_lr) / self.warmup_steps
-        if self.schedule == "step":
-            return self.lr * self.decay_factor ** sum(step >= decay for decay in self.decay_at_steps)
-        if self.schedule == "constant" or step == self.warmup_steps:
-            return self.lr
-        done = min(1.0, (step - self.warmup_steps) / (total_steps - self.warmup_steps))
-        return self.final_lr + (self.lr - self.final_lr) * (1 + math.cos(math.pi * done)) / 2
+        return _rate(step, total_steps=total_steps, **asdict(self))
+
+    def share_of_peak(self, total_steps: float) -> Callable[[int], float]:
+        """Return a function that maps a step to its rate divided by the peak, in a run of known length.
+
+        It holds numbers alone, so that who looks ahead may call it: it has no effects and answers the same later.
+        """
+        rate: Callable[[int], float] = partial(_rate, total_steps=total_steps, **asdict(self))
+        peak = self.lr
+        return lambda step: rate(step) / peak
+
+
+def _rate(
+    step: int,
+    *,
+    total_steps: float,
+    lr: float,
+    schedule: str,
+    warmup_steps: int,
+    final_lr: float,
+    decay_at_steps: tuple[int, ...],
+    decay_factor: float,
+) -> float:
+    if step < warmup_steps:
+        return final_lr + step * (lr - final_lr) / warmup_steps
+    if schedule == "step":
+        return lr * decay_factor ** sum(step >= decay for decay in decay_at_steps)
+    if schedule == "constant" or step == warmup_steps:
+        return lr
+    done = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+    return final_lr + (lr - final_lr) * (1 + math.cos(math.pi * done)) / 2

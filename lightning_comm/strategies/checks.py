@@ -20,10 +20,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticPeriod, RoundClock
+from lightning_comm.core.local_update import FixedPeriod, PeriodRule, PowerPeriod, QuadraticPeriod, RoundClock
 from lightning_comm.lightning_internals import logged_metrics
 from lightning_comm.refusals import refuse
 from lightning_comm.strategies.model_checks import has_no_optimizer, lazy_problems, no_optimizer, trained_problems
+from lightning_comm.strategies.pure_functions import what_it_changes
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.flat import distinct
@@ -260,7 +261,7 @@ def gradient_steps(settings: Settings, total: int | None, *, automatic: bool = T
 def warn_at_start(trainer: Trainer, settings: Settings, total: int | None, world_size: int) -> None:
     """Say what will run, but probably not as meant."""
     rule = settings.period
-    grows = not isinstance(rule, FixedPeriod) and getattr(rule, "alpha", None) != 0
+    grows = type(rule) in (PowerPeriod, QuadraticPeriod) and getattr(rule, "alpha", None) != 0
     if world_size == 1:
         rank_zero_warn(
             f"{_WHERE}: one process only, so there is nothing to synchronise; training goes on as without the "
@@ -283,12 +284,21 @@ def warn_at_start(trainer: Trainer, settings: Settings, total: int | None, world
                 f"{_WHERE}: {type(optimizer).__name__} keeps a second copy of the weights in its state, which stays "
                 "local while the weights are averaged. Set `optimizer_state='average'`."
             )
-    floor = getattr(rule, "h_base", getattr(rule, "steps", None))
-    if total is not None and isinstance(floor, int) and floor > total:
+    floor = shortest_period(rule)
+    if total is not None and floor is not None and floor > total:
         rank_zero_warn(
             f"{_WHERE}: the shortest period, {floor} steps, is longer than the run of {total}, so ranks are averaged "
             "once, at the end. Give a smaller `h_base` (or `steps`), unless this is a trial run."
         )
+
+
+def shortest_period(rule: PeriodRule) -> int | None:
+    """Return the shortest round of a rule of ours; ``None`` for one of the user's own, also if it derives from ours."""
+    if type(rule) is FixedPeriod:
+        return rule.steps
+    if isinstance(rule, (PowerPeriod, QuadraticPeriod)) and type(rule) in (PowerPeriod, QuadraticPeriod):
+        return rule.h_base
+    return None
 
 
 def warn_of_uncounted_steps(steps_done: int) -> None:
@@ -343,12 +353,22 @@ def peak_lr(optimizer: Optimizer, configs: list[LRSchedulerConfig], trainer: Tra
     Schedulers of torch leave the rate before any scaling in ``initial_lr``, and OneCycleLR its peak in ``max_lr``. A
     LambdaLR may never reach ``initial_lr``, or go beyond it, so its factors are asked for. A learning-rate finder
     changes ``lr`` and leaves the others as they were.
+
+    Raises:
+        ValueError: If asking a LambdaLR is seen to change what it answers later, or anything else.
+
     """
     for config in configs:
         scheduler = config.scheduler
         if type(scheduler) is LambdaLR and scheduler.optimizer is optimizer and total is not None:
             count = total if config.interval == "step" else max(1, trainer.max_epochs or 1)
             bases, factors = scheduler.base_lrs, scheduler.lr_lambdas
+            for changed in filter(None, map(what_it_changes, factors)):
+                raise ValueError(
+                    f"QuadraticPeriod: `alpha='auto'` asks a LambdaLR for all its rates before training, and "
+                    f"{changed}, so training would get other ones. Give `alpha` as a number, or a function that "
+                    "depends on its argument alone."
+                )
             steps = range(0, count + 1, max(1, count // 2000))
             rates = [base * max(map(factor, steps)) for base, factor in zip(bases, factors, strict=True)]
             return float(max(rates))

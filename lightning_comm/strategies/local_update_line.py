@@ -1,85 +1,181 @@
-"""One line at the start of a run of local updates: how often ranks will synchronise, and what that sends."""
+"""One line at the start of a run of local updates: how often ranks will synchronise, and what that sends.
+
+First what is foreseen, then a short clause of what it rests on and of what is not foreseen.
+"""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, Timer
 from torch import Tensor
 
 from lightning_comm.core.ledger import wire_bytes
-from lightning_comm.core.local_update import FixedPeriod, ends_to_come
+from lightning_comm.core.local_update import FixedPeriod, ends_of_equal_rounds, ends_to_come
 from lightning_comm.core.local_update_traffic import LocalUpdateTraffic
-from lightning_comm.lightning_internals import SavePlan, save_plan
 from lightning_comm.planning.report import data_size, percent
+from lightning_comm.strategies.checks import shortest_period
 from lightning_comm.strategies.compression_line import all_reduced_bytes, compressed_bytes
+from lightning_comm.strategies.local_update_calendar import TooLong, averages_in_mid_round, not_foreseen
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
 from lightning_comm.strategies.planned_rates import ScheduleUnknown, planned_rates
-from lightning_comm.strategies.run_length import Batch, batches_to_come
+from lightning_comm.strategies.run_length import may_differ
+from lightning_comm.transport.compression.sparse_mask import SparseMask
 
-_MOST_STEPS = 2_000_000  # to look ahead; of longer runs the line says what one synchronisation costs
+
+class _Rounds(NamedTuple):
+    """Where rounds will end, and why that is not sure, if it is not; then it is as often as can be."""
+
+    ends: Collection[int]
+    unsure: str | None
+
+
+class Foresight(NamedTuple):
+    """What is going to be sent, and how sure that is; where it is not, it is as much as can be.
+
+    Args:
+        traffic: Averages and bytes.
+        sure_of_steps: Whether the run takes as many steps, unless it is stopped.
+        unsure: Why it is not sure where rounds end, or ``None``.
+
+    """
+
+    traffic: LocalUpdateTraffic
+    sure_of_steps: bool
+    unsure: str | None
+
+    @property
+    def exact(self) -> bool:
+        """Whether rounds end as it says."""
+        return self.sure_of_steps and self.unsure is None
 
 
 def plan_of(trainer: Trainer, run: LocalUpdateRun) -> str:
-    """Return the line of a run of local updates; when training starts."""
-    ranks, averages = run.recorder.world_size, run.replica.averaged()
-    with_ema = ", moving averages of the weights included" if "weight_averages" in averages else ""
-    costs = _costs(run)
-    if not _is_foreseen(run):
-        return (
-            f"the length of the run is not known before. A synchronisation, {_period(run)}, sends "
-            f"{data_size(costs.sync_bytes)} from each of {ranks} ranks{with_ema}, and an average for a validation or a "
-            f"checkpoint in mid-round {data_size(costs.average_bytes)}; DDP sends {data_size(costs.gradient_bytes)} a "
-            "step."
-        )
-    traffic, exact = traffic_to_come(trainer, run)
-    first, saves = traffic.gradient_steps, traffic.checkpoints
-    alone = "average" if first > 1 else "averages"
+    """Return the line of a run of local updates; when training starts.
+
+    A run never fails by it: where a callback or a rule of the user's own raises what nobody expects, it says so.
+    """
+    try:
+        return _line(trainer, run)
+    except Exception as error:
+        return f"what the run will send cannot be foreseen ({type(error).__name__}: {error})."
+
+
+def _line(trainer: Trainer, run: LocalUpdateRun) -> str:
+    if run.clock.total_steps is None:
+        return _line_of_one_average(trainer, run, "the length of the run is not known before")
+    try:
+        foreseen = traffic_to_come(trainer, run)
+    except TooLong:
+        left = run.clock.total_steps - run.clock.steps_done
+        return _line_of_one_average(trainer, run, f"the run of {left:,} steps is too long to look ahead")
+    traffic, sure, _ = foreseen
+    first, saves, at_most = traffic.gradient_steps, traffic.checkpoints, "" if foreseen.exact else "at most "
+    bytes_at_most = "at most " if saves or not foreseen.exact or _may_send_less(run) else ""
     return (
-        f"{_count(first + traffic.steps, 'optimizer step')} on {ranks} ranks: "
-        + (f"{first:,} that {alone} gradients, as under DDP, then " if first else "")
-        + f"{'' if exact else 'at most '}{_count(traffic.synchronisations, 'synchronisation')}, "
-        f"{_count(traffic.evaluations, 'average')} for validations and {'at most ' if saves else ''}{saves:,} for "
-        f"checkpoints in mid-round; {'at most ' if saves or not exact else ''}{data_size(traffic.wire_bytes)} sent by "
-        f"each rank{with_ema}, {percent(traffic.wire_bytes / traffic.ddp_bytes) if traffic.ddp_bytes else 'none'} of "
-        f"the {data_size(traffic.ddp_bytes)} under DDP."
+        f"{'' if sure else 'at most '}{_number(first + traffic.steps, 'optimizer step')} on "
+        f"{run.recorder.world_size} ranks: "
+        + (f"{first:,} that average gradients, as under DDP, then " if first else "")
+        + f"{at_most}{_number(traffic.synchronisations, 'synchronisation')}, "
+        f"{at_most if traffic.evaluations else ''}{_number(traffic.evaluations, 'average')} for validations and "
+        f"{'at most ' if saves else ''}{saves:,} for checkpoints in mid-round; "
+        f"{bytes_at_most}{data_size(traffic.wire_bytes)} sent by each rank{_with_averages(run)}, "
+        f"{_against_ddp(traffic, sure=sure)}{_clause(_conditions(run, foreseen), *_reservations(trainer, run))}."
     )
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def _line_of_one_average(trainer: Trainer, run: LocalUpdateRun, why: str) -> str:
+    costs = _costs(run)
+    return (
+        f"{why}. A synchronisation, {_period(run)}, sends {data_size(costs.sync_bytes)} from each of "
+        f"{run.recorder.world_size} ranks{_with_averages(run)}, and an average for a validation or a checkpoint in "
+        f"mid-round {data_size(costs.average_bytes)}; DDP sends {data_size(costs.gradient_bytes)} a step"
+        f"{_clause(*_reservations(trainer, run))}."
+    )
 
 
-def traffic_to_come(trainer: Trainer, run: LocalUpdateRun) -> tuple[LocalUpdateTraffic, bool]:
-    """Return what is going to be sent, and whether rounds end as it says; otherwise they end no sooner.
+def traffic_to_come(trainer: Trainer, run: LocalUpdateRun) -> Foresight:
+    """Return what is going to be sent, as far as that is known before.
 
     How often ranks synchronise follows from the period rule and from the learning rates to come, which copies of the
     schedulers tell. Of checkpoints there may be fewer, where they are chosen by a metric. Not counted: what ranks tell
-    each other about the rounds, buffers of whole numbers, and optimizer state, where that is averaged.
+    each other about the rounds and masks, buffers of whole numbers, and optimizer state, where that is averaged.
 
     Args:
         trainer: When training starts; the length of its run must be known.
         run: Its rounds.
 
+    Raises:
+        TooLong: If the run has too many validations and checkpoints to look at each.
+
     """
     total, done = run.clock.total_steps, run.clock.steps_done
     assert total is not None
     gradient_steps = min(total - done, max(0, run.gradient_steps - done))
-    ends, exact = _round_ends(trainer, run, total - done - gradient_steps, gradient_steps)
-    evaluations, checkpoints = _in_mid_round(trainer, run, total - done, done + gradient_steps, ends)
+    rounds, sure = _rounds(trainer, run, total - done - gradient_steps, gradient_steps), not may_differ(trainer)
+    ends = rounds.ends if sure and rounds.unsure is None else None
+    evaluations, checkpoints = averages_in_mid_round(trainer, run, total - done, done + gradient_steps, ends, sure=sure)
     traffic = replace(
         _costs(run),
         gradient_steps=gradient_steps,
         steps=total - done - gradient_steps,
-        synchronisations=len(ends),
+        synchronisations=len(rounds.ends),
         evaluations=evaluations,
         checkpoints=checkpoints,
     )
-    return traffic, exact
+    return Foresight(traffic, sure, rounds.unsure)
 
 
-def _is_foreseen(run: LocalUpdateRun) -> bool:
-    return run.clock.total_steps is not None and run.clock.total_steps - run.clock.steps_done <= _MOST_STEPS
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _with_averages(run: LocalUpdateRun) -> str:
+    return ", moving averages of the weights included" if "weight_averages" in run.replica.averaged() else ""
+
+
+def _against_ddp(traffic: LocalUpdateTraffic, *, sure: bool) -> str:
+    ddp = data_size(traffic.ddp_bytes)
+    if not sure:  # a share of what as many steps send would be no bound: fewer steps have rounds of their own
+        return f"where as many steps under DDP send {ddp}"
+    share = percent(traffic.wire_bytes / traffic.ddp_bytes) if traffic.ddp_bytes else "none"
+    return f"{share} of the {ddp} under DDP"
+
+
+def _clause(*said: str) -> str:
+    said = tuple(each for each in said if each)
+    return f"; {', '.join(said)}" if said else ""
+
+
+def _conditions(run: LocalUpdateRun, foreseen: Foresight) -> str:
+    """Return what the number of rounds rests on, where the period follows the learning rate."""
+    if type(run.settings.period) is FixedPeriod or foreseen.traffic.steps == 0:
+        return ""
+    if foreseen.unsure is None:
+        return "as long as only the schedulers change the learning rate"
+    return f"rounds may be longer, since {foreseen.unsure}"
+
+
+def _reservations(trainer: Trainer, run: LocalUpdateRun) -> list[str]:
+    """Return what else the line rests on, and what it does not count."""
+    callbacks, method, said = getattr(trainer, "callbacks", []), run.settings.averaging.method, []
+    stops = ["`max_time`"] if any(isinstance(each, Timer) for each in callbacks) else []
+    stops += ["EarlyStopping"] if any(isinstance(each, EarlyStopping) for each in callbacks) else []
+    if stops and run.clock.total_steps is not None:
+        said.append(f"unless {' or '.join(stops)} ends the run before")
+    unfreezes = any(isinstance(each, BaseFinetuning) for each in callbacks)
+    if unfreezes or not all(each.requires_grad for each in run.module.parameters()):
+        said.append("with the parameters that are trained now")
+    if isinstance(method, SparseMask):
+        said.append("as if nothing were pruned, and without the masks")
+    elif _may_send_less(run):
+        said.append(f"as if {type(method).__name__} sent all in full")
+    if run.settings.optimizer_state == "average":
+        said.append("without the optimizer state, which is averaged too")
+    if run.clock.total_steps is not None:
+        said += [f"besides {each}" for each in not_foreseen(trainer, run)]
+    return said
 
 
 def _costs(run: LocalUpdateRun) -> LocalUpdateTraffic:
@@ -105,73 +201,48 @@ def _averaged_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _sync_bytes(run: LocalUpdateRun, parameters: Mapping[str, Tensor], average_bytes: int) -> int:
-    method, ranks = run.settings.averaging.method, run.recorder.world_size
-    if method is None:
+    if run.settings.averaging.method is None:
         return average_bytes
-    in_full = wire_bytes("all_reduce", _averaged_bytes(parameters.values()), ranks)
-    itemsize = max((max(4, each.element_size()) for each in parameters.values()), default=4)
-    sent = compressed_bytes(method, [tuple(each.shape) for each in parameters.values()], ranks, itemsize)
+    in_full = wire_bytes("all_reduce", _averaged_bytes(parameters.values()), run.recorder.world_size)
+    sent = _compressed_bytes(run, parameters)
     return average_bytes - in_full + (in_full if sent is None else sent)
+
+
+def _compressed_bytes(run: LocalUpdateRun, parameters: Mapping[str, Tensor]) -> int | None:
+    method = run.settings.averaging.method
+    itemsize = max((max(4, each.element_size()) for each in parameters.values()), default=4)
+    shapes = [tuple(each.shape) for each in parameters.values()]
+    return None if method is None else compressed_bytes(method, shapes, run.recorder.world_size, itemsize)
+
+
+def _may_send_less(run: LocalUpdateRun) -> bool:
+    """Whether what the compression sends is not known before: with masks, and for a compression of the user's own."""
+    method = run.settings.averaging.method
+    unknown = method is not None and _compressed_bytes(run, run.replica.averaged()["parameters"]) is None
+    return unknown or isinstance(method, SparseMask)
 
 
 def _period(run: LocalUpdateRun) -> str:
     rule = run.settings.period
-    if isinstance(rule, FixedPeriod):
-        return f"every {rule.steps} steps" if rule.steps > 1 else "every step"
-    least = getattr(rule, "h_base", None)
-    return f"every {least} steps or more" if least is not None else f"as often as {type(rule).__name__} says"
+    least = shortest_period(rule)
+    if least is None:
+        return f"as often as {type(rule).__name__} says"
+    steps = "step" if least == 1 else f"{least} steps"
+    return f"every {steps}{'' if isinstance(rule, FixedPeriod) else ' or more'}"
 
 
-def _round_ends(trainer: Trainer, run: LocalUpdateRun, steps: int, gradient_steps: int) -> tuple[tuple[int, ...], bool]:
-    """Return after which steps ranks synchronise, and whether that is sure; otherwise it is as often as can be."""
-    clock = run.clock.copy()
+def _rounds(trainer: Trainer, run: LocalUpdateRun, steps: int, gradient_steps: int) -> _Rounds:
+    """Return after which steps ranks synchronise; where that is not sure, as often as can be."""
+    clock, rule = run.clock.copy(), run.settings.period
     clock.steps_done += gradient_steps
-    module, counted = trainer.lightning_module, run.settings.counted_optimizer
+    shortest = shortest_period(rule)
+    if type(rule) is FixedPeriod:
+        return _Rounds(ends_of_equal_rounds(clock, rule.steps, steps), None)
     try:
-        if isinstance(run.settings.period, FixedPeriod):
-            return ends_to_come(clock, [0.0] * steps), True
+        if shortest is None:  # it may have state, or effects, and is not asked
+            raise ScheduleUnknown(f"only {type(rule).__name__} itself knows them")
+        module, counted = trainer.lightning_module, run.settings.counted_optimizer
         rates = planned_rates(trainer, module, counted, gradient_steps + steps)
-        return ends_to_come(clock, rates[gradient_steps:]), True
-    except (ScheduleUnknown, ValueError):  # a rate that the rule refuses is refused when its round begins
-        clock.rule = FixedPeriod(getattr(run.settings.period, "h_base", 1))
-        return ends_to_come(clock, [0.0] * steps), False
-
-
-def _in_mid_round(
-    trainer: Trainer, run: LocalUpdateRun, steps: int, apart_from: int, ends: Collection[int]
-) -> tuple[int, int]:
-    """Return how often ranks have to be averaged for validations, and at most for checkpoints, in mid-round."""
-    always = run.settings.averaging.method is not None
-    averaged = run.settings.evaluate_weights == "average"
-    plans = [
-        save_plan(each, trainer) for each in getattr(trainer, "callbacks", []) if isinstance(each, ModelCheckpoint)
-    ]
-    ends, done, evaluations, checkpoints = set(ends), run.clock.steps_done, 0, 0
-    for batch in batches_to_come(trainer, steps):
-        at = done + batch.steps
-        if at <= apart_from or not (always or not batch.ends_step or at not in ends) or at == done + steps:
-            continue
-        validates = _validates(trainer, batch)
-        evaluations += validates and averaged
-        shown = validates and averaged  # then the average is in place for what is saved behind a validation
-        checkpoints += sum(
-            plan.files for plan in plans if _saves(plan, batch, trainer.global_step + batch.steps, validates, shown)
-        )
-    return evaluations, checkpoints
-
-
-def _validates(trainer: Trainer, batch: Batch) -> bool:
-    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
-    if not trainer.enable_validation or every is None or every == float("inf"):
-        return False
-    if epochs is None:
-        return bool((batch.epoch * trainer.num_training_batches + batch.number) % every == 0)
-    return bool((batch.epoch + 1) % epochs == 0 and batch.number % every == 0)
-
-
-def _saves(plan: SavePlan, batch: Batch, step: int, validates: bool, shown: bool) -> bool:
-    if plan.every_n_steps:
-        return batch.ends_step and step % plan.every_n_steps == 0
-    if not plan.every_n_epochs or (batch.epoch + 1) % plan.every_n_epochs:
-        return False
-    return batch.ends_epoch if plan.at_epoch_end else validates and not shown
+        return _Rounds(ends_to_come(clock, rates[gradient_steps:]), None)
+    except (ScheduleUnknown, ValueError) as unknown:  # a rate that the rule refuses is refused when its round begins
+        return _Rounds(ends_of_equal_rounds(clock, shortest or 1, steps), str(unknown))

@@ -1,19 +1,26 @@
 """The learning rate of every optimizer step to come, from the user's own schedulers and without training."""
 
 import copy
+import functools
 import math
+import types
 import warnings
-from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
 
-from lightning_comm.strategies.run_length import batches_to_come
+from lightning_comm.strategies.pure_functions import why_not_pure
+from lightning_comm.strategies.run_length import stretches_to_come
+
+_MOST_STEPS = 200_000  # a few seconds
+_PLAIN = (int, float, complex, str, bool, type(None), torch.Tensor)
 
 
 class ScheduleUnknown(Exception):
@@ -23,7 +30,8 @@ class ScheduleUnknown(Exception):
 def planned_rates(trainer: Trainer, module: LightningModule, counted: int, steps: int) -> list[float]:
     """Return the learning rate of each of so many steps to come: the largest over the groups of an optimizer.
 
-    Copies of the schedulers are asked, over parameters without entries, so the run is left as it is.
+    Copies of the schedulers are asked, over an optimizer of their own, and only those that are sure to have no effects:
+    torch's own, with functions that compute from numbers alone. So the run is left as it is.
 
     Args:
         trainer: When training starts, from the beginning or in the middle of a run that is resumed.
@@ -32,24 +40,76 @@ def planned_rates(trainer: Trainer, module: LightningModule, counted: int, steps
         steps: How many optimizer steps are to come.
 
     Raises:
-        ScheduleUnknown: If the rates depend on what training will bring, or the schedulers cannot be copied.
+        ScheduleUnknown: If the rates depend on what training will bring, if it is not sure that asking leaves the run
+            as it is, or if it takes long.
 
     Note:
-        *Communication.* None. *Time.* About 10 µs a step.
+        *Communication.* None. *Time.* About 10 µs a step, for at most 200,000 steps.
 
     """
     check_schedulers(trainer, module)
-    configs = trainer.lr_scheduler_configs
-    kept: dict[int, Any] = {id(module): module, id(trainer): trainer}
-    for optimizer in trainer.strategy.optimizers:
-        kept[id(optimizer.state)] = defaultdict(dict)
-        for group in optimizer.param_groups:
-            kept |= {id(each): torch.nn.Parameter(torch.empty(0), each.requires_grad) for each in group["params"]}
+    if is_overridden("optimizer_step", module):
+        raise ScheduleUnknown("the model's `optimizer_step` may set the learning rate")
+    if any(isinstance(each, BaseFinetuning) for each in getattr(trainer, "callbacks", [])):
+        raise ScheduleUnknown("a callback that unfreezes layers adds learning rates of their own")
+    if steps > _MOST_STEPS:
+        raise ScheduleUnknown(f"{steps:,} steps are too many to ask the schedulers ahead")
+    optimizers = trainer.strategy.optimizers
+    kept: dict[int, object] = {id(each): _stand_in(each) for each in optimizers}
+    for config in trainer.lr_scheduler_configs:
+        _check_asked(config.scheduler, kept)
     try:
-        optimizers, configs = copy.deepcopy((trainer.strategy.optimizers, configs), kept)
-    except Exception as error:  # whatever a scheduler of the user's own holds
-        raise ScheduleUnknown(f"the schedulers cannot be copied: {error}") from error
-    return rates_of(trainer, optimizers[counted], configs, steps)
+        schedulers = copy.deepcopy([config.scheduler for config in trainer.lr_scheduler_configs], dict(kept))
+        configs = [
+            replace(config, scheduler=each)
+            for config, each in zip(trainer.lr_scheduler_configs, schedulers, strict=True)
+        ]
+        stand_in = kept[id(optimizers[counted])]
+        assert isinstance(stand_in, Optimizer)
+        return rates_of(trainer, stand_in, configs, steps)
+    except Exception as error:  # from a user's function, for a step that the run may never reach
+        raise ScheduleUnknown(f"asked ahead, the schedulers raise {type(error).__name__}: {error}") from error
+
+
+def _stand_in(optimizer: Optimizer) -> Optimizer:
+    """Return an optimizer without parameters, with the numbers of another one's groups."""
+    stand_in = torch.optim.SGD([torch.nn.Parameter(torch.empty(0))])
+    stand_in.param_groups = [
+        {"params": [], **{key: copy.deepcopy(each) for key, each in group.items() if _is_plain(each)}}
+        for group in optimizer.param_groups
+    ]
+    return stand_in
+
+
+def _is_plain(value: object) -> bool:
+    return all(map(_is_plain, value)) if type(value) in (list, tuple) else type(value) in _PLAIN  # type: ignore[call-overload]
+
+
+def _check_asked(scheduler: object, optimizers: Mapping[int, object]) -> None:
+    """Refuse a scheduler unless it is torch's own, holds numbers, and calls functions without effects."""
+    kind = type(scheduler)
+    if getattr(lr_scheduler, kind.__name__, None) is not kind:
+        raise ScheduleUnknown(f"only {kind.__name__} itself knows the learning rates")
+    for name, value in vars(scheduler).items():
+        if callable(value) and hasattr(kind, name):
+            raise ScheduleUnknown(f"{kind.__name__} has a method `{name}` of the user's own")
+        _check_held(kind.__name__, value, optimizers)
+
+
+def _check_held(where: str, value: object, optimizers: Mapping[int, object]) -> None:
+    if isinstance(value, Optimizer):
+        if id(value) not in optimizers:
+            raise ScheduleUnknown(f"{where} moves the learning rate of an optimizer that Lightning does not know")
+    elif isinstance(value, lr_scheduler.LRScheduler):
+        _check_asked(value, optimizers)
+    elif isinstance(value, (types.FunctionType, functools.partial)):
+        if why := why_not_pure(value):
+            raise ScheduleUnknown(f"{where}'s {why}")
+    elif type(value) in (list, tuple, dict, Counter):
+        for each in (*value.keys(), *value.values()) if isinstance(value, dict) else value:  # type: ignore[attr-defined]
+            _check_held(where, each, optimizers)
+    elif type(value) not in _PLAIN:
+        raise ScheduleUnknown(f"{where} holds a {type(value).__name__}, which cannot be asked ahead")
 
 
 def rates_of(trainer: Trainer, optimizer: Optimizer, configs: Sequence[LRSchedulerConfig], steps: int) -> list[float]:
@@ -60,12 +120,12 @@ def rates_of(trainer: Trainer, optimizer: Optimizer, configs: Sequence[LRSchedul
     rates: list[float] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch misses the optimizer's steps
-        for batch in batches_to_come(trainer, steps):
-            if batch.ends_step:
+        for stretch in stretches_to_come(trainer, steps):
+            for number in stretch.stepping():
                 rates.append(max(float(group["lr"]) for group in optimizer.param_groups))
-                _move(configs, "step", batch.number)
-            if batch.ends_epoch:
-                _move(configs, "epoch", batch.epoch + 1)
+                _move(configs, "step", number)
+            if stretch.ends_epoch:
+                _move(configs, "epoch", stretch.epoch + 1)
     return rates
 
 

@@ -69,36 +69,76 @@ class Batch(NamedTuple):
     ends_epoch: bool
 
 
-def batches_to_come(trainer: Trainer, steps: int) -> Iterator[Batch]:
-    """Yield the batches of so many optimizer steps to come, under automatic optimization.
+class Stretch(NamedTuple):
+    """The batches to come of one epoch, up to its end or that of the run.
+
+    Args:
+        epoch: The epoch, from 0.
+        begin: Batches of it that are done.
+        end: The number of its last batch to come, from 1.
+        batches: How many the whole epoch has; infinity where that is not known.
+        accumulate: Batches in an optimizer step.
+        steps: Optimizer steps taken before, of those to come.
+
+    """
+
+    epoch: int
+    begin: int
+    end: int
+    batches: float
+    accumulate: int
+    steps: int
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the epoch is over with it."""
+        return self.end == self.batches
+
+    def batch(self, number: int) -> Batch:
+        """Return a batch by its number in the epoch."""
+        last = number == self.batches
+        incomplete = last and number % self.accumulate > 0
+        steps = self.steps + number // self.accumulate - self.begin // self.accumulate + incomplete
+        return Batch(self.epoch, number, steps, incomplete or number % self.accumulate == 0, last)
+
+    def stepping(self) -> Iterator[int]:
+        """Yield the numbers of the batches that end in an optimizer step."""
+        yield from range((self.begin // self.accumulate + 1) * self.accumulate, self.end + 1, self.accumulate)
+        if self.ends_epoch and self.end % self.accumulate:
+            yield self.end
+
+
+def stretches_to_come(trainer: Trainer, steps: int) -> Iterator[Stretch]:
+    """Yield the batches of so many optimizer steps to come, by epochs, under automatic optimization.
 
     Args:
         trainer: When training starts.
         steps: How many steps.
 
     """
-    epoch, batch = place_in_run(trainer)
-    epoch_batches, accumulate = trainer.num_training_batches, accumulation(trainer, epoch)
-    if batch >= epoch_batches:
-        batch, epoch = 0, epoch + 1
-    taken = 0
-    while taken < steps:
-        batch += 1
-        ends_epoch = batch == epoch_batches
-        ends_step = ends_epoch or batch % accumulate == 0
-        taken += ends_step
-        yield Batch(epoch, batch, taken, ends_step, ends_epoch)
-        if ends_epoch:
-            batch, epoch = 0, epoch + 1
-            accumulate = accumulation(trainer, epoch)
+    epoch, begin = place_in_run(trainer)
+    batches, taken = trainer.num_training_batches, 0
+    if begin >= batches:
+        begin, epoch = 0, epoch + 1
+    while taken < steps and batches > 0:
+        every = accumulation(trainer, epoch)
+        enough = (begin // every + steps - taken) * every
+        stretch = Stretch(epoch, begin, int(min(batches, enough)), batches, every, taken)
+        yield stretch
+        taken = stretch.batch(stretch.end).steps
+        begin, epoch = 0, epoch + 1
 
 
 def accumulation(trainer: Trainer, epoch: int) -> int:
     """Return how many batches make an optimizer step in an epoch."""
-    schedulers = [each for each in getattr(trainer, "callbacks", []) if isinstance(each, GradientAccumulationScheduler)]
+    schedulers = _accumulation_schedulers(trainer)
     if not schedulers:
         return trainer.accumulate_grad_batches
     return schedulers[-1].get_accumulate_grad_batches(epoch)  # each sets the Trainer's number as an epoch begins
+
+
+def _accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
+    return [each for each in getattr(trainer, "callbacks", []) if isinstance(each, GradientAccumulationScheduler)]
 
 
 def restore_accumulation(trainer: Trainer) -> None:
@@ -138,6 +178,8 @@ def _steps_in_epochs(trainer: Trainer) -> int | None:
     if epoch >= last:
         return 0
     rest = max(0, in_epoch(epoch) - batches_done // accumulation(trainer, epoch)) if batches_done < batches else 0
+    if not _accumulation_schedulers(trainer):
+        return rest + (last - epoch - 1) * in_epoch(epoch)
     return rest + sum(map(in_epoch, range(epoch + 1, last)))
 
 

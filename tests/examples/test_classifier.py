@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR
 
 from lightning_comm.examples import DigitsData, TimmClassifier
 from lightning_comm.examples.schedule import LrSchedule
+from lightning_comm.strategies.pure_functions import why_not_pure
 
 torch.set_num_threads(1)  # a process that has started torch's threads cannot be forked into ranks
 
@@ -214,3 +215,10 @@ def test_a_bad_argument_is_named_with_its_value_and_a_way_out(kwargs, error, mus
     with pytest.raises(error, match=r"TimmClassifier: |LrSchedule: ") as caught:
         TimmClassifier(**{"model_name": VIT, "num_classes": 10, "model_args": SMALL, **kwargs})
     assert [word for word in must_say if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("schedule", [LrSchedule(0.1, warmup_steps=3), LrSchedule(0.1, "step", decay_at_steps=(4, 9))])
+def test_in_a_run_of_known_length_the_schedule_is_a_function_of_numbers_alone(schedule):
+    share = schedule.share_of_peak(12)
+    assert why_not_pure(share) is None
+    assert [share(step) for step in range(12)] == [schedule.rate(step, total_steps=12) / 0.1 for step in range(12)]

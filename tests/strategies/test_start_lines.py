@@ -1,10 +1,9 @@
 """What a strategy says at its start is what the run then does, and what its ledger counts."""
 
-import logging
-
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from support.cyclic import cyclic, deep, momentum
+from support.lines import listening
 from support.processes import launch
 from support.training import Regression, loader, local_update, trainer
 from torch import nn
@@ -47,23 +46,6 @@ def plateau(optimizer):
     return [{"scheduler": lr_scheduler.ReduceLROnPlateau(optimizer), "monitor": "seen", "strict": False}]
 
 
-class Lines(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.said = []
-
-    def emit(self, record):
-        self.said.append(record.getMessage())
-
-
-def listening():
-    lines = Lines()
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addHandler(lines)
-    logger.setLevel(logging.INFO)
-    return lines.said
-
-
 CASES = {
     "a fixed period": ({"period": FixedPeriod(6)}, {}),
     "validations in mid-round and at its end": (
@@ -75,6 +57,20 @@ CASES = {
         {"limit_val_batches": 1, "val_check_interval": 7, "num_sanity_val_steps": 0, "saves": {"save_top_k": -1}},
     ),
     "accumulation, whose last window is short": ({"period": FixedPeriod(2)}, {"accumulate_grad_batches": 3}),
+    "validations before the first step": (
+        {"period": FixedPeriod(2)},
+        {"limit_val_batches": 1, "val_check_interval": 4, "num_sanity_val_steps": 0, "accumulate_grad_batches": 5},
+    ),
+    "validations every so many batches of the run, and gradients first": (
+        {"period": FixedPeriod(3), "gradient_steps": 4},
+        {
+            "limit_val_batches": 1,
+            "val_check_interval": 3,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "accumulate_grad_batches": 2,
+        },
+    ),
     "gradients first": ({"period": FixedPeriod(4), "gradient_steps": 13}, {}),
     "QSR with a rate a step": ({"period": QuadraticPeriod(alpha=0.1, h_base=2)}, {"make": cosine}),
     "QSR with a rate an epoch": ({"period": QuadraticPeriod(alpha=0.05, h_base=2)}, {"make": by_epoch}),
@@ -112,10 +108,9 @@ def run(rank, world_size, folder, names):
         local_update_line.traffic_to_come = note
         runner.fit(module, loader(STEPS, rank), loader(1, rank))
         local_update_line.traffic_to_come = told
-        (traffic, exact), *more = promised
-        assert more == []
+        (foreseen,) = promised
         sent = sum(strategy.ledger.wire_bytes(purpose) for purpose in COUNTED)
-        answers[name] = traffic, exact, len(strategy.history), sent
+        answers[name] = foreseen.traffic, foreseen.exact, len(strategy.history), sent
     return answers, said
 
 
