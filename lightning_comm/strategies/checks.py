@@ -4,7 +4,7 @@ Functions named `..._problems` yield all that they find; :mod:`lightning_comm.re
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -370,11 +370,21 @@ def peak_lr(optimizer: Optimizer, configs: list[LRSchedulerConfig], trainer: Tra
                     "depends on its argument alone."
                 )
             steps = range(0, count + 1, max(1, count // 2000))
-            rates = [base * max(map(factor, steps)) for base, factor in zip(bases, factors, strict=True)]
+            rates = [base * max(_asked(factor, steps)) for base, factor in zip(bases, factors, strict=True)]
             return float(max(rates))
     found = any(isinstance(callback, LearningRateFinder) for callback in getattr(trainer, "callbacks", []))
     keys = ("lr",) if found else ("lr", "initial_lr", "max_lr")
     return max(float(group[key]) for group in optimizer.param_groups for key in keys if key in group)
+
+
+def _asked(factor: Callable[[int], float], steps: range) -> Iterator[float]:
+    """Yield the factors of these steps, up to the first that the function has none for; a run may stop before it."""
+    yield factor(steps[0])
+    for step in steps[1:]:
+        try:
+            yield factor(step)
+        except Exception:  # training raises it, if it comes as far
+            return
 
 
 def resolved_period(trainer: Trainer, settings: Settings, total: int | None, saved_alpha: float | None) -> PeriodRule:

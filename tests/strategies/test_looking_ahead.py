@@ -135,7 +135,7 @@ class OwnRule(PeriodRule):
 
 def stopped(rank, world_size):
     said = listening()
-    strategy = local_update(QuadraticPeriod(alpha=0.1, h_base=2))
+    strategy = local_update(QuadraticPeriod(h_base=2))  # whose coefficient follows from the peak of the schedule
     runner = trainer(strategy, world_size, max_epochs=1000, callbacks=[Stops()])
     runner.fit(ShortTable(), loader(STEPS, rank))
     with warnings.catch_warnings(record=True) as warned:
