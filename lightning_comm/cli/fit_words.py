@@ -25,7 +25,9 @@ def check(command: str, words: Sequence[str]) -> int:
     return 2
 
 
-fit, validate, test, predict = (partial(check, name) for name in ("fit", "validate", "test", "predict"))
+check_fit, check_validate, check_test, check_predict = (
+    partial(check, name) for name in ("fit", "validate", "test", "predict")
+)
 
 
 def problem_of(words: Sequence[str]) -> str | None:

@@ -29,12 +29,12 @@ class Command(NamedTuple):
 
 _CLI = "lightning_comm.cli."
 COMMANDS = {
-    "fit": Command("train a model", _CLI + "training:fit", _CLI + "fit_words:fit"),
+    "fit": Command("train a model", _CLI + "training:fit", _CLI + "fit_words:check_fit"),
     "validate": Command(
-        "measure a trained model on the validation data", _CLI + "training:validate", _CLI + "fit_words:validate"
+        "measure a trained model on the validation data", _CLI + "training:validate", _CLI + "fit_words:check_validate"
     ),
-    "test": Command("measure a trained model on the test data", _CLI + "training:test", _CLI + "fit_words:test"),
-    "predict": Command("let a trained model answer", _CLI + "training:predict", _CLI + "fit_words:predict"),
+    "test": Command("measure a trained model on the test data", _CLI + "training:test", _CLI + "fit_words:check_test"),
+    "predict": Command("let a trained model answer", _CLI + "training:predict", _CLI + "fit_words:check_predict"),
     "lab": Command(
         "run a command on emulated hosts, joined by links of a stated speed", _CLI + "lab:main", needs_all=False
     ),
