@@ -152,8 +152,16 @@ def test_where_rates_or_length_are_not_known_the_line_says_what_is():
 
 
 def test_what_there_is_one_of_is_in_the_singular():
-    said = [local_update_line._count(number, "average") for number in (0, 1, 2, 1000)]
+    said = [local_update_line._number(number, "average") for number in (0, 1, 2, 1000)]
     assert said == ["0 averages", "1 average", "2 averages", "1,000 averages"]
+
+
+def test_no_run_fails_by_its_line(monkeypatch):
+    def fails(*args):
+        raise KeyError("a rule of the user's own")
+
+    monkeypatch.setattr(local_update_line, "_line", fails)
+    assert local_update_line.plan_of(None, None).startswith("what the run will send cannot be foreseen (KeyError: ")
 
 
 def compressed(rank, world_size):
