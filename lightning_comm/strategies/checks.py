@@ -4,27 +4,24 @@ Functions named `..._problems` yield all that they find; :mod:`lightning_comm.re
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.types import LRSchedulerConfig
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, PowerPeriod, QuadraticPeriod, RoundClock
 from lightning_comm.lightning_internals import logged_metrics
 from lightning_comm.refusals import refuse
+from lightning_comm.strategies.auto_period import shortest_period
 from lightning_comm.strategies.model_checks import has_no_optimizer, lazy_problems, no_optimizer, trained_problems
-from lightning_comm.strategies.pure_functions import what_it_changes
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.flat import distinct
@@ -38,16 +35,10 @@ _CHOICES = {
     "evaluate_weights": ("average", "local"),
 }
 
-_AUTO_SOURCES = {
-    "adam": "in the script of QSR's authors for ViT-B",
-    "sgd": "reported for the ResNet-152 of QSR's authors",
-}
-
 _WRAPPERS = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 # Optimizers that communicate in their `step`, by class name: some exist only in builds with distributed support.
 COMMUNICATING = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
-_ADAM_LIKE = ("Adam", "Adan", "Adopt", "Lamb", "NAdam", "RAdam")  # with these names or names that begin so
 
 
 def checked(settings: Settings) -> Settings:
@@ -201,20 +192,6 @@ def optimizer_problems(module: LightningModule, optimizers: list[Optimizer], set
         )
 
 
-def period_problems(optimizers: list[Optimizer], settings: Settings, saved_alpha: float | None) -> Iterator[str]:
-    """Yield that no coefficient is known for the optimizer, where it is to be chosen and no resumed run has one."""
-    period, index = settings.period, settings.counted_optimizer
-    if not isinstance(period, QuadraticPeriod) or period.alpha != "auto" or saved_alpha is not None:
-        return
-    if index < len(optimizers) and optimizers[index].param_groups:
-        family = optimizer_family(optimizers[index])
-        if family not in _AUTO_SOURCES:
-            yield (
-                f"`QuadraticPeriod(alpha='auto')` knows the families 'adam' and 'sgd'; got {family!r}. Give `alpha` as "
-                "a number: the learning rate below which the period starts to grow, times sqrt(h_base + 1)."
-            )
-
-
 def length_problems(trainer: Trainer, module: LightningModule, settings: Settings) -> Iterator[str]:
     """Yield a share of the run where its length cannot be known, as far as that is seen without the data.
 
@@ -292,15 +269,6 @@ def warn_at_start(trainer: Trainer, settings: Settings, total: int | None, world
         )
 
 
-def shortest_period(rule: PeriodRule) -> int | None:
-    """Return the shortest round of a rule of ours; ``None`` for one of the user's own, also if it derives from ours."""
-    if type(rule) is FixedPeriod:
-        return rule.steps
-    if isinstance(rule, (PowerPeriod, QuadraticPeriod)) and type(rule) in (PowerPeriod, QuadraticPeriod):
-        return rule.h_base
-    return None
-
-
 def warn_of_uncounted_steps(steps_done: int) -> None:
     """Say that an epoch ended without a step of the counted optimizer, so that nothing is averaged."""
     if steps_done == 0:
@@ -335,72 +303,3 @@ def warn_of_per_step_sync(trainer: Trainer, where: str) -> None:
             "collective a step, so ranks cannot run apart and most of the time saved is lost. Log it with "
             "`on_step=False, on_epoch=True`, or without `sync_dist`."
         )
-
-
-def optimizer_family(optimizer: Optimizer) -> str:
-    """Return ``"adam"`` or ``"sgd"``, by the name of its class or of one that it derives from; else its class name."""
-    names = [base.__name__ for base in type(optimizer).__mro__]
-    if any(name.startswith(_ADAM_LIKE) for name in names):
-        return "adam"
-    if any(name.startswith("SGD") for name in names):
-        return "sgd"
-    return type(optimizer).__name__
-
-
-def peak_lr(optimizer: Optimizer, configs: list[LRSchedulerConfig], trainer: Trainer, total: int | None) -> float:
-    """Return the highest learning rate that the optimizer will have, over all groups.
-
-    Schedulers of torch leave the rate before any scaling in ``initial_lr``, and OneCycleLR its peak in ``max_lr``. A
-    LambdaLR may never reach ``initial_lr``, or go beyond it, so its factors are asked for. A learning-rate finder
-    changes ``lr`` and leaves the others as they were.
-
-    Raises:
-        ValueError: If asking a LambdaLR is seen to change what it answers later, or anything else.
-
-    """
-    for config in configs:
-        scheduler = config.scheduler
-        if type(scheduler) is LambdaLR and scheduler.optimizer is optimizer and total is not None:
-            count = total if config.interval == "step" else max(1, trainer.max_epochs or 1)
-            bases, factors = scheduler.base_lrs, scheduler.lr_lambdas
-            for changed in filter(None, map(what_it_changes, factors)):
-                raise ValueError(
-                    f"QuadraticPeriod: `alpha='auto'` asks a LambdaLR for all its rates before training, and "
-                    f"{changed}, so training would get other ones. Give `alpha` as a number, or a function that "
-                    "depends on its argument alone."
-                )
-            steps = range(0, count + 1, max(1, count // 2000))
-            rates = [base * max(_asked(factor, steps)) for base, factor in zip(bases, factors, strict=True)]
-            return float(max(rates))
-    found = any(isinstance(callback, LearningRateFinder) for callback in getattr(trainer, "callbacks", []))
-    keys = ("lr",) if found else ("lr", "initial_lr", "max_lr")
-    return max(float(group[key]) for group in optimizer.param_groups for key in keys if key in group)
-
-
-def _asked(factor: Callable[[int], float], steps: range) -> Iterator[float]:
-    """Yield the factors of these steps, up to the first that the function has none for; a run may stop before it."""
-    yield factor(steps[0])
-    for step in steps[1:]:
-        try:
-            yield factor(step)
-        except Exception:  # training raises it, if it comes as far
-            return
-
-
-def resolved_period(trainer: Trainer, settings: Settings, total: int | None, saved_alpha: float | None) -> PeriodRule:
-    """Return the rule with its coefficient as a number: that of the run which is resumed, or one by the family."""
-    period = settings.period
-    if not isinstance(period, QuadraticPeriod) or period.alpha != "auto":
-        return period
-    if saved_alpha is not None:
-        return replace(period, alpha=saved_alpha)
-    optimizer = trainer.strategy.optimizers[settings.counted_optimizer]
-    family, peak = optimizer_family(optimizer), peak_lr(optimizer, trainer.lr_scheduler_configs, trainer, total)
-    resolved = period.resolve(family=family, peak_lr=peak)  # type: ignore[arg-type]  # it names the families it knows
-    alpha = float(resolved.alpha)
-    rank_zero_info(
-        f"QuadraticPeriod: alpha='auto' is {alpha:.4g}: {alpha / peak:.3g} times the peak learning "
-        f"rate ({peak:g}), as {_AUTO_SOURCES[family]}, chosen because the optimizer is {type(optimizer).__name__}. It "
-        "may want tuning: a larger alpha communicates less."
-    )
-    return resolved

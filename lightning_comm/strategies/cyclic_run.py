@@ -7,7 +7,7 @@ the schedule says in place; when the gradients of a stage are ready they are han
 In the first step of a run the forward is traced instead, and the model is cut into stages before its backward.
 Parameters are written by this thread alone, between a stage's backward and its next forward.
 
-A little longer than other files, since what a step hands over and what it takes up share one state.
+Longer than other files, since what a step hands over and what it takes up share one state.
 """
 
 import math

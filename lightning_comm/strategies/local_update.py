@@ -28,6 +28,7 @@ from lightning_comm import lightning_internals
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update import PeriodRule
 from lightning_comm.strategies import (
+    auto_period,
     checks,
     control,
     local_update_line,
@@ -282,7 +283,9 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             refusals.add(checks.length_problems(trainer, module, self.settings))
             self._set_up(trainer, refusals)
             refusals.add(checks.optimizer_problems(module, self.optimizers, self.settings))
-            refusals.add(checks.period_problems(self.optimizers, self.settings, rank_files.saved_alpha(self._resume)))
+            refusals.add(
+                auto_period.period_problems(self.optimizers, self.settings, rank_files.saved_alpha(self._resume))
+            )
             if isinstance(self.settings.averaging.method, SparseMask):
                 refusals.add(sparse_mask.optimizer_problems(self.optimizers))
         if self.settings.starts_with_gradients and (fault := fault_of_ddp(module, self.world_size)) is not None:
@@ -350,7 +353,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         total = total_steps(trainer, run.clock.steps_done)
         length = None if total is None else total - run.began_at
         alpha = rank_files.saved_alpha(self._resume)
-        run.set_period(checks.resolved_period(trainer, run.settings, length, alpha), total)
+        run.set_period(auto_period.resolved_period(trainer, run.settings, length, alpha), total)
         automatic = trainer.lightning_module.automatic_optimization
         run.gradient_steps = run.began_at + checks.gradient_steps(run.settings, length, automatic=automatic)
         checks.warn_at_start(trainer, run.settings, length, self.world_size)

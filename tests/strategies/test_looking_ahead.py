@@ -17,7 +17,7 @@ from torch.optim import lr_scheduler
 
 from lightning_comm import Averaging, FixedPeriod, Int8, PeriodRule, QuadraticPeriod
 from lightning_comm.core.local_update import RoundClock, ends_of_equal_rounds, ends_to_come
-from lightning_comm.strategies import checks, run_length
+from lightning_comm.strategies import auto_period, run_length
 
 STEPS = 6
 TABLE = (1.0, 0.5, 0.25)
@@ -267,7 +267,7 @@ def test_the_rules_of_ours_have_a_shortest_period_and_those_that_derive_from_the
     class Derived(QuadraticPeriod):
         pass
 
-    assert [checks.shortest_period(each) for each in (FixedPeriod(3), QuadraticPeriod(h_base=5), Derived())] == [
+    assert [auto_period.shortest_period(each) for each in (FixedPeriod(3), QuadraticPeriod(h_base=5), Derived())] == [
         3,
         5,
         None,
