@@ -1,16 +1,39 @@
 """Settings that all tests share."""
 
+import logging
 import os
 from contextlib import ExitStack
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.processes import start_ranks
 
 from lightning_comm.lab.cluster import Lab, unavailable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)  # torch is loaded already; processes forked while its threads exist can hang
+
+
+def _shared_by_all_tests():
+    """What later tests, and ranks forked for them, inherit from this process."""
+    loggers = ("", "lightning", "lightning.pytorch", "lightning.fabric", "lightning_comm")
+    return {
+        "levels of loggers": {name: logging.getLogger(name).level for name in loggers},
+        "logging disabled up to": logging.root.manager.disable,
+        "folder": os.getcwd(),
+        "process group": dist.is_initialized(),
+        "torch's threads": torch.get_num_threads(),
+        "torch's default dtype": torch.get_default_dtype(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_to_later_tests():
+    """Name the test that changes its process, instead of one that fails because of it much later."""
+    before = _shared_by_all_tests()
+    yield
+    assert _shared_by_all_tests() == before
 
 
 @pytest.fixture

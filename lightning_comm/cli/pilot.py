@@ -5,7 +5,6 @@ or the lab, where ranks exist already, each of them is one. What the numbers mea
 :mod:`lightning_comm.planning.pilot`.
 """
 
-import logging
 import shlex
 import signal
 import sys
@@ -23,6 +22,7 @@ from lightning_comm.cli.pilot_report import write_report
 from lightning_comm.cli.pilot_results import Progress, Results
 from lightning_comm.cli.pilot_run import Job, run
 from lightning_comm.cli.pilot_workers import LabHosts, Place, ThisMachine, WorkerFailed, run_workers
+from lightning_comm.cli.quiet import lightning_is_quiet
 from lightning_comm.lab.cluster import Lab, LabError
 from lightning_comm.planning.judgement import FEWEST_REPEATS
 from lightning_comm.planning.pilot import BASELINE, LIMIT, Trial, window
@@ -38,11 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         own = read_run(options, words)
         if own.started_externally:
             sys.argv = sys.argv[:1]  # Lightning's command line warns of words that it is not given
-            for part in ("pytorch", "fabric"):  # what they say of each trial
-                logging.getLogger(f"lightning.{part}").setLevel(logging.WARNING)
         if own.started_externally and own.rank > 0:
             leave_group_at_exit()
-            run(_job(options, own, words), lambda event: None)
+            with lightning_is_quiet():
+                run(_job(options, own, words), lambda event: None)
             return 0
         results = _open(options, own, argv)
     except Refused as refused:
@@ -64,7 +63,8 @@ def _carry_out(options: Options, own: UserRun, words: Sequence[str], results: Re
     """Measure; return 0, or another exit code after saying why it ended."""
     try:
         if own.started_externally:
-            _measure_in_this_job(_job(options, own, words), results)
+            with lightning_is_quiet():
+                _measure_in_this_job(_job(options, own, words), results)
         else:
             with _ended_by_sigterm(), _place(options, own) as place:
                 _measure(_job(options, own, words), results, place, options.timeout_s)

@@ -1,11 +1,9 @@
 """Where a pilot's user has ranks: read from the config and the options, before anything of the config is built."""
 
 import json
-import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_comm.cli.pilot_arguments import OWN, Options, Refused
+from lightning_comm.cli.quiet import lightning_is_quiet
 from lightning_comm.cli.training import CommandLine
 from lightning_comm.core.rates import format_rate, parse_rate
 from lightning_comm.lab.cluster import LAB_VARIABLE
@@ -49,7 +48,7 @@ def read_run(options: Options, words: Sequence[str]) -> UserRun:
         SystemExit: From Lightning's parser, which says what is wrong with the config.
 
     """
-    with _quietly():
+    with lightning_is_quiet():
         config = _config(words).trainer
     if OWN in options.strategies and config.strategy in (None, "auto"):
         raise Refused(
@@ -61,7 +60,7 @@ def read_run(options: Options, words: Sequence[str]) -> UserRun:
         place = {"num_nodes": options.hosts, "devices": options.devices_per_host}
         if config.accelerator == "auto":
             place["accelerator"] = "cpu"
-    with _quietly():
+    with lightning_is_quiet():
         trainer = _trainer(config, place)
     environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]  # DDP has one
     externally = environment.creates_processes_externally
@@ -94,20 +93,6 @@ def _lab(options: Options) -> dict[str, Any] | None:
         links = [options.link] * options.hosts if isinstance(options.link, str) else [*options.link]
         lab = {"hosts": options.hosts, "devices_per_host": options.devices_per_host, "links": links}
     return lab and {**lab, "links": [format_rate(parse_rate(link)) for link in lab["links"]]}
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep Lightning's remarks about seeds and devices for the ranks, which make them as well."""
-    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 class _ConfigRead(Exception):

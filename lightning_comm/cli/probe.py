@@ -6,7 +6,6 @@ Processes are started, and torchrun and SLURM recognised, by Lightning; what is 
 
 import argparse
 import json
-import logging
 import os
 import platform
 import shlex
@@ -27,6 +26,7 @@ from lightning.fabric.strategies import DDPStrategy
 from typing_extensions import override
 
 from lightning_comm.cli.probe_arguments import parse
+from lightning_comm.cli.quiet import lightning_is_quiet
 from lightning_comm.core.costs import LinkProfile
 from lightning_comm.planning.link_report import describe_link
 from lightning_comm.transport.clocks import device_of_group, gather_json, json_from_rank_0
@@ -54,10 +54,8 @@ def main(args: Sequence[str]) -> int:
 
     """
     options = parse(args)
-    for name in ("lightning.fabric", "lightning.pytorch"):  # one of them greets
-        logging.getLogger(name).setLevel(logging.WARNING)
     leave_group_at_exit()
-    with tempfile.TemporaryDirectory(prefix="lightning-comm-probe-") as logs:
+    with tempfile.TemporaryDirectory(prefix="lightning-comm-probe-") as logs, lightning_is_quiet():
         if torch.cuda.is_available():
             _have_nccl_log(logs)
         try:

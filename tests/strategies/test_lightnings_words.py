@@ -88,6 +88,7 @@ def _listening(said, case):
     keep, loggers = _Keep(), [logging.getLogger(f"lightning.{each}") for each in ("pytorch", "fabric")]
     for each in loggers:
         each.addHandler(keep)
+        each.setLevel(logging.INFO)  # ranks end after their runs
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addHandler(keep)
     try:
