@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 
 from lightning_comm.core.local_update import PeriodRule, RoundClock
 from lightning_comm.lightning_internals import weight_average_of
+from lightning_comm.refusals import refuse
 from lightning_comm.strategies import control
 from lightning_comm.strategies.background import BackgroundAverage
 from lightning_comm.strategies.control import ControlRow
@@ -41,6 +42,7 @@ from lightning_comm.strategies.sample_weights import SampleWeights
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.strategies.sparse_mask import PrunedWeights
 from lightning_comm.transport.agreement import Agreement, Decision, Kind, PeerFailure, Position
+from lightning_comm.transport.backends import unsent_problems
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.device_time import Moment, moment
@@ -420,6 +422,14 @@ class LocalUpdateRun:
             raise PeerFailure("rank 0 could not choose the next period; its own message says why")
         return rows
 
+    def before_other_messages(self) -> None:
+        """Let nothing be on its way in the background, where that may hold up what others send in mid-round.
+
+        On CUDA, two groups that send at once may wait for each other. On a CPU they do not, and both go on.
+        """
+        if self._control_device.type != "cpu":
+            self.background.wait()
+
     def _weight(self) -> float | None:
         """Return what this rank counts for in an average now; where counts matter, ranks exchange them here."""
         self.background.wait()
@@ -478,7 +488,12 @@ class LocalUpdateRun:
         return self.clock.total_steps is not None and self.clock.steps_done >= self.clock.total_steps
 
     def _momenta(self) -> list[Tensor]:
-        return optimizer_tensors(self.optimizers()) if self.settings.optimizer_state == "average" else []
+        if self.settings.optimizer_state != "average":
+            return []
+        tensors = optimizer_tensors(self.optimizers())
+        way_out = "keep optimizer states 'local', or where the parameters are"
+        refuse("LocalUpdateStrategy", unsent_problems((("optimizer state", each) for each in tensors), way_out))
+        return tensors
 
     def _weight_averages(self) -> dict[str, torch.nn.Module]:
         models = [weight_average_of(callback) for callback in getattr(self.trainer, "callbacks", [])]

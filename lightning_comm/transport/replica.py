@@ -13,6 +13,7 @@ from torch.distributed import ReduceOp
 from torch.nn import Module
 
 from lightning_comm.transport.averaging import Averager, Averaging, broadcast_
+from lightning_comm.transport.backends import backend_for
 from lightning_comm.transport.compression.base import Codec
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.sparse_mask import SparseMask
@@ -74,11 +75,12 @@ class Replica:
     ) -> None:
         self._module = module
         self._recorder = recorder
-        self._bucket_bytes = averaging.bucket_bytes
-        self._averager = Averager(recorder, averaging.bucket_bytes)
+        device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+        self._bucket_bytes = averaging.bucket_bytes_under(backend_for(device))
+        self._averager = Averager(recorder, self._bucket_bytes)
         self._method = averaging.method
         self._differences = (
-            DifferenceAverager(background or recorder, self._method, averaging.bucket_bytes) if self._method else None
+            DifferenceAverager(background or recorder, self._method, self._bucket_bytes) if self._method else None
         )
         self._average_buffers = buffers == "average"
         self._shadows = shadows
