@@ -45,6 +45,9 @@ class Replica:
         background: Sends parameters while training goes on, on a process group of its own.
 
     Note:
+        *On CUDA* the host looks at no value here, but where :meth:`look` has found a large one, or a frozen parameter
+        has changed. What is averaged is read once by :meth:`look`.
+
         *Which parameters.* Those that are trained now or were at the last synchronisation, found by their
         ``requires_grad`` and never by whether they have a gradient, so that a parameter that one rank did not use
         changes nothing for the others. Frozen parameters are equal on all ranks from the start and are not sent,
@@ -116,9 +119,10 @@ class Replica:
                 told each other.
 
         Note:
-            *Communication.* A byte for each frozen parameter in an all-reduce, and none where none has changed.
+            *Communication.* A byte for each frozen parameter in an all-reduce; none without any, and none where ranks
+            have told each other that none has changed.
 
-            *Cost.* Frozen parameters are read once.
+            *Cost.* Frozen parameters are read once more.
 
         """
         if not self._frozen or not any_moved:
