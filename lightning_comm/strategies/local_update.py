@@ -494,7 +494,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
 
     @override
     def _together(self, collective: Callable[[], _T], alone: _T, where: str) -> _T:
-        if self._run is not None:
+        if self._run is not None and not (self._run.failed or self._run.trainer.interrupted):
             self._run.before_other_messages()
         return super()._together(collective, alone, where)
 

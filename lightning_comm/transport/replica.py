@@ -19,6 +19,7 @@ from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.content import content, differ
+from lightning_comm.transport.device_time import on_device
 from lightning_comm.transport.differences import DifferenceAverager
 from lightning_comm.transport.flat import DriftSum, Flat
 from lightning_comm.transport.limits import MODERATE, MODERATE_DIFFERENCES, are_moderate
@@ -501,7 +502,7 @@ class Replica:
 
         """
         assert self._kept is not None
-        layout = torch.tensor([fingerprint(("", tensor) for tensor in momenta)], device=self._kept.device)
+        layout = on_device([fingerprint(("", tensor) for tensor in momenta)], torch.int64, self._kept.device)
         rows, pending = self._recorder.all_gather(layout, "checkpoint")
         pending.wait()
         alike = bool((rows == layout).all())

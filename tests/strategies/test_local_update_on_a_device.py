@@ -23,6 +23,7 @@ from lightning_comm.strategies.control import ControlRow
 from lightning_comm.strategies.local_update_run import LocalUpdateRun
 from lightning_comm.transport import backends, recording
 from lightning_comm.transport.recording import Recorder
+from lightning_comm.transport.replica import Replica
 
 STEPS, PERIOD = 12, 4
 
@@ -89,7 +90,7 @@ def _on_device(rank, averaging, large, callbacks):
         dist.destroy_process_group()  # here, since a barrier would ask a driver
         in_threads = [wait for wait in device.waits if "errand" in wait.thread]
     times = [(done.wait_s, done.transfer_s) for done in strategy.history]
-    return got, waits, in_threads, device.hazards, times
+    return got, waits, in_threads, device.hazards, times, strategy._run._step_time_s
 
 
 def on_both(averaging, large=0.0, callbacks=()):
@@ -107,14 +108,20 @@ def on_both(averaging, large=0.0, callbacks=()):
     ids=["full", "topk", "bf16-overlap"],
 )
 def test_a_synchronisation_on_a_device_waits_twice_at_most_and_computes_the_same(averaging):
-    for same, waits, in_threads, hazards, times in on_both(averaging, callbacks=[EMAWeightAveraging(decay=0.9)]):
+    callbacks = [EMAWeightAveraging(decay=0.9)]
+    for same, waits, in_threads, hazards, times, step_time_s in on_both(averaging, callbacks=callbacks):
         assert same
         assert len(waits) == STEPS // PERIOD
         assert all(len(each) <= 2 for each in waits), waits
         assert not in_threads
         assert not hazards
-        # on this device a thousandth of a second lies between any two events, so all that is noted is of its own clock
-        assert all(1000 * each == pytest.approx(round(1000 * each)) for pair in times for each in pair), times
+        # on this device a thousandth of a second lies between any two events, so what is noted is of its own clock
+        assert step_time_s == pytest.approx(0.001)
+        assert all(wait_s == 0.001 for wait_s, _ in times), times
+        # of an average in the background: its departure, a wait for it, and its landing
+        assert [transfer_s for _, transfer_s in times][:-1] == pytest.approx(
+            [0.003 if averaging.overlap_steps else 0.001] * 2
+        )
 
 
 def test_where_an_entry_is_infinite_the_host_looks_at_the_buckets_of_its_kind_alone():
@@ -131,6 +138,9 @@ def _rows(rank):
     found = {"moved": torch.tensor(rank == 1), "parameters": False, "buffers": rank == 0, "weight_averages": False}
     row = ControlRow(next_steps=7, urgent=rank == 0, layout=2.0**48 - 1, samples=3.0 + rank)
     scale = torch.tensor(2.0**16 * (rank + 1))
+    dist.get_backend_config = lambda group=None: "cpu:nccl"
+    replica = Replica(nn.Linear(1, 1), Recorder(recording.CommLedger()), Averaging(), "average")
+    assert replica._bucket_bytes == 25 * 2**20
     return control.exchange(row, Recorder(recording.CommLedger()), torch.device("cpu"), lambda p: p.wait(),
                             loss_scale=scale, found=found)  # fmt: skip
 
