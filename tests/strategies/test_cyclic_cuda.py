@@ -22,7 +22,9 @@ ONE_A_HOST = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID":
 def _fit(rank, optimizer, settings, **options):
     module = Regression(deep(STAGES, norm=True), optimizer)
     strategy = cyclic(stages=STAGES, process_group_backend="gloo", **settings)
-    runner = trainer(strategy, options.pop("devices"), val_check_interval=VALIDATED_EVERY, limit_val_batches=1, **options)
+    runner = trainer(
+        strategy, options.pop("devices"), val_check_interval=VALIDATED_EVERY, limit_val_batches=1, **options
+    )
     runner.fit(module, loader(STEPS, rank), loader(1, 90 + rank))
     values = [each.detach().cpu().tolist() for each in module.state_dict().values()]
     return values, {purpose: strategy.ledger.payload_bytes(purpose) for purpose in ("gradients", "parameters")}
@@ -34,11 +36,11 @@ def _both(rank, world_size, optimizer, settings, nccl):
     environment["WORLD_SIZE"] = str(world_size)
     with ExitStack() as stack:
         device = stack.enter_context(mock_cuda(p2p=nccl))
-        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream"))
         stack.enter_context(mock.patch.dict(os.environ, environment))
         if nccl:  # messages that a stream follows, in order; carried by gloo all the same
             for file in (strategy_file, cyclic_run):
-                stack.enter_context(mock.patch.object(file, "backend_of", lambda device: "nccl"))
+                stack.enter_context(mock.patch.object(file, "backend_of", return_value="nccl"))
         there = _fit(rank, optimizer, settings, accelerator="gpu", devices=[0], num_nodes=world_size)
     assert there == on_host
     assert device.hazards == []
