@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from lightning_comm.core.ledger import CommLedger, CommRecord, wire_bytes
 from lightning_comm.transport.peer_texts import LostConnectionError
@@ -373,5 +374,6 @@ def leave_group_at_exit() -> None:
 def _leave_group() -> None:
     if dist.is_available() and dist.is_initialized():
         if _noting:
-            _abort_kernels(None)
+            for group in tuple(distributed_c10d._world.pg_map):  # torch has no public list of them
+                _abort_kernels(group)
         dist.destroy_process_group()

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from support.cyclic import adamw, cyclic, deep, momentum
-from support.mock_cuda import mock_cuda
+from support.mock_cuda import MockCuda, mock_cuda
 from support.processes import start_ranks
 from support.training import Regression, loader, trainer
 
@@ -30,6 +30,15 @@ def _fit(rank, optimizer, settings, **options):
     return values, {purpose: strategy.ledger.payload_bytes(purpose) for purpose in ("gradients", "parameters")}
 
 
+def _sends_read(device, stream, kind, read, written):
+    """What is sent is read, and may be read by others meanwhile; only what is received is written."""
+    sends = kind.startswith("send")
+    _work(device, stream, kind, [*read, *written] if sends else read, [] if sends else written)
+
+
+_work = MockCuda.work
+
+
 def _both(rank, world_size, optimizer, settings, nccl):
     on_host = _fit(rank, optimizer, settings, accelerator="cpu", devices=world_size)
     environment = {**ONE_A_HOST, **dict.fromkeys(("RANK", "GROUP_RANK", "NODE_RANK"), str(rank))}
@@ -37,6 +46,7 @@ def _both(rank, world_size, optimizer, settings, nccl):
     with ExitStack() as stack:
         device = stack.enter_context(mock_cuda(p2p=nccl))
         stack.enter_context(mock.patch.object(torch.Tensor, "record_stream"))
+        stack.enter_context(mock.patch.object(MockCuda, "work", _sends_read))
         stack.enter_context(mock.patch.dict(os.environ, environment))
         if nccl:  # messages that a stream follows, in order; carried by gloo all the same
             for file in (strategy_file, cyclic_run):
