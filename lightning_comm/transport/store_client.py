@@ -9,12 +9,14 @@ import threading
 import time
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from lightning_comm.transport.recording import leave_behind, note_exit_status
+
+_PREFIX_STORE, _TCP_STORE = distributed_c10d.PrefixStore, cast(Any, dist).TCPStore
 
 
 class KeyValueStore(Protocol):
@@ -169,11 +171,11 @@ def connect_without_clone(store: Any) -> Any:
     What is put in front of keys cannot be read there, so clients that are made here put something of their own. A job
     that torchrun has restarted must not find the keys of the attempt before, where both have one store.
     """
-    if isinstance(store, dist.PrefixStore):
+    if isinstance(store, _PREFIX_STORE):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"lightning_comm/{attempt}", connect_without_clone(store.underlying_store))
-    if isinstance(store, dist.TCPStore):
-        return dist.TCPStore(store.host, store.port, is_master=False, timeout=store.timeout, wait_for_workers=False)
+        return _PREFIX_STORE(f"lightning_comm/{attempt}", connect_without_clone(store.underlying_store))
+    if isinstance(store, _TCP_STORE):
+        return _TCP_STORE(store.host, store.port, is_master=False, timeout=store.timeout, wait_for_workers=False)
     return store  # in this process, or a file, so no call to it waits for another process
 
 
