@@ -1,4 +1,4 @@
-"""The room in a GPU's memory: other processes and ranks on the card take of it, and so does what the allocator keeps."""
+"""The room in a GPU's memory: other processes, ranks on the card and what the allocator keeps take of it."""
 
 from types import SimpleNamespace
 
