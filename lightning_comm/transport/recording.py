@@ -315,7 +315,7 @@ def hang_up(group: dist.ProcessGroup | None) -> None:
     """
     # torch offers nothing that ends a wait of gloo's, except that a message which is late closes all connections of its
     # rank. It is late only where the connection it should come by is whole, so this asks every other rank for one.
-    for source in dist.get_process_group_ranks(group):
+    for source in dist.get_process_group_ranks(group or dist.group.WORLD):  # torch 2.6 wants a group
         if source != dist.get_rank():
             with counted_elsewhere(), suppress(RuntimeError, ValueError):
                 work = dist.irecv(torch.empty(1), source, group, _NEVER_SENT)
