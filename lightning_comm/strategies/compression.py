@@ -43,7 +43,7 @@ from lightning_comm.strategies.checks import check_twin_callbacks, replica_probl
 from lightning_comm.strategies.companion import Companion
 from lightning_comm.strategies.compression_run import CompressionRun
 from lightning_comm.strategies.interruptions import Interruptions
-from lightning_comm.strategies.loss_scale import loss_scale
+from lightning_comm.strategies.loss_scale import KnownScale, loss_scale
 from lightning_comm.strategies.peer_aware import PeerAwareStrategy
 from lightning_comm.strategies.plateau import PlateauMonitors
 from lightning_comm.strategies.run_length import restore_accumulation
@@ -176,6 +176,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         self._warned = False
         self._stepping: Optimizer | None = None  # the one that `optimizer_step` sees to
         self._steps_watched: RemovableHandle | None = None
+        self._known_scale: KnownScale | None = None
 
     @property
     def ledger(self) -> CommLedger:
@@ -293,7 +294,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
             if self._pruned is not None:
                 refusals.add(optimizer_problems(self.optimizers))
         _warn_at_start(self.compression, self.world_size)
-        self._run = CompressionRun(trainer, module, Recorder(self._ledger), self._failures, _WHERE)
+        self._run = CompressionRun(trainer, module, Recorder(self._ledger), self._failures, _WHERE, self._pruned)
         self._interruptions = Interruptions(
             trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False), _WHERE
         )
@@ -357,6 +358,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         assert isinstance(self.model, DistributedDataParallel)
         assert module is not None
         self._recorder = Recorder(self._ledger, beside_compute=True)
+        self._known_scale = KnownScale(self.precision_plugin)
         context = Context(self._recorder, "gradients", self._seed, revocable=self._may_throw_away(module))
         codec = self.compression.codec(context)
         unused = unused_by_all_ranks(self.model)
@@ -436,20 +438,21 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         return recorder
 
     def _loss_scale(self) -> float:
-        return loss_scale(self.precision_plugin) or 1.0
+        return (self._known_scale() if self._known_scale is not None else None) or 1.0
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         if self._recorder is not None and self._trainer is not None:
             self._recorder.step = self._trainer.global_step
-        scale = self._loss_scale()
+        keeps = self._sync is not None and self._sync.codec.is_local  # for others nothing depends on the scale
+        scale = self._loss_scale() if keeps else 1.0
         self._stepping = optimizer
         try:
             with self._first_error_shown("a step under DDP", waits=False):
                 output = super().optimizer_step(optimizer, closure, model, **kwargs)
         finally:
             self._stepping = None
-        if self._sync is not None:
+        if self._sync is not None and keeps and self._sync.codec.unapplied:
             # a gradient scaler lowers its scale where it has skipped a step, and only there
             told = self._sync.thrown_away if self._loss_scale() < scale else self._sync.stepped
             told(_parameters_of(optimizer))
@@ -527,6 +530,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
             "_pruned": None,
             "_stepping": None,
             "_steps_watched": None,
+            "_known_scale": None,
         }
 
 

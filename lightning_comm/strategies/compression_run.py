@@ -15,10 +15,12 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_comm import lightning_internals as internals
 from lightning_comm.strategies import control
+from lightning_comm.strategies.sparse_mask import PrunedWeights
 from lightning_comm.transport.agreement import Agreement, Decision, Kind
 from lightning_comm.transport.epoch_ends import same_batches
 from lightning_comm.transport.plain_data import gather_json
@@ -37,11 +39,19 @@ class CompressionRun:
         recorder: Sends and records.
         agreement: How ranks hear of failures.
         where: The strategy, for messages.
+        pruned: Has flags of its own, which are read with those of a meeting: on CUDA each reading by itself would make
+            the host wait for the device.
 
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, recorder: Recorder, agreement: Agreement, where: str
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        recorder: Recorder,
+        agreement: Agreement,
+        where: str,
+        pruned: PrunedWeights | None = None,
     ) -> None:
         self.on_decision: Callable[[Decision], None] = lambda decision: None
         self.refused = False  # whether all ranks have found alike that they cannot go on
@@ -50,6 +60,7 @@ class CompressionRun:
         self._recorder = recorder
         self._agreement = agreement
         self._where = where
+        self._pruned = pruned
         self._wanted: list[tuple[Kind, str]] = []
         self._decided: list[Decision] = []  # to be carried out between two batches
         self._validated = False  # whether ranks have validated since they met
@@ -156,16 +167,21 @@ class CompressionRun:
 
         Note:
             *Communication.* An all-reduce of 5 bytes, recorded as ``"control"``; more once somebody asks for something.
+            On CUDA this is where a step waits for the device, once.
 
         """
         flags = [bool(self._wanted), bool(self._trainer.should_stop), *(place == each for each in range(3))]
         if self._recorder.world_size > 1:
-            tensor = torch.tensor(flags, dtype=torch.uint8, device=self._module.device)
+            # filled there: a copy from ordinary memory to CUDA waits for the device
+            tensor = torch.zeros(len(flags), dtype=torch.uint8, device=self._module.device)
+            for number, is_up in enumerate(flags):
+                if is_up:
+                    tensor[number].fill_(1)
             self._recorder.step = self._trainer.global_step
             with self._agreement.first_error_shown():
                 pending = self._recorder.all_reduce(tensor, "control", dist.ReduceOp.MAX)
                 _wait(pending, self._agreement, tensor.device)
-            flags = tensor.tolist()
+                flags = self._read(tensor)
         wanted, stop, *places = map(bool, flags)
         if sum(places) > 1:
             self._refuse_unequal_epochs(place)
@@ -173,6 +189,15 @@ class CompressionRun:
             self._decide()
         if stop:
             self._trainer.should_stop = True
+
+    def _read(self, flags: Tensor) -> list[bool]:
+        """Return what ranks have said, and let it be known what was said of masks."""
+        of_masks = self._pruned.arrived_flags() if self._pruned is not None else None
+        if self._pruned is None or of_masks is None:
+            return flags.tolist()
+        read = torch.cat([flags, of_masks.to(flags.device)]).tolist()
+        self._pruned.note_flags(read[len(flags) :])
+        return read[: len(flags)]
 
     def _decide(self) -> None:
         mine, self._wanted = self._wanted, []

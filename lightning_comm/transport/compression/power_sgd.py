@@ -143,16 +143,24 @@ class PowerSGDCodec(Codec):
     def _basis(self, slot: Slot, values: Tensor) -> Tensor:
         """Return the directions that a parameter's iteration starts from; at first, or in another shape, at random."""
         start, kept = self._start(slot, values), self._bases.get(slot.name)
-        return kept if kept is not None and kept.shape == start.shape else start
+        if kept is None or kept.shape != start.shape:
+            return start
+        if (kept.dtype, kept.device) != (start.dtype, start.device):  # read from a file, there and in its width
+            kept = self._bases[slot.name] = _aligned(_moved(kept.to(start.dtype), start.device))
+        return kept
 
     def _start(self, slot: Slot, values: Tensor) -> Tensor:
-        """Return random directions, the same on all ranks and in all steps."""
-        shape = self._directions(slot), _matrix(slot)[1]
+        """Return random directions, the same on all ranks and in all steps.
+
+        Drawn and made orthonormal on the host: a GPU's random numbers depend on its kind, and ranks whose directions
+        differ would add up products of different bases.
+        """
+        shape, dtype = (self._directions(slot), _matrix(slot)[1]), scale_type(values)
         start = self._starts.get(slot.name)
-        if start is None or start.shape != shape:
-            generator = self.context.generator(slot.name, 0, values.device, shared=True)
-            drawn = torch.randn(shape, generator=generator, device=values.device, dtype=scale_type(values))
-            start = self._starts[slot.name] = _aligned(orthonormal_rows(drawn))
+        if start is None or (start.shape, start.dtype, start.device) != (shape, dtype, values.device):
+            generator = self.context.generator(slot.name, 0, torch.device("cpu"), shared=True)
+            drawn = orthonormal_rows(torch.randn(shape, generator=generator, dtype=dtype))
+            start = self._starts[slot.name] = _aligned(_moved(drawn, values.device))
         return start
 
     @override
@@ -303,6 +311,13 @@ def _aligned(matrix: Tensor) -> Tensor:
         return matrix
     memory = matrix.new_zeros(matrix.shape[0], padded)
     return memory[:, : matrix.shape[1]].copy_(matrix)
+
+
+def _moved(matrix: Tensor, device: torch.device) -> Tensor:
+    """Return the matrix on a device; to CUDA from memory that it can read by itself, so that the host need not wait."""
+    if device.type == "cuda" and matrix.device.type == "cpu":
+        matrix = matrix.pin_memory()
+    return matrix.to(device, non_blocking=True)
 
 
 def _matrix(slot: Slot) -> tuple[int, int]:

@@ -7,7 +7,7 @@ residual of it, is always given the kept entries: which buckets are sent whole d
 run's results must not.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -47,40 +47,62 @@ class SparseMaskCodec(Codec):
         self._plans: dict[tuple[Slot, ...], _Plan] = {}
         self._dense_steps = 0
         self.was_dense = False  # whether the last step's gradients were left whole
-        self._masks_changed: Callable[[], bool] | None = None
+        self._masks_changed: Callable[[], bool | Tensor] | None = None
         self._outside: Tensor | None = None
-        self._flags: tuple[Tensor, Pending, int] | None = None
+        self._flags: tuple[Tensor, Pending | None, int] | None = None
         self._raised = False
 
-    def watch(self, masks_changed: Callable[[], bool]) -> None:
+    def watch(self, masks_changed: Callable[[], bool | Tensor]) -> None:
         """Tell the other ranks with every step whether masks changed here, or gradients were not zero outside them.
 
         Args:
-            masks_changed: Asked at the end of each step's last bucket.
+            masks_changed: Asked at the end of each step's last bucket. What only the device knows it returns as a
+                tensor, so that nobody waits for it there.
 
         """
         self._masks_changed = masks_changed
 
     def take_flag(self) -> bool:
-        """Return whether any rank's flag was up since this was last asked; the same on all ranks."""
-        if self._flags is not None:
-            flags, pending, step = self._flags
-            self._flags = None
-            recorder = self.context.recorder
-            now, recorder.step = recorder.step, step  # recorded where it was sent
-            pending.wait()
-            recorder.step = now
-            self._raised |= bool(flags.any())
+        """Return whether any rank's flag was up since this was last asked; the same on all ranks.
+
+        On CUDA this waits for the device, unless :meth:`note_flags` has been told since the last step.
+        """
+        flags = self.arrived_flags()
+        if flags is not None:
+            self.note_flags(flags.tolist())
         raised, self._raised = self._raised, False
         return raised
 
-    def _send_flags(self, masks_changed: bool) -> None:
-        self._raised = self.take_flag()  # that of another backward of the same step
-        device = next(iter(self._rows.values())).device
-        flags = torch.zeros(2, dtype=torch.uint8, device=device)
-        flags[0] = masks_changed
-        if self._outside is not None:
-            flags[1] = self._outside
+    def arrived_flags(self) -> Tensor | None:
+        """Return what ranks have said of their masks, for whoever reads it with other numbers; ``None`` if nothing.
+
+        Waits for the message, which on CUDA the host does not.
+        """
+        if self._flags is None:
+            return None
+        flags, pending, step = self._flags
+        if pending is not None:
+            self._flags, recorder = None, self.context.recorder
+            now, recorder.step = recorder.step, step  # recorded where it was sent
+            pending.wait()
+            recorder.step = now
+            self._flags = flags, None, step
+        return flags
+
+    def note_flags(self, flags: Sequence[int]) -> None:
+        """Take note of what :meth:`arrived_flags` has returned, once it has been read."""
+        self._flags = None
+        self._raised |= any(flags)
+
+    def _send_flags(self, masks_changed: bool | Tensor) -> None:
+        flags = self.arrived_flags()  # of another backward of the same step: what is up stays so
+        if flags is None:
+            flags = torch.zeros(2, dtype=torch.uint8, device=next(iter(self._rows.values())).device)
+        for place, found in enumerate((masks_changed, self._outside)):
+            if isinstance(found, Tensor):
+                flags[place].logical_or_(found.to(flags.device))
+            elif found:
+                flags[place].fill_(1)
         self._outside = None
         recorder = self.context.recorder
         self._flags = flags, recorder.all_reduce(flags, "mask flags", ReduceOp.MAX), recorder.step
