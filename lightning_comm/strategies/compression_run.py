@@ -7,8 +7,8 @@ do the same after the same batch, whichever rank it came from, and one whose dat
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_comm import lightning_internals as internals
 from lightning_comm.strategies import control
-from lightning_comm.strategies.sparse_mask import PrunedWeights
 from lightning_comm.transport.agreement import Agreement, Decision, Kind
 from lightning_comm.transport.epoch_ends import same_batches
 from lightning_comm.transport.plain_data import gather_json
@@ -28,6 +27,16 @@ from lightning_comm.transport.recording import Pending, Recorder
 
 _TRAINS_ON, _AT_LAST_BATCH, _LEFT = range(3)  # where a rank is in its epoch
 _PAUSE_S = 0.0001
+
+
+class Unread(Protocol):
+    """What has numbers on the device that the host will want to know."""
+
+    def unread(self) -> Tensor | None:
+        """Return the numbers, of which float32 holds each; ``None`` if they have been read."""
+
+    def note_read(self, values: Sequence[float]) -> None:
+        """Take note of what :meth:`unread` has returned, once it has been read."""
 
 
 class CompressionRun:
@@ -39,8 +48,8 @@ class CompressionRun:
         recorder: Sends and records.
         agreement: How ranks hear of failures.
         where: The strategy, for messages.
-        pruned: Has flags of its own, which are read with those of a meeting: on CUDA each reading by itself would make
-            the host wait for the device.
+        beside: What else has numbers to read in each step, which are read with those of a meeting: on CUDA each reading
+            by itself would make the host wait for the device.
 
     """
 
@@ -51,7 +60,7 @@ class CompressionRun:
         recorder: Recorder,
         agreement: Agreement,
         where: str,
-        pruned: PrunedWeights | None = None,
+        beside: Sequence[Unread] = (),
     ) -> None:
         self.on_decision: Callable[[Decision], None] = lambda decision: None
         self.refused = False  # whether all ranks have found alike that they cannot go on
@@ -60,7 +69,7 @@ class CompressionRun:
         self._recorder = recorder
         self._agreement = agreement
         self._where = where
-        self._pruned = pruned
+        self._beside = beside
         self._wanted: list[tuple[Kind, str]] = []
         self._decided: list[Decision] = []  # to be carried out between two batches
         self._validated = False  # whether ranks have validated since they met
@@ -191,13 +200,16 @@ class CompressionRun:
             self._trainer.should_stop = True
 
     def _read(self, flags: Tensor) -> list[bool]:
-        """Return what ranks have said, and let it be known what was said of masks."""
-        of_masks = self._pruned.arrived_flags() if self._pruned is not None else None
-        if self._pruned is None or of_masks is None:
+        """Return what ranks have said, and let others know what there was to read for them."""
+        found = [(each, tensor.reshape(-1)) for each in self._beside if (tensor := each.unread()) is not None]
+        if not found:
             return flags.tolist()
-        read = torch.cat([flags, of_masks.to(flags.device)]).tolist()
-        self._pruned.note_flags(read[len(flags) :])
-        return read[: len(flags)]
+        rows = [flags, *(tensor for _, tensor in found)]
+        read = torch.cat([row.to(flags.device, torch.float32) for row in rows]).tolist()
+        for each, tensor in reversed(found):
+            each.note_read(read[-len(tensor) :])
+            del read[-len(tensor) :]
+        return read
 
     def _decide(self) -> None:
         mine, self._wanted = self._wanted, []

@@ -1,5 +1,6 @@
 """The factor by which a gradient scaler multiplies the loss under fp16, wherever a strategy must know it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -35,8 +36,26 @@ class KnownScale:
 
     def __call__(self) -> float | None:
         """Return the present loss scale; ``None`` where none is in use."""
-        tensor = scale_on_device(getattr(self._precision_plugin, "scaler", None))
-        now = None if tensor is None else (tensor, tensor._version)
-        if now is None or self._read_from is None or now[0] is not self._read_from[0] or now[1] != self._read_from[1]:
-            self._scale, self._read_from = loss_scale(self._precision_plugin), now
+        tensor = self._on_device()
+        if tensor is None:
+            return loss_scale(self._precision_plugin)  # not on the device yet, or none
+        if self.unread() is not None:
+            self.note_read([float(tensor)])
         return self._scale
+
+    def unread(self) -> Tensor | None:
+        """Return the scale where it may be another than the one last read, for whoever reads it with other numbers."""
+        tensor = self._on_device()
+        if tensor is None or self._read_from is None:
+            return tensor
+        earlier, version = self._read_from
+        return None if tensor is earlier and tensor._version == version else tensor
+
+    def note_read(self, values: Sequence[float]) -> None:
+        """Take note of what :meth:`unread` has returned, once it has been read."""
+        tensor = self._on_device()
+        assert tensor is not None
+        (self._scale,), self._read_from = values, (tensor, tensor._version)
+
+    def _on_device(self) -> Tensor | None:
+        return scale_on_device(getattr(self._precision_plugin, "scaler", None))

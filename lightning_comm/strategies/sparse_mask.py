@@ -144,13 +144,13 @@ class PrunedWeights:
             "weight by the norm of its rows, name it in `skip`."
         )
 
-    def arrived_flags(self) -> Tensor | None:
-        """Return what ranks have said of their masks in the last step, to be read with other numbers."""
+    def unread(self) -> Tensor | None:
+        """Return what ranks have said of their masks in the last step, for whoever reads it with other numbers."""
         return self._codec.arrived_flags()
 
-    def note_flags(self, flags: Sequence[int]) -> None:
+    def note_read(self, values: Sequence[float]) -> None:
         """Take note of it, once it has been read."""
-        self._codec.note_flags(flags)
+        self._codec.note_flags(values)
 
     def finish(self) -> None:
         """Wait for what is under way."""

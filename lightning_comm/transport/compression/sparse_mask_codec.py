@@ -44,6 +44,7 @@ class SparseMaskCodec(Codec):
         self._full = FullCodec(context)
         self.dense_above = dense_above  # `None` until it is known
         self._rows: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}  # of the entries that are kept
         self._plans: dict[tuple[Slot, ...], _Plan] = {}
         self._dense_steps = 0
         self.was_dense = False  # whether the last step's gradients were left whole
@@ -89,7 +90,7 @@ class SparseMaskCodec(Codec):
             self._flags = flags, None, step
         return flags
 
-    def note_flags(self, flags: Sequence[int]) -> None:
+    def note_flags(self, flags: Sequence[float]) -> None:
         """Take note of what :meth:`arrived_flags` has returned, once it has been read."""
         self._flags = None
         self._raised |= any(flags)
@@ -114,7 +115,7 @@ class SparseMaskCodec(Codec):
         if self._rows:
             self._inner.regroup(_places(self._rows, rows))
         self.masks, self._rows = masks, rows
-        self._plans = {}
+        self._counts, self._plans = counts_of(rows), {}
 
     def request_dense(self, n_steps: int) -> None:
         """Send the next steps' gradients in full and leave them as they are, for methods that let masks grow.
@@ -131,10 +132,11 @@ class SparseMaskCodec(Codec):
 
     @override
     def payload_bytes(self, layout: Layout) -> int:
-        plan = self._plan_of(layout, torch.device("cpu"))
-        if self._dense_steps or plan is None:
+        if self._dense_steps or not self._rows:
             return self._full.payload_bytes(layout)
-        return self._inner.payload_bytes(plan.layout) if plan.layout.slots else 0
+        kept = self._kept_in(layout)
+        sent = kept if self._is_gathered(kept.numel, layout.numel) else layout
+        return self._inner.payload_bytes(sent) if sent.slots else 0
 
     @override
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
@@ -162,19 +164,22 @@ class SparseMaskCodec(Codec):
             return None
         plan = self._plans.get(layout.slots)
         if plan is None:
-            rows = [
-                self._rows[slot.name] if slot.name in self._rows else torch.ones(slot.numel, dtype=torch.bool)
-                for slot in layout.slots
-            ]
-            mask = torch.cat([row.to(device) for row in rows])
-            n_kept = int(mask.sum())
-            slots = [(slot, int(row.sum())) for slot, row in zip(layout.slots, rows, strict=True)]
-            inner = Layout(tuple(Slot(slot.name, count, (count,)) for slot, count in slots if count))
-            gathered = self._is_gathered(n_kept, layout.numel)
+            mask = torch.ones(layout.numel, dtype=torch.bool, device=device)
+            for slot, row in zip(layout.slots, layout.split(mask), strict=True):
+                if slot.name in self._rows:
+                    row.copy_(self._rows[slot.name])
+            inner = self._kept_in(layout)
+            gathered = self._is_gathered(inner.numel, layout.numel)
+            # once for each bucket and masks: on CUDA the host waits there
             kept = mask.nonzero().view(-1) if gathered else torch.empty(0, dtype=torch.int64, device=device)
             plan = _Plan(kept, ~mask, inner if gathered else layout, gathered)
             self._plans[layout.slots] = plan
         return plan
+
+    def _kept_in(self, layout: Layout) -> Layout:
+        """Return what lies in the row of the kept entries of a bucket."""
+        counts = ((slot.name, self._counts.get(slot.name, slot.numel)) for slot in layout.slots)
+        return Layout(tuple(Slot(name, count, (count,)) for name, count in counts if count))
 
     def _is_gathered(self, kept: int, entries: int) -> bool:
         if kept == entries:
@@ -234,7 +239,7 @@ class SparseMaskCodec(Codec):
         }
         self.pruned_at = state["pruned_at"]
         self.dense_above = state["dense_above"]
-        self._rows, self._plans = {}, {}  # whoever goes on installs the masks
+        self._rows, self._counts, self._plans = {}, {}, {}  # whoever goes on installs the masks
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -266,6 +271,15 @@ def _places(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Te
         new = after[name] if name in after else torch.ones_like(old)
         places[name] = torch.where(old, old.cumsum(0) - 1, -1)[new]
     return places
+
+
+def counts_of(masks: dict[str, Tensor]) -> dict[str, int]:
+    """Return how many entries each mask keeps, read together."""
+    if not masks:
+        return {}
+    device = next(iter(masks.values())).device
+    sums = torch.stack([mask.sum().to(device) for mask in masks.values()])
+    return dict(zip(masks, map(int, sums.tolist()), strict=True))
 
 
 def in_order_of_memory(mask: Tensor, parameter: Tensor) -> Tensor:
