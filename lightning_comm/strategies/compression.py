@@ -43,8 +43,9 @@ from lightning_comm.strategies.checkpoints.loading import load_together
 from lightning_comm.strategies.checks import check_twin_callbacks, replica_problems
 from lightning_comm.strategies.companion import Companion
 from lightning_comm.strategies.compression_run import CompressionRun, Unread
+from lightning_comm.strategies.compression_scale import KnownScale
 from lightning_comm.strategies.interruptions import Interruptions
-from lightning_comm.strategies.loss_scale import KnownScale, loss_scale
+from lightning_comm.strategies.loss_scale import loss_scale
 from lightning_comm.strategies.peer_aware import PeerAwareStrategy
 from lightning_comm.strategies.plateau import PlateauMonitors
 from lightning_comm.strategies.run_length import restore_accumulation
