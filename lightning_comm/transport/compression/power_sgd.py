@@ -9,7 +9,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Message, Slot
+from lightning_comm.transport.compression.base import (
+    Codec,
+    Compression,
+    Context,
+    Conversation,
+    Layout,
+    Message,
+    Slot,
+    uploaded,
+)
 from lightning_comm.transport.compression.feedback import Feedback
 from lightning_comm.transport.compression.rounding import scale_type
 
@@ -146,7 +155,7 @@ class PowerSGDCodec(Codec):
         if kept is None or kept.shape != start.shape:
             return start
         if (kept.dtype, kept.device) != (start.dtype, start.device):  # read from a file, there and in its width
-            kept = self._bases[slot.name] = _aligned(_moved(kept.to(start.dtype), start.device))
+            kept = self._bases[slot.name] = _aligned(uploaded(kept.to(start.dtype), start.device))
         return kept
 
     def _start(self, slot: Slot, values: Tensor) -> Tensor:
@@ -160,7 +169,7 @@ class PowerSGDCodec(Codec):
         if start is None or (start.shape, start.dtype, start.device) != (shape, dtype, values.device):
             generator = self.context.generator(slot.name, 0, torch.device("cpu"), shared=True)
             drawn = orthonormal_rows(torch.randn(shape, generator=generator, dtype=dtype))
-            start = self._starts[slot.name] = _aligned(_moved(drawn, values.device))
+            start = self._starts[slot.name] = _aligned(uploaded(drawn, values.device))
         return start
 
     @override
@@ -311,13 +320,6 @@ def _aligned(matrix: Tensor) -> Tensor:
         return matrix
     memory = matrix.new_zeros(matrix.shape[0], padded)
     return memory[:, : matrix.shape[1]].copy_(matrix)
-
-
-def _moved(matrix: Tensor, device: torch.device) -> Tensor:
-    """Return the matrix on a device; to CUDA from memory that it can read by itself, so that the host need not wait."""
-    if device.type == "cuda" and matrix.device.type == "cpu":
-        matrix = matrix.pin_memory()
-    return matrix.to(device, non_blocking=True)
 
 
 def _matrix(slot: Slot) -> tuple[int, int]:
