@@ -283,10 +283,10 @@ class Generator(torch._C.Generator, metaclass=_AnyGenerator):
 class MockCuda:
     """What has happened on the device."""
 
-    def __init__(self, nccl: bool) -> None:
+    def __init__(self, nccl: bool, p2p: bool) -> None:
         self.waits: list[Wait] = []
         self.hazards: list[str] = []
-        self.nccl = nccl
+        self.nccl, self.p2p = nccl, p2p
         self.host: dict[int, int] = {}  # what the host knows to be done, of each stream
         self.lock = threading.RLock()
         self.messages: WeakKeyDictionary[Any, Stream] = WeakKeyDictionary()
@@ -339,6 +339,8 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _PLAIN:
+            return func(*args, **kwargs)
         special = _SPECIAL.get(func)
         if special is not None:
             return special(self, func, args, kwargs)
@@ -483,9 +485,25 @@ def _deepcopy(mode: _Functions, func: Any, args: Any, kwargs: Any) -> Any:
     return _put(mode.call(func, args, kwargs), _on_device(args[0]))
 
 
-def _record_stream(mode: _Functions, func: Any, args: Any, kwargs: Any) -> None:
-    assert isinstance(args[1], Stream)
+def _setitem(mode: _Functions, func: Any, args: Any, kwargs: Any) -> Any:
+    """Assign to entries; those of the device may be chosen by numbers from the host, which are copied to it."""
+    tensor, index, value = args
+    if not _on_device(tensor):
+        return mode.call(func, args, kwargs)
+    places = list(index) if isinstance(index, tuple) else [index]
+    for k, place in enumerate(places):
+        if isinstance(place, list):
+            place = torch.tensor(place)  # noqa: PLW2901
+        if isinstance(place, Tensor) and place.dim() and not _on_device(place):
+            places[k] = _move(mode, place, True, False, False)
+    return mode.call(func, (tensor, tuple(places) if isinstance(index, tuple) else places[0], value), kwargs)
 
+
+# what is answered without a look at entries, and alike on all devices
+_PLAIN = {Tensor.data_ptr, Tensor.stride, Tensor.size, Tensor.numel, Tensor.dim, Tensor.element_size}
+_PLAIN |= {Tensor.is_contiguous, Tensor.storage_offset, Tensor.is_complex, Tensor.is_floating_point}
+_PLAIN |= {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "layout", "requires_grad", "grad", "is_leaf")}
+_PLAIN |= {getattr(Tensor, name).__get__ for name in ("is_sparse", "is_meta", "ndim", "grad_fn", "_version", "data")}
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     Tensor.device.__get__: _device,
@@ -501,8 +519,8 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     Tensor.__array__: _as_numpy,
     Tensor.tolist: _as_list,
     Tensor.backward: _backward,
+    Tensor.__setitem__: _setitem,
     Tensor.__deepcopy__: _deepcopy,
-    Tensor.record_stream: _record_stream,
 }
 
 
@@ -520,8 +538,10 @@ class _Operations(TorchDispatchMode):
             if namespace == "c10d":
                 return self._message(func, name, args, kwargs, list(zip(tensors, there, strict=True)))
             if not tensors:
-                made = func(*args, **kwargs)
                 by_cpp = _here.depth == 0 and (_here.made_by_ddp or torch._C._current_graph_task_id() != -1)
+                if (asked := kwargs.get("device")) is not None and asked.type == "cuda":  # as for a barrier
+                    kwargs, by_cpp = {**kwargs, "device": torch.device("cpu")}, True
+                made = func(*args, **kwargs)
                 return _put(made, True) if by_cpp else made
             if not any(there):
                 return func(*args, **kwargs)
@@ -582,7 +602,7 @@ class _Operations(TorchDispatchMode):
         on_device = [each for each, there in tensors if there]
         if device.nccl and len(on_device) < len(tensors):
             raise RuntimeError("No backend type associated with device type cpu")
-        if not device.nccl and on_device and name in ("send", "recv_", "recv_any_source_"):
+        if not device.p2p and on_device and name in ("send", "recv_", "recv_any_source_"):
             raise RuntimeError(f"gloo: {name} of a CUDA tensor: writev: Bad address")
         made = func(*args, **kwargs)
         if on_device:
@@ -642,6 +662,15 @@ def _future_of(plain: Callable[..., Any]) -> Callable[..., Any]:
         return plain(work)
 
     return get_future
+
+
+def _record_stream(tensor: Tensor, stream: Stream) -> None:
+    assert isinstance(stream, Stream)
+
+
+def _without_devices(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return futures that ask no driver for streams."""
+    return lambda future, *, devices=None: plain(future)
 
 
 def _within_ddp(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -719,14 +748,15 @@ _STUBS: dict[str, Any] = {
 
 
 @contextmanager
-def mock_cuda(nccl: bool = False) -> Iterator[MockCuda]:
+def mock_cuda(nccl: bool = False, p2p: bool = False) -> Iterator[MockCuda]:
     """Let this process have a CUDA device for a while.
 
     Args:
         nccl: Take what NCCL takes: tensors of the device alone, sending and receiving too.
+        p2p: Let gloo send and receive tensors of the device, which it cannot on a GPU.
 
     """
-    device = MockCuda(nccl)
+    device = MockCuda(nccl, p2p or nccl)
     ddp = torch.nn.parallel.DistributedDataParallel
     with ExitStack() as stack:
         for name, stub in _STUBS.items():
@@ -736,6 +766,8 @@ def mock_cuda(nccl: bool = False) -> Iterator[MockCuda]:
             (torch.autograd, "has_torch_function", lambda tensors: False),  # hooks of a backward run with the mode on
             (threading.Thread, "start", _start_thread(threading.Thread.start)),
             (dist.Work, "wait", _wait_for_work(dist.Work.wait)),
+            (Tensor, "record_stream", _record_stream),
+            (torch.futures.Future, "__init__", _without_devices(torch.futures.Future.__init__)),
             (dist.Work, "get_future", _future_of(dist.Work.get_future)),
             *((ddp, name, _within_ddp(getattr(ddp, name))) for name in ("_ddp_init_helper", "_pre_forward")),
             *((dist, name, _following(getattr(dist, name))) for name in _STARTS),
