@@ -76,7 +76,7 @@ def torchft_diloco(job: Job) -> Segment:
 def averager_alone(job: Job) -> Segment:
     """Average with our Averager in a plain loop, without Lightning."""
     network = job.network()
-    averager = Averager(Recorder(CommLedger()), Averaging().bucket_bytes)
+    averager = Averager(Recorder(CommLedger()), Averaging().bucket_bytes_under("gloo"))
     parameters = list(network.parameters())
     done = 0
 

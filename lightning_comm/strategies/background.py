@@ -1,14 +1,16 @@
 """When the average in the background departs, goes on and lands: at steps that are the same on all ranks."""
 
-import time
+from collections.abc import Set
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_comm.strategies.round_log import RoundLog
 from lightning_comm.strategies.settings import InFlight
 from lightning_comm.transport.agreement import Agreement
+from lightning_comm.transport.device_time import Moment, moment
 from lightning_comm.transport.replica import Replica
 
 
@@ -23,18 +25,32 @@ class BackgroundAverage:
         log: Notes the round once its average has landed.
         agreement: Shows whose error it is when a wait fails.
         overlap_steps: After how many steps an average lands, where the round has as many.
+        device: Where the weights are, which says how long training has stood still.
 
     """
 
-    def __init__(self, replica: Replica, log: RoundLog, agreement: Agreement, overlap_steps: int) -> None:
+    def __init__(
+        self, replica: Replica, log: RoundLog, agreement: Agreement, overlap_steps: int, device: torch.device
+    ) -> None:
         self._replica = replica
         self._log = log
         self._agreement = agreement
         self._overlap_steps = overlap_steps
+        self._device = device
         self._flight: InFlight | None = None
+        self._stood_still: list[tuple[Moment, Moment]] = []  # for this flight, beside its `transfer_s`
         self._said_clamped = False
 
-    def depart(self, *, step: int, period_steps: int, lr: float, wait_s: float, weight: float | None = None) -> None:
+    def depart(
+        self,
+        *,
+        step: int,
+        period_steps: int,
+        lr: float,
+        wait_s: float,
+        weight: float | None = None,
+        moderate: Set[str] = frozenset(),
+    ) -> None:
         """Start to average the weights of now, in a thread.
 
         Args:
@@ -43,12 +59,14 @@ class BackgroundAverage:
             lr: Learning rate at the first step of that round.
             wait_s: Seconds until all ranks had arrived.
             weight: What this rank counts for in the mean; ``None`` on all ranks: equally.
+            moderate: As in :meth:`Replica.average`.
 
         """
         self.land()  # still in flight only where a resumed run has shorter rounds
-        started = time.monotonic()
-        self._replica.depart(weight)
-        self._flight = InFlight(step, period_steps, lr, wait_s, time.monotonic() - started)
+        started = moment(self._device)
+        self._replica.depart(weight, moderate)
+        self._flight = InFlight(step, period_steps, lr, wait_s, 0.0)
+        self._stood_still = [(started, moment(self._device))]
 
     def begin_round(self, step: int, next_steps: int) -> None:
         """Choose where the average lands: within the round of ``next_steps`` that begins at ``step``."""
@@ -73,31 +91,45 @@ class BackgroundAverage:
 
     def land(self) -> None:
         """Wait for the average, if one is in flight, and move the weights by it."""
-        flight, started = self._flight, time.monotonic()
-        if flight is None:
+        if self._flight is None:
             return
         self.wait()
+        started = moment(self._device)
         with self._agreement.first_error_shown():
-            drift = self._replica.land()
-        self._flight = None
+            summed = self._replica.land()
+        self._stood_still.append((started, moment(self._device)))
+        drift = summed.read()
+        flight, self._flight = self._measured(self._flight), None
         self._log.add(
             step=flight.step,
             period_steps=flight.period_steps,
             lr=flight.lr,
             wait_s=flight.wait_s,
-            transfer_s=flight.transfer_s + time.monotonic() - started,
+            transfer_s=flight.transfer_s,
             drift=drift,
         )
 
     def wait(self) -> None:
         """Wait until the average has arrived, if one is in flight. The weights stay as they are."""
+        if not self._replica.is_sending:
+            return
+        started = moment(self._device)
         with self._agreement.first_error_shown():
             while not self._replica.is_quiet(timeout_s=0.05):
                 self._agreement.listen()  # or a rank that failed, and lives on, would be waited for
             self._replica.wait_for_background()
+        self._stood_still.append((started, moment(self._device)))
+
+    def _measured(self, flight: InFlight) -> InFlight:
+        """Return the flight with the time that training has stood still for it, once the device has done that."""
+        seconds = sum(begun.until(over) for begun, over in self._stood_still)
+        self._stood_still = []
+        return replace(flight, transfer_s=flight.transfer_s + seconds)
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return what a resumed run needs beside what the replica keeps."""
+        if self._flight is not None:
+            self._flight = self._measured(self._flight)
         return None if self._flight is None else asdict(self._flight)
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:

@@ -18,12 +18,13 @@ from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
 from lightning_comm.core.local_update import FixedPeriod, PeriodRule, PowerPeriod, QuadraticPeriod, RoundClock
-from lightning_comm.lightning_internals import logged_metrics
+from lightning_comm.lightning_internals import logged_metrics, weight_average_of
 from lightning_comm.refusals import refuse
 from lightning_comm.strategies.auto_period import shortest_period
 from lightning_comm.strategies.model_checks import has_no_optimizer, lazy_problems, no_optimizer, trained_problems
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.transport.averaging import Averaging
+from lightning_comm.transport.backends import unsent_problems
 from lightning_comm.transport.flat import distinct
 from lightning_comm.transport.optimizer_state import has_modes
 
@@ -97,6 +98,19 @@ def module_problems(module: LightningModule) -> Iterator[str]:
                 "weights, and BatchNormReestimation brings them up to date before evaluation."
             )
     yield from replica_problems(module)
+
+
+def device_problems(trainer: Trainer, module: LightningModule) -> Iterator[str]:
+    """Yield what would be averaged and lies where the process group does not send from; once the model is in place."""
+    models: list[tuple[str, nn.Module | None]] = [("", module)]
+    models += [(" of a weight average", weight_average_of(each)) for each in getattr(trainer, "callbacks", [])]
+    named = [
+        (f"{name!r}{label}", tensor)
+        for label, model in models
+        if model is not None
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    ]
+    yield from unsent_problems(named, "keep it where the model is (`device=None` of a weight average)")
 
 
 def replica_problems(module: LightningModule) -> Iterator[str]:

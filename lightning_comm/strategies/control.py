@@ -1,15 +1,20 @@
 """The few numbers that ranks exchange when they meet, and what is read from them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
+from lightning_comm.transport.device_time import on_device
 from lightning_comm.transport.epoch_ends import same_batches
 from lightning_comm.transport.recording import Pending, Recorder
 
 UNDECIDED, FAILED = 0, -1  # in place of a number of steps
+
+# what a rank knows of its tensors, each a power of two in `seen`; also the purposes of averages
+SEEN = ("moved", "parameters", "buffers", "weight_averages", "optimizer_state")
 
 
 class ControlRow(NamedTuple):
@@ -27,6 +32,7 @@ class ControlRow(NamedTuple):
         batches: Training batches in an epoch; -1 where that is not known.
         samples: That this rank has trained on since the last synchronisation; ``None``, on all ranks, where averages
             are not weighted by it, and then it is not sent.
+        seen: What :meth:`Replica.look` has found on that rank, as a sum of powers of two, by place in `SEEN`.
 
     """
 
@@ -39,21 +45,72 @@ class ControlRow(NamedTuple):
     stands: float = False
     batches: float = -1
     samples: float | None = None
+    seen: int = 0
 
 
 def exchange(
-    row: ControlRow, recorder: Recorder, device: torch.device, wait: Callable[[Pending], None]
+    row: ControlRow,
+    recorder: Recorder,
+    device: torch.device,
+    wait: Callable[[Pending], None],
+    *,
+    loss_scale: Tensor | None = None,
+    found: Mapping[str, bool | Tensor] | None = None,
 ) -> list[ControlRow]:
     """Send this rank's row and return those of all ranks, in order of rank.
+
+    Args:
+        row: What this rank says.
+        recorder: Sends and records.
+        device: Where the backend wants its messages.
+        wait: Waits for the rows of the others.
+        loss_scale: That of the row, where it lies on a device and the host has not read it.
+        found: What :meth:`Replica.look` has found, for the ``seen`` of the row, likewise.
 
     Note:
         *Communication.* One all-gather of 64 bytes a rank, 72 with a number of samples, recorded as ``"control"``.
 
+        *Host.* On CUDA it waits for the device once, to read the rows.
+
     """
-    numbers = [number for number in row if number is not None]
-    rows, pending = recorder.all_gather(torch.tensor(numbers, dtype=torch.float64, device=device), "control")
+    sent = row._replace(urgent=float(bool(row.urgent)))._asdict()
+    del sent["seen"]  # it has room in the flag beside it
+    own = on_device([number for number in sent.values() if number is not None], torch.float64, device)
+    fields = list(sent)
+    for k, name in enumerate(SEEN):
+        flag = (found or {}).get(name, False)
+        if flag is not False:
+            own[fields.index("urgent")] += 2.0 ** (k + 1) * flag
+    if loss_scale is not None:
+        own[fields.index("loss_scale")] += loss_scale
+    rows, pending = recorder.all_gather(own, "control")
     wait(pending)
-    return [ControlRow(*values) for values in rows.tolist()]
+    return [_received(dict(zip(fields, values, strict=False))) for values in rows.tolist()]
+
+
+def _received(numbers: dict[str, float]) -> ControlRow:
+    flags = int(numbers.pop("urgent"))
+    return ControlRow(**numbers, urgent=flags & 1, seen=flags >> 1)
+
+
+def seen(rows: list[ControlRow]) -> set[str]:
+    """Return what any rank has seen.
+
+    Example:
+        >>> sorted(seen([ControlRow(seen=1), ControlRow(seen=4)]))
+        ['buffers', 'moved']
+
+    """
+    return {name for k, name in enumerate(SEEN) if any(int(row.seen) >> k & 1 for row in rows)}
+
+
+def moderate(rows: list[ControlRow]) -> set[str]:
+    """Return the purposes of averages for which no rank has seen an entry that may be large.
+
+    Where a frozen parameter has changed, which then is averaged too, that is not known of parameters.
+    """
+    found = seen(rows)
+    return set(SEEN[1:]) - found - ({"parameters"} if "moved" in found else set())
 
 
 def check_same_work(rows: list[ControlRow]) -> None:

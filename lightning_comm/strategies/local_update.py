@@ -5,11 +5,11 @@ rest are hooks of a few lines each.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,7 @@ from lightning_comm.strategies.settings import Round, Settings
 from lightning_comm.strategies.unregistered import UnregisteredState
 from lightning_comm.transport.agreement import Agreement, default_store
 from lightning_comm.transport.averaging import Averaging, broadcast_
+from lightning_comm.transport.backends import backend_for
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.optimizer_messages import FirstSteps
 from lightning_comm.transport.random_state import set_random_state
@@ -58,6 +59,7 @@ from lightning_comm.transport.recording import Pending, Recorder, another_group,
 from lightning_comm.transport.replica import fingerprint
 from lightning_comm.transport.sparse_gradients import fault_of_ddp
 
+_T = TypeVar("_T")
 _fits = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
 
 
@@ -94,7 +96,8 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         cluster_environment: Where ranks and addresses come from.
         checkpoint_io: How files are written.
         precision_plugin: Set by the Trainer.
-        process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if left out.
+        process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if left out. Where something that is
+            averaged lies on the CPU and the model on a GPU: ``"cpu:gloo,cuda:nccl"``.
         timeout: How long a rank waits for the others in a synchronisation. Ranks of unequal speed drift apart within a
             round, so long rounds may want more than the default half hour. When the job starts, ten minutes at least.
         start_method: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
@@ -282,6 +285,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
                 refusals.add(model_checks.trained_problems(module))
             refusals.add(checks.length_problems(trainer, module, self.settings))
             self._set_up(trainer, refusals)
+            refusals.add(checks.device_problems(trainer, module))
             refusals.add(checks.optimizer_problems(module, self.optimizers, self.settings))
             refusals.add(
                 auto_period.period_problems(self.optimizers, self.settings, rank_files.saved_alpha(self._resume))
@@ -330,7 +334,8 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             rows = control.exchange(row, recorder, self.root_device, Pending.wait)
         control.check_same_model(rows, "LocalUpdateStrategy")
         with self._first_error_shown("the set-up"), torch.no_grad():
-            broadcast_([tensor for _, tensor in named], recorder, "start", self.settings.averaging.bucket_bytes)
+            bucket_bytes = self.settings.averaging.bucket_bytes_under(backend_for(self.root_device))
+            broadcast_([tensor for _, tensor in named], recorder, "start", bucket_bytes)
 
     def _unwrap_ddp(self) -> None:
         """End the gradient phase. Dropping the wrapper frees its buckets and takes its hooks off the parameters."""
@@ -370,7 +375,15 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             rank_zero_info(f"LocalUpdateStrategy: {local_update_line.plan_of(trainer, run)}")
         self._interruptions.install(after_save=run.leave_checkpoint)
         patches = self._interruptions.patches
-        PlateauMonitors(trainer, patches, run.recorder, run.agreement, self.root_device, "LocalUpdateStrategy")
+        PlateauMonitors(
+            trainer,
+            patches,
+            run.recorder,
+            run.agreement,
+            self.root_device,
+            "LocalUpdateStrategy",
+            run.before_other_messages,
+        )
         self._resume = None
         if own is not None:
             set_random_state(own["random"])  # last, since what comes before may draw from the generators
@@ -478,6 +491,12 @@ class LocalUpdateStrategy(PeerAwareStrategy):
     def _compare_places(self, purpose: str) -> None:
         if self._run is not None:
             self._run.compare_places(purpose)
+
+    @override
+    def _together(self, collective: Callable[[], _T], alone: _T, where: str) -> _T:
+        if self._run is not None:
+            self._run.before_other_messages()
+        return super()._together(collective, alone, where)
 
     def _is_fitting(self) -> bool:
         """Whether ranks run under the strategy's rounds, or did in the last ``fit``; not in a tuner's trial run."""

@@ -17,7 +17,8 @@ checkpoint, has one of its own before it.
 
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Set
 from dataclasses import replace
 from typing import Any
 
@@ -30,18 +31,21 @@ from torch.optim import Optimizer
 
 from lightning_comm.core.local_update import PeriodRule, RoundClock
 from lightning_comm.lightning_internals import weight_average_of
+from lightning_comm.refusals import refuse
 from lightning_comm.strategies import control
 from lightning_comm.strategies.background import BackgroundAverage
 from lightning_comm.strategies.control import ControlRow
-from lightning_comm.strategies.loss_scale import loss_scale, take_smallest_scale
+from lightning_comm.strategies.loss_scale import loss_scale_on, take_smallest_scale
 from lightning_comm.strategies.round_log import RoundLog
 from lightning_comm.strategies.run_length import may_differ
 from lightning_comm.strategies.sample_weights import SampleWeights
 from lightning_comm.strategies.settings import Settings
 from lightning_comm.strategies.sparse_mask import PrunedWeights
 from lightning_comm.transport.agreement import Agreement, Decision, Kind, PeerFailure, Position
+from lightning_comm.transport.backends import unsent_problems
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
+from lightning_comm.transport.device_time import Moment, moment
 from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.flat import Drift
 from lightning_comm.transport.optimizer_state import optimizer_tensors, saved_tensors
@@ -88,7 +92,10 @@ class LocalUpdateRun:
         self.replica = Replica(
             module, recorder, settings.averaging, settings.buffers, self._weight_averages, background
         )
-        self.background = BackgroundAverage(self.replica, self.log, agreement, settings.averaging.overlap_steps)
+        self._control_device = module.device
+        self.background = BackgroundAverage(
+            self.replica, self.log, agreement, settings.averaging.overlap_steps, self._control_device
+        )
         codec, method = self.replica.codec, settings.averaging.method
         self.pruned: PrunedWeights | None = None
         if isinstance(codec, SparseMaskCodec) and isinstance(method, SparseMask):
@@ -111,9 +118,9 @@ class LocalUpdateRun:
         self.active = False  # not in a trial run, such as that of a learning-rate finder
         self._ticks = 0
         self.round_lr = self._step_time_s = 0.0
-        self._step_began_s = time.monotonic()
+        self._step_began = self._now()
+        self._steps: deque[tuple[Moment, Moment, int]] = deque()  # that the device may not have done yet
         self._warned_about_lr = False
-        self._control_device = module.device
 
     # ---- counting ------------------------------------------------------------------------------------------------
 
@@ -177,7 +184,7 @@ class LocalUpdateRun:
         decision = self.agreement.poll(self._position(), force=self.standing)
         if decision is not None and (decision.at_step is None or self.clock.steps_done >= decision.at_step):
             self._carry_out(decision)
-        self._step_began_s = time.monotonic()
+        self._step_began = self._now()
 
     def end_epoch(self) -> None:
         """Wait until all ranks have ended the epoch alike, where that is not sure before; may be called twice."""
@@ -243,21 +250,24 @@ class LocalUpdateRun:
             in_full: Whether ranks must be equal afterwards, so that nothing is compressed.
 
         """
-        started = time.monotonic()
+        self.background.wait()
+        started = self._now()  # when the device has done the steps of the round
         with self.agreement.first_error_shown():
             rows = self._meet(decide=not self.trainer.is_last_batch, answering=answering)
-            met = time.monotonic()
+            met = self._now()
             if any(row.stands for row in rows):
                 self.stand()
                 return
             self._check(rows)
             weight = self.samples.weight_of(self.recorder.rank, rows)
+            moderate = control.moderate(rows)
             if self.settings.averaging.overlap_steps and not in_full and not self._run_is_over():
-                self._depart(met - started, weight)
+                self._depart(started.until(met), weight, moderate)
             else:
-                drift = self._average(weight, in_full=in_full or self._run_is_over())
-                self._note(drift, met - started, time.monotonic() - met)
-        take_smallest_scale(self.trainer.precision_plugin, [row.loss_scale for row in rows])
+                drift, averaged = self._average(weight, moderate, in_full=in_full or self._run_is_over())
+                self._note(drift, started.until(met), met.until(averaged))
+        scales = [row.loss_scale for row in rows]
+        take_smallest_scale(self.trainer.precision_plugin, scales, scales[self.recorder.rank])
         self._end_round(weight)
         if rows[0].next_steps != control.UNDECIDED:
             self._begin(rows)
@@ -275,7 +285,8 @@ class LocalUpdateRun:
                 self.replica.agree_on_moved()
             else:
                 self._check(rows)
-            self.replica.enter_average(purpose, self.samples.weight_of(self.recorder.rank, rows))
+            weight = self.samples.weight_of(self.recorder.rank, rows)
+            self.replica.enter_average(purpose, weight, control.moderate(rows))
 
     def meet_at_epoch_end(self) -> None:
         """Check that all ranks end the epoch after the same steps, where its length could not be compared before."""
@@ -287,11 +298,12 @@ class LocalUpdateRun:
         self.leave_checkpoint()
         self.compare_places("the end of the run")
         if not self.in_gradient_phase and self.apart:
-            started = time.monotonic()
+            self.background.wait()
+            started = self._now()
             with self.agreement.first_error_shown():
                 weight = self._weight()
-                drift = self._average(weight, in_full=True)
-            self._note(drift, 0.0, time.monotonic() - started)
+                drift, averaged = self._average(weight, frozenset(), in_full=True)
+            self._note(drift, 0.0, started.until(averaged))
             self._end_round(weight)
         self.log.end_run()
 
@@ -310,17 +322,22 @@ class LocalUpdateRun:
         self.samples.begin_round(weight)
         self.rounds_done += 1
 
-    def _average(self, weight: float | None, *, in_full: bool) -> Drift:
+    def _average(self, weight: float | None, moderate: Set[str], *, in_full: bool) -> tuple[Drift, Moment]:
+        """Average; return how far this rank was from the mean, and when its device has done it."""
         self.background.land()
         self.keep_pruned_at_zero()
         compressed = self.replica.compresses and not in_full
         replica = self.replica
-        drift = replica.average_differences(weight) if compressed else replica.average(weight=weight)
-        replica.average_momenta(self._momenta(), weight)
+        drift = replica.average_differences(weight, moderate) if compressed else replica.average(None, weight, moderate)
+        replica.average_momenta(self._momenta(), weight, moderate="optimizer_state" in moderate)
         self.apart, self.standing = compressed, False
-        return drift
+        averaged = self._now()
+        return drift.read(), averaged  # which is where the host waits for a device
 
-    def _depart(self, wait_s: float, weight: float | None) -> None:
+    def _now(self) -> Moment:
+        return moment(self._control_device)
+
+    def _depart(self, wait_s: float, weight: float | None, moderate: Set[str]) -> None:
         clock = self.clock
         if self._background_recorder is not None:
             self._background_recorder.step = clock.steps_done
@@ -330,6 +347,7 @@ class LocalUpdateRun:
             lr=self.round_lr,
             wait_s=wait_s,
             weight=weight,
+            moderate=moderate,
         )
         self.apart, self.standing = True, False
 
@@ -376,6 +394,7 @@ class LocalUpdateRun:
                 still carry them out at that step.
 
         """
+        self.background.wait()  # on CUDA, two groups that send at once may wait for each other
         self.agreement.post()  # before the rows, so that others find the request right after them
         error, steps = None, control.UNDECIDED
         if decide and self.recorder.rank == 0 and not self._run_is_over():
@@ -388,22 +407,32 @@ class LocalUpdateRun:
             lr=self.lr(),
             steps_done=self.clock.steps_done,
             layout=self.replica.layout(self._momenta()),
-            loss_scale=loss_scale(self.trainer.precision_plugin) or 0.0,
             urgent=self.agreement.urgent,
             stands=stand,
             samples=self.samples.sent,
         )
         wait = self._wait_answering if answering else self._wait
-        rows = control.exchange(row, self.recorder, self._control_device, wait)
+        device = self._control_device
+        scale = loss_scale_on(self.trainer.precision_plugin, device)
+        found = self.replica.look(self._momenta())
+        rows = control.exchange(row, self.recorder, device, wait, loss_scale=scale, found=found)
         if error is not None:
             raise error
         if rows[0].next_steps == control.FAILED:
             raise PeerFailure("rank 0 could not choose the next period; its own message says why")
         return rows
 
+    def before_other_messages(self) -> None:
+        """Let nothing be on its way in the background, where that may hold up what others send in mid-round.
+
+        On CUDA, two groups that send at once may wait for each other. On a CPU they do not, and both go on.
+        """
+        if self._control_device.type != "cpu":
+            self.background.wait()
+
     def _weight(self) -> float | None:
         """Return what this rank counts for in an average now; where counts matter, ranks exchange them here."""
-        self.replica.wait_for_background()
+        self.background.wait()
         self.replica.agree_on_moved()
         return self.samples.exchange(self.recorder, self._control_device, self._wait)
 
@@ -424,7 +453,7 @@ class LocalUpdateRun:
 
     def _check(self, rows: list[ControlRow]) -> None:
         control.check_same_work(rows)
-        self.replica.agree_on_moved()
+        self.replica.agree_on_moved(any_moved="moved" in control.seen(rows))
         self._warned_about_lr = self._warned_about_lr or control.warn_of_different_rates(rows)
 
     # ---- stopping ------------------------------------------------------------------------------------------------
@@ -443,10 +472,13 @@ class LocalUpdateRun:
         return Position(self.clock.steps_done, self.trainer.current_epoch, self._step_time_s)
 
     def _measure_step(self, ticks: int) -> None:
-        latest = (time.monotonic() - self._step_began_s) / ticks
-        if self._step_time_s > 0:  # a single slow step may be a pause of another rank's
-            latest = 0.8 * self._step_time_s + 0.2 * min(latest, 4 * self._step_time_s)
-        self._step_time_s = latest
+        self._steps.append((self._step_began, self._now(), ticks))
+        while self._steps and self._steps[0][1].is_past:
+            began, ended, ticks = self._steps.popleft()
+            latest = began.until(ended) / ticks
+            if self._step_time_s > 0:  # a single slow step may be a pause of another rank's
+                latest = 0.8 * self._step_time_s + 0.2 * min(latest, 4 * self._step_time_s)
+            self._step_time_s = latest
 
     def lr(self) -> float:
         """Return the largest learning rate over the groups of the counted optimizer."""
@@ -456,7 +488,12 @@ class LocalUpdateRun:
         return self.clock.total_steps is not None and self.clock.steps_done >= self.clock.total_steps
 
     def _momenta(self) -> list[Tensor]:
-        return optimizer_tensors(self.optimizers()) if self.settings.optimizer_state == "average" else []
+        if self.settings.optimizer_state != "average":
+            return []
+        tensors = optimizer_tensors(self.optimizers())
+        way_out = "keep optimizer states 'local', or where the parameters are"
+        refuse("LocalUpdateStrategy", unsent_problems((("optimizer state", each) for each in tensors), way_out))
+        return tensors
 
     def _weight_averages(self) -> dict[str, torch.nn.Module]:
         models = [weight_average_of(callback) for callback in getattr(self.trainer, "callbacks", [])]

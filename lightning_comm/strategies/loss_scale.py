@@ -2,15 +2,40 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 def loss_scale(precision_plugin: Any) -> float | None:
-    """Return the present loss scale; ``None`` where none is in use."""
+    """Return the present loss scale; ``None`` where none is in use. On CUDA the host waits for the device."""
+    scaler = _scaler(precision_plugin)
+    return None if scaler is None else float(scaler.get_scale())
+
+
+def loss_scale_on(precision_plugin: Any, device: torch.device) -> Tensor | None:
+    """Return the present loss scale as a number on a device, for which the host does not wait; ``None`` without one."""
+    scaler = _scaler(precision_plugin)
+    if scaler is None:
+        return None
+    scaled: Tensor = scaler.scale(torch.ones((), device=device))
+    return scaled.detach()
+
+
+def take_smallest_scale(precision_plugin: Any, scales: list[float], own: float) -> None:
+    """Take the smallest loss scale of the ranks, which each adjusts to its own gradients; 0 stands for none.
+
+    Args:
+        precision_plugin: Has the scaler.
+        scales: Those of all ranks.
+        own: That of this rank.
+
+    """
+    smallest, scaler = min(scales), _scaler(precision_plugin)
+    if scaler is not None and 0 < smallest != own:
+        # not by `update`, which a scaler refuses that has not scaled a loss yet, as in a run that has just been resumed
+        scaler.load_state_dict({**scaler.state_dict(), "scale": smallest})
+
+
+def _scaler(precision_plugin: Any) -> Any:
     scaler = getattr(precision_plugin, "scaler", None)
-    return None if scaler is None or not scaler.is_enabled() else float(scaler.get_scale())
-
-
-def take_smallest_scale(precision_plugin: Any, scales: list[float]) -> None:
-    """Take the smallest loss scale of the ranks, which each adjusts to its own gradients; 0 stands for none."""
-    smallest, present = min(scales), loss_scale(precision_plugin)
-    if present is not None and smallest > 0 and present != smallest:
-        precision_plugin.scaler.update(smallest)
+    return None if scaler is None or not scaler.is_enabled() else scaler

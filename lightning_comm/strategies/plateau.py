@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_comm.lightning_internals import Patches, replace_monitor_value
 from lightning_comm.transport.agreement import Agreement
+from lightning_comm.transport.device_time import on_device
 from lightning_comm.transport.recording import Recorder
 
 
@@ -26,6 +27,7 @@ class PlateauMonitors:
         agreement: How ranks hear of failures.
         device: Where the backend wants its messages.
         where: The strategy, for messages.
+        before: Called before each message.
 
     Note:
         *Communication.* An all-gather of 16 bytes a rank whenever such a scheduler is stepped; none without one.
@@ -40,7 +42,9 @@ class PlateauMonitors:
         agreement: Agreement,
         device: torch.device,
         where: str,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
+        self._before = before
         self._recorder, self._agreement, self._device, self._where = recorder, agreement, device, where
         self._warned: set[str] = set()
         plateaus = [config for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
@@ -51,7 +55,8 @@ class PlateauMonitors:
     def _agreed(self, name: str, read: Callable[[str], Any]) -> Any:
         own = read(name)
         number = math.nan if own is None else float(own)
-        row = torch.tensor([own is not None, number], dtype=torch.float64, device=self._device)
+        row = on_device([own is not None, number], torch.float64, self._device)
+        self._before()
         with self._agreement.first_error_shown("the value that ReduceLROnPlateau watches"):
             rows, pending = self._recorder.all_gather(row, "control")
             pending.wait()

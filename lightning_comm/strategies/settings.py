@@ -36,8 +36,8 @@ class Round:
         period_steps: Length of the round that it ended.
         lr: Learning rate at the first step of that round, on rank 0.
         drift: How far this rank was from the mean, as a share of the norm of the mean.
-        wait_s: Seconds until all ranks had arrived.
-        transfer_s: Seconds of the averages; of those in the background, the seconds that training stood still.
+        wait_s: Seconds until all ranks had arrived, from when this rank's device had done the steps of the round.
+        transfer_s: Seconds of the averages, on the device; of those in the background, those that training stood still.
 
     """
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_comm.lightning_internals import weight_average_of
-from lightning_comm.transport.content import content
+from lightning_comm.transport.content import content, differ
 
 _DEPTH = 4  # containers and objects within each other
 _ITEMS = 512  # of a container that are looked at
@@ -67,11 +67,9 @@ class UnregisteredState:
             return
         self._looks_left -= 1
         now = self._look(at_start=False)
-        for name, entries in now.items():
-            before = self._noted.get(name)
-            if name not in self._warned and before is not None and _differ(before, entries):
-                self._warned.add(name)
-                self._warn(name)
+        for name in _changed(self._noted, now):
+            self._warned.add(name)
+            self._warn(name)
         self._noted = {name: entries for name, entries in now.items() if name not in self._warned}
 
     def _look(self, *, at_start: bool) -> _Found:
@@ -157,10 +155,22 @@ def _few_entries(tensor: Tensor) -> Tensor:
     return content(flat[:: max(1, flat.numel() // 16)])
 
 
-def _differ(before: list[Tensor], now: list[Tensor]) -> bool:
-    if [each.shape for each in before] != [each.shape for each in now]:
-        return False  # another thing under the same name, such as what a step has left
-    return not all(torch.equal(*pair) for pair in zip(before, now, strict=True))
+def _changed(before: _Found, now: _Found) -> list[str]:
+    """Return the names under which something has changed; the host waits for each device once."""
+    flags: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, entries in now.items():
+        earlier = before.get(name, [])
+        if [each.shape for each in earlier] != [each.shape for each in entries]:
+            continue  # another thing under the same name, such as what a step has left
+        for one, other in zip(earlier, entries, strict=True):
+            flags.setdefault(other.device, []).append((name, differ(other, one)))
+    found = {
+        name
+        for group in flags.values()
+        for (name, _), is_changed in zip(group, torch.stack([flag for _, flag in group]).tolist(), strict=True)
+        if is_changed
+    }
+    return [name for name in now if name in found]
 
 
 _OF_MODULES = frozenset(vars(LightningModule()))

@@ -17,10 +17,11 @@ from lightning_comm.transport.compression.no_sync import NoSync
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.ternary import Ternary
 from lightning_comm.transport.compression.words import compression_of
-from lightning_comm.transport.flat import Drift, Flat, drift_of, sample
+from lightning_comm.transport.flat import DriftSum, Flat, drift_of, sample
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.share import Share, is_finite
 
+_DEFAULT_MIB, _OTHER_MIB = {"nccl": 25.0}, 4.0  # by backend; that of NCCL is DDP's, and not measured
 IN_FLIGHT = 3  # buckets: gloo sends two at a time, and the third is packed or unpacked meanwhile
 
 
@@ -30,8 +31,10 @@ class Averaging:
 
     Args:
         bucket_mib: Size of the scratch buckets, in MiB; more than 0. Tensors are copied into buckets, and a bucket is
-            one message. Three are in use at a time. The default comes from the tables that ``make benchmark`` prints:
-            on a network small buckets hide more of the copying, on loopback larger ones waste less time on latency.
+            one message. Three are in use at a time. ``None`` leaves it to the backend: 4 MiB, and 25 MiB under NCCL.
+            The first comes from the tables that ``make benchmark`` prints: on a network small buckets hide more of the
+            copying, on loopback larger ones waste less time on latency. The second is that of DDP, and has not been
+            measured here.
 
         compression: What to send of the parameters instead of every entry in full: a :class:`Compression`, such as
             ``Cast("bf16")``, or its word: ``"bf16"``, ``"fp16"``, ``"int8"``, ``"powersgd"``, ``"topk"``. ``None``
@@ -61,7 +64,9 @@ class Averaging:
         last one.
 
     Example:
-        >>> Averaging(bucket_mib=0.5).bucket_bytes
+        >>> Averaging().bucket_bytes_under("gloo"), Averaging().bucket_bytes_under("nccl")
+        (4194304, 26214400)
+        >>> Averaging(bucket_mib=0.5).bucket_bytes_under("nccl")
         524288
         >>> Averaging(compression="bf16").compression
         Cast(dtype='bf16')
@@ -70,16 +75,15 @@ class Averaging:
 
     """
 
-    bucket_mib: float = 4.0
+    bucket_mib: float | None = None
     compression: Compression | str | list[Compression | str] | None = None
     overlap_steps: int = 0
 
     def __post_init__(self) -> None:
-        valid = isinstance(self.bucket_mib, (int, float)) and not isinstance(self.bucket_mib, bool)
-        if not valid or not (math.isfinite(self.bucket_mib) and self.bucket_bytes >= 8):
+        if self.bucket_mib is not None and not _is_size(self.bucket_mib):
             raise ValueError(
                 f"Averaging: `bucket_mib` is a size in MiB, so it must be a number > 0, with room for an entry of 8 "
-                f"bytes; got {self.bucket_mib!r}. 4 is a good size."
+                f"bytes; got {self.bucket_mib!r}. None leaves it to the backend; 4 is a good size for gloo."
             )
         if self.compression is not None:
             object.__setattr__(self, "compression", _usable(compression_of(self.compression, "Averaging")))
@@ -96,10 +100,15 @@ class Averaging:
             return Full() if self.overlap_steps else None
         return compression_of(self.compression, "Averaging")
 
-    @property
-    def bucket_bytes(self) -> int:
-        """The bucket size in bytes."""
-        return int(self.bucket_mib * 2**20)
+    def bucket_bytes_under(self, backend: str) -> int:
+        """Return the bucket size in bytes, where a backend of torch sends the buckets."""
+        mib = _DEFAULT_MIB.get(backend, _OTHER_MIB) if self.bucket_mib is None else self.bucket_mib
+        return int(mib * 2**20)
+
+
+def _is_size(mib: object) -> bool:
+    is_number = isinstance(mib, (int, float)) and not isinstance(mib, bool)
+    return is_number and math.isfinite(mib) and int(mib * 2**20) >= 8  # type: ignore[operator,arg-type]
 
 
 def _usable(compression: Compression) -> Compression:
@@ -146,7 +155,9 @@ class Averager:
         self._bucket_bytes = bucket_bytes
         self._scratch: dict[torch.device, list[Tensor]] = {}
 
-    def average_(self, tensors: Sequence[Tensor], purpose: str, weight: float | None = None) -> Drift:
+    def average_(
+        self, tensors: Sequence[Tensor], purpose: str, weight: float | None = None, *, moderate: bool = False
+    ) -> DriftSum:
         """Replace every tensor by its mean over the ranks.
 
         Args:
@@ -155,12 +166,15 @@ class Averager:
             purpose: What the records say that the messages were for.
             weight: What this rank counts for in the mean; those of all ranks sum to 1, and all are a :class:`Share` or
                 none is. ``None`` on all ranks: equally.
+            moderate: Whether all ranks know that no entry of any of them is infinite, not a number, or above
+                :data:`~lightning_comm.transport.limits.MODERATE`. Then no sum can be too large, and the host need not
+                look at each bucket, for which it would wait on CUDA. The result is the same.
 
         Returns:
             How far this rank's tensors were from the mean.
 
         """
-        drift, ranks = Drift(0.0, 0.0), self._recorder.world_size
+        drift, ranks = DriftSum(), self._recorder.world_size
         if weight is None and ranks > 2:
             weight = Share.of([1] * ranks, self._recorder.rank)
         flat = [Flat.of(tensor) for tensor in tensors]
@@ -170,32 +184,36 @@ class Averager:
             travelling: deque[_Travelling] = deque()
             for turn, pieces in enumerate(_buckets(rows, max(1, self._bucket_bytes // dtype.itemsize))):
                 if len(travelling) == IN_FLIGHT:
-                    drift = drift.plus(self._unpack(travelling.popleft(), weight))
+                    drift.add(self._unpack(travelling.popleft(), weight, moderate))
                 used = _pack(pieces, scratch[turn % IN_FLIGHT])
                 own = sample(used)
-                _weigh(used, weight)  # in the accumulation type, and after the sample, which is of this rank's own
+                _weigh(
+                    used, weight, moderate
+                )  # in the accumulation type, and after the sample, which is of this rank's own
                 travelling.append(_Travelling(pieces, used, own, self._recorder.all_reduce(used, purpose), purpose))
             while travelling:
-                drift = drift.plus(self._unpack(travelling.popleft(), weight))
+                drift.add(self._unpack(travelling.popleft(), weight, moderate))
         for tensor in flat:
             tensor.write_back()
         return drift
 
-    def _unpack(self, bucket: "_Travelling", weight: float | None) -> Drift:
+    def _unpack(self, bucket: "_Travelling", weight: float | None, moderate: bool) -> tuple[Tensor, Tensor]:
         bucket.pending.wait()
         sums = bucket.sums
         # a tensor, since CUDA multiplies by the reciprocal of a number, and 3 x times that is not always x
-        divisor = sums.new_tensor(self._recorder.world_size if weight is None else 1)
-        if is_finite(sums):
-            for piece, total in zip(bucket.pieces, _like(bucket.pieces, sums), strict=True):
-                torch.div(total, divisor, out=piece)
-            return drift_of(sums.numel(), bucket.own_sample, sample(sums).div_(divisor))
+        divisor = torch.full(
+            (), self._recorder.world_size if weight is None else 1, dtype=sums.dtype, device=sums.device
+        )
+        if moderate or is_finite(sums):
+            own, mean = bucket.own_sample, sample(sums).div_(divisor)
+            _write_means(bucket.pieces, sums, None if weight is not None else divisor)
+            return drift_of(sums.numel(), own, mean, moderate=moderate)
         where = (~sums.isfinite()).nonzero().flatten()
         mended = self._mean_of_large(where, bucket, weight)
         means = sums.div_(divisor)
         if mended is not None:
             means[where] = mended
-        torch._foreach_copy_(bucket.pieces, _like(bucket.pieces, means))
+        copy_each(bucket.pieces, _like(bucket.pieces, means))
         return drift_of(means.numel(), bucket.own_sample, sample(means))
 
     def _mean_of_large(self, where: Tensor, bucket: "_Travelling", weight: float | None) -> Tensor | None:
@@ -216,7 +234,7 @@ class Averager:
         own.div_(scale)
         self._recorder.all_reduce(own, bucket.purpose).wait()
         if weight is None:
-            own.div_(own.new_tensor(ranks))
+            own.div_(torch.full((), ranks, dtype=own.dtype, device=own.device))
         rounded = own.isfinite() & (own.abs() > largest / scale)
         return torch.where(rounded, own.sign() * largest, own * scale)
 
@@ -245,7 +263,7 @@ def broadcast_(tensors: Iterable[Tensor], recorder: Recorder, purpose: str, buck
         for pieces in _buckets(rows, bucket_bytes):
             used = _pack(pieces, scratch)
             recorder.broadcast(used, purpose).wait()
-            torch._foreach_copy_(pieces, _like(pieces, used))
+            copy_each(pieces, _like(pieces, used))
         for flat in group:
             flat.write_back()
 
@@ -260,12 +278,12 @@ class _Travelling(NamedTuple):
     purpose: str
 
 
-def _weigh(row: Tensor, weight: float | None) -> None:
+def _weigh(row: Tensor, weight: float | None, moderate: bool = False) -> None:
     """Replace entries by what this rank contributes to their sum."""
     if weight == 0:
         row.fill_(-0.0)  # the one number that changes no sum, not even that of others' -0.0
     elif isinstance(weight, Share):
-        weight.part_(row)
+        weight.part_(row, moderate=moderate)
     elif weight is not None:
         row.mul_(weight)
 
@@ -297,8 +315,33 @@ def _buckets(rows: list[Tensor], capacity: int) -> Iterator[list[Tensor]]:
 
 def _pack(pieces: list[Tensor], bucket: Tensor) -> Tensor:
     used = bucket[: sum(piece.numel() for piece in pieces)]
-    torch._foreach_copy_(_like(pieces, used), pieces)
+    copy_each(_like(pieces, used), pieces)
     return used
+
+
+def _write_means(pieces: list[Tensor], sums: Tensor, divisor: Tensor | None) -> None:
+    """Write sums, divided if they are to be, to where they belong; the sums may be overwritten.
+
+    A processor does best with one pass over each piece, a device with few kernels.
+    """
+    totals = _like(pieces, sums)
+    if divisor is None:
+        copy_each(pieces, totals)
+    elif sums.is_cuda:
+        sums.div_(divisor)
+        copy_each(pieces, totals)
+    else:
+        for piece, total in zip(pieces, totals, strict=True):
+            torch.div(total, divisor, out=piece)
+
+
+def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensor by tensor, in one kernel for each pair of types where a device has such a kernel."""
+    groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
+    for k, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        groups.setdefault((target.dtype, source.dtype), []).append(k)
+    for group in groups.values():
+        torch._foreach_copy_([targets[k] for k in group], [sources[k] for k in group])
 
 
 def _like(pieces: list[Tensor], row: Tensor) -> list[Tensor]:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_comm.transport.averaging import IN_FLIGHT
+from lightning_comm.transport.averaging import IN_FLIGHT, copy_each
 from lightning_comm.transport.compression.base import Codec, Compression, Context, Layout, Slot
 from lightning_comm.transport.compression.conversations import Talk
 from lightning_comm.transport.errand import Errand
-from lightning_comm.transport.flat import Drift, Flat, drift_of, sample, squared_norm
+from lightning_comm.transport.flat import DriftSum, Flat, drift_of, read_parts, sample, squared_norm
 from lightning_comm.transport.limits import drop_unsent_, is_large, limit_, limit_differences_, limit_moved_
 from lightning_comm.transport.recording import Recorder
 
@@ -76,6 +76,11 @@ class DifferenceAverager:
         return set(self._reference)
 
     @property
+    def references(self) -> list[Tensor]:
+        """What the differences are taken from, one row for each name."""
+        return list(self._reference.values())
+
+    @property
     def codec(self) -> Codec:
         """What sends the differences."""
         return self._codec
@@ -96,30 +101,35 @@ class DifferenceAverager:
         self._reference = {name: row for name, row in self._reference.items() if name not in names}
 
     @torch.no_grad()
-    def average_(self, tensors: Mapping[str, Tensor], weight: float | None = None) -> Drift:
+    def average_(
+        self, tensors: Mapping[str, Tensor], weight: float | None = None, *, moderate: bool = False
+    ) -> DriftSum:
         """Bring the parameters together, in place.
 
         Args:
             tensors: Parameters that have a reference, by name, in an order that is the same on all ranks.
             weight: What this rank counts for in the mean; those of all ranks sum to 1. ``None`` on all ranks: equally.
+            moderate: Whether all ranks know that no entry of the parameters and references of any of them is infinite,
+                not a number, or above :data:`~lightning_comm.transport.limits.MODERATE_DIFFERENCES`. Then nothing can
+                be near a limit, and the host need not look at each bucket, for which it would wait on CUDA.
 
         Returns:
             How far this rank's parameters were from the new reference, the mean as far as it is known.
 
         """
-        drift, scale = Drift(0.0, 0.0), self._scale(weight)
+        drift, scale = DriftSum(), self._scale(weight)
         travelling: deque[_Travelling] = deque()
         self._codec.begin_step()
         for bucket in self._buckets(tensors):
             if len(travelling) == IN_FLIGHT:
-                drift = drift.plus(self._take(travelling.popleft()))
-            started = self._start(bucket, scale)
+                drift.add(self._take(travelling.popleft()))
+            started = self._start(bucket, scale, moderate)
             for earlier in travelling:  # in this order on every rank, and never from a callback
                 if earlier.talk.more:
                     earlier.talk.go_on()
             travelling.append(started)
         while travelling:
-            drift = drift.plus(self._take(travelling.popleft()))
+            drift.add(self._take(travelling.popleft()))
         self._codec.end_step()
         return drift
 
@@ -134,12 +144,13 @@ class DifferenceAverager:
         return bool(self._flights)
 
     @torch.no_grad()
-    def depart(self, tensors: Mapping[str, Tensor], weight: float | None = None) -> None:
+    def depart(self, tensors: Mapping[str, Tensor], weight: float | None = None, *, moderate: bool = False) -> None:
         """Note the parameters of now, and let a thread average their differences; they themselves stay as they are.
 
         Args:
             tensors: Parameters that have a reference, by name, in an order that is the same on all ranks.
             weight: What this rank counts for in the mean, as in :meth:`average_`.
+            moderate: What all ranks know of the parameters of now, as there.
 
         Note:
             *Communication.* The thread starts the first message of each bucket, then the second ones where a method has
@@ -154,23 +165,23 @@ class DifferenceAverager:
         self._kept_rows = {flight.layout.slots: (flight.row, flight.sent) for flight in self._flights}
         device = self._flights[0].row.device if self._flights else torch.device("cpu")
         scale = self._scale(weight)
-        self._errand = Errand(lambda: self._travel(scale), device)
+        self._errand = Errand(lambda: self._travel(scale, moderate), device)
 
     def _noted(self, rows: list["_Row"]) -> "_Flight":
         layout = _layout_of(rows)
         row, sent = self._kept_rows.get(layout.slots) or (_empty(layout, rows), _empty(layout, rows))
         # all that must be done before training goes on: a copy takes two thirds of the time of a difference
-        torch._foreach_copy_(layout.split(row), [each.weights.entries for each in rows])
-        return _Flight(layout, row, sent, [], [])
+        copy_each(layout.split(row), [each.weights.entries for each in rows])
+        return _Flight(layout, row, sent, DriftSum(), [])
 
-    def _travel(self, scale: float) -> None:
+    def _travel(self, scale: float, moderate: bool) -> None:
         """Average what has departed: move the references, and make corrections of the differences."""
         for flight in self._flights:
             torch._foreach_sub_(flight.layout.split(flight.row), self._references_of(flight))
-            if is_large(flight.row):
+            if not moderate and is_large(flight.row):
                 limit_differences_(flight.row, self._references_of(flight))
         samples = [sample(flight.row) for flight in self._flights]
-        means = [_scaled(flight.row, scale) for flight in self._flights]
+        means = [_scaled(flight.row, scale, moderate) for flight in self._flights]
         talks = [
             Talk(self._codec.mean(mean, flight.layout, flight.sent))
             for flight, mean in zip(self._flights, means, strict=True)
@@ -181,11 +192,11 @@ class DifferenceAverager:
                     talk.go_on()
         for flight, mean, talk, own in zip(self._flights, means, talks, samples, strict=True):
             talk.finish()
-            self._settle(flight, mean, own, scale)
+            self._settle(flight, mean, own, scale, moderate)
 
-    def _settle(self, flight: "_Flight", mean: Tensor, own_sample: Tensor, scale: float) -> None:
+    def _settle(self, flight: "_Flight", mean: Tensor, own_sample: Tensor, scale: float, moderate: bool) -> None:
         """Move the references by the mean, and leave the correction in the flight's row."""
-        large = is_large(mean) or is_large(flight.row)
+        large = not moderate and (is_large(mean) or is_large(flight.row))
         if large:
             drop_unsent_(mean, flight.sent)
             finite = flight.row.isfinite()
@@ -193,7 +204,7 @@ class DifferenceAverager:
         torch._foreach_add_(references, moves)
         if large:
             limit_moved_(references, moves)
-        flight.drifts.append(_drift(references, own_sample, mean))
+        flight.drifts.add(_drift(references, own_sample, mean, moderate))
         if scale == 0:
             torch.sub(mean, flight.row, out=flight.row)
         else:
@@ -213,12 +224,17 @@ class DifferenceAverager:
             self._recorder.write_held()
             self._codec.end_step()
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether messages have departed that :meth:`arrive` has not waited for."""
+        return self._errand is not None
+
     def is_quiet(self, timeout_s: float) -> bool:
         """Wait for so long at most, and return whether nothing is on its way any more, for whatever reason."""
         return self._errand is None or self._errand.is_over(timeout_s)
 
     @torch.no_grad()
-    def land_(self, tensors: Mapping[str, Tensor]) -> Drift:
+    def land_(self, tensors: Mapping[str, Tensor]) -> DriftSum:
         """Move the parameters by the mean of what was sent less what this rank sent.
 
         Args:
@@ -229,10 +245,9 @@ class DifferenceAverager:
 
         """
         self.correct_(tensors)
-        drift = Drift(0.0, 0.0)
+        drift = DriftSum()
         for flight in self._flights:
-            for part in flight.drifts:
-                drift = drift.plus(part)
+            drift.extend(flight.drifts)
         self._flights = []
         return drift
 
@@ -274,23 +289,23 @@ class DifferenceAverager:
                 yield open_buckets.pop(key)
         yield from open_buckets.values()
 
-    def _start(self, rows: list["_Row"], scale: float) -> "_Travelling":
+    def _start(self, rows: list["_Row"], scale: float, moderate: bool) -> "_Travelling":
         layout = _layout_of(rows)
         difference = _empty(layout, rows)
-        for row, entries in zip(rows, layout.split(difference), strict=True):
-            torch.sub(row.weights.entries, row.reference, out=entries)
-        large = is_large(difference)
+        copy_each(layout.split(difference), [row.weights.entries for row in rows])
+        torch._foreach_sub_(layout.split(difference), [row.reference for row in rows])
+        large = not moderate and is_large(difference)
         if large:
             limit_differences_(difference, [row.reference for row in rows])
         own = sample(difference)
-        difference = _scaled(difference, scale)
+        difference = _scaled(difference, scale, moderate)
         mean, sent = difference.clone(), torch.empty_like(difference)
         talk = Talk(self._codec.mean(mean, layout, sent))
-        return _Travelling(rows, difference, mean, sent, own, scale, large, talk)
+        return _Travelling(rows, difference, mean, sent, own, scale, large, moderate, talk)
 
-    def _take(self, bucket: "_Travelling") -> Drift:
+    def _take(self, bucket: "_Travelling") -> tuple[Tensor, Tensor]:
         bucket.talk.finish()
-        large = bucket.large or is_large(bucket.mean)
+        large = bucket.large or (not bucket.moderate and is_large(bucket.mean))
         if large:
             drop_unsent_(bucket.mean, bucket.sent)
             finite = bucket.difference.isfinite()
@@ -300,18 +315,20 @@ class DifferenceAverager:
         if large:
             limit_(dropped, finite)
         sizes = [row.reference.numel() for row in bucket.rows]
-        for row, moved, left in zip(
-            bucket.rows, torch.split(bucket.mean, sizes), torch.split(dropped, sizes), strict=True
-        ):
-            row.reference.add_(moved)
-            if large:
-                limit_moved_([row.reference], [moved])
-            # not `w + (m - s)`: so what was sent in full ends exactly at the reference, and equal on all ranks
-            torch.add(row.reference, left, out=row.weights.entries)
-            if large:
-                limit_moved_([row.weights.entries], [left])
+        moved, left = list(torch.split(bucket.mean, sizes)), list(torch.split(dropped, sizes))
+        references, weights = [row.reference for row in bucket.rows], [row.weights.entries for row in bucket.rows]
+        torch._foreach_add_(references, moved)
+        if large:
+            limit_moved_(references, moved)
+        # not `w + (m - s)`: so what was sent in full ends exactly at the reference, and equal on all ranks
+        sums = [each.clone() for each in left] if large else left
+        torch._foreach_add_(sums, references)
+        copy_each(weights, sums)
+        if large:
+            limit_moved_(weights, left)
+        for row in bucket.rows:
             row.weights.write_back()
-        return _drift([row.reference for row in bucket.rows], bucket.own_sample, bucket.mean)
+        return _drift(references, bucket.own_sample, bucket.mean, bucket.moderate)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, by parameter name, once what is in flight has arrived.
@@ -324,7 +341,7 @@ class DifferenceAverager:
                 {
                     "slots": [tuple(slot) for slot in flight.layout.slots],
                     "correction": flight.row,
-                    "drifts": [tuple(drift) for drift in flight.drifts],
+                    "drifts": [tuple(drift) for drift in read_parts(list(flight.drifts))],
                 }
                 for flight in self._flights
             ],
@@ -341,7 +358,7 @@ class DifferenceAverager:
         for saved in state.get("in_flight", []):
             slots = tuple(Slot(name, numel, tuple(shape)) for name, numel, shape in saved["slots"])
             row = saved["correction"].to(self._reference[slots[0].name].device, copy=True)
-            drifts = [Drift(*drift) for drift in saved["drifts"]]
+            drifts = DriftSum(*(tuple(torch.tensor(drift, dtype=torch.float64)) for drift in saved["drifts"]))
             self._flights.append(_Flight(Layout(slots), row, row, drifts, [is_large(row)]))  # its messages have arrived
         if state["compression"] == repr(self._compression):
             self._codec.load_state_dict(state["codec"])
@@ -355,7 +372,7 @@ def _empty(layout: Layout, rows: list["_Row"]) -> Tensor:
     return torch.empty(layout.numel, dtype=rows[0].reference.dtype, device=rows[0].reference.device)
 
 
-def _scaled(row: Tensor, scale: float) -> Tensor:
+def _scaled(row: Tensor, scale: float, moderate: bool) -> Tensor:
     """Return what a rank that counts for so much has to send of a difference, in place where it sends anything.
 
     Where nothing is sent the difference stays in its row, since all of it is taken back at landing.
@@ -364,15 +381,15 @@ def _scaled(row: Tensor, scale: float) -> Tensor:
         return torch.zeros_like(row)
     if scale != 1:
         row.mul_(scale)
-        if is_large(row):
+        if not moderate and is_large(row):
             limit_(row)
     return row
 
 
-def _drift(references: list[Tensor], own_sample: Tensor, mean: Tensor) -> Drift:
+def _drift(references: list[Tensor], own_sample: Tensor, mean: Tensor, moderate: bool) -> tuple[Tensor, Tensor]:
     """Return how far a rank was from the references of now, which have moved by the mean."""
-    distance_sq = drift_of(mean.numel(), own_sample, sample(mean)).distance_sq
-    return Drift(distance_sq, squared_norm(references))
+    distance_sq, _ = drift_of(mean.numel(), own_sample, sample(mean), moderate=moderate)
+    return distance_sq, squared_norm(references, moderate=moderate)
 
 
 class _Row(NamedTuple):
@@ -395,6 +412,7 @@ class _Travelling(NamedTuple):
         own_sample: Of the difference itself.
         scale: What this rank counts for in the mean, times the number of ranks.
         large: Whether an entry of the difference is near the limit of its type.
+        moderate: Whether it is known that nothing of this bucket is.
         talk: Its messages.
 
     """
@@ -406,6 +424,7 @@ class _Travelling(NamedTuple):
     own_sample: Tensor
     scale: float
     large: bool
+    moderate: bool
     talk: Talk
 
 
@@ -425,5 +444,5 @@ class _Flight(NamedTuple):
     layout: Layout
     row: Tensor
     sent: Tensor
-    drifts: list[Drift]
+    drifts: DriftSum
     large: list[bool]

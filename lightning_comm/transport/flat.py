@@ -1,6 +1,7 @@
 """Tensors as rows of real entries, and how far such rows are from a mean."""
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,44 @@ class Drift(NamedTuple):
     def relative(self) -> float:
         """The distance as a share of the norm of the mean; 0.0 where the mean is zero."""
         return math.sqrt(self.distance_sq / self.mean_sq) if self.mean_sq != 0 else 0.0
+
+
+class DriftSum:
+    """A drift that is still being summed, and stays where it was computed until :meth:`read`.
+
+    On CUDA the host waits there for the device, once for all buckets, and nowhere before.
+    """
+
+    def __init__(self, *parts: tuple[Tensor, Tensor]) -> None:
+        self._parts = list(parts)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self._parts)
+
+    def add(self, part: tuple[Tensor, Tensor]) -> None:
+        """Add what :func:`drift_of` says of one bucket."""
+        self._parts.append(part)
+
+    def extend(self, other: "DriftSum") -> None:
+        """Add the drift over other entries."""
+        self._parts += other
+
+    def read(self) -> Drift:
+        """Return the sums."""
+        total = Drift(0.0, 0.0)
+        for drift in read_parts(self._parts):
+            total = total.plus(drift)
+        return total
+
+
+def read_parts(parts: Sequence[tuple[Tensor, Tensor]]) -> list[Drift]:
+    """Bring the drift of each bucket to the host, by one copy for each device."""
+    found: dict[int, Drift] = {}
+    for device in dict.fromkeys(distance.device for distance, _ in parts):
+        there = [k for k, (distance, _) in enumerate(parts) if distance.device == device]
+        rows = torch.stack([number for k in there for number in parts[k]]).view(-1, 2).tolist()
+        found |= {k: Drift(*row) for k, row in zip(there, rows, strict=True)}
+    return [found[k] for k in range(len(parts))]
 
 
 class Flat(NamedTuple):
@@ -91,15 +130,33 @@ def sample(bucket: Tensor) -> Tensor:
     return runs.clone(memory_format=torch.contiguous_format).view(-1)
 
 
-def drift_of(bucket_entries: int, own: Tensor, mean: Tensor) -> Drift:
-    """Estimate how far this rank's part of a bucket was from the mean, from samples of both."""
+def drift_of(bucket_entries: int, own: Tensor, mean: Tensor, *, moderate: bool = False) -> tuple[Tensor, Tensor]:
+    """Estimate how far this rank's part of a bucket was from the mean, from samples of both.
+
+    Args:
+        bucket_entries: How many entries the bucket has.
+        own: The sample of this rank's entries.
+        mean: That of the mean.
+        moderate: Whether no entry is so large that a sum of squares may have no room in its type.
+
+    Returns:
+        The numbers of a :class:`Drift`, for a :class:`DriftSum`.
+
+    """
     share = bucket_entries / own.numel()
-    return Drift(share * squared_norm([own.sub_(mean)]), share * squared_norm([mean]))
+    distance_sq, mean_sq = (squared_norm([row], moderate=moderate) for row in (own.sub_(mean), mean))
+    return distance_sq * share, mean_sq * share
 
 
-def squared_norm(rows: list[Tensor]) -> float:
-    """Return the sum of the squares of all entries; infinite, and no error, where that is too large for a float."""
+def squared_norm(rows: list[Tensor], *, moderate: bool = False) -> Tensor:
+    """Return the sum of the squares of all entries; infinite, and no error, where that is too large for a float.
+
+    Args:
+        rows: The entries.
+        moderate: Whether it is known not to be; otherwise the host looks, for which it waits on CUDA.
+
+    """
     norms = torch.stack(torch._foreach_norm(rows)).double()
-    if not norms.isfinite().all():  # a square was too large for the type; this takes ten times as long
+    if not moderate and not norms.isfinite().all():  # a square was too large; this takes ten times as long
         norms = torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in rows])
-    return float(norms.square().sum())
+    return norms.square().sum()

@@ -1,9 +1,25 @@
 """Sums and differences near the limits of a type: one pass finds that nothing is large, as ever."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+MODERATE = 2.0**40  # below it no sum of entries or of their squares is too large for fp32
+MODERATE_DIFFERENCES = 2.0**14  # weights below it have differences whose sums are not too large even for fp16
+
+
+def are_moderate(rows: Iterable[Tensor], limit: float = MODERATE) -> Tensor:
+    """Return, as a boolean where the rows are, whether all entries are finite and below a limit.
+
+    They are read once; the host does not wait. All rows must be on one device.
+    """
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for row in rows:
+        if row.numel():
+            by_type.setdefault(row.dtype, []).append(row)
+    largest = [torch.stack(torch._foreach_norm(group, float("inf"))).double() for group in by_type.values()]
+    return (torch.cat(largest) < limit).all() if largest else torch.tensor(True)  # `nan` is not
 
 
 def is_large(row: Tensor) -> bool:

@@ -4,7 +4,7 @@ Longer than other files, since every way to average asks the same question: whic
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, Literal
 
 import torch
@@ -13,13 +13,15 @@ from torch.distributed import ReduceOp
 from torch.nn import Module
 
 from lightning_comm.transport.averaging import Averager, Averaging, broadcast_
+from lightning_comm.transport.backends import backend_for
 from lightning_comm.transport.compression.base import Codec
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.content import content, differ
 from lightning_comm.transport.differences import DifferenceAverager
-from lightning_comm.transport.flat import Drift
+from lightning_comm.transport.flat import DriftSum, Flat
+from lightning_comm.transport.limits import MODERATE, MODERATE_DIFFERENCES, are_moderate
 from lightning_comm.transport.optimizer_state import is_averageable
 from lightning_comm.transport.own_values import OwnValues, copy_into
 from lightning_comm.transport.recording import Recorder
@@ -43,6 +45,9 @@ class Replica:
         background: Sends parameters while training goes on, on a process group of its own.
 
     Note:
+        *On CUDA* the host looks at no value here, but where :meth:`look` has found a large one, or a frozen parameter
+        has changed. What is averaged is read once by :meth:`look`.
+
         *Which parameters.* Those that are trained now or were at the last synchronisation, found by their
         ``requires_grad`` and never by whether they have a gradient, so that a parameter that one rank did not use
         changes nothing for the others. Frozen parameters are equal on all ranks from the start and are not sent,
@@ -73,11 +78,12 @@ class Replica:
     ) -> None:
         self._module = module
         self._recorder = recorder
-        self._bucket_bytes = averaging.bucket_bytes
-        self._averager = Averager(recorder, averaging.bucket_bytes)
+        device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+        self._bucket_bytes = averaging.bucket_bytes_under(backend_for(device))
+        self._averager = Averager(recorder, self._bucket_bytes)
         self._method = averaging.method
         self._differences = (
-            DifferenceAverager(background or recorder, self._method, averaging.bucket_bytes) if self._method else None
+            DifferenceAverager(background or recorder, self._method, self._bucket_bytes) if self._method else None
         )
         self._average_buffers = buffers == "average"
         self._shadows = shadows
@@ -105,22 +111,67 @@ class Replica:
             self._differences.restart(self._sent_as_differences(self.parameters()))
 
     @torch.no_grad()
-    def agree_on_moved(self) -> None:
+    def agree_on_moved(self, *, any_moved: bool = True) -> None:
         """Learn which frozen parameters have changed on any rank since they were averaged; where all ranks meet.
 
-        Note:
-            *Communication.* A byte for each frozen parameter in an all-reduce, and none without any.
+        Args:
+            any_moved: Whether one may have on any rank: what :meth:`look` says of all of them, where ranks have just
+                told each other.
 
-            *Cost.* Frozen parameters are read once.
+        Note:
+            *Communication.* A byte for each frozen parameter in an all-reduce; none without any, and none where ranks
+            have told each other that none has changed.
+
+            *Cost.* Frozen parameters are read once more.
 
         """
-        frozen = {name: p for name, p in self._module.named_parameters() if name in self._frozen}
+        if not self._frozen or not any_moved:
+            self._moved = set()
+            return
+        frozen = self._moved_here()
         if not frozen:
             return
-        flags = torch.stack([differ(self._frozen[name], content(parameter)) for name, parameter in frozen.items()])
-        moved = flags.to(torch.uint8)
+        moved = torch.stack(list(frozen.values())).to(torch.uint8)
         self._recorder.all_reduce(moved, "control", ReduceOp.MAX).wait()
         self._moved = {name for name, flag in zip(frozen, moved.tolist(), strict=True) if flag}
+
+    def _moved_here(self) -> dict[str, Tensor]:
+        """Return for each frozen parameter whether it has changed on this rank, as a boolean on one device."""
+        named = self._module.named_parameters()
+        flags = {name: differ(self._frozen[name], content(p)) for name, p in named if name in self._frozen}
+        return {name: flag.to(next(iter(flags.values())).device) for name, flag in flags.items()}
+
+    @torch.no_grad()
+    def look(self, momenta: Iterable[Tensor] = ()) -> dict[str, bool | Tensor]:
+        """Return what ranks tell each other of their tensors where they meet, as flags that the host need not read.
+
+        Args:
+            momenta: State of the optimizers, where that is averaged too.
+
+        Returns:
+            ``"moved"``: whether a frozen parameter has changed since ranks had the same. By purpose of an average:
+            whether an entry may be so large, or not finite, that the host has to look at each bucket of it. On a CPU
+            that always is so, since looking costs less there than this pass.
+
+        """
+        found: dict[str, bool | Tensor] = {}
+        if flags := list(self._moved_here().values()):
+            found["moved"] = torch.stack(flags).any()
+        groups = {purpose: list(group.values()) for purpose, group in self.averaged().items()}
+        groups["optimizer_state"] = list(momenta)
+        for purpose, tensors in groups.items():
+            rows = [Flat.of(tensor).entries for tensor in tensors]
+            limit = MODERATE
+            if purpose == "parameters" and self._differences is not None:
+                rows, limit = rows + self._differences.references, MODERATE_DIFFERENCES
+            found[purpose] = self._is_not_moderate(rows, limit)
+        return found
+
+    def _is_not_moderate(self, rows: list[Tensor], limit: float) -> bool | Tensor:
+        devices = {row.device for row in rows}
+        if {device.type for device in devices} != {"cuda"} or len(devices) > 1 or self.in_flight:
+            return bool(devices)
+        return ~are_moderate(rows, limit)
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the parameters that are averaged, by name."""
@@ -188,25 +239,28 @@ class Replica:
         return fingerprint([*named, *(("momentum", tensor) for tensor in momenta)])
 
     @torch.no_grad()
-    def average(self, purpose: str | None = None, weight: float | None = None) -> Drift:
+    def average(
+        self, purpose: str | None = None, weight: float | None = None, moderate: Set[str] = frozenset()
+    ) -> DriftSum:
         """Replace the tensors by their means over the ranks, in place.
 
         Args:
             purpose: What the records say; left out, ``parameters``, ``buffers`` and ``weight_averages``, each its own.
             weight: What this rank counts for in the mean.
+            moderate: For which of these three no rank has found by :meth:`look` that an entry may be large.
 
         Returns:
             How far this rank's parameters were from the mean.
 
         """
         groups = self.averaged()
-        drift = self._averager.average_(list(groups.pop("parameters").values()), purpose or "parameters", weight)
-        self._average_others(groups, purpose, weight)
+        drift = self._average_parameters(groups.pop("parameters"), purpose or "parameters", weight, moderate)
+        self._average_others(groups, purpose, weight, moderate)
         self._note_frozen()
         return drift
 
     @torch.no_grad()
-    def average_differences(self, weight: float | None = None) -> Drift:
+    def average_differences(self, weight: float | None = None, moderate: Set[str] = frozenset()) -> DriftSum:
         """Bring parameters together as far as the compression sends them, and average everything else.
 
         Returns:
@@ -216,19 +270,29 @@ class Replica:
         assert self._differences is not None
         groups = self.averaged()
         parameters, compressed = groups.pop("parameters"), self._compressed()
-        drift = self._differences.average_(compressed, weight)
-        drift = drift.plus(self._average_in_full(parameters, compressed, weight))
-        self._average_others(groups, None, weight)
+        drift = self._differences.average_(compressed, weight, moderate="parameters" in moderate)
+        drift.extend(self._average_in_full(parameters, compressed, weight, moderate))
+        self._average_others(groups, None, weight, moderate)
         self._note_frozen()
         return drift
 
+    def _average_parameters(
+        self, parameters: Mapping[str, Tensor], purpose: str, weight: float | None, moderate: Set[str]
+    ) -> DriftSum:
+        tensors = list(parameters.values())
+        return self._averager.average_(tensors, purpose, weight, moderate="parameters" in moderate)
+
     def _average_in_full(
-        self, parameters: Mapping[str, Tensor], compressed: Mapping[str, Tensor], weight: float | None
-    ) -> Drift:
+        self,
+        parameters: Mapping[str, Tensor],
+        compressed: Mapping[str, Tensor],
+        weight: float | None,
+        moderate: Set[str],
+    ) -> DriftSum:
         """Average what has no reference, or needs none any more, and make references of it where it is trained."""
         assert self._differences is not None
         in_full = {name: parameter for name, parameter in parameters.items() if name not in compressed}
-        drift = self._averager.average_(list(in_full.values()), "parameters", weight)
+        drift = self._average_parameters(in_full, "parameters", weight, moderate)
         self._differences.forget(set(in_full))
         self._differences.refer_to(self._sent_as_differences(in_full))
         return drift
@@ -239,18 +303,20 @@ class Replica:
         return self._differences is not None and self._differences.in_flight
 
     @torch.no_grad()
-    def depart(self, weight: float | None = None) -> None:
+    def depart(self, weight: float | None = None, moderate: Set[str] = frozenset()) -> None:
         """Start to average the parameters in the background, and average everything else now."""
         assert self._differences is not None
         groups = self.averaged()
         parameters, compressed = groups.pop("parameters"), self._compressed()
-        self._average_in_full(parameters, compressed, weight)
-        self._average_others(groups, None, weight)  # before the parameters, behind which it would wait on the network
+        self._average_in_full(parameters, compressed, weight, moderate)
+        self._average_others(
+            groups, None, weight, moderate
+        )  # before the parameters, behind which it would wait on the network
         self._note_frozen()
-        self._differences.depart(compressed, weight)
+        self._differences.depart(compressed, weight, moderate="parameters" in moderate)
 
     @torch.no_grad()
-    def land(self) -> Drift:
+    def land(self) -> DriftSum:
         """Wait for the average in the background and move the parameters by it.
 
         Returns:
@@ -259,6 +325,11 @@ class Replica:
         """
         assert self._differences is not None
         return self._differences.land_(dict(self._module.named_parameters()))
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether something may be on its way in the background, or has arrived and nobody has waited for it."""
+        return self._differences is not None and self._differences.is_sending
 
     def is_quiet(self, timeout_s: float) -> bool:
         """Wait for so long at most, and return whether nothing is on its way in the background any more."""
@@ -270,10 +341,16 @@ class Replica:
             self._differences.arrive()
 
     def _average_others(
-        self, groups: _Groups, purpose: str | None, weight: float | None, *, broadcast: bool = True
+        self,
+        groups: _Groups,
+        purpose: str | None,
+        weight: float | None,
+        moderate: Set[str],
+        *,
+        broadcast: bool = True,
     ) -> None:
         for name, group in groups.items():
-            self._averager.average_(list(group.values()), purpose or name, weight)
+            self._averager.average_(list(group.values()), purpose or name, weight, moderate=name in moderate)
         if not broadcast:
             return
         if self._average_buffers:
@@ -287,12 +364,20 @@ class Replica:
         return None if self._kept is None else self._kept.purpose
 
     @torch.no_grad()
-    def enter_average(self, purpose: str, weight: float | None = None, *, broadcast: bool = True) -> None:
+    def enter_average(
+        self,
+        purpose: str,
+        weight: float | None = None,
+        moderate: Set[str] = frozenset(),
+        *,
+        broadcast: bool = True,
+    ) -> None:
         """Average in place and keep this rank's own values aside, until :meth:`leave_average`.
 
         Args:
             purpose: What the records say.
             weight: What this rank counts for in the mean.
+            moderate: As in :meth:`average`.
             broadcast: Whether buffers that have no mean are taken from rank 0; not needed where only rank 0 looks.
 
         Note:
@@ -306,8 +391,8 @@ class Replica:
         groups = self.averaged()
         parameters = groups.pop("parameters")
         self._correct(parameters, weight)
-        self._averager.average_(list(parameters.values()), purpose, weight)
-        self._average_others(groups, purpose, weight, broadcast=broadcast)
+        self._average_parameters(parameters, purpose, weight, moderate)
+        self._average_others(groups, purpose, weight, moderate, broadcast=broadcast)
         self._kept.note()
 
     @torch.no_grad()
@@ -397,10 +482,15 @@ class Replica:
 
     @torch.no_grad()
     def average_momenta(
-        self, momenta: list[Tensor], weight: float | None = None, purpose: str = "optimizer_state"
+        self,
+        momenta: list[Tensor],
+        weight: float | None = None,
+        purpose: str = "optimizer_state",
+        *,
+        moderate: bool = False,
     ) -> None:
         """Average the state of the optimizers, as ``optimizer_tensors`` returns it, in place."""
-        self._averager.average_(momenta, purpose, weight)
+        self._averager.average_(momenta, purpose, weight, moderate=moderate)
 
     @torch.no_grad()
     def average_copies(self, momenta: list[Tensor]) -> bool:

@@ -36,8 +36,13 @@ class Share(float):
         total, before = sum(counts), sum(counts[:rank])
         return cls(counts[rank] / total, before / total, (before + counts[rank]) / total)
 
-    def part_(self, row: Tensor) -> None:
+    def part_(self, row: Tensor, *, moderate: bool = False) -> None:
         """Replace every entry by this rank's part of it, in place.
+
+        Args:
+            row: The entries.
+            moderate: Whether they are known to be finite and far from the limits of their type; otherwise the host
+                looks, for which it waits on CUDA.
 
         Where all ranks hold the same number, their parts sum to exactly that number, in whatever order they are added,
         and no partial sum is larger. For that all cuts through a number lie on the grid of the numbers next to it
@@ -48,14 +53,14 @@ class Share(float):
 
         """
         for piece in torch.split(row, _PIECE) if row.device.type == "cpu" else [row]:
-            self._part(piece)
+            self._part(piece, moderate)
 
-    def _part(self, row: Tensor) -> None:
+    def _part(self, row: Tensor, moderate: bool = False) -> None:
         powers = (row.view(_BITS[row.dtype]) & _SIGN_AND_EXPONENT[row.dtype]).view(row.dtype)
         part = row if self.end == 1 else _up_to(self.end, row, powers)
         if self.begin > 0:
             part = part - _up_to(self.begin, row, powers)
-        if is_finite(part):
+        if moderate or is_finite(part):
             torch.copysign(part, row, out=row)  # a part of -0.0 is -0.0, which changes no sum
             return
         large = row.isfinite() & (row.abs() > torch.finfo(row.dtype).max / 2)

@@ -20,7 +20,7 @@ def _average(rank, bucket_bytes, dtype):
     tensors = inputs(rank, dtype)
     pointers = [tensor.data_ptr() for tensor in tensors]
     ledger = CommLedger()
-    drift = Averager(Recorder(ledger), bucket_bytes).average_(tensors, "parameters")
+    drift = Averager(Recorder(ledger), bucket_bytes).average_(tensors, "parameters").read()
     assert [tensor.data_ptr() for tensor in tensors] == pointers, "averaging moved a tensor"
     return [tensor.clone().numpy() for tensor in tensors], ledger.payload_bytes(), ledger.messages(), tuple(drift)
 
@@ -137,7 +137,7 @@ def _sampled(rank):
     torch.manual_seed(rank)
     tensors = [torch.randn(300, 200), torch.randn(50_000, dtype=torch.float64) * 3]
     own = [tensor.double().clone() for tensor in tensors]
-    drift = Averager(Recorder(CommLedger()), 2**20).average_(tensors, "parameters")
+    drift = Averager(Recorder(CommLedger()), 2**20).average_(tensors, "parameters").read()
     exact = sum(float((a - b.double()).square().sum()) for a, b in zip(own, tensors, strict=True))
     return drift.distance_sq, exact, drift.relative
 

@@ -47,7 +47,11 @@ def _average(rank, weights, bucket_bytes, dtype):
     pointers = [tensor.data_ptr() for tensor in tensors]
     drift = Averager(Recorder(ledger), bucket_bytes).average_(tensors, "parameters", weights[rank] if weights else None)
     assert [tensor.data_ptr() for tensor in tensors] == pointers, "averaging moved a tensor"
-    return [tensor.double().numpy() for tensor in tensors], tuple(drift), [r.payload_bytes for r in ledger.records]
+    return (
+        [tensor.double().numpy() for tensor in tensors],
+        tuple(drift.read()),
+        [r.payload_bytes for r in ledger.records],
+    )
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

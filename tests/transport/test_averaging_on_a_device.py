@@ -1,0 +1,181 @@
+"""Averages where the host must not look: the same numbers, few kernels, no wait; and time as a device sees it."""
+
+import itertools
+
+import pytest
+import torch
+from support.mock_cuda import mock_cuda
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_comm.core.ledger import CommLedger
+from lightning_comm.transport import averaging, device_time
+from lightning_comm.transport.averaging import Averager
+from lightning_comm.transport.compression.cast import Cast
+from lightning_comm.transport.compression.full import Full
+from lightning_comm.transport.compression.int8 import Int8
+from lightning_comm.transport.compression.top_k import TopK
+from lightning_comm.transport.device_time import Moment, moment, on_device
+from lightning_comm.transport.differences import DifferenceAverager
+from lightning_comm.transport.limits import MODERATE, are_moderate
+from lightning_comm.transport.recording import Recorder
+from lightning_comm.transport.share import Share
+
+TYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+COUNTS = {2: [7, 3], 3: [5, 0, 11]}
+
+
+def tensors(rank):
+    generator = torch.Generator().manual_seed(rank)
+    shapes = [(3, 4), (), (50,), (2, 3, 2)]
+    return [torch.randn(shape, generator=generator).to(dtype) for dtype in TYPES for shape in shapes]
+
+
+# ---- the same numbers ---------------------------------------------------------------------------------------------
+
+
+def averages(rank, world_size, *, moderate):
+    """Yield all that is averaged, in full and as differences, in the open and in the background."""
+    plain = COUNTS[world_size][rank] / sum(COUNTS[world_size])
+    for weight in (None, Share.of(COUNTS[world_size], rank), plain):
+        ledger, full = CommLedger(), tensors(rank)
+        drift = Averager(Recorder(ledger), 64).average_(full, "parameters", weight, moderate=moderate).read()
+        yield [*full, torch.tensor(drift), torch.tensor([record.payload_bytes for record in ledger.records])]
+        for compression, background in itertools.product((Full(), Cast("fp16"), Int8(), TopK(0.5)), (False, True)):
+            averager = DifferenceAverager(Recorder(CommLedger()), compression, 64)
+            named = {str(k): tensor for k, tensor in enumerate(tensors(7))}
+            averager.restart(named)
+            for own, moved in zip(named.values(), tensors(rank), strict=True):
+                own.add_(moved)
+            if background:
+                averager.depart(named, weight, moderate=moderate)
+                drift = averager.land_(named).read()
+            else:
+                drift = averager.average_(named, weight, moderate=moderate).read()
+            yield [*named.values(), *averager.references, torch.tensor(drift)]
+
+
+def _same(rank, world_size):
+    looking, trusting = (list(averages(rank, world_size, moderate=moderate)) for moderate in (False, True))
+    return [
+        all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        for one, other in zip(looking, trusting, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_averages_of_moderate_numbers_are_the_same_whether_the_host_looks_or_not(run_ranks, world_size):
+    for same in run_ranks(_same, world_size, world_size=world_size):
+        assert len(same) == 3 * 9
+        assert all(same), same
+
+
+def test_moderate_is_what_is_finite_and_below_the_limit_in_every_type():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        rows = [torch.zeros(0, dtype=dtype), torch.tensor([1.0, -MODERATE / 2], dtype=dtype)]
+        assert are_moderate([*rows, torch.ones(3)])
+        for large in (MODERATE, -2 * MODERATE, float("inf"), float("-inf"), float("nan")):
+            assert not are_moderate([*rows, torch.tensor([0.0, large], dtype=dtype)])
+    assert are_moderate([])
+    assert not are_moderate([torch.tensor([5.0])], 5.0)
+
+
+# ---- waits and kernels --------------------------------------------------------------------------------------------
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations that are kernels on a device: not views, and none for lists of nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.names.append(func._schema.name.split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_bucket_is_packed_and_unpacked_in_one_kernel_for_each_type_however_many_pieces_it_has():
+    for count in (4, 40):
+        with mock_cuda() as device:
+            pieces = [torch.full((5,), float(k), device="cuda").to(TYPES[k % 2]) for k in range(count)]
+            bucket = torch.empty(5 * count, device="cuda")
+            divisor = torch.full((), 3.0, device="cuda")
+            with Kernels() as kernels, device.counting() as waits:
+                used = averaging._pack(pieces, bucket)
+                packed = list(kernels.names)
+                averaging._write_means(pieces, used, divisor)
+                unpacked = kernels.names[len(packed) :]
+                averaging._write_means(pieces, used, None)
+            assert packed == ["_foreach_copy_"] * 2
+            assert unpacked == ["div_", *packed]
+            assert kernels.names[-2:] == packed
+            assert not waits
+            expected = [torch.full((5,), float(k)).div(torch.tensor(3.0)).to(TYPES[k % 2]) for k in range(count)]
+            assert all(torch.equal(piece.cpu(), wanted) for piece, wanted in zip(pieces, expected, strict=True))
+
+
+def test_a_share_of_moderate_numbers_and_a_look_at_them_wait_for_nothing():
+    row = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    wanted, share = row.clone(), Share.of([3, 4, 5], 1)
+    share.part_(wanted)
+    with mock_cuda() as device:
+        there = row.to("cuda")
+        with device.counting() as waits:
+            share.part_(there, moderate=True)
+            found = are_moderate([there])
+            numbers = on_device([1.0, 2.0], torch.float64, there.device)
+        assert not waits
+        assert found.is_cuda
+        assert numbers.is_cuda
+        assert numbers.tolist() == [1.0, 2.0]
+        assert torch.equal(there.cpu(), wanted)
+
+
+# ---- time ---------------------------------------------------------------------------------------------------------
+
+
+class Behind:
+    """An event of a device that is behind the host."""
+
+    clock_s = 0.0  # where the device is
+    waits = 0
+
+    def __init__(self, enable_timing=False):
+        assert enable_timing
+
+    def at(self, seconds):
+        self.at_s = seconds
+        return self
+
+    def query(self):
+        return Behind.clock_s >= self.at_s
+
+    def synchronize(self):
+        Behind.waits += 1
+        Behind.clock_s = max(Behind.clock_s, self.at_s)
+
+    def elapsed_time(self, other):
+        assert self.query()
+        assert other.query(), "as CUDA, which refuses it"
+        return 1000 * (other.at_s - self.at_s)
+
+
+def test_time_between_moments_is_that_of_the_device_and_waits_only_for_what_is_to_come():
+    Behind.clock_s, Behind.waits = 3.0, 0
+    first, second, third = (Moment(0.1 * k, Behind(True).at(2.0 * k)) for k in (0, 1, 3))
+    assert second.is_past
+    assert not third.is_past
+    assert first.until(second) == 2.0
+    assert Behind.waits == 0
+    assert second.until(third) == 4.0
+    assert Behind.waits == 1
+    assert third.is_past
+
+
+def test_on_a_processor_the_time_is_that_of_the_host(monkeypatch):
+    times = iter([10.0, 12.5])
+    monkeypatch.setattr(device_time.time, "monotonic", lambda: next(times))
+    first, second = (moment(torch.device("cpu")) for _ in range(2))
+    assert second.is_past
+    assert first.until(second) == 2.5
