@@ -36,8 +36,10 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_prefixed_message, rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from lightning_comm.core.whole_files import partial_path
 from lightning_comm.data.resumable import ResumedEpoch, find_resumed_epoch_by
@@ -77,6 +79,8 @@ _SWA = "lightning.pytorch.callbacks.StochasticWeightAveraging"
 _ASYNC_IO = "lightning.pytorch.plugins.io.AsyncCheckpointIO"
 
 INTERNALS = (
+    Internal("torch.optim.Adam", "_step_supports_amp_scaling", "whether a call of `step` is one, under a scaler"),
+    Internal("torch.amp.GradScaler", "_get_scale_async", "whether the scale may have changed, without a read of it"),
     Internal(_FIT_LOOP, "epoch_progress", "saved half-counted at the end of an epoch, and mended before it is read"),
     Internal(_EPOCH_LOOP, "batch_progress", "the same for the batches of that epoch"),
     Internal(_EPOCH_LOOP, "_broadcast_sigterm_tensor", "a broadcast on every batch, which would couple the ranks"),
@@ -724,6 +728,16 @@ def unused_by_all_ranks(model: DistributedDataParallel) -> Callable[[], list[Par
         return [each for each, ranks in zip(parameters, used.tolist(), strict=True) if ranks == 0]
 
     return unused
+
+
+def scale_on_device(scaler: Any) -> Tensor | None:
+    """Return the tensor in which a gradient scaler keeps its scale, unread; ``None`` before it has made it."""
+    return scaler._get_scale_async() if isinstance(scaler, GradScaler) else None
+
+
+def sees_to_infinities(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is called by a gradient scaler in any case, and skips a step by itself, on the device."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def is_wrapping_io(io: CheckpointIO) -> bool:

@@ -20,7 +20,7 @@ def test_lightning_still_has(internal):
     assigned = {
         target.attr
         for base in getattr(owner, "__mro__", [owner])
-        if base.__module__.startswith(("lightning", "torch.nn.parallel"))
+        if base.__module__.startswith(("lightning", "torch.nn.parallel", "torch.optim"))
         for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(base))))
         if isinstance(node, (ast.Assign, ast.AnnAssign))
         for target in _flat([node.target] if isinstance(node, ast.AnnAssign) else node.targets)

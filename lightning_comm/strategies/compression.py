@@ -32,6 +32,7 @@ from lightning_comm.core.periods import is_number
 from lightning_comm.lightning_internals import (
     close_finished_epoch,
     load_skipped_loader_states,
+    sees_to_infinities,
     unused_by_all_ranks,
 )
 from lightning_comm.refusals import refuse
@@ -41,7 +42,8 @@ from lightning_comm.strategies.checkpoints.entry import Save
 from lightning_comm.strategies.checkpoints.loading import load_together
 from lightning_comm.strategies.checks import check_twin_callbacks, replica_problems
 from lightning_comm.strategies.companion import Companion
-from lightning_comm.strategies.compression_run import CompressionRun
+from lightning_comm.strategies.compression_run import CompressionRun, Unread
+from lightning_comm.strategies.compression_scale import KnownScale
 from lightning_comm.strategies.interruptions import Interruptions
 from lightning_comm.strategies.loss_scale import loss_scale
 from lightning_comm.strategies.peer_aware import PeerAwareStrategy
@@ -175,7 +177,9 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         self._failures: Agreement | None = None  # of the fit or evaluation under way
         self._warned = False
         self._stepping: Optimizer | None = None  # the one that `optimizer_step` sees to
+        self._has_stepped = False  # whether its own `step` has been called meanwhile
         self._steps_watched: RemovableHandle | None = None
+        self._known_scale: KnownScale | None = None
 
     @property
     def ledger(self) -> CommLedger:
@@ -293,7 +297,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
             if self._pruned is not None:
                 refusals.add(optimizer_problems(self.optimizers))
         _warn_at_start(self.compression, self.world_size)
-        self._run = CompressionRun(trainer, module, Recorder(self._ledger), self._failures, _WHERE)
+        self._run = CompressionRun(trainer, module, Recorder(self._ledger), self._failures, _WHERE, self._beside())
         self._interruptions = Interruptions(
             trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False), _WHERE
         )
@@ -357,6 +361,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         assert isinstance(self.model, DistributedDataParallel)
         assert module is not None
         self._recorder = Recorder(self._ledger, beside_compute=True)
+        self._known_scale = KnownScale(self.precision_plugin)
         context = Context(self._recorder, "gradients", self._seed, revocable=self._may_throw_away(module))
         codec = self.compression.codec(context)
         unused = unused_by_all_ranks(self.model)
@@ -418,8 +423,23 @@ class CompressedDDPStrategy(PeerAwareStrategy):
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Take note of a step of any optimizer, except the one that :meth:`optimizer_step` is about to judge."""
-        if self._sync is not None and optimizer is not self._stepping:
+        if optimizer is self._stepping:
+            self._has_stepped = True
+        elif self._sync is not None:
             self._sync.stepped(_parameters_of(optimizer))
+
+    def _has_skipped(self, optimizer: Optimizer, scale: float) -> bool:
+        """Whether a gradient scaler has skipped a step; it lowers its scale there, and only there.
+
+        The scale is read only where it may have: on CUDA that waits for the device.
+        """
+        return (not self._has_stepped or sees_to_infinities(optimizer)) and self._loss_scale() < scale
+
+    def _beside(self) -> list[Unread]:
+        """Return what has numbers to read in each step."""
+        keeps = self._sync is not None and self._sync.codec.is_local
+        wanted = (self._pruned, self._known_scale if keeps else None)
+        return [each for each in wanted if each is not None]
 
     def _watch_steps(self, watch: bool) -> None:
         if self._steps_watched is not None:
@@ -436,22 +456,22 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         return recorder
 
     def _loss_scale(self) -> float:
-        return loss_scale(self.precision_plugin) or 1.0
+        return (self._known_scale() if self._known_scale is not None else None) or 1.0
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         if self._recorder is not None and self._trainer is not None:
             self._recorder.step = self._trainer.global_step
-        scale = self._loss_scale()
-        self._stepping = optimizer
+        keeps = self._sync is not None and self._sync.codec.is_local  # for others nothing depends on the scale
+        scale = self._loss_scale() if keeps else 1.0
+        self._stepping, self._has_stepped = optimizer, False
         try:
             with self._first_error_shown("a step under DDP", waits=False):
                 output = super().optimizer_step(optimizer, closure, model, **kwargs)
         finally:
             self._stepping = None
-        if self._sync is not None:
-            # a gradient scaler lowers its scale where it has skipped a step, and only there
-            told = self._sync.thrown_away if self._loss_scale() < scale else self._sync.stepped
+        if self._sync is not None and keeps and self._sync.codec.unapplied:
+            told = self._sync.thrown_away if self._has_skipped(optimizer, scale) else self._sync.stepped
             told(_parameters_of(optimizer))
         if self._pruned is not None:
             with self._own_changes():
@@ -527,6 +547,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
             "_pruned": None,
             "_stepping": None,
             "_steps_watched": None,
+            "_known_scale": None,
         }
 
 

@@ -7,14 +7,15 @@ do the same after the same batch, whichever rank it came from, and one whose dat
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_comm import lightning_internals as internals
@@ -28,6 +29,16 @@ _TRAINS_ON, _AT_LAST_BATCH, _LEFT = range(3)  # where a rank is in its epoch
 _PAUSE_S = 0.0001
 
 
+class Unread(Protocol):
+    """What has numbers on the device that the host will want to know."""
+
+    def unread(self) -> Tensor | None:
+        """Return the numbers, of which float32 holds each; ``None`` if they have been read."""
+
+    def note_read(self, values: Sequence[float]) -> None:
+        """Take note of what :meth:`unread` has returned, once it has been read."""
+
+
 class CompressionRun:
     """What ranks that average their gradients ask of each other beside them.
 
@@ -37,11 +48,19 @@ class CompressionRun:
         recorder: Sends and records.
         agreement: How ranks hear of failures.
         where: The strategy, for messages.
+        beside: What else has numbers to read in each step, which are read with those of a meeting: on CUDA each reading
+            by itself would make the host wait for the device.
 
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, recorder: Recorder, agreement: Agreement, where: str
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        recorder: Recorder,
+        agreement: Agreement,
+        where: str,
+        beside: Sequence[Unread] = (),
     ) -> None:
         self.on_decision: Callable[[Decision], None] = lambda decision: None
         self.refused = False  # whether all ranks have found alike that they cannot go on
@@ -50,6 +69,7 @@ class CompressionRun:
         self._recorder = recorder
         self._agreement = agreement
         self._where = where
+        self._beside = beside
         self._wanted: list[tuple[Kind, str]] = []
         self._decided: list[Decision] = []  # to be carried out between two batches
         self._validated = False  # whether ranks have validated since they met
@@ -156,16 +176,21 @@ class CompressionRun:
 
         Note:
             *Communication.* An all-reduce of 5 bytes, recorded as ``"control"``; more once somebody asks for something.
+            On CUDA this is where a step waits for the device, once.
 
         """
         flags = [bool(self._wanted), bool(self._trainer.should_stop), *(place == each for each in range(3))]
         if self._recorder.world_size > 1:
-            tensor = torch.tensor(flags, dtype=torch.uint8, device=self._module.device)
+            # filled there: a copy from ordinary memory to CUDA waits for the device
+            tensor = torch.zeros(len(flags), dtype=torch.uint8, device=self._module.device)
+            for number, is_up in enumerate(flags):
+                if is_up:
+                    tensor[number].fill_(1)
             self._recorder.step = self._trainer.global_step
             with self._agreement.first_error_shown():
                 pending = self._recorder.all_reduce(tensor, "control", dist.ReduceOp.MAX)
                 _wait(pending, self._agreement, tensor.device)
-            flags = tensor.tolist()
+                flags = self._read(tensor)
         wanted, stop, *places = map(bool, flags)
         if sum(places) > 1:
             self._refuse_unequal_epochs(place)
@@ -173,6 +198,18 @@ class CompressionRun:
             self._decide()
         if stop:
             self._trainer.should_stop = True
+
+    def _read(self, flags: Tensor) -> list[bool]:
+        """Return what ranks have said, and let others know what there was to read for them."""
+        found = [(each, tensor.reshape(-1)) for each in self._beside if (tensor := each.unread()) is not None]
+        if not found:
+            return flags.tolist()
+        rows = [flags, *(tensor for _, tensor in found)]
+        read = torch.cat([row.to(flags.device, torch.float32) for row in rows]).tolist()
+        for each, tensor in reversed(found):
+            each.note_read(read[-len(tensor) :])
+            del read[-len(tensor) :]
+        return read
 
     def _decide(self) -> None:
         mine, self._wanted = self._wanted, []

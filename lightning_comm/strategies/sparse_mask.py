@@ -9,7 +9,7 @@ itself (:class:`ModulePruning`), two bytes with the last bucket of each step; if
 rank, a comparison of 8 bytes before the next forward, and that step's gradients travel in full.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,8 @@ class PrunedWeights:
         self._pruned: list[tuple[Tensor, Tensor]] = []  # a parameter, and True where it is zero
         self._trainer: Trainer | None = None
         self._optimizers: list[Optimizer] = []
-        self._watched: list[tuple[Tensor, int]] = []  # mask buffers as they were, each with its version
+        self._watched: list[tuple[Tensor, int]] = []  # mask buffers as they were compared, each with its version
+        self._differs: bool | Tensor = False  # what the comparison has found; a tensor is not read on the host
         self._said: set[tuple[str, str]] = set()  # which parameters have been warned of, and of what
         self.dense_steps = 0  # that something changed for
         self.before_change: Callable[[], None] = lambda: None
@@ -143,6 +144,14 @@ class PrunedWeights:
             "weight by the norm of its rows, name it in `skip`."
         )
 
+    def unread(self) -> Tensor | None:
+        """Return what ranks have said of their masks in the last step, for whoever reads it with other numbers."""
+        return self._codec.arrived_flags()
+
+    def note_read(self, values: Sequence[float]) -> None:
+        """Take note of it, once it has been read."""
+        self._codec.note_flags(values)
+
     def finish(self) -> None:
         """Wait for what is under way."""
         self._codec.take_flag()
@@ -158,24 +167,19 @@ class PrunedWeights:
         assert masks is not None
         self._install(masks)
 
-    def _masks_changed(self) -> bool:
-        """Whether a mask in the model is another than the one installed; bits are compared only where they may be."""
+    def _masks_changed(self) -> bool | Tensor:
+        """Whether a mask in the model is another than the one installed; bits are compared only where they may be.
+
+        A comparison of bits is returned as a tensor on the model's device, since the host would wait for it there.
+        """
         buffers = self._mask_buffers()
-        if len(buffers) == len(self._watched) and all(
-            now is then and now._version == version for now, (then, version) in zip(buffers, self._watched, strict=True)
-        ):
-            return False
-        try:
-            found = self._read_masks()
-        except ValueError:  # none left, or one that keeps nothing: said when all read them
-            return True
-        installed = self._codec.masks
-        if found.keys() != installed.keys():
-            return True
-        if any(not torch.equal(mask, installed[name].to(mask.device)) for name, mask in found.items()):
-            return True
-        self._remember_buffers()  # written anew with the same bits, as DDP does before each forward
-        return False
+        if len(buffers) != len(self._watched) or any(
+            now is not then or now._version != version
+            for now, (then, version) in zip(buffers, self._watched, strict=True)
+        ):  # also if written anew with the same bits, as DDP does before each forward
+            self._differs = _differs(self._settings.pruning.present(self._module), self._codec.masks)
+            self._watched = [(buffer, buffer._version) for buffer in buffers]
+        return self._differs
 
     def _read_masks(self) -> Masks:
         """Return the masks of a model that masks itself, on any rank; what there is to say, rank 0 said at first."""
@@ -189,9 +193,6 @@ class PrunedWeights:
 
     def _mask_buffers(self) -> list[Tensor]:
         return [buffer for name, buffer in self._module.named_buffers() if name.endswith("_mask")]
-
-    def _remember_buffers(self) -> None:
-        self._watched = [(buffer, buffer._version) for buffer in self._mask_buffers()]
 
     def _install(self, masks: Masks) -> None:
         parameters = dict(self._module.named_parameters())
@@ -207,9 +208,9 @@ class PrunedWeights:
         ranks = self._recorder.world_size
         rank_zero_info(f"SparseMask: {when}, {share_pruned(self._codec.masks, self._settings, self._module, ranks)}")
 
-    def _clear_states(self) -> None:
+    def _clear_states(self, unless: bool | Tensor = False) -> None:
         parameters = dict(self._module.named_parameters())
-        by_parameter = {id(parameters[name]): mask for name, mask in self._codec.masks.items()}
+        by_parameter = {id(parameters[name]): mask | unless for name, mask in self._codec.masks.items()}
         for optimizer in self._optimizers:
             _clear_state(optimizer, by_parameter)
 
@@ -265,12 +266,25 @@ class PrunedWeights:
 
         Where the model's masks have changed since, they wait for the new ones, which may keep them.
         """
-        if self._settings.pruning.is_watched and self._masks_changed():
+        changed = self._settings.pruning.is_watched and self._masks_changed()
+        if changed is True:
             return
         if self._codec.was_dense:
-            self._clear_states()
+            self._clear_states(unless=changed)
         for parameter, pruned in self._pruned:
-            parameter.masked_fill_(pruned, 0)
+            # not read, since the host would wait: if masks have changed, nothing is filled
+            parameter.masked_fill_(pruned if changed is False else pruned & ~changed, 0)
+
+
+def _differs(found: Masks, installed: Masks) -> bool | Tensor:
+    """Return whether masks differ, as a tensor where only their bits can tell."""
+    if not found or found.keys() != installed.keys():
+        return True
+    if any(mask.shape != installed[name].shape for name, mask in found.items()):
+        return True
+    device = next(iter(found.values())).device
+    flags = [(mask != installed[name].to(mask.device)).any().to(device) for name, mask in found.items()]
+    return torch.stack(flags).any()
 
 
 def _warn_of_late_steps(trainer: Trainer, schedule: PruningSchedule) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import BatchSampler, IterableDataset
 
 from lightning_comm.lightning_internals import wrapped_sampler
-from lightning_comm.transport.random_state import random_state, set_random_state
+from lightning_comm.transport.random_state import random_state, seed_torch, set_random_state
 
 _BATCH = 32  # where the loader's batches have no fixed size
 
@@ -92,4 +92,4 @@ def _taken_at_once(dataset: Any, chosen: list[int], where: str) -> Any:
 def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed_torch(seed)

@@ -353,7 +353,10 @@ class DifferenceAverager:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """Take up what :meth:`state_dict` returned; under another compression, its references alone."""
-        self._reference = {name: row.to(parameters[name].device, copy=True) for name, row in state["reference"].items()}
+        self._reference = {}
+        for name, row in state["reference"].items():  # wherever it was read to, and whatever width the run had
+            of = parameters[name]
+            self._reference[name] = row.to(of.device, Flat.of(of).accumulation_type, copy=True)
         self._flights = []
         for saved in state.get("in_flight", []):
             slots = tuple(Slot(name, numel, tuple(shape)) for name, numel, shape in saved["slots"])

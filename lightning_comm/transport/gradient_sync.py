@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from lightning_comm.transport.compression.base import Codec, Conversation, Layout, Message, Slot
 from lightning_comm.transport.compression.conversations import Talk
-from lightning_comm.transport.parameter_notes import ParameterNotes, shape_in_memory
+from lightning_comm.transport.parameter_notes import ParameterNotes, read_flags, shape_in_memory
 from lightning_comm.transport.recording import Recorder
 
 
@@ -51,7 +51,7 @@ class GradientSync:
         codec: Does the work.
         recorder: Sends what a codec cannot take: gradients that are sparse tensors, or complex.
         named_parameters: The parameters of the model, with the names that state is kept by.
-        loss_scale: Returns the factor by which gradients are scaled at the moment.
+        loss_scale: Returns the factor by which gradients are scaled at the moment; asked where a codec keeps residuals.
         unused: Returns the parameters that no rank has used in the last backward, whose means DDP throws away. Asked
             after a backward, on any rank at any time.
 
@@ -61,6 +61,11 @@ class GradientSync:
 
     Note:
         *Communication.* What the codec sends, once a bucket.
+
+        *On CUDA.* A step makes the host wait for the device nowhere, except as :meth:`settle` and
+        :meth:`take_back_cleared` say, and where ``loss_scale`` does. The hook's body runs in the stream of the
+        backward, which is where messages are waited for; the future that DDP gets has an event of that stream, for
+        which DDP lets the stream wait in which the backward was called.
 
     """
 
@@ -80,6 +85,7 @@ class GradientSync:
         self._loss_scale = loss_scale
         self._unused = unused
         self._settled = True
+        self._looked = False  # whether means that were thrown away have been looked for since the last backward
         self.on_last_bucket: Callable[[float], None] = lambda waited_s: None
         self._waited_s = 0.0
         self._scale: float | None = None
@@ -153,8 +159,9 @@ class GradientSync:
         if not open_:
             return
         self.settle()
-        cleared = [name for name in open_ if self._parameters[name].grad is None and not self._notes.changed(name)]
-        if cleared:
+        without = [name for name in open_ if self._parameters[name].grad is None]
+        changed = set(self._notes.changed(without))
+        if cleared := [name for name in without if name not in changed]:
             self.codec.take_back(cleared)
         self.codec.applied(open_)
 
@@ -166,13 +173,23 @@ class GradientSync:
         """Restore what was kept of parameters whose gradients were cleared before anything has stepped with them.
 
         Called before a backward.
+
+        Note:
+            *Communication.* None. On CUDA it waits for the device, once, where a backward has gone before whose means
+            nothing has stepped with.
+
         """
         self.settle()
-        self._find_changed()
-        open_ = [(name, self._parameters[name].grad) for name in sorted(self.codec.unapplied)]
-        cleared = [name for name, gradient in open_ if gradient is None or not gradient.any()]
+        self._forget_changed(self._notes.certainly_changed(sorted(self.codec.unapplied)))
+        open_ = {name: self._parameters[name].grad for name in sorted(self.codec.unapplied)}
+        doubts = {f"changed/{name}": flag for name, flag in self._notes.doubts(open_).items()}
+        doubts |= {f"used/{name}": gradient.any() for name, gradient in open_.items() if gradient is not None}
+        up = read_flags(doubts)  # together, since each of them waits for the device
+        self._forget_changed([name for name in open_ if f"changed/{name}" in up])
+        cleared = [name for name in open_ if f"changed/{name}" not in up and f"used/{name}" not in up]
         if cleared:
             self.codec.take_back(cleared)
+        self._looked = True
 
     @contextmanager
     def own_changes(self) -> Iterator[None]:
@@ -188,20 +205,30 @@ class GradientSync:
 
     def _find_changed(self) -> None:
         """Take note of means that no optimizer of torch's has stepped with, but whose parameters have changed since."""
-        unapplied = self.codec.unapplied
-        self.codec.applied([name for name in sorted(unapplied) if self._notes.changed(name)])
+        self._forget_changed(self._notes.changed(sorted(self.codec.unapplied)))
+
+    def _forget_changed(self, names: Iterable[str]) -> None:
+        self.codec.applied(names)
         self._notes.keep(self.codec.unapplied)
 
     def _begin_step(self) -> None:
         self._waited_s = 0.0
         self._under_way.clear()  # what a backward that failed has left
         self.settle()
-        self._find_changed()
+        if self._looked:  # before this very backward; what torch counts costs nothing
+            self._forget_changed(self._notes.certainly_changed(sorted(self.codec.unapplied)))
+        else:
+            self._find_changed()
+        self._looked = False
+        if self.codec.is_local:  # what keeps residuals
+            self._follow_scale()
+        self.codec.begin_step()
+
+    def _follow_scale(self) -> None:
         scale = self._loss_scale()
         if self._scale is not None and scale != self._scale:
             self.codec.rescale(scale / self._scale)
         self._scale = scale
-        self.codec.begin_step()
 
     def _end_step(self) -> None:
         spoilt: Tensor | None = None

@@ -181,15 +181,23 @@ def _try(where: str, optimizer: Optimizer, samples: Sequence[_Sample], with_grad
     copies = [Parameter(sample.copy.clone()) for sample in samples]
     twin = _twin(optimizer, {id(each.parameter): mine for each, mine in zip(samples, copies, strict=True)})
     before = numbers_of(twin)
-    devices = {each.device for each in copies if each.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
+    devices = list({each.device for each in copies if each.is_cuda})
+    with torch.random.fork_rng(devices=devices):
         for step in range(_STEPS):
-            torch.manual_seed(step)  # the same draws for a parameter, whether or not others have a gradient
+            _seed(step, devices)  # the same draws for a parameter, whether or not others have a gradient
             for number in with_gradient:
                 copies[number].grad = samples[number].gradients[step].clone()
             with NoMessages(where, optimizer):
                 twin.step()
     return _Outcome([each.detach().clone() for each in copies], before, numbers_of(twin))
+
+
+def _seed(seed: int, devices: Sequence[torch.device]) -> None:
+    """Seed the generators that have been put aside, and not those of all devices, as ``torch.manual_seed`` does."""
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _twin(optimizer: Optimizer, copies: Mapping[int, Parameter]) -> Optimizer:

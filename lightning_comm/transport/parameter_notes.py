@@ -45,16 +45,50 @@ class ParameterNotes:
         kept = set(names)
         self._notes = {name: note for name, note in self._notes.items() if name in kept}
 
-    def changed(self, name: str) -> bool:
-        """Whether a parameter is another than when it was noted. On CUDA this may wait for the device."""
-        note, parameter = self._notes.get(name), self._parameters[name]
-        if note is None or note.version != parameter._version:
-            return note is not None
-        return not torch.equal(in_memory(parameter).index_select(0, note.places), note.entries)
+    def certainly_changed(self, names: Iterable[str]) -> list[str]:
+        """Return those of these parameters that torch has counted a change of since they were noted."""
+        return [
+            name
+            for name in names
+            if name in self._notes and self._notes[name].version != self._parameters[name]._version
+        ]
+
+    def changed(self, names: Iterable[str]) -> list[str]:
+        """Return those of these parameters that are others than when they were noted.
+
+        On CUDA this waits for the device once, unless torch has counted a change of all of them.
+        """
+        names = list(names)
+        changed = set(self.certainly_changed(names))
+        changed |= read_flags(self.doubts(name for name in names if name not in changed))
+        return [name for name in names if name in changed]
+
+    def doubts(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return whether the noted entries have changed, where torch has counted nothing; not read from the device."""
+        noted = {name: self._notes[name] for name in names if name in self._notes}
+        return {
+            name: (in_memory(self._parameters[name]).index_select(0, note.places) != note.entries).any()
+            for name, note in noted.items()
+        }
 
     def _note(self, name: str, places: Tensor) -> None:
         parameter = self._parameters[name]
         self._notes[name] = _Note(parameter._version, places, in_memory(parameter).index_select(0, places))
+
+
+def read_flags(flags: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of the flags that are up. On CUDA this waits for the device, once for all of them.
+
+    Example:
+        >>> read_flags({"a": torch.tensor(True), "b": torch.tensor(False)})
+        {'a'}
+
+    """
+    if not flags:
+        return set()
+    device = next(iter(flags.values())).device
+    read = torch.stack([flag.to(device) for flag in flags.values()]).tolist()
+    return {name for name, is_up in zip(flags, read, strict=True) if is_up}
 
 
 def places_of_largest(row: Tensor) -> Tensor:

@@ -10,6 +10,10 @@ import torch
 def random_state() -> dict[str, Any]:
     """Return the states of Python's, numpy's and torch's generators, as plain values and tensors.
 
+    That of CUDA is there where this process uses CUDA, and is that of its current device, which Lightning makes each
+    rank's own. Where CUDA is merely at hand it is left alone: asking for its state would set it up, which takes
+    memory on the device, and fails in a process that was forked.
+
     Example:
         >>> before = random_state()
         >>> first = torch.rand(3), random.random(), np.random.rand()
@@ -24,17 +28,31 @@ def random_state() -> dict[str, Any]:
         "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, float(gauss)],
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the generators back to a state that :func:`random_state` returned."""
+    """Put the generators back to a state that :func:`random_state` returned.
+
+    A state of CUDA is left out where this process does not use it; where there is none, its generator stays as it is.
+    """
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_torch(seed: int) -> None:
+    """Seed those of torch's generators that :func:`random_state` returns the states of, and no others.
+
+    ``torch.manual_seed`` also seeds those of all other devices; and where CUDA is not used yet, it leaves a note to
+    seed it later.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed(seed)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.mock_cuda import mock_cuda
 from transport.test_compressions import LAYOUT, SHAPES, codec_of, cut, entries
 
 from lightning_comm.transport.compression.base import Context, Layout, Slot, run_alone
@@ -146,3 +147,33 @@ def test_rounding_is_unbiased_in_narrow_types_and_for_the_smallest_scales(dtype)
             exact = float(given[0].double()) / scale
             rounded = round_stochastically(given, torch.tensor(scale), 127, draw)
             assert abs(float(rounded.double().mean()) - exact) < 0.02, (scale, share)
+
+
+def _spoilt_on(rank, device):
+    """Residuals after a step in which one parameter of rank 1 is NaN, and another one's mean too large."""
+    codec, _ = codec_of(TopK(0.1))
+    for number in range(2):
+        values = entries(rank, number)
+        if number == 1:
+            rows = dict(zip(SHAPES, LAYOUT.split(values), strict=True))
+            rows["b.weight"][5] = torch.nan if rank == 1 else 1.0
+            rows["a.bias"][0] = torch.inf
+        values = values.to(device)
+        codec.begin_step()
+        run_alone(codec.mean(values, LAYOUT))
+        codec.end_step()
+    return {name: row.cpu().numpy() for name, row in codec.state_dict()["residuals"].items()}
+
+
+def _spoilt(rank):
+    here = _spoilt_on(rank, "cpu")
+    with mock_cuda() as device:
+        there = _spoilt_on(rank, "cuda")
+        return here, there, [wait.where for wait in device.waits if wait.own]
+
+
+def test_a_device_restores_the_residuals_that_the_processor_does_and_the_host_does_not_wait(run_ranks):
+    for here, there, waits in run_ranks(_spoilt, world_size=2):
+        assert all((here[name] == there[name]).all() for name in SHAPES)
+        assert all(torch.from_numpy(row).isfinite().all() for row in there.values())
+        assert waits == []

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_comm.transport.compression.base import Codec, Conversation, Layout, Slot
+from lightning_comm.transport.compression.base import Codec, Conversation, Layout, Slot, uploaded
+from lightning_comm.transport.compression.rounding import largest_entries
 
 
 class Feedback(Codec):
@@ -35,6 +36,7 @@ class Feedback(Codec):
         self._codec = codec
         self._residuals: dict[str, Tensor] = {}  # rows of buckets, cut by parameter
         self._buckets: dict[tuple[Slot, ...], Tensor] = {}
+        self._lengths: dict[tuple[Slot, ...], Tensor] = {}  # of the parameters in each bucket, on its device
         self._before_last: dict[str, Tensor] = {}  # residuals before the last backward
         self._before_first: dict[str, Tensor] = {}  # and before the first one since an optimizer has stepped
 
@@ -51,7 +53,7 @@ class Feedback(Codec):
         yield from self._codec.mean_and_rest(after, layout, values)
         if sent is not None:
             sent.sub_(after)
-        _restore_where_not_finite(layout, values, before, after)
+        self._restore_where_not_finite(layout, values, before, after)
         # rows change places instead of being copied: what was kept before is still there if it is wanted
         self._buckets[layout.slots] = after
         for slot, row, row_before in zip(layout.slots, layout.split(after), layout.split(before), strict=True):
@@ -59,6 +61,24 @@ class Feedback(Codec):
             if self.context.revocable:
                 self._before_last[slot.name] = row_before
                 self._before_first.setdefault(slot.name, row_before)
+
+    def _restore_where_not_finite(self, layout: Layout, means: Tensor, before: Tensor, after: Tensor) -> None:
+        """Put the residual of before in place of that of after, for each parameter that has not become finite numbers.
+
+        The means are the same on all ranks, and so is what they decide.
+        """
+        # A sum costs a tenth of a look at each entry, and is finite only if all of them are, and far from the largest
+        # number. On other devices its value is not there to be looked at.
+        if means.device.type == "cpu" and math.isfinite(float(means.sum())):
+            return
+        finite = torch.isfinite(largest_entries(layout, means)) & torch.isfinite(largest_entries(layout, after))
+        lengths = self._lengths.get(layout.slots)
+        if lengths is None or lengths.device != means.device:
+            lengths = torch.tensor([slot.numel for slot in layout.slots])
+            lengths = self._lengths[layout.slots] = uploaded(lengths, means.device)
+        # for all parameters at once; with the length of the row, since CUDA would be asked for it
+        stays = torch.repeat_interleave(finite, lengths, output_size=layout.numel)
+        after.copy_(torch.where(stays, after, before))
 
     def _residual_of(self, layout: Layout, like: Tensor) -> Tensor:
         """Return the bucket's residuals as one row; under a new layout, put together from those of the old one."""
@@ -148,17 +168,3 @@ class Feedback(Codec):
         self._buckets, self._before_last, self._before_first = {}, {}, {}
         self._residuals = dict(state["residuals"])
         self._codec.load_state_dict(state["codec"])
-
-
-def _restore_where_not_finite(layout: Layout, means: Tensor, before: Tensor, after: Tensor) -> None:
-    """Put the residual of before in place of that of after, for each parameter that has not become finite numbers.
-
-    The means are the same on all ranks, and so is what they decide.
-    """
-    # A sum costs a tenth of a look at each entry, and is finite only if all of them are, and far from the largest
-    # number. On other devices its value is not there to be looked at.
-    if means.device.type == "cpu" and math.isfinite(float(means.sum())):
-        return
-    for row_mean, row_before, row in zip(*map(layout.split, (means, before, after)), strict=True):
-        finite = torch.isfinite(row_mean).all() & torch.isfinite(row).all()
-        row.copy_(torch.where(finite, row, row_before))

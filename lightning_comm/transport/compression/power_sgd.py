@@ -9,7 +9,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Message, Slot
+from lightning_comm.transport.compression.base import (
+    Codec,
+    Compression,
+    Context,
+    Conversation,
+    Layout,
+    Message,
+    Slot,
+    uploaded,
+)
 from lightning_comm.transport.compression.feedback import Feedback
 from lightning_comm.transport.compression.rounding import scale_type
 
@@ -143,16 +152,24 @@ class PowerSGDCodec(Codec):
     def _basis(self, slot: Slot, values: Tensor) -> Tensor:
         """Return the directions that a parameter's iteration starts from; at first, or in another shape, at random."""
         start, kept = self._start(slot, values), self._bases.get(slot.name)
-        return kept if kept is not None and kept.shape == start.shape else start
+        if kept is None or kept.shape != start.shape:
+            return start
+        if (kept.dtype, kept.device) != (start.dtype, start.device):  # read from a file, there and in its width
+            kept = self._bases[slot.name] = _aligned(uploaded(kept.to(start.dtype), start.device))
+        return kept
 
     def _start(self, slot: Slot, values: Tensor) -> Tensor:
-        """Return random directions, the same on all ranks and in all steps."""
-        shape = self._directions(slot), _matrix(slot)[1]
+        """Return random directions, the same on all ranks and in all steps.
+
+        Drawn and made orthonormal on the host: a GPU's random numbers depend on its kind, and ranks whose directions
+        differ would add up products of different bases.
+        """
+        shape, dtype = (self._directions(slot), _matrix(slot)[1]), scale_type(values)
         start = self._starts.get(slot.name)
-        if start is None or start.shape != shape:
-            generator = self.context.generator(slot.name, 0, values.device, shared=True)
-            drawn = torch.randn(shape, generator=generator, device=values.device, dtype=scale_type(values))
-            start = self._starts[slot.name] = _aligned(orthonormal_rows(drawn))
+        if start is None or (start.shape, start.dtype, start.device) != (shape, dtype, values.device):
+            generator = self.context.generator(slot.name, 0, torch.device("cpu"), shared=True)
+            drawn = orthonormal_rows(torch.randn(shape, generator=generator, dtype=dtype))
+            start = self._starts[slot.name] = _aligned(uploaded(drawn, values.device))
         return start
 
     @override

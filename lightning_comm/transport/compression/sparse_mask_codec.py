@@ -7,7 +7,7 @@ residual of it, is always given the kept entries: which buckets are sent whole d
 run's results must not.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -44,43 +44,66 @@ class SparseMaskCodec(Codec):
         self._full = FullCodec(context)
         self.dense_above = dense_above  # `None` until it is known
         self._rows: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}  # of the entries that are kept
         self._plans: dict[tuple[Slot, ...], _Plan] = {}
         self._dense_steps = 0
         self.was_dense = False  # whether the last step's gradients were left whole
-        self._masks_changed: Callable[[], bool] | None = None
+        self._masks_changed: Callable[[], bool | Tensor] | None = None
         self._outside: Tensor | None = None
-        self._flags: tuple[Tensor, Pending, int] | None = None
+        self._flags: tuple[Tensor, Pending | None, int] | None = None
         self._raised = False
 
-    def watch(self, masks_changed: Callable[[], bool]) -> None:
+    def watch(self, masks_changed: Callable[[], bool | Tensor]) -> None:
         """Tell the other ranks with every step whether masks changed here, or gradients were not zero outside them.
 
         Args:
-            masks_changed: Asked at the end of each step's last bucket.
+            masks_changed: Asked at the end of each step's last bucket. What only the device knows it returns as a
+                tensor, so that nobody waits for it there.
 
         """
         self._masks_changed = masks_changed
 
     def take_flag(self) -> bool:
-        """Return whether any rank's flag was up since this was last asked; the same on all ranks."""
-        if self._flags is not None:
-            flags, pending, step = self._flags
-            self._flags = None
-            recorder = self.context.recorder
-            now, recorder.step = recorder.step, step  # recorded where it was sent
-            pending.wait()
-            recorder.step = now
-            self._raised |= bool(flags.any())
+        """Return whether any rank's flag was up since this was last asked; the same on all ranks.
+
+        On CUDA this waits for the device, unless :meth:`note_flags` has been told since the last step.
+        """
+        flags = self.arrived_flags()
+        if flags is not None:
+            self.note_flags(flags.tolist())
         raised, self._raised = self._raised, False
         return raised
 
-    def _send_flags(self, masks_changed: bool) -> None:
-        self._raised = self.take_flag()  # that of another backward of the same step
-        device = next(iter(self._rows.values())).device
-        flags = torch.zeros(2, dtype=torch.uint8, device=device)
-        flags[0] = masks_changed
-        if self._outside is not None:
-            flags[1] = self._outside
+    def arrived_flags(self) -> Tensor | None:
+        """Return what ranks have said of their masks, for whoever reads it with other numbers; ``None`` if nothing.
+
+        Waits for the message, which on CUDA the host does not.
+        """
+        if self._flags is None:
+            return None
+        flags, pending, step = self._flags
+        if pending is not None:
+            self._flags, recorder = None, self.context.recorder
+            now, recorder.step = recorder.step, step  # recorded where it was sent
+            pending.wait()
+            recorder.step = now
+            self._flags = flags, None, step
+        return flags
+
+    def note_flags(self, flags: Sequence[float]) -> None:
+        """Take note of what :meth:`arrived_flags` has returned, once it has been read."""
+        self._flags = None
+        self._raised |= any(flags)
+
+    def _send_flags(self, masks_changed: bool | Tensor) -> None:
+        flags = self.arrived_flags()  # of another backward of the same step: what is up stays so
+        if flags is None:
+            flags = torch.zeros(2, dtype=torch.uint8, device=next(iter(self._rows.values())).device)
+        for place, found in enumerate((masks_changed, self._outside)):
+            if isinstance(found, Tensor):
+                flags[place].logical_or_(found.to(flags.device))
+            elif found:
+                flags[place].fill_(1)
         self._outside = None
         recorder = self.context.recorder
         self._flags = flags, recorder.all_reduce(flags, "mask flags", ReduceOp.MAX), recorder.step
@@ -92,7 +115,7 @@ class SparseMaskCodec(Codec):
         if self._rows:
             self._inner.regroup(_places(self._rows, rows))
         self.masks, self._rows = masks, rows
-        self._plans = {}
+        self._counts, self._plans = counts_of(rows), {}
 
     def request_dense(self, n_steps: int) -> None:
         """Send the next steps' gradients in full and leave them as they are, for methods that let masks grow.
@@ -109,10 +132,11 @@ class SparseMaskCodec(Codec):
 
     @override
     def payload_bytes(self, layout: Layout) -> int:
-        plan = self._plan_of(layout, torch.device("cpu"))
-        if self._dense_steps or plan is None:
+        if self._dense_steps or not self._rows:
             return self._full.payload_bytes(layout)
-        return self._inner.payload_bytes(plan.layout) if plan.layout.slots else 0
+        kept = self._kept_in(layout)
+        sent = kept if self._is_gathered(kept.numel, layout.numel) else layout
+        return self._inner.payload_bytes(sent) if sent.slots else 0
 
     @override
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
@@ -140,19 +164,22 @@ class SparseMaskCodec(Codec):
             return None
         plan = self._plans.get(layout.slots)
         if plan is None:
-            rows = [
-                self._rows[slot.name] if slot.name in self._rows else torch.ones(slot.numel, dtype=torch.bool)
-                for slot in layout.slots
-            ]
-            mask = torch.cat([row.to(device) for row in rows])
-            n_kept = int(mask.sum())
-            slots = [(slot, int(row.sum())) for slot, row in zip(layout.slots, rows, strict=True)]
-            inner = Layout(tuple(Slot(slot.name, count, (count,)) for slot, count in slots if count))
-            gathered = self._is_gathered(n_kept, layout.numel)
+            mask = torch.ones(layout.numel, dtype=torch.bool, device=device)
+            for slot, row in zip(layout.slots, layout.split(mask), strict=True):
+                if slot.name in self._rows:
+                    row.copy_(self._rows[slot.name])
+            inner = self._kept_in(layout)
+            gathered = self._is_gathered(inner.numel, layout.numel)
+            # once for each bucket and masks: on CUDA the host waits there
             kept = mask.nonzero().view(-1) if gathered else torch.empty(0, dtype=torch.int64, device=device)
             plan = _Plan(kept, ~mask, inner if gathered else layout, gathered)
             self._plans[layout.slots] = plan
         return plan
+
+    def _kept_in(self, layout: Layout) -> Layout:
+        """Return what lies in the row of the kept entries of a bucket."""
+        counts = ((slot.name, self._counts.get(slot.name, slot.numel)) for slot in layout.slots)
+        return Layout(tuple(Slot(name, count, (count,)) for name, count in counts if count))
 
     def _is_gathered(self, kept: int, entries: int) -> bool:
         if kept == entries:
@@ -212,7 +239,7 @@ class SparseMaskCodec(Codec):
         }
         self.pruned_at = state["pruned_at"]
         self.dense_above = state["dense_above"]
-        self._rows, self._plans = {}, {}  # whoever goes on installs the masks
+        self._rows, self._counts, self._plans = {}, {}, {}  # whoever goes on installs the masks
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -244,6 +271,15 @@ def _places(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Te
         new = after[name] if name in after else torch.ones_like(old)
         places[name] = torch.where(old, old.cumsum(0) - 1, -1)[new]
     return places
+
+
+def counts_of(masks: dict[str, Tensor]) -> dict[str, int]:
+    """Return how many entries each mask keeps, read together."""
+    if not masks:
+        return {}
+    device = next(iter(masks.values())).device
+    sums = torch.stack([mask.sum().to(device) for mask in masks.values()])
+    return dict(zip(masks, map(int, sums.tolist()), strict=True))
 
 
 def in_order_of_memory(mask: Tensor, parameter: Tensor) -> Tensor:

@@ -65,6 +65,13 @@ class Pruning(ABC):
 
         """
 
+    def present(self, module: nn.Module) -> Masks:
+        """Return the masks of a model that masks itself as they are now, unchecked, to compare them after every step.
+
+        Of tensors on CUDA it should read nothing on the host, which would wait for the device.
+        """
+        return self.masks(module, Moment(warn=lambda names, message: None))
+
 
 def prunable(module: nn.Module, skip: Sequence[str], where: str, moment: Moment = NOW) -> dict[str, nn.Parameter]:
     """Return the parameters that may be pruned, by name: trained ones with two dimensions or more, no embeddings.

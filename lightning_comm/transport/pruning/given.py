@@ -96,6 +96,10 @@ class ModulePruning(Pruning):
             )
         return checked_masks(found, module, "ModulePruning")
 
+    @override
+    def present(self, module: nn.Module) -> Masks:
+        return {name: mask for name, mask in masks_in(module)[0].items() if mask.numel()}
+
 
 def masks_in(module: nn.Module) -> tuple[Masks, list[str]]:
     """Return the masks that ``torch.nn.utils.prune`` has left in a model, by the first names of parameters.

@@ -22,7 +22,7 @@ from lightning_comm.transport.pruning.base import (
 )
 from lightning_comm.transport.pruning.scores import choose
 from lightning_comm.transport.pruning.twice import derivatives, kernels_with_second_derivatives
-from lightning_comm.transport.random_state import random_state, set_random_state
+from lightning_comm.transport.random_state import random_state, seed_torch, set_random_state
 
 _SCOPES = ("global", "layer")
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -189,7 +189,7 @@ def gradient_flow_scores(
 
 def _seeded(module: nn.Module) -> nn.Module:
     """Let dropout drop the same for the gradient and for the Hessian, or the one would not be the other's."""
-    torch.manual_seed(0)
+    seed_torch(0)
     return module
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -141,9 +142,10 @@ def _keep_largest_of_all(scores: Mapping[str, Tensor], sparsity: float) -> Masks
     total = sum(row.numel() for row in rows)
     kept = max(len(rows), round((1 - sparsity) * total))
     everything = torch.cat(rows)
-    firsts = torch.tensor([int(row.argmax()) for row in rows])
-    starts = torch.tensor([0, *[row.numel() for row in rows[:-1]]]).cumsum(0)
-    everything[firsts + starts] = torch.inf  # one of each layer at least
+    starts = accumulate((row.numel() for row in rows[:-1]), initial=0)
+    # one of each layer at least, found where the scores are: their device takes no places from the host
+    firsts = torch.stack([row.argmax() + start for row, start in zip(rows, starts, strict=True)])
+    everything.index_fill_(0, firsts, torch.inf)
     mask = _largest(everything, kept)
     parts = torch.split(mask, [row.numel() for row in rows])
     return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}

@@ -112,7 +112,9 @@ def kernels_with_second_derivatives(module: nn.Module) -> Iterator[None]:
     """Let torch's own operations run by kernels that can be differentiated twice: attention, and on CUDA recurrence."""
     with ExitStack() as stack:
         stack.enter_context(nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH))
-        if torch.cuda.is_available() and any(isinstance(each, nn.RNNBase) for each in module.modules()):
+        recurrent = (each for each in module.modules() if isinstance(each, nn.RNNBase))
+        # not `is_available`, which asks the driver, after which a process that is forked cannot use it
+        if any(parameter.is_cuda for each in recurrent for parameter in each.parameters()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
 
