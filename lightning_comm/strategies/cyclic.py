@@ -5,6 +5,7 @@ rest are hooks of a few lines each.
 """
 
 import itertools
+import os
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -45,7 +46,7 @@ from lightning_comm.transport.cyclic_update import ClipBy
 from lightning_comm.transport.optimizer_messages import FirstSteps
 from lightning_comm.transport.plain_data import broadcast_json
 from lightning_comm.transport.random_state import set_random_state
-from lightning_comm.transport.recording import Pending, Recorder
+from lightning_comm.transport.recording import Pending, Recorder, backend_of
 from lightning_comm.transport.replica import fingerprint
 
 _BUCKET_BYTES = 2**25  # of the broadcast at the start
@@ -88,7 +89,8 @@ class CyclicStrategy(PeerAwareStrategy):
         cluster_environment: Where ranks and addresses come from.
         checkpoint_io: How files are written.
         precision_plugin: Set by the Trainer.
-        process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if left out.
+        process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if left out. With ``"gloo"`` messages of
+            CUDA devices go through pinned memory of the host.
         timeout: How long a rank waits for the others; when the job starts, ten minutes at least.
         start_method: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
 
@@ -232,6 +234,8 @@ class CyclicStrategy(PeerAwareStrategy):
         assert module is not None
         with self._refusals(WHERE) as refusals:
             refusals.add(cyclic_checks.rank_problems(self.settings, self.world_size))
+            device = self.root_device
+            refusals.add(cyclic_checks.backend_problems(backend_of(device), device.type, self.world_size, os.environ))
             refusals.add(cyclic_checks.trainer_problems(trainer, self._layer_sync is not None))
             refusals.add(cyclic_clipping.problems(self.settings, trainer, module))
             refusals.add(cyclic_checks.module_problems(module))

@@ -7,7 +7,7 @@ Longer than other files, since it is a list of refusals.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,9 @@ _ANOTHER_FIT = (
     "Freeze, unfreeze, add and replace parameters before `fit`; to change them later, end this `fit`, save a "
     "checkpoint and start another `fit` from its weights."
 )
+_BACKENDS = ("gloo", "nccl")
+_QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+_STREAMS = 5
 _CHOICES = {"rule": RULES, "stagger": ("none", "step"), "clip_by": ("stage", "previous_norm")}
 
 
@@ -109,6 +112,37 @@ def rank_problems(settings: CyclicSettings, world_size: int) -> Iterator[str]:
         CyclicSchedule(world_size, count, settings.rule, settings.lag, settings.warmup_sync_steps)
     except ValueError as error:
         yield str(error).removeprefix("CyclicSchedule: ")
+
+
+def backend_problems(
+    backend: str | None, device: str, world_size: int, environment: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield why the process group cannot carry the ring.
+
+    Args:
+        backend: That of the process group for the ranks' devices; ``None`` if it has none.
+        device: The kind of these devices.
+        world_size: How many ranks there are.
+        environment: The variables of this process.
+
+    """
+    if world_size == 1:
+        return
+    if backend not in _BACKENDS or (backend == "nccl" and device != "cuda") or device not in ("cpu", "cuda"):
+        yield (
+            f"`process_group_backend` gives devices of kind {device!r} the backend {backend!r}, and gradients go round "
+            "the ring by messages from rank to rank, which are known to work by 'gloo' for 'cpu' and 'cuda', and by "
+            "'nccl' for 'cuda'. Use one of these, such as `CyclicStrategy(process_group_backend='gloo')`, or 'nccl' "
+            "with `Trainer(accelerator='gpu')`."
+        )
+    queues = environment.get(_QUEUES, "")
+    if backend == "nccl" and queues.isdecimal() and int(queues) < _STREAMS:
+        yield (
+            f"the environment variable {_QUEUES}={queues} makes a device take the work of its streams through so few "
+            f"queues, and under NCCL {_STREAMS} must not hold each other up: that of compute, two of lanes, and two of "
+            f"the process groups. A receive that waits could keep back what other ranks wait for, for good. Leave the "
+            f"variable out (8 is the default), or set it to 32."
+        )
 
 
 def warn_of_one_process(world_size: int) -> None:

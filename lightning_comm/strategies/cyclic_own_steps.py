@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_comm.strategies.cyclic_checks import WHERE
-from lightning_comm.transport.content import content
+from lightning_comm.transport.content import content, differ
 
 
 class OwnSteps:
@@ -48,8 +48,12 @@ class OwnSteps:
         written = [name for name, each in parameters if each._version > self._writes.get(name, each._version)]
         self._writes |= {name: self._parameters[name]._version for name in written}
         # compared, since callbacks exchange weights for a validation, and put them back
-        found = [name for name in written if not torch.equal(content(self._parameters[name]), self._had[name])]
-        if found:
+        if not written:
+            return
+        differences = [differ(self._had[name], content(self._parameters[name])) for name in written]
+        device = differences[0].device
+        answers = torch.stack([each.to(device) for each in differences]).tolist()  # the host waits once for all
+        if found := [name for name, each in zip(written, answers, strict=True) if each]:
             self.close()
             warn(found)
 

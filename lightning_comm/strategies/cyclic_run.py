@@ -46,10 +46,10 @@ from lightning_comm.transport.cyclic_requests import BATCH, RATE, Requests, chec
 from lightning_comm.transport.cyclic_stages import START, ForwardTrace, Stage, not_compiled
 from lightning_comm.transport.cyclic_stagger import Stagger
 from lightning_comm.transport.cyclic_untrained import UntrainedParameters
-from lightning_comm.transport.cyclic_update import Clipping
+from lightning_comm.transport.cyclic_update import Clipping, Number, whole_norm
 from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.random_state import random_state
-from lightning_comm.transport.recording import Pending, Recorder, another_group, hang_up
+from lightning_comm.transport.recording import Pending, Recorder, another_group, backend_of, hang_up
 
 _NOTED = 0  # the stage whose notes all ranks read
 RUN_END = "the end of the run"
@@ -106,7 +106,7 @@ class CyclicRun:
         self._broadcast = broadcast
         # Messages keep no order with those of Lightning. Where tags tell them apart, gradients and parameters share a
         # group, since two connections would get in each other's way on a link; otherwise they keep no order either.
-        self._tagged = module.device.type == "cpu"
+        self._tagged = backend_of(module.device) == "gloo"
         with agreement.first_error_shown("the set-up of a process group"):
             self._groups = [another_group(timeout) for _ in range(1 if self._tagged else 2)]
         self._lanes = [Recorder(ledger, self._groups[k], hold=True) for k in (0, 0 if self._tagged else 1)]
@@ -141,10 +141,14 @@ class CyclicRun:
         self._batch = 0  # of this fit
         self._decided: list[Decision] = []
         self._batch_of: dict[int, int] = {}  # by step
-        self._rate_of: dict[int, float] = {}  # by step, the sum over the groups
+        self._rate_of: dict[int, Number] = {}  # by step, the sum over the groups
+        self._rates_then: list[object] = []  # when the first gradients of a step were handed over
         self._warned_of_rates = self._warned_of_late_rate = False
         self._entered: set[int] = set()
         self._ready: list[int] = []
+        self._streams: set[torch.cuda.Stream] = (
+            set()
+        )  # in which backward has computed gradients that are not handed over
         self._handed: set[int] = set()
         self._non_finite: Tensor | None = None
 
@@ -380,8 +384,17 @@ class CyclicRun:
         if found := self._guard.changed():
             raise cyclic_checks.changed_optimizer(self._user_optimizer, self.steps_done, found)
 
-    def _rate(self) -> float:
-        return sum(float(group.get("lr", 0.0)) for group in self._user_optimizer.param_groups)
+    def _rate(self) -> Number:
+        """Return the sum of the learning rates, on the device where one of them is: the host does not wait for it."""
+        rates = [group.get("lr", 0.0) for group in self._user_optimizer.param_groups]
+        there = [rate.detach().to(torch.float64) for rate in rates if isinstance(rate, Tensor) and rate.is_cuda]
+        here = sum(float(rate) for rate in rates if not (isinstance(rate, Tensor) and rate.is_cuda))
+        return torch.stack(there).sum() + here if there else here
+
+    def _rates(self) -> list[object]:
+        """Return what is another one when a learning rate is; tensors are not read, but how often they were written."""
+        rates = [group.get("lr", 0.0) for group in self._user_optimizer.param_groups]
+        return [(id(rate), rate._version) if isinstance(rate, Tensor) else rate for rate in rates]
 
     def _other_parameters(self) -> RuntimeError:
         return cyclic_trained.others(self.stages, self.module, _trained(self._user_optimizer), self.steps_done)
@@ -412,7 +425,7 @@ class CyclicRun:
             return
         if self._counted:
             self._read_notes()  # of an earlier step in this batch
-        if not self._warned_of_late_rate and self._rate() != self._rate_of[self.steps_done]:
+        if not self._warned_of_late_rate and self._rates() != self._rates_then:
             self._warned_of_late_rate = True
             cyclic_checks.warn_of_late_rate(self.steps_done)
         self.steps_done += 1
@@ -513,12 +526,24 @@ class CyclicRun:
             return
         if stage in self._handed:
             raise cyclic_checks.late_gradient(stage, self.stages[stage].modules)
+        if parameter.is_cuda:
+            self._streams.add(torch.cuda.current_stream(parameter.device))
         self._ready[stage] += 1
         if self._ready[stage] == len(self._parameters[stage]):
             self._hand_over(stage)
 
+    def _follow_backward(self) -> None:
+        """Let this thread's stream follow those in which backward computed gradients, where a model uses several."""
+        if self._streams:
+            here = torch.cuda.current_stream(self.module.device)
+            for stream in self._streams - {here}:
+                here.wait_stream(stream)
+            self._streams.clear()
+
     def _hand_over(self, stage: int) -> None:
+        """Hand over the gradients of a stage. The host waits for nothing here: backward calls this."""
         assert self._ring is not None
+        self._follow_backward()
         parameters = self._parameters[stage]
         names = self.stages[stage].parameters
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -532,7 +557,7 @@ class CyclicRun:
             parameter.grad = None
         if not self._handed and self.optimizer is not None:  # as late as can be: the module may change them before
             self._note_settings()
-            self._rate_of[self.steps_done] = self._rate()
+            self._rate_of[self.steps_done], self._rates_then = self._rate(), self._rates()
         self._handed.add(stage)
         notes = self._requests.notes(
             self.steps_done,
@@ -642,7 +667,8 @@ class CyclicRun:
 
     def previous_norm(self) -> float | None:
         """Return the gradient norm of the last step, after a flush; ``None`` where it is not known."""
-        return self._previous_norm(self.steps_done)
+        norm = self._previous_norm(self.steps_done)
+        return None if norm is None else float(norm)
 
     def _say_stages(self) -> None:
         assert self.schedule is not None
@@ -676,7 +702,7 @@ class CyclicRun:
 
     def _compare_rates(self, step: int, notes: list[float]) -> None:
         """Say that learning rates differ between ranks, where each would use its own for the stages that it owns."""
-        own = self._rate_of.pop(step)
+        own = float(self._rate_of.pop(step))
         others = (notes[RATE] - own) / max(1, self.recorder.world_size - 1)
         differ = self.recorder.world_size > 1 and not math.isclose(own, others, rel_tol=1e-9)
         if differ and not self._warned_of_rates:
@@ -688,12 +714,14 @@ class CyclicRun:
         with self.agreement.first_error_shown():
             control.exchange(ControlRow(), self.recorder, self.module.device, Pending.wait)
 
-    def _previous_norm(self, step: int) -> float | None:
+    def _previous_norm(self, step: int) -> Number | None:
         if step == self._began_at or self._ring is None:
             return self._saved_norm
         # in a lane, which need not hear of failures: compute does
-        rows = self._ring.notes(step, range(len(self.stages)), lambda: None)
-        return math.sqrt(sum(row[SQUARED_NORM] for row in rows))
+        stages = range(len(self.stages))
+        if self.module.device.type == "cuda":
+            return whole_norm(list(self._ring.notes_on_device(step, stages, lambda: None)[:, SQUARED_NORM]))
+        return whole_norm([row[SQUARED_NORM] for row in self._ring.notes(step, stages, lambda: None)])
 
     def _end_hooks(self) -> None:
         if self._trace is not None:

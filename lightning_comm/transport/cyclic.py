@@ -10,9 +10,36 @@ Every rank has *lanes*, threads beside the one that computes, so that nothing of
 
 On gloo each stage has two lanes of its own, and messages are told apart by tags: a stage whose gradient is late holds
 no other one up, and under rule v2 what is needed first is sent first (:mod:`lightning_comm.transport.cyclic_link`);
-both count on a link that is always busy. NCCL carries out what it is asked for in order, so there
+both count on a link that is always busy. Memory of a CUDA device goes through the host there: lanes wait for the
+copies, and compute for nothing. NCCL carries out what it is asked for in order, so there
 one lane for gradients and one for parameters handle all stages in the order in which backward finishes them, the same
 on all ranks. :mod:`lightning_comm.core.cyclic_check` shows that nobody waits in a circle.
+
+**Order under NCCL.** All that a group sends and receives is one queue on each rank: where the group was made with a
+``device_id``, as Lightning does, it has one communicator and one stream. Number the messages of a group by step, by the
+place of their stage in :meth:`CyclicSchedule.order`, and by their place on the stage's way round the ring. A lane asks
+for them in that order on every rank, and in each stage receives before it sends. So all that stands before a message in
+the queues of its two ends has a lower number, and the lowest that is not yet through stands at the head of both: the
+queue never stops. Of the two groups, versions wait for sums of the same step and of no later ones, and sums for
+versions of earlier steps, through compute. A receive occupies the device until it is served, so none is asked for
+before this rank's own gradient of the stage has been computed: before that it could not be served anyway. What is left
+is that the two groups and compute must be able to run at the same time: a device whose streams share one hardware queue
+(``CUDA_DEVICE_MAX_CONNECTIONS=1``) can stop for good, and is refused.
+
+**Hand-overs on a CUDA device**, from stream to stream, and what orders each:
+
+- gradients and this rank's notes, from backward to the gradient lane: the mark in :meth:`CyclicRing.hand_over`, and
+  ``record_stream``, since backward's stream would reuse their memory;
+- a message between the lanes of its stage, and from a lane to compute: ``Message.written``, set behind the last write
+  and behind what the lane gave the network; back to the lanes: ``Message.read``, set when compute has read it, and the
+  wait for what was sent, in :meth:`Message.use_again`. Its memory is kept in between, and released in :meth:`close`
+  when the device has nothing more to do;
+- notes to the host, and to lanes that clip by the norm of the step before: the mark of :class:`Numbers`;
+- through the host: what is sent is on the host before gloo is asked to (:meth:`Message.to_wire`), and what was received
+  has left the host's memory before gloo may write there again (:meth:`Message.use_again`).
+
+Only lanes wait on the host. What they wait for has been given to the device before and follows nothing that is not
+on the device yet, so these waits end, whatever other ranks do.
 """
 
 import itertools
@@ -31,7 +58,7 @@ from torch import Tensor
 
 from lightning_comm.core.cyclic import CyclicSchedule, MessageKind
 from lightning_comm.transport.cyclic_link import UrgentFirst
-from lightning_comm.transport.cyclic_messages import Mark, Message, StageLayout
+from lightning_comm.transport.cyclic_messages import Mark, Message, Numbers, StageLayout
 from lightning_comm.transport.recording import Recorder, leave_behind
 
 _END_S = 5.0  # how long lanes may take to end once nothing holds them any more
@@ -63,14 +90,19 @@ class CyclicRing:
         gradients: Sends and records gradients, on a process group of its own.
         parameters: Sends and records new versions, on another one.
         device: Where the tensors are.
-        in_any_order: Whether the backend tells messages by their tags, as gloo does and NCCL does not.
+        in_any_order: Whether the backend tells messages by their tags, as gloo does and NCCL does not. Such a backend
+            is given memory of the host alone.
 
     Note:
         *Communication.* For each stage and step N - 1 messages of its size for the gradient and N - 1 for the new
         version, over all N ranks, each with 64 bytes of notes that are counted as ``"control"``. On gloo, under
         rule v2 with three ranks and more, 8 bytes come back for each.
 
-        *Memory.* Up to two versions of each stage that wait to be taken up, and what waits for the link.
+        *Memory.* Up to two versions of each stage that wait to be taken up, and what waits for the link. On a CUDA
+        device with gloo each of these messages has as much pinned memory of the host, which is used again with it.
+
+        *Host.* On a CUDA device compute waits in :meth:`take` and :meth:`notes` for lanes, and in :meth:`notes` for the
+        device; in :meth:`begin_step`, :meth:`hand_over` and :meth:`release`, which backward calls, for nothing.
 
     """
 
@@ -92,7 +124,8 @@ class CyclicRing:
         # so what a step will bring is asked for at once.
         self._ask_at_once = in_any_order
         # with two ranks there is no quiet way back, and under v1 nothing is urgent
-        urgent_first = in_any_order and schedule.workers > 2 and schedule.rule == "v2" and device.type == "cpu"
+        self._through_host = in_any_order and device.type != "cpu"
+        urgent_first = in_any_order and schedule.workers > 2 and schedule.rule == "v2"
         self._link = UrgentFirst(schedule, parameters, tag=2 * schedule.stages) if urgent_first else None
         # Memory to use again, for each kind of lane. What a lane waits for there was sent in an earlier step by a lane
         # of this kind; with one pool for both, two ranks could wait for each other to receive.
@@ -101,8 +134,9 @@ class CyclicRing:
         }
         self._own: list[SimpleQueue[Gradients | None]] = [SimpleQueue() for _ in layouts]
         self._updated: list[SimpleQueue[Message | None]] = [SimpleQueue() for _ in layouts]
+        self._passed_on: list[SimpleQueue[Mark | None]] = [SimpleQueue() for _ in layouts]  # where order is kept
         self._arrived: list[dict[int, Message]] = [{} for _ in layouts]
-        self._notes: dict[int, dict[int, list[float]]] = defaultdict(dict)  # by version and stage
+        self._notes: dict[int, dict[int, Numbers]] = defaultdict(dict)  # by version and stage
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._closed = False
@@ -159,6 +193,13 @@ class CyclicRing:
 
     def notes(self, version: int, stages: Sequence[int], listen: Callable[[], None]) -> list[list[float]]:
         """Wait for the notes that came with a version of some stages, and return them."""
+        return [numbers.tolist() for numbers in self._numbers(version, stages, listen)]
+
+    def notes_on_device(self, version: int, stages: Sequence[int], listen: Callable[[], None]) -> Tensor:
+        """Wait until the notes of some stages are sure to come, and return them, a row each, on the device."""
+        return torch.stack([numbers.on_device() for numbers in self._numbers(version, stages, listen)])
+
+    def _numbers(self, version: int, stages: Sequence[int], listen: Callable[[], None]) -> list[Numbers]:
         self._wait(lambda: all(stage in self._notes[version] for stage in stages), listen)
         with self._changed:
             return [self._notes[version][stage] for stage in stages]
@@ -191,11 +232,13 @@ class CyclicRing:
             message.sent()
         if self._link is not None:
             self._link.close()
+        if self._device.type == "cuda":  # memory of lanes is about to be given back that compute may still read
+            torch.cuda.synchronize(self._device)
 
     def abandon(self) -> None:
         """End the lanes where another rank is gone, or this one is about to go, once the group has been hung up."""
         self._stop()
-        if self._device.type != "cpu" or self._schedule.workers == 1:
+        if self._schedule.workers == 1:
             return
         until_s = time.monotonic() + _END_S
         for lane in self._lanes:
@@ -214,22 +257,24 @@ class CyclicRing:
             own = self._own[stage].get()
             if own is None:
                 raise _ClosedError
+            own.ready.wait()
             if receives:
                 message = arrived or next(incoming)
-                own.ready.wait()
                 message.notes.add_(own.notes)
                 for part, gradient in zip(message.parts, own.parts, strict=True):
                     part.add_(gradient / schedule.workers)
             else:
                 message = self._empty("gradient", stage)
-                own.ready.wait()
                 message.notes.copy_(own.notes)
                 for part, gradient in zip(message.parts, own.parts, strict=True):
                     torch.div(gradient, schedule.workers, out=part)
-            own.ready.keep_for_this_stream(own.parts)
+            own.ready.keep_for_this_stream([*own.parts, own.notes])
             if schedule.sends(rank, stage, "gradient"):
+                message.to_wire()
                 self._send("gradient", step, stage, message)
                 self._free["gradient"][stage].append(message)
+                if not self._ask_at_once:
+                    self._passed_on[stage].put(own.ready)
                 continue
             if step != self._left_out:
                 self._update(step, stage, message)
@@ -246,18 +291,29 @@ class CyclicRing:
                     raise _ClosedError
                 message = updated
                 message.written.wait()
+                if schedule.sends(rank, stage, "parameters"):
+                    message.to_wire()
             else:
+                self._keep_order(stage)
                 message = next(incoming)
             if schedule.sends(rank, stage, "parameters"):
                 self._send("parameters", step, stage, message)
+            notes = Numbers(message.notes)
             message.written = Mark(self._device)
-            notes = message.notes.tolist()
             with self._changed:
                 self._arrived[stage][step + 1] = message
                 self._notes[step + 1][stage] = notes
                 for old in [version for version in self._notes if version < step - 2]:
                     del self._notes[old]
                 self._changed.notify_all()
+
+    def _keep_order(self, stage: int) -> None:
+        """Wait with a version until this rank's gradient is on its way, where a receive holds the device."""
+        ready = self._passed_on[stage].get() if not self._ask_at_once else None
+        if ready is not None:
+            ready.wait()
+        elif not self._ask_at_once:
+            raise _ClosedError
 
     def _receive(self, kind: MessageKind, step: int, stages: Sequence[int]) -> Iterator[Message]:
         """Ask for the messages of these stages in a step; yield each when it has arrived."""
@@ -266,7 +322,7 @@ class CyclicRing:
 
         def ask(stage: int) -> tuple[int, Message, dist.Work]:
             message = self._empty(kind, stage)
-            return stage, message, self._recorders[kind].receive(message.memory, before, tag=self._tag(kind, stage))
+            return stage, message, self._recorders[kind].receive(message.wire, before, tag=self._tag(kind, stage))
 
         asked = list(map(ask, to_come)) if self._ask_at_once else map(ask, to_come)
 
@@ -275,6 +331,7 @@ class CyclicRing:
                 self._recorders[kind].wait_for(work, before)
                 if self._link is not None:
                     self._link.arrived(kind, stage, step)
+                message.from_wire()
                 yield message
 
         return arrivals()
@@ -285,7 +342,7 @@ class CyclicRing:
 
         def send() -> dist.Work:
             return self._recorders[kind].send(
-                message.memory,
+                message.wire,
                 self._schedule.after(self._rank),
                 purpose,
                 payload_bytes,
@@ -307,14 +364,16 @@ class CyclicRing:
         try:
             message = free.popleft()
         except IndexError:
-            return Message(self._layouts[stage], self._device)
+            return self._new(stage)
         if self._link is not None and not message.has_left():
             # nobody waits for it: what lets it go may itself wait for what this rank is to receive
             free.append(message)
-            return Message(self._layouts[stage], self._device)
-        message.sent()
-        message.read.wait()
+            return self._new(stage)
+        message.use_again()
         return message
+
+    def _new(self, stage: int) -> Message:
+        return Message(self._layouts[stage], self._device, through_host=self._through_host)
 
     # ---- threads -------------------------------------------------------------------------------------------------
 
@@ -364,3 +423,5 @@ class CyclicRing:
             own.put(None)
         for updated in self._updated:
             updated.put(None)
+        for passed_on in self._passed_on:
+            passed_on.put(None)

@@ -114,6 +114,8 @@ def simulate_delay(  # noqa: PLR0913  (one flat list: the words of the strategy,
 
         *Random numbers.* The workers draw from one generator, one after the other; ranks each have their own.
 
+        *On a CUDA device* the host waits once a step, for the losses.
+
         *Unused parameters.* A parameter that no worker's loss of a step depends on is left out of that step.
 
     Example:
@@ -176,6 +178,11 @@ def by_step(batches: Iterable[Any], workers: int, max_steps: int | None) -> Iter
             return
 
 
+def on_host(losses: Sequence[Tensor]) -> tuple[float, ...]:
+    """Return losses as numbers; the host waits once for all."""
+    return tuple(float(each) for each in torch.stack([loss.reshape(()) for loss in losses]).tolist())
+
+
 class _Simulation:
     """The workers' models: the newest parameters and those of one update before, and each worker's own buffers."""
 
@@ -233,7 +240,8 @@ class _Simulation:
 
     def _step(self, step: int, micro_batches: list[Any], loss: Callable[[nn.Module, Any], Tensor]) -> tuple[float, ...]:
         self._optimizer.zero_grad(set_to_none=True)
-        losses, gradients = [], []
+        losses: list[Tensor] = []
+        gradients = []
         for worker, micro_batch in enumerate(micro_batches):
             value, gradient = self._turn(worker, step, micro_batch, loss)
             losses.append(value)
@@ -248,11 +256,11 @@ class _Simulation:
             step_stage(self._optimizer, self._parameters[stage], mean, settings)
         self._clip.end_step()
         self._versions = {step: self._versions[step], step + 1: _copies(self._all_parameters())}
-        return tuple(losses)
+        return on_host(losses)
 
     def _turn(
         self, worker: int, step: int, micro_batch: Any, loss: Callable[[nn.Module, Any], Tensor]
-    ) -> tuple[float, list[list[Tensor | None]]]:
+    ) -> tuple[Tensor, list[list[Tensor | None]]]:
         """Compute a worker's gradient, by stage, at the parameters and with the buffers that it has."""
         for stage in range(self._schedule.stages):
             self._take_up(stage, self._schedule.version(worker, stage, step, self._flushed_at))
@@ -263,7 +271,7 @@ class _Simulation:
         gradients = [[parameter.grad for parameter in stage] for stage in self._parameters]
         for parameter in self._network.parameters():
             parameter.grad = None
-        return float(value.detach()), gradients
+        return value.detach(), gradients
 
     def _take_up(self, stage: int, version: int) -> None:
         begin, end = self._places[stage : stage + 2]

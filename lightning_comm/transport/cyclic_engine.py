@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_comm.core.cyclic import CyclicSchedule, Rule, Turn
-from lightning_comm.transport.cyclic_delay import DelayedRun, by_step
+from lightning_comm.transport.cyclic_delay import DelayedRun, by_step, on_host
 from lightning_comm.transport.cyclic_update import check_optimizer, mean_gradients, settings_of, step_stage
 
 Order = Literal["backward_first", "forward_first"]
@@ -73,6 +73,12 @@ class CyclicEngine:
         use the statistics of the micro-batch.
 
         *Random numbers.* Micro-batches draw from one generator in the order of their turns.
+
+        *On a CUDA device* all work is on the stream of the caller, and the host waits once a step, for the losses.
+
+        *Autocast* belongs into the stages, or around :meth:`run` or :meth:`step`. Around them, backward and updates run
+        in it as well, and what it keeps of cast parameters is dropped at each update, so that older versions do not
+        stay in memory.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.Sequential(nn.Tanh(), nn.Linear(8, 1)))
@@ -270,7 +276,7 @@ class CyclicEngine:
         if worker < self.workers - 1:
             return []
         self._update(stage, self._filled_at + turn.step)
-        return [tuple(float(each) for each in self._losses.pop(self._filled_at + turn.step))] if stage == 0 else []
+        return [on_host(self._losses.pop(self._filled_at + turn.step))] if stage == 0 else []
 
     def _update(self, stage: int, step: int) -> None:
         """Make the next version of a stage: the last micro-batch of a step has passed it."""
@@ -283,6 +289,7 @@ class CyclicEngine:
         step_stage(self._optimizer, list(self._named[stage].values()), mean, self._settings)
         newest = self._versions[stage][step]
         self._versions[stage] = {step: newest, step + 1: _leaves(self._named[stage])}
+        torch.clear_autocast_cache()  # within autocast it would hold what was cast of older versions, and these
         if stage == 0 and self._scheduler is not None:
             self._scheduler.step()
 

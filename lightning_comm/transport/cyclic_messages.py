@@ -1,4 +1,8 @@
-"""What travels on the ring of Cyclic Data Parallelism: the tensors of a stage, and notes, in one piece of memory."""
+"""What travels on the ring of Cyclic Data Parallelism: the tensors of a stage, and notes, in one piece of memory.
+
+Gloo has no sending and receiving of CUDA memory. There a message has a second piece of memory, pinned on the host, that
+is sent and received in its place, and the lanes copy between the two (:meth:`Message.to_wire`, :meth:`from_wire`).
+"""
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -12,15 +16,29 @@ NOTES_BYTES = 8 * NOTES
 
 
 class Mark:
-    """A point in the work of a device, which work elsewhere on it can be told to follow; nothing on a processor."""
+    """A point in the work of a device, which work elsewhere on it can be told to follow; nothing on a processor.
+
+    Args:
+        device: Which; the point is set in the stream that this thread has there.
+
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            # whoever waits on the host for it sleeps: lanes are many, and must not keep a processor busy each
+            self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(device))
 
     def wait(self) -> None:
         """Let what this thread gives the device from now on follow that point. The host does not wait."""
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
+
+    def reached(self) -> None:
+        """Let the host wait for that point; for lanes, and where a step is over."""
+        if self._event is not None:
+            self._event.synchronize()
 
     def keep_for_this_stream(self, tensors: Iterable[Tensor]) -> None:
         """Keep the memory of tensors of another stream until what this stream does with them is done."""
@@ -84,14 +102,44 @@ class StageLayout:
 
 
 class Message:
-    """A message of a stage: ``notes`` (float64) and ``parts`` are views of its ``memory``."""
+    """A message of a stage: ``notes`` (float64) and ``parts`` are views of its ``memory``; ``wire`` is what is sent.
 
-    def __init__(self, layout: StageLayout, device: torch.device) -> None:
+    Args:
+        layout: How the stage lies in it.
+        device: Where it is.
+        through_host: Whether what is sent lies in pinned memory of the host, as large as the message, and not on the
+            device: for backends that cannot send memory of the device.
+
+    """
+
+    def __init__(self, layout: StageLayout, device: torch.device, *, through_host: bool = False) -> None:
         self.memory = torch.empty(layout.message_bytes, dtype=torch.uint8, device=device)
+        self.wire = self.memory
+        if through_host:
+            self.wire = torch.empty(layout.message_bytes, dtype=torch.uint8, pin_memory=True)
         self.notes = self.memory[:NOTES_BYTES].view(torch.float64)
         self.parts = layout.parts(self.memory)
         self.sending: dist.Work | Departure | None = None
-        self.written = self.read = Mark(device)
+        self.written = self.read = self._unloaded = Mark(device)
+
+    def to_wire(self) -> None:
+        """Put into the memory that is sent what this stream has made of the message; the host waits for it."""
+        if self.wire is not self.memory:
+            self.wire.copy_(self.memory, non_blocking=True)
+            Mark(self.memory.device).reached()  # whoever sends it reads it at once
+
+    def from_wire(self) -> None:
+        """Let this stream take what has been received into the memory of the device; the host does not wait."""
+        if self.wire is not self.memory:
+            self.memory.copy_(self.wire, non_blocking=True)
+            self._unloaded = Mark(self.memory.device)
+
+    def use_again(self) -> None:
+        """Wait until it may be written, by this stream and by the network."""
+        self.sent()
+        self.read.wait()
+        if self.wire is not self.memory:
+            self._unloaded.reached()  # the network writes without regard to the device
 
     def sent(self) -> None:
         """Wait until it has left, if it was sent. A message must be kept until then."""
@@ -102,3 +150,34 @@ class Message:
     def has_left(self) -> bool:
         """Whether it has left, as far as that is known without waiting."""
         return self.sending is None or (isinstance(self.sending, Departure) and self.sending.is_over())
+
+
+class Numbers:
+    """The notes of a message as they are now: for the host, when it needs them, and for lanes on the device.
+
+    The host need not wait when this is made, so it may give the device more work before. Whoever reads them two steps
+    later does not wait at all, as a rule.
+
+    Args:
+        notes: Those of the message, whose memory is used again.
+
+    """
+
+    def __init__(self, notes: Tensor) -> None:
+        self._here = self._on_host = notes.clone()
+        if notes.is_cuda:
+            self._on_host = torch.empty(notes.shape, dtype=notes.dtype, pin_memory=True)
+            self._on_host.copy_(self._here, non_blocking=True)
+        self._there = Mark(notes.device)
+
+    def tolist(self) -> list[float]:
+        """Return them on the host, which waits until the device has got that far."""
+        self._there.reached()
+        numbers: list[float] = self._on_host.tolist()
+        return numbers
+
+    def on_device(self) -> Tensor:
+        """Return them where they are, for what this thread gives the device from now on."""
+        self._there.wait()
+        self._there.keep_for_this_stream([self._here])
+        return self._here

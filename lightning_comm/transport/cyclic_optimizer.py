@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_comm.transport.cyclic_messages import Message
-from lightning_comm.transport.cyclic_update import Clipping, clip_, settings_of, squared_norm
+from lightning_comm.transport.cyclic_update import Clipping, Number, clip_, settings_of, squared_norm
 from lightning_comm.transport.optimizer_messages import NoMessages
 from lightning_comm.transport.optimizer_numbers import changed, numbers_of
 from lightning_comm.transport.optimizer_trial import counters_of, keeps_numbers
@@ -39,13 +39,21 @@ class StageOptimizer:
 
         *Memory.* A copy of the owned parameters, beside their optimizer state.
 
+        *On a CUDA device* the host waits for nothing in an update, however gradients are clipped: squared norms, the
+        norm of the step before and the factor stay on the device, and go into the notes there. What the user's
+        optimizer waits for in its own ``step`` is its own affair.
+
+        *Streams.* Copies and restored state are written on the stream of whoever makes this, and updated on that of a
+        lane. A lane's first update of a stage follows its own gradient's mark, which was set later. What reads the
+        state for a checkpoint follows the mark of the version that came of its last update, which it has taken up.
+
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
         owned: Mapping[int, Sequence[Parameter]],
-        previous_norm: Callable[[int], float | None],
+        previous_norm: Callable[[int], Number | None],
     ) -> None:
         self._optimizer = optimizer
         self._previous_norm = previous_norm
@@ -73,13 +81,18 @@ class StageOptimizer:
     def note_settings(self, step: int, clipping: Clipping) -> None:
         """Note the learning rates and other settings of the groups that count for a step's gradient, and its limits."""
         self._settings[step] = settings_of(self._optimizer), clipping
+        # learning rates that are tensors of the device are kept until no update can still read them: this rank has
+        # the notes of two steps ago, for which all updates before that are done, also on the device
         for old in [each for each in self._settings if each < step - 4]:
             del self._settings[old]
 
     def update(self, step: int, stage: int, message: Message) -> None:
         """Take the mean gradient of a stage from a message, update the stage, and leave its new parameters there."""
         squared = squared_norm(message.parts)
-        message.notes[SQUARED_NORM] = squared
+        if isinstance(squared, Tensor):
+            message.notes[SQUARED_NORM].copy_(squared)
+        else:
+            message.notes[SQUARED_NORM].fill_(squared)
         groups, clipping = self._settings[step]
         by_previous = clipping.norm is not None and clipping.by == "previous_norm"
         clip_(clipping, squared, self._previous_norm(step) if by_previous else None, message.parts)

@@ -51,9 +51,9 @@ class Requests:
         *,
         asking: bool,
         batch: int = 0,
-        rate: float = 0.0,
+        rate: float | Tensor = 0.0,
     ) -> Tensor:
-        """Return this rank's notes of a step and stage.
+        """Return this rank's notes of a step and stage, made on the device: the host neither copies nor waits.
 
         Args:
             step: Which.
@@ -62,20 +62,24 @@ class Requests:
             asking: Whether this is the stage whose notes all ranks read: what was asked for since its last ones is
                 counted into these, and into those of no other stage.
             batch: In which batch of the fit this rank takes the step.
-            rate: The sum of its learning rates there, over the groups.
+            rate: The sum of its learning rates there, over the groups; a tensor where one of them is on the device.
 
         """
-        row = [0.0] * NOTES
-        row[BATCH] = float(batch)
-        row[RATE] = rate
+        counts: dict[int, float] = {BATCH: float(batch)}
         for kind in tuple(self._wanted) if asking else ():
             self._store.compare_set(self._key(kind, step), "", self._wanted.pop(kind))
             number, digit = divmod(_KINDS.index(kind), _IN_A_NUMBER)
-            row[number] += _BASE**digit
-        notes = torch.tensor(row, dtype=torch.float64, device=device)
+            counts[number] = counts.get(number, 0.0) + _BASE**digit
+        notes = torch.zeros(NOTES, dtype=torch.float64, device=device)
+        for number, count in counts.items():
+            notes[number].fill_(count)  # an argument of the launch, where a row from the host would have to be copied
+        if isinstance(rate, Tensor):
+            notes[RATE].copy_(rate)
+        else:
+            notes[RATE].fill_(rate)
         if non_finite is not None:
-            notes[NON_FINITE] = non_finite
-            notes[NON_FINITE_RANKS] = non_finite * self._rank
+            notes[NON_FINITE].copy_(non_finite)
+            notes[NON_FINITE_RANKS].copy_(non_finite * self._rank)
         return notes
 
     def decided(self, step: int, notes: list[float], at_step: int) -> list[Decision]:

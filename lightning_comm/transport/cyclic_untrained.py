@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lightning_comm.transport.content import content
+from lightning_comm.transport.content import content, differ
 from lightning_comm.transport.cyclic_buffers import average_buffers
 from lightning_comm.transport.recording import Recorder
 
@@ -19,7 +19,8 @@ class UntrainedParameters:
 
     Note:
         *Communication.* A byte for each parameter, by an all-gather, so that all ranks know what has changed on any;
-        and these are averaged as buffers are.
+        and these are averaged as buffers are. On a CUDA device the host waits once for the bytes, and not for each
+        parameter.
 
     """
 
@@ -40,9 +41,9 @@ class UntrainedParameters:
         parameters = self._parameters()  # looked up anew: a module may have put another one in their place
         if not parameters:
             return
-        moved = [not self._is_as_noted(name, parameter) for name, parameter in parameters.items()]
         device = next(iter(parameters.values())).device
-        rows, pending = recorder.all_gather(torch.tensor(moved, dtype=torch.uint8, device=device), "control")
+        moved = torch.stack([self._moved(name, parameter).to(device) for name, parameter in parameters.items()])
+        rows, pending = recorder.all_gather(moved.to(torch.uint8), "control")
         pending.wait()
         anywhere = [name for name, each in zip(parameters, rows.amax(0).tolist(), strict=True) if each]
         apart = nn.Module()
@@ -55,5 +56,7 @@ class UntrainedParameters:
         named = self._module.named_parameters()
         return {name: parameter.detach() for name, parameter in named if id(parameter) not in self._trained}
 
-    def _is_as_noted(self, name: str, parameter: Tensor) -> bool:
-        return name in self._noted and torch.equal(self._noted[name], content(parameter))
+    def _moved(self, name: str, parameter: Tensor) -> Tensor:
+        if name not in self._noted:
+            return torch.ones((), dtype=torch.bool, device=parameter.device)
+        return differ(self._noted[name], content(parameter))

@@ -13,6 +13,9 @@ from lightning_comm.transport.optimizer_trial import why_not_by_parameter
 
 ClipBy = Literal["stage", "previous_norm"]
 
+Number = float | Tensor
+"""A number; on a CUDA device a tensor without dimensions, so that the host need not wait for it."""
+
 
 class Clipping(NamedTuple):
     """How gradients are bounded.
@@ -193,8 +196,8 @@ class StageClip:
                 "clip. Give one of them."
             )
         self._clipping = clipping
-        self._squares = [0.0] * stages
-        self._previous: float | None = None
+        self._squares: list[Number] = [0.0] * stages
+        self._previous: Number | None = None
 
     def clip_(self, stage: int, gradients: Sequence[Tensor | None]) -> None:
         """Clip one stage's mean gradient, in place."""
@@ -204,11 +207,11 @@ class StageClip:
 
     def end_step(self) -> None:
         """Say that every stage has had its turn."""
-        self._previous = math.sqrt(sum(self._squares))
+        self._previous = whole_norm(self._squares)
 
 
-def clip_(clipping: Clipping, square: float, previous_norm: float | None, gradients: Sequence[Tensor | None]) -> None:
-    """Clip the mean gradient of a stage, in place.
+def clip_(clipping: Clipping, square: Number, previous_norm: Number | None, gradients: Sequence[Tensor | None]) -> None:
+    """Clip the mean gradient of a stage, in place. On a CUDA device the host does not wait.
 
     Args:
         clipping: How.
@@ -222,20 +225,56 @@ def clip_(clipping: Clipping, square: float, previous_norm: float | None, gradie
         for gradient in there:
             gradient.clamp_(-clipping.value, clipping.value)
     if clipping.norm is not None:
-        norm = math.sqrt(square) if clipping.by == "stage" or previous_norm is None else previous_norm
-        if norm > clipping.norm:
+        norm = whole_norm([square]) if clipping.by == "stage" or previous_norm is None else previous_norm
+        factor = _factor(clipping.norm, norm)
+        if isinstance(factor, Tensor) or factor != 1.0:  # on a device multiplying by one costs less than to look
             for gradient in there:
-                gradient.mul_(clipping.norm / norm)
+                gradient.mul_(factor)
 
 
-def squared_norm(gradients: Sequence[Tensor | None]) -> float:
-    """Return the squared norm of gradients, added in float64 in their order."""
+def _factor(limit: float, norm: Number) -> Number:
+    """Return by what to multiply a gradient of this norm, so that the norm is at most the limit; 1 if it is NaN."""
+    if isinstance(norm, Tensor):
+        return torch.where(norm > limit, torch.full_like(norm, limit) / norm, 1.0)
+    return limit / norm if norm > limit else 1.0
+
+
+def squared_norm(gradients: Sequence[Tensor | None]) -> Number:
+    """Return the squared norm of gradients, added in float64 in their order. On a CUDA device the host does not wait.
+
+    Example:
+        >>> squared_norm([torch.tensor([3.0, 4.0]), None, torch.tensor(1.0)])
+        26.0
+
+    """
+    there = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
+    norms = _norms(there)
+    if any(gradient.is_cuda for gradient in there):
+        return torch.stack(norms).square().cumsum(0)[-1]
     total = 0.0
-    for gradient in gradients:
-        if gradient is not None:
-            widest = torch.complex128 if gradient.is_complex() else torch.float64
-            total += float(torch.linalg.vector_norm(gradient, dtype=widest)) ** 2
+    for norm in norms:
+        total += float(norm) ** 2
     return total
+
+
+def _norms(gradients: list[Tensor]) -> list[Tensor]:
+    """Return the norm of each gradient in float64, in one launch where they are of one type."""
+    if any(gradient.is_complex() for gradient in gradients):
+        widest = [torch.complex128 if gradient.is_complex() else torch.float64 for gradient in gradients]
+        return [torch.linalg.vector_norm(each, dtype=kind) for each, kind in zip(gradients, widest, strict=True)]
+    return list(torch._foreach_norm(gradients, 2, dtype=torch.float64)) if gradients else []
+
+
+def whole_norm(squares: Sequence[Number]) -> Number:
+    """Return the norm of a gradient from the squared norms of its parts."""
+    device = next((each.device for each in squares if isinstance(each, Tensor)), None)
+    if device is None:
+        return math.sqrt(sum(squares))
+    row = [
+        each if isinstance(each, Tensor) else torch.full((), each, dtype=torch.float64, device=device)
+        for each in squares
+    ]
+    return torch.stack(row).cumsum(0)[-1].sqrt()
 
 
 def step_stage(

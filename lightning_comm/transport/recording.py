@@ -17,11 +17,13 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from lightning_comm.core.ledger import CommLedger, CommRecord, wire_bytes
 from lightning_comm.transport.peer_texts import LostConnectionError
 
 _NEVER_SENT = 2**30  # the tag of a message
+_ABORT_S = 5.0  # how long ending what is under way on a device may take
 
 _observers: list[Callable[[CommRecord], None]] = []
 _left_behind: "WeakKeyDictionary[threading.Thread, bool]" = WeakKeyDictionary()  # whether their run failed
@@ -260,15 +262,29 @@ def has_unfinished_messages() -> bool:
     return any(not pending.done() for pending in tuple(_under_way))
 
 
-def hang_up(group: dist.ProcessGroup | None) -> None:
-    """Close this rank's connections of a gloo group, so that whoever waits at them, here or there, gets an error.
+def backend_of(device: torch.device, group: dist.ProcessGroup | None = None) -> str | None:
+    """Return the backend that a group sends memory of a kind of device with; ``None`` if it has none.
 
-    Nothing can be sent in the group after that. On other backends nothing happens.
+    Args:
+        device: Where the memory is.
+        group: Which; ``None`` for the default group.
+
+    """
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(",")).get(device.type)
+
+
+def hang_up(group: dist.ProcessGroup | None) -> None:
+    """Close this rank's connections of a group, so that whoever waits at them gets an error; nothing is sent after it.
+
+    On gloo whoever waits here or on another rank gets it. With NCCL the kernels of this rank that wait for another one
+    end, so that the device goes on and the group can be destroyed, for which torch waits for all kernels; other ranks
+    have to hang up by themselves. On other backends nothing happens.
 
     Args:
         group: Which; ``None`` for the default group.
 
     """
+    _abort_kernels(group)
     # torch offers nothing that ends a wait of gloo's, except that a message which is late closes all connections of its
     # rank. It is late only where the connection it should come by is whole, so this asks every other rank for one.
     for source in dist.get_process_group_ranks(group):
@@ -277,6 +293,26 @@ def hang_up(group: dist.ProcessGroup | None) -> None:
                 work = dist.irecv(torch.empty(1), source, group, _NEVER_SENT)
                 if work is not None:
                     work.wait(timedelta(milliseconds=1))
+
+
+def _abort_kernels(group: dist.ProcessGroup | None) -> None:
+    """End what a group has under way with NCCL on this rank's device."""
+    if backend_of(torch.device("cuda"), group) != "nccl":
+        return
+    # not torch's `_abort_process_group`: for the default group it takes apart all groups that this process has
+    group = group or dist.group.WORLD
+    assert group is not None
+    backend: Any = group._get_backend(torch.device("cuda"))
+
+    def abort() -> None:
+        with suppress(RuntimeError):  # such as after an earlier error of its own; the group is of no use then either
+            backend.abort()
+
+    # torch waits for it as long as for a message, and in some versions of NCCL it takes until other ranks do it too
+    thread = threading.Thread(target=abort, name="lightning_comm abort", daemon=True)
+    thread.start()
+    thread.join(_ABORT_S)
+    leave_behind(thread)
 
 
 def leave_behind(thread: threading.Thread, *, failed: bool = True) -> None:
@@ -329,10 +365,15 @@ def leave_group_at_exit() -> None:
     """Leave the process group before Python shuts down.
 
     Threads of gloo may outlive the interpreter and abort a run that went well; Lightning sees to this for nccl alone.
+    After a run that has failed, kernels of NCCL may wait for ranks that are gone, and torch would wait for them: there
+    they are ended first. This is called before what Lightning has registered, which would wait as well.
     """
     atexit.register(_leave_group)
 
 
 def _leave_group() -> None:
     if dist.is_available() and dist.is_initialized():
+        if _noting:
+            for group in tuple(distributed_c10d._world.pg_map):  # torch has no public list of them
+                _abort_kernels(group)
         dist.destroy_process_group()

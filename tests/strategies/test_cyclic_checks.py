@@ -15,7 +15,8 @@ from torch import nn
 
 from lightning_comm import AdaptivePartition, CyclicStrategy
 from lightning_comm.refusals import refuse
-from lightning_comm.strategies.cyclic_checks import WHERE, optimizer_problems
+from lightning_comm.strategies import cyclic as strategy_file
+from lightning_comm.strategies.cyclic_checks import WHERE, backend_problems, optimizer_problems
 
 pytestmark = pytest.mark.filterwarnings("ignore:CyclicStrategy. one process only")
 
@@ -49,6 +50,38 @@ def test_a_bad_argument_is_named_with_its_value_and_a_way_out(kwargs, words):
     with pytest.raises(ValueError, match="CyclicStrategy") as caught:
         CyclicStrategy(**kwargs)
     says(str(caught.value), words)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "words"),
+    [
+        ("ucc", "cuda", ["`process_group_backend`", "'ucc'", "'cuda'", "process_group_backend='gloo'"]),
+        ("mpi", "cpu", ["'mpi'", "'cpu'"]),
+        (None, "cuda", ["None", "'cuda'", "'nccl'"]),
+        ("gloo", "mps", ["'gloo'", "'mps'"]),
+    ],
+)
+def test_a_backend_that_is_not_known_to_carry_the_ring_is_refused(backend, device, words):
+    (problem,) = backend_problems(backend, device, 2, {})
+    says(f"CyclicStrategy: {problem}", words)
+    assert list(backend_problems(backend, device, 1, {})) == []  # nobody to send to
+
+
+@pytest.mark.parametrize(("backend", "device"), [("gloo", "cpu"), ("gloo", "cuda"), ("nccl", "cuda")])
+def test_a_device_with_one_queue_for_all_streams_is_refused_under_nccl_alone(backend, device):
+    one = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    problems = list(backend_problems(backend, device, 2, one))
+    assert len(problems) == (backend == "nccl")
+    for problem in problems:
+        says(f"CyclicStrategy: {problem}", ["CUDA_DEVICE_MAX_CONNECTIONS=1", "5", "32"])
+    for enough in ({}, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}):
+        assert list(backend_problems(backend, device, 2, enough)) == []
+
+
+def test_the_backend_is_looked_at_when_the_run_is_set_up(monkeypatch):
+    monkeypatch.setattr(strategy_file, "backend_of", lambda device: "ucc")
+    for text in errors(lambda: (Regression(deep(6), momentum), {}, {"callbacks": [Started()]}), 2):
+        says(text, ["`process_group_backend`", "'ucc'", "'cpu'"])
 
 
 class Started(Callback):

@@ -1,6 +1,8 @@
 """The engine against the sequential reference, bit for bit, and its activations against exact counts."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -313,3 +315,23 @@ def test_too_few_micro_batches_for_a_step_are_refused_by_step_and_counted_by_run
         engine.step(list(micro_batches(2)), error)
     run = engine.run(micro_batches(8), error)
     assert (run.steps, run.flushes, run.left_over) == (2, (2,), 2)
+
+
+def test_autocast_around_the_engine_keeps_no_older_versions_and_does_what_it_does_within_stages():
+    def losses(engine, batches):
+        return engine.run(batches, lambda output, batch: nn.functional.mse_loss(output.float(), batch[1])).losses
+
+    batches = [(x.float(), y.float()) for x, y in micro_batches(3 * STEPS)]
+    model = stages(3).float()
+    network = copy.deepcopy(model)
+    engine = CyclicEngine(network, momentum(network.parameters()))
+    older = [weakref.ref(leaf) for versions in engine._versions for leaf in versions[0].values()]
+    with torch.autocast("cpu", torch.bfloat16):
+        around = losses(engine, batches)
+        gc.collect()
+        assert [each for each in older if each() is not None] == []
+    inside = copy.deepcopy(model)
+    for stage in inside:
+        stage.forward = torch.autocast("cpu", torch.bfloat16)(stage.forward)
+    assert len(around) == STEPS
+    assert losses(CyclicEngine(inside, momentum(inside.parameters())), batches) == around

@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.processes import start_ranks
 
 from lightning_comm.core.cyclic import CyclicSchedule
@@ -81,6 +82,38 @@ def _one_at_a_time(rank, world_size, stages, at_once, late):
 @pytest.mark.parametrize(("world_size", "stages", "late"), [(3, 3, 0), (3, 9, 1), (4, 8, 2), (4, 2, -1), (5, 15, 4)])
 def test_messages_that_wait_for_the_link_arrive_all_the_same(world_size, stages, late, at_once):
     start_ranks(_one_at_a_time, world_size, stages, at_once, late, world_size=world_size, timeout_s=60)
+
+
+def _asked_for(rank):
+    """Return for how many messages of each kind a rank has asked before and after it handed a gradient over."""
+    asked, schedule = [], CyclicSchedule(2, 4)
+
+    class Listening(Recorder):
+        def receive(self, memory, source, *, tag):
+            asked.append("gradients" if tag < schedule.stages else "parameters")
+            return super().receive(memory, source, tag=tag)
+
+    lanes = [Listening(CommLedger(), another_group(timedelta(seconds=20)), hold=True) for _ in range(2)]
+    layouts = [StageLayout([gradient(0, stage, 0)]) for stage in range(4)]
+    ring = CyclicRing(schedule, layouts, lambda *_: None, *lanes, torch.device("cpu"), in_any_order=False)
+    counts = []
+    ring.begin_step(0)
+    for stage in schedule.order():
+        time.sleep(0.2)  # what is asked for too early is asked for meanwhile
+        counts.append(len(asked))
+        ring.hand_over(stage, [gradient(rank, stage, 0)], torch.zeros(NOTES, dtype=torch.float64))
+        dist.barrier()
+    for stage in range(4):
+        ring.take(stage, 1, lambda: None)
+        ring.release(stage, 1)
+    ring.close()
+    return counts, asked
+
+
+def test_where_order_is_kept_nothing_is_asked_for_that_this_ranks_gradient_is_still_missing_in():
+    for counts, asked in start_ranks(_asked_for, world_size=2):
+        assert counts == [0, 1, 2, 3]  # one message a stage: the sum at its owner, the version at the other rank
+        assert sorted(asked) == ["gradients"] * 2 + ["parameters"] * 2
 
 
 def _alone(rank):
