@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from lightning_comm.callbacks.partition_memory import card_of
 from lightning_comm.callbacks.partition_settings import PartitionSettings
 from lightning_comm.data.adaptive_partition import PartitionedLoader
 from lightning_comm.lightning_internals import given_training_loaders, model_averaging_period
@@ -78,8 +79,11 @@ def loaders_of(trainer: Trainer) -> list[Any]:
     return list(_leaves(trainer.train_dataloader))
 
 
-def agreed_loaders(trainer: Trainer, settings: PartitionSettings) -> list[PartitionedLoader]:
+def agreed_loaders(trainer: Trainer, settings: PartitionSettings) -> tuple[list[PartitionedLoader], int]:
     """Return the loaders of the training data, after checking that all ranks have the same, and the same settings.
+
+    Returns:
+        The loaders, and how many ranks compute on this rank's GPU, itself included; on the CPU all of them.
 
     Raises:
         MisconfigurationException: On all ranks, if the data of one is something else.
@@ -95,6 +99,7 @@ def agreed_loaders(trainer: Trainer, settings: PartitionSettings) -> list[Partit
         "problem": problem,
         "loaders": [] if problem else [_settings(loader) for loader in found],
         "callback": settings.shared(),
+        "card": card_of(trainer.strategy.root_device),
     }
     rows = _of_all_ranks(own, trainer)
     for rank, row in enumerate(rows):
@@ -113,7 +118,7 @@ def agreed_loaders(trainer: Trainer, settings: PartitionSettings) -> list[Partit
                 f"{_WHERE}: the loaders of rank {rank} and rank 0 differ: {_differences(row, rows[0])}. Every rank "
                 "must have the same dataset and settings, since each takes its slice of the same order."
             )
-    return found
+    return found, [row["card"] for row in rows].count(own["card"])
 
 
 def check_same_order(fingerprints: list[int], failed: int) -> None:

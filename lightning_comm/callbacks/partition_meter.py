@@ -8,6 +8,7 @@ import torch
 
 from lightning_comm.core.partition_plan import Place
 from lightning_comm.transport.busy_time import BusyTimer
+from lightning_comm.transport.device_clock import Moment
 
 _SETTLE_STEPS = 2  # left out after a change: memory is allocated anew, kernels are chosen for the new shape
 
@@ -17,7 +18,7 @@ class Row(NamedTuple):
 
     Args:
         busy_s: Median seconds until the last local gradient; NaN if nothing was measured.
-        fetch_s: Median seconds in which it waited for data.
+        fetch_s: Median seconds in which it waited for data; on CUDA those in which the device stood still for it.
         step_s: Median seconds from one batch to the next.
         epoch: Of the first batch that no loader of this rank has passed yet, from which a change may hold.
         batch: The number of that batch in its epoch.
@@ -54,24 +55,25 @@ class PartitionMeter:
         self._sizes: tuple[int, ...] | None = None
         self._window = 0
         self._counts = False
-        self._began_s: float | None = None
+        self._began: Moment | None = None
         self._busy_s: list[float] = []
         self._fetch_s: list[float] = []
-        self._step_s: list[float] = []
+        self._steps: list[tuple[Moment, Moment]] = []
 
     def begin(self, sizes: tuple[int, ...], *, full: bool, started_s: float, fetch_s: float) -> None:
         """Begin a batch of so many samples by rank, which is a full one or a last one of another size."""
-        if self._counts and self._began_s is not None:
-            self._step_s.append(started_s - self._began_s)
+        last = self._began if self._counts else None
         if full and sizes != self._sizes:
+            last = None
             if self._sizes is not None:
                 self._skip = max(self._skip, _SETTLE_STEPS)
             self._sizes = sizes
             self.begin_window()
         self._counts = full and self._skip == 0
         self._skip = max(0, self._skip - 1)
-        self._began_s = started_s
-        self.timer.begin(self._window if self._counts else None, started_s, fetch_s)
+        self._began = self.timer.begin(self._window if self._counts else None, started_s, fetch_s)
+        if last is not None:
+            self._steps.append((last, self._began))
 
     def end(self) -> None:
         """End a batch."""
@@ -80,13 +82,13 @@ class PartitionMeter:
 
     def leave_training(self) -> None:
         """Something other than training follows, so the step is over."""
-        self._began_s = None
+        self._began = None
 
     def begin_window(self) -> None:
         """Forget what was measured."""
         self._window += 1
         self.batches = 0
-        self._busy_s, self._fetch_s, self._step_s = [], [], []
+        self._busy_s, self._fetch_s, self._steps = [], [], []
 
     def row(self, place: Place, cap: int | None) -> Row:
         """Return what there is to tell of the window."""
@@ -94,10 +96,12 @@ class PartitionMeter:
             if busy.key == self._window:
                 self._busy_s.append(busy.seconds)
                 self._fetch_s.append(busy.fetch_s)
+        clock = self.timer.clock
+        steps_s = [clock.seconds(*step) for step in self._steps if clock.has_passed(step[1])]
         return Row(
             _median(self._busy_s),
             _median(self._fetch_s),
-            _median(self._step_s),
+            _median(steps_s),
             place.epoch,
             place.batch,
             -1 if cap is None else cap,

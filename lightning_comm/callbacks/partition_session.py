@@ -21,11 +21,12 @@ from torch.utils.hooks import RemovableHandle
 from lightning_comm import lightning_internals as internals
 from lightning_comm.callbacks import partition_checks as checks
 from lightning_comm.callbacks.partition_files import PartitionFiles
+from lightning_comm.callbacks.partition_memory import MemoryRoom
 from lightning_comm.callbacks.partition_meter import PartitionMeter, Row
 from lightning_comm.callbacks.partition_record import PartitionRecord
 from lightning_comm.callbacks.partition_settings import PartitionSettings
 from lightning_comm.callbacks.partition_start import StartOfRun
-from lightning_comm.core.balancing import Balancer, memory_cap
+from lightning_comm.core.balancing import Balancer
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.partition_plan import Place
 from lightning_comm.planning.partition_journal import PartitionJournal
@@ -58,7 +59,7 @@ class PartitionSession:
         self._module = module
         self._settings = settings
         self._rank, self._ranks = trainer.global_rank, trainer.world_size
-        self._loaders = checks.agreed_loaders(trainer, settings)
+        self._loaders, sharers = checks.agreed_loaders(trainer, settings)
         start = StartOfRun(trainer, module, settings, self._loaders, loaded)
         self.plan, self._replays = start.plan, start.replays
         self.record = PartitionRecord(start.run, settings.mode, start.plan, start.why, start.windows)
@@ -74,7 +75,7 @@ class PartitionSession:
         self._recorder: Recorder | None = None
         self._meet_in_a_group()
         self._scaling: list[RemovableHandle] = []  # hooks of the present backward
-        self._peaks: list[tuple[int, int]] = []  # of memory, at each size that was the largest so far
+        self._memory = MemoryRoom(trainer.strategy.root_device, sharers)
         self._compared_epoch = -1
         self._rounds_seen = 0
         self._warned_of_data = self._warned_of_waits = False
@@ -101,7 +102,7 @@ class PartitionSession:
     def follow_new_loaders(self) -> None:
         """Follow loaders that the Trainer has made anew."""
         if checks.loaders_of(self._trainer) != self._loaders:
-            self._loaders = checks.agreed_loaders(self._trainer, self._settings)
+            self._loaders, _ = checks.agreed_loaders(self._trainer, self._settings)
             self._attach()
 
     def _attach(self) -> None:
@@ -207,7 +208,7 @@ class PartitionSession:
 
     def _compare(self, meter: PartitionMeter, balancer: Balancer) -> None:
         place = max(loader.dispatched for loader in self._loaders)
-        rows = self._exchange(meter.row(place, self._memory_cap()))
+        rows = self._exchange(meter.row(place, self._memory.cap(self.plan.sizes_at(self._place)[self._rank])))
         if any(math.isnan(row.busy_s) for row in rows):
             return  # a rank has nothing to compare with: no backward, or a device that is far behind
         sizes = self.plan.sizes_at(self._place)
@@ -238,17 +239,6 @@ class PartitionSession:
         rows, pending = self._recorder.all_gather(torch.tensor(row, dtype=torch.float64), "partition")
         pending.wait()
         return [Row(*each) for each in rows.tolist()]
-
-    def _memory_cap(self) -> int | None:
-        """Return the most samples that this rank's memory has room for, as far as that is known; only on CUDA."""
-        device = self._trainer.strategy.root_device
-        if device.type != "cuda":
-            return None
-        own = self.plan.sizes_at(self._place)[self._rank]
-        if not self._peaks or own > self._peaks[-1][0]:  # the peak so far is that of the largest batch so far
-            self._peaks.append((own, torch.cuda.max_memory_allocated(device)))
-        total = torch.cuda.get_device_properties(device).total_memory
-        return memory_cap(self._peaks, total, present=own)
 
     def _compare_orders(self, epoch: int) -> None:
         """Compare what samplers of the user's draw on the ranks; one that fails on a rank fails on all."""

@@ -9,12 +9,7 @@ from pathlib import Path
 
 def environment() -> dict[str, str]:
     """Return the date, the versions and the hardware, by name."""
-    versions = {}
-    for name in ("lightning-comm", "torch", "lightning", "timm"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
+    versions = {name: version_of(name) for name in ("lightning-comm", "torch", "lightning", "timm")}
     return {
         "date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "python": platform.python_version(),
@@ -23,6 +18,20 @@ def environment() -> dict[str, str]:
         "processor": f"{_processor()}, {os.cpu_count()} cores",
         "load average at the start": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "not known",
     }
+
+
+def version_of(name: str) -> str:
+    """Return the version of an installed package; a source folder on ``PYTHONPATH`` is none.
+
+    Example:
+        >>> version_of("no-such-package")
+        'not installed'
+
+    """
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:

@@ -4,8 +4,9 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from typing import NamedTuple
+
+from lightning_comm.cli.environment import version_of
 
 
 class Command(NamedTuple):
@@ -67,7 +68,7 @@ def main(args: Sequence[str] | None = None, load_all: Callable[[], object] = lam
         print(_help())
         return 0
     if name == "--version":
-        print(f"lightning-comm {metadata.version('lightning-comm')}")
+        print(f"lightning-comm {version_of('lightning-comm')}")
         return 0
     if name not in COMMANDS:
         print(_unknown(name) if name else _help(), file=sys.stderr)

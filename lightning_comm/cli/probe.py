@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -25,13 +24,14 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.strategies import DDPStrategy
 from typing_extensions import override
 
+from lightning_comm.cli.environment import version_of
 from lightning_comm.cli.probe_arguments import parse
 from lightning_comm.cli.quiet import lightning_is_quiet
 from lightning_comm.core.costs import LinkProfile
 from lightning_comm.planning.link_report import describe_link
 from lightning_comm.transport.clocks import device_of_group, gather_json, json_from_rank_0
 from lightning_comm.transport.nccl_log import ways_taken
-from lightning_comm.transport.probe import probe_link
+from lightning_comm.transport.probe import device_of_messages, probe_link
 from lightning_comm.transport.recording import leave_group_at_exit
 from lightning_comm.transport.start import all_ranks_started
 
@@ -82,7 +82,7 @@ def _measure(fabric: Fabric, options: argparse.Namespace, args: Sequence[str]) -
             options.plan,
             host=_host(fabric.node_rank),
             node=fabric.node_rank,
-            device=fabric.device,
+            device=device_of_messages(fabric.device),
             environment=_environment(args),
         )
         profile = _with_transport(profile, fabric)
@@ -206,8 +206,8 @@ def _environment(args: Sequence[str]) -> dict[str, str]:
         "command": shlex.join(["lightning-comm", "probe", *args]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "torch": torch.__version__,
-        "lightning": metadata.version("lightning"),
-        "lightning-comm": metadata.version("lightning-comm"),
+        "lightning": version_of("lightning"),
+        "lightning-comm": version_of("lightning-comm"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         **({"emulated": lab} if lab else {}),

@@ -226,7 +226,7 @@ def memory_cap(
 
     Args:
         observed: Pairs of samples and the peak of allocated bytes while such batches were trained on.
-        total_bytes: Memory of the device.
+        total_bytes: Memory that the rank can have.
         present: Samples that the rank takes now.
         share: Of the memory, what may be filled.
         growth: How much more than ``present`` a rank may take at once while no line is known.

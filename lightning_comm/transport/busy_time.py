@@ -6,22 +6,21 @@ backward when all gradients have been computed, in the order of queueing. DDP qu
 the last bucket is full; a hook on the loss runs first of all, so what it queues is called before that wait.
 
 On CUDA a hook runs when work is enqueued, not when it is done. There events are recorded on the stream and read some
-batches later, once they have passed: the host never waits for the device.
+batches later, once they have passed: the host never waits for the device. What the host fetches while the device is
+still at the batch before costs nothing, so of the time for data that part counts in which the device stood still.
 """
 
-import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_comm.core.ledger import CommRecord
+from lightning_comm.transport.device_clock import DeviceClock, Moment
 from lightning_comm.transport.watching import Watcher
-
-Mark = Any  # a moment: seconds of the monotonic clock, or an event of CUDA
 
 
 class Busy(NamedTuple):
@@ -30,7 +29,7 @@ class Busy(NamedTuple):
     Args:
         key: What the batch was announced by.
         seconds: Fetching and computing, until the last local gradient.
-        fetch_s: The part of it in which the training process waited for data.
+        fetch_s: The part of it in which compute waited for data.
 
     """
 
@@ -43,7 +42,9 @@ class Busy(NamedTuple):
 class _Batch:
     key: Any
     fetch_s: float
-    spans: list[tuple[Mark, Mark]] = field(default_factory=list)
+    before: Moment | None  # when the device was done with the batch before; on CUDA
+    began: Moment
+    spans: list[tuple[Moment, Moment]] = field(default_factory=list)
     waited_s: float = 0.0  # within the spans
 
 
@@ -53,7 +54,8 @@ class BusyTimer:
     Messages in the forward (a metric that is reduced on each step, DDP's broadcast of buffers, SyncBatchNorm) let all
     ranks wait for the slowest, and so look alike. Between :meth:`listen` and :meth:`close` the calls of
     ``torch.distributed`` are watched, and on the CPU the time in them is left out. On CUDA it cannot be told from
-    compute; :attr:`messages_within` says that there are such messages.
+    compute; :attr:`messages_within` says that there are such messages. Nor can it there for a compression that waits
+    within the backward for messages of earlier buckets.
 
     A batch may have several backward passes, as under manual optimization; the time in which one returns late, because
     it waits for other ranks, is left out, and so is what follows the last one.
@@ -62,7 +64,7 @@ class BusyTimer:
         device: Where the model computes.
 
     Note:
-        *Communication.* None. *Cost.* Some microseconds a batch; on CUDA two events a backward.
+        *Communication.* None. *Cost.* Some microseconds a batch; on CUDA two events a batch and two a backward.
 
     Example:
         >>> timer = BusyTimer(torch.device("cpu"))
@@ -78,9 +80,11 @@ class BusyTimer:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
+        self.clock = DeviceClock(device)
+        self._on_cuda = self.clock.on_cuda
         self._batch: _Batch | None = None
-        self._began: Mark = None
+        self._began = Moment(0.0)  # of the part of a batch that is measured now
+        self._ended: Moment | None = None  # the last batch, on CUDA
         self._in_backward = False
         self._watching: RemovableHandle | None = None
         self._waits: list[tuple[float, float]] = []  # start and duration of messages since the last span
@@ -99,15 +103,20 @@ class BusyTimer:
     def _heard(self, record: CommRecord) -> None:
         self._waits.append((record.start_s, record.duration_s))
 
-    def begin(self, key: Any, started_s: float, fetch_s: float) -> None:
+    def begin(self, key: Any, started_s: float, fetch_s: float) -> Moment:
         """Begin a batch whose data were asked for at ``started_s`` (monotonic clock) and came ``fetch_s`` later.
 
-        On CUDA the device's time counts from here, and ``fetch_s`` is added to it.
+        On CUDA the device's time counts from here, and what it stood still for ``fetch_s`` is added to it.
+
+        Returns:
+            The moment from which the batch counts.
+
         """
-        self._batch = _Batch(key, fetch_s)
-        self._began = self._now() if self._on_cuda else started_s
+        self._began = self.clock.mark() if self._on_cuda else Moment(started_s)
+        self._batch = _Batch(key, fetch_s, self._ended, self._began)
         self._waits = [] if self._on_cuda else [wait for wait in self._waits if wait[0] >= started_s]
         self._in_backward = False
+        return self._began
 
     def before_backward(self, loss: Tensor) -> None:
         """Watch the backward that starts from a loss."""
@@ -122,15 +131,15 @@ class BusyTimer:
         """Note that all local gradients of the present backward are there. Of several calls the first counts.
 
         For those who hear of it earlier than the engine does: a hook of DDP's that waits for messages in its body. The
-        time for which it has done so in this backward is left out.
+        time for which it has done so in this backward is left out; on CUDA not, where it is the host's alone.
         """
         if self._batch is not None and self._in_backward:
             self._in_backward = False
-            self._batch.waited_s += waited_s + self._waited_since(self._began)
-            self._batch.spans.append((self._began, self._now()))
+            self._batch.waited_s += self._waited_since(self._began) + (0.0 if self._on_cuda else waited_s)
+            self._batch.spans.append((self._began, self.clock.mark()))
 
-    def _waited_since(self, began: Mark) -> float:
-        within = [seconds for start_s, seconds in self._waits if self._on_cuda or start_s >= began]
+    def _waited_since(self, began: Moment) -> float:
+        within = [seconds for start_s, seconds in self._waits if self._on_cuda or start_s >= began.asked_s]
         self.messages_within += len(within)
         self._waits.clear()
         return 0.0 if self._on_cuda else sum(within)
@@ -142,32 +151,24 @@ class BusyTimer:
             self._watching.remove()
             self._watching = None
         self._waits.clear()
-        self._began = self._now()
+        self._began = self.clock.mark()
 
     def end(self) -> None:
         """End a batch. One without a backward was not measured."""
         if self._batch is not None and self._batch.spans:
             self._measured.append(self._batch)
         self._batch = None
+        if self._on_cuda:
+            self._ended = self.clock.mark()
 
     def take(self) -> list[Busy]:
         """Return the batches measured since the last call; on CUDA those that the device is done with."""
         done: list[Busy] = []
-        while self._measured and self._is_over(self._measured[0].spans[-1][1]):
+        while self._measured and self.clock.has_passed(self._measured[0].spans[-1][1]):
             batch = self._measured.popleft()
-            seconds = sum(self._seconds(*span) for span in batch.spans) - batch.waited_s
-            done.append(Busy(batch.key, seconds + (batch.fetch_s if self._on_cuda else 0.0), batch.fetch_s))
+            seconds = sum(self.clock.seconds(*span) for span in batch.spans) - batch.waited_s
+            fetch_s = batch.fetch_s
+            if self._on_cuda and batch.before is not None:
+                fetch_s = min(fetch_s, max(0.0, self.clock.seconds(batch.before, batch.began)))
+            done.append(Busy(batch.key, seconds + (fetch_s if self._on_cuda else 0.0), fetch_s))
         return done
-
-    def _now(self) -> Mark:
-        if not self._on_cuda:
-            return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def _is_over(self, mark: Mark) -> bool:
-        return not self._on_cuda or bool(mark.query())
-
-    def _seconds(self, began: Mark, ended: Mark) -> float:
-        return cast(float, began.elapsed_time(ended) / 1e3 if self._on_cuda else ended - began)

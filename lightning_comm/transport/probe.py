@@ -86,6 +86,15 @@ def probe_link(
     )
 
 
+def device_of_messages(preferred: torch.device) -> torch.device:
+    """Return where the messages to measure are: on the device, unless its backend is gloo.
+
+    Gloo carries a GPU's tensors through the host's memory, and sends none of them from rank to rank.
+    """
+    backends = dict(part.split(":") for part in str(dist.get_backend_config()).split(","))
+    return torch.device("cpu") if backends.get(preferred.type) == "gloo" else preferred
+
+
 def link_ends(hosts: Sequence[str]) -> dict[str, int]:
     """Return which rank stands for each end of a link: the first one of a host, or each rank where there is one host.
 

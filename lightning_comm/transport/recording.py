@@ -26,6 +26,7 @@ _NEVER_SENT = 2**30  # the tag of a message
 _ABORT_S = 5.0  # how long ending what is under way on a device may take
 
 _observers: list[Callable[[CommRecord], None]] = []
+_markers: list[Callable[[], Any]] = []
 _left_behind: "WeakKeyDictionary[threading.Thread, bool]" = WeakKeyDictionary()  # whether their run failed
 _under_way: "WeakSet[Pending]" = WeakSet()  # in the default group; whoever waits for one, or has given up, holds it
 _noting: list[bool] = []  # filled once `sys.exit` is watched
@@ -33,15 +34,53 @@ _exit_status: list[int] = []  # what it was called with
 _nesting = threading.local()
 
 
-def observe(observer: Callable[[CommRecord], None]) -> Callable[[], None]:
-    """Show every record to a function as it is written, whichever ledger it goes to; return what ends that."""
+@dataclass(frozen=True)
+class MarkedRecord(CommRecord):
+    """A record with marks of the moments that its times are the host's idea of.
+
+    Args:
+        began: Before the message was started.
+        waited: Before somebody waited for it.
+        ended: When it had arrived, where whoever waited is.
+
+    """
+
+    began: Any = None
+    waited: Any = None
+    ended: Any = None
+
+    @classmethod
+    def of(cls, record: CommRecord, began: Any, waited: Any, ended: Any) -> "MarkedRecord":
+        """Return a record with marks."""
+        return cls(**vars(record), began=began, waited=waited, ended=ended)
+
+
+def observe(observer: Callable[[CommRecord], None], mark: Callable[[], Any] | None = None) -> Callable[[], None]:
+    """Show every record to a function as it is written, whichever ledger it goes to; return what ends that.
+
+    Args:
+        observer: Is shown the records.
+        mark: Marks the present moment of the device, which the host may be ahead of. It is called where a message is
+            started, waited for and has arrived, in whichever thread that is, and records become `MarkedRecord`.
+
+    """
     _observers.append(observer)
+    if mark is not None:
+        _markers.append(mark)
 
     def end() -> None:
         if observer in _observers:
             _observers.remove(observer)
+        if mark in _markers:
+            _markers.remove(mark)
 
     return end
+
+
+def mark() -> Any:
+    """Mark the present moment, for whoever wants records with marks; ``None`` where nobody does."""
+    markers = tuple(_markers)
+    return markers[-1]() if markers else None
 
 
 @contextmanager
@@ -64,13 +103,13 @@ class Pending:
     """A message on its way. :meth:`wait` blocks until it has arrived and writes it down."""
 
     work: dist.Work
-    written: Callable[[float], None]
+    written: Callable[[float, Any], None]
 
     def wait(self) -> None:
         """Block until the message has arrived, then record it."""
-        since = time.monotonic()
+        since, waited = time.monotonic(), mark()
         self.work.wait()
-        self.written(since)
+        self.written(since, waited)
 
     def done(self) -> bool:
         """Whether the message has arrived. Does not record it."""
@@ -92,7 +131,7 @@ class Recorder:
         *Communication.* One message for each call. Every rank has to make the same calls in the same order.
 
         *Times.* On a CPU backend a record lasts from the call to the arrival. On CUDA the host does not wait for the
-        device, so a record's duration is the host's share only.
+        device, so a record's duration is the host's share only; see :func:`observe` for those of the device.
 
     """
 
@@ -111,7 +150,9 @@ class Recorder:
         self._group = group
         self._beside_compute = beside_compute
         self._hold = hold
-        self._held: deque[CommRecord] = deque()  # one thread may add while another writes down
+        self._held: deque[tuple[CommRecord, tuple[Any, Any, Any] | None]] = (
+            deque()
+        )  # one thread may add while another writes down
 
     def all_reduce(self, tensor: Tensor, purpose: str, op: Any = dist.ReduceOp.SUM) -> Pending:
         """Start summing ``tensor`` over the ranks, or reducing it otherwise, in place."""
@@ -195,15 +236,16 @@ class Recorder:
         self._write(kind, purpose, payload_bytes, time.monotonic(), 0.0)
 
     def _issue(self, kind: str, purpose: str, tensor: Tensor, start: Callable[[], dist.Work | None]) -> Pending:
-        started = time.monotonic()
+        started, began = time.monotonic(), mark()
         payload_bytes = tensor.numel() * tensor.element_size()
 
         arrived: list[float] = []
 
-        def written(waited_since: float) -> None:
+        def written(waited_since: float, waited: Any) -> None:
             ended = min([time.monotonic(), *arrived])
             hidden_s = min(waited_since, ended) - started if self._beside_compute else 0.0
-            self._write(kind, purpose, payload_bytes, started, ended - started, hidden_s)
+            marks = None if began is None else (began, waited if self._beside_compute else began, mark())
+            self._write(kind, purpose, payload_bytes, started, ended - started, hidden_s, marks=marks)
 
         with counted_elsewhere():
             work = start()
@@ -224,21 +266,23 @@ class Recorder:
         duration_s: float,
         hidden_s: float = 0.0,
         step: int | None = None,
+        marks: tuple[Any, Any, Any] | None = None,
     ) -> None:
         sent = wire_bytes(kind, payload_bytes, self.world_size)
         step = self.step if step is None else step
         record = CommRecord(kind, purpose, payload_bytes, sent, step, start_s, duration_s, hidden_s)
-        self._held.append(record)
+        self._held.append((record, marks))
         if not self._hold:
             self.write_held()
 
     def write_held(self) -> None:
         """Write down what has been held back; called by the thread that trains, when the other one is done."""
         while self._held:
-            record = self._held.popleft()
+            record, marks = self._held.popleft()
             self.ledger.add(record)
+            shown = record if marks is None else MarkedRecord.of(record, *marks)
             for observer in tuple(_observers):
-                observer(record)
+                observer(shown)
 
 
 def another_group(timeout: timedelta | None, backend: str | None = None) -> dist.ProcessGroup:
@@ -287,7 +331,7 @@ def hang_up(group: dist.ProcessGroup | None) -> None:
     _abort_kernels(group)
     # torch offers nothing that ends a wait of gloo's, except that a message which is late closes all connections of its
     # rank. It is late only where the connection it should come by is whole, so this asks every other rank for one.
-    for source in dist.get_process_group_ranks(group):
+    for source in dist.get_process_group_ranks(group or dist.group.WORLD):  # torch 2.6 wants a group
         if source != dist.get_rank():
             with counted_elsewhere(), suppress(RuntimeError, ValueError):
                 work = dist.irecv(torch.empty(1), source, group, _NEVER_SENT)

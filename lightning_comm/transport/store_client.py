@@ -4,16 +4,19 @@ While the process that hosts the store is stopped, or cut off, no call to it ret
 So calls are made in a thread, by a client of its own, and whoever waits for one gives it up at the deadline.
 """
 
+import os
 import threading
 import time
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from lightning_comm.transport.recording import leave_behind, note_exit_status
+
+_PREFIX_STORE, _TCP_STORE = distributed_c10d.PrefixStore, cast(Any, dist).TCPStore
 
 
 class KeyValueStore(Protocol):
@@ -55,7 +58,8 @@ class StoreClient:
     call fails at once.
 
     Args:
-        store: The store; this client clones it, since a call that never returns locks the connection that it uses.
+        store: The store; this client has a connection of its own to it, since a call that never returns locks the one
+            that it uses.
         timeout_s: How long a call may take, in seconds.
 
     Note:
@@ -147,7 +151,7 @@ class StoreClient:
         while (call := self._calls.get()) is not None:
             self._busy_since_s = time.monotonic()
             try:
-                client = store.clone() if client is None else client
+                client = _another_connection(store) if client is None else client
                 call.answer = getattr(client, call.name)(*call.arguments)
             except BaseException as error:  # raised where somebody waits for the answer
                 call.error = error
@@ -155,6 +159,24 @@ class StoreClient:
                     self._error = error
             self._busy_since_s = None
             call.done.set()
+
+
+def _another_connection(store: Any) -> Any:
+    return store.clone() if hasattr(store, "clone") else connect_without_clone(store)
+
+
+def connect_without_clone(store: Any) -> Any:
+    """Return a further client of a store, for torch 2.6 and 2.7, whose stores cannot be cloned.
+
+    What is put in front of keys cannot be read there, so clients that are made here put something of their own. A job
+    that torchrun has restarted must not find the keys of the attempt before, where both have one store.
+    """
+    if isinstance(store, _PREFIX_STORE):
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return _PREFIX_STORE(f"lightning_comm/{attempt}", connect_without_clone(store.underlying_store))
+    if isinstance(store, _TCP_STORE):
+        return _TCP_STORE(store.host, store.port, is_master=False, timeout=store.timeout, wait_for_workers=False)
+    return store  # in this process, or a file, so no call to it waits for another process
 
 
 def default_store() -> KeyValueStore:

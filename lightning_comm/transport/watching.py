@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from lightning_comm.core.ledger import CommRecord, wire_bytes
-from lightning_comm.transport.recording import counted_elsewhere, is_counted_elsewhere
+from lightning_comm.transport.recording import MarkedRecord, counted_elsewhere, is_counted_elsewhere
 
 # function: kind of message, and the argument that this rank hands over
 FUNCTIONS: dict[str, tuple[str, str | None]] = {
@@ -78,6 +78,7 @@ class Watcher:
         report: Called with each record.
         step: Returns the optimizer steps done.
         safely: Calls what it is given, and lets no exception of it into the code that is watched.
+        mark: Marks the present moment of a device that the host may be ahead of, and records become `MarkedRecord`.
 
     Note:
         *Communication.* None of its own.
@@ -92,11 +93,13 @@ class Watcher:
         report: Callable[[CommRecord], None],
         step: Callable[[], int],
         safely: Callable[[Callable[[], None]], None],
+        mark: Callable[[], Any] | None = None,
     ) -> None:
         self.in_backward = False  # set by whoever is told; calls in there are a hook's, whatever thread makes them
         self._report = report
         self._step = step
         self._safely = safely
+        self.mark: Callable[[], Any] = mark or _no_mark
 
     def install(self) -> None:
         """Begin to listen; the first one to do so wraps the functions."""
@@ -111,8 +114,20 @@ class Watcher:
             if not _WRAPPERS.listeners:
                 _WRAPPERS.take_off()
 
-    def hear(self, kind: str, frame: Any, read: Callable[[], tuple[int, Any]], times: tuple[float, float]) -> None:
-        """Report a call that was made from a frame; without one, it was DDP's own of its buffers."""
+    def hear(
+        self, kind: str, frame: Any, read: Callable[[], tuple[int, Any]], times: tuple[float, float], began: Any
+    ) -> None:
+        """Report a call that was made from a frame; without one, it was DDP's own of its buffers.
+
+        Args:
+            kind: Of message.
+            frame: Where it was called.
+            read: Returns the bytes and the group.
+            times: When it began, and how long it took the host; 0.0 where it is not over.
+            began: What :attr:`mark` gave before it.
+
+        """
+        ended = self.mark()
 
         def note() -> None:
             payload_bytes, group = read()
@@ -120,7 +135,9 @@ class Watcher:
             if world_size > 1:  # -1 where this rank is not in the group
                 purpose = "buffers" if frame is None else self._purpose(frame)
                 sent = wire_bytes(kind, payload_bytes, world_size)
-                self._report(CommRecord(kind, purpose, payload_bytes, sent, self._step(), *times))
+                record = CommRecord(kind, purpose, payload_bytes, sent, self._step(), *times)
+                is_over = began is not None and times[1] > 0
+                self._report(MarkedRecord.of(record, began, began, ended) if is_over else record)
 
         self._safely(note)
 
@@ -135,6 +152,10 @@ class Watcher:
                 return "gradients" if self.in_backward else _PACKAGES.get(package, "user")
             frame = frame.f_back
         return "gradients"  # nothing but torch on the stack: one of its threads, which runs a hook
+
+
+def _no_mark() -> None:
+    """In place of what marks moments, where the host does the work itself."""
 
 
 class _Wrappers:
@@ -172,14 +193,14 @@ class _Wrappers:
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self.listeners or is_counted_elsewhere():
                 return original(*args, **kwargs)
-            started = time.monotonic()
+            started, heard_by = time.monotonic(), [(each, each.mark()) for each in self.listeners]
             with counted_elsewhere():
                 result = original(*args, **kwargs)
             is_over = not isinstance(result, (dist.Work, list))
             duration_s = time.monotonic() - started if is_over else 0.0
             frame = sys._getframe(1)
-            for listener in tuple(self.listeners):
-                listener.hear(kind, frame, lambda: read(args, kwargs), (started, duration_s))
+            for listener, began in heard_by:
+                listener.hear(kind, frame, lambda: read(args, kwargs), (started, duration_s), began)
             return result
 
         return call
@@ -187,11 +208,11 @@ class _Wrappers:
     def _wrapped_coalesced(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def call(group: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
-            started = time.monotonic()
+            started, heard_by = time.monotonic(), [(each, each.mark()) for each in self.listeners]
             result = original(group, tensors, *args, **kwargs)
             times = started, time.monotonic() - started
-            for listener in tuple(self.listeners):
-                listener.hear("broadcast", None, lambda: (sum(map(_NBYTES, tensors)), group), times)
+            for listener, began in heard_by:
+                listener.hear("broadcast", None, lambda: (sum(map(_NBYTES, tensors)), group), times, began)
             return result
 
         return call

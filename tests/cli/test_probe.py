@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from importlib import metadata
 from io import StringIO
 
 import pytest
@@ -109,6 +110,14 @@ def test_in_the_lab_the_host_with_the_narrow_link_is_named(lab, tmp_path):
     # a ring waits for the narrow link, and lets four thirds of 1 MiB pass it
     assert 0.2 * 2.5e6 < profile.bytes_per_s < 1.2 * 2.5e6
     assert 0.4 < profile.time_s("all_reduce", 2**20) < 5
+
+
+def test_a_package_on_the_python_path_that_is_not_installed_is_no_error(monkeypatch):
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert cli._environment(["--sizes=4"])["lightning-comm"] == "not installed"
 
 
 def test_one_process_alone_is_told_how_to_start_two(tmp_path, capsys, monkeypatch):

@@ -4,9 +4,11 @@ import time
 
 import pytest
 import torch
+from support.device_time import DeviceTime
 from support.processes import start_ranks
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_comm.transport import device_clock
 from lightning_comm.transport.busy_time import BusyTimer
 
 PAUSE_S = 0.2
@@ -111,3 +113,64 @@ def test_a_batch_without_a_backward_or_with_a_loss_of_no_gradient_is_not_measure
     timer.before_backward(torch.ones(1))
     timer.end()
     assert timer.take() == []
+
+
+def _batches_on_a_gpu(monkeypatch, fetch_s, compute_s, enqueue_s, batches=5):
+    """A loop whose host fetches, and queues forward, backward and optimizer; the loss is a plain tensor."""
+    device = DeviceTime(monkeypatch, device_clock)
+    timer, weight = BusyTimer(torch.device("cuda")), torch.ones(2, requires_grad=True)
+    weight.register_hook(lambda gradient: device.queue(compute_s / 2))
+    taken = []
+    for batch in range(batches):
+        started = device.now_s
+        device.host(fetch_s)
+        timer.begin(batch, started, fetch_s)
+        device.host(enqueue_s)
+        device.queue(compute_s / 2)
+        timer.before_backward(loss := weight.sum())
+        loss.backward()
+        device.queue(0.3)  # DDP lets the stream wait for the messages
+        timer.after_backward()
+        device.queue(0.1)  # the optimizer
+        timer.end()
+        taken += timer.take()
+    waits = device.waits
+    device.host(1000.0)
+    return taken, taken + timer.take(), waits
+
+
+def test_on_a_gpu_the_busy_time_is_the_devices_and_messages_and_optimizer_are_no_part_of_it(monkeypatch):
+    early, taken, waits = _batches_on_a_gpu(monkeypatch, fetch_s=0.0, compute_s=2.0, enqueue_s=0.01)
+    assert early == [], "the host is far ahead"
+    assert [busy.key for busy in taken] == list(range(5))
+    # the first has nothing before it, so there the device waits for what is queued
+    assert [busy.seconds for busy in taken] == pytest.approx([2.01, 2.0, 2.0, 2.0, 2.0])
+    assert waits == 0
+
+
+def test_on_a_gpu_data_that_come_while_the_device_computes_cost_nothing(monkeypatch):
+    _, taken, waits = _batches_on_a_gpu(monkeypatch, fetch_s=1.0, compute_s=2.0, enqueue_s=0.01)
+    assert [round(busy.fetch_s, 6) for busy in taken] == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert [round(busy.seconds, 2) for busy in taken[1:]] == [2.0] * 4
+    assert waits == 0
+
+
+def test_on_a_gpu_data_that_come_late_cost_what_the_device_stood_still(monkeypatch):
+    _, taken, _ = _batches_on_a_gpu(monkeypatch, fetch_s=3.0, compute_s=2.0, enqueue_s=0.01)
+    # done with a batch 2.4 s after it was queued, so that 0.6 s of the next 3.0 are waited for, less the queueing
+    assert [round(busy.fetch_s, 2) for busy in taken[1:]] == [0.6] * 4
+    assert [round(busy.seconds, 2) for busy in taken[1:]] == [2.61] * 4
+
+
+def test_on_a_gpu_what_the_host_spent_on_messages_is_not_taken_off_the_devices_time(monkeypatch):
+    device = DeviceTime(monkeypatch, device_clock)
+    timer, weight = BusyTimer(torch.device("cuda")), torch.ones(2, requires_grad=True)
+    weight.register_hook(lambda gradient: timer.gradients_ready(0.75))
+    timer.begin(0, 0.0, 0.0)
+    device.queue(2.0)
+    timer.before_backward(loss := weight.sum())
+    loss.backward()
+    device.host(5.0)
+    assert [busy.seconds for busy in timer.take()] == []
+    timer.end()
+    assert [busy.seconds for busy in timer.take()] == [2.0]

@@ -17,11 +17,11 @@ def _meet(rank):
     seen = []
     watcher = Watcher(seen.append, int, lambda body: body())
     watcher.install()
-    point = compare_clocks(cpu)
+    point = compare_clocks()
     real = time.monotonic
     clocks.time = type("Clock", (), {"monotonic": staticmethod(lambda: real() - 5.0 * rank)})
-    behind = compare_clocks(cpu)
-    number = number_from_rank_0(40 + rank, cpu)
+    behind = compare_clocks()
+    number = number_from_rank_0(40 + rank)
     gathered = gather_json({"rank": rank, "long": "ü" * 1000 * rank}, cpu)
     watcher.remove()
     return point, behind, number, gathered, str(device_of_group(torch.device("meta"))), seen

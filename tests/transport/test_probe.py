@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 import torch.distributed as dist
 from support.processes import start_ranks
 
@@ -11,7 +12,7 @@ from lightning_comm.core.costs import LinkProfile, schedule
 from lightning_comm.core.probe_plan import MAX_BYTES, ProbePlan, pairs
 from lightning_comm.transport import probe
 from lightning_comm.transport.nccl_log import ways_taken
-from lightning_comm.transport.probe import host_names, link_ends, probe_link
+from lightning_comm.transport.probe import device_of_messages, host_names, link_ends, probe_link
 
 SIZES = (4, 4096, 2**18, 2**20)
 PLAN = ProbePlan(SIZES, repeats=3, seconds=30.0)
@@ -31,6 +32,17 @@ def of_three():
 @pytest.fixture(scope="module")
 def of_two():
     return start_ranks(_probe, ["a", "a"], replace(PLAN, sizes=(4, 1024, MAX_BYTES // 2, MAX_BYTES)), world_size=2)
+
+
+def _devices(rank: int) -> list[str]:
+    return [str(device_of_messages(torch.device(name))) for name in ("cuda:0", "cpu")]
+
+
+def test_with_gloo_messages_are_in_the_hosts_memory_since_it_sends_none_of_a_gpus(monkeypatch):
+    assert start_ranks(_devices, world_size=1) == [["cpu", "cpu"]]
+    monkeypatch.setattr(probe.dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    assert device_of_messages(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert device_of_messages(torch.device("cpu")) == torch.device("cpu")
 
 
 def test_all_ranks_come_to_the_same_figures(of_three, of_two):

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from lightning_comm.transport import recording
-from lightning_comm.transport.store_client import StoreClient, StoreLostError
+from lightning_comm.transport.store_client import StoreClient, StoreLostError, connect_without_clone
 
 
 class Stuck:
@@ -40,6 +40,24 @@ def test_answers_are_those_of_the_store():
     assert client.silent_since_s is None
     assert not client.connection_lost
     client.close()
+
+
+def test_where_stores_cannot_be_cloned_clients_have_own_connections_and_share_keys_of_one_attempt(monkeypatch):
+    host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.PrefixStore("outer", dist.PrefixStore("inner", host))
+    one, other = connect_without_clone(store), connect_without_clone(store)
+    one.set("a", "b")
+    waits = threading.Thread(target=one.get, args=("late",))
+    waits.start()
+    assert other.get("a") == b"b"  # also if `one` is waiting by now
+    assert host.check(["a"]) is False
+    other.set("late", "c")
+    waits.join(60)
+    assert not waits.is_alive(), "a call that waits holds up its own connection alone"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert connect_without_clone(store).check(["a"]) is False
+    in_memory = dist.HashStore()
+    assert connect_without_clone(in_memory) is in_memory
 
 
 def test_a_call_that_gets_no_answer_ends_at_the_time_out_and_later_ones_at_once():
