@@ -2,67 +2,39 @@
 
     python benchmarks/cyclic_memory.py
 
-Writes docs/results/cyclic_memory_<date>.md and .json.
+Writes docs/results/cyclic_memory_<date>.md and .json. With `--device cuda` the allocator's figures stand beside those
+of `ActivationMeter`: the peak of what is allocated, less what is there between two runs, and of what is reserved. That
+has not been run yet.
 """
 
 import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from cyclic_memory_report import ARMS, best_cuts, page, shifted_peak
+from cyclic_memory_arms import (
+    METHODS,
+    Batch,
+    allocator_bytes,
+    error,
+    layers_of,
+    optimizer_of,
+    peak_bytes,
+    settle,
+)
+from cyclic_memory_report import best_cuts, page, shifted_peak
 from emulated_run import as_report, results_file, write
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 
-from lightning_comm import ActivationMeter, CyclicEngine
+from lightning_comm import ActivationMeter
 
 MODELS = ("resnet50", "vit_base_patch16_224")
 MOST_STAGES_A_WORKER = 4
 PROFILED_STEPS = 5
-Batch = tuple[Tensor, Tensor]
-
-
-class Embedding(nn.Module):
-    """What a vision transformer of timm does before its blocks."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.patch_embed, self.cls_token, self.pos_embed = model.patch_embed, model.cls_token, model.pos_embed
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patch_embed(x)
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-
-
-class FirstToken(nn.Module):
-    """Takes the class token."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, 0]
-
-
-def layers_of(name: str, size: int) -> list[nn.Module]:
-    """Return a model as layers that run one after the other."""
-    torch.manual_seed(0)
-    if name.startswith("resnet"):
-        model: Any = timm.create_model(name)
-        stem = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool)
-        blocks = [block for layer in (model.layer1, model.layer2, model.layer3, model.layer4) for block in layer]
-        layers = [stem, *blocks, nn.Sequential(model.global_pool, model.fc)]
-    else:
-        model = timm.create_model(name, img_size=size)
-        layers = [Embedding(model), *model.blocks, nn.Sequential(model.norm, FirstToken(), model.head)]
-    with torch.no_grad():
-        x = torch.randn(2, 3, size, size)
-        torch.testing.assert_close(nn.Sequential(*layers).eval()(x), model.eval()(x))
-    return [layer.train() for layer in layers]
 
 
 def measured_layers(layers: list[nn.Module], batch: Batch) -> tuple[list[float], list[int]]:
@@ -73,9 +45,11 @@ def measured_layers(layers: list[nn.Module], batch: Batch) -> tuple[list[float],
         x = batch[0]
         for index, layer in enumerate(layers):
             x = x.detach().requires_grad_(index > 0)
+            settle(x.device)
             began = time.perf_counter()
             out = layer(x)
             out.backward(torch.ones_like(out))
+            settle(x.device)
             best[index] = min(best[index], time.perf_counter() - began)
             x = out
     with ActivationMeter(*layers) as meter:
@@ -92,66 +66,6 @@ def cut(seconds: list[float], stages: int) -> list[int]:
     return [0, *best_cuts(seconds, stages), len(seconds)]
 
 
-def error(output: Tensor, batch: Batch) -> Tensor:
-    """Return the mean loss of a micro-batch."""
-    return cross_entropy(output, batch[1])
-
-
-def one_batch(model: nn.Sequential, optimizer: torch.optim.Optimizer, steps: list[list[Batch]], _: Any) -> None:
-    """Train on all micro-batches of a step at once."""
-    for batches in steps:
-        images, labels = (torch.cat(each) for each in zip(*batches, strict=True))
-        error(model(images), (images, labels)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def accumulation(model: nn.Sequential, optimizer: torch.optim.Optimizer, steps: list[list[Batch]], _: Any) -> None:
-    """Train on the micro-batches of a step one after the other."""
-    for batches in steps:
-        for batch in batches:
-            (error(model(batch[0]), batch) / len(batches)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def engine(order: Any) -> Callable[..., None]:
-    """Return what trains with micro-batches that take turns."""
-
-    def train(model: nn.Sequential, optimizer: torch.optim.Optimizer, steps: list[list[Batch]], sources: Any) -> None:
-        turns = CyclicEngine(model, optimizer, workers=len(steps[0]), order=order)
-        if sources is not None:
-            sources.append(turns.tensors)
-        turns.run([batch for batches in steps for batch in batches], error)
-
-    return train
-
-
-METHODS: dict[str, Callable[..., None]] = {
-    "one batch": one_batch,
-    "accumulation": accumulation,
-    "forward_first": engine("forward_first"),
-    "backward_first": engine("backward_first"),
-    "fine_forward_first": engine("forward_first"),
-    "fine_backward_first": engine("backward_first"),
-}
-assert list(METHODS) == list(ARMS)
-
-
-def peak_bytes(train: Callable[..., None], model: nn.Sequential, steps: list[list[Batch]]) -> int:
-    """Return the most activations that are kept at once."""
-    sources: list[Any] = []
-    meter = ActivationMeter(model, lambda: [tensor for source in sources for tensor in source()])
-    with meter:
-        train(model, optimizer_of(model), steps, sources)
-    return meter.peak_bytes
-
-
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer of every method."""
-    return torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-
-
 def profile(model: nn.Sequential, batch: Batch, workers: int) -> dict[str, Any]:
     """Return the live bytes of one worker over a step, and the peaks of shifted copies, by step."""
     shifted, told, peak = [], [], 0
@@ -159,6 +73,7 @@ def profile(model: nn.Sequential, batch: Batch, workers: int) -> dict[str, Any]:
         with ActivationMeter(model, timeline=True) as meter:
             began = time.monotonic()
             error(model(batch[0]), batch).backward()
+            settle(batch[0].device)
             ended = time.monotonic()
         model.zero_grad()
         timeline = meter.timeline or []
@@ -172,14 +87,15 @@ def profile(model: nn.Sequential, batch: Batch, workers: int) -> dict[str, Any]:
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one model in all ways."""
     load = os.getloadavg()[0]
+    device = torch.device(args.device)
     generator = torch.Generator().manual_seed(0)
 
     def batch() -> Batch:
         images = torch.randn(args.batch, 3, args.size, args.size, generator=generator)
-        return images, torch.randint(1000, (args.batch,), generator=generator)
+        return images.to(device), torch.randint(1000, (args.batch,), generator=generator).to(device)
 
     steps = [[batch() for _ in range(args.workers)] for _ in range(args.steps)]
-    layers = layers_of(name, args.size)
+    layers = layers_of(name, args.size, args.device, args.precision)
     seconds, kept = measured_layers(layers, steps[0][0])
     per_worker = min(MOST_STAGES_A_WORKER, len(layers) // args.workers)
     cuts = {"coarse": cut(seconds, args.workers), "fine": cut(seconds, per_worker * args.workers)}
@@ -190,7 +106,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     parts = [slice(a, b) for a, b in pairwise(cuts["coarse"])]
     found: dict[str, Any] = {
         "title": name, "workers": args.workers, "batch": args.batch, "size": args.size, "steps": args.steps,
-        "threads": torch.get_num_threads(), "load": load, "cuts": cuts,
+        "threads": torch.get_num_threads(), "load": load, "cuts": cuts, "device": name_of(device),
+        "precision": args.precision,
         "stage_shares": [100 * sum(seconds[part]) / sum(seconds) for part in parts],
         "stage_bytes": [sum(kept[part]) for part in parts],
     }  # fmt: skip
@@ -202,17 +119,26 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     found["profile"] = profile(models["coarse"], steps[0][0], args.workers)
     found["peak_bytes"] = {key: peak_bytes(train, model_for(key), steps) for key, train in METHODS.items()}
     print(f"  peaks, MiB: { {key: round(each / 2**20) for key, each in found['peak_bytes'].items()} }", flush=True)
+    if device.type == "cuda":
+        found["allocator"] = {key: allocator_bytes(train, model_for(key), steps) for key, train in METHODS.items()}
     found["step_s"] = {key: [] for key in METHODS}
     for repeat in range(args.repeats):
         order = list(METHODS)[repeat % len(METHODS) :] + list(METHODS)[: repeat % len(METHODS)]
         for key in order:
+            settle(device)
             began = time.perf_counter()
             METHODS[key](model_for(key), optimizer_of(model_for(key)), steps, None)
+            settle(device)
             found["step_s"][key].append((time.perf_counter() - began) / args.steps)
         print(
             f"  repeat {repeat + 1}: { {key: round(each[-1], 2) for key, each in found['step_s'].items()} }", flush=True
         )
     return found
+
+
+def name_of(device: torch.device) -> str:
+    """Return what a device is called."""
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
 
 
 def main() -> None:
@@ -225,6 +151,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps of a run; the first of them fill the stages")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: by autocast")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

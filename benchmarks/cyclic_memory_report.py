@@ -78,6 +78,16 @@ def _rows(model: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+def _allocator_rows(model: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    whole = model["allocator"]["one batch"]["peak_above"]
+    rows = []
+    for key, label in ARMS.items():
+        found = model["allocator"][key]
+        sizes = (f"{found[each] / 2**20:.1f}" for each in ("persistent", "peak_above", "reserved"))
+        rows.append((label.format(fine=len(model["cuts"]["fine"]) - 1), *sizes, f"{found['peak_above'] / whole:.3f}"))
+    return rows
+
+
 def page(report: Mapping[str, Any], command: str) -> str:
     """Return the report as a page."""
     parts = [
@@ -100,6 +110,17 @@ def page(report: Mapping[str, Any], command: str) -> str:
             ),
             "\n".join(f"- {line}" for line in _said(model)),
         ]
+        if "allocator" in model:
+            parts += [
+                f"What the allocator of {model['device']} says, in {model['precision']}: *persistent* is there between "
+                "two runs (the model, its momenta, the batches); *above it*, at the peak, is activations, and also "
+                "gradients, workspaces, and an engine's older versions of parameters, which the meter leaves out; "
+                "*reserved* is what was taken from the device.",
+                markdown_table(
+                    ("method", "persistent, MiB", "above it, MiB", "reserved, MiB", "above it, of one batch"),
+                    _allocator_rows(model),
+                ),
+            ]
     return "\n\n".join(parts) + "\n"
 
 
