@@ -1,6 +1,5 @@
 """Fits of small models on ranks that share a device, by the name of a case; each function is a call of `Ranks`."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 from lightning_comm import (
@@ -17,7 +17,6 @@ from lightning_comm import (
     Averaging,
     Cast,
     CompressedDDPStrategy,
-    CyclicStrategy,
     FixedPeriod,
     LocalUpdateStrategy,
     QuadraticPeriod,
@@ -27,7 +26,6 @@ from lightning_comm import (
     TopK,
 )
 from lightning_comm.transport.recording import Recorder
-from support.cyclic import adamw, deep
 from support.on_device import spin
 from support.partition import UNEVEN, Fit, loader_of
 from support.training import Regression, Samples, Stop, loader, network, trainer
@@ -191,45 +189,6 @@ def resumed(rank: int, device: str, name: str, world_size: int, folder: str, **o
     return {"weights": weights(module), "step": runner.global_step}
 
 
-# ---- cyclic ----------------------------------------------------------------------------------------------------------
-
-
-def cyclic_fit(rank: int, device: str, world_size: int, slow: bool = False, **settings: Any) -> dict[str, Any]:
-    """Train under `CyclicStrategy`; return the weights, and the names of each stage's parameters."""
-    module = Regression(deep(5), adamw)
-    strategy = CyclicStrategy(**settings, **places(world_size))
-    runner = trainer(
-        strategy, 1 if device == "cpu" else [0], accelerator=device, num_nodes=world_size, callbacks=[]
-    )
-    with slow_hand_overs(device) if slow else _nothing():
-        runner.fit(module, loader(STEPS, rank), loader(1, 90 + rank))
-    return {"weights": weights(module), "stages": strategy.stage_names, "losses": module.losses}
-
-
-@contextmanager
-def slow_hand_overs(device: str) -> Iterator[None]:
-    """Before a stage's gradients are handed over their stream is busy, and memory that is free again is overwritten."""
-    from lightning_comm.transport.cyclic import CyclicRing
-
-    before = CyclicRing.hand_over
-    where = list(inspect.signature(before).parameters).index("gradients")
-
-    def hand_over(*args: Any, **kwargs: Any) -> Any:
-        gradients = kwargs["gradients"] if "gradients" in kwargs else args[where]
-        sizes = [each.shape for each in gradients if each is not None]
-        spin(device, 2)
-        answer = before(*args, **kwargs)
-        for shape in sizes:  # whoever still reads memory that has been given back reads these
-            torch.full(shape, torch.nan, device=device, dtype=torch.float64)
-        return answer
-
-    try:
-        CyclicRing.hand_over = hand_over  # type: ignore[method-assign]
-        yield
-    finally:
-        CyclicRing.hand_over = before  # type: ignore[method-assign]
-
-
 def difference(found: list[Any], expected: list[Any]) -> float:
     """The largest difference of two models' tensors, as a share of the largest entry of the tensor."""
     worst = 0.0
@@ -238,3 +197,41 @@ def difference(found: list[Any], expected: list[Any]) -> float:
         apart = float(np.abs(one - other).max()) / scale
         worst = apart if not apart <= worst else worst  # NaN too
     return worst
+
+
+# ---- one rank --------------------------------------------------------------------------------------------------------
+
+
+def alone(rank: int, device: str, name: str, folder: str | None = None, **options: Any) -> dict[str, Any]:
+    """Train under a strategy by its registered name, in float32; save at a step and go on from there, if asked."""
+    backend = {}
+
+    def train(callbacks: list[Any], ckpt_path: Any = None) -> tuple[Any, Any]:
+        module = Regression(network(torch.float32), _momentum)
+        places = {"accelerator": device, "enable_checkpointing": False, "callbacks": callbacks}
+        runner = trainer(name, 1 if device == "cpu" else [0], **{**options, **places})
+        data = ResumableLoader(Samples(STEPS * 4, 0, torch.float32), 4, seed=3, num_replicas=1, rank=0)
+        runner.fit(module, data, ckpt_path=ckpt_path)
+        backend["name"] = torch.distributed.get_backend()
+        return module, runner
+
+    torch.manual_seed(1)  # of what is drawn at random in training
+    if folder is None:
+        module, runner = train([])
+    else:
+        path = str(Path(folder) / f"{name}.ckpt")
+        train([Stop(6, path)])
+        module, runner = train([], path)
+    return {"weights": weights(module), "step": runner.global_step, "losses": module.losses, "backend": backend["name"]}
+
+
+def average_on_the_cpu(rank: int, device: str) -> str:
+    """What is said of weight averages that are kept in the host's memory, of which NCCL knows nothing."""
+    strategy = LocalUpdateStrategy(FixedPeriod(PERIOD), timeout=timedelta(seconds=40))
+    callbacks = [EMAWeightAveraging(device="cpu")]
+    runner = trainer(strategy, [0], accelerator=device, callbacks=callbacks)
+    try:
+        runner.fit(Regression(network(torch.float32)), loader(STEPS, rank, dtype=torch.float32))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
