@@ -9,14 +9,15 @@ end there is a table, and DIR/page.md for docs/results. A run with --parts adds 
 something fails.
 
 `--device cpu` runs the same with tiny sizes, to see that the script works; what only CUDA can show is said to need it.
+`--device mock` runs the lines that are for a GPU, with tiny sizes, on one that is not there; its figures mean nothing.
 """
 
 import argparse
-import importlib.util
 import json
 import multiprocessing
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,13 +29,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+if "lightning_comm" not in sys.modules:  # the one beside this file, installed or not
+    sys.path.insert(0, str(ROOT))
 for folder in (ROOT / "tests", ROOT / "benchmarks"):
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
-if importlib.util.find_spec("lightning_comm") is None:  # not installed: the one beside this file
-    sys.path.append(str(ROOT))
 
 from gpu_check_report import Check, findings, page, summary, table  # noqa: E402
+from support.on_device import MOCKED, forks, the_device  # noqa: E402
 
 
 class Part(NamedTuple):
@@ -83,6 +85,10 @@ def versions(device: str) -> dict[str, str]:
     return found
 
 
+def _check_of(number: int, device: str, out: Path) -> Check:
+    return Check(number, "cpu" if device == "cpu" else "cuda", out, tiny=device != "cuda")
+
+
 def _carry_out(number: int, device: str, out: Path) -> None:
     """Run a part in a process of its own, whose children belong to its group and end with it."""
     os.setsid()
@@ -92,10 +98,13 @@ def _carry_out(number: int, device: str, out: Path) -> None:
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
     os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     os.environ.pop("CUDA_LAUNCH_BLOCKING", None)  # it hides what happens when nobody waits
-    check = Check(number, device, out)
+    (out / "scratch").mkdir(exist_ok=True)
+    os.chdir(out / "scratch")
+    check = _check_of(number, device, out)
     try:
         module, function = PARTS[number].function.split(":")
-        getattr(import_module(module), function)(check)
+        with the_device():
+            getattr(import_module(module), function)(check)
     except BaseException as error:
         traceback.print_exc()
         check.note("the whole part", f"{type(error).__name__}: {error}"[:300], "it ends", "no error", verdict="fails")
@@ -106,7 +115,7 @@ def _carry_out(number: int, device: str, out: Path) -> None:
 
 def run_part(number: int, device: str, out: Path, limit_s: float, context: Any) -> None:
     """Run a part, and end it with all its processes when its time is over."""
-    part, check = PARTS[number], Check(number, device, out)
+    part, check = PARTS[number], _check_of(number, device, out)
     process = context.Process(target=_carry_out, args=(number, device, out))
     process.start()
     process.join(limit_s)
@@ -115,15 +124,15 @@ def run_part(number: int, device: str, out: Path, limit_s: float, context: Any) 
         os.killpg(process.pid, signal.SIGKILL)
     process.join(10)
     if slow:
-        check.note("the whole part", f"ended after {limit_s:.0f} s", f"{part.expected_s:.0f} s", "ends", verdict="fails")
+        check.note(
+            "the whole part", f"ended after {limit_s:.0f} s", f"{part.expected_s:.0f} s", "ends", verdict="fails"
+        )
     elif process.exitcode not in (0, 1):
         check.note("the whole part", f"exit code {process.exitcode}", 0, "==", verdict="fails")
 
 
 def start_method(device: str) -> Any:
     """Return how processes are started: forked, all that is needed being loaded, if such a process can use the GPU."""
-    from support.on_device import forks
-
     import lightning_comm  # noqa: F401  (forked processes have it then)
 
     return multiprocessing.get_context("fork" if forks(device) else "spawn")
@@ -134,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder for results")
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything, this program's start included")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu", "mock"), default="cuda")
     parser.add_argument("--parts", default=",".join(map(str, range(len(PARTS)))), help="their numbers, by commas")
     args = parser.parse_args(arguments)
     began = time.monotonic()
@@ -146,18 +155,22 @@ def main(arguments: list[str] | None = None) -> int:
     told = versions(args.device)
     print("\n".join(f"{name}: {value}" for name, value in told.items()), flush=True)
     (out / "versions.json").write_text(json.dumps(told, indent=1))
+    os.environ[MOCKED] = str(int(args.device == "mock"))
     context = start_method(args.device)
     for number in numbers:
         part, left_s = PARTS[number], 60 * args.minutes - (time.monotonic() - began)
         if left_s < part.expected_s:
-            check = Check(number, args.device, out)
-            check.note("the whole part", f"{left_s:.0f} s were left", f"{part.expected_s:.0f} s", "", verdict="left out")
+            check = _check_of(number, args.device, out)
+            check.note(
+                "the whole part", f"{left_s:.0f} s were left", f"{part.expected_s:.0f} s", "", verdict="left out"
+            )
             print(f"part {number}, {part.title}: LEFT OUT", flush=True)
             continue
         limit_s = min(part.limit_s * (1 if args.device == "cuda" else 6), left_s)
         before, since = len(findings(out)), time.monotonic()
         run_part(number, args.device, out, limit_s, context)
         print(f"part {number}, {part.title}: {summary(findings(out)[before:], time.monotonic() - since)}", flush=True)
+    shutil.rmtree(out / "scratch", ignore_errors=True)
     found = findings(out)
     print(table(found))
     (out / "page.md").write_text(page(found, told, args.device, [part.title for part in PARTS]))

@@ -26,18 +26,15 @@ class Check:
         part: Its number.
         device: `"cuda"` or `"cpu"`.
         out: The folder for results.
+        tiny: Whether it is only to be seen that everything works.
 
     """
 
     part: int
     device: str
     out: Path
+    tiny: bool = False
     _since: float = field(default_factory=time.monotonic)
-
-    @property
-    def tiny(self) -> bool:
-        """Whether it is only to be seen that everything works."""
-        return self.device == "cpu"
 
     def note(self, name: str, measured: Any, expected: Any, rule: str, *, verdict: str | None = None) -> bool:
         """Write a finding down at once.
@@ -163,7 +160,9 @@ def table(found: Sequence[Finding]) -> str:
 
 def page(found: Sequence[Finding], told: Mapping[str, str], device: str, titles: Sequence[str]) -> str:
     """Return everything as a page for docs/results."""
-    what = "one GPU" if device == "cuda" else "the CPU, with tiny sizes: it shows that the check works, and nothing else"
+    what = {"cuda": "one GPU", "cpu": "the CPU, with tiny sizes: it shows that the check works, and nothing else"}.get(
+        device, "a device that is not there: every figure is without meaning"
+    )
     lines = [
         f"# Check on {what}, {date.today()}",
         "`python benchmarks/gpu_check.py` on " + ", ".join(f"{name} {value}" for name, value in told.items()) + ".",
@@ -176,5 +175,8 @@ def page(found: Sequence[Finding], told: Mapping[str, str], device: str, titles:
         own = [each for each in now if each["part"] == number]
         if own:
             rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in _rows(own, 200)]
-            lines += [f"## {number} {title}", markdown_table(_HEADER, [(row[0].split(" ", 1)[1], *row[1:]) for row in rows])]
+            lines += [
+                f"## {number} {title}",
+                markdown_table(_HEADER, [(row[0].split(" ", 1)[1], *row[1:]) for row in rows]),
+            ]
     return "\n\n".join(lines) + "\n"

@@ -70,7 +70,15 @@ def _run(check: Check, name: str) -> None:
     settings = check.out / "pytest.ini"
     settings.write_text(SETTINGS.format(tests=ROOT / "tests"))
     writer = Writer(check)
-    options = ["-c", str(settings), f"--rootdir={ROOT}", f"--confcutdir={ROOT / 'tests'}", "-p", "no:cacheprovider", "-q"]
+    options = [
+        "-c",
+        str(settings),
+        f"--rootdir={ROOT}",
+        f"--confcutdir={ROOT / 'tests'}",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+    ]
     status = pytest.main([*options, str(ROOT / "tests" / "gpu" / name)], plugins=[writer])
     assert status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), f"pytest ended with {status!r}"
     assert writer.seen, "pytest found no tests"

@@ -104,7 +104,15 @@ CASES: dict[str, Case] = {
     "ddp ternary": Case(ddp(Ternary()), 2.0, near="ddp_bf16"),
     "ddp_bf16, unequal batches": Case(ddp("bf16"), uneven=True),
 }
-RESUMED = ("overlap, bf16", "averages of low rank", "averages in int8", "buffers", "ddp_powersgd", "ddp_int8", "pactrain")
+RESUMED = (
+    "overlap, bf16",
+    "averages of low rank",
+    "averages in int8",
+    "buffers",
+    "ddp_powersgd",
+    "ddp_int8",
+    "pactrain",
+)
 SLOW = ("local update", "overlap", "overlap, bf16", "averages in bf16", "ddp_bf16", "ddp_powersgd", "pactrain")
 
 

@@ -5,15 +5,18 @@ touches the device: it only asks how many there are, which needs no context. Ran
 are, and keep their context for many calls. A call that fails ends its ranks, and the next one has fresh ones.
 """
 
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,11 +24,26 @@ import torch.distributed as dist
 from support.processes import free_port
 
 VARIABLE = "LIGHTNING_COMM_TEST_DEVICE"  # "cuda" or "cpu": what tests/gpu run on, whatever is found
+MOCKED = "LIGHTNING_COMM_MOCK_CUDA"  # "1": "cuda" is a device that is not there, to run all lines once
 
 
 def chosen_device() -> str | None:
     """What tests/gpu run on: what the environment says, else a GPU that is there, else nothing."""
     return os.environ.get(VARIABLE) or ("cuda" if torch.cuda.device_count() else None)
+
+
+@contextmanager
+def the_device() -> Iterator[None]:
+    """Let there be a GPU in this process, if it is to be a mock."""
+    if os.environ.get(MOCKED) != "1":
+        yield
+        return
+    from support.mock_cuda import mock_cuda
+
+    with mock_cuda(), ExitStack() as stack:
+        for name, answer in (("_sleep", None), ("set_sync_debug_mode", None), ("empty_cache", None)):
+            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer: answer))
+        yield
 
 
 def exact_numbers(device: str) -> None:
@@ -36,7 +54,8 @@ def exact_numbers(device: str) -> None:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-        torch.use_deterministic_algorithms(True)
+        if os.environ.get(MOCKED) != "1":  # which fills new memory behind the back of the mock
+            torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def spin(device: Any, milliseconds: float = 20.0) -> None:
@@ -52,7 +71,7 @@ def spin(device: Any, milliseconds: float = 20.0) -> None:
 
 def forks(device: str) -> bool:
     """Whether a process forked from this one can use the device; found out by one that tries."""
-    if device == "cpu":
+    if device == "cpu" or os.environ.get(MOCKED) == "1":
         return True
     trial = multiprocessing.get_context("fork").Process(target=_touch, args=(device,))
     trial.start()
@@ -162,7 +181,17 @@ def _serve(pipe: Any, rank: int, world_size: int, device: str, backend: str | No
         "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "GROUP_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "on_device",
     }  # fmt: skip
+    with the_device():
+        _answer(pipe, world_size, device, backend)
+    os._exit(0)  # threads of gloo may outlive the interpreter, and nothing is left to be written
+
+
+def _answer(pipe: Any, world_size: int, device: str, backend: str | None) -> None:
     exact_numbers(device)
+    for chatty in ("lightning.pytorch", "lightning.fabric", "lightning_comm"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    if os.environ.get(MOCKED) == "1" and backend == "nccl":
+        backend = "gloo"
     if backend is not None:
         dist.init_process_group(backend, timeout=timedelta(seconds=60))
         assert dist.get_world_size() == world_size
@@ -174,11 +203,10 @@ def _serve(pipe: Any, rank: int, world_size: int, device: str, backend: str | No
         if backend is None:
             os.environ["MASTER_PORT"] = str(port)
         try:
-            answer = True, fn(rank, *args, **kwargs)
+            answer = True, fn(int(os.environ["RANK"]), *args, **kwargs)
             if backend is None and dist.is_initialized():
                 dist.barrier()  # the others may still need the store that rank 0 hosts
                 dist.destroy_process_group()
         except BaseException:
             answer = False, traceback.format_exc()
         pipe.send_bytes(pickle.dumps(answer))
-    os._exit(0)  # threads of gloo may outlive the interpreter, and nothing is left to be written
