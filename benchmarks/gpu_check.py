@@ -36,7 +36,7 @@ for folder in (ROOT / "tests", ROOT / "benchmarks"):
         sys.path.append(str(folder))
 
 from gpu_check_report import Check, findings, page, summary, table  # noqa: E402
-from support.on_device import MOCKED, forks, the_device  # noqa: E402
+from support.on_device import MOCKED, forks  # noqa: E402
 
 
 class Part(NamedTuple):
@@ -103,8 +103,7 @@ def _carry_out(number: int, device: str, out: Path) -> None:
     check = _check_of(number, device, out)
     try:
         module, function = PARTS[number].function.split(":")
-        with the_device():
-            getattr(import_module(module), function)(check)
+        getattr(import_module(module), function)(check)
     except BaseException as error:
         traceback.print_exc()
         check.note("the whole part", f"{type(error).__name__}: {error}"[:300], "it ends", "no error", verdict="fails")

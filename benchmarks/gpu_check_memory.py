@@ -8,6 +8,7 @@ from cyclic_memory import cut, measured_layers
 from cyclic_memory_arms import METHODS, Batch, allocator_bytes, layers_of, optimizer_of, peak_bytes
 from gpu_check_report import Check
 from gpu_check_sanity import seconds_of
+from support.on_device import the_device
 from torch import nn
 
 MODELS = {False: ("resnet50", "vit_base_patch16_224"), True: ("resnet10t", "vit_tiny_patch16_224")}
@@ -65,6 +66,11 @@ def _peaks(check: Check, train: Any, model: nn.Sequential, steps: list[list[Batc
 
 def run(check: Check) -> None:
     """Measure both models in both precisions; the number of micro-batches that is most usual first."""
+    with the_device():
+        _run(check)
+
+
+def _run(check: Check) -> None:
     if check.device != "cpu":
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     size, count = (32, 2) if check.tiny else (224, 64)

@@ -61,7 +61,7 @@ class Launches(TorchDispatchMode):
 def synchronised(
     rank: int, device: str, name: str, dtype: torch.dtype, sizes_mib: tuple[float, ...], fake: bool, mib: int
 ) -> dict[str, Any]:
-    """Average a model's parameters in buckets of each size; return seconds, launches and host waits, and a copy's rate."""
+    """Average a model's parameters in buckets of each size; return seconds, launches, waits, and a copy's rate."""
     if fake:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 

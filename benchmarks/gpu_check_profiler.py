@@ -4,6 +4,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -48,7 +49,7 @@ class Watched(pl.LightningModule):
     def steps_s(self) -> list[float]:
         """Return the seconds of each step after the warm-up."""
         marks = self.began[WARM_UP:]
-        pairs = zip(marks, marks[1:], strict=False)
+        pairs = pairwise(marks)
         if isinstance(marks[0], float):
             return [end - begin for begin, end in pairs]
         marks[-1].synchronize()

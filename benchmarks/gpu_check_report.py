@@ -125,7 +125,7 @@ def _short(value: Any) -> str:
         return ", ".join(map(_short, value)) or "none"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_short(each)}" for key, each in value.items())
-    return "–" if value is None else str(value)
+    return "-" if value is None else str(value)
 
 
 _HEADER = ("finding", "measured", "expected", "verdict")
@@ -167,14 +167,14 @@ def page(found: Sequence[Finding], told: Mapping[str, str], device: str, titles:
         f"# Check on {what}, {date.today()}",
         "`python benchmarks/gpu_check.py` on " + ", ".join(f"{name} {value}" for name, value in told.items()) + ".",
         "What was expected was written before it was run. *info* is a figure without a rule; *needs CUDA* could not be "
-        "seen here. One card shows nothing of NCCL between ranks, of sends between two GPUs, of a peer that fails under "
-        "NCCL, and no speed-up.",
+        "seen here. One card shows nothing of NCCL between ranks, of sends between two GPUs, of a peer that fails "
+        "under NCCL, and no speed-up.",
     ]
     now = latest(found)
     for number, title in enumerate(titles):
         own = [each for each in now if each["part"] == number]
         if own:
-            rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in _rows(own, 200)]
+            rows = [tuple(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in _rows(own, 200)]
             lines += [
                 f"## {number} {title}",
                 markdown_table(_HEADER, [(row[0].split(" ", 1)[1], *row[1:]) for row in rows]),

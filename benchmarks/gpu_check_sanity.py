@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from gpu_check_report import Check
-from support.on_device import Ranks, spin
+from support.on_device import Ranks, spin, the_device
 
 # In bytes a second, of a copy that reads and writes: what the H200's data sheet says (4.8e12 of memory) less a tenth,
 # and what PCIe of the fifth generation gives. Before any run.
@@ -149,4 +149,5 @@ def run(check: Check) -> None:
             check.note(f"gloo on {check.device}: {name}", said, "right", "==")
     finally:
         ranks.close()
-    _transfers(check)
+    with the_device():
+        _transfers(check)

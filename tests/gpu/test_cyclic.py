@@ -1,4 +1,4 @@
-"""Cyclic training on a device: the engine, the ring of two processes by gloo, and fits, against sequential references."""
+"""Cyclic training on a device: engine, ring of two processes by gloo, and fits, against sequential references."""
 
 import pytest
 import torch

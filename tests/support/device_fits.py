@@ -118,7 +118,7 @@ SLOW = ("local update", "overlap", "overlap, bf16", "averages in bf16", "ddp_bf1
 
 @contextmanager
 def slow_messages(device: str) -> Iterator[None]:
-    """Before each message its stream is busy for a while: whoever does not wait for the stream sends what was before."""
+    """Before each message its stream is busy: whoever does not wait for the stream sends what was there before."""
     kinds = ("all_reduce", "all_to_all", "broadcast", "all_gather")
     before = {kind: getattr(Recorder, kind) for kind in kinds}
 

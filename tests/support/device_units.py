@@ -78,7 +78,7 @@ def means(
 
 
 def resumed(rank: int, device: str, compression: Compression) -> tuple[float, int]:
-    """Save after two steps, take it up as a checkpoint is read, on the CPU, and go on beside the one that never stopped.
+    """Save after two steps, take it up as a checkpoint is read, on the CPU, and go on beside one that never stopped.
 
     Returns the largest difference of the next steps, and how many tensors of the state are not on the device then.
     """
