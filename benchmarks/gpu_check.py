@@ -28,6 +28,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that to ask for a GPU makes no context, before a fork
 ROOT = Path(__file__).resolve().parents[1]
 if "lightning_comm" not in sys.modules:  # the one beside this file, installed or not
     sys.path.insert(0, str(ROOT))
@@ -96,7 +97,6 @@ def _carry_out(number: int, device: str, out: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
-    os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     os.environ.pop("CUDA_LAUNCH_BLOCKING", None)  # it hides what happens when nobody waits
     (out / "scratch").mkdir(exist_ok=True)
     os.chdir(out / "scratch")

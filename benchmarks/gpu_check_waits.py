@@ -4,17 +4,20 @@ On CUDA torch itself says where (`set_sync_debug_mode`); it passes over `synchro
 so these are noted besides. On a CPU a mock of the device counts the same.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import lightning.pytorch as pl
 import torch
 from gpu_check_report import Check
 from support import device_cyclic
-from support.on_device import Ranks
+from support.on_device import MOCKED, Ranks
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_comm import Cast, CyclicEngine, Int8, PowerSGD, Ternary, TopK
@@ -29,6 +32,7 @@ from lightning_comm.transport.recording import Recorder, another_group
 BUCKET_BYTES = 1024
 SENT: tuple[Compression, ...] = (Full(), Cast("bf16"), Cast("fp16"), Int8(), TopK(0.1), PowerSGD(2))
 Step = Callable[[], Any]
+_TORCH = str(Path(torch.__file__).parent)
 
 
 class Case(NamedTuple):
@@ -44,32 +48,57 @@ class Case(NamedTuple):
     most: int
 
 
-def _place() -> str:
-    """Return file and line of the innermost frame of the package, or of this script's folder."""
-    frame, here = sys._getframe(2), ""
-    while frame is not None:
+class Wait(NamedTuple):
+    """Something that the host waited for, as the mock device has it too.
+
+    Args:
+        kind: What it was.
+        where: File and line of the innermost frame of the package; `""` where there is none.
+        by: File and line of the innermost frame outside of torch.
+        in_backward: Whether a backward was under way in this thread.
+
+    """
+
+    kind: str
+    where: str
+    by: str
+    in_backward: bool
+
+    @property
+    def own(self) -> bool:
+        """Whether the package itself asked for it, and not what it called."""
+        return self.where != "" and self.where == self.by
+
+
+def _wait(kind: str) -> Wait:
+    """Return the wait that the caller's caller has just made."""
+    frame, where, by = sys._getframe(2), "", ""
+    while frame is not None and not (where and by):
         name = frame.f_code.co_filename
-        if "/lightning_comm/" in name:
-            return f"lightning_comm/{name.rsplit('/lightning_comm/', 1)[1]}:{frame.f_lineno}"
-        if not here and ("/benchmarks/" in name or "/tests/" in name) and name != __file__:
-            here = f"{name.rsplit('/', 1)[1]}:{frame.f_lineno}"
+        inside = "/lightning_comm/" in name
+        place = (
+            f"{'lightning_comm/' * inside}{name.rsplit('/lightning_comm/' if inside else '/', 1)[-1]}:{frame.f_lineno}"
+        )
+        if name != __file__ and not name.startswith(_TORCH) and "<" not in name and "/contextlib" not in name:
+            by = by or place
+        where = where or place * inside
         frame = frame.f_back  # type: ignore[assignment]
-    return here or "elsewhere"
+    return Wait(kind, where, by, torch._C._current_graph_task_id() != -1)
 
 
 @contextmanager
-def _torch_tells(found: list[str]) -> Iterator[None]:
+def _torch_tells(found: list[Any]) -> Iterator[None]:
     """Collect where the host waits, as torch warns of it, and where somebody asks for it."""
 
     def noted(message: Any, *_: Any, **__: Any) -> None:
         if "synchronizing CUDA operation" in str(message):
-            found.append(_place())
+            found.append(_wait("torch"))
 
     def noting(owner: Any, name: str) -> Any:
         plain = getattr(owner, name)
 
         def asked(*args: Any, **kwargs: Any) -> Any:
-            found.append(f"{_place()} {name}")
+            found.append(_wait(name))
             return plain(*args, **kwargs)
 
         return mock.patch.object(owner, name, asked)
@@ -87,18 +116,33 @@ def _torch_tells(found: list[str]) -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def waits_of(work: Step, device: str, mocked: Any = None) -> list[str] | None:
-    """Return where the host waits during some work; `None` on a CPU, where nothing counts, but for a mock that does."""
-    if mocked is not None:
-        with mocked.counting() as waits:
-            work()
-        return [f"{wait.where or wait.by} {wait.kind}" for wait in waits]
+def told(wait: Any) -> str:
+    """Return a wait as a text."""
+    return f"{wait.where or wait.by} {wait.kind}{' in backward' * wait.in_backward}"
+
+
+@contextmanager
+def watched(device: str) -> Iterator[tuple[str, list[Any]]]:
+    """Yield a device and the list that its waits are added to: on a CPU that of a mock."""
+    if device == "cpu" or os.environ.get(MOCKED) == "1":
+        from support.mock_cuda import mock_cuda
+
+        with mock_cuda() as mocked:
+            yield "cuda", mocked.waits
+        return
+    found: list[Any] = []
+    with _torch_tells(found):
+        yield device, found
+
+
+def waits_of(work: Step, device: str) -> list[str] | None:
+    """Return where the host waits during some work; `None` on a CPU, where nothing counts."""
     if device == "cpu":
         return None
-    found: list[str] = []
+    found: list[Any] = []
     with _torch_tells(found):
         work()
-    return found
+    return [told(wait) for wait in found]
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
@@ -170,26 +214,87 @@ CASES: dict[str, Case] = {
 }
 
 
-def counted(rank: int, device: str, name: str) -> list[str] | None:
-    """Count the waits of a case once it has run three times, in which DDP cuts its buckets and state is made."""
-
-    def count(device: str, mocked: Any = None) -> list[str] | None:
+def counted(rank: int, device: str, name: str) -> list[str]:
+    """Return the waits of a case once it has run three times, in which DDP cuts its buckets and state is made."""
+    with watched(device) as (device, waits):
         work = CASES[name].make(device)
         for _ in range(3):
             work()
-        return waits_of(work, device, mocked)
+        before = len(waits)
+        work()
+        return [told(wait) for wait in waits[before:]]
 
-    if device != "cpu":
-        return count(device)
-    from support.mock_cuda import mock_cuda
 
-    with mock_cuda() as mocked:
-        return count("cuda", mocked)
+class _Batches(pl.Callback):
+    """Notes how many waits there were when each batch began."""
+
+    def __init__(self, waits: list[Any]) -> None:
+        self.waits, self.begins = waits, list[int]()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Note where a batch begins."""
+        self.begins.append(len(self.waits))
+
+    def on_train_end(self, *_: Any) -> None:
+        """Note where the last one ends."""
+        self.begins.append(len(self.waits))
+
+
+def fitted(rank: int, device: str, name: str) -> dict[str, Any]:
+    """Return the package's own waits in the batch that a case of `host_waits.py` looks at, and all within backwards."""
+    import host_waits
+
+    case = host_waits.cases()[name]
+    with watched(device) as (device, waits):
+        module, batches = case.module(), _Batches(waits)
+        mib = 4 * sum(each.numel() for each in module.parameters()) / 2**20 / host_waits.BUCKETS
+        options = case.options()
+        runner = pl.Trainer(
+            accelerator="gpu", devices=[0], num_nodes=2, strategy=case.strategy(mib), max_steps=host_waits.STEPS + 2,
+            callbacks=[batches, *options.pop("callbacks", [])], logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, **options,
+        )  # fmt: skip
+        samples = torch.ones(2 * (host_waits.STEPS + 4), 8)
+        runner.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(samples), batch_size=2))
+        begin, end = batches.begins[case.batch : case.batch + 2]
+        later = waits[batches.begins[3] :]
+        own = [told(wait) for wait in waits[begin:end] if wait.own]
+        inside = [told(wait) for wait in later if wait.own and wait.in_backward]
+        # the group is the device's: leave it here
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        return {"waits": own, "in backward": inside, "most": case.most}
+
+
+def _places(found: list[str]) -> list[str]:
+    return sorted({f"{found.count(place)} x {place}" for place in found})[:12]
+
+
+def _fits(check: Check) -> None:
+    """Count in fits of two ranks: the shapes of a ResNet-50, each hook, cyclic, the profiler and the partition."""
+    import host_waits
+
+    ranks = Ranks(2, check.device, exact=False)
+    try:
+        names = list(host_waits.cases())
+        for name in names[:: 6 if check.tiny else 1]:
+            try:
+                found = ranks.call(fitted, check.device, name, timeout_s=60)[0]
+            except AssertionError as error:
+                check.note(f"fit: {name}", str(error).strip().splitlines()[-1][:300], "it runs", "", verdict="fails")
+                continue
+            check.note(f"fit: {name}: waits of the host", len(found["waits"]), found["most"], "<=")
+            if found["waits"]:
+                check.note(f"fit: {name}: where", _places(found["waits"]), "as few as can be", "")
+            if "cyclic" in name:
+                check.note(f"fit: {name}: waits in backward", len(found["in backward"]), 0, "==")
+    finally:
+        ranks.close()
 
 
 def run(check: Check) -> None:
     """Count the waits of each case with two ranks by gloo, which share the device."""
-    ranks = Ranks(2, check.device, "gloo")
+    ranks = Ranks(2, check.device, "gloo", exact=False)
     try:
         for name, case in CASES.items():
             try:
@@ -199,7 +304,7 @@ def run(check: Check) -> None:
                 continue
             check.note(f"{name}: waits of the host", len(found), case.most, "<=")
             if found:
-                places = sorted({f"{found.count(place)} x {place}" for place in found})
-                check.note(f"{name}: where", places[:12], "in lightning_comm, as few as can be", "")
+                check.note(f"{name}: where", _places(found), "as few as can be", "")
     finally:
         ranks.close()
+    _fits(check)

@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 
 import pytest
-from support.on_device import VARIABLE, Ranks, chosen_device
+from support.on_device import VARIABLE, Ranks, backend_of, chosen_device
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +52,7 @@ def ranks_of(device):
 @pytest.fixture(scope="module")
 def one_rank(ranks_of, device):
     """One process: its group is NCCL's on a GPU."""
-    return ranks_of(1, backend="gloo" if device == "cpu" else "nccl")
+    return ranks_of(1, backend=backend_of(device))
 
 
 @pytest.fixture(scope="module")

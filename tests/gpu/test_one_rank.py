@@ -4,6 +4,7 @@ import math
 
 import pytest
 from support import device_fits as fits
+from support.on_device import backend_of
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +29,7 @@ def plain(alone, device):
 def test_every_name_trains_one_rank(alone, device, plain, figure, name):
     (found,) = alone.call(fits.alone, device, name)
     assert found["step"] == fits.STEPS
-    assert found["backend"] == ("gloo" if device == "cpu" else "nccl")
+    assert found["backend"] == backend_of(device)
     worst = fits.difference(found["weights"], plain["weights"])
     if name in LOSSY:
         figure(worst, "finite", "difference to plain DDP; what a compression or a delay changes is not judged here")

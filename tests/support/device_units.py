@@ -226,9 +226,9 @@ class _SlowRecorder(Recorder):
         super().__init__(CommLedger(), another_group(None), hold=True)
         self._slow_device = device
 
-    def _issue(self, *args: Any) -> Any:
+    def _issue(self, *args: Any, **kwargs: Any) -> Any:
         spin(self._slow_device, 5)
-        return super()._issue(*args)
+        return super()._issue(*args, **kwargs)
 
 
 def failing_errand(rank: int, device: str) -> str:

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -43,14 +44,25 @@ def the_device() -> Iterator[None]:
     with mock_cuda(), ExitStack() as stack:
         for name, answer in (("_sleep", None), ("set_sync_debug_mode", None), ("empty_cache", None)):
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer: answer))
+        stack.enter_context(mock.patch.object(dist, "init_process_group", _by_gloo(dist.init_process_group)))
         yield
+
+
+def _by_gloo(plain: Callable[..., None]) -> Callable[..., None]:
+    def init(backend: str | None = None, *args: Any, device_id: Any = None, **kwargs: Any) -> None:
+        plain("gloo" if backend == "nccl" else backend, *args, **kwargs)
+
+    return init
+
+
+def backend_of(device: str) -> str:
+    """What joins one rank on a device, as Lightning chooses it."""
+    return "nccl" if device == "cuda" and os.environ.get(MOCKED) != "1" else "gloo"
 
 
 def exact_numbers(device: str) -> None:
     """Let products depend on their factors alone: no tf32, no sums in an order that chance decides."""
-    torch.set_num_threads(1)
     if device != "cpu":
-        torch.cuda.set_device(0)
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
@@ -69,6 +81,7 @@ def spin(device: Any, milliseconds: float = 20.0) -> None:
         time.sleep(milliseconds / 1e4)
 
 
+@cache
 def forks(device: str) -> bool:
     """Whether a process forked from this one can use the device; found out by one that tries."""
     if device == "cpu" or os.environ.get(MOCKED) == "1":
@@ -93,11 +106,12 @@ class Ranks:
         device: ``"cuda"`` or ``"cpu"``.
         backend: Joins them in a process group before the first call; ``None`` leaves that to the calls, and each has an
             address of its own and leaves the group that it has made.
+        exact: Whether results count, and not times: see :func:`exact_numbers`.
 
     """
 
-    def __init__(self, world_size: int, device: str, backend: str | None = None) -> None:
-        self.world_size, self.device, self.backend = world_size, device, backend
+    def __init__(self, world_size: int, device: str, backend: str | None = None, *, exact: bool = True) -> None:
+        self.world_size, self.device, self.backend, self.exact = world_size, device, backend, exact
         self._context = multiprocessing.get_context("fork" if forks(device) else "spawn")
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
@@ -157,7 +171,9 @@ class Ranks:
         for rank in range(self.world_size):
             here, there = self._context.Pipe()
             process = self._context.Process(
-                target=_serve, args=(there, rank, self.world_size, self.device, self.backend, port), daemon=True
+                target=_serve,
+                args=(there, rank, self.world_size, self.device, self.backend, port, self.exact),
+                daemon=True,
             )
             process.start()
             there.close()
@@ -176,22 +192,24 @@ class Ranks:
         self._processes, self._pipes = [], []
 
 
-def _serve(pipe: Any, rank: int, world_size: int, device: str, backend: str | None, port: int) -> None:
+def _serve(pipe: Any, rank: int, world_size: int, device: str, backend: str | None, port: int, exact: bool) -> None:
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "GROUP_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "on_device",
     }  # fmt: skip
+    torch.set_num_threads(1)
     with the_device():
+        if exact:
+            exact_numbers(device)
         _answer(pipe, world_size, device, backend)
     os._exit(0)  # threads of gloo may outlive the interpreter, and nothing is left to be written
 
 
 def _answer(pipe: Any, world_size: int, device: str, backend: str | None) -> None:
-    exact_numbers(device)
+    if device != "cpu":
+        torch.cuda.set_device(0)
     for chatty in ("lightning.pytorch", "lightning.fabric", "lightning_comm"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    if os.environ.get(MOCKED) == "1" and backend == "nccl":
-        backend = "gloo"
     if backend is not None:
         dist.init_process_group(backend, timeout=timedelta(seconds=60))
         assert dist.get_world_size() == world_size
