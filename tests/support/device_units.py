@@ -266,7 +266,7 @@ def unused_scaler(rank: int, device: str) -> tuple[float | None, float, float]:
     As in a run with fp16 that is resumed at the end of a round.
     """
     plugin = SimpleNamespace(scaler=torch.amp.GradScaler(device, init_scale=2.0**16))
-    take_smallest_scale(plugin, [2.0**16, 2.0**10])
+    take_smallest_scale(plugin, [2.0**16, 2.0**10], 2.0**16)
     weight = torch.nn.Parameter(torch.ones(1, device=device))
     optimizer = torch.optim.SGD([weight], lr=0.5)
     scaled = plugin.scaler.scale(weight.sum())
