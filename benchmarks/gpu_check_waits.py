@@ -4,7 +4,6 @@ On CUDA torch itself says where (`set_sync_debug_mode`); it passes over `synchro
 so these are noted besides. On a CPU a mock of the device counts the same.
 """
 
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from gpu_check_report import Check
 from support import device_cyclic
-from support.on_device import MOCKED, Ranks
+from support.on_device import Ranks
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_comm import Cast, CyclicEngine, Int8, PowerSGD, Ternary, TopK
@@ -124,7 +123,7 @@ def told(wait: Any) -> str:
 @contextmanager
 def watched(device: str) -> Iterator[tuple[str, list[Any]]]:
     """Yield a device and the list that its waits are added to: on a CPU that of a mock."""
-    if device == "cpu" or os.environ.get(MOCKED) == "1":
+    if device == "cpu":
         from support.mock_cuda import mock_cuda
 
         with mock_cuda() as mocked:
@@ -150,12 +149,12 @@ def waits_of(work: Step, device: str) -> list[str] | None:
 
 def _tensors(device: str) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
-    return {f"layer{k}": torch.randn(16, 12, generator=draw).to(device) for k in range(60)}  # 45 buckets
+    return {f"layer{k}": torch.randn(16, 16, generator=draw).to(device) for k in range(40)}  # as many buckets
 
 
 def _in_full(device: str) -> Step:
     averager, tensors = Averager(Recorder(CommLedger()), BUCKET_BYTES), list(_tensors(device).values())
-    return lambda: averager.average_(tensors, "parameters")
+    return lambda: averager.average_(tensors, "parameters", moderate=True).read()
 
 
 def _differences(compression: Compression, overlap: bool) -> Callable[[str], Step]:
@@ -168,10 +167,10 @@ def _differences(compression: Compression, overlap: bool) -> Callable[[str], Ste
             for tensor in tensors.values():
                 tensor.mul_(1.001)
             if overlap:
-                averager.depart(tensors)
-                averager.land_(tensors)
+                averager.depart(tensors, moderate=True)
+                averager.land_(tensors).read()
             else:
-                averager.average_(tensors)
+                averager.average_(tensors, moderate=True).read()
 
         return synchronise
 
