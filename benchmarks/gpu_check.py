@@ -36,6 +36,7 @@ for folder in (ROOT / "tests", ROOT / "benchmarks"):
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
+import torch  # noqa: E402
 from gpu_check_report import Check, findings, page, summary, table  # noqa: E402
 from support.on_device import MOCKED, forks  # noqa: E402
 
@@ -149,6 +150,11 @@ def main(arguments: list[str] | None = None) -> int:
     numbers = [int(each) for each in args.parts.split(",")]
     if unknown := [number for number in numbers if not 0 <= number < len(PARTS)]:
         parser.error(f"--parts: there are 0 to {len(PARTS) - 1}; got {unknown}")
+    if args.device == "cuda" and not torch.cuda.device_count():
+        parser.error(
+            "--device: 'cuda' needs a GPU, and torch finds none; give 'cpu', which shows that the check works, or "
+            "'mock', which runs the lines that are for a GPU"
+        )
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     told = versions(args.device)

@@ -67,6 +67,7 @@ def cyclic(check: Check) -> None:
 def _run(check: Check, name: str) -> None:
     """Run a file of `tests/gpu` on the check's device, in this process."""
     os.environ[VARIABLE] = check.device
+    os.environ.pop("PYTEST_ADDOPTS", None)  # of whoever runs this in a test
     settings = check.out / "pytest.ini"
     settings.write_text(SETTINGS.format(tests=ROOT / "tests"))
     writer = Writer(check)

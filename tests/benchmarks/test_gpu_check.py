@@ -43,7 +43,7 @@ def falls_short(check):
 
 
 def dies(check):
-    os.kill(os.getpid(), 11)
+    os.kill(os.getpid(), 9)
 
 
 def hangs(check):
@@ -84,7 +84,7 @@ def test_a_part_that_breaks_ends_neither_the_others_nor_what_it_has_found(carrie
         (3, "a figure", "ok"),
     ]
     assert found[1]["measured"] == "ValueError: boom"
-    assert found[2]["measured"] == "exit code -11"
+    assert found[2]["measured"] == "exit code -9"
     assert "boom" in (tmp_path / "part0.log").read_text()
     assert (tmp_path / "part3.log").read_text() == "to the log\n"
 
@@ -118,6 +118,16 @@ def test_a_part_that_is_not_there_is_refused_by_number(carried_out, capsys):
     with pytest.raises(SystemExit):
         carried_out("--parts", "0,9")
     assert "there are 0 to 8; got [9]" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_missed_at_once_with_a_way_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--out", str(tmp_path)])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--device: 'cuda' needs a GPU" in said
+    assert "give 'cpu'" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

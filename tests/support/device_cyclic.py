@@ -16,7 +16,7 @@ from lightning_comm.transport.cyclic import CyclicRing
 from lightning_comm.transport.cyclic_messages import NOTES, StageLayout
 from lightning_comm.transport.recording import Recorder, another_group
 from support.cyclic import adamw, deep, reference
-from support.device_fits import places, weights
+from support.device_fits import Where, places, weights
 from support.on_device import spin
 from support.training import Regression, loader, trainer
 
@@ -124,10 +124,11 @@ def fit(rank: int, device: str, world_size: int, slow: bool = False, **settings:
     """Train under `CyclicStrategy`; return the weights, and the names of each stage's parameters."""
     module = Regression(deep(5), adamw)
     strategy = CyclicStrategy(**settings, **places(world_size))
-    runner = trainer(strategy, 1 if device == "cpu" else [0], accelerator=device, num_nodes=world_size)
+    options = {"accelerator": device, "num_nodes": world_size, "callbacks": [where := Where()]}
+    runner = trainer(strategy, 1 if device == "cpu" else [0], **options)
     with slow_hand_overs(device, slow):
         runner.fit(module, loader(STEPS, rank))
-    assert next(module.parameters()).device.type == torch.device(device).type
+    assert where.devices == {device}
     return {"weights": weights(module), "stages": strategy.stage_names}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
@@ -68,6 +69,16 @@ class Case:
     uneven: bool = False
     near: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+
+
+class Where(Callback):
+    """Notes on which kind of device a model trains; after a fit it is on the CPU."""
+
+    def __init__(self) -> None:
+        self.devices: set[str] = set()
+
+    def on_train_batch_end(self, runner: Any, module: Any, *_: Any) -> None:
+        self.devices |= {parameter.device.type for parameter in module.parameters()}
 
 
 MASKED = SparseMask(then=Cast("bf16"))
@@ -156,7 +167,8 @@ def run(
     net = network(case.dtype, norm=case.norm)
     module: Regression = (Fit if case.uneven else Regression)(net, _momentum)
     options = {**case.options, **options, "accelerator": device, "num_nodes": world_size}
-    options["callbacks"] = list(options.get("callbacks", []))
+    where = Where()
+    options["callbacks"] = [where, *options.get("callbacks", [])]
     if case.uneven:
         options["callbacks"].append(AdaptivePartition(**UNEVEN))
         data, validation = loader_of(STEPS * 12, case.dtype), None
@@ -167,7 +179,7 @@ def run(
     runner = trainer(strategy or case.strategy(**places(world_size)), 1 if device == "cpu" else [0], **options)
     runner.fit(module, data, validation, ckpt_path=ckpt_path)
     assert runner.world_size == world_size
-    assert next(module.parameters()).device.type == runner.strategy.root_device.type
+    assert where.devices == {device}
     return module, runner
 
 
