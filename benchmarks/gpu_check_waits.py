@@ -149,7 +149,7 @@ def waits_of(work: Step, device: str) -> list[str] | None:
 
 def _tensors(device: str) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
-    return {f"layer{k}": torch.randn(16, 16, generator=draw).to(device) for k in range(40)}  # as many buckets
+    return {f"layer{k}": torch.randn(16, 16, generator=draw).to(device) for k in range(26)}  # as many buckets
 
 
 def _in_full(device: str) -> Step:
@@ -214,10 +214,10 @@ CASES: dict[str, Case] = {
 
 
 def counted(rank: int, device: str, name: str) -> list[str]:
-    """Return the waits of a case once it has run three times, in which DDP cuts its buckets and state is made."""
+    """Return the waits of a case once it has run twice, in which DDP cuts its buckets and state is made."""
     with watched(device) as (device, waits):
         work = CASES[name].make(device)
-        for _ in range(3):
+        for _ in range(2):
             work()
         before = len(waits)
         work()
