@@ -64,7 +64,7 @@ PARTS = (
     Part("two ranks by gloo on one device", "gpu_check_tests:two_ranks", 90, 150),
     Part("one rank under Lightning", "gpu_check_tests:one_rank", 30, 60),
     Part("cyclic", "gpu_check_tests:cyclic", 30, 60),
-    Part("host waits", "gpu_check_waits:run", 15, 40),
+    Part("host waits", "gpu_check_waits:run", 40, 80),
     Part("packing", "gpu_check_packing:run", 45, 80),
     Part("memory of the cyclic engine", "gpu_check_memory:run", 60, 90),
     Part("profiler", "gpu_check_profiler:run", 30, 60),
