@@ -4,7 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 WHEEL  := build/wheel-env
 
-.PHONY: help setup demo test lint types doctest wheel-env tests benchmark benchmark-tools benchmark-compression benchmark-partition benchmark-cyclic benchmark-faults docs clean
+DEVICE ?= cuda
+
+.PHONY: help setup demo test lint types doctest wheel-env tests benchmark benchmark-tools benchmark-compression benchmark-partition benchmark-cyclic benchmark-faults benchmark-gpu docs clean
 
 help:
 	@echo "make demo       set up, then train DDP, local SGD and QSR on real digits, and compare accuracy, bytes and times"
@@ -16,6 +18,7 @@ help:
 	@echo "make benchmark-partition  what shares by speed gain, what they cost, and accuracy under them (40 minutes)"
 	@echo "make benchmark-cyclic  what staggered workers gain on emulated hosts and in a shared memory, and accuracy under delay (1 hour)"
 	@echo "make benchmark-faults  what becomes of runs, and of their checkpoints, when ranks, links, disks and files are hurt (25 minutes)"
+	@echo "make benchmark-gpu  what can be shown on one GPU (8 minutes); with DEVICE=cpu, that the check works"
 	@echo "make docs       the documentation as HTML in docs/_build"
 
 setup: $(VENV)/.ready
@@ -91,6 +94,10 @@ benchmark-cyclic: setup
 # Some 25 minutes, on a quiet machine. Links can be cut, and disks be small, for root alone on most machines.
 benchmark-faults: setup
 	$(BIN)/python benchmarks/faults.py
+
+# Eight minutes on a machine with a GPU, by itself. With DEVICE=cpu tiny sizes anywhere, in about three minutes.
+benchmark-gpu: setup
+	PYTHONUNBUFFERED=1 $(BIN)/python benchmarks/gpu_check.py --device $(DEVICE) --out build/gpu_check
 
 docs: setup
 	$(BIN)/sphinx-build -W -b html docs docs/_build

@@ -1,0 +1,182 @@
+"""The findings of `gpu_check.py`: written one by one, read again, and put into a table and a page."""
+
+import json
+import math
+import operator
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from lightning_comm.planning.report import markdown_table
+
+Finding = dict[str, Any]
+RULES: dict[str, Callable[[Any, Any], bool]] = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
+VERDICTS = ("ok", "fails", "info", "needs CUDA", "left out")
+
+
+@dataclass
+class Check:
+    """What a part is told, and where it writes what it finds.
+
+    Args:
+        part: Its number.
+        device: `"cuda"` or `"cpu"`.
+        out: The folder for results.
+        tiny: Whether it is only to be seen that everything works.
+
+    """
+
+    part: int
+    device: str
+    out: Path
+    tiny: bool = False
+    _since: float = field(default_factory=time.monotonic)
+
+    def note(self, name: str, measured: Any, expected: Any, rule: str, *, verdict: str | None = None) -> bool:
+        """Write a finding down at once.
+
+        Args:
+            name: What it is about.
+            measured: A number, a text, or nothing where it could not be measured.
+            expected: What was expected before.
+            rule: `"<="`, `">="` or `"=="` decides between the two; other texts only say how they belong together.
+            verdict: One of `VERDICTS`, where the rule does not decide; without both it is an `"info"`.
+
+        Returns:
+            Whether it does not fail.
+
+        """
+        if verdict is None:
+            holds = RULES[rule](measured, expected) if rule in RULES else None
+            verdict = "info" if holds is None else "ok" if holds else "fails"
+        assert verdict in VERDICTS, verdict
+        now = time.monotonic()
+        finding = {"part": self.part, "name": name, "measured": _plain(measured), "expected": _plain(expected)}
+        finding |= {"rule": rule, "verdict": verdict, "seconds": round(now - self._since, 3)}
+        self._since = now
+        with (self.out / "results.jsonl").open("a") as file:
+            file.write(json.dumps(finding) + "\n")
+        return verdict != "fails"
+
+    def needs_cuda(self, name: str, expected: Any) -> None:
+        """Write down that something cannot be seen here."""
+        self.note(name, None, expected, "on CUDA", verdict="needs CUDA")
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold: it has no NaN and no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)
+
+
+def findings(out: Path) -> list[Finding]:
+    """Read what is written; a line that was cut off when its process was ended is passed over."""
+    path, found = out / "results.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def latest(found: Sequence[Finding]) -> list[Finding]:
+    """Return each finding once, as the last run of its part has it, in the order of the parts.
+
+    >>> old, new = {"part": 1, "name": "a", "verdict": "fails"}, {"part": 1, "name": "a", "verdict": "ok"}
+    >>> latest([old, {"part": 0, "name": "b", "verdict": "ok"}, new])
+    [{'part': 0, 'name': 'b', 'verdict': 'ok'}, {'part': 1, 'name': 'a', 'verdict': 'ok'}]
+    """
+    by_name = {(each["part"], each["name"]): each for each in found}
+    return sorted(by_name.values(), key=lambda each: int(each["part"]))
+
+
+def summary(found: Sequence[Finding], seconds: float) -> str:
+    """Return a line for a part, and one for each thing that fails.
+
+    >>> print(summary([{"name": "a", "verdict": "fails", "measured": 2, "expected": 1, "rule": "<="}], 3.0))
+    1 fails, in 3.0 s
+      fails: a: 2, expected <= 1
+    """
+    counts = Counter(each["verdict"] for each in found)
+    lines = [", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]) or "nothing"]
+    lines[0] += f", in {seconds:.1f} s"
+    lines += [f"  fails: {each['name']}: {_expectation(each)}" for each in found if each["verdict"] == "fails"]
+    return "\n".join(lines)
+
+
+def _expectation(each: Mapping[str, Any]) -> str:
+    return f"{_short(each['measured'])}, expected {each['rule']} {_short(each['expected'])}".replace("  ", " ")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(map(_short, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_short(each)}" for key, each in value.items())
+    return "-" if value is None else str(value)
+
+
+_HEADER = ("finding", "measured", "expected", "verdict")
+
+
+def _rows(found: Sequence[Finding], width: int) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{each['part']} {each['name']}"[:width],
+            _short(each["measured"])[:width],
+            f"{each['rule']} {_short(each['expected'])}".strip()[:width],
+            each["verdict"],
+        )
+        for each in found
+    ]
+
+
+def table(found: Sequence[Finding]) -> str:
+    """Return figures, and all that is not as expected, for the terminal; tests that went well are only counted.
+
+    What fails comes last, where it is seen.
+    """
+    now = latest(found)
+    told = [each for each in now if each["verdict"] != "ok" or each["rule"] in RULES]
+    rows = _rows(sorted(told, key=lambda each: each["verdict"] == "fails"), 100)
+    width = max((len(row[0]) for row in rows), default=0)
+    counts = Counter(each["verdict"] for each in now)
+    total = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    lines = [f"{row[0]:<{width}}  {row[1]}  ({row[2]})  {row[3]}" for row in rows]
+    return "\n".join([*lines, "", total or "nothing was found"])
+
+
+def page(found: Sequence[Finding], told: Mapping[str, str], device: str, titles: Sequence[str]) -> str:
+    """Return everything as a page for docs/results."""
+    what = {"cuda": "one GPU", "cpu": "the CPU, with tiny sizes: it shows that the check works, and nothing else"}.get(
+        device, "a device that is not there: every figure is without meaning"
+    )
+    lines = [
+        f"# Check on {what}, {date.today()}",
+        "`python benchmarks/gpu_check.py` on " + ", ".join(f"{name} {value}" for name, value in told.items()) + ".",
+        "What was expected was written before it was run. *info* is a figure without a rule; *needs CUDA* could not be "
+        "seen here. One card shows nothing of NCCL between ranks, of sends between two GPUs, of a peer that fails "
+        "under NCCL, and no speed-up.",
+    ]
+    now = latest(found)
+    for number, title in enumerate(titles):
+        own = [each for each in now if each["part"] == number]
+        if own:
+            rows = [tuple(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in _rows(own, 200)]
+            lines += [
+                f"## {number} {title}",
+                markdown_table(_HEADER, [(row[0].split(" ", 1)[1], *row[1:]) for row in rows]),
+            ]
+    return "\n\n".join(lines) + "\n"
