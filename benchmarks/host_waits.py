@@ -23,15 +23,32 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from ranks import run_ranks
+from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_comm import (
+    AdaptivePartition,
+    Averaging,
+    Cast,
+    CommProfiler,
+    CompressedDDPStrategy,
+    CyclicStrategy,
+    FixedPeriod,
+    LocalUpdateStrategy,
+    MagnitudePruning,
+    SparseMask,
+)
+from lightning_comm.planning.report import text_table
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from support.mock_cuda import MockCuda, Wait, mock_cuda
 
 BUCKETS = 30
+BLOCKS = [3, 4, 6, 3]  # of a ResNet-50
 PERIOD = 3
 SYNCHRONISES, BETWEEN = 5, 4  # batches, by number: the last of the second round, and one within it
 STEPS = 7  # so that a batch follows
@@ -45,6 +62,7 @@ class Case(NamedTuple):
         strategy: Makes the strategy, for a bucket size in MiB.
         most: How many waits there may be in the batch that is looked at.
         batch: Which batch that is.
+        first: The first one, where several are looked at.
         module: Makes the model.
         options: For the Trainer.
         p2p: Whether ranks send tensors of the device to one other rank, which NCCL can do and gloo cannot.
@@ -54,6 +72,7 @@ class Case(NamedTuple):
     strategy: Callable[[float], Any]
     most: int
     batch: int = SYNCHRONISES
+    first: int | None = None
     module: Callable[[], LightningModule] = lambda: Thin()
     options: Callable[[], dict[str, Any]] = dict
     p2p: bool = False
@@ -63,7 +82,7 @@ class Found(NamedTuple):
     """What was seen in a fit.
 
     Args:
-        waits: Of the package, in the batch that is looked at.
+        waits: Of the package, in what is looked at.
         in_backward: Those within a backward, in all batches but the first ones.
         hazards: What a stream did without a wait for another one, in all batches but the first ones.
 
@@ -79,10 +98,8 @@ class Thin(LightningModule):
 
     def __init__(self, frozen: bool = False) -> None:
         super().__init__()
-        from timm.models.resnet import Bottleneck, ResNet
-
         with torch.device("meta"):
-            net = ResNet(Bottleneck, [3, 4, 6, 3], num_classes=10, channels=(8, 16, 32, 64), stem_width=8)
+            net = ResNet(Bottleneck, BLOCKS, num_classes=10, channels=(8, 16, 32, 64), stem_width=8)
         self.net = net.to_empty(device="cpu")
         generator = torch.Generator().manual_seed(0)
         for tensor in self.net.state_dict().values():
@@ -143,19 +160,6 @@ class _Counting(Callback):
 
 def cases() -> dict[str, Case]:
     """Return every case by its name."""
-    from lightning_comm import (
-        AdaptivePartition,
-        Averaging,
-        Cast,
-        CommProfiler,
-        CompressedDDPStrategy,
-        CyclicStrategy,
-        FixedPeriod,
-        LocalUpdateStrategy,
-        MagnitudePruning,
-        SparseMask,
-    )
-
     common = {"process_group_backend": "gloo", "timeout": TIMEOUT}
 
     def local(**settings: Any) -> Callable[[float], Any]:
@@ -168,8 +172,6 @@ def cases() -> dict[str, Case]:
         return lambda mib: CompressedDDPStrategy(compression, bucket_cap_mb=mib, **common)
 
     def plain(mib: float) -> Any:
-        from lightning.pytorch.strategies import DDPStrategy
-
         return DDPStrategy(bucket_cap_mb=mib, **common)
 
     mask = SparseMask(MagnitudePruning(0.6))
@@ -182,8 +184,8 @@ def cases() -> dict[str, Case]:
         "synchronisation, half of it frozen": Case(local(), 2, module=lambda: Thin(frozen=True)),
         **{f"synchronisation, {word}": Case(local(compression=word), 2) for word in words},
         "synchronisation, sparse mask": Case(local(compression=mask), 2),
-        "synchronisation, overlap": Case(local(overlap_steps=2), 2),
-        "synchronisation, overlap and bf16": Case(local(overlap_steps=2, compression="bf16"), 2),
+        "round, overlap": Case(local(overlap_steps=2), 2, first=SYNCHRONISES - PERIOD + 1),
+        "round, overlap and bf16": Case(local(overlap_steps=2, compression="bf16"), 2, first=SYNCHRONISES - PERIOD + 1),
         "step of local updates": Case(local(), 0, BETWEEN),
         **{f"step under {word}": Case(compressed(each), 1) for word, each in hooks.items()},
         "step of cyclic": Case(lambda mib: CyclicStrategy(**common), 2, module=Deep, p2p=True),
@@ -239,7 +241,7 @@ def _fit(case: Case) -> Found:
         )
         runner.fit(module, _loader())
         return Found(
-            counting.own(case.batch, case.batch),
+            counting.own(case.batch if case.first is None else case.first, case.batch),
             [wait for wait in counting.own(BETWEEN - 1, SYNCHRONISES) if wait.in_backward],
             device.hazards[counting.missing[BETWEEN - 1] :],  # Lightning makes DDP on a stream that nobody waits for
         )
@@ -269,8 +271,6 @@ def places(waits: list[Wait]) -> list[str]:
 
 def main() -> None:
     """Count, and print a table."""
-    from lightning_comm.planning.report import text_table
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="a word in the name of the cases to run")
     parser.add_argument("--where", action="store_true", help="say where the waits are")

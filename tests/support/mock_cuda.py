@@ -35,6 +35,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._dynamo  # modes load it at their first use: here once, for all ranks that are forked
 import torch.distributed as dist
 from torch import Tensor
 
