@@ -62,10 +62,10 @@ def fit(rank, averaging, on_device, module=None, callbacks=(), **kwargs):
         where = {"accelerator": "gpu", "devices": 1, "num_nodes": 2}
     runner = Trainer(
         strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0, callbacks=list(callbacks),
+        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, callbacks=list(callbacks),
         **where, **kwargs,
     )  # fmt: skip
-    runner.fit(module, loader(STEPS, rank))
+    runner.fit(module, loader(STEPS, rank), loader(1, rank) if "val_check_interval" in kwargs else None)
     return strategy, weights(module.cpu())
 
 
@@ -238,9 +238,6 @@ def _beside(rank, on_device):
             super().on_train_batch_end(runner, module)
             dist.all_reduce = reduce
 
-        def on_validation_start(self, runner, module):
-            strategies[:] = [runner.strategy]
-
     def issue(recorder, kind, purpose, *args):
         run = strategies[0]._run if strategies else None
         if recorder._group is None and run is not None:
@@ -262,7 +259,7 @@ def _beside(rank, on_device):
 def test_on_a_device_nothing_is_sent_while_an_average_is_on_its_way_in_the_background():
     for beside, rounds in launch(_beside, True, world_size=2):
         assert rounds == STEPS // PERIOD
-        assert {"reduce", "control", "parameters"} <= {purpose for purpose, _ in beside}
+        assert {"reduce", "control", "evaluation"} <= {purpose for purpose, _ in beside}
         assert not {purpose for purpose, sending in beside if sending}
 
 

@@ -150,7 +150,7 @@ def test_the_drift_of_large_tensors_is_estimated_from_a_sample(run_ranks):
         )  # two independent draws are as far from their mean as it is from 0
 
 
-@pytest.mark.parametrize("bad", [0, -1, float("nan"), float("inf"), "8", None, True, 1e-9])
+@pytest.mark.parametrize("bad", [0, -1, float("nan"), float("inf"), "8", True, 1e-9])
 def test_a_bad_bucket_size_is_named_with_its_value(bad):
     with pytest.raises(ValueError, match="`bucket_mib`") as caught:
         Averaging(bucket_mib=bad)
