@@ -123,7 +123,11 @@ class Context:
     revocable: bool = False
 
     def generator(self, name: str, step: int, device: torch.device, *, shared: bool = False) -> torch.Generator:
-        """Return random numbers for one parameter at one step, this rank's own or the same on all ranks."""
+        """Return random numbers for one parameter at one step, this rank's own or the same on all ranks.
+
+        From one state GPUs of different kinds draw different numbers. So what ranks must have alike is drawn on the
+        host; one that rounds for all, and sends them what it has rounded to, may draw on its device.
+        """
         text = f"{self.seed}/{step}/{'all' if shared else self.recorder.rank}/{name}"
         generator = torch.Generator(device=device)
         generator.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
