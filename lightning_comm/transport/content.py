@@ -133,7 +133,8 @@ class Contents:
         """
         while self._under_way and (wait or self._under_way[0][2].query()):  # type: ignore[no-untyped-call]
             group, answer, event = self._under_way.pop(0)
-            event.synchronize()
+            if wait:
+                event.synchronize()
             self._add(group, answer.tolist())
         return list(self._found)
 

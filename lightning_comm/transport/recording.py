@@ -331,7 +331,8 @@ def hang_up(group: dist.ProcessGroup | None) -> None:
     _abort_kernels(group)
     # torch offers nothing that ends a wait of gloo's, except that a message which is late closes all connections of its
     # rank. It is late only where the connection it should come by is whole, so this asks every other rank for one.
-    for source in dist.get_process_group_ranks(group or dist.group.WORLD):  # torch 2.6 wants a group
+    whole = dist.group.WORLD
+    for source in dist.get_process_group_ranks(group or whole):  # torch 2.6 does not take `None` for the default group
         if source != dist.get_rank():
             with counted_elsewhere(), suppress(RuntimeError, ValueError):
                 work = dist.irecv(torch.empty(1), source, group, _NEVER_SENT)

@@ -19,8 +19,39 @@ STEPS, STAGES, VALIDATED_EVERY = 6, 6, 3
 ONE_A_HOST = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "here"}
 
 
+class SeveralStreams(Regression):
+    """Weights whose gradients come in another stream than those of biases, as where layers run beside each other."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        for parameter in self.parameters():
+            parameter.register_post_accumulate_grad_hook(self.scale)
+
+    def on_fit_start(self):
+        self.streams = [torch.cuda.current_stream(), torch.cuda.Stream()] if self.device.type == "cuda" else []
+
+    def scale(self, parameter):
+        if self.streams:
+            here, there = self.streams
+            here.wait_stream(there)
+            there.wait_stream(here)  # autograd sees to what a stream needs of others
+            torch.cuda.set_stream(there if parameter.ndim > 1 else here)
+        parameter.grad.mul_(1.5)
+
+    def on_after_backward(self):
+        if self.streams:
+            self.streams[0].wait_stream(self.streams[1])
+            torch.cuda.set_stream(self.streams[0])
+
+
+def rate_on_the_device(parameters):
+    parameters = list(parameters)
+    return torch.optim.SGD(parameters, torch.tensor(0.05, dtype=torch.float64, device=parameters[0].device))
+
+
 def _fit(rank, optimizer, settings, **options):
-    module = Regression(deep(STAGES, norm=True), optimizer)
+    make = SeveralStreams if optimizer is rate_on_the_device else Regression
+    module = make(deep(STAGES, norm=True), optimizer)
     strategy = cyclic(stages=STAGES, process_group_backend="gloo", **settings)
     runner = trainer(
         strategy, options.pop("devices"), val_check_interval=VALIDATED_EVERY, limit_val_batches=1, **options
@@ -60,7 +91,7 @@ def _both(rank, world_size, optimizer, settings, nccl):
 @pytest.mark.parametrize(
     ("world_size", "optimizer", "settings", "nccl"),
     [
-        (2, momentum, {"clip_norm": 0.5, "clip_by": "stage"}, False),
+        (2, rate_on_the_device, {"clip_norm": 0.5, "clip_by": "stage"}, False),
         (3, adamw, {"clip_norm": 0.5, "clip_by": "previous_norm"}, False),
         (3, momentum, {"clip_norm": 0.5, "clip_by": "previous_norm", "rule": "v1"}, True),
     ],

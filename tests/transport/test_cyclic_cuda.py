@@ -19,7 +19,7 @@ from lightning_comm import CyclicEngine, simulate_delay
 from lightning_comm.core.cyclic import CyclicSchedule
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.cyclic import CyclicRing
-from lightning_comm.transport.cyclic_messages import NOTES, Message, Numbers, StageLayout
+from lightning_comm.transport.cyclic_messages import NOTES, Mark, Message, Numbers, StageLayout
 from lightning_comm.transport.cyclic_requests import Requests
 from lightning_comm.transport.cyclic_untrained import UntrainedParameters
 from lightning_comm.transport.cyclic_update import Clipping, clip_, squared_norm, whole_norm
@@ -137,12 +137,24 @@ def test_what_was_received_has_left_the_host_before_the_network_may_write_there_
     message.wire.fill_(5)
     with torch.cuda.stream(lane):
         message.from_wire()
-        message.written = message.read = type(message.read)(CUDA)
+        message.read = Mark(CUDA)
         assert not is_done(device, lane)  # nobody has waited so far
     with torch.cuda.stream(compute):
         message.use_again()
         message.memory.zero_()  # no hazard: this stream follows
     assert is_done(device, lane)
+
+
+@on_the_mock
+def test_memory_is_written_again_when_compute_has_read_it_and_the_host_does_not_wait(device):
+    message, compute, lane = Message(StageLayout([torch.zeros(3)]), CUDA), torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(compute):
+        message.memory.clone()
+        message.read = Mark(CUDA)
+    with torch.cuda.stream(lane), device.counting() as waits:
+        message.use_again()
+        message.memory.zero_()  # no hazard: this stream follows
+    assert waits == []
 
 
 @on_the_mock
