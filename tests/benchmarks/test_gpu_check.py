@@ -177,10 +177,11 @@ def test_packing_moves_each_entry_four_times():
     assert moved_bytes(86_567_656, torch.float32) == 1_385_082_496
 
 
+@pytest.mark.timeout(500)  # on a machine that may be busy
 def test_parts_carried_out_on_the_cpu_find_nothing_wrong(carried_out):
     code, found = carried_out("--parts", ",".join(BRIEF), "--minutes", "8")
     assert [each for each in found if each["verdict"] == "fails"] == []
     assert code == 0
     assert {str(each["part"]) for each in found} == set(BRIEF)
-    assert all(each["verdict"] in ("ok", "needs CUDA") for each in found)
+    assert {each["verdict"] for each in found} == {"ok", "info", "needs CUDA"}
     assert len(found) > 80

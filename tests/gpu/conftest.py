@@ -16,10 +16,10 @@ def device():
 
 
 @pytest.fixture(scope="session")
-def needs_cuda(device):
-    """Skip where the tests run on the CPU, on which this cannot be seen."""
-    if device == "cpu":
-        pytest.skip("needs CUDA: nothing of it can be seen on a CPU")
+def needs_nccl(device):
+    """Skip where there is no NCCL: on a CPU, and on a mock of a GPU."""
+    if backend_of(device) != "nccl":
+        pytest.skip("needs CUDA: what NCCL does not send cannot be seen without it")
 
 
 @pytest.fixture

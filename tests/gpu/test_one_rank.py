@@ -51,7 +51,7 @@ def test_a_mixed_precision_trains_and_goes_on_exactly(alone, device, figure, tmp
     assert all(map(math.isfinite, whole["losses"]))
 
 
-@pytest.mark.usefixtures("needs_cuda")
+@pytest.mark.usefixtures("needs_nccl")
 def test_averages_in_the_hosts_memory_are_refused_with_a_way_out(alone, device, figure):
     (said,) = alone.call(fits.average_on_the_cpu, device)
     figure(said[:200], "cpu:gloo,cuda:nccl", "an error that names this way out")
