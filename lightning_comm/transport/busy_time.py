@@ -67,8 +67,9 @@ class BusyTimer:
         *Communication.* None. *Cost.* Some microseconds a batch; on CUDA two events a batch and two a backward.
 
     Example:
+        >>> import time
         >>> timer = BusyTimer(torch.device("cpu"))
-        >>> timer.begin("batch 0", started_s=time.monotonic(), fetch_s=0.0)
+        >>> began = timer.begin("batch 0", started_s=time.monotonic(), fetch_s=0.0)
         >>> loss = torch.ones(2, requires_grad=True).sum()
         >>> timer.before_backward(loss)
         >>> loss.backward()

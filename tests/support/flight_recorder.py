@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 
 _BYTES = {"Float": 4, "Double": 8, "Long": 8, "Int": 4, "Byte": 1, "BFloat16": 2, "Half": 2}
@@ -13,6 +14,8 @@ _BYTES = {"Float": 4, "Double": 8, "Long": 8, "Int": 4, "Byte": 1, "BFloat16": 2
 @contextmanager
 def recording_flights() -> Iterator[None]:
     """Let processes that are forked in here write down what they send. torch reads this when a group is made."""
+    if not hasattr(torch._C._distributed_c10d, "_dump_fr_trace_json"):
+        pytest.skip(f"torch {torch.__version__} writes down nothing of gloo, so there is nothing to compare with")
     os.environ["TORCH_FR_BUFFER_SIZE"] = "2000"
     try:
         yield
