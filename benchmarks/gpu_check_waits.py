@@ -126,12 +126,18 @@ def told(wait: Any) -> str:
 
 
 @contextmanager
-def watched(device: str) -> Iterator[tuple[str, list[Any]]]:
-    """Yield a device and the list that its waits are added to: on a CPU that of a mock."""
+def watched(device: str, *, p2p: bool = False) -> Iterator[tuple[str, list[Any]]]:
+    """Yield a device and the list that its waits are added to: on a CPU that of a mock.
+
+    Args:
+        device: That of the check.
+        p2p: Whether ranks send to one other rank, and the mock lets gloo do so with its tensors.
+
+    """
     if device == "cpu":
         from support.mock_cuda import mock_cuda
 
-        with mock_cuda() as mocked:
+        with mock_cuda(p2p=p2p) as mocked:
             yield "cuda", mocked.waits
         return
     found: list[Any] = []
@@ -249,7 +255,7 @@ def fitted(rank: int, device: str, name: str) -> dict[str, Any]:
     import host_waits
 
     case = host_waits.cases()[name]
-    with watched(device) as (device, waits):
+    with watched(device, p2p=case.p2p) as (device, waits):
         module, batches = case.module(), _Batches(waits)
         mib = 4 * sum(each.numel() for each in module.parameters()) / 2**20 / host_waits.BUCKETS
         options = case.options()
