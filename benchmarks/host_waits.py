@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ from lightning_comm import (
     FixedPeriod,
     LocalUpdateStrategy,
     MagnitudePruning,
+    PartitionedLoader,
     SparseMask,
 )
 from lightning_comm.planning.report import text_table
@@ -49,6 +51,10 @@ from support.mock_cuda import MockCuda, Wait, mock_cuda
 
 BUCKETS = 30
 BLOCKS = [3, 4, 6, 3]  # of a ResNet-50
+CYCLIC_MOST = (
+    7  # once a stage, whether others have changed weights in the last step, and the notes of a step that is over
+)
+OVERLAP_MOST = 3  # two where an average departs, and one where it lands
 PERIOD = 3
 SYNCHRONISES, BETWEEN = 5, 4  # batches, by number: the last of the second round, and one within it
 STEPS = 7  # so that a batch follows
@@ -65,6 +71,7 @@ class Case(NamedTuple):
         first: The first one, where several are looked at.
         module: Makes the model.
         options: For the Trainer.
+        loader: Makes the data.
         p2p: Whether ranks send tensors of the device to one other rank, which NCCL can do and gloo cannot.
 
     """
@@ -75,6 +82,7 @@ class Case(NamedTuple):
     first: int | None = None
     module: Callable[[], LightningModule] = lambda: Thin()
     options: Callable[[], dict[str, Any]] = dict
+    loader: Callable[[], Any] = lambda: _loader()
     p2p: bool = False
 
 
@@ -82,13 +90,15 @@ class Found(NamedTuple):
     """What was seen in a fit.
 
     Args:
-        waits: Of the package, in what is looked at.
+        waits: Of the package and of the thread that trains, in what is looked at.
+        beside: Those of its other threads meanwhile: lanes of Cyclic, averages in the background.
         in_backward: Those within a backward, in all batches but the first ones.
         hazards: What a stream did without a wait for another one, in all batches but the first ones.
 
     """
 
     waits: list[Wait]
+    beside: list[Wait]
     in_backward: list[Wait]
     hazards: list[str]
 
@@ -184,14 +194,18 @@ def cases() -> dict[str, Case]:
         "synchronisation, half of it frozen": Case(local(), 2, module=lambda: Thin(frozen=True)),
         **{f"synchronisation, {word}": Case(local(compression=word), 2) for word in words},
         "synchronisation, sparse mask": Case(local(compression=mask), 2),
-        "round, overlap": Case(local(overlap_steps=2), 2, first=SYNCHRONISES - PERIOD + 1),
-        "round, overlap and bf16": Case(local(overlap_steps=2, compression="bf16"), 2, first=SYNCHRONISES - PERIOD + 1),
+        "round, overlap": Case(local(overlap_steps=2), OVERLAP_MOST, first=SYNCHRONISES - PERIOD + 1),
+        "round, overlap and bf16": Case(
+            local(overlap_steps=2, compression="bf16"), OVERLAP_MOST, first=SYNCHRONISES - PERIOD + 1
+        ),
         "step of local updates": Case(local(), 0, BETWEEN),
         **{f"step under {word}": Case(compressed(each), 1) for word, each in hooks.items()},
-        "step of cyclic": Case(lambda mib: CyclicStrategy(**common), 2, module=Deep, p2p=True),
-        "step of cyclic_v1": Case(lambda mib: CyclicStrategy("v1", **common), 2, module=Deep, p2p=True),
+        "step of cyclic": Case(lambda mib: CyclicStrategy(**common), CYCLIC_MOST, module=Deep, p2p=True),
+        "step of cyclic_v1": Case(lambda mib: CyclicStrategy("v1", **common), CYCLIC_MOST, module=Deep, p2p=True),
         "step with CommProfiler": Case(plain, 1, options=lambda: {"callbacks": [CommProfiler()]}),
-        "step with AdaptivePartition": Case(plain, 1, options=lambda: {"callbacks": [AdaptivePartition("observe")]}),
+        "step with AdaptivePartition": Case(
+            plain, 1, options=lambda: {"callbacks": [AdaptivePartition("observe")]}, loader=lambda: _loader(True)
+        ),
     }
 
 
@@ -203,8 +217,9 @@ def _one_of_two(rank: int) -> Iterator[None]:
     os.environ["OMP_NUM_THREADS"] = "1"
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning_comm").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
+        os.chdir(folder)  # journals and profiles are written there
         yield
 
 
@@ -239,23 +254,26 @@ def _fit(case: Case) -> Found:
             use_distributed_sampler=False,
             **options,
         )
-        runner.fit(module, _loader())
+        runner.fit(module, case.loader())
+        looked_at = counting.own(case.batch if case.first is None else case.first, case.batch)
         return Found(
-            counting.own(case.batch if case.first is None else case.first, case.batch),
+            [wait for wait in looked_at if wait.thread == "MainThread"],
+            [wait for wait in looked_at if wait.thread != "MainThread"],
             [wait for wait in counting.own(BETWEEN - 1, SYNCHRONISES) if wait.in_backward],
             device.hazards[counting.missing[BETWEEN - 1] :],  # Lightning makes DDP on a stream that nobody waits for
         )
 
 
-def _loader() -> DataLoader[Any]:
-    return DataLoader(TensorDataset(torch.ones(2 * STEPS, 8)), batch_size=2)
+def _loader(partitioned: bool = False) -> Any:
+    data = TensorDataset(torch.ones(4 * STEPS, 8))
+    return PartitionedLoader(data, 4) if partitioned else DataLoader(data, batch_size=2)
 
 
 def rows_of(found: dict[str, Found]) -> list[list[str]]:
     """Return a line for each case."""
     limits = cases()
     return [
-        [name, str(len(each.waits)), str(limits[name].most), str(len(each.in_backward)), str(len(each.hazards))]
+        [name, str(len(each.waits)), str(limits[name].most), *(str(len(part)) for part in each[1:])]
         for name, each in found.items()
     ]
 
@@ -280,11 +298,15 @@ def main() -> None:
     for name in cases():
         if options.only in name:
             found |= run_ranks(count, 2, [name])[0]
-    print(text_table(["case", "waits", "at most", "in backward", "missing stream waits"], rows_of(found)))
+    print(
+        text_table(
+            ["case", "waits", "at most", "in other threads", "in backward", "missing stream waits"], rows_of(found)
+        )
+    )
     for name, each in found.items():
-        if options.where and (each.waits or each.in_backward or each.hazards):
+        if options.where and any(each):
             print(f"\n{name}")
-            print("\n".join([*places(each.waits + each.in_backward), *sorted(set(each.hazards))[:5]]))
+            print("\n".join([*places([*each.waits, *each.beside, *each.in_backward]), *sorted(set(each.hazards))[:5]]))
 
 
 if __name__ == "__main__":
