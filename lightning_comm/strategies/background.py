@@ -4,13 +4,12 @@ from collections.abc import Set
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_comm.strategies.round_log import RoundLog
 from lightning_comm.strategies.settings import InFlight
 from lightning_comm.transport.agreement import Agreement
-from lightning_comm.transport.device_time import Moment, moment
+from lightning_comm.transport.device_clock import DeviceClock, Moment
 from lightning_comm.transport.replica import Replica
 
 
@@ -25,18 +24,18 @@ class BackgroundAverage:
         log: Notes the round once its average has landed.
         agreement: Shows whose error it is when a wait fails.
         overlap_steps: After how many steps an average lands, where the round has as many.
-        device: Where the weights are, which says how long training has stood still.
+        device_clock: Says how long training has stood still.
 
     """
 
     def __init__(
-        self, replica: Replica, log: RoundLog, agreement: Agreement, overlap_steps: int, device: torch.device
+        self, replica: Replica, log: RoundLog, agreement: Agreement, overlap_steps: int, device_clock: DeviceClock
     ) -> None:
         self._replica = replica
         self._log = log
         self._agreement = agreement
         self._overlap_steps = overlap_steps
-        self._device = device
+        self._clock = device_clock
         self._flight: InFlight | None = None
         self._stood_still: list[tuple[Moment, Moment]] = []  # for this flight, beside its `transfer_s`
         self._said_clamped = False
@@ -63,10 +62,10 @@ class BackgroundAverage:
 
         """
         self.land()  # still in flight only where a resumed run has shorter rounds
-        started = moment(self._device)
+        started = self._clock.mark()
         self._replica.depart(weight, moderate)
         self._flight = InFlight(step, period_steps, lr, wait_s, 0.0)
-        self._stood_still = [(started, moment(self._device))]
+        self._stood_still = [(started, self._clock.mark())]
 
     def begin_round(self, step: int, next_steps: int) -> None:
         """Choose where the average lands: within the round of ``next_steps`` that begins at ``step``."""
@@ -94,10 +93,10 @@ class BackgroundAverage:
         if self._flight is None:
             return
         self.wait()
-        started = moment(self._device)
+        started = self._clock.mark()
         with self._agreement.first_error_shown():
             summed = self._replica.land()
-        self._stood_still.append((started, moment(self._device)))
+        self._stood_still.append((started, self._clock.mark()))
         drift = summed.read()
         flight, self._flight = self._measured(self._flight), None
         self._log.add(
@@ -113,16 +112,16 @@ class BackgroundAverage:
         """Wait until the average has arrived, if one is in flight. The weights stay as they are."""
         if not self._replica.is_sending:
             return
-        started = moment(self._device)
+        started = self._clock.mark()
         with self._agreement.first_error_shown():
             while not self._replica.is_quiet(timeout_s=0.05):
                 self._agreement.listen()  # or a rank that failed, and lives on, would be waited for
             self._replica.wait_for_background()
-        self._stood_still.append((started, moment(self._device)))
+        self._stood_still.append((started, self._clock.mark()))
 
     def _measured(self, flight: InFlight) -> InFlight:
         """Return the flight with the time that training has stood still for it, once the device has done that."""
-        seconds = sum(begun.until(over) for begun, over in self._stood_still)
+        seconds = sum(self._clock.seconds(*span) for span in self._stood_still)
         self._stood_still = []
         return replace(flight, transfer_s=flight.transfer_s + seconds)
 

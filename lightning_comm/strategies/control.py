@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_comm.transport.device_time import on_device
 from lightning_comm.transport.epoch_ends import same_batches
 from lightning_comm.transport.recording import Pending, Recorder
+from lightning_comm.transport.uploads import uploaded
 
 UNDECIDED, FAILED = 0, -1  # in place of a number of steps
 
@@ -75,7 +75,8 @@ def exchange(
     """
     sent = row._replace(urgent=float(bool(row.urgent)))._asdict()
     del sent["seen"]  # it has room in the flag beside it
-    own = on_device([number for number in sent.values() if number is not None], torch.float64, device)
+    numbers = [number for number in sent.values() if number is not None]
+    own = uploaded(torch.tensor(numbers, dtype=torch.float64), device)
     fields = list(sent)
     for k, name in enumerate(SEEN):
         flag = (found or {}).get(name, False)

@@ -41,12 +41,13 @@ from lightning_comm.strategies.plateau import PlateauMonitors
 from lightning_comm.strategies.unregistered import UnregisteredState
 from lightning_comm.transport.agreement import Agreement, default_store
 from lightning_comm.transport.averaging import broadcast_
+from lightning_comm.transport.backends import backend_of
 from lightning_comm.transport.cyclic_requests import Requests
 from lightning_comm.transport.cyclic_update import ClipBy
 from lightning_comm.transport.optimizer_messages import FirstSteps
 from lightning_comm.transport.plain_data import broadcast_json
 from lightning_comm.transport.random_state import set_random_state
-from lightning_comm.transport.recording import Pending, Recorder, backend_of
+from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.replica import fingerprint
 
 _BUCKET_BYTES = 2**25  # of the broadcast at the start

@@ -36,6 +36,7 @@ from lightning_comm.strategies.cyclic_cut import agreed_stages
 from lightning_comm.strategies.cyclic_own_steps import OwnSteps
 from lightning_comm.strategies.run_length import may_differ
 from lightning_comm.transport.agreement import Agreement, Decision, Kind
+from lightning_comm.transport.backends import backend_of
 from lightning_comm.transport.content import Contents
 from lightning_comm.transport.cyclic import CyclicRing
 from lightning_comm.transport.cyclic_buffers import average_buffers
@@ -49,7 +50,7 @@ from lightning_comm.transport.cyclic_untrained import UntrainedParameters
 from lightning_comm.transport.cyclic_update import Clipping, Number, whole_norm
 from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.random_state import random_state
-from lightning_comm.transport.recording import Pending, Recorder, another_group, backend_of, hang_up
+from lightning_comm.transport.recording import Pending, Recorder, another_group, hang_up
 
 _NOTED = 0  # the stage whose notes all ranks read
 RUN_END = "the end of the run"

@@ -51,7 +51,7 @@ from lightning_comm.strategies.settings import Round, Settings
 from lightning_comm.strategies.unregistered import UnregisteredState
 from lightning_comm.transport.agreement import Agreement, default_store
 from lightning_comm.transport.averaging import Averaging, broadcast_
-from lightning_comm.transport.backends import backend_for
+from lightning_comm.transport.backends import backend_of
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.optimizer_messages import FirstSteps
 from lightning_comm.transport.random_state import set_random_state
@@ -334,7 +334,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             rows = control.exchange(row, recorder, self.root_device, Pending.wait)
         control.check_same_model(rows, "LocalUpdateStrategy")
         with self._first_error_shown("the set-up"), torch.no_grad():
-            bucket_bytes = self.settings.averaging.bucket_bytes_under(backend_for(self.root_device))
+            bucket_bytes = self.settings.averaging.bucket_bytes_under(backend_of(self.root_device))
             broadcast_([tensor for _, tensor in named], recorder, "start", bucket_bytes)
 
     def _unwrap_ddp(self) -> None:

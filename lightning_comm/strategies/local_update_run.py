@@ -45,7 +45,7 @@ from lightning_comm.transport.agreement import Agreement, Decision, Kind, PeerFa
 from lightning_comm.transport.backends import unsent_problems
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
-from lightning_comm.transport.device_time import Moment, moment
+from lightning_comm.transport.device_clock import DeviceClock, Moment
 from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.flat import Drift
 from lightning_comm.transport.optimizer_state import optimizer_tensors, saved_tensors
@@ -93,8 +93,9 @@ class LocalUpdateRun:
             module, recorder, settings.averaging, settings.buffers, self._weight_averages, background
         )
         self._control_device = module.device
+        self.device_clock = DeviceClock(module.device)
         self.background = BackgroundAverage(
-            self.replica, self.log, agreement, settings.averaging.overlap_steps, self._control_device
+            self.replica, self.log, agreement, settings.averaging.overlap_steps, self.device_clock
         )
         codec, method = self.replica.codec, settings.averaging.method
         self.pruned: PrunedWeights | None = None
@@ -118,7 +119,7 @@ class LocalUpdateRun:
         self.active = False  # not in a trial run, such as that of a learning-rate finder
         self._ticks = 0
         self.round_lr = self._step_time_s = 0.0
-        self._step_began = self._now()
+        self._step_began = self.device_clock.mark()
         self._steps: deque[tuple[Moment, Moment, int]] = deque()  # that the device may not have done yet
         self._warned_about_lr = False
 
@@ -184,7 +185,7 @@ class LocalUpdateRun:
         decision = self.agreement.poll(self._position(), force=self.standing)
         if decision is not None and (decision.at_step is None or self.clock.steps_done >= decision.at_step):
             self._carry_out(decision)
-        self._step_began = self._now()
+        self._step_began = self.device_clock.mark()
 
     def end_epoch(self) -> None:
         """Wait until all ranks have ended the epoch alike, where that is not sure before; may be called twice."""
@@ -251,10 +252,10 @@ class LocalUpdateRun:
 
         """
         self.background.wait()
-        started = self._now()  # when the device has done the steps of the round
+        started = self.device_clock.mark()  # when the device has done the steps of the round
         with self.agreement.first_error_shown():
             rows = self._meet(decide=not self.trainer.is_last_batch, answering=answering)
-            met = self._now()
+            met = self.device_clock.mark()
             if any(row.stands for row in rows):
                 self.stand()
                 return
@@ -262,10 +263,10 @@ class LocalUpdateRun:
             weight = self.samples.weight_of(self.recorder.rank, rows)
             moderate = control.moderate(rows)
             if self.settings.averaging.overlap_steps and not in_full and not self._run_is_over():
-                self._depart(started.until(met), weight, moderate)
+                self._depart(self.device_clock.seconds(started, met), weight, moderate)
             else:
                 drift, averaged = self._average(weight, moderate, in_full=in_full or self._run_is_over())
-                self._note(drift, started.until(met), met.until(averaged))
+                self._note(drift, started, met, averaged)
         scales = [row.loss_scale for row in rows]
         take_smallest_scale(self.trainer.precision_plugin, scales, scales[self.recorder.rank])
         self._end_round(weight)
@@ -299,11 +300,11 @@ class LocalUpdateRun:
         self.compare_places("the end of the run")
         if not self.in_gradient_phase and self.apart:
             self.background.wait()
-            started = self._now()
+            started = self.device_clock.mark()
             with self.agreement.first_error_shown():
                 weight = self._weight()
                 drift, averaged = self._average(weight, frozenset(), in_full=True)
-            self._note(drift, 0.0, started.until(averaged))
+            self._note(drift, started, started, averaged)
             self._end_round(weight)
         self.log.end_run()
 
@@ -331,11 +332,8 @@ class LocalUpdateRun:
         drift = replica.average_differences(weight, moderate) if compressed else replica.average(None, weight, moderate)
         replica.average_momenta(self._momenta(), weight, moderate="optimizer_state" in moderate)
         self.apart, self.standing = compressed, False
-        averaged = self._now()
+        averaged = self.device_clock.mark()
         return drift.read(), averaged  # which is where the host waits for a device
-
-    def _now(self) -> Moment:
-        return moment(self._control_device)
 
     def _depart(self, wait_s: float, weight: float | None, moderate: Set[str]) -> None:
         clock = self.clock
@@ -351,14 +349,14 @@ class LocalUpdateRun:
         )
         self.apart, self.standing = True, False
 
-    def _note(self, drift: Drift, wait_s: float, transfer_s: float) -> None:
-        clock = self.clock
+    def _note(self, drift: Drift, started: Moment, met: Moment, averaged: Moment) -> None:
+        clock, seconds = self.clock, self.device_clock.seconds
         self.log.add(
             step=clock.steps_done,
             period_steps=clock.steps_into_round,
             lr=self.round_lr,
-            wait_s=wait_s,
-            transfer_s=transfer_s,
+            wait_s=seconds(started, met),
+            transfer_s=seconds(met, averaged),
             drift=drift,
         )
 
@@ -472,10 +470,10 @@ class LocalUpdateRun:
         return Position(self.clock.steps_done, self.trainer.current_epoch, self._step_time_s)
 
     def _measure_step(self, ticks: int) -> None:
-        self._steps.append((self._step_began, self._now(), ticks))
-        while self._steps and self._steps[0][1].is_past:
+        self._steps.append((self._step_began, self.device_clock.mark(), ticks))
+        while self._steps and self.device_clock.has_passed(self._steps[0][1]):
             began, ended, ticks = self._steps.popleft()
-            latest = began.until(ended) / ticks
+            latest = self.device_clock.seconds(began, ended) / ticks
             if self._step_time_s > 0:  # a single slow step may be a pause of another rank's
                 latest = 0.8 * self._step_time_s + 0.2 * min(latest, 4 * self._step_time_s)
             self._step_time_s = latest

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_comm.lightning_internals import Patches, replace_monitor_value
 from lightning_comm.transport.agreement import Agreement
-from lightning_comm.transport.device_time import on_device
 from lightning_comm.transport.recording import Recorder
+from lightning_comm.transport.uploads import uploaded
 
 
 class PlateauMonitors:
@@ -55,7 +55,7 @@ class PlateauMonitors:
     def _agreed(self, name: str, read: Callable[[str], Any]) -> Any:
         own = read(name)
         number = math.nan if own is None else float(own)
-        row = on_device([own is not None, number], torch.float64, self._device)
+        row = uploaded(torch.tensor([own is not None, number], dtype=torch.float64), self._device)
         self._before()
         with self._agreement.first_error_shown("the value that ReduceLROnPlateau watches"):
             rows, pending = self._recorder.all_gather(row, "control")

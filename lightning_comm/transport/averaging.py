@@ -100,9 +100,9 @@ class Averaging:
             return Full() if self.overlap_steps else None
         return compression_of(self.compression, "Averaging")
 
-    def bucket_bytes_under(self, backend: str) -> int:
+    def bucket_bytes_under(self, backend: str | None) -> int:
         """Return the bucket size in bytes, where a backend of torch sends the buckets."""
-        mib = _DEFAULT_MIB.get(backend, _OTHER_MIB) if self.bucket_mib is None else self.bucket_mib
+        mib = _DEFAULT_MIB.get(backend or "", _OTHER_MIB) if self.bucket_mib is None else self.bucket_mib
         return int(mib * 2**20)
 
 

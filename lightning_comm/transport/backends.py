@@ -18,9 +18,9 @@ def backends(group: dist.ProcessGroup | None = None) -> dict[str, str]:
     return {pair[0]: pair[1] for pair in pairs}
 
 
-def backend_for(device: torch.device, group: dist.ProcessGroup | None = None) -> str:
-    """Return the backend that sends what lies on a device; ``""`` if none does."""
-    return backends(group).get(device.type, "")
+def backend_of(device: torch.device, group: dist.ProcessGroup | None = None) -> str | None:
+    """Return the backend that sends what lies on a device; ``None`` if none does."""
+    return backends(group).get(device.type)
 
 
 def unsent_problems(

@@ -39,7 +39,8 @@ class DeviceClock:
         device: Where the model computes. On the CPU every moment passes when it is marked.
 
     Note:
-        *Communication.* None. *Cost.* On CUDA one event a moment. The host waits for none, but in :meth:`wait_for`.
+        *Communication.* None. *Cost.* On CUDA one event a moment. The host waits in :meth:`wait_for` and
+        :meth:`seconds` alone.
 
     Example:
         >>> clock = DeviceClock(torch.device("cpu"))
@@ -71,15 +72,16 @@ class DeviceClock:
         return moment.seen_s is not None
 
     def wait_for(self, moment: Moment) -> None:
-        """Wait until the device has come to it: outside of training."""
-        if moment.event is not None and moment.seen_s is None:
+        """Wait until the device has come to it, where it has not."""
+        if not self.has_passed(moment):
             moment.event.synchronize()
             moment.seen_s = time.monotonic()
 
     def seconds(self, began: Moment, ended: Moment) -> float:
-        """Return the time between two moments that have passed."""
+        """Return the time between two moments; waits for the second one if it is to come."""
         if began.event is None or ended.event is None:
             return ended.asked_s - began.asked_s
+        self.wait_for(ended)
         return float(began.event.elapsed_time(ended.event)) / 1e3
 
     def at_s(self, moment: Moment) -> float:

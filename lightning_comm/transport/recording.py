@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from lightning_comm.core.ledger import CommLedger, CommRecord, wire_bytes
+from lightning_comm.transport.backends import backend_of
 from lightning_comm.transport.peer_texts import LostConnectionError
 
 _NEVER_SENT = 2**30  # the tag of a message
@@ -304,17 +305,6 @@ def another_group(timeout: timedelta | None, backend: str | None = None) -> dist
 def has_unfinished_messages() -> bool:
     """Whether a message of the default group is under way. Where a rank gives it up, the next ones are out of step."""
     return any(not pending.done() for pending in tuple(_under_way))
-
-
-def backend_of(device: torch.device, group: dist.ProcessGroup | None = None) -> str | None:
-    """Return the backend that a group sends memory of a kind of device with; ``None`` if it has none.
-
-    Args:
-        device: Where the memory is.
-        group: Which; ``None`` for the default group.
-
-    """
-    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(",")).get(device.type)
 
 
 def hang_up(group: dist.ProcessGroup | None) -> None:

@@ -13,13 +13,12 @@ from torch.distributed import ReduceOp
 from torch.nn import Module
 
 from lightning_comm.transport.averaging import Averager, Averaging, broadcast_
-from lightning_comm.transport.backends import backend_for
+from lightning_comm.transport.backends import backend_of
 from lightning_comm.transport.compression.base import Codec
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.content import content, differ
-from lightning_comm.transport.device_time import on_device
 from lightning_comm.transport.differences import DifferenceAverager
 from lightning_comm.transport.flat import DriftSum, Flat
 from lightning_comm.transport.limits import MODERATE, MODERATE_DIFFERENCES, are_moderate
@@ -27,6 +26,7 @@ from lightning_comm.transport.optimizer_state import is_averageable
 from lightning_comm.transport.own_values import OwnValues, copy_into
 from lightning_comm.transport.recording import Recorder
 from lightning_comm.transport.shared_memory import SharedMemory
+from lightning_comm.transport.uploads import uploaded
 
 Shadows = Callable[[], Mapping[str, Module]]
 _Groups = Mapping[str, Mapping[str, Tensor]]  # by purpose, then by name
@@ -80,7 +80,7 @@ class Replica:
         self._module = module
         self._recorder = recorder
         device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
-        self._bucket_bytes = averaging.bucket_bytes_under(backend_for(device))
+        self._bucket_bytes = averaging.bucket_bytes_under(backend_of(device))
         self._averager = Averager(recorder, self._bucket_bytes)
         self._method = averaging.method
         self._differences = (
@@ -502,7 +502,7 @@ class Replica:
 
         """
         assert self._kept is not None
-        layout = on_device([fingerprint(("", tensor) for tensor in momenta)], torch.int64, self._kept.device)
+        layout = uploaded(torch.tensor([fingerprint(("", tensor) for tensor in momenta)]), self._kept.device)
         rows, pending = self._recorder.all_gather(layout, "checkpoint")
         pending.wait()
         alike = bool((rows == layout).all())

@@ -296,9 +296,9 @@ def test_tensors_that_no_backend_sends_are_refused_before_training_with_a_way_ou
 
 def test_the_backend_of_a_device_is_read_from_the_group(monkeypatch):
     monkeypatch.setattr(dist, "get_backend_config", lambda group=None: "cpu:gloo,cuda:nccl")
-    assert backends.backend_for(torch.device("cuda", 0)) == "nccl"
-    assert backends.backend_for(torch.device("cpu")) == "gloo"
-    assert backends.backend_for(torch.device("meta")) == ""
+    assert backends.backend_of(torch.device("cuda", 0)) == "nccl"
+    assert backends.backend_of(torch.device("cpu")) == "gloo"
+    assert backends.backend_of(torch.device("meta")) is None
     averaging = Averaging()
     assert averaging.bucket_bytes_under("nccl") == 25 * 2**20
     assert averaging.bucket_bytes_under("gloo") == averaging.bucket_bytes_under("") == 4 * 2**20

@@ -1,4 +1,4 @@
-"""Averages where the host must not look: the same numbers, few kernels, no wait; and time as a device sees it."""
+"""Averages where the host must not look: the same numbers, few kernels, no wait."""
 
 import itertools
 
@@ -8,17 +8,17 @@ from support.mock_cuda import mock_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.transport import averaging, device_time
+from lightning_comm.transport import averaging
 from lightning_comm.transport.averaging import Averager
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
 from lightning_comm.transport.compression.top_k import TopK
-from lightning_comm.transport.device_time import Moment, moment, on_device
 from lightning_comm.transport.differences import DifferenceAverager
 from lightning_comm.transport.limits import MODERATE, are_moderate
 from lightning_comm.transport.recording import Recorder
 from lightning_comm.transport.share import Share
+from lightning_comm.transport.uploads import uploaded
 
 TYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 COUNTS = {2: [7, 3], 3: [5, 0, 11]}
@@ -124,58 +124,9 @@ def test_a_share_of_moderate_numbers_and_a_look_at_them_wait_for_nothing():
         with device.counting() as waits:
             share.part_(there, moderate=True)
             found = are_moderate([there])
-            numbers = on_device([1.0, 2.0], torch.float64, there.device)
+            numbers = uploaded(torch.tensor([1.0, 2.0]), there.device)
         assert not waits
         assert found.is_cuda
         assert numbers.is_cuda
         assert numbers.tolist() == [1.0, 2.0]
         assert torch.equal(there.cpu(), wanted)
-
-
-# ---- time ---------------------------------------------------------------------------------------------------------
-
-
-class Behind:
-    """An event of a device that is behind the host."""
-
-    clock_s = 0.0  # where the device is
-    waits = 0
-
-    def __init__(self, enable_timing=False):
-        assert enable_timing
-
-    def at(self, seconds):
-        self.at_s = seconds
-        return self
-
-    def query(self):
-        return Behind.clock_s >= self.at_s
-
-    def synchronize(self):
-        Behind.waits += 1
-        Behind.clock_s = max(Behind.clock_s, self.at_s)
-
-    def elapsed_time(self, other):
-        assert self.query()
-        assert other.query(), "as CUDA, which refuses it"
-        return 1000 * (other.at_s - self.at_s)
-
-
-def test_time_between_moments_is_that_of_the_device_and_waits_only_for_what_is_to_come():
-    Behind.clock_s, Behind.waits = 3.0, 0
-    first, second, third = (Moment(0.1 * k, Behind(True).at(2.0 * k)) for k in (0, 1, 3))
-    assert second.is_past
-    assert not third.is_past
-    assert first.until(second) == 2.0
-    assert Behind.waits == 0
-    assert second.until(third) == 4.0
-    assert Behind.waits == 1
-    assert third.is_past
-
-
-def test_on_a_processor_the_time_is_that_of_the_host(monkeypatch):
-    times = iter([10.0, 12.5])
-    monkeypatch.setattr(device_time.time, "monotonic", lambda: next(times))
-    first, second = (moment(torch.device("cpu")) for _ in range(2))
-    assert second.is_past
-    assert first.until(second) == 2.5

@@ -23,7 +23,16 @@ def test_a_moment_is_when_the_device_comes_to_it_and_not_when_it_is_asked_for(de
     device.host(2.0)
     assert clock.has_passed(after)
     assert (clock.at_s(start), clock.at_s(after), clock.seconds(start, after)) == (0.0, 2.0, 2.0)
-    assert device.waits == 1, "for the start alone"
+    assert device.waits == 0
+
+
+def test_the_time_until_a_moment_that_is_to_come_is_waited_for(device):
+    clock = DeviceClock(torch.device("cuda"))
+    first = clock.mark()
+    device.queue(3.0)
+    second = clock.mark()
+    device.host(1.0)
+    assert (clock.seconds(first, second), device.now_s, device.waits) == (3.0, 3.0, 1)
 
 
 def test_waiting_for_a_moment_makes_it_known(device):

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from support.processes import start_ranks
 
 from lightning_comm.transport import recording
-from lightning_comm.transport.recording import another_group, backend_of, hang_up
+from lightning_comm.transport.backends import backend_of
+from lightning_comm.transport.recording import another_group, hang_up
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -236,13 +236,6 @@ class Codec(ABC):
         self.step = int(state["step"])
 
 
-def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host's on a device; to CUDA from memory that it can read by itself, without a wait."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 def run_alone(conversation: Conversation) -> None:
     """Carry a conversation through, waiting for each message; for one bucket at a time."""
     for message in conversation:

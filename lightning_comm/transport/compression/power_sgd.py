@@ -17,10 +17,10 @@ from lightning_comm.transport.compression.base import (
     Layout,
     Message,
     Slot,
-    uploaded,
 )
 from lightning_comm.transport.compression.feedback import Feedback
 from lightning_comm.transport.compression.rounding import scale_type
+from lightning_comm.transport.uploads import uploaded
 
 _DEPENDENT = 1e-10  # of the largest column: what is left of one that the columns before it explain, up to rounding
 _ALIGNED_BYTES = 64
