@@ -229,7 +229,15 @@ def clip_(clipping: Clipping, square: Number, previous_norm: Number | None, grad
         factor = _factor(clipping.norm, norm)
         if isinstance(factor, Tensor) or factor != 1.0:  # on a device multiplying by one costs less than to look
             for gradient in there:
-                gradient.mul_(factor)
+                _multiply(gradient, factor)
+
+
+def _multiply(gradient: Tensor, factor: Number) -> None:
+    if isinstance(factor, Tensor) and gradient.dtype in (torch.float16, torch.bfloat16):
+        # CUDA rounds a factor that is a tensor to the gradient's type, where a small one may become 0
+        gradient.copy_(gradient.float().mul_(factor))
+    else:
+        gradient.mul_(factor)
 
 
 def _factor(limit: float, norm: Number) -> Number:
@@ -269,7 +277,10 @@ def whole_norm(squares: Sequence[Number]) -> Number:
     """Return the norm of a gradient from the squared norms of its parts."""
     device = next((each.device for each in squares if isinstance(each, Tensor)), None)
     if device is None:
-        return math.sqrt(sum(squares))
+        total = 0.0
+        for square in squares:  # not `sum`, which adds more exactly from Python 3.12 on, and others than a device
+            total += float(square)
+        return math.sqrt(total)
     row = [
         each if isinstance(each, Tensor) else torch.full((), each, dtype=torch.float64, device=device)
         for each in squares

@@ -409,6 +409,21 @@ def leave_group_at_exit() -> None:
 def _leave_group() -> None:
     if dist.is_available() and dist.is_initialized():
         if _noting:
-            for group in tuple(distributed_c10d._world.pg_map):  # torch has no public list of them
-                _abort_kernels(group)
+            _abort_all_kernels()
+        # torch 2.6 joins gloo's threads with Python's lock held, where it frees a group. A thread that frees a message
+        # which nobody holds any more, as after an error, needs the lock for its tensors: both would wait for good.
+        # Objects of backends give the lock away before they join. So these have to be the last that hold them, and no
+        # name here may hold a group.
+        backends = _backend_objects()
         dist.destroy_process_group()
+        del backends
+
+
+def _backend_objects() -> list[Any]:
+    groups = tuple(distributed_c10d._world.pg_map)  # torch has no public list of them
+    return [group._get_backend(device) for group in groups for device in group._device_types]
+
+
+def _abort_all_kernels() -> None:
+    for group in tuple(distributed_c10d._world.pg_map):
+        _abort_kernels(group)

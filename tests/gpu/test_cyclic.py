@@ -64,3 +64,10 @@ def test_a_fit_is_the_sequential_reference(two, on_the_cpu, device, figure, sett
     worst = fits.difference(one["weights"], expected)
     figure(worst, 1e-9, "at most, as a share of the largest weight, against the CPU; ranks equal")
     assert worst <= 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_norm_that_stays_on_the_device_clips_half_precision_as_one_of_the_host(one_rank, device, dtype):
+    found, expected = one_rank.call(cyclic.clipped_half, device, dtype)[0]
+    assert expected.abs().max() > 0
+    assert torch.equal(found, expected)

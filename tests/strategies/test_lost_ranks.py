@@ -5,6 +5,7 @@ import time
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 from support import faults
 from support.cyclic import deep, momentum
@@ -18,6 +19,11 @@ from lightning_comm import Averaging, CyclicStrategy, FixedPeriod, LocalUpdateSt
 TIMEOUT_S = 6.0  # where it has to run out
 WITHIN_S = 10.0  # beyond that, all processes have ended
 LONG_S = 60.0  # where it must not be waited for
+# The short time-out is set once ranks are joined, which gloo of torch 2.6 does not take up: there the watchdog ends
+# ranks, with no exception of their own.
+TAKES_TIME_OUTS = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="gloo of torch 2.6 keeps its first time-out"
+)
 
 STRATEGIES = {
     "local": lambda **options: LocalUpdateStrategy(FixedPeriod(10), **options),
@@ -145,6 +151,7 @@ def test_a_preparation_that_torch_would_never_leave_is_ended_by_the_watchdog(oth
         assert [fate.text for fate in ended] == [""]  # from another thread, while this one waited
 
 
+@TAKES_TIME_OUTS
 def test_a_rank_that_stops_before_process_groups_are_made_is_heard_of_before_they_are(others):
     for _, ended in of(others, hook="configure_optimizers"):
         for fate in ended:
@@ -152,7 +159,16 @@ def test_a_rank_that_stops_before_process_groups_are_made_is_heard_of_before_the
             assert "rank 0, which hosts it, is stopped or hangs" in fate.text
 
 
-@pytest.mark.parametrize("strategy", ["local", "overlap", "gradients", "staggered", "cyclic"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param("local", marks=TAKES_TIME_OUTS),
+        pytest.param("overlap", marks=TAKES_TIME_OUTS),
+        "gradients",
+        "staggered",
+        "cyclic",
+    ],
+)
 def test_a_rank_that_is_stopped_or_killed_is_named_by_all_others(others, strategy):
     for (what, who, *_), ended in of(others, strategy=strategy):
         for fate in ended:

@@ -14,6 +14,7 @@ from lightning_comm.core.cyclic import CyclicSchedule
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.cyclic import CyclicRing
 from lightning_comm.transport.cyclic_messages import NOTES, StageLayout
+from lightning_comm.transport.cyclic_update import Clipping, clip_
 from lightning_comm.transport.recording import Recorder, another_group
 from support.cyclic import adamw, deep, reference
 from support.device_fits import Where, places, weights
@@ -158,3 +159,13 @@ def slow_hand_overs(device: str, slow: bool) -> Iterator[None]:
         yield
     finally:
         CyclicRing.hand_over = before  # type: ignore[method-assign]
+
+
+def clipped_half(rank: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a gradient clipped to a far smaller norm, by a norm on a device and by one of the host."""
+    gradient = torch.linspace(-6e4, 6e4, 1000).to(dtype)
+    square, clipping = float(gradient.double().square().sum()), Clipping(norm=1e-2)
+    there, here = gradient.to(device), gradient.clone()
+    clip_(clipping, torch.tensor(square, dtype=torch.float64, device=device), None, [there])
+    clip_(clipping, square, None, [here])
+    return there.cpu(), here

@@ -2,22 +2,26 @@
 
 import threading
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from support.faults import Fault, Job, fates, vanish
 from support.processes import start_ranks
 
 from lightning_comm.transport import recording
 from lightning_comm.transport.backends import backend_of
-from lightning_comm.transport.recording import another_group, hang_up
+from lightning_comm.transport.recording import another_group, hang_up, leave_group_at_exit
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 class Nccl:
     """What torch has behind a group, as far as hanging up goes; its abort never ends if it is stuck."""
+
+    _device_types = (CUDA,)
 
     def __init__(self, stuck=False, fault=None):
         self.aborts, self.fault, self.lets = 0, fault, threading.Event()
@@ -88,3 +92,20 @@ def _for_processors_alone(rank):
 
 def test_a_device_may_have_none():
     assert start_ranks(_for_processors_alone, world_size=1) == [("gloo", None)]
+
+
+def _leave_with_a_message_that_nobody_holds(rank, fault):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    leave_group_at_exit()
+    dist.barrier()
+    if rank == 1:
+        time.sleep(1)
+        fault.strike(rank)
+    dist.all_gather_into_tensor(torch.zeros(2), torch.ones(1), async_op=True)
+
+
+def test_a_message_that_nobody_holds_any_more_keeps_no_rank_from_its_end():
+    fault = Fault(vanish, 1)
+    ((one, _),) = fates([(Job(_leave_with_a_message_that_nobody_holds, (fault,), 2), fault)], within_s=20.0)
+    assert (one.text, one.status) == ("ended", 0)
+    assert one.seconds < 20, "torch 2.6 would wait for good, with Python's lock held"
