@@ -419,7 +419,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
         if self._sync is not None:
-            self._sync.settle()
+            self._sync.end_backward()
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Take note of a step of any optimizer, except the one that :meth:`optimizer_step` is about to judge."""

@@ -15,6 +15,8 @@ UNDECIDED, FAILED = 0, -1  # in place of a number of steps
 
 # what a rank knows of its tensors, each a power of two in `seen`; also the purposes of averages
 SEEN = ("moved", "parameters", "buffers", "weight_averages", "optimizer_state")
+# what a rank says that has not looked, since no average follows: of entries, that any may be large
+NOT_LOOKED: dict[str, bool | Tensor] = dict.fromkeys(SEEN[1:], True)
 
 
 class ControlRow(NamedTuple):

@@ -292,7 +292,7 @@ class LocalUpdateRun:
     def meet_at_epoch_end(self) -> None:
         """Check that all ranks end the epoch after the same steps, where its length could not be compared before."""
         if not self.in_gradient_phase:
-            self._check(self._meet())
+            self._check(self._meet(averages=False))
 
     def finish(self) -> None:
         """End the run averaged, also where its length was not known."""
@@ -369,7 +369,7 @@ class LocalUpdateRun:
                 return
         if self.clock.total_steps is not None and self.clock.steps_done >= self.clock.total_steps:
             self.clock.total_steps = None  # the run goes on beyond its estimate; its end is averaged by `finish`
-        rows = self._meet(decide=True)
+        rows = self._meet(decide=True, averages=False)
         self._check(rows)
         self._begin(rows)
 
@@ -382,7 +382,9 @@ class LocalUpdateRun:
         self.keep_pruned_at_zero()
         self.replica.begin_round(equal=not self.apart)
 
-    def _meet(self, *, decide: bool = False, stand: bool = False, answering: bool = False) -> list[ControlRow]:
+    def _meet(
+        self, *, decide: bool = False, stand: bool = False, answering: bool = False, averages: bool = True
+    ) -> list[ControlRow]:
         """Exchange one control row a rank; return all of them.
 
         Args:
@@ -390,6 +392,7 @@ class LocalUpdateRun:
             stand: Whether to say that ranks stop where they stand.
             answering: Whether this rank agrees to requests while it waits. Only at the end of a step, where it can
                 still carry them out at that step.
+            averages: Whether an average may follow, for which tensors are looked at: what is averaged is read once.
 
         """
         self.background.wait()  # on CUDA, two groups that send at once may wait for each other
@@ -412,7 +415,7 @@ class LocalUpdateRun:
         wait = self._wait_answering if answering else self._wait
         device = self._control_device
         scale = loss_scale_on(self.trainer.precision_plugin, device)
-        found = self.replica.look(self._momenta())
+        found = self.replica.look(self._momenta()) if averages else control.NOT_LOOKED
         rows = control.exchange(row, self.recorder, device, wait, loss_scale=scale, found=found)
         if error is not None:
             raise error

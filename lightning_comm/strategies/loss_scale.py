@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_comm.lightning_internals import scale_on_device
+
 
 def loss_scale(precision_plugin: Any) -> float | None:
     """Return the present loss scale; ``None`` where none is in use. On CUDA the host waits for the device."""
@@ -29,10 +31,17 @@ def take_smallest_scale(precision_plugin: Any, scales: list[float], own: float) 
         scales: Those of all ranks.
         own: That of this rank.
 
+    Note:
+        *Host.* It does not wait for a device, where the scaler has made its scale there.
+
     """
     smallest, scaler = min(scales), _scaler(precision_plugin)
-    if scaler is not None and 0 < smallest != own:
-        # not by `update`, which a scaler refuses that has not scaled a loss yet, as in a run that has just been resumed
+    if scaler is None or not 0 < smallest != own:
+        return
+    scale = scale_on_device(scaler)
+    if scale is not None:
+        scale.fill_(smallest)  # as `load_state_dict` does, whose state is read off the device
+    else:  # a scaler that has not scaled a loss yet, as in a run that has just been resumed
         scaler.load_state_dict({**scaler.state_dict(), "scale": smallest})
 
 

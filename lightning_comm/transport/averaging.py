@@ -187,9 +187,8 @@ class Averager:
                     drift.add(self._unpack(travelling.popleft(), weight, moderate))
                 used = _pack(pieces, scratch[turn % IN_FLIGHT])
                 own = sample(used)
-                _weigh(
-                    used, weight, moderate
-                )  # in the accumulation type, and after the sample, which is of this rank's own
+                # in the accumulation type, and after the sample, which is of this rank's own
+                _weigh(used, weight, moderate)
                 travelling.append(_Travelling(pieces, used, own, self._recorder.all_reduce(used, purpose), purpose))
             while travelling:
                 drift.add(self._unpack(travelling.popleft(), weight, moderate))

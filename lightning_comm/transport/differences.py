@@ -143,6 +143,11 @@ class DifferenceAverager:
         """Whether an average has departed and not landed."""
         return bool(self._flights)
 
+    @property
+    def corrections(self) -> list[Tensor]:
+        """What landing would move the parameters by, once all has arrived."""
+        return [flight.row for flight in self._flights]
+
     @torch.no_grad()
     def depart(self, tensors: Mapping[str, Tensor], weight: float | None = None, *, moderate: bool = False) -> None:
         """Note the parameters of now, and let a thread average their differences; they themselves stay as they are.

@@ -150,6 +150,11 @@ class GradientSync:
         if self.codec.unapplied:  # or nothing could be restored
             self.codec.take_back([self._names[id(each)] for each in self._unused()], last_only=True)
 
+    def end_backward(self) -> None:
+        """Settle what a backward has brought; one that sent nothing, as in mid-accumulation, is over as well."""
+        self.settle()
+        self._looked = False
+
     def stepped(self, parameters: Iterable[Tensor]) -> None:
         """Take note that an optimizer has stepped: with the means of these parameters, or without those cleared before.
 

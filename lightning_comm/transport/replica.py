@@ -152,7 +152,8 @@ class Replica:
         Returns:
             ``"moved"``: whether a frozen parameter has changed since ranks had the same. By purpose of an average:
             whether an entry may be so large, or not finite, that the host has to look at each bucket of it. On a CPU
-            that always is so, since looking costs less there than this pass.
+            that always is so, since looking costs less there than this pass; and of parameters also while an average
+            of them is on its way in the background.
 
         """
         found: dict[str, bool | Tensor] = {}
@@ -161,18 +162,14 @@ class Replica:
         groups = {purpose: list(group.values()) for purpose, group in self.averaged().items()}
         groups["optimizer_state"] = list(momenta)
         for purpose, tensors in groups.items():
-            rows = [Flat.of(tensor).entries for tensor in tensors]
-            limit = MODERATE
+            rows, limit = [Flat.of(tensor).entries for tensor in tensors], MODERATE
             if purpose == "parameters" and self._differences is not None:
                 rows, limit = rows + self._differences.references, MODERATE_DIFFERENCES
-            found[purpose] = self._is_not_moderate(rows, limit)
+                if self.in_flight:  # what has arrived may be added to the parameters before they are averaged
+                    rows, limit = rows + self._differences.corrections, limit / 2
+            on_its_way = purpose == "parameters" and self.is_sending
+            found[purpose] = bool(rows) if on_its_way else _is_not_moderate(rows, limit)
         return found
-
-    def _is_not_moderate(self, rows: list[Tensor], limit: float) -> bool | Tensor:
-        devices = {row.device for row in rows}
-        if {device.type for device in devices} != {"cuda"} or len(devices) > 1 or self.in_flight:
-            return bool(devices)
-        return ~are_moderate(rows, limit)
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the parameters that are averaged, by name."""
@@ -516,6 +513,13 @@ class Replica:
         if self._average_buffers:
             changed |= {f"buffer:{name}": buffer for name, buffer in self._module.named_buffers()}
         return changed | {f"parameters:{name}": parameter for name, parameter in self._without_mean().items()}
+
+
+def _is_not_moderate(rows: list[Tensor], limit: float) -> bool | Tensor:
+    devices = {row.device for row in rows}
+    if {device.type for device in devices} != {"cuda"} or len(devices) > 1:
+        return bool(devices)
+    return ~are_moderate(rows, limit)
 
 
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> int:

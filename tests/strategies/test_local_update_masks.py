@@ -82,9 +82,9 @@ def test_two_ranks_do_what_one_process_does_for_both_and_send_live_weights_alone
 def _with_a_late_thread(rank, late):
     travel = DifferenceAverager._travel
 
-    def later(self, scale):
+    def later(self, *args):
         time.sleep(0.2 if rank == late else 0)
-        travel(self, scale)
+        travel(self, *args)
 
     DifferenceAverager._travel = later
     gradual = SparseMask(PRUNING, schedule=PruningSchedule(start_step=4, end_step=12, every_steps=4))

@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from support.mock_cuda import mock_cuda
-from support.processes import launch
+from support.mock_cuda_record import mocks
+from support.processes import launch, start_ranks
 from support.training import Regression, Stop, loader, local_update, trainer, weights
 from torch import nn
 
@@ -24,6 +25,7 @@ from lightning_comm.strategies.local_update_run import LocalUpdateRun
 from lightning_comm.transport import backends, recording
 from lightning_comm.transport.recording import Recorder
 from lightning_comm.transport.replica import Replica
+from lightning_comm.transport.share import Share
 
 STEPS, PERIOD = 12, 4
 
@@ -77,7 +79,8 @@ def _on_processor(rank, averaging, large, callbacks):
 
 
 def _on_device(rank, averaging, large, callbacks):
-    plain, waits = LocalUpdateRun.synchronise, []
+    plain, waits, look, looks = LocalUpdateRun.synchronise, [], Replica.look, []
+    Replica.look = lambda *args: looks.append(1) or look(*args)
     with mock_cuda() as device:
 
         def synchronise(run, **kwargs):
@@ -90,7 +93,7 @@ def _on_device(rank, averaging, large, callbacks):
         dist.destroy_process_group()  # here, since a barrier would ask a driver
         in_threads = [wait for wait in device.waits if "errand" in wait.thread]
     times = [(done.wait_s, done.transfer_s) for done in strategy.history]
-    return got, waits, in_threads, device.hazards, times, strategy._run._step_time_s
+    return got, waits, in_threads, device.hazards, times, strategy._run._step_time_s, len(looks)
 
 
 def on_both(averaging, large=0.0, callbacks=()):
@@ -109,9 +112,9 @@ def on_both(averaging, large=0.0, callbacks=()):
 )
 def test_a_synchronisation_on_a_device_waits_twice_at_most_and_computes_the_same(averaging):
     callbacks = [EMAWeightAveraging(decay=0.9)]
-    for same, waits, in_threads, hazards, times, step_time_s in on_both(averaging, callbacks=callbacks):
+    for same, waits, in_threads, hazards, times, step_time_s, looks in on_both(averaging, callbacks=callbacks):
         assert same
-        assert len(waits) == STEPS // PERIOD
+        assert len(waits) == looks == STEPS // PERIOD, "nothing is averaged where the first round opens"
         assert all(len(each) <= 2 for each in waits), waits
         assert not in_threads
         assert not hazards
@@ -215,6 +218,95 @@ def test_a_scale_is_changed_only_where_another_rank_has_a_smaller_one():
     assert scaler.state_dict()["_growth_tracker"] == 7
     loss_scale.take_smallest_scale(plugin, [0.0, 16.0], 16.0)  # a rank without one
     assert scaler.get_scale() == 16.0
+
+
+class LowersItsScale(Callback):
+    """Has another loss scale on each rank, as if rank 0 had skipped steps."""
+
+    def on_train_batch_end(self, runner, module, outputs, batch, batch_idx):
+        scaler = runner.precision_plugin.scaler
+        if batch_idx == 0:
+            scaler.update(2.0 ** (8 + runner.global_rank))
+
+
+def _fit_in_fp16(rank):
+    scales, waits, plain = [], [], LocalUpdateRun.synchronise
+    with mock_cuda() as device:
+
+        def synchronise(run, **kwargs):
+            scaler = run.trainer.precision_plugin.scaler
+            before = scaler.get_scale()
+            with device.counting() as found:
+                plain(run, **kwargs)
+            waits.append([wait.where for wait in found])
+            scales.append((before, scaler.get_scale()))
+
+        LocalUpdateRun.synchronise = synchronise
+        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8)
+        plugin = MixedPrecision("16-mixed", "cuda", scaler)
+        fit(rank, Averaging(1e-4), True, callbacks=[LowersItsScale()], plugins=[plugin])
+        dist.destroy_process_group()
+    return scales, waits
+
+
+def test_ranks_with_unequal_scales_take_the_smallest_and_wait_no_longer_for_it():
+    for rank, (scales, waits) in enumerate(launch(_fit_in_fp16, world_size=2)):
+        assert scales[0] == (2.0 ** (8 + rank), 2.0**8)
+        assert len(waits) == STEPS // PERIOD
+        assert all(len(each) <= 2 for each in waits), waits
+
+
+# ---- evaluations ----------------------------------------------------------------------------------------------------
+
+
+def _evaluate(rank, background, device, large):
+    """Enter an evaluation while an average is in flight; return what ranks knew of tensors, and what is averaged."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*[nn.Linear(5, 5) for _ in range(9)]).to(device)
+    net.register_buffer("mean", torch.full((40,), float(rank), device=device))
+    recorder, weight = Recorder(recording.CommLedger()), Share.of([7, 3], rank)
+    replica = Replica(net, recorder, Averaging(1e-4, overlap_steps=2), "average", dict, background)
+
+    def meet():
+        row = ControlRow(layout=replica.layout())
+        found = replica.look()
+        rows = control.exchange(row, recorder, torch.device(device), recording.Pending.wait, found=found)
+        return control.moderate(rows)
+
+    with torch.no_grad():
+        net[3].bias[0] = large
+        replica.begin_round(equal=True)
+        net[2].weight.add_(rank + 1.0)
+        replica.depart(weight, meet())
+        net[4].weight.sub_(rank + 1.0)
+    replica.wait_for_background()
+    before = len(mocks[-1].waits) if mocks else 0
+    known = meet()
+    replica.enter_average("evaluation", weight, known)
+    waits = len(mocks[-1].waits) - before if mocks else 0
+    return known, waits, [tensor.detach().cpu().tolist() for tensor in [*net.parameters(), *net.buffers()]]
+
+
+def _evaluations(rank):
+    background, answers = Recorder(recording.CommLedger(), group=dist.new_group()), []
+    for large in (0.0, 1.5 * 2.0**13):
+        *_, expected = _evaluate(rank, background, "cpu", large)
+        with mock_cuda() as device:
+            known, waits, found = _evaluate(rank, background, "cuda", large)
+            answers.append((known, waits, found == expected, device.hazards))
+    return answers
+
+
+def test_an_evaluation_while_an_average_is_in_flight_waits_twice_at_most_where_nothing_is_near_a_limit():
+    for (known, waits, same, hazards), large in start_ranks(_evaluations, world_size=2):
+        assert known == {"parameters", "buffers", "weight_averages", "optimizer_state"}
+        assert waits <= 2
+        assert same
+        assert not hazards
+        # weights below the limit, which what is in flight might take beyond it: each bucket is looked at
+        assert large[0] == known - {"parameters"}
+        assert large[1] > 2
+        assert large[2:] == (True, [])
 
 
 # ---- order of messages --------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -176,8 +177,10 @@ def run(
         samples = Samples(STEPS * 4, rank, case.dtype)
         data = ResumableLoader(samples, 4, seed=3, num_replicas=1, rank=0)  # goes on in the middle of an epoch
         validation = loader(1, 90 + rank, dtype=case.dtype)
-    runner = trainer(strategy or case.strategy(**places(world_size)), 1 if device == "cpu" else [0], **options)
-    runner.fit(module, data, validation, ckpt_path=ckpt_path)
+    with TemporaryDirectory() as folder:  # for the journal of a partition
+        options["default_root_dir"] = folder
+        runner = trainer(strategy or case.strategy(**places(world_size)), 1 if device == "cpu" else [0], **options)
+        runner.fit(module, data, validation, ckpt_path=ckpt_path)
     assert runner.world_size == world_size
     assert where.devices == {device}
     return module, runner

@@ -23,8 +23,13 @@ copy between host and device unless it is ``non_blocking`` and the host's memory
 (``synchronize``). ``Work.wait`` is none: under NCCL it lets a stream wait. Gloo sees plain tensors; it refuses to send
 and to receive labelled ones, as it does on a GPU, unless ``p2p=True``; ``nccl=True`` takes tensors of the device alone.
 
-What it cannot show: kernels' own numerics, time, memory. A graph that crosses devices gets gradients on the wrong one.
-Files are written as from the CPU.
+Pinned memory that a copy may still read or write is kept apart from what the host does with it: that is a hazard too,
+until the host has waited for the copy. An event has come once the host has waited for it, or for something later.
+
+What it cannot show: kernels' own numerics, time, memory. Memory that the allocator hands out again while another stream
+still reads it: ``record_stream`` is only called. The device's default generator, whose numbers are the host's. Waits in
+C++ that no operation stands for. A graph that crosses devices gets gradients on the wrong one. Files are written as
+from the CPU.
 """
 
 import threading
@@ -39,6 +44,7 @@ import torch._dynamo  # modes load it at their first use: here once, for all ran
 import torch.distributed as dist
 from torch import Tensor
 
+from support.mock_cuda_copies import pickled, storage_on_host
 from support.mock_cuda_functions import Functions, Generator
 from support.mock_cuda_operations import Operations
 from support.mock_cuda_record import (
@@ -211,6 +217,8 @@ def mock_cuda(nccl: bool = False, p2p: bool = False) -> Iterator[MockCuda]:
             (threading.Thread, "start", _start_thread(threading.Thread.start)),
             (dist.Work, "wait", _wait_for_work(dist.Work.wait)),
             (Tensor, "record_stream", _record_stream),
+            (Tensor, "_reduce_ex_internal", pickled(Tensor._reduce_ex_internal)),
+            (torch.UntypedStorage, "cpu", storage_on_host(torch.UntypedStorage.cpu)),
             (torch.futures.Future, "__init__", _without_devices(torch.futures.Future.__init__)),
             (dist.Work, "get_future", _future_of(dist.Work.get_future)),
             *((ddp, name, _within_ddp(getattr(ddp, name))) for name in ("_ddp_init_helper", "_pre_forward")),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from support.mock_cuda_copies import cpu, cuda, deepcopy, move, to
 from support.mock_cuda_record import (
     CUDA,
     active,
@@ -14,10 +15,11 @@ from support.mock_cuda_record import (
     here,
     is_on_device,
     is_pinned,
-    label_of,
     labels_in,
     means_cuda,
+    pinned_in,
     put,
+    tensors_in,
 )
 
 _FROM_VALUES = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
@@ -46,6 +48,11 @@ class Generator(torch._C.Generator, metaclass=_AnyGenerator):
         return self
 
 
+def _data(func: Any, args: Any, kwargs: Any) -> Any:
+    first = 1 if func is Tensor.new_tensor else 0
+    return args[first] if len(args) > first else kwargs.get("data", kwargs.get("obj"))
+
+
 class Functions(TorchFunctionMode):
     """Answers what Python asks of a tensor, and makes what it makes elsewhere."""
 
@@ -59,6 +66,9 @@ class Functions(TorchFunctionMode):
         pinned = kwargs.pop("pin_memory", False) if "pin_memory" in kwargs else False
         if func is Tensor.new_tensor and "device" not in kwargs:
             kwargs["device"] = args[0].device if not is_on_device(args[0]) else CUDA
+        if func in _FROM_VALUES and not isinstance(data := _data(func, args, kwargs), Tensor):
+            for _ in range(sum(each.numel() for each in tensors_in(data) if is_on_device(each))):
+                active().wait("_local_scalar_dense")  # a number after the other
         if kwargs.get("device") is None:
             made = self.call(func, args, kwargs)
             on_device = None
@@ -75,11 +85,11 @@ class Functions(TorchFunctionMode):
             return self.call(func, args, kwargs), False
         on_device = device.type == "cuda"
         if func in _FROM_VALUES:
-            data = kwargs.get("data", args[-1])
+            data = _data(func, args, kwargs)
             if isinstance(data, Tensor):
                 if func in (torch.as_tensor, torch.asarray):
                     data = data if kwargs.get("dtype") is None else data.to(kwargs["dtype"])
-                    return _move(self, data, on_device, False, False), on_device
+                    return move(self, data, on_device, False, False), on_device
                 on_device_already = is_on_device(data)
             else:
                 on_device_already = False
@@ -96,63 +106,6 @@ class Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             here.depth -= 1
-
-
-def _move(mode: Functions, tensor: Tensor, on_device: bool, non_blocking: bool, copy: bool, **how: Any) -> Tensor:
-    """Return the tensor on the host or the device, as ``Tensor.to`` does."""
-    if is_on_device(tensor) == on_device:
-        return mode.call(Tensor.to, (tensor,), {"device": torch.device("cpu"), "copy": copy, **how})
-    here.moving = True
-    try:
-        made = mode.call(Tensor.to, (tensor,), {"device": torch.device("cpu"), "copy": True, **how})
-    finally:
-        here.moving = False
-    put(made, on_device)
-    transfer(made, tensor, non_blocking, on_device)
-    return made
-
-
-def transfer(to: Tensor, source: Tensor, non_blocking: bool, on_device: bool) -> None:
-    """Take note of a copy between host and device."""
-    labels = [[label] if label is not None and label.on_device else [] for label in (label_of(source), label_of(to))]
-    active().work(current_stream(), "copy", *labels)
-    free = non_blocking and is_pinned(source if on_device else to)
-    if not free:
-        memory = "pinned" if is_pinned(source if on_device else to) else "pageable"
-        active().wait(f"copy {'to' if on_device else 'from'} the device, {memory}")
-
-
-def _to(mode: Functions, func: Any, args: Any, kwargs: Any) -> Any:
-    tensor, rest = args[0], list(args[1:])
-    how = dict(kwargs)
-    names = ("non_blocking", "copy")
-    flags = [each for each in rest if isinstance(each, bool)]
-    how.update(zip(names, flags, strict=False))
-    target = how.pop("device", None)
-    for each in rest:
-        if isinstance(each, torch.dtype):
-            how["dtype"] = each
-        elif isinstance(each, Tensor):
-            how["dtype"], target = each.dtype, CUDA if is_on_device(each) else torch.device("cpu")
-        elif isinstance(each, (str, torch.device)) or (isinstance(each, int) and not isinstance(each, bool)):
-            target = each
-    if (other := how.pop("other", None)) is not None:
-        how["dtype"], target = other.dtype, CUDA if is_on_device(other) else torch.device("cpu")
-    if target is not None and not means_cuda(target) and torch.device(target).type != "cpu":
-        return mode.call(func, args, kwargs)
-    on_device = is_on_device(tensor) if target is None else means_cuda(target)
-    if how.get("memory_format") is None:
-        how.pop("memory_format", None)
-    return _move(mode, tensor, on_device, bool(how.pop("non_blocking", False)), bool(how.pop("copy", False)), **how)
-
-
-def _cpu(mode: Functions, func: Any, args: Any, kwargs: Any) -> Any:
-    return _move(mode, args[0], False, False, False, **kwargs)
-
-
-def _cuda(mode: Functions, func: Any, args: Any, kwargs: Any) -> Any:
-    non_blocking = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
-    return _move(mode, args[0], True, non_blocking, False)
 
 
 def _device(mode: Functions, func: Any, args: Any, kwargs: Any) -> Any:
@@ -172,12 +125,29 @@ def _pin(mode: Functions, func: Any, args: Any, kwargs: Any) -> Any:
 def _as_numpy(mode: Functions, func: Any, args: Any, kwargs: Any) -> Any:
     if is_on_device(args[0]):
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor first")
+    active().touch("numpy", pinned_in(args[0]), [])
     return mode.call(func, args, kwargs)
 
 
-def _as_list(mode: Functions, func: Any, args: Any, kwargs: Any) -> Any:
-    if is_on_device(args[0]):
-        active().wait("tolist")
+def _reads(kind: str) -> Callable[..., Any]:
+    """Answer with what lies in a tensor, which is read where dispatch does not see it."""
+
+    def read(mode: Functions, func: Any, args: Any, kwargs: Any) -> Any:
+        if is_on_device(args[0]):
+            active().wait(kind)
+        active().touch(kind, pinned_in(args[0]), [])
+        return mode.call(func, args, kwargs)
+
+    return read
+
+
+def _where(mode: Functions, func: Any, args: Any, kwargs: Any) -> Any:
+    """Choose between tensors: one number of the host is copied to the device, unless it is no tensor."""
+    if any(is_on_device(each) for each in tensors_in(args)):
+        args = [
+            move(mode, each, True, False, False) if isinstance(each, Tensor) and each.dim() == 0 else each
+            for each in args
+        ]
     return mode.call(func, args, kwargs)
 
 
@@ -193,10 +163,6 @@ def _plain_backward(
     torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
 
 
-def _deepcopy(mode: Functions, func: Any, args: Any, kwargs: Any) -> Any:
-    return put(mode.call(func, args, kwargs), is_on_device(args[0]))
-
-
 def _setitem(mode: Functions, func: Any, args: Any, kwargs: Any) -> Any:
     """Assign to entries; those of the device may be chosen by numbers from the host, which are copied to it."""
     tensor, index, value = args
@@ -206,7 +172,7 @@ def _setitem(mode: Functions, func: Any, args: Any, kwargs: Any) -> Any:
     for k, chosen in enumerate(places):
         numbers = torch.tensor(chosen) if isinstance(chosen, list) else chosen
         if isinstance(numbers, Tensor) and numbers.dim() and not is_on_device(numbers):
-            places[k] = _move(mode, numbers, True, False, False)
+            places[k] = move(mode, numbers, True, False, False)
     return mode.call(func, (tensor, tuple(places) if isinstance(index, tuple) else places[0], value), kwargs)
 
 
@@ -223,13 +189,16 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     Tensor.get_device: _answer(0),
     Tensor.is_pinned: lambda mode, func, args, kwargs: is_pinned(args[0]),
     Tensor.pin_memory: _pin,
-    Tensor.to: _to,
-    Tensor.cpu: _cpu,
-    Tensor.cuda: _cuda,
+    Tensor.to: to,
+    Tensor.cpu: cpu,
+    Tensor.cuda: cuda,
     Tensor.numpy: _as_numpy,
     Tensor.__array__: _as_numpy,
-    Tensor.tolist: _as_list,
+    Tensor.tolist: _reads("tolist"),
     Tensor.backward: _backward,
     Tensor.__setitem__: _setitem,
-    Tensor.__deepcopy__: _deepcopy,
+    Tensor.__repr__: _reads("repr"),
+    torch.where: _where,
+    Tensor.where: _where,
+    Tensor.__deepcopy__: deepcopy,
 }

@@ -160,7 +160,7 @@ class Stream:
         active().wait("Stream.synchronize", self.seen)
 
     def query(self) -> bool:
-        return True
+        return active().is_done(self.seen)
 
     def is_capturing(self) -> bool:
         return False
@@ -171,7 +171,7 @@ class Stream:
 
 
 class Event:
-    """An event of a stream, which has always come by the time that somebody asks."""
+    """An event of a stream. It has come once the host has waited for it, or for something later; not before."""
 
     def __init__(self, enable_timing: bool = False, **ignored: Any) -> None:
         self.seen: dict[int, int] = {}
@@ -184,7 +184,7 @@ class Event:
         (stream or current_stream()).wait_event(self)
 
     def query(self) -> bool:
-        return True
+        return active().is_done(self.seen)
 
     def synchronize(self) -> None:
         active().wait("Event.synchronize", self.seen)
@@ -254,10 +254,26 @@ class MockCuda:
                     self._check(stream, kind, "overwrites what is read", other)
                 label.written, label.reads = (stream.stream_id, own), {}
 
+    def is_done(self, seen: dict[int, int]) -> bool:
+        """Whether the host knows work of streams to be done, since it has waited for it."""
+        with self.lock:
+            return all(self.host.get(stream, 0) >= work for stream, work in seen.items())
+
+    def touch(self, kind: str, read: list[Label], written: list[Label]) -> None:
+        """Take note of what the host does with pinned memory, which copies may still read and write."""
+        for label in read + written:
+            if label.written is not None and not self.is_done(dict([label.written])):
+                self._report(f"the host's {kind} of what stream {label.written[0]} may not have written yet")
+        for label in written:
+            if not self.is_done(label.reads):
+                self._report(f"the host's {kind} overwrites what streams {sorted(label.reads)} may still read")
+
     def _check(self, stream: Stream, kind: str, what: str, before: tuple[int, int] | None) -> None:
         if before is not None and stream.seen.get(before[0], 0) < before[1]:
-            at = place(PACKAGE) or place(None)
-            self.hazards.append(f"{at}: {kind} on stream {stream.stream_id} {what} of stream {before[0]}, no wait")
+            self._report(f"{kind} on stream {stream.stream_id} {what} of stream {before[0]}, no wait")
+
+    def _report(self, hazard: str) -> None:
+        self.hazards.append(f"{place(PACKAGE) or place(None)}: {hazard}")
 
 
 mocks: list[MockCuda] = []
@@ -270,3 +286,9 @@ def active() -> MockCuda:
 def labels_in(values: Any) -> list[Label]:
     found = {id(label): label for each in tensors_in(values) if (label := label_of(each)) is not None}
     return [label for label in found.values() if label.on_device]
+
+
+def pinned_in(values: Any) -> list[Label]:
+    """Return the labels of pinned memory of the host among the values."""
+    labels = (label_of(each) for each in tensors_in(values))
+    return [label for label in labels if label is not None and label.pinned and not label.on_device]

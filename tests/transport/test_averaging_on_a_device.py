@@ -95,6 +95,24 @@ class Kernels(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _weighted_on_a_device(rank):
+    answers = []
+    for weight in (None, Share.of(COUNTS[3], rank)):
+        here, averager = tensors(rank), Averager(Recorder(CommLedger()), 64)
+        drift = averager.average_(here, "parameters", weight).read()
+        with mock_cuda() as device:
+            there = [each.to("cuda") for each in tensors(rank)]
+            with device.counting() as waits:
+                found = Averager(Recorder(CommLedger()), 64).average_(there, "parameters", weight, moderate=True)
+            same = all(torch.equal(one.cpu(), other) for one, other in zip(there, here, strict=True))
+            answers.append((same, found.read() == drift, len(waits), device.hazards))
+    return answers
+
+
+def test_three_ranks_average_on_a_device_as_on_the_processor_and_the_host_does_not_wait(run_ranks):
+    assert run_ranks(_weighted_on_a_device, world_size=3) == [[(True, True, 0, [])] * 2] * 3
+
+
 def test_a_bucket_is_packed_and_unpacked_in_one_kernel_for_each_type_however_many_pieces_it_has():
     for count in (4, 40):
         with mock_cuda() as device:

@@ -5,8 +5,9 @@ import torch
 from support.mock_cuda import mock_cuda
 from transport.test_compressions import LAYOUT, SHAPES, codec_of, cut, entries
 
-from lightning_comm.transport.compression.base import Context, Layout, Slot, run_alone
+from lightning_comm.transport.compression.base import Codec, Context, Layout, Message, Slot, run_alone
 from lightning_comm.transport.compression.cast import Cast
+from lightning_comm.transport.compression.feedback import Feedback
 from lightning_comm.transport.compression.int8 import Int8
 from lightning_comm.transport.compression.power_sgd import PowerSGD
 from lightning_comm.transport.compression.rounding import round_stochastically
@@ -163,6 +164,44 @@ def _spoilt_on(rank, device):
         run_alone(codec.mean(values, LAYOUT))
         codec.end_step()
     return {name: row.cpu().numpy() for name, row in codec.state_dict()["residuals"].items()}
+
+
+class Leaves(Codec):
+    """Sends halves, and leaves halves; of one parameter, on one rank, what is left is infinite."""
+
+    def payload_bytes(self, layout):
+        return 4 * layout.numel
+
+    def mean(self, values, layout, sent=None):
+        sent.copy_(values.mul_(0.5))
+        if self.context.recorder.rank == 1:
+            layout.split(sent)[1][0] = -torch.inf
+        yield Message(self.context.recorder.all_reduce(values.mul_(0.5), "gradients"))
+
+
+def _left_on(rank, device):
+    _, ledger = codec_of(TopK(0.1))
+    codec = Feedback(Leaves(Context(Recorder(ledger), "gradients")))
+    rows = []
+    for number in range(2):
+        run_alone(codec.mean(entries(rank, number).to(device), LAYOUT))
+        rows.append({name: row.cpu().numpy() for name, row in codec.state_dict()["residuals"].items()})
+    return rows
+
+
+def _left(rank):
+    here = _left_on(rank, "cpu")
+    with mock_cuda():
+        return here, _left_on(rank, "cuda")
+
+
+def test_what_is_left_is_restored_by_the_same_rule_on_every_device_and_by_the_rank_alone(run_ranks):
+    spoilt = list(SHAPES)[1]
+    for rank, (here, there) in enumerate(run_ranks(_left, world_size=2)):
+        for one, other in zip(here, there, strict=True):
+            assert all((one[name] == other[name]).all() for name in SHAPES)
+        for row in here:
+            assert {name for name in SHAPES if not row[name].any()} == ({spoilt} if rank == 1 else set())
 
 
 def _spoilt(rank):

@@ -227,6 +227,35 @@ def test_what_is_kept_follows_the_loss_scale(run_ranks):
         assert all((a == b).all() for a, b in zip(one, other, strict=True))  # a power of two rounds nothing
 
 
+def _accumulated(rank, ends):
+    """A backward that sends, one that does not, a step by hand, and one that sends, whose mean is thrown away."""
+    torch.manual_seed(0)
+    model = nn.Linear(40, 3, bias=False)
+    recorder = Recorder(CommLedger())
+    codec = TopK(0.1).codec(Context(recorder, "gradients", revocable=True))
+    sync = GradientSync(codec, recorder, model.named_parameters())
+    ddp = DistributedDataParallel(model)
+    ddp.register_comm_hook(None, sync.hook)
+    x = torch.randn(4, 40, generator=torch.Generator().manual_seed(rank))
+    ddp(x).square().mean().backward()
+    kept = codec._residuals["weight"].clone()
+    sync.take_back_cleared()
+    with ddp.no_sync():
+        ddp(x).square().mean().backward()
+    if ends:
+        sync.end_backward()
+    model.weight.data.sub_(model.weight.grad)  # which torch does not count
+    model.weight.grad = None
+    ddp(x).square().mean().backward()
+    sync.thrown_away(model.parameters())
+    return torch.equal(codec._residuals["weight"], kept), bool(codec._residuals["weight"].any())
+
+
+def test_a_step_by_hand_after_a_backward_that_sent_nothing_is_seen(run_ranks):
+    assert run_ranks(_accumulated, True, world_size=2) == [(True, True)] * 2
+    assert run_ranks(_accumulated, False, world_size=2) == [(False, False)] * 2, "what was kept would be lost"
+
+
 def _counted(rank):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 1))

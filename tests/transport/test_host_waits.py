@@ -1,6 +1,8 @@
 """The device that is not there: it sees what would make a host wait, what a stream misses, and what devices refuse."""
 
 import copy
+import io
+import pickle
 import threading
 
 import pytest
@@ -26,17 +28,27 @@ WAITS = {
         lambda x: bool(x.any()),
         lambda x: int(x[0]),
         lambda x: x[0].item(),
+        lambda x: torch.tensor([1.0, x[0]]),
+        lambda x: torch.as_tensor((x[:1],)),
+        lambda x: x.masked_fill_(x > 0, x[0]),
+        lambda x: x.index_fill(0, x.long(), x[0]),
     ],
     "allclose": [lambda x: torch.allclose(x, x)],
     "equal": [lambda x: torch.equal(x, x)],
     "tolist": [lambda x: x.tolist()],
+    "repr": [repr],
+    "_linalg_svd": [lambda x: torch.linalg.svd(x.view(3, 1))],
+    "_linalg_eigh": [lambda x: torch.linalg.eigh(x.outer(x))],
     "nonzero": [lambda x: x.nonzero(), lambda x: torch.where(x > 0)],
     "a mask as an index": [lambda x: x[x > 0], lambda x: x.index_put_((x > 0,), x.clone())],
     "indices from the host": [lambda x: x[torch.tensor([0, 1])], lambda x: x[[0, 1]]],
     "copy from the device, pageable": [
         lambda x: x.cpu(),
-        lambda x: x.to("cpu", non_blocking=True),
         lambda x: torch.empty(3).copy_(x),
+        lambda x: torch.empty(3).copy_(x, non_blocking=True),
+        lambda x: torch.save({"x": x}, io.BytesIO()),
+        lambda x: pickle.dumps(nn.Parameter(x)),
+        lambda x: x.untyped_storage().cpu(),
     ],
     "copy from the device, pinned": [lambda x: pinned().copy_(x)],
     "copy to the device, pageable": [
@@ -44,6 +56,7 @@ WAITS = {
         lambda x: x.copy_(torch.ones(3), non_blocking=True),
         lambda x: torch._foreach_copy_([x], [torch.ones(3)]),
         lambda x: nn.Linear(1, 1, bias=False).to("cuda"),
+        lambda x: torch.where(x > 0, x, torch.tensor(3.0)),
     ],
     "copy to the device, pinned": [lambda x: x.copy_(pinned()), lambda x: pinned().to("cuda")],
     "values from the host": [
@@ -63,7 +76,10 @@ NONE = {
         pinned().copy_(x, non_blocking=True),
         x.copy_(pinned(), non_blocking=True),
         torch.ones(3).pin_memory().to("cuda", non_blocking=True),
+        x.to("cpu", non_blocking=True),
     ),
+    "copies within it": lambda x: (copy.deepcopy(x), copy.deepcopy(nn.Parameter(x)), x.clone(), torch.as_tensor(x)),
+    "filling with a number of the host": lambda x: x.masked_fill_(x > 0, torch.tensor(2.0)),
     "what is on the host": lambda x: (float(torch.ones(3).sum()), torch.ones(3).tolist(), torch.ones(3).nonzero()),
     "a step": lambda x: torch.optim.AdamW([nn.Parameter(x)]).step(),
     "events and streams": lambda x: torch.cuda.current_stream().wait_event(torch.cuda.Stream().record_event()),
@@ -96,6 +112,9 @@ REFUSED = {
         lambda x: x + torch.ones(3),
         lambda x: torch.cat([x, torch.ones(1)]),
         lambda x: torch.ones(3) + x[0],
+        lambda x: torch.tensor(1.0).mul_(x[0]),
+        lambda x: torch.add(x, x, out=torch.ones(3)),
+        lambda x: torch._foreach_add_([torch.tensor(1.0)], [x[0]]),
     ],
     "generator of the device": [
         lambda x: torch.rand(3, generator=torch.Generator("cuda")),
@@ -184,6 +203,61 @@ def test_what_the_host_has_waited_for_needs_no_stream_wait():
         stream.synchronize()
         x.add_(1)
     assert not device.hazards
+
+
+HOST_READS = {
+    "a number": lambda here: float(here[0]),
+    "all": lambda here: here.tolist(),
+    "an array": lambda here: here.numpy(),
+    "a sum": lambda here: here + 1,
+    "writing": lambda here: here.zero_(),
+}
+
+
+@pytest.mark.parametrize("look", HOST_READS.values(), ids=list(HOST_READS))
+def test_what_a_copy_brings_is_there_once_the_host_has_waited_for_it(look):
+    with mock_cuda() as device:
+        x, kept = ones(), pinned()
+        for copied in (lambda: x.to("cpu", non_blocking=True), lambda: kept.copy_(x, non_blocking=True)):
+            here = copied()
+            late = torch.cuda.current_stream().record_event()
+            early = len(device.hazards)
+            look(here)
+            assert len(device.hazards) == early + 1, "nobody has waited"
+            assert not late.query()
+            late.synchronize()
+            assert late.query()
+            look(here)
+            assert len(device.hazards) == early + 1
+
+
+def test_memory_that_a_copy_still_reads_is_not_written():
+    with mock_cuda() as device:
+        x, here = ones(), pinned()
+        x.copy_(here, non_blocking=True)
+        _ = here + 1  # reading beside a copy that reads
+        assert not device.hazards
+        here.fill_(2.0)
+        assert len(device.hazards) == 1
+        assert "may still read" in device.hazards[0]
+        torch.cuda.synchronize()
+        here.fill_(3.0)
+        assert len(device.hazards) == 1
+
+
+def test_an_event_comes_with_whatever_the_host_waits_for_behind_it():
+    with mock_cuda():
+        x, stream = ones(), torch.cuda.Stream()
+        first = torch.cuda.current_stream().record_event()
+        with torch.cuda.stream(stream):
+            stream.wait_event(first)
+            x.mul_(2)
+            second = stream.record_event()
+        assert not any(each.query() for each in (first, second, stream))
+        second.synchronize()
+        assert first.query()
+        assert second.query()
+        assert stream.query()
 
 
 def _messages(rank):

@@ -66,11 +66,12 @@ class Feedback(Codec):
     def _restore_where_not_finite(self, layout: Layout, means: Tensor, before: Tensor, after: Tensor) -> None:
         """Put the residual of before in place of that of after, for each parameter that has not become finite numbers.
 
-        The means are the same on all ranks, and so is what they decide.
+        The means are the same on all ranks, and so is what they decide. What is left is this rank's own: where that
+        is not finite beside a finite mean, this rank alone keeps the residual of before.
         """
         # A sum costs a tenth of a look at each entry, and is finite only if all of them are, and far from the largest
         # number. On other devices its value is not there to be looked at.
-        if means.device.type == "cpu" and math.isfinite(float(means.sum())):
+        if means.device.type == "cpu" and math.isfinite(float(means.sum())) and math.isfinite(float(after.sum())):
             return
         finite = torch.isfinite(largest_entries(layout, means)) & torch.isfinite(largest_entries(layout, after))
         lengths = self._lengths.get(layout.slots)
