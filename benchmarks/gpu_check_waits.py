@@ -1,9 +1,11 @@
 """Part 5 of `gpu_check.py`: how often the host waits for the device, in a synchronisation, a step, and a backward.
 
-On CUDA torch itself says where (`set_sync_debug_mode`); it passes over `synchronize` of streams, events and the device,
-so these are noted besides. On a CPU a mock of the device counts the same.
+On CUDA torch itself says where (`set_sync_debug_mode`), for `synchronize` of a stream too; it passes over that of
+events and of the device. All three are noted when they are called, and torch's word for one of them is not counted
+again. On a CPU a mock of the device counts the same.
 """
 
+import os
 import sys
 import threading
 import warnings
@@ -13,13 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import lightning.pytorch as pl
 import torch
 from gpu_check_report import Check
 from support import device_cyclic
-from support.on_device import Ranks
+from support.on_device import MOCKED, Ranks
 from torch.nn.parallel import DistributedDataParallel
 
+import lightning_comm
 from lightning_comm import Cast, CyclicEngine, Int8, PowerSGD, Ternary, TopK
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.averaging import Averager
@@ -32,7 +34,9 @@ from lightning_comm.transport.recording import Recorder, another_group
 BUCKET_BYTES = 1024
 SENT: tuple[Compression, ...] = (Full(), Cast("bf16"), Cast("fp16"), Int8(), TopK(0.1), PowerSGD(2))
 Step = Callable[[], Any]
-_TORCH = str(Path(torch.__file__).parent)
+_PACKAGE = str(Path(lightning_comm.__file__).parent)
+# files that only pass on what others ask for; a warning of C++ comes through Python's own module
+_NOT_CALLERS = (__file__, f"{Path(torch.__file__).parent}/", "/warnings.py", "/_py_warnings.py", "/contextlib.py", "<")
 
 
 class Case(NamedTuple):
@@ -73,27 +77,27 @@ class Wait(NamedTuple):
 
 
 def _wait(kind: str) -> Wait:
-    """Return the wait that the caller's caller has just made."""
-    frame, where, by = sys._getframe(2), "", ""
+    """Return the wait that has just been made by whoever called this module."""
+    frame, where, by = sys._getframe(1), "", ""
     while frame is not None and not (where and by):
         name = frame.f_code.co_filename
-        inside = "/lightning_comm/" in name
-        place = (
-            f"{'lightning_comm/' * inside}{name.rsplit('/lightning_comm/' if inside else '/', 1)[-1]}:{frame.f_lineno}"
-        )
-        if name != __file__ and not name.startswith(_TORCH) and "<" not in name and "/contextlib" not in name:
-            by = by or place
-        where = where or place * inside
+        inside = name.startswith(f"{_PACKAGE}/")
+        short = f"lightning_comm/{name[len(_PACKAGE) + 1 :]}" if inside else "/".join(name.split("/")[-2:])
+        if not by and not any(each in name for each in _NOT_CALLERS):
+            by = f"{short}:{frame.f_lineno}"
+        if inside and not where:
+            where = f"{short}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return Wait(kind, where, by, torch._C._current_graph_task_id() != -1, threading.current_thread().name)
 
 
 @contextmanager
-def _torch_tells(found: list[Any]) -> Iterator[None]:
+def torch_tells(found: list[Any]) -> Iterator[None]:
     """Collect where the host waits, as torch warns of it, and where somebody asks for it."""
+    here = threading.local()
 
     def noted(message: Any, *_: Any, **__: Any) -> None:
-        if "synchronizing CUDA operation" in str(message):
+        if "synchronizing CUDA operation" in str(message) and not getattr(here, "asked", False):
             found.append(_wait("torch"))
 
     def noting(owner: Any, name: str) -> Any:
@@ -103,7 +107,11 @@ def _torch_tells(found: list[Any]) -> Iterator[None]:
             of_what = args[0] if args else None
             if not (isinstance(of_what, (torch.cuda.Event, torch.cuda.Stream)) and of_what.query()):
                 found.append(_wait(name))  # what is over already is not waited for
-            return plain(*args, **kwargs)
+            here.asked = True
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                here.asked = False
 
         return mock.patch.object(owner, name, asked)
 
@@ -140,19 +148,32 @@ def watched(device: str, *, p2p: bool = False) -> Iterator[tuple[str, list[Any]]
         with mock_cuda(p2p=p2p) as mocked:
             yield "cuda", mocked.waits
         return
+    if (there := _the_mock()) is not None:  # which torch knows nothing of
+        there.p2p = p2p
+        yield device, there.waits
+        return
     found: list[Any] = []
-    with _torch_tells(found):
+    with torch_tells(found):
         yield device, found
+
+
+def _the_mock() -> Any:
+    """Return the device that is not there, if there is no other."""
+    if os.environ.get(MOCKED) != "1":
+        return None
+    from support.mock_cuda_record import active
+
+    return active()
 
 
 def waits_of(work: Step, device: str) -> list[str] | None:
     """Return where the host waits during some work; `None` on a CPU, where nothing counts."""
     if device == "cpu":
         return None
-    found: list[Any] = []
-    with _torch_tells(found):
+    with watched(device) as (_, waits):
+        before = len(waits)
         work()
-    return [told(wait) for wait in found]
+        return [told(wait) for wait in waits[before:]]
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
@@ -235,70 +256,49 @@ def counted(rank: int, device: str, name: str) -> list[str]:
         return [told(wait) for wait in waits[before:]]
 
 
-class _Batches(pl.Callback):
-    """Notes how many waits there were when each batch began."""
-
-    def __init__(self, waits: list[Any]) -> None:
-        self.waits, self.begins = waits, list[int]()
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Note where a batch begins."""
-        self.begins.append(len(self.waits))
-
-    def on_train_end(self, *_: Any) -> None:
-        """Note where the last one ends."""
-        self.begins.append(len(self.waits))
-
-
-def fitted(rank: int, device: str, name: str) -> dict[str, Any]:
-    """Return the package's own waits in the batch that a case of `host_waits.py` looks at, and all within backwards."""
+def fitted(rank: int, device: str, name: str, tiny: bool) -> dict[str, Any]:
+    """Return the package's own waits where a case of `host_waits.py` looks, those beside, and all within backwards."""
     import host_waits
 
+    if tiny:
+        host_waits.BLOCKS = [1, 1, 1, 1]
     case = host_waits.cases()[name]
     with watched(device, p2p=case.p2p) as (device, waits):
-        module, batches = case.module(), _Batches(waits)
-        mib = 4 * sum(each.numel() for each in module.parameters()) / 2**20 / host_waits.BUCKETS
-        options = case.options()
-        runner = pl.Trainer(
-            accelerator="gpu", devices=[0], num_nodes=2, strategy=case.strategy(mib), max_steps=host_waits.STEPS + 2,
-            callbacks=[batches, *options.pop("callbacks", [])], logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, **options,
-        )  # fmt: skip
-        samples = torch.ones(2 * (host_waits.STEPS + 4), 8)
-        runner.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(samples), batch_size=2))
-        begin, end = batches.begins[case.batch : case.batch + 2]
-        later = waits[batches.begins[3] :]
-        # threads of the package's own, which carry messages, wait so that training need not
-        own = [told(wait) for wait in waits[begin:end] if wait.own and not wait.thread.startswith("lightning_comm")]
-        inside = [told(wait) for wait in later if wait.own and wait.in_backward]
+        seen = host_waits.seen_in(case, waits, [])
         # the group is the device's: leave it here
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-        return {"waits": own, "in backward": inside, "most": case.most}
+    parts = {"waits": seen.waits, "beside": seen.beside, "in backward": seen.in_backward}
+    return {part: [told(wait) for wait in found] for part, found in parts.items()} | {"most": case.most}
 
 
 def _places(found: list[str]) -> list[str]:
     return sorted({f"{found.count(place)} x {place}" for place in found})[:12]
 
 
-def _fits(check: Check) -> None:
-    """Count in fits of two ranks: the shapes of a ResNet-50, each hook, cyclic, the profiler and the partition."""
+def names_of_fits(tiny: bool) -> list[str]:
+    """Return the cases of `host_waits.py`: one of each kind first, in case time is up, or those alone."""
     import host_waits
 
+    return [*host_waits.KINDS, *(name for name in host_waits.cases() if name not in host_waits.KINDS and not tiny)]
+
+
+def _fits(check: Check) -> None:
+    """Count in fits of two ranks: the shapes of a ResNet-50, each hook, cyclic, the profiler and the partition."""
     ranks = Ranks(2, check.device, exact=False)
     try:
-        names = list(host_waits.cases())
-        for name in names[:: 6 if check.tiny else 1]:
+        for name in names_of_fits(check.tiny):
+            arguments = (check.device, name, check.tiny)
             try:
-                found = ranks.call(fitted, check.device, name, timeout_s=60 if check.device == "cuda" else 300)[0]
+                found = ranks.call(fitted, *arguments, timeout_s=60 if check.device == "cuda" else 300)[0]
             except AssertionError as error:
                 check.note(f"fit: {name}", str(error).strip().splitlines()[-1][:300], "it runs", "", verdict="fails")
                 continue
             check.note(f"fit: {name}: waits of the host", len(found["waits"]), found["most"], "<=")
-            if found["waits"]:
-                check.note(f"fit: {name}: where", _places(found["waits"]), "as few as can be", "")
-            if "cyclic" in name:
-                check.note(f"fit: {name}: waits in backward", len(found["in backward"]), 0, "==")
+            for part, what in (("waits", "where"), ("beside", "where, in threads of its own")):
+                if found[part]:
+                    check.note(f"fit: {name}: {what}", _places(found[part]), "as few as can be", "")
+            check.note(f"fit: {name}: waits in backward", len(found["in backward"]), 0, "==")
     finally:
         ranks.close()
 

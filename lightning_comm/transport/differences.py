@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_comm.transport.averaging import IN_FLIGHT, copy_each
 from lightning_comm.transport.compression.base import Codec, Compression, Context, Layout, Slot
 from lightning_comm.transport.compression.conversations import Talk
-from lightning_comm.transport.errand import Errand
+from lightning_comm.transport.errand import Errand, Errands
 from lightning_comm.transport.flat import DriftSum, Flat, drift_of, read_parts, sample, squared_norm
 from lightning_comm.transport.limits import drop_unsent_, is_large, limit_, limit_differences_, limit_moved_
 from lightning_comm.transport.recording import Recorder
@@ -66,6 +66,7 @@ class DifferenceAverager:
         self._bucket_bytes = bucket_bytes
         self._reference: dict[str, Tensor] = {}
         self._flights: list[_Flight] = []
+        self._errands = Errands()
         self._errand: Errand | None = None
         # of the last departure, for each bucket its row and what was sent: fresh memory costs as much as two passes
         self._kept_rows: dict[tuple[Slot, ...], tuple[Tensor, Tensor]] = {}
@@ -170,7 +171,7 @@ class DifferenceAverager:
         self._kept_rows = {flight.layout.slots: (flight.row, flight.sent) for flight in self._flights}
         device = self._flights[0].row.device if self._flights else torch.device("cpu")
         scale = self._scale(weight)
-        self._errand = Errand(lambda: self._travel(scale, moderate), device)
+        self._errand = self._errands.start(lambda: self._travel(scale, moderate), device)
 
     def _noted(self, rows: list["_Row"]) -> "_Flight":
         layout = _layout_of(rows)

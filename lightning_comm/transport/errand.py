@@ -15,13 +15,16 @@ class Errand:
     Args:
         work: What to do. It must touch nothing that others change before :meth:`join`.
         device: Where its tensors are.
+        stream: What to use on CUDA instead of a new stream: see :class:`Errands`.
 
     """
 
-    def __init__(self, work: Callable[[], None], device: torch.device) -> None:
+    def __init__(
+        self, work: Callable[[], None], device: torch.device, stream: "torch.cuda.Stream | None" = None
+    ) -> None:
         self._work = work
         self._error: BaseException | None = None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = _new_stream(device) if stream is None else stream
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
         # a daemon, so that a message whose other end is gone does not keep the process alive
@@ -53,3 +56,24 @@ class Errand:
         """Wait for so long at most, and return whether the work is done or has failed."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+
+class Errands:
+    """Starts one errand after the other, all of a device in the same stream.
+
+    The memory that a stream has freed is kept for that stream alone, and torch has 32 streams for a device, which it
+    hands out in turn: with a new stream for each errand there would be as much memory kept for 31 others.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream | None] = {}
+
+    def start(self, work: Callable[[], None], device: torch.device) -> Errand:
+        """Start an errand; the one before must have been waited for."""
+        if device not in self._streams:
+            self._streams[device] = _new_stream(device)
+        return Errand(work, device, self._streams[device])
+
+
+def _new_stream(device: torch.device) -> "torch.cuda.Stream | None":
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]

@@ -1,10 +1,13 @@
 """Averages where the host must not look: the same numbers, few kernels, no wait."""
 
 import itertools
+from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.mock_cuda import mock_cuda
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_comm.core.ledger import CommLedger
@@ -131,6 +134,48 @@ def test_a_bucket_is_packed_and_unpacked_in_one_kernel_for_each_type_however_man
             assert not waits
             expected = [torch.full((5,), float(k)).div(torch.tensor(3.0)).to(TYPES[k % 2]) for k in range(count)]
             assert all(torch.equal(piece.cpu(), wanted) for piece, wanted in zip(pieces, expected, strict=True))
+
+
+@pytest.mark.parametrize(("world_size", "divides"), [(1, False), (2, True), (4, False)])
+def test_only_two_ranks_divide_their_bucket_on_a_device(world_size, divides):
+    """One need not, and the parts of more are weighed before; so a bucket is passed over once each way."""
+    with mock_cuda(), fake_ranks(world_size):
+        tensor = torch.arange(1.0, 6.0, device="cuda")
+        with Kernels() as kernels:
+            Averager(Recorder(CommLedger()), 64).average_([tensor], "parameters", moderate=True)
+        # the sample of a bucket is divided whatever happens
+        assert kernels.names.count("div_") == 1 + divides
+        assert kernels.names.count("_foreach_copy_") == 2
+        if world_size == 1:
+            assert tensor.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+@contextmanager
+def fake_ranks(world_size):
+    """Be one of several ranks that are not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_mean_of_one_rank_is_each_number_bit_for_bit(run_ranks):
+    assert run_ranks(_unchanged, world_size=1) == [True]
+
+
+def _unchanged(rank):
+    numbers = torch.tensor([0.0, -0.0, 1e-45, -3e-39, 1.0, 3.4e38, float("inf"), float("-inf")])
+    rows = [numbers.to(dtype) for dtype in TYPES]
+    before = [row.clone() for row in rows]
+    Averager(Recorder(CommLedger()), 16).average_(rows, "parameters")
+    return all(torch.equal(row.view(torch.uint8), old.view(torch.uint8)) for row, old in zip(rows, before, strict=True))
+
+
+def test_halves_that_are_summed_are_not_half_of_the_sum_so_ranks_divide_at_the_end():
+    smallest = torch.tensor([1e-45])
+    assert float(smallest / 2 + smallest / 2) == 0.0
+    assert torch.equal((smallest + smallest) / 2, smallest)
 
 
 def test_a_share_of_moderate_numbers_and_a_look_at_them_wait_for_nothing():
