@@ -175,8 +175,9 @@ CARD = "device, driver, memory"
 def _another_card(out: Path, told: dict[str, str]) -> bool:
     """Whether the results in a folder, if there are any, are of another GPU."""
     before = out / "versions.json"
-    found = json.loads(before.read_text()).get(CARD) if before.exists() else None
-    return found is not None and findings(out) != [] and found != told.get(CARD)
+    found = json.loads(before.read_text()).get(CARD) if before.exists() and findings(out) else None
+    cards = {card for card in (found, told.get(CARD)) if card is not None and not card.startswith("not known")}
+    return len(cards) == 2
 
 
 class Session:

@@ -205,6 +205,16 @@ def test_results_of_another_device_are_not_added_to(carried_out, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
+    ("before", "now", "another"),
+    [("H200", "H200", False), ("H200", "H100", True), ("H200", "not known (busy)", False), (None, "H200", False)],
+)
+def test_another_card_is_another_device(tmp_path, before, now, another):
+    Check(0, "cuda", tmp_path).note("a", 1, 1, "==")
+    (tmp_path / "versions.json").write_text(json.dumps({gpu_check.CARD: before} if before else {}))
+    assert gpu_check._another_card(tmp_path, {gpu_check.CARD: now}) == another
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--parts", "0,9"], "argument --parts: there are 0 to 8; got '0,9'; give numbers of 0 to 8 and ranges"),
