@@ -6,12 +6,16 @@ import os
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import gpu_check
+import gpu_check_memory
+import gpu_check_profiler
+import gpu_check_sanity
 import pytest
 import torch
-from gpu_check_memory import ARMS
+from gpu_check_memory import ARMS, Case
 from gpu_check_packing import moved_bytes
 from gpu_check_profiler import cost_of, verdict_of
 from gpu_check_report import STREAMS, Check, exit_code, findings, latest, page, summary, table
@@ -325,6 +329,67 @@ def test_the_last_run_of_a_finding_counts_in_table_and_page(tmp_path):
     assert "on the CPU, with tiny sizes" in told
     assert "nothing of NCCL between ranks" in told
     assert summary(found[:1], 1.0) == "1 fails, in 1.0 s\n  fails: a | b: 3, expected <= 1"
+
+
+@pytest.mark.parametrize(
+    ("tiny", "rate", "verdict"), [(False, 3.1e12, "ok"), (False, 3e12, "fails"), (True, 1.0, "info")]
+)
+def test_a_copy_on_a_gpu_is_held_against_seven_tenths_of_what_was_expected(tmp_path, tiny, rate, verdict):
+    gpu_check_sanity._judge_rate(Check(0, "cuda", tmp_path, tiny), "device to device", rate, 1024)
+    assert told(findings(tmp_path)) == [(0, "copy, device to device", verdict)]
+
+
+@pytest.mark.parametrize(("off", "on", "step", "cost"), [(0.1, 0.1005, "ok", "ok"), (0.2, 0.21, "fails", "fails")])
+def test_a_step_of_another_length_than_was_meant_fails_as_a_cost_above_the_bound_does(tmp_path, off, on, step, cost):
+    found = {"off": [off] * 3, "off again": [off] * 3, "on": [on] * 3}
+    gpu_check_profiler._judge_profiler(Check(8, "cuda", tmp_path), found)
+    assert [each["verdict"] for each in findings(tmp_path)] == [step, "info", cost]
+
+
+def equal_stages(workers, batch, deep):
+    """Stages of which each keeps as much as the others, each of so many layers."""
+    stages = [torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(deep))) for _ in range(workers)]
+    batches = [(torch.randn(batch, 64), torch.zeros(batch, dtype=torch.long)) for _ in range(workers)]
+    model = torch.nn.Sequential(*stages)
+    return Case("equal", True, {"coarse": model, "fine": model}, [batches])
+
+
+def test_peaks_of_equal_stages_are_within_a_quarter_of_the_prediction(tmp_path):
+    gpu_check_memory._measure(Check(7, "cpu", tmp_path), equal_stages(4, 256, 8))
+    found = {each["name"]: each for each in findings(tmp_path)}
+    assert [name for name, each in found.items() if each["verdict"] == "ok"] == [
+        *(f"equal, {arm}, of one batch" for arm in list(ARMS)[1:]),
+        "equal: accumulation needs least, one batch most",
+    ]
+    assert found["equal, forward_first, of one batch"]["measured"] > 0.55
+
+
+def test_a_peak_far_from_the_prediction_fails(tmp_path, monkeypatch):
+    monkeypatch.setitem(gpu_check_memory.METHODS, "backward_first", gpu_check_memory.METHODS["one batch"])
+    gpu_check_memory._measure(Check(7, "cpu", tmp_path), equal_stages(4, 256, 8))
+    assert [each["name"] for each in findings(tmp_path) if each["verdict"] == "fails"] == [
+        "equal, backward_first, of one batch"
+    ]
+
+
+def test_memory_is_given_back_when_the_arm_that_ran_out_of_it_holds_nothing_any_more(tmp_path, monkeypatch):
+    case, held, seen = equal_stages(2, 4, 1), [], []
+
+    def runs_out(model, *_):
+        own = torch.ones(10)
+        held.append(weakref.ref(own))
+        model(torch.ones(1, 64)).sum().backward()
+        raise torch.OutOfMemoryError("as a device says it")
+
+    def seen_by_the_allocator():
+        seen.append((held[0](), [each.grad for each in case.models["coarse"].parameters() if each.grad is not None]))
+
+    monkeypatch.setattr(gpu_check_memory, "ARMS", {"one batch": ARMS["one batch"]})
+    monkeypatch.setitem(gpu_check_memory.METHODS, "one batch", runs_out)
+    monkeypatch.setattr(torch.cuda, "empty_cache", seen_by_the_allocator)
+    gpu_check_memory._measure(Check(7, "cuda", tmp_path), case)
+    assert seen == [(None, [])]
+    assert told(findings(tmp_path)) == [(7, "equal, one batch", "info")]
 
 
 def test_packing_moves_each_entry_four_times():
