@@ -97,7 +97,7 @@ benchmark-faults: setup
 
 # Eight minutes on a machine with a GPU, by itself. With DEVICE=cpu tiny sizes anywhere, in about three minutes.
 benchmark-gpu: setup
-	PYTHONUNBUFFERED=1 $(BIN)/python benchmarks/gpu_check.py --device $(DEVICE) --out build/gpu_check
+	PYTHONUNBUFFERED=1 $(BIN)/python benchmarks/gpu_check.py --device $(DEVICE) --out build/gpu_check/$(DEVICE)
 
 docs: setup
 	$(BIN)/sphinx-build -W -b html docs docs/_build

@@ -70,7 +70,12 @@ def layers_of(name: str, size: int, device: str = "cpu", precision: str = "fp32"
         x = torch.randn(2, 3, size, size)
         torch.testing.assert_close(nn.Sequential(*layers).eval()(x), model.eval()(x))
     trained = [layer.train().to(device) for layer in layers]
-    return [InBfloat16(layer) for layer in trained] if precision == "bf16" else trained
+    return in_bfloat16(trained) if precision == "bf16" else trained
+
+
+def in_bfloat16(layers: list[nn.Module]) -> list[nn.Module]:
+    """Return the same layers, with the same parameters, under autocast."""
+    return [InBfloat16(layer) for layer in layers]
 
 
 def settle(device: torch.device) -> None:
@@ -134,8 +139,8 @@ def peak_bytes(train: Callable[..., None], model: nn.Sequential, steps: list[lis
     return meter.peak_bytes
 
 
-def allocator_bytes(train: Callable[..., None], model: nn.Sequential, steps: list[list[Batch]]) -> dict[str, int]:
-    """Return what a CUDA device's allocator says of a run: `persistent`, `peak_above` and `reserved`, in bytes.
+def allocator_bytes(train: Callable[..., None], model: nn.Sequential, steps: list[list[Batch]]) -> dict[str, Any]:
+    """Return what a CUDA device's allocator says of a run: `persistent`, `peak_above`, `reserved`, in bytes, `step_s`.
 
     Args:
         train: One of `METHODS`.
@@ -145,7 +150,8 @@ def allocator_bytes(train: Callable[..., None], model: nn.Sequential, steps: lis
 
     Returns:
         `persistent`: allocated between two runs, which is the model, its momenta and the batches; `peak_above`: by how
-        much more there was at the peak; `reserved`: the most that was taken from the device.
+        much more there was at the peak; `reserved`: the most that was taken from the device; `step_s`: seconds of a
+        step by the device's clock, in which memory is taken from the device anew.
 
     """
     device = next(model.parameters()).device
@@ -157,12 +163,16 @@ def allocator_bytes(train: Callable[..., None], model: nn.Sequential, steps: lis
     torch.cuda.empty_cache()  # reserved by an arm before, or by the first step
     torch.cuda.reset_peak_memory_stats(device)
     persistent = torch.cuda.memory_allocated(device)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
     train(model, optimizer, steps, None)
+    end.record()
     settle(device)
     return {
         "persistent": persistent,
         "peak_above": torch.cuda.max_memory_allocated(device) - persistent,
         "reserved": torch.cuda.max_memory_reserved(device),
+        "step_s": begin.elapsed_time(end) / 1e3 / len(steps),
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpu_check_report import Check
+from gpu_check_report import STREAMS, Check
 from support.on_device import Ranks, spin, the_device
 
 # In bytes a second, of a copy that reads and writes: what the H200's data sheet says (4.8e12 of memory) less a tenth,
@@ -18,6 +18,7 @@ EXPECTED_COPIES = {
     "device to pinned": 5e10,
     "pageable to device": 1e10,
 }
+SHARE = 0.7  # of what was expected: with less, other times of this run mean little
 COLLECTIVES = (
     "all_reduce float32",
     "all_reduce bfloat16",
@@ -53,10 +54,18 @@ def copy_rate(device: str, mib: int) -> float:
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
 
 
+def _judge_rate(check: Check, name: str, rate: float, mib: int) -> None:
+    """Note a rate; on a GPU it is judged."""
+    expected, unit = EXPECTED_COPIES[name], f"bytes a second, {mib} MiB"
+    if check.tiny:
+        check.note(f"copy, {name}", rate, expected, unit)
+    else:
+        check.note(f"copy, {name}", rate, SHARE * expected, f">=; {SHARE} of {expected:.3g} {unit}")
+
+
 def _transfers(check: Check) -> None:
     mib = 16 if check.tiny else 1024
-    unit = f"bytes a second, {mib} MiB"
-    check.note("copy, device to device", copy_rate(check.device, mib), EXPECTED_COPIES["device to device"], unit)
+    _judge_rate(check, "device to device", copy_rate(check.device, mib), mib)
     if check.device == "cpu":
         for name in list(EXPECTED_COPIES)[1:]:
             check.needs_cuda(f"copy, {name}", EXPECTED_COPIES[name])
@@ -70,7 +79,7 @@ def _transfers(check: Check) -> None:
     }
     for name, work in works.items():
         rate = on_device.nbytes / seconds_of(work, check.device, 3)
-        check.note(f"copy, {name}", rate, EXPECTED_COPIES[name], f"bytes a second, {mib // 2} MiB")
+        _judge_rate(check, name, rate, mib // 2)
 
 
 def futures_keep_their_stream(rank: int, device: str) -> list[float]:
@@ -142,9 +151,9 @@ def run(check: Check) -> None:
     """Measure copies, and try gloo with tensors of the device; first what forks, since this process uses the device."""
     ranks = Ranks(2, check.device, "gloo")
     try:
-        name = "gloo: futures keep their stream (pytorch#170812); if not, parts 2 and 4 prove nothing"
         found = ranks.call(futures_keep_their_stream, check.device)
-        check.note(name, found[0], [1.0 + 2 * turn for turn in range(10)], "==")
+        rule = "==; if not, parts 2 and 4 prove nothing"
+        check.note(STREAMS, found[0], [1.0 + 2 * turn for turn in range(10)], rule)
         for name, said in ranks.call(collectives, check.device)[0].items():
             check.note(f"gloo on {check.device}: {name}", said, "right", "==")
     finally:
