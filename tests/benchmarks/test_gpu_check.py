@@ -139,9 +139,13 @@ def hanging(tmp_path):
         if (tmp_path / "processes").exists():
             break
         time.sleep(0.05)
-    yield process, [int(pid) for pid in (tmp_path / "processes").read_text().split()]
+    processes = [int(pid) for pid in (tmp_path / "processes").read_text().split()]
+    yield process, processes
     process.kill()
     process.join(10)
+    for pid in processes:  # which are gone, unless the test fails
+        if not is_gone(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
