@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 from contextlib import ExitStack
 
 import pytest
@@ -24,7 +23,6 @@ def _shared_by_all_tests():
         "logging disabled up to": logging.root.manager.disable,
         "folder": os.getcwd(),
         "process group": dist.is_initialized(),
-        "hook for uncaught errors": sys.excepthook,  # torch makes one of its own with each process group
         "torch's threads": torch.get_num_threads(),
         "torch's default dtype": torch.get_default_dtype(),
     }
