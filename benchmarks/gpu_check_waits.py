@@ -6,22 +6,20 @@ again. On a CPU a mock of the device counts the same.
 """
 
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from gpu_check_report import Check
 from support import device_cyclic
+from support.mock_cuda_record import wait_of_now
 from support.on_device import MOCKED, Ranks
 from torch.nn.parallel import DistributedDataParallel
 
-import lightning_comm
 from lightning_comm import Cast, CyclicEngine, Int8, PowerSGD, Ternary, TopK
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.averaging import Averager
@@ -34,9 +32,6 @@ from lightning_comm.transport.recording import Recorder, another_group
 BUCKET_BYTES = 1024
 SENT: tuple[Compression, ...] = (Full(), Cast("bf16"), Cast("fp16"), Int8(), TopK(0.1), PowerSGD(2))
 Step = Callable[[], Any]
-_PACKAGE = str(Path(lightning_comm.__file__).parent)
-# files that only pass on what others ask for; a warning of C++ comes through Python's own module
-_NOT_CALLERS = (__file__, f"{Path(torch.__file__).parent}/", "/warnings.py", "/_py_warnings.py", "/contextlib.py", "<")
 
 
 class Case(NamedTuple):
@@ -52,45 +47,6 @@ class Case(NamedTuple):
     most: int
 
 
-class Wait(NamedTuple):
-    """Something that the host waited for, as the mock device has it too.
-
-    Args:
-        kind: What it was.
-        where: File and line of the innermost frame of the package; `""` where there is none.
-        by: File and line of the innermost frame outside of torch.
-        in_backward: Whether a backward was under way in this thread.
-        thread: The name of the thread.
-
-    """
-
-    kind: str
-    where: str
-    by: str
-    in_backward: bool
-    thread: str
-
-    @property
-    def own(self) -> bool:
-        """Whether the package itself asked for it, and not what it called."""
-        return self.where != "" and self.where == self.by
-
-
-def _wait(kind: str) -> Wait:
-    """Return the wait that has just been made by whoever called this module."""
-    frame, where, by = sys._getframe(1), "", ""
-    while frame is not None and not (where and by):
-        name = frame.f_code.co_filename
-        inside = name.startswith(f"{_PACKAGE}/")
-        short = f"lightning_comm/{name[len(_PACKAGE) + 1 :]}" if inside else "/".join(name.split("/")[-2:])
-        if not by and not any(each in name for each in _NOT_CALLERS):
-            by = f"{short}:{frame.f_lineno}"
-        if inside and not where:
-            where = f"{short}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return Wait(kind, where, by, torch._C._current_graph_task_id() != -1, threading.current_thread().name)
-
-
 @contextmanager
 def torch_tells(found: list[Any]) -> Iterator[None]:
     """Collect where the host waits, as torch warns of it, and where somebody asks for it."""
@@ -98,7 +54,7 @@ def torch_tells(found: list[Any]) -> Iterator[None]:
 
     def noted(message: Any, *_: Any, **__: Any) -> None:
         if "synchronizing CUDA operation" in str(message) and not getattr(here, "asked", False):
-            found.append(_wait("torch"))
+            found.append(wait_of_now("torch"))
 
     def noting(owner: Any, name: str) -> Any:
         plain = getattr(owner, name)
@@ -106,7 +62,7 @@ def torch_tells(found: list[Any]) -> Iterator[None]:
         def asked(*args: Any, **kwargs: Any) -> Any:
             of_what = args[0] if args else None
             if not (isinstance(of_what, (torch.cuda.Event, torch.cuda.Stream)) and of_what.query()):
-                found.append(_wait(name))  # what is over already is not waited for
+                found.append(wait_of_now(name))  # what is over already is not waited for
             here.asked = True
             try:
                 return plain(*args, **kwargs)

@@ -11,10 +11,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+import lightning_comm
+
 CUDA = torch.device("cuda", 0)
+
 PACKAGE = "lightning_comm"
-# files that only pass on what others ask for
-_NOT_CALLERS = (str(Path(torch.__file__).parent), "/support/mock_cuda", "/contextlib.py", "<")
+_HOME = f"{Path(lightning_comm.__file__).parent}/"  # a checkout may have the same name as the package
+# files that only pass on what others ask for; a warning of C++ comes through Python's own module
+_NOT_CALLERS = (
+    f"{Path(torch.__file__).parent}/",
+    *("/support/mock_cuda", "/gpu_check_waits.py", "/warnings.py", "/_py_warnings.py", "/contextlib.py", "<"),
+)
 
 
 class Wait(NamedTuple):
@@ -126,12 +133,18 @@ def place(package: str | None) -> str:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        at_home = f"/{PACKAGE}/" in name
+        at_home = name.startswith(_HOME)
         if at_home if package is not None else not any(each in name for each in _NOT_CALLERS):
-            short = f"{PACKAGE}/{name.rsplit(f'/{PACKAGE}/', 1)[1]}" if at_home else "/".join(name.split("/")[-2:])
+            short = f"{PACKAGE}/{name[len(_HOME) :]}" if at_home else "/".join(name.split("/")[-2:])
             return f"{short}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+def wait_of_now(kind: str) -> Wait:
+    """Return a wait that whoever called is at."""
+    in_backward = torch._C._current_graph_task_id() != -1
+    return Wait(kind, place(PACKAGE), place(None), in_backward, threading.current_thread().name)
 
 
 class Stream:
@@ -233,10 +246,8 @@ class MockCuda:
 
     def wait(self, kind: str, seen: dict[int, int] | None = None) -> None:
         """Take note of a wait, for the current stream unless it is told for what."""
-        in_backward = torch._C._current_graph_task_id() != -1
-        name = threading.current_thread().name
         with self.lock:
-            self.waits.append(Wait(kind, place(PACKAGE), place(None), in_backward, name))
+            self.waits.append(wait_of_now(kind))
             for stream, work in (current_stream().seen if seen is None else seen).items():
                 self.host[stream] = max(work, self.host.get(stream, 0))
 
