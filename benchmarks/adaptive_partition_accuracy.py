@@ -26,8 +26,8 @@ from partition_fits import quiet
 from ranks import run_ranks
 
 from lightning_comm import AdaptivePartition, PartitionedLoader
+from lightning_comm.core.quantities import duration
 from lightning_comm.examples import DigitsData, TimmClassifier
-from lightning_comm.planning.report import duration
 
 RANKS, TOTAL, WINDOW = 2, 64, 10
 PER_SAMPLE_S = (0.0009, 0.0003)  # slept by rank, beside the compute

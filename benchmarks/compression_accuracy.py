@@ -40,8 +40,8 @@ from lightning_comm import (
     TopK,
 )
 from lightning_comm.core.ledger import wire_bytes
+from lightning_comm.core.quantities import duration
 from lightning_comm.examples import DigitsData, TimmClassifier
-from lightning_comm.planning.report import duration
 from lightning_comm.transport.averaging import Averaging
 
 RANKS = 2

@@ -19,8 +19,8 @@ from typing import Any
 from emulated_run import as_report, close_host, measure, rate_of, results_file, write
 from steps_report import LIMIT, page
 
+from lightning_comm.core.quantities import duration
 from lightning_comm.lab.cluster import unavailable
-from lightning_comm.planning.report import duration
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_tiny_patch16_224", {"img_size": 32}),

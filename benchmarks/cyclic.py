@@ -24,8 +24,8 @@ from lab import PAYLOAD_SHARE
 from steps_report import LIMIT
 
 from lightning_comm.core.cyclic import CyclicSchedule, Rule
+from lightning_comm.core.quantities import duration
 from lightning_comm.lab.cluster import unavailable
-from lightning_comm.planning.report import duration
 
 MODEL = "vit_tiny_patch16_224"
 MODEL_ARGS: dict[str, Any] = {"img_size": 32, "embed_dim": 96, "depth": 12, "num_heads": 3}

@@ -23,8 +23,8 @@ from typing import Any
 from emulated_run import as_report, close_host, measure, rate_of, results_file, write
 from steps_report import LIMIT, Row, page, rows_of
 
+from lightning_comm.core.quantities import duration
 from lightning_comm.lab.cluster import unavailable
-from lightning_comm.planning.report import duration
 from lightning_comm.transport.averaging import Averaging
 
 OPEN, BEST, ACCELERATE = "open", "bf16_overlap", "accelerate"

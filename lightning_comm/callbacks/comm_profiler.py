@@ -27,6 +27,7 @@ from lightning_comm.core.periods import is_whole
 from lightning_comm.core.rank_profile import RankProfile, combine, inferred_waits, with_waits
 from lightning_comm.lightning_internals import averages_without_a_hook, logged_step, timeout_of
 from lightning_comm.planning.profile_files import Profile, RankFile, next_run, run_folder
+from lightning_comm.planning.profile_page import profile_page
 from lightning_comm.planning.profile_text import summary
 from lightning_comm.refusals import refuse, refuse_with_strategy
 from lightning_comm.transport.clocks import (
@@ -341,7 +342,7 @@ class CommProfiler(Callback):
 
 
 def _write_page(path: Path, profile: Profile) -> None:
-    page = profile.page()
+    page = profile_page(profile)
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
@@ -349,7 +350,8 @@ def _write_page(path: Path, profile: Profile) -> None:
             path.unlink(missing_ok=True)  # a part of a page shows nothing
         _log.warning(
             f"CommProfiler: the page {path} cannot be written: {error}. Where there is room, "
-            f"`load_profile({str(path.parent)!r}).page()` returns it, from what the ranks' files hold."
+            f"`lightning_comm.planning.profile_page.profile_page(load_profile({str(path.parent)!r}))` returns it, from "
+            "what the ranks' files hold."
         )
         return
     rank_zero_info(f"The page: {path}")

@@ -29,8 +29,8 @@ from lightning_comm.callbacks.partition_start import StartOfRun
 from lightning_comm.core.balancing import Balancer
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.partition_plan import Place
+from lightning_comm.core.quantities import times_as_fast
 from lightning_comm.planning.partition_journal import PartitionJournal
-from lightning_comm.planning.report import times_as_fast
 from lightning_comm.transport.recording import Recorder, another_group
 
 _DATA_BOUND = 0.2  # of the busy time

@@ -23,8 +23,9 @@ from lightning_comm.cli.demo_run import PROGRESS, RunSettings
 from lightning_comm.cli.environment import environment
 from lightning_comm.cli.fresh_python import fresh_python
 from lightning_comm.core.local_update import QuadraticPeriod
+from lightning_comm.core.quantities import megabytes, percent
 from lightning_comm.core.whole_files import write_text
-from lightning_comm.planning.report import megabytes, percent, text_table
+from lightning_comm.planning.report import text_table
 
 METHODS = ("ddp", "local_sgd", "qsr")
 _SHOWN_OF_A_FAILURE = 40  # lines

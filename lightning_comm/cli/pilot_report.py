@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_comm.core.quantities import times_as_fast
 from lightning_comm.planning.judgement import Spread
 from lightning_comm.planning.pilot import BASELINE, LIMIT, Summary
 from lightning_comm.planning.pilot_advice import advise
 from lightning_comm.planning.pilot_page import emulated, html_page, not_projected
 from lightning_comm.planning.pilot_tables import measured_table, read, run_table, shown_name
-from lightning_comm.planning.report import text_table, times_as_fast
+from lightning_comm.planning.report import text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lightning_comm.core.quantities import duration
 from lightning_comm.core.whole_files import write_text
-from lightning_comm.planning.report import duration
 
 
 class Results:

@@ -4,18 +4,11 @@ import base64
 from statistics import mean, stdev
 from typing import Any
 
+from lightning_comm.core.quantities import megabytes, percent
 from lightning_comm.planning.pilot_advice import advise
 from lightning_comm.planning.pilot_page import emulated
 from lightning_comm.planning.pilot_tables import measured_table, read, run_table
-from lightning_comm.planning.report import (
-    html_command,
-    html_paragraphs,
-    html_table,
-    markdown_table,
-    megabytes,
-    page,
-    percent,
-)
+from lightning_comm.planning.report import html_command, html_paragraphs, html_table, markdown_table, page
 
 _TIMES = "Time on a slow network"
 NAMES = {"ddp": "DDP", "local_sgd": "Local SGD", "qsr": "QSR"}

@@ -5,8 +5,9 @@ from math import isfinite
 
 from lightning_comm.core.costs import Curve, LinkProfile
 from lightning_comm.core.host_links import FACTOR, find_faults, slowest
+from lightning_comm.core.quantities import megabytes, percent
 from lightning_comm.core.rates import format_rate
-from lightning_comm.planning.report import megabytes, percent, text_table
+from lightning_comm.planning.report import text_table
 
 _EXAMPLE_BYTES = 22_000_000  # 5.5 million parameters in float32: a small vision transformer
 _UNSTEADY = 1.5  # upper by lower quartile of a large message

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from lightning_comm.core.quantities import duration, percent
 from lightning_comm.planning import partition_figures
 from lightning_comm.planning.partition_findings import Findings, findings
 from lightning_comm.planning.partition_journal import RUN_FIELDS, Change, PartitionJournal, shown
@@ -14,16 +15,7 @@ from lightning_comm.planning.partition_text import (
     sentences,
     slowest_first,
 )
-from lightning_comm.planning.report import (
-    duration,
-    html_cards,
-    html_figure,
-    html_paragraphs,
-    html_table,
-    html_text,
-    page,
-    percent,
-)
+from lightning_comm.planning.report import html_cards, html_figure, html_paragraphs, html_table, html_text, page
 from lightning_comm.planning.svg_figures import cannot_draw
 
 _MOST_CHANGES = 100  # rows of the journal's table; of more, the first and the last are shown

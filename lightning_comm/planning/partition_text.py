@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from lightning_comm.core.quantities import duration, percent, times_as_fast
 from lightning_comm.planning.partition_findings import Findings, RankFindings, findings
 from lightning_comm.planning.partition_journal import PartitionJournal
-from lightning_comm.planning.report import duration, percent, text_table, times_as_fast
+from lightning_comm.planning.report import text_table
 
 LITTLE = 0.03  # of a step: what saves less is not worth moving for
 _ALIKE = 0.05  # of speed: ranks that differ by less are called equally fast

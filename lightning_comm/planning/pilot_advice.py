@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning_comm.core.quantities import duration, percent, times_as_fast
 from lightning_comm.planning.judgement import CLAIM_REPEATS, CONFIDENCE, FEWEST_REPEATS, LIMIT_SPREAD, Ratio, doubt
 from lightning_comm.planning.pilot import BASELINE, LIMIT, Summary
-from lightning_comm.planning.report import duration, percent, times_as_fast
 
 WORTH = 1.05  # times as fast as DDP; less does not pay for a change of method
 

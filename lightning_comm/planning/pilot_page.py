@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_comm.core.quantities import duration, percent
 from lightning_comm.planning.judgement import CONFIDENCE, FEWEST_REPEATS, LIMIT_SPREAD
 from lightning_comm.planning.pilot import BASELINE, LIMIT, Summary
 from lightning_comm.planning.pilot_advice import Advice
@@ -15,15 +16,7 @@ from lightning_comm.planning.pilot_tables import (
     saved_s,
     time_text,
 )
-from lightning_comm.planning.report import (
-    duration,
-    html_command,
-    html_paragraphs,
-    html_table,
-    html_text,
-    page,
-    percent,
-)
+from lightning_comm.planning.report import html_command, html_paragraphs, html_table, html_text, page
 
 _STYLE = (
     "<style>"

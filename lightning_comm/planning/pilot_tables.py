@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_comm.core.quantities import data_size, megabytes, percent
 from lightning_comm.planning.judgement import CONFIDENCE, Ratio, Spread
 from lightning_comm.planning.pilot import BASELINE, LIMIT, Summary, Trial, summarise
 from lightning_comm.planning.projection import RunPlan
-from lightning_comm.planning.report import data_size, megabytes, percent
 
 Table = tuple[list[str], list[list[str]]]
 

@@ -16,7 +16,6 @@ from lightning_comm.core.rank_profile import (
     combine,
 )
 from lightning_comm.core.step_timeline import TimelineStep
-from lightning_comm.planning.profile_page import profile_page
 
 _FLUSH_EVERY_S = 1.0
 _PATTERN = "rank_*.jsonl"
@@ -100,10 +99,6 @@ class Profile:
     def figures(self) -> RunFigures:
         """The key figures of the run."""
         return combine(self.ranks)
-
-    def page(self) -> str:
-        """Return the HTML page: one file that needs no other."""
-        return profile_page(self.ranks)
 
 
 def load_profile(folder: str | Path) -> Profile:

@@ -4,37 +4,31 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 
 from lightning_comm.core.key_figures import RunFigures
-from lightning_comm.core.rank_profile import RankProfile, combine
+from lightning_comm.core.quantities import percent
+from lightning_comm.core.rank_profile import RankProfile
 from lightning_comm.planning import profile_figures
+from lightning_comm.planning.profile_files import Profile
 from lightning_comm.planning.profile_text import figure_rows, how_measured, milliseconds, rate, sentences, size
-from lightning_comm.planning.report import (
-    html_cards,
-    html_figure,
-    html_paragraphs,
-    html_table,
-    html_text,
-    page,
-    percent,
-)
+from lightning_comm.planning.report import html_cards, html_figure, html_paragraphs, html_table, html_text, page
 from lightning_comm.planning.svg_figures import cannot_draw
 
 _NO_FIGURES = (
-    "The figures are left out: {}. Once that is mended, `lightning_comm.load_profile(folder).page()` makes "
-    "the page again, with them."
+    "The figures are left out: {}. Once that is mended, "
+    "`lightning_comm.planning.profile_page.profile_page(load_profile(folder))` makes the page again, with them."
 )
 
 
-def profile_page(ranks: Sequence[RankProfile]) -> str:
+def profile_page(profile: Profile) -> str:
     """Return the page of a run.
 
     Args:
-        ranks: What is known of each rank.
+        profile: What is known of each rank, as :func:`~lightning_comm.load_profile` reads it.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If no rank is in it.
 
     """
-    run = combine(ranks)
+    ranks, run = profile.ranks, profile.figures
     body = [f"<h1>Is communication the bottleneck?</h1><p>{html_text(_about(run, ranks[0]))}</p>"]
     body.append(_cards(run))
     body.append(html_paragraphs(sentences(run)))

@@ -1,8 +1,9 @@
 """What a profile says, in words and rows, for the terminal and for the page."""
 
 from lightning_comm.core.key_figures import RunFigures
+from lightning_comm.core.quantities import megabytes, percent, times_as_fast
 from lightning_comm.core.rank_profile import FEWEST_TO_COMPARE
-from lightning_comm.planning.report import megabytes, percent, text_table, times_as_fast
+from lightning_comm.planning.report import text_table
 
 Row = tuple[str, str, str]
 _LITTLE = 0.05  # a share below which nothing is made of it

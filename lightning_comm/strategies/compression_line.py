@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_comm.core.compression import sent_bytes
 from lightning_comm.core.ledger import wire_bytes
-from lightning_comm.planning.report import data_size, percent
+from lightning_comm.core.quantities import data_size, percent
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full

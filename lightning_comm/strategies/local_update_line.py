@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_comm.core.ledger import wire_bytes
 from lightning_comm.core.local_update import FixedPeriod, ends_of_equal_rounds, ends_to_come
 from lightning_comm.core.local_update_traffic import LocalUpdateTraffic
-from lightning_comm.planning.report import data_size, percent
+from lightning_comm.core.quantities import data_size, percent
 from lightning_comm.strategies.auto_period import shortest_period
 from lightning_comm.strategies.compression_line import all_reduced_bytes, compressed_bytes
 from lightning_comm.strategies.local_update_calendar import TooLong, averages_in_mid_round, not_foreseen

@@ -28,6 +28,7 @@ from torchmetrics import MeanMetric
 from lightning_comm import CommProfiler, FixedPeriod, load_profile
 from lightning_comm.core.costs import Curve, LinkProfile, Timing
 from lightning_comm.planning import svg_figures
+from lightning_comm.planning.profile_page import profile_page
 from lightning_comm.transport import recording
 
 PARAMETERS = 5 * 7 + 7 + 7 + 7 + 7 + 1  # of `network(norm=True)`, in entries of 8 bytes
@@ -455,7 +456,7 @@ def test_the_page_is_one_file_with_figures(answers):
 
 def test_without_matplotlib_the_page_has_tables_and_says_how_to_get_figures(answers, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    text = load_profile(of(answers, "ddp")[0]["folder"]).page()
+    text = profile_page(load_profile(of(answers, "ddp")[0]["folder"]))
     assert "<img" not in text
     assert "pip install matplotlib" in text
     assert "exposed communication" in text
@@ -470,7 +471,7 @@ def test_a_broken_matplotlib_costs_the_figures_alone_and_is_named(answers, monke
     monkeypatch.delitem(sys.modules, "matplotlib", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     assert svg_figures.cannot_draw() == "matplotlib cannot be imported (RuntimeError: broken install)"
-    text = load_profile(of(answers, "ddp")[0]["folder"]).page()
+    text = profile_page(load_profile(of(answers, "ddp")[0]["folder"]))
     assert "<img" not in text
     assert "RuntimeError: broken install" in text
 
@@ -570,7 +571,7 @@ def test_what_a_killed_run_had_measured_can_be_read(tmp_path):
     assert process.exitcode == -signal.SIGKILL
     profile = load_profile(tmp_path / "run_0")
     assert 20 <= profile.figures.total_steps < 50
-    assert "<h1>" in profile.page()
+    assert "<h1>" in profile_page(profile)
 
 
 def test_one_process_sends_nothing_and_its_steps_are_measured(tmp_path):

@@ -18,6 +18,7 @@ from lightning_comm.planning.partition_page import partition_page
 from lightning_comm.planning.pilot import LIMIT
 from lightning_comm.planning.pilot_advice import advise
 from lightning_comm.planning.pilot_tables import measured_table, read, run_table
+from lightning_comm.planning.profile_files import Profile
 from lightning_comm.planning.profile_page import profile_page
 from lightning_comm.planning.report import MOST_COLUMNS, html_cards, html_figure, html_table, html_text, text_table
 
@@ -136,7 +137,7 @@ def profile(ranks=3, host="node-{}", stopped=None, steps=12):
             times = {"comm_s": 1.0, "exposed_s": 1.0, "wait_s": 0.5, "lightning_s": 0.1, "other_s": 0.0}
             sent = {"payload_bytes": {"gradients": 10**9}, "wire_bytes": {"gradients": 2 * 10**9}}
             made[-1].add_step(StepFigures(batch, batch, 1, 12.0 * batch, 12.0, **sent, dense_bytes=10**9, **times))
-    return profile_page(made)
+    return profile_page(Profile(made))
 
 
 def partition(ranks=16, why="balance: 1.83 times as fast", **run):
