@@ -9,7 +9,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from lightning_comm.planning.report import markdown_table
+from lightning_comm.reports.pieces import markdown_table
 
 DENSE = "dense"
 _HELD_OUT = 360  # images

@@ -31,7 +31,7 @@ from profiler import Sleeper
 from ranks import run_ranks
 
 from lightning_comm import EmulatedDevice
-from lightning_comm.core.adaptive_partition import RankCost, solve_partition
+from lightning_comm.core.adaptive_partition.shares import RankCost, solve_partition
 from lightning_comm.lab.cluster import unavailable
 
 WARMUP = 5  # of the callback, before its first window

@@ -28,7 +28,7 @@ from lightning_comm import (
 )
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.sparse_mask import SparseMaskCodec
-from lightning_comm.transport.gradient_sync import GradientSync
+from lightning_comm.transport.ddp_hook import GradientSync
 from lightning_comm.transport.recording import Recorder
 
 BEST = "ddp"

@@ -23,7 +23,7 @@ from emulated_run import as_report, close_host, measure, rate_of, results_file, 
 from lab import PAYLOAD_SHARE
 from steps_report import LIMIT
 
-from lightning_comm.core.cyclic import CyclicSchedule, Rule
+from lightning_comm.core.cyclic.schedule import CyclicSchedule, Rule
 from lightning_comm.core.quantities import duration
 from lightning_comm.lab.cluster import unavailable
 

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_comm.planning.report import markdown_table
+from lightning_comm.reports.pieces import markdown_table
 
 DP = "dp"
 _HELD_OUT = 360  # images

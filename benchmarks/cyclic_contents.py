@@ -15,8 +15,8 @@ import timm
 import torch
 from torch import nn
 
-from lightning_comm.planning.report import text_table
-from lightning_comm.transport.content import Contents
+from lightning_comm.ondevice.content import Contents
+from lightning_comm.reports.pieces import text_table
 
 
 def stages_of(model: nn.Module) -> list[dict[str, nn.Parameter]]:

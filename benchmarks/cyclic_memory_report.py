@@ -8,7 +8,7 @@ from typing import Any
 
 from tools_report import indented
 
-from lightning_comm.planning.report import markdown_table
+from lightning_comm.reports.pieces import markdown_table
 
 ARMS = {
     "one batch": "one batch of all",

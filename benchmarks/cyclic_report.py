@@ -13,9 +13,9 @@ from typing import Any
 from steps_report import LIMIT
 from tools_report import indented, overruns, paired_ratio
 
+from lightning_comm.core.judgement import CLAIM_REPEATS, Ratio, Spread, doubt
 from lightning_comm.core.quantities import times_as_fast
-from lightning_comm.planning.judgement import CLAIM_REPEATS, Ratio, Spread, doubt
-from lightning_comm.planning.report import markdown_table
+from lightning_comm.reports.pieces import markdown_table
 
 LIGHTNING, ALONE, BUCKETS, DEFAULT, BEST = "limit_lightning", "alone", "alone_buckets", "ddp", "best"
 DELAYED, V2, V1, V2_DEFAULT, V2_FINE = "delayed", "v2", "v1", "v2_default", "v2_fine"

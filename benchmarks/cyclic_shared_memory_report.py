@@ -5,8 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_comm.planning.judgement import Spread
-from lightning_comm.planning.report import markdown_table
+from lightning_comm.core.judgement import Spread
+from lightning_comm.reports.pieces import markdown_table
 
 DDP, NONE, STEP, STEP_V1 = "ddp", "none", "step", "step_v1"
 LABELS = {

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_comm import CommLedger
-from lightning_comm.lab.device import DevicePacer
+from lightning_comm.lab.device.pacer import DevicePacer
 
 TIMEOUT = timedelta(minutes=3)
 CLASSES = 100

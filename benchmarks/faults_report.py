@@ -7,7 +7,7 @@ from typing import Any
 from faults_judge import BAD, CLASSES
 from faults_plan import COMPARISON, KINDS, STRATEGIES
 
-from lightning_comm.planning.report import text_table
+from lightning_comm.reports.pieces import text_table
 
 Record = dict[str, Any]
 

@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_any
 
 from lightning_comm import Cast, Int8, PowerSGD, Ternary, TopK
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.ondevice.flat import Flat
 from lightning_comm.transport.averaging import IN_FLIGHT, Averager, _buckets, _pack, _write_means
 from lightning_comm.transport.compression.base import Context, Layout, Slot, run_alone
 from lightning_comm.transport.compression.full import Full
-from lightning_comm.transport.flat import Flat
 from lightning_comm.transport.recording import Recorder
 
 MODELS = {False: ("resnet50", "vit_base_patch16_224"), True: ("test_vit",)}

@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from lightning_comm.planning.report import markdown_table
+from lightning_comm.reports.pieces import markdown_table
 
 Finding = dict[str, Any]
 RULES: dict[str, Callable[[Any, Any], bool]] = {

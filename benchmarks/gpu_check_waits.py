@@ -23,10 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_comm import Cast, CyclicEngine, Int8, PowerSGD, Ternary, TopK
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.averaging import Averager
+from lightning_comm.transport.compressed_average import DifferenceAverager
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.full import Full
-from lightning_comm.transport.differences import DifferenceAverager
-from lightning_comm.transport.gradient_sync import GradientSync
+from lightning_comm.transport.ddp_hook import GradientSync
 from lightning_comm.transport.recording import Recorder, another_group
 
 BUCKET_BYTES = 1024

@@ -51,7 +51,7 @@ from lightning_comm import (  # noqa: E402
     PartitionedLoader,
     SparseMask,
 )
-from lightning_comm.planning.report import text_table  # noqa: E402
+from lightning_comm.reports.pieces import text_table  # noqa: E402
 
 BUCKETS = 30
 BLOCKS = [3, 4, 6, 3]  # of a ResNet-50

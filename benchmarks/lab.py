@@ -23,7 +23,7 @@ from typing import Any
 from lightning_comm.core.quantities import percent
 from lightning_comm.core.rates import parse_rate
 from lightning_comm.lab.cluster import Lab, unavailable
-from lightning_comm.planning.report import text_table
+from lightning_comm.reports.pieces import text_table
 
 PAYLOAD_SHARE = 1448 / 1514  # of a full frame: 14 bytes are Ethernet's, 20 IP's, 32 TCP's with its time stamps
 _WARM_UP = 2  # sums that open connections and let TCP find its window

@@ -7,7 +7,7 @@ from typing import Any
 
 from accuracy_report import half_width
 
-from lightning_comm.planning.report import markdown_table
+from lightning_comm.reports.pieces import markdown_table
 
 EVEN, BALANCED = "even", "balanced"
 _HELD_OUT = 360  # images

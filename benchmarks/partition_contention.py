@@ -91,7 +91,7 @@ def one_repeat(order: list[str]) -> dict[str, Any]:
     import torch.distributed as dist
     from partition_fits import Arm, Regressor, timed_fit
 
-    from lightning_comm.core.adaptive_partition import RankCost, solve_partition
+    from lightning_comm.core.adaptive_partition.shares import RankCost, solve_partition
 
     own = alone(network())
     costs: list[Any] = [None] * dist.get_world_size()

@@ -7,9 +7,14 @@ from typing import Any
 
 from tools_report import indented
 
-from lightning_comm.core.adaptive_partition import RankCost, proportional_sizes, speedup_of_balancing, step_speedup
-from lightning_comm.planning.judgement import CLAIM_REPEATS, Spread, doubt
-from lightning_comm.planning.report import markdown_table
+from lightning_comm.core.adaptive_partition.shares import (
+    RankCost,
+    proportional_sizes,
+    speedup_of_balancing,
+    step_speedup,
+)
+from lightning_comm.core.judgement import CLAIM_REPEATS, Spread, doubt
+from lightning_comm.reports.pieces import markdown_table
 
 WITHIN = 0.05  # of the optimum's step
 MOST_WINDOWS = 3

@@ -11,8 +11,8 @@ from typing import Any
 
 from tools_report import indented, overruns, paired_ratio
 
-from lightning_comm.planning.judgement import CLAIM_REPEATS, Spread, doubt
-from lightning_comm.planning.report import markdown_table
+from lightning_comm.core.judgement import CLAIM_REPEATS, Spread, doubt
+from lightning_comm.reports.pieces import markdown_table
 
 LIMIT = "limit"
 

@@ -22,9 +22,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lightning_comm.core.compression import break_even_bytes_per_s, sent_bytes
+from lightning_comm.core.compression.payload import break_even_bytes_per_s, sent_bytes
 from lightning_comm.lab.cluster import Lab, unavailable
-from lightning_comm.planning.report import text_table
+from lightning_comm.reports.pieces import text_table
 
 _LAYERS = 25  # of equal size, in a bucket
 _COUNTED = 3  # synchronisations whose bytes are counted on the interfaces

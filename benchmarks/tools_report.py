@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_comm.core.judgement import CLAIM_REPEATS, Ratio, doubt
 from lightning_comm.core.quantities import times_as_fast
-from lightning_comm.planning.judgement import CLAIM_REPEATS, Ratio, doubt
-from lightning_comm.planning.report import markdown_table
+from lightning_comm.reports.pieces import markdown_table
 
 LIMIT, PLAIN, OURS = "limit", "ddp", "ours"
 MIN_SHARE_OF_BOUND = 0.95

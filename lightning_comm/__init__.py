@@ -4,14 +4,25 @@ Importing this package registers its strategies, so that ``Trainer(strategy="qsr
 """
 
 from lightning_comm.callbacks import AdaptivePartition, BatchNormReestimation, CommProfiler, EmulatedDevice
-from lightning_comm.core.cyclic import CyclicSchedule
+from lightning_comm.core.compression.pruning_schedule import PruningSchedule
+from lightning_comm.core.cyclic.schedule import CyclicSchedule
 from lightning_comm.core.ledger import CommLedger, CommRecord
-from lightning_comm.core.local_update import FixedPeriod, PeriodRule, PowerPeriod, QuadraticPeriod, RoundClock
-from lightning_comm.core.sparse_mask import PruningSchedule
+from lightning_comm.core.local_update.clock import RoundClock
+from lightning_comm.core.local_update.periods import FixedPeriod, PeriodRule, PowerPeriod, QuadraticPeriod
 from lightning_comm.data import PartitionedLoader, ResumableLoader
-from lightning_comm.planning.profile_files import load_profile
+from lightning_comm.formats.profile import load_profile
+from lightning_comm.ondevice.activation_meter import ActivationMeter, SharedCounter
+from lightning_comm.ondevice.cyclic.delay import DelayedRun, simulate_delay
+from lightning_comm.ondevice.cyclic.engine import CyclicEngine
+from lightning_comm.ondevice.pruning import (
+    GraSPPruning,
+    MagnitudePruning,
+    MaskFile,
+    MaskFunction,
+    ModulePruning,
+    Pruning,
+)
 from lightning_comm.strategies import CompressedDDPStrategy, CyclicStrategy, LocalUpdateStrategy, register_strategies
-from lightning_comm.transport.activation_meter import ActivationMeter, SharedCounter
 from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.cast import Cast
@@ -21,16 +32,6 @@ from lightning_comm.transport.compression.power_sgd import PowerSGD
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.ternary import Ternary
 from lightning_comm.transport.compression.top_k import TopK
-from lightning_comm.transport.cyclic_delay import DelayedRun, simulate_delay
-from lightning_comm.transport.cyclic_engine import CyclicEngine
-from lightning_comm.transport.pruning import (
-    GraSPPruning,
-    MagnitudePruning,
-    MaskFile,
-    MaskFunction,
-    ModulePruning,
-    Pruning,
-)
 
 __all__ = [
     "ActivationMeter",

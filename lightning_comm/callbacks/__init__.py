@@ -1,8 +1,8 @@
 """Callbacks for runs with communication-efficient strategies."""
 
-from lightning_comm.callbacks.adaptive_partition import AdaptivePartition
+from lightning_comm.callbacks.adaptive_partition.callback import AdaptivePartition
 from lightning_comm.callbacks.batch_norm import BatchNormReestimation
-from lightning_comm.callbacks.comm_profiler import CommProfiler
+from lightning_comm.callbacks.comm_profiler.callback import CommProfiler
 from lightning_comm.callbacks.emulated_device import EmulatedDevice
 
 __all__ = ["AdaptivePartition", "BatchNormReestimation", "CommProfiler", "EmulatedDevice"]

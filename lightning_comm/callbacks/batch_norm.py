@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from lightning_comm.refusals import refuse_with_strategy
+from lightning_comm.errors import refuse_with_strategy
 
 
 class BatchNormReestimation(Callback):

@@ -11,9 +11,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_comm.core.ledger import CommRecord
-from lightning_comm.lab.device import DevicePacer
-from lightning_comm.lab.device_settings import device_problems
-from lightning_comm.refusals import refuse, refuse_with_strategy
+from lightning_comm.errors import refuse, refuse_with_strategy
+from lightning_comm.lab.device.pacer import DevicePacer
+from lightning_comm.lab.device.settings import device_problems
 from lightning_comm.transport.recording import observe
 
 _log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class EmulatedDevice(Callback):
     For the lab, in which several hosts share one machine: it gives each a device of its own that is as fast as is said,
     so that overlap, stragglers and more ranks than cores can be studied. Layers take their share of the time and
     gradients are ready when they would be; weights and losses are those of a run without it. See
-    :class:`lightning_comm.lab.device.DevicePacer` for how, and for what is not paced.
+    :class:`lightning_comm.lab.device.pacer.DevicePacer` for how, and for what is not paced.
 
     Every batch is a step of its own, also under gradient accumulation, and takes time in proportion to its samples,
     which are counted as ``self.log`` counts them. Validation is not paced.

@@ -29,28 +29,36 @@ class Command(NamedTuple):
 
 
 _CLI = "lightning_comm.cli."
+
+
+def _fit(name: str) -> tuple[str, str]:
+    return f"{_CLI}fit.command:{name}", f"{_CLI}fit.arguments:check_{name}"
+
+
 COMMANDS = {
-    "fit": Command("train a model", _CLI + "training:fit", _CLI + "fit_words:check_fit"),
+    "fit": Command("train a model", *_fit("fit")),
     "validate": Command(
-        "measure a trained model on the validation data", _CLI + "training:validate", _CLI + "fit_words:check_validate"
+        "measure a trained model on the validation data",
+        _CLI + "fit.command:validate",
+        _CLI + "fit.arguments:check_validate",
     ),
-    "test": Command("measure a trained model on the test data", _CLI + "training:test", _CLI + "fit_words:check_test"),
-    "predict": Command("let a trained model answer", _CLI + "training:predict", _CLI + "fit_words:check_predict"),
+    "test": Command("measure a trained model on the test data", *_fit("test")),
+    "predict": Command("let a trained model answer", *_fit("predict")),
     "lab": Command(
         "run a command on emulated hosts, joined by links of a stated speed", _CLI + "lab:main", needs_all=False
     ),
     "probe": Command(
-        "measure the link between the ranks of a job", _CLI + "probe:main", _CLI + "probe_arguments:check"
+        "measure the link between the ranks of a job", _CLI + "probe.command:main", _CLI + "probe.arguments:check"
     ),
     "pilot": Command(
         "try strategies on your own config for a few steps, and compare them",
-        _CLI + "pilot:main",
-        _CLI + "pilot_arguments:check",
+        _CLI + "pilot.command:main",
+        _CLI + "pilot.arguments:check",
     ),
     "demo": Command(
         "train real digits with DDP, local SGD and QSR, and compare them",
-        _CLI + "demo:main",
-        _CLI + "demo_arguments:check",
+        _CLI + "demo.command:main",
+        _CLI + "demo.arguments:check",
     ),
 }
 

@@ -9,13 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import median
 from typing import Any, NamedTuple
 
-from lightning_comm.core.key_figures import (
-    BESIDE_TRAINING,
-    RankFigures,
-    RunFigures,
-    StepFigures,
-    by_purpose,
-)
+from lightning_comm.core.key_figures import BESIDE_TRAINING, RankFigures, RunFigures, StepFigures, by_purpose
 from lightning_comm.core.ledger import CommRecord
 from lightning_comm.core.step_timeline import TimelineStep
 

@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from lightning_comm.data.adaptive_partition import PartitionedLoader
+from lightning_comm.data.adaptive_partition.loader import PartitionedLoader
 from lightning_comm.data.resumable import ResumableLoader
 
 _SIDE = 8  # pixels
@@ -39,8 +39,8 @@ class DigitsData(LightningDataModule):
 
     Note:
         *Communication.* None. In training each rank draws its share with a
-        :class:`~lightning_comm.data.resumable.ResumableLoader`, or, with ``global_batch_size``, takes its slice of the
-        batches of a :class:`~lightning_comm.data.adaptive_partition.PartitionedLoader`; the two have other orders, and
+        :class:`~lightning_comm.data.ResumableLoader`, or, with ``global_batch_size``, takes its slice of the
+        batches of a :class:`~lightning_comm.data.PartitionedLoader`; the two have other orders, and
         other images are left out. The held-out images are dealt out to the ranks by
         Lightning: each is counted once where the number of ranks divides 360, otherwise the last few ranks see one
         image a second time.

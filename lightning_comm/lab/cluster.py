@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning_comm.lab import namespaces
 from lightning_comm.lab.arguments import check_arguments
-from lightning_comm.lab.device_settings import SPEED_TAKEN_VARIABLE, SPEED_VARIABLE
+from lightning_comm.lab.device.settings import SPEED_TAKEN_VARIABLE, SPEED_VARIABLE
 from lightning_comm.lab.job import Job, LabResult
 from lightning_comm.lab.namespaces import INTERFACE, LabError, Namespace, unavailable
 

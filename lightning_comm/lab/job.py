@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
-from lightning_comm.lab.lines import LineSplitter
+from lightning_comm.lab.output_lines import LineSplitter
 
 if TYPE_CHECKING:
     from lightning_comm.lab.cluster import Lab

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_comm.core.local_update import PeriodRule, RoundClock, ends_to_come
+from lightning_comm.core.local_update.clock import RoundClock, ends_to_come
+from lightning_comm.core.local_update.periods import PeriodRule
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,13 @@ def round_ends(
         rule: With its coefficient as a number.
         lrs: The learning rate that each step of the run uses, from the first to the last.
         gradient_steps: Steps at the beginning that send gradients instead.
-        warmup_steps: As for :class:`~lightning_comm.core.local_update.RoundClock`.
+        warmup_steps: As for :class:`~lightning_comm.core.local_update.clock.RoundClock`.
 
     Note:
         *Communication.* None. It is the clock of the training run that is asked here, with the same numbers.
 
     Example:
-        >>> from lightning_comm.core.local_update import FixedPeriod, QuadraticPeriod
+        >>> from lightning_comm.core.local_update.clock import FixedPeriod, QuadraticPeriod
         >>> round_ends(FixedPeriod(4), [0.1] * 10)
         (4, 8, 10)
         >>> round_ends(QuadraticPeriod(alpha=0.1, h_base=2), [0.1] * 6 + [0.05] * 8, warmup_steps=0)

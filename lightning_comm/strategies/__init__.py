@@ -1,8 +1,8 @@
 """Strategies: thin Lightning shells that set up, ask `core` and call `transport`."""
 
-from lightning_comm.strategies.compression import CompressedDDPStrategy
-from lightning_comm.strategies.cyclic import CyclicStrategy
-from lightning_comm.strategies.local_update import LocalUpdateStrategy
+from lightning_comm.strategies.compression.strategy import CompressedDDPStrategy
+from lightning_comm.strategies.cyclic.strategy import CyclicStrategy
+from lightning_comm.strategies.local_update.strategy import LocalUpdateStrategy
 from lightning_comm.strategies.registration import register_strategies
 
 __all__ = ["CompressedDDPStrategy", "CyclicStrategy", "LocalUpdateStrategy", "register_strategies"]

@@ -5,11 +5,11 @@ from typing import Any, NoReturn
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lightning_utilities.core import rank_zero
 
-from lightning_comm.core.cyclic import Rule
-from lightning_comm.core.local_update import FixedPeriod, PeriodRule, QuadraticPeriod
-from lightning_comm.strategies.compression import CompressedDDPStrategy
-from lightning_comm.strategies.cyclic import CyclicStrategy
-from lightning_comm.strategies.local_update import LocalUpdateStrategy
+from lightning_comm.core.cyclic.schedule import Rule
+from lightning_comm.core.local_update.periods import FixedPeriod, PeriodRule, QuadraticPeriod
+from lightning_comm.strategies.compression.strategy import CompressedDDPStrategy
+from lightning_comm.strategies.cyclic.strategy import CyclicStrategy
+from lightning_comm.strategies.local_update.strategy import LocalUpdateStrategy
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.sparse_mask import SparseMask

@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_comm.core.periods import is_whole
+from lightning_comm.core.local_update.periods import is_whole
+from lightning_comm.ondevice.flat import DriftSum, Flat, drift_of, sample
+from lightning_comm.ondevice.share import Share, is_finite
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.full import Full
+from lightning_comm.transport.compression.names import compression_of
 from lightning_comm.transport.compression.no_sync import NoSync
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.ternary import Ternary
-from lightning_comm.transport.compression.words import compression_of
-from lightning_comm.transport.flat import DriftSum, Flat, drift_of, sample
 from lightning_comm.transport.recording import Pending, Recorder
-from lightning_comm.transport.share import Share, is_finite
 
 _DEFAULT_MIB, _OTHER_MIB = {"nccl": 25.0}, 4.0  # by backend; that of NCCL is DDP's, and not measured
 IN_FLIGHT = 3  # buckets: gloo sends two at a time, and the third is packed or unpacked meanwhile
@@ -39,7 +39,7 @@ class Averaging:
         compression: What to send of the parameters instead of every entry in full: a :class:`Compression`, such as
             ``Cast("bf16")``, or its word: ``"bf16"``, ``"fp16"``, ``"int8"``, ``"powersgd"``, ``"topk"``. ``None``
             sends them in full. A :class:`SparseMask`, alone or in a list with one more, prunes the model and sends what
-            is left. See :class:`~lightning_comm.transport.differences.DifferenceAverager`.
+            is left. See :class:`~lightning_comm.transport.compressed_average.DifferenceAverager`.
         overlap_steps: For how many optimizer steps of the next round an average travels in the background. Then each
             rank's weights move by what the average would have moved them at the end of the round: at that step, however
             fast the network was, so results do not depend on timing. 0 waits at the end of the round. In rounds that
@@ -167,7 +167,7 @@ class Averager:
             weight: What this rank counts for in the mean; those of all ranks sum to 1, and all are a :class:`Share` or
                 none is. ``None`` on all ranks: equally.
             moderate: Whether all ranks know that no entry of any of them is infinite, not a number, or above
-                :data:`~lightning_comm.transport.limits.MODERATE`. Then no sum can be too large, and the host need not
+                :data:`~lightning_comm.ondevice.limits.MODERATE`. Then no sum can be too large, and the host need not
                 look at each bucket, for which it would wait on CUDA. The result is the same.
 
         Returns:

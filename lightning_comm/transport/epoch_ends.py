@@ -15,8 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from lightning_comm.transport.agreement import Agreement
-from lightning_comm.transport.peer_texts import LostConnectionError
+from lightning_comm.transport.failure_messages import LostConnectionError
+from lightning_comm.transport.stop_protocol import Agreement
 from lightning_comm.transport.store_client import KeyValueStore, StoreLostError
 
 _Error = TypeVar("_Error", bound=Exception)

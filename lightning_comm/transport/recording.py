@@ -21,7 +21,7 @@ from torch.distributed import distributed_c10d
 
 from lightning_comm.core.ledger import CommLedger, CommRecord, wire_bytes
 from lightning_comm.transport.backends import backend_of
-from lightning_comm.transport.peer_texts import LostConnectionError
+from lightning_comm.transport.failure_messages import LostConnectionError
 
 _NEVER_SENT = 2**30  # the tag of a message
 _ABORT_S = 5.0  # how long ending what is under way on a device may take

@@ -9,7 +9,7 @@ import pytest
 from cyclic_report import ALONE, BEST, BUCKETS, LABELS, V1, V2
 from steps_report import LIMIT
 
-from lightning_comm.core.cyclic import CyclicSchedule
+from lightning_comm.core.cyclic.schedule import CyclicSchedule
 
 STEPS_S = {
     LIMIT: [0.70] * 5,

@@ -158,10 +158,10 @@ def test_the_last_error_of_a_log_is_its_message_without_prefixes_and_what_follow
     log = (
         "[rank0]: Traceback (most recent call last):\n[rank0]:   File x\n[rank0]: ValueError: first\n\n"
         "[rank0]: During handling of the above exception, another exception occurred:\n\n"
-        "[rank0]: lightning_comm.transport.agreement.PeerFailure: rank 2: boom\n[rank0]: more words\n"
+        "[rank0]: lightning_comm.transport.stop_protocol.PeerFailure: rank 2: boom\n[rank0]: more words\n"
         "[W123 socket.cpp:1] noise of rank 7\n"
     )
-    assert last_error(log) == "lightning_comm.transport.agreement.PeerFailure: rank 2: boom\nmore words"
+    assert last_error(log) == "lightning_comm.transport.stop_protocol.PeerFailure: rank 2: boom\nmore words"
     assert last_error("all went well\n") == ""
 
 

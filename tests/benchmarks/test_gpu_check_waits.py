@@ -44,12 +44,12 @@ def warning_at(path):
 
 def test_a_wait_that_torch_warns_of_in_a_line_of_the_package_is_its_own(told):
     warning_at(FLAT)()
-    assert [(each.own, each.where, each.by) for each in told] == [(True, *["lightning_comm/transport/flat.py:51"] * 2)]
+    assert [(each.own, each.where, each.by) for each in told] == [(True, *["lightning_comm/ondevice/flat.py:51"] * 2)]
 
 
 def test_a_wait_within_torch_belongs_to_the_package_that_called_it(told):
     at(FLAT, warning_at(Path(torch.__file__).parent / "_tensor.py"))()
-    assert [(each.own, each.where) for each in told] == [(True, "lightning_comm/transport/flat.py:51")]
+    assert [(each.own, each.where) for each in told] == [(True, "lightning_comm/ondevice/flat.py:51")]
 
 
 @pytest.mark.parametrize("path", ["/somewhere/lightning_comm/benchmarks/mine.py", "/site-packages/lightning/loop.py"])
@@ -57,7 +57,7 @@ def test_a_wait_of_others_is_not_its_own_wherever_the_package_lies(told, path):
     warning_at(path)()
     at(FLAT, warning_at(path))()
     assert [(each.own, each.by.rsplit("/", 1)[1]) for each in told] == [(False, Path(path).name + ":51")] * 2
-    assert [each.where for each in told] == ["", "lightning_comm/transport/flat.py:51"]
+    assert [each.where for each in told] == ["", "lightning_comm/ondevice/flat.py:51"]
 
 
 def test_other_warnings_are_none(told):

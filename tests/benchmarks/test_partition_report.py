@@ -4,7 +4,7 @@ import adaptive_partition
 import partition_report as report
 import pytest
 
-from lightning_comm.core.adaptive_partition import RankCost
+from lightning_comm.core.adaptive_partition.shares import RankCost
 
 COSTS = [[0.0, 0.003], [0.0, 0.001]]  # 1 : 3
 TOTAL = 64  # even: 96 ms; optimum 16 + 48: 48 ms

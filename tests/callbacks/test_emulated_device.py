@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_comm import EmulatedDevice, FixedPeriod
 from lightning_comm.core.ledger import CommRecord
-from lightning_comm.lab.device import DevicePacer
+from lightning_comm.lab.device.pacer import DevicePacer
 from lightning_comm.transport import recording
 
 STEP_S = 0.04

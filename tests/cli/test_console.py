@@ -14,9 +14,9 @@ from support.processes import free_port
 
 import lightning_comm
 import lightning_comm_command
-from lightning_comm.cli.fit_words import problem_of
+from lightning_comm.cli.fit.arguments import problem_of
+from lightning_comm.cli.fit.user_modules import import_problem
 from lightning_comm.cli.main import main
-from lightning_comm.cli.own_modules import import_problem
 
 torch.set_num_threads(1)  # a process that has started torch's threads cannot be forked into ranks
 

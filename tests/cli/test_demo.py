@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from lightning_comm.cli import demo
-from lightning_comm.cli.demo_run import RunSettings
+from lightning_comm.cli.demo import command as demo
+from lightning_comm.cli.demo.run import RunSettings
 from lightning_comm.core.quantities import megabytes, percent
-from lightning_comm.planning.pilot import Trial, costs
+from lightning_comm.planning.pilot.costs import Trial, costs
 
 pytestmark = pytest.mark.timeout(360)  # three runs in fresh processes, most of it imports; more where others are busy
 

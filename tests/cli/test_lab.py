@@ -12,7 +12,7 @@ import pytest
 from jsonargparse import Namespace
 
 from lightning_comm.cli import lab as command
-from lightning_comm.cli.training import follow_lab
+from lightning_comm.cli.fit.command import follow_lab
 
 CONFIG = Path(__file__).parents[2] / "configs" / "qsr.yaml"
 

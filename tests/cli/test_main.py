@@ -13,8 +13,8 @@ from lightning.pytorch import Trainer
 
 import lightning_comm
 from lightning_comm import AdaptivePartition, EmulatedDevice
+from lightning_comm.cli.fit.command import strategy_problem
 from lightning_comm.cli.main import COMMANDS, Command, main
-from lightning_comm.cli.training import strategy_problem
 
 torch.set_num_threads(1)  # a process that has started torch's threads cannot be forked into ranks
 

@@ -9,18 +9,18 @@ import pytest
 from support.partition_journals import run_of, window
 from support.pilot_trials import ddp, trial
 
-from lightning_comm.cli import report
+from lightning_comm.cli.demo import report
 from lightning_comm.core.key_figures import StepFigures
 from lightning_comm.core.rank_profile import RankProfile
-from lightning_comm.planning import pilot_page
-from lightning_comm.planning.partition_journal import Change, PartitionJournal
-from lightning_comm.planning.partition_page import partition_page
-from lightning_comm.planning.pilot import LIMIT
-from lightning_comm.planning.pilot_advice import advise
-from lightning_comm.planning.pilot_tables import measured_table, read, run_table
-from lightning_comm.planning.profile_files import Profile
-from lightning_comm.planning.profile_page import profile_page
-from lightning_comm.planning.report import MOST_COLUMNS, html_cards, html_figure, html_table, html_text, text_table
+from lightning_comm.formats.partition_journal import Change, PartitionJournal
+from lightning_comm.formats.profile import Profile
+from lightning_comm.planning.pilot.advice import advise
+from lightning_comm.planning.pilot.costs import LIMIT
+from lightning_comm.reports.adaptive_partition.page import partition_page
+from lightning_comm.reports.pieces import MOST_COLUMNS, html_cards, html_figure, html_table, html_text, text_table
+from lightning_comm.reports.pilot import page as pilot_page
+from lightning_comm.reports.pilot.tables import measured_table, read, run_table
+from lightning_comm.reports.profile.page import profile_page
 
 LONG = "ddp_with_a_name_that_its_author_wanted_to_say_everything_that_it_does_in_one_word"
 EVIL = "<script>alert('1')</script> & `--steps 60`, ``double``, and a lone ` too"

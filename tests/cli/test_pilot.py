@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from support.processes import launch
 
-from lightning_comm.cli import pilot
-from lightning_comm.cli.pilot_arguments import Refused, parse
-from lightning_comm.cli.pilot_run import Job
-from lightning_comm.cli.pilot_run import run as run_trials
-from lightning_comm.cli.pilot_watch import Watch
-from lightning_comm.cli.training import CommandLine
+from lightning_comm.cli.fit.command import CommandLine
+from lightning_comm.cli.pilot import command as pilot
+from lightning_comm.cli.pilot.arguments import Refused, parse
+from lightning_comm.cli.pilot.rank import Job
+from lightning_comm.cli.pilot.rank import run as run_trials
+from lightning_comm.cli.pilot.trial_callbacks import Watch
 from lightning_comm.core.ledger import wire_bytes
 
 pytestmark = pytest.mark.timeout(360)  # fresh processes, most of it imports; more where others are busy
@@ -287,7 +287,7 @@ def test_a_config_that_does_not_parse_is_shown_as_fit_shows_it(tmp_path, capsys)
 
 
 def test_hosts_without_permission_are_refused_with_what_is_missing(monkeypatch):
-    from lightning_comm.cli import pilot_arguments
+    from lightning_comm.cli.pilot import arguments as pilot_arguments
 
     monkeypatch.setattr(pilot_arguments, "unavailable", lambda: "the kernel forbids user namespaces")
     with pytest.raises(Refused) as caught:
@@ -305,7 +305,7 @@ def test_hosts_without_permission_are_refused_with_what_is_missing(monkeypatch):
     ],
 )
 def test_a_lab_that_cannot_be_is_refused_in_the_words_of_the_lab(words, must_say, monkeypatch):
-    from lightning_comm.cli import pilot_arguments
+    from lightning_comm.cli.pilot import arguments as pilot_arguments
 
     monkeypatch.setattr(pilot_arguments, "unavailable", lambda: None)
     with pytest.raises(Refused) as caught:

@@ -7,8 +7,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from support.training import Regression, loader, trainer
 from torch.optim import lr_scheduler
 
-from lightning_comm.cli.pilot_schedule import run_length, use_up_schedule
-from lightning_comm.strategies.planned_rates import ScheduleUnknown
+from lightning_comm.cli.pilot.schedule import run_length, use_up_schedule
+from lightning_comm.strategies.common.planned_rates import ScheduleUnknown
 
 STEPS_IN_EPOCH = 10
 

@@ -7,12 +7,12 @@ import time
 
 import pytest
 
-from lightning_comm.cli import pilot
 from lightning_comm.cli.fresh_python import fresh_python
-from lightning_comm.cli.pilot_arguments import Refused
-from lightning_comm.cli.pilot_results import Progress, Results
-from lightning_comm.cli.pilot_run import Job
-from lightning_comm.cli.pilot_workers import WorkerFailed, run_workers
+from lightning_comm.cli.pilot import command as pilot
+from lightning_comm.cli.pilot.arguments import Refused
+from lightning_comm.cli.pilot.rank import Job
+from lightning_comm.cli.pilot.results import Progress, Results
+from lightning_comm.cli.pilot.workers import WorkerFailed, run_workers
 
 JOB = Job(args=[], trials=[], steps=4, warmup_steps=1, device_s=None, trainer={})
 SAYS = "import json, os, sys, time\ndef say(**event): print('@pilot ' + json.dumps(event), flush=True)\n"

@@ -12,10 +12,10 @@ from io import StringIO
 import pytest
 from support.processes import free_port, launch
 
-from lightning_comm.cli import probe as cli
 from lightning_comm.cli.main import main
-from lightning_comm.cli.probe import shape_of_job
-from lightning_comm.cli.probe_arguments import parse
+from lightning_comm.cli.probe import command as cli
+from lightning_comm.cli.probe.arguments import parse
+from lightning_comm.cli.probe.command import shape_of_job
 from lightning_comm.core.costs import LinkProfile
 
 QUICK = ["--sizes=4,64KiB,1MiB", "--repeats=3", "--seconds=6"]

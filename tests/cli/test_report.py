@@ -3,9 +3,9 @@
 import pytest
 from support import pilot_trials
 
-from lightning_comm.cli import figure, report
-from lightning_comm.planning.pilot import LIMIT, summarise
-from lightning_comm.planning.report import text_table
+from lightning_comm.cli.demo import figure, report
+from lightning_comm.planning.pilot.costs import LIMIT, summarise
+from lightning_comm.reports.pieces import text_table
 
 
 def run(method, seed, accuracy, wire_bytes):

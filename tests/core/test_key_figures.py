@@ -8,7 +8,7 @@ from lightning_comm.core.key_figures import StepFigures, StepFrame, measure_step
 from lightning_comm.core.ledger import CommRecord
 from lightning_comm.core.rank_profile import ClockPoint, RankProfile, combine, inferred_waits, with_waits
 from lightning_comm.core.step_timeline import aligned, draw
-from lightning_comm.planning.profile_text import sentences
+from lightning_comm.reports.profile.text import sentences
 
 
 def record(purpose: str, start_ms: float, length_ms: float, payload: int = 0, hidden_ms: float = 0.0) -> CommRecord:

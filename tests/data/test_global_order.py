@@ -9,8 +9,8 @@ import torch
 from support.ranks_in_one import draw, ranks, union
 from torch.utils.data import Dataset, RandomSampler, Sampler, SubsetRandomSampler, WeightedRandomSampler
 
-from lightning_comm.core.partition_plan import PartitionPlan
-from lightning_comm.data.adaptive_partition import PartitionedLoader
+from lightning_comm.core.adaptive_partition.plan import PartitionPlan
+from lightning_comm.data.adaptive_partition.loader import PartitionedLoader
 
 
 def test_orders_differ_by_seed_epoch_and_pass_and_not_by_the_global_random_state():

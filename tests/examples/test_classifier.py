@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, MultiStepLR
 
 from lightning_comm.examples import DigitsData, TimmClassifier
 from lightning_comm.examples.schedule import LrSchedule
-from lightning_comm.strategies.pure_functions import why_not_pure
+from lightning_comm.strategies.common.pure_functions import why_not_pure
 
 torch.set_num_threads(1)  # a process that has started torch's threads cannot be forked into ranks
 

@@ -12,7 +12,7 @@ from support.cyclic import deep, momentum
 from support.faults import Fault, Job, fates
 from support.training import Regression, loader, trainer
 
-import lightning_comm.transport.peers as peers
+import lightning_comm.transport.failures as peers
 import lightning_comm.transport.recording as recording
 from lightning_comm import Averaging, CyclicStrategy, FixedPeriod, LocalUpdateStrategy
 

@@ -12,7 +12,7 @@ from support.training import FEATURES, Regression, loader, local_update, trainer
 from torch import nn
 
 from lightning_comm import Averaging, CompressedDDPStrategy, CyclicStrategy, FixedPeriod, QuadraticPeriod, SparseMask
-from lightning_comm.refusals import RefusedSetUp
+from lightning_comm.errors import RefusedSetUp
 
 torch.set_num_threads(1)
 WAIT = timedelta(seconds=40)

@@ -28,8 +28,8 @@ from lightning_comm import (
     QuadraticPeriod,
     SparseMask,
 )
-from lightning_comm.callbacks import partition_session
-from lightning_comm.refusals import RefusedSetUp
+from lightning_comm.callbacks.adaptive_partition import session as partition_session
+from lightning_comm.errors import RefusedSetUp
 
 PRUNING = {"pruning_fn": "l1_unstructured", "amount": 0.5}
 LBFGS = torch.optim.LBFGS

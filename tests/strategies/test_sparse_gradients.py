@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_comm import CommProfiler, CompressedDDPStrategy, FixedPeriod
-from lightning_comm.cli.pilot import _listener
-from lightning_comm.cli.pilot_watch import Rehearsal
+from lightning_comm.cli.pilot.command import _listener
+from lightning_comm.cli.pilot.trial_callbacks import Rehearsal
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("in_own_folder")

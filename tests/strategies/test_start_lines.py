@@ -18,7 +18,7 @@ from lightning_comm import (
     QuadraticPeriod,
     SparseMask,
 )
-from lightning_comm.strategies import local_update_line
+from lightning_comm.strategies.local_update import start_line as local_update_line
 
 STEPS = 20
 COUNTED = ("parameters", "buffers", "weight_averages", "gradients", "evaluation", "checkpoint")

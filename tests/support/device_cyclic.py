@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_comm import CyclicEngine, CyclicStrategy, simulate_delay
-from lightning_comm.core.cyclic import CyclicSchedule
+from lightning_comm.core.cyclic.schedule import CyclicSchedule
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.transport.cyclic import CyclicRing
-from lightning_comm.transport.cyclic_messages import NOTES, StageLayout
-from lightning_comm.transport.cyclic_update import Clipping, clip_
+from lightning_comm.ondevice.cyclic.update import Clipping, clip_
+from lightning_comm.transport.cyclic.messages import NOTES, StageLayout
+from lightning_comm.transport.cyclic.ring import CyclicRing
 from lightning_comm.transport.recording import Recorder, another_group
 from support.cyclic import adamw, deep, reference
 from support.device_fits import Where, places, weights

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from lightning_comm import Cast, Int8, PowerSGD, SparseMask, Ternary, TopK
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.strategies.loss_scale import loss_scale, take_smallest_scale
+from lightning_comm.ondevice.random_state import random_state, set_random_state
+from lightning_comm.ondevice.share import Share
+from lightning_comm.strategies.common.loss_scale import loss_scale, take_smallest_scale
 from lightning_comm.transport.averaging import Averager, broadcast_
+from lightning_comm.transport.background_tasks import Errand
+from lightning_comm.transport.compressed_average import DifferenceAverager
 from lightning_comm.transport.compression.base import Codec, Compression, Context, Layout, Slot, run_alone
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
-from lightning_comm.transport.differences import DifferenceAverager
-from lightning_comm.transport.errand import Errand
-from lightning_comm.transport.random_state import random_state, set_random_state
 from lightning_comm.transport.recording import Recorder, another_group
-from lightning_comm.transport.share import Share
 from support.on_device import spin
 
 SHAPES = {"a.weight": (70, 50), "a.bias": (70,), "b.weight": (40, 3, 3, 3), "one": (1,), "c.weight": (13, 110)}

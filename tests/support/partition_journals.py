@@ -2,8 +2,8 @@
 
 import random
 
-from lightning_comm.core.adaptive_partition import proportional_sizes
-from lightning_comm.planning.partition_journal import Change, PartitionJournal, Window
+from lightning_comm.core.adaptive_partition.shares import proportional_sizes
+from lightning_comm.formats.partition_journal import Change, PartitionJournal, Window
 
 RUN = {
     "samples": 50_000,

@@ -1,6 +1,6 @@
 """Trials of a pilot with times set by hand."""
 
-from lightning_comm.planning.pilot import Trial
+from lightning_comm.planning.pilot.costs import Trial
 
 
 def trial(strategy, repeat=0, *, step_s, sync_s=0.0, period=0, steps=20, warmup=4, gradient_steps=0, ranks=2, **more):

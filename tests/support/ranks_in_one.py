@@ -1,7 +1,7 @@
 """Several ranks of a partitioned loader in one process, in lock step."""
 
-from lightning_comm.core.partition_plan import PartitionPlan
-from lightning_comm.data.adaptive_partition import PartitionedLoader
+from lightning_comm.core.adaptive_partition.plan import PartitionPlan
+from lightning_comm.data.adaptive_partition.loader import PartitionedLoader
 
 
 def ranks(plan: PartitionPlan, new) -> list[PartitionedLoader]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.averaging import Averaging
+from lightning_comm.transport.compressed_average import DifferenceAverager
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
@@ -18,9 +19,8 @@ from lightning_comm.transport.compression.power_sgd import PowerSGD
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.ternary import Ternary
 from lightning_comm.transport.compression.top_k import TopK
-from lightning_comm.transport.differences import DifferenceAverager
+from lightning_comm.transport.model_average import Replica
 from lightning_comm.transport.recording import Recorder
-from lightning_comm.transport.replica import Replica
 
 NUMEL = sum(math.prod(shape) for shape in SHAPES.values())
 SLOTS = sum(math.prod(shape) > 0 for shape in SHAPES.values())

@@ -10,18 +10,18 @@ from support.processes import start_ranks
 from torch import Tensor, nn
 
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.ondevice.flat import Drift, DriftSum, drift_of
+from lightning_comm.ondevice.share import Share
 from lightning_comm.transport.averaging import Averager, Averaging
+from lightning_comm.transport.compressed_average import DifferenceAverager
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
 from lightning_comm.transport.compression.power_sgd import PowerSGD
 from lightning_comm.transport.compression.top_k import TopK
-from lightning_comm.transport.cyclic_buffers import mean_of_rows
-from lightning_comm.transport.differences import DifferenceAverager
-from lightning_comm.transport.flat import Drift, DriftSum, drift_of
+from lightning_comm.transport.cyclic.buffers import mean_of_rows
+from lightning_comm.transport.model_average import Replica
 from lightning_comm.transport.recording import Recorder
-from lightning_comm.transport.replica import Replica
-from lightning_comm.transport.share import Share
 
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

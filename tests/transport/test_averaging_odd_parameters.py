@@ -8,10 +8,10 @@ from support.odd_parameters import OddParameters, entries
 
 from lightning_comm import Cast, Int8, PowerSGD, TopK
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.ondevice.share import Share
 from lightning_comm.transport.averaging import Averaging
+from lightning_comm.transport.model_average import Replica
 from lightning_comm.transport.recording import Recorder, another_group
-from lightning_comm.transport.replica import Replica
-from lightning_comm.transport.share import Share
 
 COUNTS = [3, 1, 2]
 STEPS = 3

@@ -11,17 +11,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.ondevice.limits import MODERATE, are_moderate
+from lightning_comm.ondevice.share import Share
+from lightning_comm.ondevice.uploads import uploaded
 from lightning_comm.transport import averaging
 from lightning_comm.transport.averaging import Averager
+from lightning_comm.transport.compressed_average import DifferenceAverager
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
 from lightning_comm.transport.compression.top_k import TopK
-from lightning_comm.transport.differences import DifferenceAverager
-from lightning_comm.transport.limits import MODERATE, are_moderate
 from lightning_comm.transport.recording import Recorder
-from lightning_comm.transport.share import Share
-from lightning_comm.transport.uploads import uploaded
 
 TYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 COUNTS = {2: [7, 3], 3: [5, 0, 11]}

@@ -11,14 +11,14 @@ from torch import nn
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.averaging import Averager, Averaging
+from lightning_comm.transport.compressed_average import DifferenceAverager
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
 from lightning_comm.transport.compression.power_sgd import PowerSGD
 from lightning_comm.transport.compression.top_k import TopK
-from lightning_comm.transport.differences import DifferenceAverager
+from lightning_comm.transport.model_average import Replica
 from lightning_comm.transport.recording import Recorder, another_group
-from lightning_comm.transport.replica import Replica
 
 ROUNDS = 3
 SHARES = {2: [0.75, 0.25], 3: [0.5, 0.375, 0.125]}

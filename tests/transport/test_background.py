@@ -10,12 +10,12 @@ from support.differences import BY_HAND, SHAPES, in_memory_order, moved, start
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.averaging import Averaging
+from lightning_comm.transport.compressed_average import DifferenceAverager
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
 from lightning_comm.transport.compression.power_sgd import PowerSGD
 from lightning_comm.transport.compression.top_k import TopK
-from lightning_comm.transport.differences import DifferenceAverager
 from lightning_comm.transport.recording import Recorder, another_group
 
 ROUNDS = 3

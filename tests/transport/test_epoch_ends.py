@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from lightning_comm.transport.agreement import Agreement, PeerFailure
 from lightning_comm.transport.epoch_ends import EpochEnds
+from lightning_comm.transport.stop_protocol import Agreement, PeerFailure
 
 
 def ends(store, rank, *, timeout_s=30.0):

@@ -11,14 +11,7 @@ import torch
 from support.processes import start_ranks
 
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.transport.plain_data import (
-    NotPlainError,
-    broadcast_json,
-    gather_json,
-    gather_states,
-    pack,
-    unpack,
-)
+from lightning_comm.transport.plain_data import NotPlainError, broadcast_json, gather_json, gather_states, pack, unpack
 from lightning_comm.transport.recording import Recorder
 
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_comm.ondevice.uploads import uploaded
 from lightning_comm.transport.compression.base import Codec, Conversation, Layout, Slot
 from lightning_comm.transport.compression.rounding import largest_entries
-from lightning_comm.transport.uploads import uploaded
 
 
 class Feedback(Codec):

@@ -9,18 +9,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
-from lightning_comm.transport.compression.base import (
-    Codec,
-    Compression,
-    Context,
-    Conversation,
-    Layout,
-    Message,
-    Slot,
-)
+from lightning_comm.ondevice.uploads import uploaded
+from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Message, Slot
 from lightning_comm.transport.compression.feedback import Feedback
 from lightning_comm.transport.compression.rounding import scale_type
-from lightning_comm.transport.uploads import uploaded
 
 _DEPENDENT = 1e-10  # of the largest column: what is left of one that the columns before it explain, up to rounding
 _ALIGNED_BYTES = 64

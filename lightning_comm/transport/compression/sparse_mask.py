@@ -5,12 +5,12 @@ from typing import Literal
 
 from typing_extensions import override
 
-from lightning_comm.core.periods import is_number
-from lightning_comm.core.sparse_mask import PruningSchedule
+from lightning_comm.core.compression.pruning_schedule import PruningSchedule
+from lightning_comm.core.local_update.periods import is_number
+from lightning_comm.ondevice.pruning import MagnitudePruning, Pruning
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
-from lightning_comm.transport.pruning import MagnitudePruning, Pruning
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class SparseMask(Compression):
                 "MagnitudePruning(sparsity=0.8), ModulePruning(), MaskFile(path) or MaskFunction(function)."
             )
         if isinstance(self.then, str):
-            from lightning_comm.transport.compression.words import compression_of  # it knows this class
+            from lightning_comm.transport.compression.names import compression_of  # it knows this class
 
             object.__setattr__(self, "then", compression_of(self.then, "SparseMask", "then"))
         if self.then is not None and not isinstance(self.then, Compression):

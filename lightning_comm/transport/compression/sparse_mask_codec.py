@@ -17,9 +17,10 @@ from torch.distributed import ReduceOp
 from torch.nn import Parameter
 from typing_extensions import override
 
+from lightning_comm.ondevice.pruning import Masks
 from lightning_comm.transport.compression.base import Codec, Context, Conversation, Layout, Slot
 from lightning_comm.transport.compression.full import FullCodec
-from lightning_comm.transport.pruning import Masks, pack_bits, unpack_bits
+from lightning_comm.transport.compression.mask_agreement import pack_bits, unpack_bits
 from lightning_comm.transport.recording import Pending
 
 

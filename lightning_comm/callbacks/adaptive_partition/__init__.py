@@ -1,0 +1,1 @@
+"""The callback that moves the shares of a partitioned global batch."""

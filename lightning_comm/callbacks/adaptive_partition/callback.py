@@ -1,0 +1,230 @@
+"""Give each rank a share of the global batch that fits its speed: a thin shell that hands Lightning's hooks on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_comm.callbacks.adaptive_partition import checks
+from lightning_comm.callbacks.adaptive_partition.session import PartitionSession
+from lightning_comm.callbacks.adaptive_partition.settings import PartitionSettings, plain
+from lightning_comm.errors import refuse_with_strategy
+from lightning_comm.formats.partition_journal import PartitionJournal
+
+
+class AdaptivePartition(Callback):
+    r"""Let fast ranks take more of the global batch than slow ones, with the gradient of the whole batch unchanged.
+
+    A synchronous step lasts as long as the slowest rank needs. Here step ``t`` is always the same ``B`` samples, those
+    of a :class:`PartitionedLoader`, and of these each rank takes its own number. Rank :math:`m` of :math:`M` scales the
+    gradient of its loss by :math:`w_m = n_m M / n`, so that DDP's mean over the ranks is the mean over the :math:`n`
+    samples of the step. Logged losses keep their values. Learning rate, schedule and number of steps stay as they were.
+
+    Works with ``ddp``, with :class:`CompressedDDPStrategy`, and with :class:`LocalUpdateStrategy`, where gradients are
+    left as they are and the average of a round is weighted by samples instead; automatic and manual optimization,
+    accumulation and mixed precision.
+
+    Args:
+        mode: ``"balance"`` measures each rank and moves shares while training runs; ``"observe"`` measures, moves
+            nothing, and says which rank is slow and what balancing would gain; ``"fixed"`` only splits.
+        shares: Ratios by rank, such as ``[1, 3]``: the split at the start, and with ``"fixed"`` for the whole run. Left
+            out, ranks start alike.
+        batch_sizes: The same in samples by rank, such as ``[16, 48]``; they sum to the global batch.
+        min_per_rank: The least that a rank takes, one number or one for each, also of a last batch that has as many;
+            ``None``: 1, or 2 if the model has BatchNorm, which cannot train on one sample.
+        max_per_rank: The most that a rank takes, one number or one for each, for ranks with less memory.
+        window_steps: After how many batches ranks compare their times.
+        min_gain: Shares move only if a step is expected to last longer than with the best shares by more than this part
+            of the latter; while little is known yet, by up to three times that.
+        warmup_steps: Batches at the start that are not measured.
+        loss_reduction: ``"mean"``: the loss is a mean over the rank's samples. ``"sum"``: it is a sum, so that samples
+            weigh the same whatever the split, and nothing is scaled.
+        replay: The ``journal.json`` of an earlier run, whose shares are taken again at the same steps, so that it is
+            repeated bit for bit wherever training itself is reproducible.
+        folder: Where the journal and the page go, each ``fit`` in ``run_<n>``; ``None``: ``adaptive_partition`` in the
+            Trainer's ``default_root_dir``.
+
+    Raises:
+        ValueError: If an argument is out of range; when ``fit`` begins, on all ranks alike, if the data, the bounds or
+            the journal do not fit.
+        MisconfigurationException: When ``fit`` begins, if the strategy does not average gradients over ranks, or the
+            training data is not a :class:`PartitionedLoader`.
+
+    Note:
+        *Communication.* At the start what is wrong with the loader, and its settings, from each rank. With
+        ``"balance"`` and ``"observe"`` one all-gather of 48 bytes a rank every ``window_steps`` batches, on a gloo
+        group of its own; under :class:`LocalUpdateStrategy` at the first synchronisation after that. With a sampler of
+        the user's, 8 bytes a rank in each epoch. ``"fixed"`` sends nothing more.
+
+        *What is measured.* From the moment a rank asks for its batch until its last local gradient is ready, without
+        the wait for others; on CUDA by events, without waiting for the device. See
+        :class:`~lightning_comm.instruments.busy_time.BusyTimer`.
+
+        *What changes nevertheless.* BatchNorm sees batches of other sizes, and DDP keeps the running statistics of rank
+        0; dropout draws other masks; ``all_gather`` of single samples needs padding; a value logged with
+        ``sync_dist=True`` on each step is the plain mean over ranks: multiply it by :attr:`weight` before. Values of
+        whole epochs are weighted by Lightning; a batch of weight 0 counts in them as one sample.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_comm import AdaptivePartition, PartitionedLoader
+        >>> loader = PartitionedLoader(range(1024), global_batch_size=64)
+        >>> partition = AdaptivePartition(min_per_rank=4, max_per_rank=48)
+        >>> trainer = Trainer(callbacks=[partition], strategy="ddp", accelerator="cpu", devices=2, logger=False)
+
+    References:
+        Vineeth S. `Distributed Optimization using Heterogeneous Compute Systems
+        <https://arxiv.org/abs/2110.08941>`_. 2021.
+        C. Chen et al. `Semi-Dynamic Load Balancing: Efficient Distributed Learning in Non-Dedicated Environments
+        <https://arxiv.org/abs/1806.02508>`_. SoCC 2020.
+        Q. Ye et al. `DBS: Dynamic Batch Size For Distributed Deep Neural Network Training
+        <https://arxiv.org/abs/2007.11831>`_. 2020.
+
+    """
+
+    def __init__(  # noqa: PLR0913  (each is one word in a config)
+        self,
+        mode: Literal["balance", "observe", "fixed"] = "balance",
+        shares: Sequence[float] | None = None,
+        batch_sizes: Sequence[int] | None = None,
+        min_per_rank: int | Sequence[int] | None = None,
+        max_per_rank: int | Sequence[int] | None = None,
+        window_steps: int = 20,
+        min_gain: float = 0.05,
+        warmup_steps: int = 5,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        replay: str | None = None,
+        folder: str | None = None,
+    ) -> None:
+        self.settings = PartitionSettings(
+            mode=mode,
+            shares=plain(shares),
+            batch_sizes=plain(batch_sizes),
+            min_per_rank=plain(min_per_rank),
+            max_per_rank=plain(max_per_rank),
+            window_steps=window_steps,
+            min_gain=min_gain,
+            warmup_steps=warmup_steps,
+            loss_reduction=loss_reduction,
+            replay=str(replay) if isinstance(replay, Path) else replay,
+            folder=str(folder) if isinstance(folder, Path) else folder,
+        )
+        self._session: PartitionSession | None = None
+        self._loaded: dict[str, Any] | None = None
+
+    @property
+    def weight(self) -> float:
+        """What this rank's loss counts in the present batch: its samples, times ranks, over those of the step.
+
+        The plain mean over the ranks of ``weight * value`` is the mean of ``value`` over the samples of the step.
+        """
+        return self._session.weight if self._session is not None else 1.0
+
+    @staticmethod
+    def weight_of(trainer: Trainer) -> float:
+        """Return the weight of the present batch in a Trainer, for a ``LightningModule``; 1.0 without this callback.
+
+        Example:
+            >>> from lightning.pytorch import Trainer
+            >>> AdaptivePartition.weight_of(Trainer(logger=False))
+            1.0
+
+        """
+        found = (each for each in getattr(trainer, "callbacks", []) if isinstance(each, AdaptivePartition))
+        return next((each.weight for each in found), 1.0)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples by rank of the present batch; empty before the first one."""
+        return self._session.sizes if self._session is not None else ()
+
+    @property
+    def journal(self) -> PartitionJournal | None:
+        """What happened in the last or current ``fit``: shares, and the times of all ranks."""
+        return self._session.journal() if self._session is not None else None
+
+    @property
+    def run_folder(self) -> Path | None:
+        """Where rank 0 writes the journal and the page of the last or current ``fit``."""
+        return self._session.files.folder if self._session is not None else None
+
+    # ---- Lightning's hooks -------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._loaded = None  # what a checkpoint held that was read to validate or test
+        if stage != "fit":
+            return
+        self._session = None
+        problems = [*checks.set_up_problems(trainer, pl_module, self.settings), *checks.given_loader_problems(trainer)]
+        refuse_with_strategy(trainer, "AdaptivePartition", problems)
+        weigh_by_samples = getattr(trainer.strategy, "weigh_by_samples", None)
+        if weigh_by_samples is not None:  # LocalUpdateStrategy averages parameters, not gradients
+            weigh_by_samples()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._session = PartitionSession(trainer, pl_module, self.settings, self._loaded)
+        self._loaded = None
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None:
+            self._session.begin_epoch()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._session is not None:
+            self._session.begin_batch()
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._session is not None:
+            self._session.before_backward(loss)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None:
+            self._session.after_backward()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._session is not None:
+            self._session.end_batch()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None:
+            self._session.leave_training()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None:
+            self._session.leave_training()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None:
+            self._session.finish()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._session is not None:
+            self._session.abandon()
+
+    # ---- what a checkpoint keeps -------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the shares, what is known of speeds, and what was measured; loaders save where they stand."""
+        return self._session.state_dict() if self._session is not None else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what :meth:`state_dict` returned, until training starts."""
+        self._loaded = state_dict or None

@@ -1,0 +1,89 @@
+"""What is noted of a partitioned run while it goes on: the windows, and why shares were moved."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_comm.callbacks.adaptive_partition.meter import Row
+from lightning_comm.core.adaptive_partition.balancing import Forecast
+from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place
+from lightning_comm.formats.partition_journal import Change, PartitionJournal, Window
+
+_MOST_WINDOWS = 2000  # then every second one is dropped, so that a long run stays a small file
+_KEPT_WINDOWS = 200  # by a checkpoint
+
+
+class PartitionRecord:
+    """Collects what becomes the journal; equal on all ranks but for the seconds since the start.
+
+    Args:
+        run: What a replay must agree with.
+        mode: That of the callback.
+        plan: Has the changes.
+        why: What each comes from, by place.
+        windows: Those of the part of the run before a resume.
+
+    """
+
+    def __init__(
+        self,
+        run: dict[str, Any],
+        mode: str,
+        plan: PartitionPlan,
+        why: dict[Place, str],
+        windows: Sequence[Window],
+    ) -> None:
+        self.run = run
+        self.why = why
+        self._mode = mode
+        self._plan = plan
+        self._windows = list(windows)
+        before_s = self._windows[-1].seconds if self._windows else None
+        self._started_s = time.monotonic() - (before_s or 0.0)
+
+    def add_window(
+        self, place: Place, sizes: tuple[int, ...], rows: list[Row], step_s: float, forecast: Forecast | None
+    ) -> None:
+        """Note what the ranks have told each other."""
+        if len(self._windows) >= _MOST_WINDOWS:
+            self._windows = self._windows[::2]
+        self._windows.append(
+            Window(
+                epoch=place.epoch,
+                batch=place.batch,
+                seconds=time.monotonic() - self._started_s,
+                sizes=sizes,
+                busy_s=tuple(row.busy_s for row in rows),
+                fetch_s=tuple(row.fetch_s for row in rows),
+                step_s=step_s,
+                gain=None if forecast is None else forecast.gain,
+                best_sizes=None if forecast is None else forecast.sizes,
+            )
+        )
+
+    def metrics(self, most_ranks: int) -> dict[str, float]:
+        """Return what loggers are told of the last window."""
+        window = self._windows[-1]
+        busy = [seconds or 0.0 for seconds in window.busy_s]
+        slowest = max(busy)
+        metrics = {
+            "adaptive_partition/step_s": window.step_s or 0.0,
+            "adaptive_partition/busy_s_slowest": slowest,
+            "adaptive_partition/waiting_share": 1 - sum(busy) / (len(busy) * slowest) if slowest else 0.0,
+        }
+        if window.gain is not None:
+            metrics["adaptive_partition/possible_gain"] = window.gain
+        for rank in range(min(most_ranks, len(busy))):
+            metrics[f"adaptive_partition/samples/rank_{rank}"] = window.sizes[rank]
+            metrics[f"adaptive_partition/busy_s/rank_{rank}"] = busy[rank]
+        return metrics
+
+    def journal(self) -> PartitionJournal:
+        """Return all of it."""
+        changes = [Change(*each.place, each.sizes, self.why.get(each.place, "")) for each in self._plan.changes]
+        return PartitionJournal(self.run, self._mode, tuple(changes), tuple(self._windows))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run goes on from, in plain types."""
+        why = [(*place, why) for place, why in self.why.items()]
+        return {"windows": self.journal().to_dict()["windows"][-_KEPT_WINDOWS:], "why": why}

@@ -1,0 +1,1 @@
+"""The callback that measures a run's communication while it trains."""

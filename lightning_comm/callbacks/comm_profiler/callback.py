@@ -1,0 +1,409 @@
+"""The key figures of a run, measured while it trains: a thin shell that hands Lightning's hooks to a session."""
+
+import functools
+import logging
+import platform
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import lightning
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.nn.parameter import is_lazy
+from typing_extensions import override
+
+from lightning_comm.callbacks.comm_profiler.log_interval import Window
+from lightning_comm.callbacks.comm_profiler.session import Session
+from lightning_comm.core.costs import LinkProfile
+from lightning_comm.core.key_figures import RunFigures, StepFigures
+from lightning_comm.core.ledger import wire_bytes
+from lightning_comm.core.local_update.periods import is_whole
+from lightning_comm.core.rank_profile import RankProfile, combine, inferred_waits, with_waits
+from lightning_comm.errors import refuse, refuse_with_strategy
+from lightning_comm.formats.profile import Profile, RankFile, next_run, run_folder
+from lightning_comm.instruments.clocks import (
+    compare_clocks,
+    gather_json,
+    group_on_the_host,
+    json_from_rank_0,
+    number_from_rank_0,
+)
+from lightning_comm.lightning_internals import averages_without_a_hook, logged_step, timeout_of
+from lightning_comm.ondevice.device_clock import DeviceClock
+from lightning_comm.ondevice.sparse_gradients import fault_of_ddp
+from lightning_comm.reports.profile.page import profile_page
+from lightning_comm.reports.profile.text import summary
+
+_log = logging.getLogger(__name__)
+_Hook = TypeVar("_Hook", bound=Callable[..., None])
+_STEPS_OF_ALL_RANKS = 64_000  # are gathered at most; with 64 ranks or fewer, 1,000 of each
+_DEFAULT_FOLDER = "comm_profile"
+
+
+def _never_ends_training(hook: _Hook) -> _Hook:
+    """Let no exception of a hook's body reach the Trainer."""
+
+    @functools.wraps(hook)
+    def guarded(self: "CommProfiler", *args: Any, **kwargs: Any) -> None:
+        self._safely(lambda: hook(self, *args, **kwargs))
+
+    return cast(_Hook, guarded)
+
+
+class CommProfiler(Callback):
+    """Measure what a run sends, how long that takes, and how much of it training stands still for.
+
+    Works with plain ``ddp``, with every strategy of this package, and with one process, on CPU and CUDA. Nothing about
+    the run changes: no message is added between the start and the end of training.
+
+    After ``fit``, :attr:`figures` has the key figures of the run, the same on all ranks, and :attr:`steps` the single
+    steps of this rank. Rank 0 prints a summary. While the run goes on, the Trainer's loggers get ``comm/bytes_sent``,
+    ``comm/bytes_dense``, ``comm/time_s``, ``comm/exposed_s``, ``comm/share_busy``, ``comm/share_exposed``,
+    ``comm/lightning_s``, ``comm/bandwidth`` and, where ranks meet in rounds, ``comm/wait_s``: means of the
+    steps since the last time, on rank 0, where Lightning logs the metrics of a batch and at the same step. Every rank
+    writes ``rank_<r>.jsonl``, a line a step, which :func:`load_profile` reads, also of a run that was killed; steps
+    there, in :attr:`steps` and on the page are numbered in optimizer steps and batches. Rank 0 writes ``profile.html``,
+    one page to look at.
+
+    Args:
+        folder: Where files go: each ``fit`` makes ``run_<n>`` in it. ``None``: ``comm_profile`` in the Trainer's
+            ``default_root_dir``.
+        probe: A file that ``lightning-comm probe`` saved; the bandwidth that the run achieves is then compared with it.
+            Only rank 0 reads it, so it need not be on the other hosts.
+        timeline_steps: How many steps the page draws, by rank; at least 0. They are taken early in the run, around a
+            step that communicates.
+        warmup_steps: How many training batches at the start are left out of times and shares; at least 0. Their bytes
+            are counted.
+        page: Whether to write the HTML page.
+
+    Raises:
+        ValueError: If an argument is out of range; when ``fit`` begins, on all ranks alike, if rank 0 cannot read
+            ``probe``.
+
+    Note:
+        *Communication.* None within training. Before it, 16 round trips of 8 bytes between each rank and rank 0, to
+        compare clocks, and 8 bytes from rank 0, with ``probe`` one object more; after it, the same again and one row of
+        figures from each rank: at most 1,000 steps, some 400 KB. Where the Trainer's group sends from GPUs alone, in a
+        gloo group of their own.
+
+        *Cost.* Below 1 % of a step of 50 ms; ``benchmarks/profiler.py`` measures it. *Memory.* About 1 MB.
+
+        *Faults.* Where the profiler fails (the disk is full, a private name of torch is gone), it says so once, stops
+        measuring on that rank, and training goes on.
+
+        *Two of them.* Only the first one of the Trainer's callbacks measures; the others say so and do nothing.
+
+        *CUDA.* The host does not wait for the device: steps and messages are timed by events, which are read some steps
+        later. DDP is asked for times at every tenth iteration only, and itself waits for that one to end when the next
+        begins; what it tells counts for the step in which it does. What a strategy waits for without a collective
+        (``cyclic``) has no time there. Before training the host waits for the device once, and once after it. Not yet
+        run on a GPU.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_comm import CommProfiler
+        >>> profiler = CommProfiler(warmup_steps=10)
+        >>> trainer = Trainer(callbacks=[profiler], accelerator="cpu", devices=2, strategy="ddp", logger=False)
+
+    """
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        probe: str | None = None,
+        timeline_steps: int = 5,
+        warmup_steps: int = 3,
+        page: bool = True,
+    ) -> None:
+        refuse(
+            "CommProfiler",
+            [
+                f"`{name}` counts training batches, so it must be a whole number >= 0; got {value!r}. Leave it out for "
+                "a good one."
+                for name, value in (("timeline_steps", timeline_steps), ("warmup_steps", warmup_steps))
+                if not is_whole(value) or value < 0
+            ],
+        )
+        self.folder = folder
+        self.probe = probe
+        self.timeline_steps = timeline_steps
+        self.warmup_steps = warmup_steps
+        self.page = page
+        self.figures: RunFigures | None = None
+        self.steps: list[StepFigures] = []
+        self.run_folder: Path | None = None
+        self._session: Session | None = None
+        self._header: dict[str, Any] = {}
+        self._link_bytes_per_s: float | None = None
+        self._window = Window()
+        self._stopped: str | None = None
+        self._all_met = False
+        self._group: dist.ProcessGroup | None = None  # in which ranks meet; the default group if that is one of the CPU
+        self._is_the_first = True
+
+    # ---- the one place where failures end ------------------------------------------------------------------------
+
+    def _safely(self, body: Callable[[], None]) -> None:
+        try:
+            body()
+        except Exception as error:  # whatever it is, training is worth more than its profile
+            self._stop(error)
+
+    def _stop(self, error: Exception) -> None:
+        if self._stopped is not None:
+            return
+        self._stopped = f"{type(error).__name__}: {error}"
+        session, self._session = self._session, None
+        if session is not None:
+            session.end_measuring()
+            session.abandon_file()
+        _log.warning(
+            "CommProfiler on rank %s stops measuring, and training goes on. The cause: %s",
+            self._header.get("rank", "?"),
+            self._stopped,
+            exc_info=_log.isEnabledFor(logging.DEBUG),
+        )
+
+    # ---- the start -----------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self.figures, self.steps, self.run_folder = None, [], None
+        self._session, self._header, self._stopped, self._all_met = None, {}, None, False
+        self._window, self._group = Window(), None
+        profilers = [each for each in getattr(trainer, "callbacks", []) if isinstance(each, CommProfiler)]
+        self._is_the_first = profilers[:1] in ([self], [])
+        if not self._is_the_first:
+            rank_zero_warn(
+                "CommProfiler: only one can measure a `fit`, so the first one of the Trainer's `callbacks` does, and "
+                "this one measures nothing. Remove one of the two, from the config or the command line."
+            )
+            return
+        if self.probe is not None:
+            self._link_bytes_per_s, problem = _probed_bytes_per_s(self.probe, trainer)
+            refuse_with_strategy(trainer, "CommProfiler", [problem] if problem else [])
+
+    @override
+    @_never_ends_training
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_the_first:
+            return
+        folder = Path(self.folder or Path(trainer.default_root_dir) / _DEFAULT_FOLDER)
+        clock, number = [], _next_run(folder)
+        if _several_ranks():
+            # every rank comes here, whatever its disk is like: what can fail on one alone comes afterwards
+            self._group = group_on_the_host(timeout_of(trainer.strategy))
+            clock = [compare_clocks(self._group)]
+            number = number_from_rank_0(number, self._group)
+            self._all_met = True
+        self._header = _header(trainer, self.warmup_steps, self._link_bytes_per_s)
+        self.run_folder = run_folder(folder, number)
+        file = RankFile(self.run_folder / f"rank_{trainer.global_rank}.jsonl", self._header)
+        for point in clock:
+            file.clock(point)
+        keep = max(50, min(1000, _STEPS_OF_ALL_RANKS // trainer.world_size))
+        profile = RankProfile(self._header, keep=keep, clock=clock)
+        of_device = DeviceClock(trainer.strategy.root_device)
+        self._session = Session(
+            profile, file, self.timeline_steps, lambda: trainer.global_step, self._safely, of_device
+        )
+        self._session.begin_measuring()
+        of_ours = type(trainer.strategy).__module__.startswith("lightning_comm.")  # it has said so itself
+        if not of_ours and averages_without_a_hook(trainer.strategy.model):
+            fault = fault_of_ddp(pl_module, trainer.world_size)
+            if fault is not None:
+                rank_zero_warn(f"CommProfiler: {fault}")
+        if trainer.world_size == 1:
+            rank_zero_info("CommProfiler: one process, so nothing is sent; it measures the time of steps.")
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    @override
+    @_never_ends_training
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None:  # here, since parameters may be frozen and unfrozen between epochs
+            trained = (each for each in pl_module.parameters() if each.requires_grad and not is_lazy(each))
+            dense = 4 * sum(each.numel() for each in trained)  # lazy ones have no size before the first forward
+            self._session.dense_bytes = wire_bytes("all_reduce", dense, trainer.world_size)
+            self._session.automatic = pl_module.automatic_optimization
+
+    @override
+    @_never_ends_training
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._session is not None:
+            self._session.begin_step(trainer.strategy.model)
+            for step in self._session.take_new():
+                self._window.add(step)
+
+    @override
+    @_never_ends_training
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        if self._session is not None:
+            self._session.begin_backward()
+
+    @override
+    @_never_ends_training
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None:
+            self._session.end_backward()
+
+    @override
+    @_never_ends_training
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._session is not None:
+            self._session.end_batch()
+            self._log(trainer)
+
+    @override
+    @_never_ends_training
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None:
+            self._session.leave_training()
+
+    @override
+    @_never_ends_training
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is not None:
+            self._session.leave_training()
+
+    def _log(self, trainer: Trainer) -> None:
+        """Hand the loggers the means of the steps since the last time, where Lightning logs the metrics of a batch."""
+        step = logged_step(trainer) if trainer.is_global_zero else None
+        metrics = {} if step is None else self._window.take()
+        for logger in trainer.loggers if metrics else []:
+            logger.log_metrics(metrics, step=step)
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    @override
+    @_never_ends_training
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_the_first:
+            return
+        rows = [self._own_row()]
+        if self._all_met:
+            # every rank comes here, also one whose profiler has stopped
+            clock = compare_clocks(self._group)
+            if rows[0] is not None:
+                rows[0]["clock"].append(clock)
+            rows = gather_json(rows[0], torch.device("cpu"), self._group)
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+                self._group = None
+        self._safely(lambda: self._conclude(trainer, [RankProfile.from_dict(row) for row in rows if row is not None]))
+
+    def _own_row(self) -> dict[str, Any] | None:
+        """Return what this rank has to say, in plain types: what was measured, or that it was not, or nothing."""
+        if self._session is not None:
+            self._safely(self._session.finish)
+        if self._session is not None:
+            return self._session.profile.to_dict()
+        return RankProfile(self._header, stopped=self._stopped).to_dict() if self._header else None
+
+    def _conclude(self, trainer: Trainer, ranks: list[RankProfile]) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.close_file()
+        self.figures = combine(ranks)
+        own = next((rank for rank in ranks if rank.rank == trainer.global_rank), None)
+        if own is not None:
+            self.steps = with_waits(own.kept, inferred_waits(ranks).get(own.rank, {}))
+        if trainer.is_global_zero:
+            rank_zero_info(summary(self.figures))
+            if self.page and self.run_folder is not None:
+                _write_page(self.run_folder / "profile.html", Profile(ranks))
+
+    @override
+    @_never_ends_training
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    @override
+    @_never_ends_training
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """End measuring without a word to other ranks, who may not be there any more. What is in the file stays."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.end_measuring()
+            session.abandon_file()
+
+
+def _write_page(path: Path, profile: Profile) -> None:
+    page = profile_page(profile)
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # a part of a page shows nothing
+        _log.warning(
+            f"CommProfiler: the page {path} cannot be written: {error}. Where there is room, "
+            f"`lightning_comm.reports.profile.page.profile_page(load_profile({str(path.parent)!r}))` returns it, from "
+            "what the ranks' files hold."
+        )
+        return
+    rank_zero_info(f"The page: {path}")
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _next_run(folder: Path) -> int:
+    try:
+        return next_run(folder)
+    except OSError:  # a folder that cannot be read cannot be written either, and that is reported
+        return 0
+
+
+def _header(trainer: Trainer, warmup_steps: int, link_bytes_per_s: float | None) -> dict[str, Any]:
+    return {
+        "rank": trainer.global_rank,
+        "world_size": trainer.world_size,
+        "host": socket.gethostname() + (f", node {trainer.node_rank}" if trainer.num_nodes > 1 else ""),
+        "warmup_steps": warmup_steps,
+        "started_unix_s": time.time(),
+        "link_bytes_per_s": link_bytes_per_s,
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "system": platform.platform(),
+            "device": str(trainer.strategy.root_device),
+            "backend": str(dist.get_backend_config()) if _several_ranks() else "none",
+            "strategy": type(trainer.strategy).__name__,
+            "callbacks": [type(callback).__name__ for callback in getattr(trainer, "callbacks", [])],
+        },
+    }
+
+
+def _probed_bytes_per_s(path: str, trainer: Trainer) -> tuple[float, str]:
+    """Return what rank 0 reads, and what is wrong with it.
+
+    Other hosts may lack the file, so all ranks learn of it, and all refuse it alike.
+    """
+    bytes_per_s, problem = 0.0, ""
+    if trainer.is_global_zero:
+        try:
+            bytes_per_s = LinkProfile.load(path).bytes_per_s
+        except Exception as error:  # whatever it is, the others wait for word of it
+            problem = f"got {path!r}: {error}"
+    bytes_per_s, problem = json_from_rank_0((bytes_per_s, problem), trainer.strategy.root_device)
+    if problem:
+        problem = (
+            f"`probe` must be a file that `lightning-comm probe` has saved, on rank 0; {problem}. Leave it out to "
+            "measure without a comparison."
+        )
+    return float(bytes_per_s), problem

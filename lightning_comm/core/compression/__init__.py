@@ -1,0 +1,1 @@
+"""What compressions send, as formulas, and when weights are pruned."""

@@ -1,0 +1,1 @@
+"""The loader of a partitioned global batch."""

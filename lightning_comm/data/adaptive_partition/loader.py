@@ -1,0 +1,346 @@
+"""A loader that slices a fixed global batch by shares that may change while training runs.
+
+torch.utils.data only. It is not a ``DataLoader``, so that Lightning leaves it as it is, and owns one. Lightning finds
+``set_epoch``, ``state_dict`` and ``load_state_dict`` on it by itself.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place
+from lightning_comm.core.adaptive_partition.shares import proportional_sizes
+from lightning_comm.data.adaptive_partition.arguments import (
+    arguments_of,
+    batches_of,
+    check_batches,
+    check_plan,
+    check_ranks,
+    check_resumed,
+    checked_samples,
+    in_group,
+    refuse_options,
+    whole_number,
+)
+from lightning_comm.data.adaptive_partition.slices import SeededSamples, Slice, SliceDispatcher
+from lightning_comm.data.global_order import Draws, GlobalBatches, GlobalOrder, Tail, mixed_seed
+from lightning_comm.data.resumable import warn_of_repeated_batches
+
+_STATE_VERSION = 1
+
+
+class PartitionedLoader:
+    """A loader for training in which the ranks share each global batch by a plan, evenly if there is none.
+
+    Global step t of an epoch is always ``order(seed, epoch)[t * B : (t + 1) * B]``, and the ranks take slices of it,
+    one behind the other. So each sample comes once in an epoch, all ranks take the same number of steps, and neither
+    the plan nor the number of ranks changes what a step is made of.
+
+    Args:
+        dataset: What the samples come from; it has a length, and ``dataset[index]`` gives a sample.
+        global_batch_size: Samples per step of all ranks together; at least one for each rank.
+        shuffle: Whether each epoch has an order of its own; otherwise all have that of the dataset. It is left out with
+            a ``sampler``; else ``None`` means yes.
+        seed: Decides the order; at least 0, and the same on every rank.
+        tail: What becomes of the samples of an epoch that fill no global batch: ``"keep"`` makes a smaller last step
+            of them, ``"drop"`` leaves them out, ``"merge"`` adds them to the last step.
+        sampler: Draws the order of all samples instead, before they are shared, such as a ``WeightedRandomSampler``.
+            It has a length. Its ``set_epoch`` is called, if it has one, and it draws with the global random state and
+            its ``generator`` seeded from seed, epoch and pass, so the order is the same on all ranks.
+        seed_samples: Whether ``dataset[index]`` is called with Python's, numpy's and torch's generators seeded from
+            seed, epoch, pass and index, so that random augmentation depends on no rank, plan or worker.
+        **options: What else a ``DataLoader`` takes, such as ``num_workers`` and ``collate_fn``.
+
+    Raises:
+        ValueError: If an argument is out of range, or no batch is left. With the first batch, if there are more ranks
+            than samples in a global batch, if a sampler does not keep to its length or order, or if the run is resumed
+            in the middle of a pass that was begun with other data or another order.
+        TypeError: If ``dataset`` or ``sampler`` has no global order, or ``options`` holds what would replace it.
+
+    Note:
+        *Weights.* Where ranks have unequal numbers of samples (by the plan, in the tail, or because the global batch
+        does not divide), the mean over ranks of their mean losses is not the mean over the samples. The
+        ``AdaptivePartition`` callback corrects the gradient. In a plain loop, multiply the loss by
+        ``loader.latest.weight``; a loop that does not read ``latest`` is warned. A rank that gets nothing of a small
+        tail has a batch of one sample all the same, with weight 0 and ``latest.samples == 0``.
+
+        *Passes.* ``set_epoch``, which Lightning calls, begins an epoch. A loop that does not call it makes passes
+        through the same epoch, each with an order of its own.
+
+        ``overfit_batches`` of Lightning does not turn shuffling off by itself: ``AdaptivePartition`` does so, by
+        ``repeat_first_epoch``; without it, give ``shuffle=False``.
+
+        *Exactness.* A resumed run has the samples of the run that was never stopped, on any number of ranks; where
+        Lightning 2.6 itself goes wrong, and what a failed step counts for, is told at
+        :class:`~lightning_comm.data.resumable.ResumableLoader`. A sampler whose order depends on more than the epoch (a
+        curriculum that follows the loss) must be put back by the user before the first batch; what it draws is checked
+        against the state. Workers are seeded from seed, epoch, pass and rank when they start, so random augmentation is
+        only exact with ``seed_samples``.
+
+        *Communication.* None. *Memory.* The order of the present pass: 8 bytes per sample, more with a ``sampler``.
+
+    Example:
+        >>> loader = PartitionedLoader(range(10), global_batch_size=4, shuffle=False)
+        >>> loader.follow(PartitionPlan((1, 3)), rank=1)
+        >>> [batch.tolist() for batch in loader]
+        [[1, 2, 3], [5, 6, 7], [8, 9]]
+        >>> loader.latest.sizes, loader.latest.weight
+        ((0, 2), 2.0)
+
+    """
+
+    batch_size: None = None  # the batches of a rank have no fixed size; see `global_batch_size`
+
+    def __init__(
+        self,
+        dataset: Any,
+        global_batch_size: int,
+        *,
+        shuffle: bool | None = None,
+        seed: int = 0,
+        tail: Tail = "keep",
+        sampler: Any = None,
+        seed_samples: bool = False,
+        **options: Any,
+    ) -> None:
+        refuse_options(options)
+        samples = checked_samples(dataset, sampler, shuffle)
+        self.global_batch_size = whole_number("global_batch_size", global_batch_size, 1)
+        seed = whole_number("seed", seed, 0)
+        batches = GlobalBatches(samples, self.global_batch_size, tail)
+        check_batches(batches, sampler)
+        self.dataset = dataset
+        self._seed = seed
+        self._sampler = sampler
+        self._batches = batches
+        self._order = GlobalOrder(samples, shuffle=sampler is None and shuffle is not False, seed=seed, sampler=sampler)
+        self._dispatcher = SliceDispatcher(self._order, batches, tagged=seed_samples)
+        # Every pass draws a number from the generator. An own one leaves the global random state where it is.
+        self._draws = Draws()
+        self._inner: DataLoader[Any] = DataLoader(
+            SeededSamples(dataset, seed) if seed_samples else dataset,
+            batch_sampler=self._dispatcher,
+            generator=self._draws,
+            **options,
+        )
+        self._followed = False
+        self._position = (0, 0, 0)  # epoch, pass in it, batches of the pass that were handed out
+        self._begun: object | None = None  # the pass that moves the position; None until its first batch
+        self._loaded: dict[str, Any] | None = None
+        self._goes_on = False  # in the epoch of the state that was loaded
+        self._latest: Slice | None = None
+        self._latest_read = self._warned = False
+
+    @classmethod
+    def from_dataloader(
+        cls, loader: DataLoader[Any], global_batch_size: int | None = None, seed: int = 0
+    ) -> "PartitionedLoader":
+        """Return a loader with the dataset, sampler, workers and other options of a ``DataLoader``.
+
+        Args:
+            loader: A plain one, made for a single process. Its ``generator`` is left aside.
+            global_batch_size: Samples per step of all ranks together; ``None`` takes the loader's ``batch_size`` times
+                the ranks of the process group.
+            seed: Decides the order.
+
+        Raises:
+            ValueError: If the size of the global batch is not known.
+            TypeError: If the loader has no global order that could be shared.
+
+        Example:
+            >>> loader = PartitionedLoader.from_dataloader(DataLoader(range(6), batch_size=3), global_batch_size=4)
+            >>> [batch.tolist() for batch in loader]
+            [[0, 1, 2, 3], [4, 5]]
+
+        """
+        return cls(seed=seed, **arguments_of(loader, global_batch_size))
+
+    def __len__(self) -> int:
+        return self._batches.number
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator, so that nothing is drawn before the first `next`: Lightning makes the iterator of its first epoch
+        # before it calls `set_epoch`, and workers would by then be loading samples of another epoch.
+        started_s = time.monotonic()
+        begun = self._begin_pass()
+        batches = iter(self._inner)
+        while True:
+            self._check_alone(begun)
+            self._warn_of_missing_weight()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            part = self._dispatcher.hand_out()
+            self._latest = part._replace(fetch_started_s=started_s, fetch_s=time.monotonic() - started_s)
+            self._latest_read = False
+            if self._begun is begun:
+                # Counted where batches are handed out: the workers and the plan are several batches ahead.
+                epoch, passes, done = self._position
+                self._position = epoch, passes, done + 1
+            yield batch
+            started_s = time.monotonic()
+
+    def follow(self, plan: PartitionPlan, rank: int) -> None:
+        """Slice by this plan, as this rank, from the next index list on.
+
+        Raises:
+            ValueError: If the plan is for another global batch, or has no such rank.
+
+        """
+        check_plan(plan, rank, self.global_batch_size)
+        self._dispatcher.plan, self._dispatcher.rank = plan, rank
+        self._followed = True
+
+    @property
+    def dispatched(self) -> Place:
+        """The first place of which no index list has been handed to the workers: where a change of plan may start."""
+        if self._begun is not None:
+            return self._dispatcher.dispatched
+        epoch, passes, done = self._position
+        return Place(epoch, passes * len(self) + done)
+
+    @property
+    def latest(self) -> Slice | None:
+        """What this rank took in the batch that was handed out last."""
+        self._latest_read = True
+        return self._latest
+
+    @property
+    def batch_sampler(self) -> Any:
+        """Where Lightning looks for ``sampler.set_epoch``. A ``sampler`` of its own would let it rebuild the loader."""
+        return SimpleNamespace(sampler=self)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch with the next pass, or go on in it, if a state from the middle of it has been loaded."""
+        if self._loaded is None or self._position[0] != epoch:
+            self._position, self._begun, self._loaded = (epoch, 0, 0), None, None
+        else:
+            self._goes_on = True
+
+    def repeat_first_epoch(self) -> None:
+        """Let all epochs be alike, in the order of the dataset (of a sampler: that of its first), for overfitting."""
+        self._order.repeat()
+
+    @property
+    def settings(self) -> dict[str, int | str]:
+        """What the meaning of "so many batches into an epoch" depends on; it must be the same on all ranks."""
+        return {
+            "samples": self._batches.samples,
+            "global_batch_size": self.global_batch_size,
+            "shuffle": int(self._order.shuffle),
+            "seed": self._seed,
+            "tail": self._batches.tail,
+            "sampler": "" if self._sampler is None else type(self._sampler).__name__,
+        }
+
+    def order_fingerprint(self) -> int:
+        """Return 48 bits that tell the order of the present pass from others, to compare ranks."""
+        return self._order.fingerprint(*self._position[:2])
+
+    def state_dict(self) -> dict[str, int | str]:
+        """Return where the present pass stands, in plain types that are equal on all ranks."""
+        if self._loaded is not None:
+            return dict(self._loaded)
+        epoch, passes, done = self._position
+        place = {"epoch": epoch, "passes": passes, "batches_done": done}
+        return {"version": _STATE_VERSION, **self.settings, **place, "order": self.order_fingerprint() if done else 0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next pass go on where ``state_dict`` was called, unless ``set_epoch`` asks for another epoch.
+
+        Raises:
+            ValueError: If the state was written by another version of this loader.
+
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"PartitionedLoader: `state` must be of version {_STATE_VERSION}; got {state.get('version')!r}. Resume "
+                "with the version of lightning_comm, and the kind of loader, that wrote it."
+            )
+        self._position = state["epoch"], state["passes"], state["batches_done"]
+        self._begun, self._loaded, self._goes_on = None, dict(state), False
+
+    @property
+    def num_workers(self) -> int:
+        """How many worker processes load samples."""
+        return self._inner.num_workers
+
+    @property
+    def collate_fn(self) -> Callable[[list[Any]], Any]:
+        """What makes a batch of a list of samples."""
+        return self._inner.collate_fn
+
+    @property
+    def worker_init_fn(self) -> Callable[[int], None] | None:
+        """What each worker calls when it starts. Lightning sets it after ``seed_everything(workers=True)``."""
+        return self._inner.worker_init_fn
+
+    @worker_init_fn.setter
+    def worker_init_fn(self, function: Callable[[int], None] | None) -> None:
+        self._inner.worker_init_fn = function
+
+    @property
+    def _iterator(self) -> Any:
+        # By this name Lightning finds persistent workers on a `DataLoader`, and stops them when training is over.
+        return self._inner._iterator
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self._inner._iterator = iterator
+
+    def _begin_pass(self) -> object:
+        if not self._followed:
+            self._share_evenly()
+        epoch, passes, done = self._position
+        if self._begun is None and self._loaded is None and self._dispatcher.rank == 0:
+            warn_of_repeated_batches("PartitionedLoader", epoch)
+        # A state from behind the last batch ends a pass that an epoch goes on with, as of a shorter one of several
+        # loaders; without an epoch to go on with, it is the start of the next pass.
+        is_over = self._loaded is not None and done == batches_of(self._loaded) and not self._goes_on
+        if self._begun is not None or is_over:
+            epoch, passes, done = self._position = epoch, passes + 1, 0
+            self._loaded = None
+        self._check_loaded()
+        self._goes_on = False
+        self._begun = begun = object()
+        self._draws.manual_seed(mixed_seed(self._seed, epoch, passes, self._dispatcher.rank))
+        self._dispatcher.begin(epoch, passes, done)
+        return begun
+
+    def _share_evenly(self) -> None:
+        ranks, rank = (dist.get_world_size(), dist.get_rank()) if in_group() else (1, 0)
+        check_ranks(ranks, self.global_batch_size)
+        self._dispatcher.plan = PartitionPlan(proportional_sizes(self.global_batch_size, [1] * ranks))
+        self._dispatcher.rank = rank
+
+    def _check_loaded(self) -> None:
+        state, self._loaded = self._loaded, None
+        if state is None or not state["batches_done"]:
+            return  # a pass from its start is a whole one, whatever the settings
+        check_resumed(state, self.settings)
+        check_resumed(state, {"order": self.order_fingerprint()})
+
+    def _check_alone(self, begun: object) -> None:
+        if self._begun not in (begun, None):
+            raise RuntimeError(
+                "PartitionedLoader: `iter` must not begin another pass while one goes on, since they would share one "
+                "place in the data; got a batch asked from the older one. Make a loader for each."
+            )
+
+    def _warn_of_missing_weight(self) -> None:
+        last = self._latest
+        if last is None or self._followed or self._latest_read or self._warned or len(set(last.sizes)) == 1:
+            return
+        self._warned = True
+        warnings.warn(
+            f"PartitionedLoader: {len(last.sizes)} ranks had {last.sizes} samples, so the mean of their gradients is "
+            "not that over the samples. Multiply the loss by `loader.latest.weight` before `backward`, or let the "
+            "callback AdaptivePartition do it.",
+            stacklevel=3,
+        )

@@ -1,0 +1,1 @@
+"""Files on disk that people and later versions read: profiles and journals."""

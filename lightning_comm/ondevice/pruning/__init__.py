@@ -1,0 +1,27 @@
+"""Masks: which weights are pruned, and by what rule they are chosen.
+
+A mask has the shape of a parameter and is True where a weight is kept. Masks are chosen on rank 0 and broadcast, so no
+tie, no random number and no sample that one rank alone has seen can make them differ; ranks then compare a fingerprint
+of all their bits, and disagreement is an error on all of them.
+"""
+
+from lightning_comm.ondevice.pruning.base import Masks, Moment, Pruning, checked_masks, prunable
+from lightning_comm.ondevice.pruning.existing_masks import MaskFile, MaskFunction, ModulePruning
+from lightning_comm.ondevice.pruning.grasp import GraSPPruning
+from lightning_comm.ondevice.pruning.magnitude import MagnitudePruning
+from lightning_comm.ondevice.pruning.scores import erk_shares, keep_largest
+
+__all__ = [
+    "GraSPPruning",
+    "MagnitudePruning",
+    "MaskFile",
+    "MaskFunction",
+    "Masks",
+    "ModulePruning",
+    "Moment",
+    "Pruning",
+    "checked_masks",
+    "erk_shares",
+    "keep_largest",
+    "prunable",
+]

@@ -1,0 +1,127 @@
+"""Masks that somebody else has chosen."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_comm.ondevice.pruning.base import NOW, Masks, Moment, Pruning, checked_masks
+
+
+@dataclass(frozen=True)
+class MaskFunction(Pruning):
+    """Masks that a function of the user's returns.
+
+    Args:
+        function: Takes the model and returns masks by parameter name.
+
+    """
+
+    # a checkpoint is known by its settings as text, and an address would differ in the process that resumes
+    function: Callable[[nn.Module], Mapping[str, Tensor]] = field(repr=False)
+
+    @override
+    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
+        return checked_masks(self.function(module), module, "MaskFunction")
+
+
+@dataclass(frozen=True)
+class MaskFile(Pruning):
+    """Masks from a file that ``torch.save`` has written: a dictionary of tensors of ``bool``, by parameter name.
+
+    Args:
+        path: The file, on rank 0.
+
+    """
+
+    path: str
+
+    @override
+    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
+        if not Path(self.path).is_file():
+            raise ValueError(f"MaskFile: `path` must be a file that torch.save has written; there is no {self.path!r}.")
+        try:
+            masks = torch.load(self.path, weights_only=True, map_location="cpu")
+        except Exception as error:  # whatever torch and pickle make of a damaged file
+            raise ValueError(
+                f"MaskFile: `path`={self.path!r} cannot be read ({type(error).__name__}), so it is damaged or holds "
+                "more than tensors. Write a dictionary of tensors of torch.bool by parameter name with torch.save."
+            ) from error
+        return checked_masks(masks, module, f"MaskFile({self.path!r})")
+
+
+@dataclass(frozen=True)
+class ModulePruning(Pruning):
+    """The masks that ``torch.nn.utils.prune``, or Lightning's ``ModelPruning``, has left in the model.
+
+    A parameter ``weight_orig`` is pruned as the buffer ``weight_mask`` beside it says. Whether a weight is zero says
+    nothing: weight decay moves pruned ones, and trained ones may be zero.
+
+    Masks may change during training, as under ``ModelPruning``. That is seen in the step after the change, on whichever
+    rank; in the step after that gradients go in full, ranks read and compare their masks, and go on with them. Masks
+    that shrink lose nothing on the way; of masks that grow the first step's gradients of what has grown are left out.
+
+    A weight that several modules share keeps an entry if any of them keeps it; one that uses it unpruned keeps all.
+
+    Raises:
+        ValueError: If no module has such a buffer.
+
+    Note:
+        *Communication.* At each step two bytes beside the gradients: whether this rank's masks have changed, and
+        whether it had gradients outside them, which the model's own masks should have set to zero.
+
+        *From dense.* A layer that is not pruned yet when training starts needs a mask that keeps all of it:
+        ``torch.nn.utils.prune.identity(layer, "weight")``.
+
+    """
+
+    is_watched: ClassVar[bool] = True
+
+    @override
+    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
+        found, useless = masks_in(module)
+        moment.warn(
+            useless,
+            "ModulePruning: the mask of {names} leaves out no gradients, since another module uses the same weight "
+            "unpruned. Prune the weight in each module that shares it, with the same mask.",
+        )
+        if not found:
+            raise ValueError(
+                "ModulePruning: it reads the masks that torch.nn.utils.prune leaves in a model, and this one has none. "
+                "Prune before training, if only by torch.nn.utils.prune.identity, or use MagnitudePruning."
+            )
+        return checked_masks(found, module, "ModulePruning")
+
+    @override
+    def present(self, module: nn.Module) -> Masks:
+        return {name: mask for name, mask in masks_in(module)[0].items() if mask.numel()}
+
+
+def masks_in(module: nn.Module) -> tuple[Masks, list[str]]:
+    """Return the masks that ``torch.nn.utils.prune`` has left in a model, by the first names of parameters.
+
+    Each is the union over the modules that use the parameter. Second: masks of which nothing comes, since another
+    module uses the parameter unpruned.
+    """
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    uses: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        uses.setdefault(id(parameter), []).append(name)
+    found: Masks = {}
+    useless = []
+    for name, parameter in module.named_parameters():
+        own = [each for each in uses[id(parameter)] if _mask_name(each) in buffers]
+        if own:
+            found[name] = torch.stack([buffers[_mask_name(each)] != 0 for each in own]).any(0)
+        if own and len(own) < len(uses[id(parameter)]):
+            found[name].fill_(True)
+            useless += own
+    return found, useless
+
+
+def _mask_name(parameter: str) -> str:
+    return f"{parameter.removesuffix('_orig')}_mask" if parameter.endswith("_orig") else ""

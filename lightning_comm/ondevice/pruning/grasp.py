@@ -1,0 +1,212 @@
+"""The weights that the flow of gradients needs least."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_comm.core.local_update.periods import is_number, is_whole
+from lightning_comm.ondevice.pruning.base import (
+    NOW,
+    Masks,
+    Moment,
+    Pruning,
+    check_scope,
+    check_sparsity,
+    checked_skip,
+    prunable,
+)
+from lightning_comm.ondevice.pruning.scores import choose
+from lightning_comm.ondevice.pruning.second_derivatives import derivatives, kernels_with_second_derivatives
+from lightning_comm.ondevice.random_state import random_state, seed_torch, set_random_state
+
+_SCOPES = ("global", "layer")
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class GraSPPruning(Pruning):
+    r"""Prune the weights whose removal reduces the flow of gradients least (GraSP), the criterion reported of PacTrain.
+
+    With the gradient :math:`g` of the loss on a sample of the training data and its Hessian :math:`H`, the removal of
+    weight :math:`\theta_i` changes :math:`g^\top g` by :math:`-2 \theta_i (H g)_i` in first order. The weights with the
+    largest :math:`\theta_i (H g)_i`, whose removal would reduce it most, are kept.
+
+    Args:
+        sparsity: Share of the weights that are pruned, of those that may be: at least 0 and below 1.
+        samples: How many samples of the training data; the same ones at each pruning.
+        temperature: What outputs are divided by before the default loss. A high one makes all classes about equally
+            likely, so that the scores of a network that is already sure do not vanish.
+        loss: Takes the model and a batch and returns a number: a function, or in YAML its import path. By default the
+            cross entropy of ``module(inputs) / temperature`` for batches ``(inputs, targets)``. It must send nothing to
+            other ranks, so it cannot be a ``training_step`` that logs with ``sync_dist``.
+        scope: ``"global"``: the least needed of all. ``"layer"``: the same share of each parameter.
+        skip: As in :class:`MagnitudePruning`.
+
+    Raises:
+        ValueError: If an argument is out of range, if there is nothing left to prune, if samples or loss do not fit, or
+            if an operation of the loss, which the message names, has no second derivative.
+
+    Note:
+        *Communication.* None; rank 0 computes the scores alone while the others wait for its masks.
+
+        *Memory.* Two copies of the weights, and the graph of one batch for a second derivative. Attention goes through
+        torch's plain kernel meanwhile, and on CUDA recurrent layers too, since the fused ones have none.
+
+        *Left whole*, and named in a warning, is what :class:`MagnitudePruning` leaves whole, with scores for
+        magnitudes: a parameter that the loss does not depend on scores zero everywhere.
+
+        *The model* is left as it was: its gradients, buffers (BatchNorm statistics), modes and the random state. It is
+        run in the modes that it is in, so in a fit BatchNorm takes the statistics of the batch; only SyncBatchNorm,
+        which would ask other ranks, takes its running ones.
+
+        *Where it differs* from the authors' code: Linear weights are not drawn anew before scoring, so a trained model
+        is scored as it is; all parameters of two dimensions and more count, not only Linear and Conv2d; the number of
+        weights kept is exact where scores are equal; samples are drawn at random instead of so many of each class.
+
+    Example:
+        >>> GraSPPruning(sparsity=0.9, samples=512).temperature
+        200.0
+
+    References:
+        C. Wang, G. Zhang, R. Grosse. `Picking Winning Tickets Before Training by Preserving Gradient Flow
+        <https://arxiv.org/abs/2002.07376>`_. ICLR 2020.
+
+    """
+
+    sparsity: float = 0.8
+    samples: int = 256
+    temperature: float = 200.0
+    loss: Loss | None = field(default=None, repr=False)  # its address would differ in the process that resumes
+    scope: Literal["global", "layer"] = "global"
+    skip: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_sparsity("GraSPPruning", self.sparsity)
+        if not is_whole(self.samples) or self.samples < 1:
+            raise ValueError(
+                f"GraSPPruning: `samples` counts samples of the training data, so it must be a whole number >= 1; got "
+                f"{self.samples!r}."
+            )
+        if not is_number(self.temperature) or not 0 < self.temperature < float("inf"):
+            raise ValueError(
+                f"GraSPPruning: `temperature` divides the outputs, so it must be a number > 0; got "
+                f"{self.temperature!r}. 1.0 leaves them as they are."
+            )
+        if self.loss is not None and not callable(self.loss):
+            raise ValueError(
+                f"GraSPPruning: `loss` must be a function of the model and a batch; got {self.loss!r}. Leave it out "
+                "for the cross entropy of `module(inputs)`."
+            )
+        check_scope("GraSPPruning", self.scope, _SCOPES)
+        object.__setattr__(self, "skip", checked_skip("GraSPPruning", self.skip))
+
+    @override
+    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
+        weights = prunable(module, self.skip, "GraSPPruning", moment)
+        if moment.samples is None:
+            raise ValueError(
+                "GraSPPruning: it needs samples of the training data, and there are none here. Let a Trainer's "
+                "strategy ask for the masks, or use MagnitudePruning."
+            )
+        batches = list(moment.samples(self.samples))
+        with _left_as_it_was(module):
+            scores = gradient_flow_scores(module, weights, batches, self._loss)
+        return choose(scores, self.sparsity, self.scope, moment, "GraSPPruning", weights)
+
+    def _loss(self, module: nn.Module, batch: Any) -> Tensor:
+        if self.loss is not None:
+            value = self.loss(module, batch)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise ValueError(f"GraSPPruning: `loss` must return one number as a tensor; got {value!r}.")
+            return value.reshape(())
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+            length = f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else ""
+            raise ValueError(
+                "GraSPPruning: `loss` must be given, since the default one is for batches (inputs, targets); got "
+                f"{type(batch).__name__}{length}. It takes the model and a batch and returns a number."
+            )
+        inputs, targets = batch
+        return nn.functional.cross_entropy(_outputs(module, inputs) / self.temperature, targets)
+
+
+def _outputs(module: nn.Module, inputs: Any) -> Tensor:
+    name = type(module).__name__
+    try:
+        outputs = module(inputs)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"GraSPPruning: `loss` must be given, since the default one calls `module(inputs)`, and {name} cannot do "
+            f"that: {str(error).rstrip('.')}. Give `GraSPPruning(loss=...)` a function that takes the model and a "
+            "batch and returns a number, or the module a `forward`."
+        ) from error
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            "GraSPPruning: `loss` must be given, since the default one takes the cross entropy of a tensor that "
+            f"`module(inputs)` returns; got {type(outputs).__name__} from {name}. It takes the model and a batch and "
+            "returns a number."
+        )
+    return outputs
+
+
+def gradient_flow_scores(
+    module: nn.Module, weights: Mapping[str, nn.Parameter], batches: Sequence[tuple[Any, int]], loss: Loss
+) -> dict[str, Tensor]:
+    """Return each weight times the entry of Hessian times gradient, of the mean loss over the samples.
+
+    Args:
+        module: The model.
+        weights: Those that gradient and Hessian are taken for.
+        batches: Each with its number of samples.
+        loss: Returns the mean loss of a batch.
+
+    """
+    rows, total = list(weights.values()), sum(count for _, count in batches)
+    gradient = [torch.zeros_like(row) for row in rows]
+    for batch, count in batches:
+        for sum_, part in zip(gradient, derivatives(loss(_seeded(module), batch), rows), strict=True):
+            sum_.add_(part, alpha=count / total)
+    products = [torch.zeros_like(row) for row in rows]
+    for batch, count in batches:
+        parts = derivatives(loss(_seeded(module), batch), rows, graph=True)
+        flow = torch.stack([(part * fixed).sum() for part, fixed in zip(parts, gradient, strict=True)]).sum()
+        if flow.requires_grad:  # not where the loss is linear in the weights
+            for sum_, part in zip(products, derivatives(flow, rows), strict=True):
+                sum_.add_(part, alpha=count / total)
+    scores = {name: row.detach() * product for (name, row), product in zip(weights.items(), products, strict=True)}
+    bad = [name for name, score in scores.items() if not bool(torch.isfinite(score).all())]
+    if bad:
+        raise ValueError(
+            f"GraSPPruning: scores must be finite, and those of {bad[0]!r} are not. Look at the loss of these samples, "
+            "or use MagnitudePruning."
+        )
+    return scores
+
+
+def _seeded(module: nn.Module) -> nn.Module:
+    """Let dropout drop the same for the gradient and for the Hessian, or the one would not be the other's."""
+    seed_torch(0)
+    return module
+
+
+@contextmanager
+def _left_as_it_was(module: nn.Module) -> Iterator[None]:
+    state = random_state()
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    asking = [each for each in module.modules() if isinstance(each, nn.SyncBatchNorm) and each.training]
+    for each in asking:
+        each.training = False
+    try:
+        with torch.enable_grad(), kernels_with_second_derivatives(module):
+            yield
+    finally:
+        for each in asking:
+            each.training = True
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        set_random_state(state)

@@ -1,0 +1,184 @@
+"""The few numbers that ranks exchange when they meet, and what is read from them."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_comm.ondevice.uploads import uploaded
+from lightning_comm.transport.epoch_ends import same_batches
+from lightning_comm.transport.recording import Pending, Recorder
+
+UNDECIDED, FAILED = 0, -1  # in place of a number of steps
+
+# what a rank knows of its tensors, each a power of two in `seen`; also the purposes of averages
+SEEN = ("moved", "parameters", "buffers", "weight_averages", "optimizer_state")
+# what a rank says that has not looked, since no average follows: of entries, that any may be large
+NOT_LOOKED: dict[str, bool | Tensor] = dict.fromkeys(SEEN[1:], True)
+
+
+class ControlRow(NamedTuple):
+    """What one rank says; sent as float64, which holds counts and 48-bit fingerprints exactly.
+
+    Args:
+        next_steps: Length of the round to come, which counts on rank 0; or `UNDECIDED`, or `FAILED`.
+        lr: Learning rate of the first step of that round.
+        steps_done: Optimizer steps done.
+        layout: Fingerprint of the tensors that this rank would average.
+        loss_scale: That of a gradient scaler; 0 without one.
+        urgent: Whether this rank knows of a request that is not settled; in the row at the start, whether its batches
+            or steps may come out different from what it has announced.
+        stands: Whether ranks stop where they stand, so that nothing is averaged now.
+        batches: Training batches in an epoch; -1 where that is not known.
+        samples: That this rank has trained on since the last synchronisation; ``None``, on all ranks, where averages
+            are not weighted by it, and then it is not sent.
+        seen: What :meth:`Replica.look` has found on that rank, as a sum of powers of two, by place in `SEEN`.
+
+    """
+
+    next_steps: float = UNDECIDED
+    lr: float = 0.0
+    steps_done: float = 0
+    layout: float = 0
+    loss_scale: float = 0.0
+    urgent: float = False
+    stands: float = False
+    batches: float = -1
+    samples: float | None = None
+    seen: int = 0
+
+
+def exchange(
+    row: ControlRow,
+    recorder: Recorder,
+    device: torch.device,
+    wait: Callable[[Pending], None],
+    *,
+    loss_scale: Tensor | None = None,
+    found: Mapping[str, bool | Tensor] | None = None,
+) -> list[ControlRow]:
+    """Send this rank's row and return those of all ranks, in order of rank.
+
+    Args:
+        row: What this rank says.
+        recorder: Sends and records.
+        device: Where the backend wants its messages.
+        wait: Waits for the rows of the others.
+        loss_scale: That of the row, where it lies on a device and the host has not read it.
+        found: What :meth:`Replica.look` has found, for the ``seen`` of the row, likewise.
+
+    Note:
+        *Communication.* One all-gather of 64 bytes a rank, 72 with a number of samples, recorded as ``"control"``.
+
+        *Host.* On CUDA it waits for the device once, to read the rows.
+
+    """
+    sent = row._replace(urgent=float(bool(row.urgent)))._asdict()
+    del sent["seen"]  # it has room in the flag beside it
+    numbers = [number for number in sent.values() if number is not None]
+    own = uploaded(torch.tensor(numbers, dtype=torch.float64), device)
+    fields = list(sent)
+    for k, name in enumerate(SEEN):
+        flag = (found or {}).get(name, False)
+        if flag is not False:
+            own[fields.index("urgent")] += 2.0 ** (k + 1) * flag
+    if loss_scale is not None:
+        own[fields.index("loss_scale")] += loss_scale
+    rows, pending = recorder.all_gather(own, "control")
+    wait(pending)
+    return [_received(dict(zip(fields, values, strict=False))) for values in rows.tolist()]
+
+
+def _received(numbers: dict[str, float]) -> ControlRow:
+    flags = int(numbers.pop("urgent"))
+    return ControlRow(**numbers, urgent=flags & 1, seen=flags >> 1)
+
+
+def seen(rows: list[ControlRow]) -> set[str]:
+    """Return what any rank has seen.
+
+    Example:
+        >>> sorted(seen([ControlRow(seen=1), ControlRow(seen=4)]))
+        ['buffers', 'moved']
+
+    """
+    return {name for k, name in enumerate(SEEN) if any(int(row.seen) >> k & 1 for row in rows)}
+
+
+def moderate(rows: list[ControlRow]) -> set[str]:
+    """Return the purposes of averages for which no rank has seen an entry that may be large.
+
+    Where a frozen parameter has changed, which then is averaged too, that is not known of parameters.
+    """
+    found = seen(rows)
+    return set(SEEN[1:]) - found - ({"parameters"} if "moved" in found else set())
+
+
+def check_same_work(rows: list[ControlRow]) -> None:
+    """Refuse ranks that meet after different steps, or that would average different tensors.
+
+    Raises:
+        RuntimeError: On every rank alike.
+
+    """
+    steps = [int(row.steps_done) for row in rows]
+    if len(set(steps)) > 1:
+        raise RuntimeError(
+            f"LocalUpdateStrategy: ranks meet after different numbers of optimizer steps, {steps} by rank. Every rank "
+            "must take the same steps: give all the same number of batches (`limit_train_batches`, `drop_last`), and "
+            "under manual optimization step the counted optimizer on every rank alike."
+        )
+    if len({row.layout for row in rows}) > 1:
+        raise RuntimeError(
+            f"LocalUpdateStrategy: ranks would average different tensors at step {steps[0]}: names, shapes, memory "
+            "formats, types or `requires_grad` differ, or with `optimizer_state='average'` the optimizer state, "
+            "because a parameter was not used on every rank. Build the model, and freeze or unfreeze its parts, alike "
+            "on all ranks; keep optimizer state 'local'."
+        )
+
+
+def check_same_model(rows: list[ControlRow], where: str) -> None:
+    """Refuse ranks that have built different models.
+
+    Raises:
+        ValueError: On every rank alike.
+
+    """
+    different = [rank for rank, row in enumerate(rows) if row.layout != rows[0].layout]
+    if different:
+        raise ValueError(
+            f"{where}: the model on ranks {different} differs from that of rank 0 in names, shapes, memory "
+            "formats or types of parameters or buffers. Build it alike on all ranks."
+        )
+
+
+def check_same_batches(rows: list[ControlRow], where: str) -> None:
+    """Refuse ranks with different numbers of training batches.
+
+    Raises:
+        ValueError: On every rank alike.
+
+    """
+    batches = [int(row.batches) for row in rows]
+    if len(set(batches)) > 1:
+        known = {rank: count for rank, count in enumerate(batches) if count >= 0}
+        raise ValueError(
+            f"{where}: ranks have different numbers of training batches, {batches} by rank, so one would "
+            f"wait for ever for the others. {same_batches(known)} `drop_last=True`, or a "
+            "DistributedSampler, which pads, also make them alike."
+        )
+
+
+def warn_of_different_rates(rows: list[ControlRow]) -> bool:
+    """Report learning rates that differ between ranks; return whether they do."""
+    lrs = [row.lr for row in rows]
+    differ = max(lrs) - min(lrs) > 1e-9 * abs(max(lrs))
+    if differ:
+        rank_zero_warn(
+            f"LocalUpdateStrategy: learning rates differ between ranks at step {int(rows[0].steps_done)}: {lrs} by "
+            "rank. The period follows rank 0. Where a scheduler is stepped by hand with a metric, give it the mean: "
+            "`scheduler.step(self.trainer.strategy.reduce(metric))`."
+        )
+    return differ

@@ -1,0 +1,1 @@
+"""Compressed gradients as a Lightning strategy."""

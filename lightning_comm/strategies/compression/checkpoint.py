@@ -1,0 +1,121 @@
+"""Checkpoints of compressed gradients: what all ranks share in the main file, what is a rank's own beside it."""
+
+from typing import Any
+
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_comm.core.ledger import CommLedger
+from lightning_comm.strategies.checkpoints import removal, sets
+from lightning_comm.strategies.checkpoints.entry import WRITTEN_ALONE, Save, says_incomplete
+from lightning_comm.strategies.checkpoints.problems import first_problem
+from lightning_comm.strategies.compression import mask_state as mask_files
+from lightning_comm.strategies.local_update.checkpoint import unusable
+from lightning_comm.transport.compression.base import Compression, Context
+from lightning_comm.transport.ddp_hook import GradientSync
+from lightning_comm.transport.recording import Recorder
+
+KEY = "lightning_comm.compression"
+VERSION = 1
+_WHERE = "CompressedDDPStrategy"
+
+
+def write(
+    strategy: ParallelStrategy,
+    sync: GradientSync,
+    compression: Compression,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+    recorder: Recorder,
+    *,
+    interrupted: bool,
+) -> Save:
+    """Write this rank's file, if it has state of its own, and the strategy's entry into the checkpoint.
+
+    Args:
+        strategy: The strategy; every rank calls this.
+        sync: Has the state.
+        compression: Its settings.
+        checkpoint: Takes the entry.
+        filepath: Of the main file.
+        recorder: Sends and records.
+        interrupted: Whether a rank failed, which then writes nothing of its own.
+
+    Returns:
+        The save, whose main file is still to be written.
+
+    """
+    token, incomplete = "", sync.codec.is_local and interrupted
+    if incomplete:
+        save = Save(sets.incomplete_path(strategy, _WHERE, filepath))
+    elif sync.codec.is_local:
+        save = sets.begin(strategy, filepath)
+        token = save.id
+        sets.write_own(strategy, recorder, _WHERE, save, {"sync": sync.state_dict()})
+    else:
+        save = Save(str(filepath))
+    checkpoint[KEY] = {
+        "version": VERSION,
+        "token": token,
+        "world_size": strategy.world_size,
+        "compression": repr(compression),
+        "sync": None if sync.codec.is_local else sync.state_dict(),
+        "masks": mask_files.mask_state(sync.codec, compression),
+    }
+    save.write(checkpoint, incomplete=incomplete)
+    return save
+
+
+def load(
+    strategy: ParallelStrategy,
+    compression: Compression,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+) -> dict[str, Any] | None:
+    """Return what this rank goes on from, or ``None``, on all ranks alike, if a method starts afresh.
+
+    Masks are taken from the main file where what else was kept cannot be had.
+    """
+    shared = checkpoint.get(KEY)
+    if shared is not None and shared["compression"] == repr(compression) and shared["sync"] is not None:
+        return dict(shared["sync"])
+    saved = mask_files.masks_in(checkpoint)
+    mask_files.warn_of_dense(_WHERE, filepath, saved, compression)
+    if not compression.keeps_state:
+        return None
+    fresh = GradientSync(compression.codec(Context(Recorder(CommLedger()), "gradients")), Recorder(CommLedger()), ())
+    masks_kept = mask_files.take_up(fresh.codec, compression, saved)
+    if masks_kept and not fresh.codec.is_local:
+        return fresh.state_dict()  # the masks are all there is
+    own, problem = _own_state(strategy, compression, checkpoint, filepath)
+    found = first_problem(strategy, Recorder(CommLedger()), problem)
+    if found is None:
+        return own
+    if masks_kept:
+        left = "weights, optimizer state and masks in the file, with nothing else kept"
+    elif saved is not None:
+        left = "weights and optimizer state in the file, with nothing kept: its masks are not taken up"
+    else:
+        left = "weights and optimizer state in the file, with nothing kept"
+    rank_zero_warn(
+        f"{_WHERE}: `ckpt_path`={str(filepath)!r} cannot bring back what {compression!r} had kept on each rank: "
+        f"{found[1]}. Training goes on from the {left}. For an exact continuation resume with the same compression and "
+        f"number of ranks, and keep the folder {removal.folder(filepath)!r} with the file."
+    )
+    return fresh.state_dict() if masks_kept else None
+
+
+def _own_state(
+    strategy: ParallelStrategy, compression: Compression, checkpoint: dict[str, Any], filepath: _PATH
+) -> tuple[dict[str, Any] | None, str | None]:
+    shared = checkpoint.get(KEY)
+    reason = unusable(shared, strategy.world_size)
+    if shared is None or reason is not None:
+        return None, reason
+    if shared["compression"] != repr(compression):
+        return None, f"it was written under {shared['compression']}"
+    if says_incomplete(checkpoint):
+        return None, WRITTEN_ALONE
+    own, problem = sets.read_own(strategy, filepath, shared["token"])
+    return None if own is None else own["sync"], problem

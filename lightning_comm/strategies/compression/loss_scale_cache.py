@@ -1,0 +1,49 @@
+"""The loss scale of a run as the host last read it: kept residuals are measured in it, and each read waits for CUDA."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_comm.lightning_internals import scale_on_device
+from lightning_comm.strategies.common.loss_scale import loss_scale
+
+
+class KnownScale:
+    """The loss scale, read again only where its scaler may have changed it: on CUDA a read waits for the device.
+
+    Args:
+        precision_plugin: Has the scaler, if there is one.
+
+    """
+
+    def __init__(self, precision_plugin: Any) -> None:
+        self._precision_plugin = precision_plugin
+        self._read_from: tuple[Tensor, int] | None = None  # torch's own count of changes in place with it
+        self._scale: float | None = None
+
+    def __call__(self) -> float | None:
+        """Return the present loss scale; ``None`` where none is in use."""
+        tensor = self._on_device()
+        if tensor is None:
+            return loss_scale(self._precision_plugin)  # not on the device yet, or none
+        if self.unread() is not None:
+            self.note_read([float(tensor)])
+        return self._scale
+
+    def unread(self) -> Tensor | None:
+        """Return the scale where it may be another than the one last read, for whoever reads it with other numbers."""
+        tensor = self._on_device()
+        if tensor is None or self._read_from is None:
+            return tensor
+        earlier, version = self._read_from
+        return None if tensor is earlier and tensor._version == version else tensor
+
+    def note_read(self, values: Sequence[float]) -> None:
+        """Take note of what :meth:`unread` has returned, once it has been read."""
+        tensor = self._on_device()
+        assert tensor is not None
+        (self._scale,), self._read_from = values, (tensor, tensor._version)
+
+    def _on_device(self) -> Tensor | None:
+        return scale_on_device(getattr(self._precision_plugin, "scaler", None))

@@ -1,0 +1,1 @@
+"""Cyclic Data Parallelism as a Lightning strategy."""

@@ -1,0 +1,161 @@
+"""Checkpoints of Cyclic Data Parallelism: complete and ordinary, with what an exact continuation needs beside.
+
+Weights are of one version, since ranks flush before, and the optimizer's state is gathered into its ordinary form, so
+any strategy can go on from the file. Under ``lightning_comm.cyclic`` there are the stages and, for each rank, its
+random state, its place in the data and its schedulers.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_comm.lightning_internals import close_finished_epoch
+from lightning_comm.ondevice.cyclic.stages import Stage
+from lightning_comm.ondevice.random_state import random_state
+from lightning_comm.strategies.checkpoints.entry import Save
+from lightning_comm.strategies.cyclic.refusals import WHERE
+from lightning_comm.strategies.cyclic.run import CyclicRun
+from lightning_comm.transport.plain_data import NotPlainError, gather_states, pack
+
+KEY = "lightning_comm.cyclic"
+VERSION = 1
+_RANK_KEYS = ("lr_schedulers", "loops")  # what Lightning restores and what may differ between ranks
+
+
+@dataclass(frozen=True)
+class CyclicResume:
+    """How far a checkpoint can bring a run back.
+
+    Args:
+        stages: Where the model was cut; empty where it must be cut anew.
+        previous_norm: The gradient norm of the last step, if it is known.
+        ledger: The sums of the ledger of this rank.
+        random: This rank's random state, or ``None``.
+        epoch_is_over: Whether it was saved at the end of an epoch.
+        run_began_at: The optimizer step at which the run that wrote it began, for steps that count from there.
+        steps_done: The optimizer steps that it had done, which the Trainer does not know where a module leaves some
+            out; ``None`` where the file does not say.
+
+    """
+
+    stages: Sequence[Stage] = ()
+    previous_norm: float | None = None
+    ledger: dict[str, Any] | None = None
+    random: dict[str, Any] | None = None
+    epoch_is_over: bool = False
+    run_began_at: int = 0
+    steps_done: int | None = None
+
+
+def gathered_state(run: CyclicRun, optimizer: Optimizer) -> dict[str, Any]:
+    """Return the optimizer's ``state_dict`` with the state of all ranks on rank 0; every rank calls this.
+
+    Note:
+        *Communication.* The state of every rank travels to rank 0.
+
+    """
+    state = optimizer.state_dict()
+    if run.optimizer is None:
+        return state
+    own = run.optimizer.own_state()
+    state["state"].update(own)
+    where = f"{WHERE}: the state of {type(optimizer).__name__}"
+    with run.agreement.first_error_shown():
+        for _, part in gather_states(own, run.recorder, run.module.device, "checkpoint", where):
+            state["state"].update(part)
+    state["state"] = dict(sorted(state["state"].items()))
+    return state
+
+
+def write(run: CyclicRun, checkpoint: dict[str, Any]) -> None:
+    """Put what an exact continuation needs into a checkpoint; every rank calls this."""
+    own: dict[str, Any] = {
+        "random": run.random_state or random_state(),
+        "epoch_is_over": run.trainer.is_last_batch,
+        "ledger": run.recorder.ledger.state_dict(),
+        "checkpoint": {key: checkpoint[key] for key in _RANK_KEYS if key in checkpoint},
+    }
+    _leave_out_objects(own["checkpoint"], run.recorder.rank)
+    ranks: list[Any] = [None] * run.recorder.world_size  # filled on rank 0, which writes the file
+    with run.agreement.first_error_shown():
+        for rank, state in gather_states(
+            own, run.recorder, run.module.device, "checkpoint", f"{WHERE}: what a rank adds to a checkpoint"
+        ):
+            ranks[rank] = state
+    checkpoint[KEY] = {
+        "version": VERSION,
+        "world_size": run.recorder.world_size,
+        "stages": [[list(stage.modules), list(stage.parameters)] for stage in run.stages],
+        "previous_norm": run.previous_norm(),
+        "steps_done": run.steps_done,
+        "run_began_at": run.run_began_at,
+        "ranks": ranks,
+    }
+
+
+def _leave_out_objects(state: dict[str, Any], rank: int) -> None:
+    """Leave schedulers out that hold objects of the user's: a rank that resumes without has those of rank 0."""
+    if rank == 0 or "lr_schedulers" not in state:
+        return
+    try:
+        pack(state["lr_schedulers"], f"{WHERE}: the state of the learning-rate schedulers")
+    except NotPlainError as error:
+        warnings.warn(f"{error} A resumed run gives rank {rank} the schedulers of rank 0.", stacklevel=2)
+        del state["lr_schedulers"]
+
+
+def mark_incomplete(checkpoint: dict[str, Any], filepath: object) -> None:
+    """Say in a checkpoint, and to people, that it was written when ranks could not meet any more."""
+    checkpoint[KEY] = {"version": VERSION, "incomplete": True}
+    Save(str(filepath)).write(checkpoint, incomplete=True)
+    rank_zero_warn(
+        f"{WHERE}: {str(filepath)!r} is written after an error, when ranks cannot meet any more: its weights are those "
+        "that rank 0 computed with, of two versions, and it has no optimizer state. Go on from an earlier checkpoint "
+        "if there is one."
+    )
+
+
+def load(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: int) -> CyclicResume:
+    """Put this rank's own state into a checkpoint that was read; return what the run takes up from it."""
+    saved: dict[str, Any] = checkpoint.get(KEY, {})
+    reason = None
+    if saved.get("incomplete"):
+        rank_zero_warn(
+            f"{WHERE}: `ckpt_path`={str(filepath)!r} was written after an error, when ranks could not meet any more. "
+            "Its weights are those that rank 0 computed with, of two versions, and it has no optimizer state, so "
+            "momenta start anew. Give an earlier checkpoint if there is one."
+        )
+        return CyclicResume()
+    if not saved:
+        reason = "another strategy wrote it, or a Trainer that had not trained this model"
+    elif saved["version"] != VERSION:
+        reason = f"its format is {saved['version']!r}, and this version reads {VERSION}"
+    elif saved["world_size"] != world_size:
+        reason = f"it was written by {saved['world_size']} ranks, and there are {world_size} now"
+    if reason is not None:
+        optimizer = "its optimizer state" if checkpoint.get("optimizer_states") else "no optimizer state, having none,"
+        rank_zero_warn(
+            f"{WHERE}: `ckpt_path`={str(filepath)!r} is taken up with its weights, {optimizer} and its place "
+            f"in the schedule, but the run will not repeat the one that wrote it bit for bit: {reason}. The model "
+            "is cut into stages anew."
+        )
+        norm = saved["previous_norm"] if saved.get("version") == VERSION else None
+        return CyclicResume(
+            previous_norm=norm, run_began_at=saved.get("run_began_at", 0), steps_done=saved.get("steps_done")
+        )
+    own = saved["ranks"][rank]
+    checkpoint.update(own["checkpoint"])
+    close_finished_epoch(checkpoint["loops"])
+    return CyclicResume(
+        [Stage(tuple(modules), tuple(parameters)) for modules, parameters in saved["stages"]],
+        saved["previous_norm"],
+        own["ledger"],
+        own["random"],
+        own["epoch_is_over"],
+        saved.get("run_began_at", 0),  # not in older files, whose runs began at 0
+        saved.get("steps_done"),  # nor this
+    )

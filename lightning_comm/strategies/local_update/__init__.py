@@ -1,0 +1,1 @@
+"""Local updates as a Lightning strategy."""

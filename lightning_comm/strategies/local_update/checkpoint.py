@@ -1,0 +1,229 @@
+"""Checkpoints in two parts: one file for everybody, and beside it one small folder with each rank's own state.
+
+The main file is an ordinary Lightning checkpoint with averaged weights. What only one rank knows (its own weights in
+the middle of a round, its optimizer, its place in the data, its random state) is in a file of its own beside it.
+Both carry the same token, the id of the save (:mod:`lightning_comm.strategies.checkpoints.sets`), so a rank file of
+another save is never mistaken for this one's.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_comm.lightning_internals import close_finished_epoch
+from lightning_comm.ondevice.random_state import random_state
+from lightning_comm.strategies.checkpoints import removal, sets
+from lightning_comm.strategies.checkpoints.entry import WRITTEN_ALONE, Save, says_incomplete
+from lightning_comm.strategies.checkpoints.problems import first_problem
+from lightning_comm.strategies.checkpoints.whole_files import is_plain
+from lightning_comm.strategies.compression import mask_state as mask_files
+from lightning_comm.strategies.local_update.run import LocalUpdateRun
+from lightning_comm.strategies.local_update.run_state import state_of
+from lightning_comm.transport.compression.base import Compression
+from lightning_comm.transport.model_average import Replica
+from lightning_comm.transport.recording import Recorder
+
+KEY = "lightning_comm.local_update"
+VERSION = 1
+WHERE = "LocalUpdateStrategy"
+
+# What Lightning restores from the checkpoint and what differs between ranks. The precision plugin's state has the
+# plugin's class name for its key, and is added by name.
+RANK_KEYS = ("optimizer_states", "lr_schedulers", "loops")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """How far a checkpoint can bring a run back.
+
+    Args:
+        shared: The strategy's entry of the main file, or ``None`` if another strategy wrote it.
+        own: This rank's file, or ``None`` if it cannot be used; the same on all ranks.
+        masks: Those in the main file, whichever of our strategies wrote it, or ``None`` without any.
+
+    """
+
+    shared: dict[str, Any] | None
+    own: dict[str, Any] | None
+    masks: dict[str, Any] | None = None
+
+
+def shared_state(run: LocalUpdateRun, token: str, *, complete: bool, averaged: bool) -> dict[str, Any]:
+    """Return the strategy's entry of the main file.
+
+    Args:
+        run: The run.
+        token: That of the rank files of the same save; empty without them.
+        complete: Whether there are rank files.
+        averaged: Whether the file's weights are the average over the ranks.
+
+    """
+    return {
+        "version": VERSION,
+        "token": token,
+        "world_size": run.recorder.world_size,
+        "complete": complete,
+        "averaged": averaged,
+        "masks": mask_files.mask_state(run.replica.codec, run.settings.averaging.method),
+        "run": state_of(run),
+    }
+
+
+def own_state(run: LocalUpdateRun, lightning_state: dict[str, Any]) -> dict[str, Any]:
+    """Return what only this rank knows: the content of its file."""
+    return {
+        "apart": run.apart,
+        "epoch_is_over": run.trainer.is_last_batch,
+        "weights": run.replica.local_state() if run.apart else run.replica.local_buffers(),
+        "compression": run.replica.compression_state(),
+        "samples": run.samples.state_dict(),
+        "run": state_of(run),
+        "random": run.random_state or random_state(),
+        "checkpoint": lightning_state,
+    }
+
+
+def write(strategy: ParallelStrategy, run: LocalUpdateRun, checkpoint: dict[str, Any], filepath: _PATH) -> Save:
+    """Write this rank's file, and the strategy's entry into the checkpoint; every rank calls this.
+
+    Returns:
+        The save, whose main file is still to be written.
+
+    """
+    save = sets.begin(strategy, filepath)
+    complete = "optimizer_states" in checkpoint  # not with `save_weights_only`
+    if complete:
+        keys = (*RANK_KEYS, type(strategy.precision_plugin).__qualname__)
+        own = own_state(run, {key: checkpoint[key] for key in keys if key in checkpoint})
+        sets.write_own(strategy, run.recorder, WHERE, save, own)
+        checkpoint["optimizer_states"] = run.average_optimizer_states(checkpoint["optimizer_states"])
+    checkpoint[KEY] = shared_state(run, save.id, complete=complete, averaged=True)
+    save.write(checkpoint)
+    return save
+
+
+def mark_incomplete(run: LocalUpdateRun, checkpoint: dict[str, Any], filepath: _PATH) -> None:
+    """Say in a checkpoint, and to people, that it was written when ranks could not meet any more."""
+    checkpoint[KEY] = shared_state(run, "", complete=False, averaged=not run.apart)
+    Save(str(filepath)).write(checkpoint, incomplete=True)
+    weights = "those of rank 0 alone, in the middle of a round" if run.apart else "averaged, as ranks last met"
+    rank_zero_warn(
+        f"{WHERE}: {str(filepath)!r} is written after an error, when ranks cannot meet any more: its weights are "
+        f"{weights}, and there is nothing in it of what each rank keeps. Go on from an earlier checkpoint if there is "
+        "one."
+    )
+
+
+def kept_from_change(checkpoint: dict[str, Any], replica: Replica, io: CheckpointIO) -> dict[str, Any]:
+    """Return a checkpoint that stays as it is when ranks take their own weights up again.
+
+    Note:
+        *Memory.* Nothing where the file is written before that, as Lightning's own way does. With another
+        ``CheckpointIO``, which may write it later, a copy of the averaged tensors that are saved. Those that share
+        memory (tied weights) share that of the copy.
+
+    """
+    changing = replica.changed_storages()
+    if is_plain(io) or not changing:
+        return checkpoint
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def copied(tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided or tensor.untyped_storage().data_ptr() not in changing:
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in storages:
+            storages[storage.data_ptr()] = storage.clone()  # type: ignore[no-untyped-call]
+        copy = storages[storage.data_ptr()]
+        return tensor.detach().new_empty(0).set_(copy, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    state = checkpoint["state_dict"]
+    checkpoint = {key: apply_to_collection(value, Tensor, copied) for key, value in checkpoint.items()}
+    if hasattr(state, "_metadata"):  # versions of modules, which a copied dictionary does not take along
+        checkpoint["state_dict"]._metadata = state._metadata
+    return checkpoint
+
+
+def unusable(shared: dict[str, Any] | None, world_size: int) -> str | None:
+    """Return why rank files need not be looked for, or ``None`` if they should be there."""
+    if shared is None:
+        return "another strategy wrote it, or a Trainer that had not trained this model"
+    if shared.get("version") != VERSION:
+        return f"its format is {shared.get('version')!r}, and this version reads {VERSION}"
+    if shared["world_size"] != world_size:
+        return f"it was written by {shared['world_size']} ranks, and there are {world_size} now"
+    return None
+
+
+def load(
+    strategy: ParallelStrategy,
+    recorder: Recorder,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+    method: Compression | None = None,
+) -> Resume:
+    """Put this rank's own state into a checkpoint that was read, if all ranks have theirs; every rank calls this.
+
+    Args:
+        strategy: The strategy.
+        recorder: Sends and records.
+        checkpoint: What was read from the main file.
+        filepath: Of the main file.
+        method: The compression of the run, for the message: whether masks are kept.
+
+    """
+    shared, masks = checkpoint.get(KEY), mask_files.masks_in(checkpoint)
+    own, problem = _read(strategy, checkpoint, filepath)
+    found = first_problem(strategy, recorder, problem)
+    if found is not None or own is None:
+        _warn_new_round(
+            filepath,
+            "" if found is None else found[1],
+            averaged=shared is None or shared["averaged"],
+            masks=mask_files.fits(masks, method),
+            optimizer=bool(checkpoint.get("optimizer_states")),
+        )
+        return Resume(shared, None, masks)
+    checkpoint.update(own["checkpoint"])
+    close_finished_epoch(checkpoint["loops"])
+    return Resume(shared, own, masks)
+
+
+def saved_alpha(resume: Resume | None) -> float | None:
+    """Return the resolved coefficient of the run that is resumed, if there is one."""
+    shared = resume.shared if resume is not None else None
+    alpha = shared["run"]["period"]["alpha"] if shared is not None else None
+    return alpha if isinstance(alpha, float) else None
+
+
+def _read(
+    strategy: ParallelStrategy, checkpoint: dict[str, Any], filepath: _PATH
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Return this rank's file if it belongs to the checkpoint, and otherwise why it cannot be used."""
+    shared = checkpoint.get(KEY)
+    reason = unusable(shared, strategy.world_size)
+    if shared is None or reason is not None:
+        return None, reason
+    if not shared["complete"]:
+        alone = says_incomplete(checkpoint) or not shared["averaged"]
+        return None, WRITTEN_ALONE if alone else "it was saved with `save_weights_only=True`"
+    return sets.read_own(strategy, filepath, shared["token"])
+
+
+def _warn_new_round(filepath: _PATH, reason: str, averaged: bool, masks: bool, optimizer: bool) -> None:
+    """Say that a run goes on from the averaged state, not from where each rank was."""
+    weights = "the averaged weights" if averaged else "the weights of the rank that wrote it"
+    weights += ", the masks" if masks else ""
+    weights += " and the optimizer state in the file" if optimizer else " in the file, which has no optimizer state"
+    rank_zero_warn(
+        f"{WHERE}: `ckpt_path`={str(filepath)!r} cannot bring every rank back to where it was: {reason}. "
+        f"Training goes on with a new round from {weights}. For an exact continuation resume with the same number of "
+        f"ranks and keep the folder {removal.folder(filepath)!r} with the file."
+    )

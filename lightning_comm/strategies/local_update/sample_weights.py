@@ -1,0 +1,102 @@
+"""What each rank counts for in an average: its share of the samples that all ranks trained on in the round."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lightning_comm.core.local_update.periods import is_whole
+from lightning_comm.ondevice.share import Share
+from lightning_comm.strategies.common import rank_status as control
+from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.transport.recording import Pending, Recorder
+
+
+class SampleWeights:
+    """Counts the samples of this rank since the last synchronisation, and knows its weight once all counts are known.
+
+    Without :meth:`begin` averages are equal, and no count is sent or saved.
+
+    Note:
+        *Communication.* Counts travel in the control rows of meetings, one number more in each; where an average has
+        no meeting before it, :meth:`exchange` sends a row for them.
+
+    Example:
+        >>> weights = SampleWeights()
+        >>> weights.begin()
+        >>> weights.count(6)
+        >>> weights.end_batch()
+        >>> rows = [ControlRow(samples=weights.sent), ControlRow(samples=2.0)]
+        >>> [weights.weight_of(rank, rows) for rank in range(2)]
+        [0.75, 0.25]
+
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+        self._batch = self._round = 0
+        self._last: float | None = None  # the weight of this rank in the last synchronisation
+
+    def begin(self) -> None:
+        """Weight averages from now on."""
+        self.active = True
+
+    def count(self, samples: int) -> None:
+        """Count samples of the batch under way.
+
+        Raises:
+            ValueError: If that is not a whole number >= 0.
+
+        """
+        if not is_whole(samples) or samples < 0:
+            raise ValueError(
+                "LocalUpdateStrategy: `samples` is how many samples this rank trains on in a batch, so it must be a "
+                f"whole number >= 0; got {samples!r}. Give 0 for a batch that only keeps this rank in step."
+            )
+        self._batch += samples
+
+    def end_batch(self, *, in_round: bool = True) -> None:
+        """Add the batch to its round; not where gradients were averaged, so that ranks are equal behind it."""
+        self._round += self._batch if in_round else 0
+        self._batch = 0
+
+    @property
+    def sent(self) -> float | None:
+        """What the others must know: the samples since the last synchronisation; ``None`` if nothing is weighted."""
+        return float(self._round) if self.active else None
+
+    def weight_of(self, rank: int, rows: list[ControlRow]) -> float | None:
+        """Return what this rank counts for in a mean, from the rows of all; ``None`` if all count equally.
+
+        Where nobody has trained since the last synchronisation, it is as it was there, so that an average right behind
+        a compressed one has the same mean; before the first one it is equal.
+        """
+        if not self.active:
+            return None
+        counts = [row.samples or 0.0 for row in rows]
+        if sum(counts) > 0:
+            return Share.of(counts, rank)
+        return Share.of([1] * len(rows), rank) if self._last is None else self._last
+
+    def exchange(self, recorder: Recorder, device: torch.device, wait: Callable[[Pending], None]) -> float | None:
+        """Return what this rank counts for, from rows that all ranks send here if anything is weighted."""
+        if not self.active:
+            return None
+        rows = control.exchange(ControlRow(samples=self.sent), recorder, device, wait)
+        return self.weight_of(recorder.rank, rows)
+
+    def begin_round(self, weight: float | None) -> None:
+        """Count anew, behind a synchronisation in which this rank had that weight."""
+        self._round, self._last = 0, weight
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what a resumed run needs to go on within a round; ``None`` if nothing is weighted."""
+        last = self._last
+        saved = [float(last), last.begin, last.end] if isinstance(last, Share) else last
+        return {"samples": self._round, "last_weight": saved} if self.active else None
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Take up what :meth:`state_dict` returned; of a run that did not count, a round from 0 samples on."""
+        if state is not None:
+            last = state["last_weight"]
+            self._round, self._last = int(state["samples"]), Share(*last) if isinstance(last, list) else last

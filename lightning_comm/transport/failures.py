@@ -1,0 +1,358 @@
+"""Who is there: a failure is published before anybody leaves, all ranks hear of it, and who does not answer is named.
+
+A rank that has lost a connection, or has waited in vain, is not the rank that failed. It looks for what has been
+published; without that it *calls the roll*: it writes a number into the store of the process group, which every rank
+answers from a thread of its own, also while it computes. Whoever has not answered after a few seconds is named, and
+that is published in turn, so that all ranks name the same.
+
+The same thread watches the one that trains. Nearly all waits of torch end at their time-out, but those for a store
+whose host is stopped do not, and nothing can be raised there from outside. Where such a wait is overdue, and a rank has
+not answered all that time, the thread says so and ends the process, as NCCL's watchdog does.
+"""
+
+import faulthandler
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from lightning_comm.transport.failure_messages import LostConnectionError, PeerFailure, store_text, verdict
+from lightning_comm.transport.store_client import StoreClient, StoreLostError
+
+_LOOK_S, _SHARE, _LONGEST_S = 0.5, 0.01, 2.0  # between looks; the share of time that they may take; at most
+_CALL_S = 2.0  # for a call to the store of this thread's, and for those of a rank that is about to leave
+_GRACE_S = 4.0  # for answers to a roll: two looks of a rank whose looks are slow
+_LEAVE_S = 3.0  # for the other ranks to leave as well
+_GONE_S = 2.0  # how long a rank goes on whose store is gone: its last message may be on the way
+_OVERDUE_S = 5.0  # beyond the time-out
+
+_STAY_S = 4.0  # for rank 0, which hosts the store, until the others look no more
+_EVERY = 2**62  # the number of a roll that comes after all others
+
+# What gloo and NCCL write; not words that an error of the user's own may hold. Most errors of NCCL are `DistError`.
+_LOST = re.compile(
+    r"gloo/(transport|rendezvous)/|Application timeout caused pair closure|Gloo connectFullMesh failed|"
+    r"monitoredBarrier|NCCL error|NCCL communicator was aborted|Watchdog caught collective operation timeout"
+)
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error says that another rank cannot be reached, rather than what is wrong on this one."""
+    if isinstance(error, (dist.DistError, StoreLostError, LostConnectionError)):
+        return True
+    if isinstance(error, PeerFailure):
+        return False  # it says who failed, and why that was asked
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+
+
+class _Wait(NamedTuple):
+    where: str
+    since_s: float
+
+
+class Peers:
+    """The other ranks, from the process group's set-up to the end of a ``fit``, or of a run that is none.
+
+    Args:
+        store: The process group's store.
+        rank: This rank.
+        world_size: The number of ranks.
+        namespace: Keeps the keys of one run apart from those of another; the same on all ranks.
+        timeout_s: How long ranks wait for each other.
+        store_on_rank_0: Whether rank 0 hosts the store, and not the agent that launched the ranks.
+        steps_done: Returns how many optimizer steps this rank has done; called from another thread.
+
+    Note:
+        *Communication.* One look into the store every half second, or less often where that takes more than a hundredth
+        of the time. Only where a rank has failed, or a wait takes more than half the time-out, a few small values more
+        from each rank. None of this is counted in the ledger.
+
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        world_size: int,
+        namespace: str,
+        timeout_s: float,
+        *,
+        store_on_rank_0: bool = True,
+        steps_done: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.store = StoreClient(store, timeout_s)
+        self.failure: str | None = None  # what was published, once it is known here
+        self._rank, self._others = rank, [each for each in range(world_size) if each != rank]
+        self._namespace, self._timeout_s = namespace, timeout_s
+        self._store_on_rank_0, self._steps_done = store_on_rank_0, steps_done
+        self._silent: list[int] = []  # ranks that did not answer, as was published
+        self._wait: _Wait | None = None
+        self._start: _Wait | None = None  # what is watched as a wait, although it may be none
+        self._host_left = False  # whether rank 0, which hosts the store, is through: it may end at any time
+        self._asking = False  # whether the thread that trains has waited in vain, and asks why
+        self._lost_s: float | None = None  # when the store was seen to be gone
+        self._failed_s = 0.0
+        self._answered = 0  # the last roll that this rank has answered
+        self._own_roll, self._called_s = 0, 0.0
+        self._heard_s: dict[int, float] = {}  # when each rank has answered during the present wait
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="lightning_comm peers", daemon=True)
+        self._thread.start()
+
+    # ---- called by the thread that trains ------------------------------------------------------------------------
+
+    def begin(self, where: str) -> None:
+        """Connect to the store while all ranks are there, and watch this rank as if it waited, until :meth:`end_start`.
+
+        Lightning lets ranks wait without a limit while one of them prepares data, and does not tell the strategy.
+
+        Args:
+            where: What may be waited for until then, in words.
+
+        Raises:
+            PeerFailure: If the store does not answer within the time-out.
+
+        """
+        try:
+            self._has("failed", self._timeout_s)
+        except StoreLostError as error:
+            raise PeerFailure(self._store_text()) from error
+        self._wait = self._start = _Wait(where, time.monotonic())
+
+    def end_start(self) -> None:
+        """Watch from now on only what is told to be a wait."""
+        self._wait = self._start = None
+
+    @contextmanager
+    def first_error_shown(self, where: str = "a synchronisation", *, waits: bool = True) -> Iterator[None]:
+        """Turn the loss of a connection into :class:`PeerFailure`, which names the rank that failed.
+
+        Args:
+            where: What is waited for, in words.
+            waits: Whether nothing else happens in here than waiting for other ranks, so that it may be watched.
+
+        """
+        outer = self._wait
+        if waits and (outer is None or outer is self._start):
+            self._heard_s.clear()
+            self._wait = _Wait(where, time.monotonic())
+        try:
+            yield
+        except PeerFailure:
+            raise
+        except RuntimeError as error:
+            if is_lost_connection(error):
+                raise PeerFailure(self.who_failed(error)) from error
+            self.raise_failure()
+            raise
+        finally:
+            if outer is not None and outer is self._start:
+                outer = self._start = outer._replace(since_s=time.monotonic())  # the others were heard just now
+            self._wait = outer
+
+    def raise_heard(self) -> None:
+        """Raise :class:`PeerFailure` if a failure is known here. Asks nobody, so it may be called at any time."""
+        if self.failure is not None:
+            raise PeerFailure(self.failure)
+        if self._lost_s is not None and time.monotonic() > self._lost_s + _GONE_S:
+            raise PeerFailure(self._store_text())
+
+    def raise_failure(self) -> None:
+        """Look whether a failure was published, and raise :class:`PeerFailure` if so."""
+        try:
+            self._look_for_failure()
+        except StoreLostError as error:
+            raise PeerFailure(self.failure or self._store_text()) from error
+        self.raise_heard()
+
+    def report(self, message: str) -> None:
+        """Tell the other ranks that this one failed. The first report stays."""
+        self._publish(f"rank {self._rank} failed: {message}", [])
+
+    def who_failed(self, error: BaseException) -> str:
+        """Return, and publish, who is to blame for a lost connection or a wait in vain; takes some seconds."""
+        self._asking = True
+        try:
+            return self._ask(str(error))
+        except StoreLostError:
+            return self.failure or self._store_text()
+        finally:
+            self._asking = False
+
+    def part(self) -> bool:
+        """Leave because of a failure: wait some seconds for other ranks to hear of it, and to leave as well.
+
+        Returns:
+            Whether all that are alive have left. Others may wait in a collective that this rank would take part in.
+
+        """
+        until_s = time.monotonic() + _LEAVE_S
+        try:
+            self._say_left()
+            staying = [rank for rank in self._others if rank not in self._silent]
+            while staying and time.monotonic() < until_s:
+                staying = [rank for rank in staying if not self._has(f"left/{rank}")]
+                time.sleep(0.02 if staying else 0.0)
+        except StoreLostError:
+            return False
+        return not staying and not self._silent
+
+    def close(self, *, failed: bool = True) -> None:
+        """End the threads. Other ranks may go on for a while.
+
+        Args:
+            failed: Whether the run has failed. If not, and this rank hosts the store, it stays for a moment, until the
+                others look into it no more: where a store ends during a look, torch prints a trace.
+
+        """
+        with suppress(StoreLostError):
+            self._say_left()
+            if not failed and self._store_on_rank_0 and self._rank == 0:
+                self._wait_for_last_looks()
+        self._closed.set()
+        self._thread.join(2 * _CALL_S)
+        self.store.close(failed=failed)
+
+    def _wait_for_last_looks(self) -> None:
+        self.store.set(self._key("news"), "", within_s=_CALL_S)
+        until_s = time.monotonic() + _STAY_S
+        while len(self._answers(_EVERY)) < len(self._others) and time.monotonic() < until_s:
+            time.sleep(0.02)
+
+    # ---- asking --------------------------------------------------------------------------------------------------
+
+    def _ask(self, reason: str) -> str:
+        until_s = time.monotonic() + _GRACE_S
+        roll = self._call_roll()
+        while True:
+            if (failure := self._look_for_failure()) is not None:
+                return failure
+            answers = self._answers(roll)
+            if len(answers) == len(self._others) or time.monotonic() > until_s:
+                break
+            time.sleep(0.05)
+        silent = [rank for rank in self._others if rank not in answers]
+        return self._publish(verdict(self._rank, silent, {**answers, self._rank: self._status()}, reason), silent)
+
+    def _call_roll(self) -> int:
+        """Ask all ranks to answer; return the number of the roll that they answer to, of this rank or another."""
+        last = self._get("roll", "0")
+        own = str(int(last) + 1)
+        now = self._compare_set("roll", "" if last == "0" else last, own)
+        self.store.set(self._key("news"), "", within_s=_CALL_S)
+        return int(now)
+
+    def _answers(self, roll: int) -> dict[int, dict[str, Any]]:
+        answers = {}
+        for rank in self._others:
+            if left := self._get(f"left/{rank}", ""):
+                answers[rank] = json.loads(left)
+            elif (here := json.loads(self._get(f"here/{rank}", '{"roll": 0}')))["roll"] >= roll:
+                answers[rank] = here
+        return answers
+
+    def _status(self) -> dict[str, Any]:
+        wait = self._wait
+        where = "" if wait is None or wait is self._start else wait.where
+        return {"roll": self._answered, "waits": where or ("a message" if self._asking else ""), "step": self._step()}
+
+    def _step(self) -> int:
+        try:
+            return self._steps_done()
+        except Exception:  # the Trainer may be in the middle of anything
+            return -1
+
+    def _publish(self, text: str, silent: list[int]) -> str:
+        """Publish a failure; return the one that stands, which is the first."""
+        stands = self._compare_set("failed", "", json.dumps({"text": text, "silent": silent}))
+        self.store.set(self._key("news"), "", within_s=_CALL_S)
+        return self._keep(stands)
+
+    def _say_left(self) -> None:
+        self.store.set(self._key(f"left/{self._rank}"), json.dumps({"left": True, "step": self._step()}), within_s=1.0)
+
+    def _store_text(self) -> str:
+        return store_text(self._rank, ended=self.store.connection_lost, on_rank_0=self._store_on_rank_0)
+
+    # ---- the thread that watches ---------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        interval_s = _LOOK_S
+        while not self._closed.wait(interval_s):
+            began = time.monotonic()
+            with suppress(StoreLostError):  # noted below
+                if not self._host_left:
+                    self._look()
+                interval_s = max(_LOOK_S, min((time.monotonic() - began) / _SHARE, _LONGEST_S))
+            if self.store.connection_lost and self._lost_s is None:
+                self._lost_s = time.monotonic()
+            with suppress(StoreLostError):  # seen again the next time
+                self._check_wait()
+
+    def _look(self) -> None:
+        if not self._has("news"):
+            return
+        # looked for before a failure is, which rank 0 would have published before it left
+        self._host_left = self._store_on_rank_0 and self._rank != 0 and self._has("left/0")
+        self._look_for_failure()
+        roll = _EVERY if self._host_left else int(self._get("roll", "0"))
+        if roll > self._answered:
+            self._answered = roll
+            self.store.set(self._key(f"here/{self._rank}"), json.dumps(self._status()), within_s=_CALL_S)
+
+    def _check_wait(self) -> None:
+        """End the process if the thread that trains is in a wait that is overdue, and will not end by itself."""
+        wait, now = self._wait, time.monotonic()
+        if wait is None or self._asking or now - wait.since_s < self._timeout_s / 2:
+            return  # who asks has a deadline of its own
+        overdue = self._timeout_s + _OVERDUE_S
+        if self.failure is not None:
+            if now - max(wait.since_s, self._failed_s) > overdue:
+                self._end(wait, self.failure)
+        elif (silent_s := self._lost_s or self.store.silent_since_s) is not None:
+            if now - max(wait.since_s, silent_s) > overdue:
+                self._end(wait, self._store_text())
+        else:
+            self._heard_s |= dict.fromkeys(self._answers(self._own_roll) if self._own_roll else [], now)
+            last_s = {rank: max(wait.since_s, self._heard_s.get(rank, 0.0)) for rank in self._others}
+            silent = [rank for rank, heard_s in last_s.items() if now - heard_s > overdue]
+            if silent and self._own_roll:
+                self._end(wait, verdict(self._rank, silent, {}, ""))
+            if now - self._called_s > _LONGEST_S:
+                self._own_roll, self._called_s = self._call_roll(), now
+
+    def _end(self, wait: _Wait, text: str) -> None:
+        seconds = time.monotonic() - wait.since_s
+        message = f"rank {self._rank} has waited for {seconds:.0f} s in {wait.where}, and ends. {text}\n"
+        os.write(2, message.encode())
+        faulthandler.dump_traceback(file=2)
+        os._exit(1)
+
+    # ---- the store -----------------------------------------------------------------------------------------------
+
+    def _look_for_failure(self) -> str | None:
+        return self._keep(self._get("failed", "")) if self.failure is None and self._has("failed") else self.failure
+
+    def _keep(self, published: str) -> str:
+        content = json.loads(published)
+        self._failed_s, self._silent = time.monotonic(), content["silent"]
+        self.failure = text = str(content["text"])
+        return text
+
+    def _key(self, name: str) -> str:
+        return f"{self._namespace}/{name}"
+
+    def _has(self, name: str, within_s: float = _CALL_S) -> bool:
+        return self.store.check([self._key(name)], within_s=within_s)
+
+    def _get(self, name: str, default: str) -> str:
+        return self.store.get(self._key(name), within_s=_CALL_S).decode() if self._has(name) else default
+
+    def _compare_set(self, name: str, expected: str, desired: str) -> str:
+        return self.store.compare_set(self._key(name), expected, desired, within_s=_CALL_S).decode()

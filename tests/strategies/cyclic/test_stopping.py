@@ -1,0 +1,229 @@
+"""Stops and failures of one rank end all, at one step and without a hang; slow ranks only slow the others."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from support.cyclic import adamw, cyclic, deep, fit, momentum, state
+from support.processes import launch, outcomes
+from support.training import Regression, loader, trainer
+
+
+class Paced(Regression):
+    """Every step takes this rank its own time."""
+
+    def __init__(self, step_time_s):
+        super().__init__(deep(6), momentum)
+        self.step_time_s = step_time_s
+
+    def training_step(self, batch, batch_idx):
+        time.sleep(self.step_time_s)
+        return super().training_step(batch, batch_idx)
+
+
+class At(Callback):
+    """Does something on this rank at one step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_train_batch_end(self, runner, *args):
+        if runner.global_step == self.step:
+            self.action(runner)
+
+
+def set_should_stop(runner):
+    runner.should_stop = True
+
+
+def fail(runner):
+    raise ValueError("boom at step " + str(runner.global_step))
+
+
+def terminate(runner):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run(rank, world_size, step_times, at, action=set_should_stop, who=1, steps=300, settings=None, **options):
+    module = Paced(step_times[rank])
+    callbacks = [At(at, action), *options.pop("callbacks", [])] if rank == who else options.pop("callbacks", [])
+    runner = trainer(cyclic(**settings or {}), world_size, callbacks=callbacks, **options)
+    runner.fit(module, loader(steps, rank), loader(1, rank))
+    return runner.global_step, state(module)
+
+
+def assert_ended_together(answers):
+    for steps, final in answers:
+        assert steps == answers[0][0]
+        for mine, first in zip(final, answers[0][1], strict=True):
+            np.testing.assert_array_equal(mine, first)
+
+
+@pytest.mark.parametrize(("world_size", "times"), [(2, (0.001, 0.02)), (2, (0.02, 0.0)), (3, (0.0, 0.01, 0.003))])
+@pytest.mark.parametrize("stagger", ["none", "step"])
+def test_should_stop_on_one_rank_stops_all_at_one_step(world_size, times, stagger):
+    answers = launch(lambda rank: run(rank, world_size, times, 8, settings={"stagger": stagger}), world_size=world_size)
+    assert_ended_together(answers)
+    assert 8 <= answers[0][0] <= 12, answers[0][0]
+
+
+def test_a_time_limit_stops_all_ranks_of_a_run_without_end():
+    limits = {"max_time": timedelta(seconds=1), "max_epochs": -1, "steps": 20}
+    answers = launch(lambda rank: run(rank, 2, (0.001, 0.01), -1, **limits), world_size=2)
+    assert_ended_together(answers)
+    assert answers[0][0] > 20
+
+
+def _early(rank, world_size):
+    stopping = EarlyStopping("val_loss", patience=0, min_delta=1e9)
+    return run(rank, world_size, (0, 0), -1, steps=5, callbacks=[stopping], limit_val_batches=1, max_epochs=9)
+
+
+def test_early_stopping_ends_all_after_the_same_validation():
+    answers = launch(_early, 2, world_size=2)
+    assert_ended_together(answers)
+    assert answers[0][0] == 10
+
+
+def _sigterm(rank, world_size, folder, who):
+    save = ModelCheckpoint(folder)
+    try:
+        run(rank, world_size, (0.002, 0.004), 10, terminate, who, callbacks=[save], enable_checkpointing=True)
+    except BaseException as error:
+        return type(error).__name__
+    return "ended"
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_sigterm_to_one_rank_saves_and_ends_all(tmp_path, who):
+    assert launch(_sigterm, 2, str(tmp_path), who, world_size=2) == ["SIGTERMException"] * 2
+    (path,) = tmp_path.glob("last-terminated-step=*.ckpt")
+    assert f"step={torch.load(path, weights_only=True)['global_step']}.ckpt" in path.name
+
+
+def _failing(rank, world_size, who):
+    started = time.monotonic()
+    try:
+        run(rank, world_size, (0.001,) * world_size, 10, fail, who)
+    except BaseException as error:
+        return type(error).__name__, str(error), time.monotonic() - started
+    return "ended", "", 0.0
+
+
+@pytest.mark.parametrize(("world_size", "who"), [(2, 0), (2, 1), (3, 1)])
+def test_an_exception_on_one_rank_ends_all_with_the_first_error_shown(world_size, who):
+    for rank, (answer, _) in enumerate(outcomes(_failing, world_size, who, world_size=world_size, timeout_s=30)):
+        kind, text, seconds = answer
+        assert kind == ("ValueError" if rank == who else "PeerFailure")
+        assert "boom at step 10" in text
+        assert rank == who or f"rank {who} failed" in text
+        assert seconds < 15
+
+
+SCRIPT = """
+import os, signal, sys
+from lightning.pytorch import Trainer
+sys.path.insert(0, {support!r})
+from support.cyclic import cyclic, deep, momentum
+from support.training import Regression, loader
+
+class Fails(Regression):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 20 and self.global_rank == {who}:
+            {action}
+        return super().training_step(batch, batch_idx)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background begins without it
+    runner = Trainer(
+        accelerator="cpu", devices=2, strategy=cyclic(), max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    runner.fit(Fails(deep(6), momentum), loader(400, 0))
+"""
+
+
+@pytest.mark.parametrize(
+    ("action", "who", "status"),
+    [
+        ("raise ValueError('boom')", 0, 1),
+        ("raise ValueError('boom')", 1, 1),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 0, 0),
+        ("os.kill(os.getpid(), signal.SIGINT)", 0, 1),
+    ],
+)
+def test_a_process_that_ends_early_does_so_in_order(tmp_path, action, who, status):
+    """A thread that waits for a message while Python shuts down would abort the process."""
+    script = tmp_path / "train.py"
+    support = str(Path(__file__).parents[2])
+    script.write_text(SCRIPT.format(support=support, who=who, action=action))
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=80)
+    assert ended.returncode == status, ended.stderr
+    assert "terminate called" not in ended.stderr
+    assert "boom" in ended.stderr or "boom" not in action
+
+
+class Nan(Regression):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.global_rank == 1 and batch_idx == 3 else loss
+
+
+def _nan(rank, world_size, steps):
+    with pytest.raises(RuntimeError, match="not finite") as caught:
+        fit(rank, world_size, Nan(deep(6), momentum), steps)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("steps", [4, 5, 9])
+def test_a_loss_that_is_not_finite_is_one_error_on_all_ranks(steps):
+    answers = launch(_nan, 3, steps, world_size=3)
+    assert len(set(answers)) == 1
+    assert "the loss of rank 1 was not finite (NaN or infinity) at optimizer step 3" in answers[0]
+
+
+def _unequal(rank, world_size):
+    trainer(cyclic(), world_size).fit(Regression(deep(6), momentum), loader(5 + rank, rank))
+
+
+def test_unequal_numbers_of_batches_are_refused():
+    for _, text in outcomes(_unequal, 2, world_size=2, timeout_s=30):
+        assert "CyclicStrategy" in text
+        assert "batches" in text
+        assert "5" in text
+        assert "6" in text
+
+
+def test_a_slow_rank_slows_and_never_deadlocks():
+    answers = launch(lambda rank: run(rank, 3, (0.0, 0.1, 0.0), -1, steps=8), world_size=3)
+    assert_ended_together(answers)
+    assert answers[0][0] == 8
+
+
+def _staggered(rank, world_size, options):
+    ended = []
+    for stagger in ("none", "step"):
+        module = Regression(deep(2 * world_size), adamw)
+        names = [f"net.{2 * k}" for k in range(2 * world_size)]  # the same cut in both
+        fit(rank, world_size, module, 6, {"stagger": stagger, "stages": names}, **options)
+        ended.append(state(module))
+    return ended
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate_grad_batches": 2, "limit_val_batches": 1, "val_check_interval": 4}], ids=["", "more"]
+)
+def test_turns_in_time_change_nothing_and_end(world_size, options):
+    for plain, staggered in launch(_staggered, world_size, options, world_size=world_size, timeout_s=60):
+        for one, other in zip(plain, staggered, strict=True):
+            np.testing.assert_array_equal(one, other)

@@ -1,0 +1,447 @@
+"""Stops that one rank asks for end all ranks: at one step, soon, synchronised, and without a hang."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from support.processes import free_port, launch, outcomes
+from support.training import Regression, Samples, loader, local_update, own_file, trainer, weights
+
+import lightning_comm.strategies.local_update.strategy as local_update_module
+from lightning_comm import FixedPeriod
+from lightning_comm.data.resumable import ResumableLoader
+
+
+class Paced(Regression):
+    """Every step takes this rank its own time."""
+
+    def __init__(self, step_time_s: float) -> None:
+        super().__init__()
+        self.step_time_s = step_time_s
+
+    def training_step(self, batch, batch_idx):
+        time.sleep(self.step_time_s)
+        return super().training_step(batch, batch_idx)
+
+
+class At(Callback):
+    """Does something on this rank at one step."""
+
+    def __init__(self, step, action):
+        self.step, self.action, self.acted_at = step, action, None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            self.acted_at = time.monotonic()
+            self.action(trainer)
+
+
+def set_should_stop(trainer):
+    trainer.should_stop = True
+
+
+def fail(trainer):
+    raise ValueError("boom at step " + str(trainer.global_step))
+
+
+def terminate(trainer):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def nothing(trainer):
+    pass
+
+
+def run(rank, world_size, step_times, at, *, action=set_should_stop, who=1, steps=3000, period=100_000, **kwargs):
+    module = Paced(step_times[rank])
+    callback = At(at, action if rank == who else nothing)
+    strategy = local_update(FixedPeriod(period))
+    runner = trainer(strategy, world_size, callbacks=[callback, *kwargs.pop("callbacks", [])], **kwargs)
+    started = time.monotonic()
+    runner.fit(module, loader(steps, rank), loader(2, rank))
+    seconds = time.monotonic() - (callback.acted_at or started)
+    return runner.global_step, seconds, weights(module), [done.step for done in strategy.history]
+
+
+def assert_ended_together(answers, within_s=10.0):
+    for steps, seconds, final, ends in answers:
+        assert steps == answers[0][0], f"steps by rank: {[answer[0] for answer in answers]}"
+        assert seconds < within_s
+        assert ends == [steps], "the round was not ended early, or more than once"
+        for mine, first in zip(final, answers[0][2], strict=True):
+            np.testing.assert_array_equal(mine, first)
+
+
+@pytest.mark.parametrize("step_times", [(0.001, 0.003), (0.003, 0.001), (0.0, 0.0), (0.3, 0.2)])
+def test_should_stop_on_one_rank_stops_all_at_one_step(step_times):
+    answers = launch(run, 2, step_times, 8, world_size=2)
+    assert_ended_together(answers)
+    assert 8 <= answers[0][0] < 3000
+    if step_times[0] > 0.1:
+        assert answers[0][0] <= 10
+
+
+def _lockstep(rank, world_size, step_time_s, phase):
+    class Reducing(Paced):
+        """A collective of the user's own in every step, of which the strategy knows nothing."""
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if phase == "own collective":
+                torch.distributed.all_reduce(loss.detach().clone())
+            return loss
+
+    callback = At(30, set_should_stop if rank == 1 else nothing)
+    strategy = local_update(FixedPeriod(100_000), gradient_steps=100_000 if phase == "gradient phase" else 0)
+    runner = trainer(strategy, world_size, callbacks=[callback])
+    runner.fit(Reducing(step_time_s), loader(3000, rank))
+    return runner.global_step, time.monotonic() - callback.acted_at
+
+
+@pytest.mark.parametrize("step_time_s", [0.0, 0.002, 0.05])
+@pytest.mark.parametrize("phase", ["gradient phase", "own collective"])
+def test_ranks_kept_in_step_stop_within_ten_seconds(step_time_s, phase):
+    one, two = launch(_lockstep, 2, step_time_s, phase, world_size=2)
+    assert one[0] == two[0] < 3000
+    assert max(one[1], two[1]) < 10
+
+
+def test_should_stop_on_one_of_three_ranks_stops_all():
+    assert_ended_together(launch(run, 3, (0.001, 0.002, 0.004), 30, world_size=3))
+
+
+def test_a_time_limit_stops_all_ranks_of_a_run_without_end():
+    limits = {"max_time": timedelta(seconds=1.5), "max_epochs": -1}
+    answers = launch(
+        functools.partial(run, steps=50), 2, (0.001, 0.003), -1, world_size=2
+    )  # the same without a limit does end by itself
+    assert answers[0][0] == 50
+    answers = launch(functools.partial(run, steps=50, **limits), 2, (0.001, 0.003), -1, world_size=2)
+    assert_ended_together(answers)
+    assert answers[0][0] > 50
+
+
+def _min_steps(rank, world_size):
+    return run(rank, world_size, (0.001, 0.001), 5, min_steps=400, min_epochs=0, steps=800)
+
+
+def test_a_stop_before_min_steps_waits_for_them_on_all_ranks():
+    for steps, _, final, _ in (answers := launch(_min_steps, 2, world_size=2)):
+        assert steps == 400
+        for mine, first in zip(final, answers[0][2], strict=True):
+            np.testing.assert_array_equal(mine, first)
+
+
+class StopInHook(Callback):
+    def __init__(self, hook):
+        setattr(self, hook, self._stop)
+
+    def _stop(self, trainer, pl_module):
+        if not trainer.sanity_checking and trainer.global_rank == 1:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("hook", ["on_validation_end", "on_train_epoch_end", "on_train_epoch_start", "on_train_start"])
+def test_should_stop_on_one_rank_in_any_hook_stops_all(hook):
+    settings = {"limit_val_batches": 2, "val_check_interval": 7, "max_epochs": 30, "steps": 20}
+    answers = launch(
+        lambda rank: run(rank, 2, (0.002, 0.001), -1, callbacks=[StopInHook(hook)], **settings), world_size=2
+    )
+    for steps, _, final, _ in answers:
+        assert steps == answers[0][0]
+        assert steps < 600
+        for mine, first in zip(final, answers[0][2], strict=True):
+            np.testing.assert_array_equal(mine, first)
+
+
+def _early_stopping(rank, world_size, folder):
+    stopping = EarlyStopping("val_loss", patience=0, min_delta=1e9)
+    save = ModelCheckpoint(folder, filename="end")
+    strategy = local_update(FixedPeriod(50))
+    module = Paced(0.0)
+    runner = trainer(
+        strategy, world_size, callbacks=[stopping, save], enable_checkpointing=True, limit_val_batches=2, max_epochs=50
+    )
+    runner.fit(module, loader(9, rank), loader(2, rank))
+    return runner.global_step, weights(module)
+
+
+def test_early_stopping_ends_averaged_in_memory_and_in_the_file(tmp_path):
+    answers = launch(_early_stopping, 2, str(tmp_path), world_size=2)
+    assert [steps for steps, _ in answers] == [18, 18]
+    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
+    for name, mine, theirs in zip(saved, answers[0][1], answers[1][1], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+        np.testing.assert_array_equal(mine, saved[name].numpy())
+
+
+def _sigterm(rank, world_size, folder, who):
+    save = ModelCheckpoint(folder)
+    try:
+        run(
+            rank, world_size, (0.001, 0.002), 40, action=terminate, who=who, callbacks=[save], enable_checkpointing=True
+        )
+    except BaseException as error:
+        return type(error).__name__, time.monotonic()
+    return "ended", 0.0
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_sigterm_to_one_rank_saves_and_ends_all(tmp_path, who):
+    started = time.monotonic()
+    answers = launch(_sigterm, 2, str(tmp_path), who, world_size=2)
+    assert [name for name, _ in answers] == ["SIGTERMException"] * 2
+    assert time.monotonic() - started < 15
+    (path,) = tmp_path.glob("last-terminated-step=*.ckpt")
+    content = torch.load(path, weights_only=True)
+    step = content["global_step"]
+    assert path.name == f"last-terminated-step={step}.ckpt"
+    for rank in range(2):
+        own = torch.load(own_file(path, rank), weights_only=True)
+        assert own["run"]["clock"]["steps_done"] == step
+        assert not own["apart"]
+    resumed = launch(_resume, 2, str(path), world_size=2)
+    assert [steps for steps, _ in resumed] == [step + 20] * 2
+
+
+def _resume(rank, world_size, path):
+    module = Paced(0.0)
+    step = torch.load(path, weights_only=True)["global_step"]
+    runner = trainer(local_update(FixedPeriod(100_000)), world_size, max_steps=step + 20)
+    runner.fit(module, loader(3000, rank), ckpt_path=path)
+    return runner.global_step, weights(module)
+
+
+def _timed_checkpoints(rank, world_size, folder):
+    save = ModelCheckpoint(folder, filename="{step}", train_time_interval=timedelta(seconds=0.4), save_top_k=-1)
+    return run(
+        rank, world_size, (0.001, 0.003), -1, callbacks=[save], enable_checkpointing=True, max_steps=700, period=10_000
+    )
+
+
+def test_checkpoints_by_the_clock_are_agreed_on_without_ending_the_round(tmp_path):
+    answers = launch(_timed_checkpoints, 2, str(tmp_path), world_size=2)
+    assert_ended_together(answers, within_s=60)
+    files = sorted(tmp_path.glob("*.ckpt"))
+    assert len(files) >= 2
+    for path in files:
+        step = torch.load(path, weights_only=True)["global_step"]
+        for rank in range(2):
+            own = torch.load(own_file(path, rank), weights_only=True)
+            assert own["run"]["clock"]["steps_done"] == step
+            assert own["apart"] == (step < 700)
+
+
+class Trace(Callback):
+    def __init__(self):
+        self.states = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.states[trainer.global_step] = weights(pl_module)
+
+
+def _stand(rank, world_size, folder, mode):
+    local_update_module.Agreement = functools.partial(local_update_module.Agreement, catch_up_limit_s=0.3)
+    module, trace = Paced((0.001, 0.012)[rank]), Trace()
+    stop = At(150 if mode == "stopped" else -1, terminate if rank == 0 else nothing)
+    save = ModelCheckpoint(folder, filename=mode)
+    runner = trainer(
+        local_update(FixedPeriod(170)),
+        world_size,
+        callbacks=[trace, stop, save],
+        enable_checkpointing=True,
+        max_steps=200,
+    )
+    data = ResumableLoader(Samples(200 * 4, rank), 4, num_replicas=1, rank=0)
+    path = next(Path(folder).glob("last-terminated*.ckpt")) if mode == "resumed" else None
+    with suppress(SIGTERMException):
+        runner.fit(module, data, ckpt_path=path)
+    return trace.states, weights(module), runner.global_step
+
+
+def test_ranks_too_far_apart_stop_where_they_stand_and_resume_from_there(tmp_path):
+    whole = launch(_stand, 2, str(tmp_path), "whole", world_size=2)
+    started = time.monotonic()
+    stopped = launch(_stand, 2, str(tmp_path), "stopped", world_size=2)
+    assert time.monotonic() - started < 20
+    assert stopped[0][2] >= 150
+    assert stopped[1][2] < stopped[0][2] - 30
+    saved = torch.load(next(tmp_path.glob("last-terminated*.ckpt")), weights_only=True)["state_dict"]
+    for name, mine, theirs in zip(saved, stopped[0][1], stopped[1][1], strict=True):
+        np.testing.assert_allclose(saved[name].numpy(), (mine + theirs) / 2, rtol=0, atol=1e-15)
+    resumed = launch(_stand, 2, str(tmp_path), "resumed", world_size=2)
+    for rank in range(2):
+        assert resumed[rank][2] == 200
+        assert min(resumed[rank][0]) == stopped[rank][2] + 1
+        for step, state in resumed[rank][0].items():
+            for mine, expected in zip(state, whole[rank][0][step], strict=True):
+                np.testing.assert_array_equal(mine, expected, err_msg=f"rank {rank}, step {step}")
+
+
+def _failing(rank, world_size, who, period, folder):
+    callbacks = [ModelCheckpoint(folder, save_on_exception=True)] if folder else []
+    started = time.monotonic()
+    try:
+        run(
+            rank, world_size, (0.001, 0.001), 20, action=fail, who=who, period=period, callbacks=callbacks,
+            enable_checkpointing=bool(folder),
+        )  # fmt: skip
+    except BaseException as error:
+        return type(error).__name__, str(error), time.monotonic() - started
+    return "ended", "", 0.0
+
+
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("period", [100_000, 20, 21], ids=["mid-round", "before-synchronising", "others-wait"])
+@pytest.mark.parametrize("save", [False, True], ids=["", "save-on-exception"])
+def test_an_exception_on_one_rank_ends_all_with_the_first_error_shown(tmp_path, who, period, save):
+    answers = outcomes(_failing, 2, who, period, str(tmp_path) if save else "", world_size=2, timeout_s=30)
+    kind, text, seconds = answers[who][0]
+    assert (kind, text) == ("ValueError", "boom at step 20")
+    kind, text, seconds = answers[1 - who][0]
+    assert kind == "PeerFailure"
+    assert f"rank {who} failed: ValueError: boom at step 20" in text
+    assert seconds < 15
+
+
+def _failing_in_gradient_phase(rank, world_size, who):
+    class Failing(Regression):
+        def training_step(self, batch, batch_idx):
+            if rank == who and batch_idx == 20:
+                raise ValueError("boom in step 20")
+            return super().training_step(batch, batch_idx)
+
+    trainer(local_update(FixedPeriod(8), gradient_steps=1.0), world_size).fit(Failing(), loader(100, rank))
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_an_exception_in_the_gradient_phase_names_the_rank_on_the_others(who):
+    answers = outcomes(_failing_in_gradient_phase, 2, who, world_size=2, timeout_s=30)
+    assert "ValueError: boom in step 20" in answers[who][1]
+    # Others wait in DDP's backward until the connection is lost, and then rank 0 may have taken the store with it.
+    expected = f"rank {who} failed: ValueError: boom in step 20"
+    gone = "rank 0, which hosts it, has ended"
+    assert expected in answers[1 - who][1] or (who == 0 and gone in answers[1 - who][1])
+
+
+def _nan_rank(rank, world_size):
+    class Nan(Regression):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if rank == 1 and self.trainer.global_step == 3 else loss
+
+    module = Nan()
+    strategy = local_update(FixedPeriod(4))
+    trainer(strategy, world_size).fit(module, loader(12, rank))
+    return weights(module), [done.drift for done in strategy.history]
+
+
+def test_not_a_number_on_one_rank_reaches_all_and_hangs_none():
+    for final, drifts in launch(_nan_rank, 2, world_size=2):
+        assert all(np.isnan(each).all() for each in final)
+        assert len(drifts) == 3
+
+
+def _requeue(rank, world_size):
+    from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+
+    calls = []
+    _SignalConnector._slurm_sigusr_handler_fn = lambda self, signum, frame: calls.append(
+        (signum, self.trainer.global_step, weights(self.trainer.lightning_module))
+    )
+
+    def usr1(trainer):
+        trainer._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)
+
+    steps, *_ = run(rank, world_size, (0.001, 0.002), 30, action=usr1, max_steps=600)
+    return calls, steps
+
+
+def test_a_requeue_signal_is_handled_between_steps_on_all_ranks_at_once():
+    answers = launch(_requeue, 2, world_size=2)
+    for calls, steps in answers:
+        assert steps == 600
+        assert len(calls) == 1
+        assert calls[0][:2] == answers[0][0][0][:2]
+        assert calls[0][0] == signal.SIGUSR1
+        for mine, first in zip(calls[0][2], answers[0][0][0][2], strict=True):
+            np.testing.assert_array_equal(mine, first)
+
+
+SCRIPT = """
+    import sys, time, torch
+    from torch.utils.data import DataLoader, TensorDataset
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.demos.boring_classes import BoringModel
+    import lightning_comm
+
+    class Slow(BoringModel):
+        def training_step(self, batch, batch_idx):
+            time.sleep(0.005)
+            if batch_idx == 20:
+                sys.stdout.write(f"running {self.global_rank}\\n")  # in one piece, since both ranks share a pipe
+                sys.stdout.flush()
+            if batch_idx == 60 and sys.argv[2] == str(self.global_rank):
+                raise ValueError("boom")
+            return super().training_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    trainer = Trainer(strategy="local_sgd", accelerator="cpu", devices=2, max_epochs=1, limit_val_batches=0,
+                      callbacks=[ModelCheckpoint(sys.argv[1])], logger=False, enable_progress_bar=False)
+    trainer.fit(Slow(), DataLoader(torch.randn(100_000, 32), batch_size=2))
+"""
+
+
+def _start(tmp_path, who):
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    env = {
+        key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")
+    }
+    return subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "saved"), who],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        start_new_session=True,
+    )
+
+
+def test_sigterm_to_a_launched_job_saves_and_ends_every_process(tmp_path):
+    process = _start(tmp_path, "none")
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if sum(each.startswith("running") for each in lines) == 2:
+            break
+    else:
+        pytest.fail(f"the job ended by itself, with {process.wait()}:\n{''.join(lines)}")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert "all ranks agreed to terminate at step" in output
+    (path,) = (tmp_path / "saved").glob("last-terminated-step=*.ckpt")
+    assert sorted(each.name for each in own_file(path, 0).parent.iterdir()) == ["rank0.pt", "rank1.pt"]
+
+
+@pytest.mark.parametrize("who", ["0", "1"])
+def test_a_launched_job_in_which_one_process_fails_ends_and_shows_the_error(tmp_path, who):
+    process = _start(tmp_path, who)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "ValueError: boom" in output

@@ -1,0 +1,125 @@
+"""Sums travel round the ring in the order of the path, owners update, and new versions reach every rank."""
+
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.processes import start_ranks
+
+from lightning_comm.core.cyclic.schedule import CyclicSchedule
+from lightning_comm.core.ledger import CommLedger
+from lightning_comm.transport.cyclic import send_queue as cyclic_link
+from lightning_comm.transport.cyclic.messages import NOTES, StageLayout
+from lightning_comm.transport.cyclic.ring import CyclicRing
+from lightning_comm.transport.recording import Recorder, another_group
+
+STEPS = 4
+
+
+def gradient(rank, stage, step):
+    generator = torch.Generator().manual_seed(1000 * rank + 10 * stage + step)
+    return torch.randn(stage + 2, generator=generator, dtype=torch.float64)
+
+
+def version(schedule, stage, step):
+    """The mean, of shares that are added in the order of the path; the owner adds the step to it."""
+    first, *others = schedule.path(stage)
+    mean = gradient(first, stage, step) / schedule.workers
+    for rank in others:
+        mean = mean + gradient(rank, stage, step) / schedule.workers
+    return mean + step
+
+
+def _ring(rank, world_size, stages, in_any_order, late, fault=False):
+    schedule, ledger, updated = CyclicSchedule(world_size, stages), CommLedger(), []
+
+    def update(step, stage, message):
+        if fault and rank == 0:
+            raise ValueError("boom")
+        updated.append((step, stage))
+        message.parts[0].add_(step)
+
+    lanes = [Recorder(ledger, another_group(timedelta(seconds=20)), hold=True) for _ in range(2)]
+    layouts = [StageLayout([gradient(0, stage, 0)]) for stage in range(stages)]
+    ring = CyclicRing(schedule, layouts, update, *lanes, torch.device("cpu"), in_any_order=in_any_order)
+    for step in range(STEPS):
+        ring.begin_step(step)
+        for stage in schedule.order():
+            if rank == late:
+                time.sleep(0.01)
+            notes = torch.zeros(NOTES, dtype=torch.float64)
+            notes[:2] = torch.tensor([1.0, rank])
+            ring.hand_over(stage, [gradient(rank, stage, step)], notes)
+        for stage in range(stages):
+            message = ring.take(stage, step + 1, lambda: None)
+            assert torch.equal(message.parts[0], version(schedule, stage, step)), (rank, stage, step)
+            ring.release(stage, step + 1)
+        rows = ring.notes(step + 1, range(stages), lambda: None)
+        assert all(row[:2] == [world_size, sum(range(world_size))] for row in rows)
+    ring.close()
+    for lane in lanes:
+        lane.write_held()
+    stage_bytes = [layout.payload_bytes for layout in layouts]
+    sent = ledger.payload_bytes("gradients") + ledger.payload_bytes("parameters")
+    assert sent == STEPS * schedule.sent_bytes(rank, stage_bytes)
+    assert sorted(updated) == [(step, stage) for step in range(STEPS) for stage in sorted(schedule.owned(rank))]
+
+
+@pytest.mark.parametrize("in_any_order", [True, False])
+@pytest.mark.parametrize(("world_size", "stages", "late"), [(1, 2, -1), (2, 2, 0), (3, 6, 1), (4, 4, -1), (4, 2, 3)])
+def test_every_version_is_the_owners_update_of_the_mean(world_size, stages, late, in_any_order):
+    start_ranks(_ring, world_size, stages, in_any_order, late, world_size=world_size, timeout_s=40)
+
+
+def _one_at_a_time(rank, world_size, stages, at_once, late):
+    cyclic_link._AT_ONCE, cyclic_link._AT_ONCE_BYTES = at_once, 0
+    _ring(rank, world_size, stages, True, late)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize(("world_size", "stages", "late"), [(3, 3, 0), (3, 9, 1), (4, 8, 2), (4, 2, -1), (5, 15, 4)])
+def test_messages_that_wait_for_the_link_arrive_all_the_same(world_size, stages, late, at_once):
+    start_ranks(_one_at_a_time, world_size, stages, at_once, late, world_size=world_size, timeout_s=60)
+
+
+def _asked_for(rank):
+    """Return for how many messages of each kind a rank has asked before and after it handed a gradient over."""
+    asked, schedule = [], CyclicSchedule(2, 4)
+
+    class Listening(Recorder):
+        def receive(self, memory, source, *, tag):
+            asked.append("gradients" if tag < schedule.stages else "parameters")
+            return super().receive(memory, source, tag=tag)
+
+    lanes = [Listening(CommLedger(), another_group(timedelta(seconds=20)), hold=True) for _ in range(2)]
+    layouts = [StageLayout([gradient(0, stage, 0)]) for stage in range(4)]
+    ring = CyclicRing(schedule, layouts, lambda *_: None, *lanes, torch.device("cpu"), in_any_order=False)
+    counts = []
+    ring.begin_step(0)
+    for stage in schedule.order():
+        time.sleep(0.2)  # what is asked for too early is asked for meanwhile
+        counts.append(len(asked))
+        ring.hand_over(stage, [gradient(rank, stage, 0)], torch.zeros(NOTES, dtype=torch.float64))
+        dist.barrier()
+    for stage in range(4):
+        ring.take(stage, 1, lambda: None)
+        ring.release(stage, 1)
+    ring.close()
+    return counts, asked
+
+
+def test_where_order_is_kept_nothing_is_asked_for_that_this_ranks_gradient_is_still_missing_in():
+    for counts, asked in start_ranks(_asked_for, world_size=2):
+        assert counts == [0, 1, 2, 3]  # one message a stage: the sum at its owner, the version at the other rank
+        assert sorted(asked) == ["gradients"] * 2 + ["parameters"] * 2
+
+
+def _alone(rank):
+    with pytest.raises(ValueError, match="boom"):
+        _ring(rank, 1, 1, True, -1, fault=True)
+
+
+def test_what_goes_wrong_in_a_lane_is_raised_where_compute_waits():
+    start_ranks(_alone, world_size=1)
