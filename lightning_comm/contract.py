@@ -1,0 +1,78 @@
+"""Protocols by which callbacks, the pilot and strategies talk.
+
+A callback asks ``isinstance(trainer.strategy, SamplesWeighed)`` and then calls what the protocol names, so that mypy sees
+each use and a method that is renamed breaks the build; a name in a string would not. Strategies and callbacks never
+import each other; both import this file.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class SamplesWeighed(Protocol):
+    """A strategy whose averages of parameters can count each rank by the samples that it has trained on."""
+
+    def weigh_by_samples(self) -> None:
+        """Let each rank count for its share of the samples of a round; in ``setup`` for ``fit``, on all ranks."""
+
+    def count_samples(self, samples: int) -> None:
+        """Count the samples of the batch that has begun; 0 for one that only keeps this rank in step."""
+
+
+@runtime_checkable
+class GradientsAnnounced(Protocol):
+    """A strategy that tells when this rank's gradients are ready, before it waits for those of others."""
+
+    def when_gradients_are_ready(self, call: Callable[[float], None]) -> None:
+        """Call a function after each backward, with the seconds of it that were spent on messages.
+
+        From ``on_train_start`` on, until the fit ends.
+        """
+
+
+@runtime_checkable
+class AveragesTakenOut(Protocol):
+    """A strategy that puts averages in the place of weights for a validation, and takes them out again."""
+
+    def take_into_average(self, tensors: Iterable[Tensor]) -> None:
+        """Let buffers or parameters that were renewed in a validation be taken out with the average that it sees."""
+
+
+class RoundInForce(NamedTuple):
+    """The round that a rank is in.
+
+    Args:
+        steps: Its length in optimizer steps; 0 between two rounds, and while gradients are averaged.
+        total_steps: Optimizer steps of the whole run; ``None`` where that is not known.
+
+    """
+
+    steps: int
+    total_steps: int | None
+
+
+@runtime_checkable
+class SynchronisesInRounds(Protocol):
+    """A strategy whose ranks train by themselves for a round of several steps, and then synchronise."""
+
+    @property
+    def averages_gradients(self) -> bool:
+        """Whether gradients are averaged at every step now; before training starts, whether they are at first."""
+
+    @property
+    def rounds_done(self) -> int:
+        """How often ranks have synchronised in this ``fit``; up to date when callbacks see the end of a batch."""
+
+    @property
+    def round_in_force(self) -> RoundInForce:
+        """The round that this rank is in."""
+
+    @property
+    def gradient_phase_steps(self) -> int:
+        """Optimizer steps at the start of the run at which gradients are averaged, as in plain DDP."""
+
+    def shorten_gradient_phase(self, steps: int) -> None:
+        """Let rounds begin after so many steps, from ``on_train_start`` on: for trials of a few steps."""
