@@ -30,7 +30,7 @@ from partition_report import SECTIONS, page
 from profiler import Sleeper
 from ranks import run_ranks
 
-from lightning_comm import EmulatedDevice
+from lightning_comm.callbacks import EmulatedDevice
 from lightning_comm.core.adaptive_partition.shares import RankCost, solve_partition
 from lightning_comm.lab.cluster import unavailable
 

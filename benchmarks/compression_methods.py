@@ -16,7 +16,6 @@ from torch.nn.functional import cross_entropy
 
 from lightning_comm import (
     Cast,
-    CommLedger,
     CompressedDDPStrategy,
     Int8,
     MagnitudePruning,
@@ -26,6 +25,7 @@ from lightning_comm import (
     Ternary,
     TopK,
 )
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.sparse_mask import SparseMaskCodec
 from lightning_comm.transport.ddp_hook import GradientSync

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_comm import simulate_delay
 from lightning_comm.core.quantities import duration
 from lightning_comm.data.resumable import ResumableLoader
 from lightning_comm.examples import DigitsData, TimmClassifier
+from lightning_comm.ondevice.cyclic import simulate_delay
 
 WORKERS, STAGES, BATCH = 4, 12, 16
 _VIT_ARGS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 64, "depth": 2, "num_heads": 2}

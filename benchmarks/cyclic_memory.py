@@ -30,7 +30,7 @@ from cyclic_memory_report import best_cuts, page, shifted_peak
 from emulated_run import as_report, results_file, write
 from torch import nn
 
-from lightning_comm import ActivationMeter
+from lightning_comm.ondevice.activation_meter import ActivationMeter
 
 MODELS = ("resnet50", "vit_base_patch16_224")
 MOST_STAGES_A_WORKER = 4

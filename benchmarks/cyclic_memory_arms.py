@@ -10,7 +10,8 @@ from cyclic_memory_report import ARMS
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_comm import ActivationMeter, CyclicEngine
+from lightning_comm.ondevice.activation_meter import ActivationMeter
+from lightning_comm.ondevice.cyclic import CyclicEngine
 
 Batch = tuple[Tensor, Tensor]
 

@@ -27,7 +27,9 @@ from ranks import run_ranks
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_comm import ActivationMeter, CyclicStrategy, EmulatedDevice, SharedCounter
+from lightning_comm import CyclicStrategy
+from lightning_comm.callbacks import EmulatedDevice
+from lightning_comm.ondevice.activation_meter import ActivationMeter, SharedCounter
 
 WORKERS, IMAGE, BATCH, CLASSES = 4, 32, 4, 100
 WARMUP, COOLDOWN = 4, 2  # steps before and after those that are measured

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_comm import CommLedger, EmulatedDevice
+from lightning_comm.callbacks import EmulatedDevice
+from lightning_comm.core.ledger import CommLedger
 
 
 class Classifier(pl.LightningModule):

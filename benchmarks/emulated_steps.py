@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_comm import CommLedger
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.lab.device.pacer import DevicePacer
 
 TIMEOUT = timedelta(minutes=3)

@@ -20,8 +20,9 @@ from support.mock_cuda_record import wait_of_now
 from support.on_device import MOCKED, Ranks
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_comm import Cast, CyclicEngine, Int8, PowerSGD, Ternary, TopK
+from lightning_comm import Cast, Int8, PowerSGD, Ternary, TopK
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.ondevice.cyclic import CyclicEngine
 from lightning_comm.transport.averaging import Averager
 from lightning_comm.transport.compressed_average import DifferenceAverager
 from lightning_comm.transport.compression.base import Compression, Context

@@ -29,7 +29,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from ranks import run_ranks
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_comm import CommLedger, FixedPeriod, LocalUpdateStrategy
+from lightning_comm import FixedPeriod, LocalUpdateStrategy
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.lab.cluster import Lab, unavailable
 from lightning_comm.transport.averaging import Averager
 from lightning_comm.transport.recording import Recorder

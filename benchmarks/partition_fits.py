@@ -16,7 +16,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_comm import AdaptivePartition, EmulatedDevice, PartitionedLoader
+from lightning_comm import AdaptivePartition, PartitionedLoader
+from lightning_comm.callbacks import EmulatedDevice
 
 WINDOW = 20  # steps; the callback's default
 FEATURES = 16

@@ -23,7 +23,8 @@ from emulated_steps import Job
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
-from lightning_comm import CommLedger, PowerSGD
+from lightning_comm import PowerSGD
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.reports.pieces import text_table
 from lightning_comm.transport.compression.base import Context, Layout, Slot, run_alone
 from lightning_comm.transport.recording import Recorder

@@ -90,7 +90,7 @@ def as_host(mib: float, repeats: int) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from lightning_comm import CommLedger
+    from lightning_comm.core.ledger import CommLedger
     from lightning_comm.transport.recording import Recorder
 
     torch.set_num_threads(1)
@@ -180,7 +180,7 @@ def arithmetic(mib: float, repeats: int) -> dict[str, float]:
     import torch
     import torch.distributed as dist
 
-    from lightning_comm import CommLedger
+    from lightning_comm.core.ledger import CommLedger
     from lightning_comm.transport.recording import Recorder
 
     torch.set_num_threads(1)

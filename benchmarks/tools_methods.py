@@ -31,7 +31,8 @@ from tools_report import LIMIT, OURS, PLAIN
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
-from lightning_comm import CommLedger, FixedPeriod, LocalUpdateStrategy
+from lightning_comm import FixedPeriod, LocalUpdateStrategy
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.averaging import Averager, Averaging
 from lightning_comm.transport.recording import Recorder
 

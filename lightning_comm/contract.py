@@ -1,8 +1,8 @@
 """Protocols by which callbacks, the pilot and strategies talk.
 
-A callback asks ``isinstance(trainer.strategy, SamplesWeighed)`` and then calls what the protocol names, so that mypy sees
-each use and a method that is renamed breaks the build; a name in a string would not. Strategies and callbacks never
-import each other; both import this file.
+A callback asks ``isinstance(trainer.strategy, SamplesWeighed)`` and then calls what the protocol names, so that mypy
+sees each use and a method that is renamed breaks the build; a name in a string would not. Strategies and callbacks
+never import each other; both import this file.
 """
 
 from collections.abc import Callable, Iterable

@@ -32,7 +32,7 @@ Trainer(num_nodes=HOSTS, devices=1).
 _NOTHING_SLOWED = (
     "lightning-comm lab: `--speed` is for emulated devices, and no process of the job had one that takes its speed "
     "from the lab, so nothing was slowed. Give the Trainer EmulatedDevice(step_s=0.1, batch_size=16), with the numbers "
-    "of a device of speed 1, or give `lightning-comm fit` --trainer.callbacks+=lightning_comm.EmulatedDevice "
+    "of a device of speed 1, or give `lightning-comm fit` --trainer.callbacks+=lightning_comm.callbacks.EmulatedDevice "
     "--trainer.callbacks.step_s=0.1 --trainer.callbacks.batch_size=16."
 )
 

@@ -11,7 +11,8 @@ from support.processes import launch
 from support.training import Regression, loader, local_update, trainer, weights
 from torch.utils.data import DataLoader
 
-from lightning_comm import EmulatedDevice, FixedPeriod
+from lightning_comm import FixedPeriod
+from lightning_comm.callbacks import EmulatedDevice
 from lightning_comm.core.ledger import CommRecord
 from lightning_comm.lab.device.pacer import DevicePacer
 from lightning_comm.transport import recording

@@ -52,7 +52,7 @@ def test_the_command_trains_with_the_config(config, tmp_path):
 ADDED = {
     "adaptive_partition": {
         "data": {"global_batch_size": 32},  # as many as two processes with `batch_size` 16 have together
-        "callbacks": ["lightning_comm.AdaptivePartition", "lightning_comm.EmulatedDevice"],
+        "callbacks": ["lightning_comm.AdaptivePartition", "lightning_comm.callbacks.EmulatedDevice"],
     }
 }
 
@@ -72,7 +72,7 @@ def test_the_configs_differ_in_nothing_but_the_strategy_and_what_is_listed_here(
 
 def test_without_its_last_lines_the_config_of_adaptive_partition_is_that_of_a_real_run():
     text = (CONFIGS[0].parent / "adaptive_partition.yaml").read_text()
-    head, _ = text.split("    - class_path: lightning_comm.EmulatedDevice # delete this and what follows")
+    head, _ = text.split("    - class_path: lightning_comm.callbacks.EmulatedDevice # delete this and what follows")
     [callback] = yaml.safe_load(head)["trainer"]["callbacks"]
     assert callback["class_path"] == "lightning_comm.AdaptivePartition"
 

@@ -12,7 +12,8 @@ import yaml
 from lightning.pytorch import Trainer
 
 import lightning_comm
-from lightning_comm import AdaptivePartition, EmulatedDevice
+from lightning_comm import AdaptivePartition
+from lightning_comm.callbacks import EmulatedDevice
 from lightning_comm.cli.fit.command import strategy_problem
 from lightning_comm.cli.main import COMMANDS, Command, main
 
@@ -197,5 +198,5 @@ def test_fit_says_before_training_that_an_emulated_speed_slows_nothing(
     assert main(["fit", f"--config={CONFIGS / 'ddp.yaml'}", *(device if more else []), *more]) == 0
     said = capsys.readouterr().err
     assert ("`--speed` slows nothing on this host" in said) == slows_nothing
-    assert ("--trainer.callbacks+=lightning_comm.EmulatedDevice" in said) == slows_nothing
+    assert ("--trainer.callbacks+=lightning_comm.callbacks.EmulatedDevice" in said) == slows_nothing
     assert len(built) == 1

@@ -12,7 +12,7 @@ from support.pilot_trials import ddp, trial
 from lightning_comm.cli.demo import report
 from lightning_comm.core.key_figures import StepFigures
 from lightning_comm.core.rank_profile import RankProfile
-from lightning_comm.formats.partition_journal import Change, PartitionJournal
+from lightning_comm.formats.adaptive_partition import Change, PartitionJournal
 from lightning_comm.formats.profile import Profile
 from lightning_comm.planning.pilot.advice import advise
 from lightning_comm.planning.pilot.costs import LIMIT

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_comm import ActivationMeter, SharedCounter
+from lightning_comm.ondevice.activation_meter import ActivationMeter, SharedCounter
 
 ROWS, WIDTH = 6, 10
 UNIT = 4 * ROWS * WIDTH  # bytes of one activation in fp32

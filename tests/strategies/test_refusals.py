@@ -21,13 +21,13 @@ from lightning_comm import (
     CommProfiler,
     CompressedDDPStrategy,
     CyclicStrategy,
-    EmulatedDevice,
     FixedPeriod,
     LocalUpdateStrategy,
     PartitionedLoader,
     QuadraticPeriod,
     SparseMask,
 )
+from lightning_comm.callbacks import EmulatedDevice
 from lightning_comm.callbacks.adaptive_partition import session as partition_session
 from lightning_comm.errors import RefusedSetUp
 

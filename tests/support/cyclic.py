@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_comm import CyclicStrategy, simulate_delay
+from lightning_comm import CyclicStrategy
+from lightning_comm.ondevice.cyclic import simulate_delay
 from support.training import FEATURES, Regression, loader, sample, trainer
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_comm import CyclicEngine, CyclicStrategy, simulate_delay
+from lightning_comm import CyclicStrategy
 from lightning_comm.core.cyclic.schedule import CyclicSchedule
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.ondevice.cyclic import CyclicEngine, simulate_delay
 from lightning_comm.ondevice.cyclic.update import Clipping, clip_
 from lightning_comm.transport.cyclic.messages import NOTES, StageLayout
 from lightning_comm.transport.cyclic.ring import CyclicRing

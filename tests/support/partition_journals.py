@@ -3,7 +3,7 @@
 import random
 
 from lightning_comm.core.adaptive_partition.shares import proportional_sizes
-from lightning_comm.formats.partition_journal import Change, PartitionJournal, Window
+from lightning_comm.formats.adaptive_partition import Change, PartitionJournal, Window
 
 RUN = {
     "samples": 50_000,

@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_comm import LocalUpdateStrategy, PeriodRule
+from lightning_comm import LocalUpdateStrategy
+from lightning_comm.core.local_update import PeriodRule
 
 FEATURES = 5
 

@@ -12,7 +12,7 @@ from lightning_comm.callbacks.adaptive_partition import checks
 from lightning_comm.callbacks.adaptive_partition.session import PartitionSession
 from lightning_comm.callbacks.adaptive_partition.settings import PartitionSettings, plain
 from lightning_comm.errors import refuse_with_strategy
-from lightning_comm.formats.partition_journal import PartitionJournal
+from lightning_comm.formats.adaptive_partition import PartitionJournal
 
 
 class AdaptivePartition(Callback):

@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_comm.formats.partition_journal import PartitionJournal
+from lightning_comm.formats.adaptive_partition import PartitionJournal
 from lightning_comm.formats.profile import next_run, run_folder
 from lightning_comm.reports.adaptive_partition.page import partition_page
 from lightning_comm.reports.adaptive_partition.text import summary

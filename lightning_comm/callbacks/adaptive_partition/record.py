@@ -7,7 +7,7 @@ from typing import Any
 from lightning_comm.callbacks.adaptive_partition.meter import Row
 from lightning_comm.core.adaptive_partition.balancing import Forecast
 from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place
-from lightning_comm.formats.partition_journal import Change, PartitionJournal, Window
+from lightning_comm.formats.adaptive_partition import Change, PartitionJournal, Window
 
 _MOST_WINDOWS = 2000  # then every second one is dropped, so that a long run stays a small file
 _KEPT_WINDOWS = 200  # by a checkpoint

@@ -30,7 +30,7 @@ from lightning_comm.core.adaptive_partition.balancing import Balancer
 from lightning_comm.core.adaptive_partition.plan import Place
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.quantities import times_as_fast
-from lightning_comm.formats.partition_journal import PartitionJournal
+from lightning_comm.formats.adaptive_partition import PartitionJournal
 from lightning_comm.transport.recording import Recorder, another_group
 
 _DATA_BOUND = 0.2  # of the busy time

@@ -10,7 +10,7 @@ from lightning_comm.callbacks.adaptive_partition.settings import PartitionSettin
 from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place
 from lightning_comm.core.adaptive_partition.shares import UNBOUNDED, proportional_sizes
 from lightning_comm.data.adaptive_partition.loader import PartitionedLoader
-from lightning_comm.formats.partition_journal import PartitionJournal, Window
+from lightning_comm.formats.adaptive_partition import PartitionJournal, Window
 from lightning_comm.instruments.clocks import json_from_rank_0
 from lightning_comm.lightning_internals import load_skipped_loader_states
 

@@ -68,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _compare_times(results: dict[str, Any], run: RunSettings, repeats: int, folder: Path) -> bool:
     """Add the pilot's results, or say in one line why there are none; return whether that is as it should be."""
-    from lightning_comm.cli.demo import (
-        pilot as demo_pilot,  # it loads torch, which the training before can do without here
-    )
+    from lightning_comm.cli.demo import pilot as demo_pilot  # it loads torch, which training does not need here
 
     print(f"\nTimes on {run.devices} emulated hosts, joined by links of {demo_pilot.LINK}:")
     found = demo_pilot.compare(METHODS, run, repeats, folder)

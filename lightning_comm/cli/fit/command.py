@@ -71,8 +71,9 @@ class CommandLine(LightningCLI):
             return
         print(
             f"In the lab: `--speed` slows nothing on this host, whose speed is to be {speed}: the Trainer has no "
-            "EmulatedDevice that takes it from the lab. Give --trainer.callbacks+=lightning_comm.EmulatedDevice "
-            "--trainer.callbacks.step_s=0.1 --trainer.callbacks.batch_size=16, as a device of speed 1 has them.",
+            "EmulatedDevice that takes it from the lab. Give "
+            "--trainer.callbacks+=lightning_comm.callbacks.EmulatedDevice --trainer.callbacks.step_s=0.1 "
+            "--trainer.callbacks.batch_size=16, as a device of speed 1 has them.",
             file=sys.stderr,
         )
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
-from lightning_comm.formats.partition_journal import PartitionJournal, Window
+from lightning_comm.formats.adaptive_partition import PartitionJournal, Window
 from lightning_comm.reports.svg import legend, new_figure, to_svg
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from lightning_comm.core.adaptive_partition.shares import speedup_of_balancing
-from lightning_comm.formats.partition_journal import PartitionJournal, Window
+from lightning_comm.formats.adaptive_partition import PartitionJournal, Window
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def findings(journal: PartitionJournal) -> Findings | None:
         *Communication.* None.
 
     Example:
-        >>> from lightning_comm.formats.partition_journal import Change
+        >>> from lightning_comm.formats.adaptive_partition import Change
         >>> run = {"samples": 640, "global_batch_size": 64, "ranks": 2, "seed": 0, "shuffle": True, "tail": "keep"}
         >>> run |= {"sampler": "", "steps_per_epoch": 10, "min_per_rank": [1, 1], "max_per_rank": [None, None]}
         >>> window = Window(0, 19, 2.0, (32, 32), busy_s=(0.032, 0.096), fetch_s=(0.0, 0.0), step_s=0.1)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from lightning_comm.core.quantities import duration, percent
-from lightning_comm.formats.partition_journal import RUN_FIELDS, Change, PartitionJournal, shown
-from lightning_comm.reports.adaptive_partition import figures as partition_figures
+from lightning_comm.formats.adaptive_partition import RUN_FIELDS, Change, PartitionJournal, shown
+from lightning_comm.reports.adaptive_partition import figures
 from lightning_comm.reports.adaptive_partition.findings import Findings, findings
 from lightning_comm.reports.adaptive_partition.text import (
     HEADER,
@@ -91,22 +91,22 @@ def _figures(journal: PartitionJournal) -> list[str]:
         return []
     if (why := cannot_draw()) is not None:
         return [f"<p>{html_text(_NO_FIGURES.format(why))}</p>"]
-    many = journal.ranks > partition_figures.MOST_LINES
+    many = journal.ranks > figures.MOST_LINES
     parts = []
     flat = many and len(journal.changes) == 1 and len(set(journal.changes[0].sizes)) == 1
     if journal.ranks > 1 and not flat:
         said = "Blue: more than an even share. Red: less. White: an even share." if many else ""
-        parts.append(html_figure("Share of the batch", said, partition_figures.shares(journal)))
+        parts.append(html_figure("Share of the batch", said, figures.shares(journal)))
     if not journal.windows:
         return parts
     said = "Dotted: shares change." if len(journal.changes) > 1 else ""
     if many:
         said = f"Above: each rank's busy time against the median rank's; red is longer, blue shorter. {said}"
     if journal.ranks > 1:
-        parts.append(html_figure("Busy and waiting", said, partition_figures.busy_and_waiting(journal)))
+        parts.append(html_figure("Busy and waiting", said, figures.busy_and_waiting(journal)))
     said = "Dashed: what the best shares would make of it, by the speeds known at that moment."
     said = said if journal.ranks > 1 else ""
-    parts.append(html_figure("Time of a step", said, partition_figures.step_time(journal)))
+    parts.append(html_figure("Time of a step", said, figures.step_time(journal)))
     return parts
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lightning_comm.core.quantities import duration, percent, times_as_fast
-from lightning_comm.formats.partition_journal import PartitionJournal
+from lightning_comm.formats.adaptive_partition import PartitionJournal
 from lightning_comm.reports.adaptive_partition.findings import Findings, RankFindings, findings
 from lightning_comm.reports.pieces import text_table
 

@@ -1,1 +1,5 @@
-"""What to send instead of every gradient in full: one file a method, all behind the interface of `base`."""
+"""Compressions: what to send instead of every gradient in full; one file a method, behind the interface of `base`."""
+
+from lightning_comm.transport.compression.base import Compression
+
+__all__ = ["Compression"]

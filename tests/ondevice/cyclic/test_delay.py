@@ -9,7 +9,7 @@ import torch
 from support.delayed_gradients import Emulation
 from torch import nn
 
-from lightning_comm import simulate_delay
+from lightning_comm.ondevice.cyclic import simulate_delay
 from lightning_comm.ondevice.cyclic.update import equal_stages
 
 STEPS, FEATURES = 7, 5

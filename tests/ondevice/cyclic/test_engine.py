@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_comm import ActivationMeter, CyclicEngine, simulate_delay
 from lightning_comm.core.cyclic.schedule import CyclicSchedule
+from lightning_comm.ondevice.activation_meter import ActivationMeter
+from lightning_comm.ondevice.cyclic import CyclicEngine, simulate_delay
 
 STEPS, FEATURES = 6, 5
 

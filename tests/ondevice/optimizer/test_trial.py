@@ -10,7 +10,7 @@ from support.training import collectives_so_far
 from torch import distributed as dist
 from torch import nn
 
-from lightning_comm import CyclicEngine, simulate_delay
+from lightning_comm.ondevice.cyclic import CyclicEngine, simulate_delay
 from lightning_comm.ondevice.optimizer.step_messages import FirstSteps, SendsInStepError
 from lightning_comm.ondevice.optimizer.trial import why_not_by_parameter
 

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from support.partition_journals import journal, run_of, window
 
-from lightning_comm.formats.partition_journal import Change, PartitionJournal
+from lightning_comm.formats.adaptive_partition import Change, PartitionJournal
 from lightning_comm.reports.adaptive_partition import figures as partition_figures
 from lightning_comm.reports.adaptive_partition.page import partition_page
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 from support.partition_journals import journal, run_of, window
 
-from lightning_comm.formats.partition_journal import Change, PartitionJournal
+from lightning_comm.formats.adaptive_partition import Change, PartitionJournal
 from lightning_comm.reports.adaptive_partition.findings import findings
 from lightning_comm.reports.adaptive_partition.text import summary
 

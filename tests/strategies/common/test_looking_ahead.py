@@ -15,8 +15,8 @@ from support.processes import launch
 from support.training import Regression, loader, local_update, trainer
 from torch.optim import lr_scheduler
 
-from lightning_comm import Averaging, FixedPeriod, Int8, PeriodRule, QuadraticPeriod
-from lightning_comm.core.local_update import RoundClock, ends_of_equal_rounds, ends_to_come
+from lightning_comm import Averaging, FixedPeriod, Int8, QuadraticPeriod
+from lightning_comm.core.local_update import PeriodRule, RoundClock, ends_of_equal_rounds, ends_to_come
 from lightning_comm.strategies.common import run_length
 from lightning_comm.strategies.local_update import period_setup as auto_period
 

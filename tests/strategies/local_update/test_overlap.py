@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from support.processes import launch, outcomes
 from support.training import Regression, descend, loader, local_update, network, trainer, weights
 
-from lightning_comm import Averaging, FixedPeriod, LocalUpdateStrategy, PeriodRule, QuadraticPeriod
+from lightning_comm import Averaging, FixedPeriod, LocalUpdateStrategy, QuadraticPeriod
+from lightning_comm.core.local_update import PeriodRule
 from lightning_comm.strategies.local_update import overlap as background
 
 STEPS, PERIOD, OVERLAP = 14, 4, 2

@@ -15,9 +15,9 @@ from support.mock_cuda import mock_cuda
 from support.processes import start_ranks
 from torch import nn
 
-from lightning_comm import CyclicEngine, simulate_delay
 from lightning_comm.core.cyclic.schedule import CyclicSchedule
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.ondevice.cyclic import CyclicEngine, simulate_delay
 from lightning_comm.ondevice.cyclic.update import Clipping, clip_, squared_norm, whole_norm
 from lightning_comm.transport.cyclic.messages import NOTES, Mark, Message, Numbers, StageLayout
 from lightning_comm.transport.cyclic.requests import Requests

@@ -12,7 +12,7 @@ import pytest
 from support.partition_journals import RUN, journal, run_of, window
 
 from lightning_comm.core.adaptive_partition.plan import Place
-from lightning_comm.formats.partition_journal import RUN_FIELDS, Change, PartitionJournal, Window
+from lightning_comm.formats.adaptive_partition import RUN_FIELDS, Change, PartitionJournal, Window
 
 
 def test_a_journal_is_read_as_it_was_written(tmp_path):

@@ -7,8 +7,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from lightning_comm.core.cyclic.schedule import CyclicSchedule
-from lightning_comm.reports import cyclic_figure
-from lightning_comm.reports.cyclic_figure import schedule_figure
+from lightning_comm.reports import cyclic as cyclic_report
+from lightning_comm.reports.cyclic import schedule_figure
 
 
 def names(svg):
@@ -51,7 +51,7 @@ def test_a_sum_travels_after_the_backwards_it_holds_and_parameters_are_there_whe
             if (turn := schedule.turn(worker, slot)) is not None:
                 begins[worker, turn.stage, turn.step, turn.forward] = slot
     for message in schedule.messages(1):
-        leaves, arrives = cyclic_figure._times(schedule, message)
+        leaves, arrives = cyclic_report._times(schedule, message)
         assert leaves <= arrives
         if message.kind == "gradient":
             assert leaves > begins[message.source, message.stage, 1, False]

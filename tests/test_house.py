@@ -1,0 +1,129 @@
+"""The shape of the house: one stem for each technique, and limits that keep files, classes and names few and small."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch.strategies import StrategyRegistry
+
+import lightning_comm
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(lightning_comm.__file__).parent
+CARDS = {path.stem: yaml.safe_load(path.read_text().split("---")[1]) for path in ROOT.glob("docs/techniques/*.md")}
+STEMS = sorted(path.name for path in (PACKAGE / "core").iterdir() if (path / "__init__.py").exists())
+LAYERS = sorted(path for path in PACKAGE.iterdir() if (path / "__init__.py").exists())
+# words by which a file would say that it is of a technique without standing in its folder
+TELLING = {
+    "adaptive_partition": r"partition|balanc",
+    "compression": r"compress",
+    "cyclic": r"cyclic",
+    "local_update": r"local_update|^rounds?_",
+}
+
+
+def shell_folder(stem):
+    """Where the strategy or callback of a technique is."""
+    return next(path for path in (PACKAGE / "strategies" / stem, PACKAGE / "callbacks" / stem) if path.exists())
+
+
+def test_there_are_techniques():
+    assert set(STEMS) == set(TELLING)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_technique_has_one_stem_in_every_layer_and_beside_the_package(stem):
+    assert (shell_folder(stem) / "__init__.py").exists()
+    assert CARDS[stem]["stem"] == stem
+    assert (ROOT / "notebooks" / f"{stem}.ipynb").exists()
+    assert list((ROOT / "docs" / "results").glob(f"{stem}_*.md"))
+    for layer in LAYERS:
+        # two files or more are a folder, and one file has the stem itself
+        outside = [path for path in layer.glob("*.py") if re.search(TELLING[stem], path.stem) and path.stem != stem]
+        allowed = {"compressed_average"} if stem == "compression" else set()
+        assert [path.name for path in outside if path.stem not in allowed] == [], layer.name
+        if (layer / stem).exists():
+            assert len([path for path in (layer / stem).glob("*.py") if path.stem != "__init__"]) >= 2, layer.name
+            assert not (layer / f"{stem}.py").exists()
+            assert (ROOT / "tests" / layer.name / stem).is_dir() or layer.name == "reports", layer.name
+
+
+def techniques_of_config(path):
+    """The stems of the strategy and the callbacks that a config builds."""
+    trainer = yaml.safe_load(path.read_text()).get("trainer", {})
+    strategy = trainer.get("strategy", "auto")
+    names = [each["class_path"] for each in trainer.get("callbacks") or []]
+    classes = [getattr(lightning_comm, name.rpartition(".")[2], None) for name in names]
+    if isinstance(strategy, dict):
+        classes.append(getattr(lightning_comm, strategy["class_path"].rpartition(".")[2]))
+    elif strategy in StrategyRegistry:
+        classes.append(StrategyRegistry[strategy]["strategy"])
+    return {part for each in classes if each is not None for part in each.__module__.split(".")}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_technique_has_a_config_that_builds_it(stem):
+    assert [path.name for path in ROOT.glob("configs/*.yaml") if stem in techniques_of_config(path)]
+
+
+def test_every_card_is_of_a_technique_or_says_of_which_it_is_a_part():
+    assert set(STEMS) <= set(CARDS)
+    parts = {name: front.get("part_of") for name, front in CARDS.items() if name not in STEMS}
+    assert {name: part for name, part in parts.items() if part not in STEMS} == {}
+
+
+def test_composes_with_is_said_on_both_sides():
+    for name, front in CARDS.items():
+        for other in front["composes_with"]:
+            if other in CARDS:
+                assert name in CARDS[other]["composes_with"], (name, other)
+        for other in front["does_not_compose_with"]:
+            if other in CARDS:
+                assert name in CARDS[other]["does_not_compose_with"], (name, other)
+
+
+def test_the_top_level_has_at_most_thirty_names():
+    assert len(lightning_comm.__all__) <= 30
+    assert sorted(lightning_comm.__all__, key=str.lower) == sorted(lightning_comm.__all__, key=str.lower)
+
+
+def own_methods(tree):
+    """The classes of a module, each with the names of its methods that override nothing of Lightning's."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            methods = [each for each in node.body if isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef))]
+            own = [each.name for each in methods if "override" not in map(ast.unparse, each.decorator_list)]
+            yield node.name, [name for name in own if not (name.startswith("__") and name != "__init__")]
+
+
+MANY_METHODS = {}  # class: why it has more than 20 of its own; at most three
+
+
+def test_no_class_has_more_than_twenty_methods_of_its_own():
+    found = {
+        name: len(set(methods))
+        for path in PACKAGE.rglob("*.py")
+        for name, methods in own_methods(ast.parse(path.read_text()))
+        if len(set(methods)) > 20
+    }
+    assert set(found) == set(MANY_METHODS), found
+    assert len(MANY_METHODS) <= 3
+
+
+LONG_FILES = {}  # path in the package: why it has more than 400 lines
+
+
+def test_no_file_has_more_than_four_hundred_lines():
+    found = {
+        str(path.relative_to(PACKAGE)): lines
+        for path in PACKAGE.rglob("*.py")
+        if (lines := path.read_text().count("\n")) > 400
+    }
+    assert set(found) == set(LONG_FILES), found
+
+
+def test_ondevice_sends_nothing():
+    for path in (PACKAGE / "ondevice").rglob("*.py"):
+        assert "torch.distributed" not in path.read_text().replace("``torch.distributed``", ""), path
