@@ -5,3 +5,4 @@ from pathlib import Path
 
 # at the end: a name there must not hide one of a package
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "house"))
