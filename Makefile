@@ -57,47 +57,47 @@ tests: wheel-env
 	cd tests && LIGHTNING_COMM_WHEEL=1 ../$(WHEEL)/bin/python -m pytest -c ../pyproject.toml --doctest-modules --pyargs lightning_comm . $(PYTEST_ARGS)
 
 benchmark: setup
-	$(BIN)/python benchmarks/lab.py
-	$(BIN)/python benchmarks/local_update.py
-	$(BIN)/python benchmarks/profiler.py
+	$(BIN)/python -m benchmarks.instruments.lab
+	$(BIN)/python -m benchmarks.local_update.speed
+	$(BIN)/python -m benchmarks.instruments.profiler
 
 # Half an hour, on a quiet machine; brings accelerate and torchft, to compare with.
 benchmark-tools: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[benchmark]"
-	$(BIN)/python benchmarks/tools.py
+	$(BIN)/python -m benchmarks.tools
 
 # Some 75 minutes in all, on a quiet machine: a synchronisation alone 4, PowerSGD beside torch's hook below 1, steps
 # under each compression 30, local updates with and without overlap 20, accuracy on digits 20. Brings accelerate, to
 # compare with.
 benchmark-compression: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[benchmark]"
-	$(BIN)/python benchmarks/synchronisation.py
-	$(BIN)/python benchmarks/power_sgd.py
-	$(BIN)/python benchmarks/compression_steps.py
-	$(BIN)/python benchmarks/overlap.py
-	$(BIN)/python benchmarks/compression_accuracy.py
-	$(BIN)/python benchmarks/power_sgd.py
+	$(BIN)/python -m benchmarks.compression.synchronisation
+	$(BIN)/python -m benchmarks.compression.power_sgd
+	$(BIN)/python -m benchmarks.compression.steps
+	$(BIN)/python -m benchmarks.local_update.overlap
+	$(BIN)/python -m benchmarks.compression.accuracy
+	$(BIN)/python -m benchmarks.compression.power_sgd
 
 # Some 40 minutes in all, on a quiet machine: unequal speeds 10, jitter 10, overhead 3, contention 5, accuracy on digits 10.
 benchmark-partition: setup
-	$(BIN)/python benchmarks/adaptive_partition.py
-	$(BIN)/python benchmarks/adaptive_partition_accuracy.py
+	$(BIN)/python -m benchmarks.adaptive_partition
+	$(BIN)/python -m benchmarks.adaptive_partition.accuracy
 
 # Some 60 minutes in all, on a quiet machine: step times 35, activations 10, a memory that ranks share 8, accuracy 10.
 benchmark-cyclic: setup
-	$(BIN)/python benchmarks/cyclic.py
-	$(BIN)/python benchmarks/cyclic_memory.py
-	$(BIN)/python benchmarks/cyclic_shared_memory.py
-	$(BIN)/python benchmarks/cyclic_accuracy.py
-	$(BIN)/python benchmarks/cyclic_contents.py
+	$(BIN)/python -m benchmarks.cyclic.steps
+	$(BIN)/python -m benchmarks.cyclic.memory
+	$(BIN)/python -m benchmarks.cyclic.shared_memory
+	$(BIN)/python -m benchmarks.cyclic.accuracy
+	$(BIN)/python -m benchmarks.cyclic.contents
 
 # Some 25 minutes, on a quiet machine. Links can be cut, and disks be small, for root alone on most machines.
 benchmark-faults: setup
-	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python -m benchmarks.faults
 
 # Eight minutes on a machine with a GPU, by itself. With DEVICE=cpu tiny sizes anywhere, in about three minutes.
 benchmark-gpu: setup
-	PYTHONUNBUFFERED=1 $(BIN)/python benchmarks/gpu_check.py --device $(DEVICE) --out build/gpu_check/$(DEVICE)
+	PYTHONUNBUFFERED=1 $(BIN)/python -m benchmarks.gpu_check --device $(DEVICE) --out build/gpu_check/$(DEVICE)
 
 docs: setup
 	$(BIN)/sphinx-build -W -b html docs docs/_build

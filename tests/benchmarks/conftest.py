@@ -1,8 +1,7 @@
-"""Lets tests import the benchmarks' modules, which import each other by name as programs in one folder do."""
+"""Lets tests import the benchmarks, and the scripts of ``benchmarks/house``, which are run by their paths."""
 
 import sys
 from pathlib import Path
 
 # at the end: a name there must not hide one of a package
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "house"))
+sys.path += [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "benchmarks" / "house")]

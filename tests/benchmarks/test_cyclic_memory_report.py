@@ -1,7 +1,8 @@
 """The arithmetic of the report on activations, against numbers worked out by hand, and its page."""
 
-import cyclic_memory_report as report
 import pytest
+
+from benchmarks.cyclic import memory_report as report
 
 TRIANGLE = [(10.0 + k / 100, k if k <= 100 else 200 - k) for k in range(201)]  # up and down, in 2 seconds
 
@@ -36,7 +37,7 @@ def model_measured():
 
 
 def page_of(model):
-    return report.page({"title": "T", "date": "D", "environment": "E", "configurations": [model]}, "python x.py")
+    return report.PAGE.of({"title": "T", "date": "D", "environment": "E", "command": "c", "configurations": [model]})
 
 
 def test_the_page_has_a_row_for_each_method_with_its_saving():

@@ -1,14 +1,15 @@
 """The arithmetic of the reports on Cyclic Data Parallelism, against numbers worked out by hand."""
 
-import cyclic
-import cyclic_accuracy
-import cyclic_accuracy_report as accuracy
-import cyclic_report as report
-import cyclic_shared_memory_report as memory
 import pytest
-from cyclic_report import ALONE, BEST, BUCKETS, LABELS, V1, V2
-from steps_report import LIMIT
 
+from benchmarks.cyclic import accuracy as cyclic_accuracy
+from benchmarks.cyclic import shared_memory_report as memory
+from benchmarks.cyclic import steps as cyclic
+from benchmarks.cyclic import steps_report as report
+from benchmarks.cyclic.steps_report import ALONE, BEST, BUCKETS, LABELS, V1, V2
+from benchmarks.kit.pages import page
+from benchmarks.kit.step_times import LIMIT, rows_of
+from benchmarks.kit.tables import cells
 from lightning_comm.core.cyclic.schedule import CyclicSchedule
 
 STEPS_S = {
@@ -45,36 +46,41 @@ def test_the_bound_is_the_longer_of_compute_and_the_faster_of_the_isolated_all_r
 
 
 def test_shares_and_ratios_are_paired_by_repeat():
-    rows = report.rows_of(configuration())
-    assert rows[V2].of_bound == pytest.approx((0.9, 0.9, 0.9, 0.9, 0.725 / 0.9))
-    assert rows[V2].share == pytest.approx(0.9)
-    assert rows[V2].speedup == pytest.approx(1.25)
-    assert rows[ALONE].speedup is None
-    assert rows[V2].peaks == PEAKS
+    rows, bounds = rows_of(configuration()), report.bounds_s(configuration()["repeats"])
+    assert rows[V2].of(bounds) == pytest.approx((0.9, 0.9, 0.9, 0.9, 0.725 / 0.9))
+    assert rows[V2].share(bounds) == pytest.approx(0.9)
+    assert rows[V2].speedup(rows[BEST]) == pytest.approx(1.25)
+    assert report.peaks_seen(rows[V2]) == PEAKS
+
+
+def test_what_trains_nothing_together_is_not_compared_with_ddp():
+    rows = rows_of(configuration())
+    (column,) = (each for each in report.times_columns(configuration(), rows) if each.title.startswith("times as fast"))
+    assert [column.cell(rows[name]) for name in (LIMIT, ALONE, BUCKETS, V2)] == ["", "", "", "1.25"]
 
 
 @pytest.mark.parametrize(("rule", "asked", "word"), [(V2, "0.85", "reached"), (V1, "0.95", "**missed**")])
 def test_what_was_asked_stands_beside_what_was_measured(rule, asked, word):
     found = configuration()
-    said = report.verdicts(found, report.rows_of(found))
+    said = report.verdicts(found, rows_of(found))
     assert f"asked of {LABELS[rule]}: {asked} of the bound; measured 0.900: {word}" in said
     assert f"asked of {LABELS[V2]}: 1.2 times as fast as the best DDP; measured 1.250: reached" in said
 
 
 def test_nothing_is_asked_where_the_link_is_roomy():
     found = configuration(ratio=0.1)
-    assert not [each for each in report.verdicts(found, report.rows_of(found)) if "asked" in each]
+    assert not [each for each in report.verdicts(found, rows_of(found)) if "asked" in each]
 
 
 @pytest.mark.parametrize(("last_s", "conclusive"), [(0.734, True), (0.736, False)])
 def test_a_bound_that_spreads_by_more_than_two_percent_makes_a_result_inconclusive(last_s, conclusive):
     found = configuration({**STEPS_S, BUCKETS: [0.72] * 4 + [last_s]})
-    assert ("inconclusive" in report.verdicts(found, report.rows_of(found))[0]) != conclusive
+    assert ("inconclusive" in report.verdicts(found, rows_of(found))[0]) != conclusive
 
 
 def test_fewer_than_five_repeats_are_inconclusive():
     found = configuration({name: each[:4] for name, each in STEPS_S.items()})
-    assert "inconclusive**: fewer than 5 repeats" in report.verdicts(found, report.rows_of(found))[0]
+    assert "inconclusive**: fewer than 5 repeats" in report.verdicts(found, rows_of(found))[0]
 
 
 def test_peaks_are_of_one_sample_to_the_next_and_over_the_longer_window():
@@ -97,7 +103,8 @@ def test_a_sample_that_follows_a_late_one_closely_is_no_peak():
 def test_the_page_has_every_row_with_delay_memory_and_bytes_and_says_what_ended_early():
     early = {**configuration(), "title": "broken", "repeats": [], "error": "host 1 ended"}
     base = {"title": "Cyclic", "date": "2026-01-02", "command": "python x.py", "environment": "torch 9"}
-    text = report.page({**base, "configurations": [configuration(), early]}, "Words.")
+    whole = {**base, "configurations": [configuration(), early]}
+    text = page(whole, "Words.", report.sections(whole))
     for part in (
         "# Cyclic, 2026-01-02\n\nWords.\n\n    python x.py\n\ntorch 9",
         '| `CyclicStrategy(rule="v2")` | 800.0 | 800.0 to 900.0 | 0.900 | 0.806 to 0.900 | 1.25 | 0.375 | '
@@ -158,16 +165,14 @@ def test_rows_of_memory_are_medians_and_stand_beside_the_prediction():
         memory.STEP: {"peaks_bytes": [2e6, 2e6, 2.5e6], "step_s": 0.6},
     }
     found = {"title": "vit", "profiles": profiles, "repeats": [{"repeat": 0, "arms": arms}]}
-    rows = {row[0]: row[1:] for row in memory.rows_of(found, workers=4)}
-    assert rows["DDP"] == ("4.00", "4.00 to 4.00", "1.000", "1.000", "6.00", "600")
+    columns = memory.columns(found, memory.predictions(profiles, workers=4))
+    rows = {row[0]: row[1:] for row in cells(columns, memory.measured(found))}
+    assert rows["DDP"] == ["4.00", "4.00 to 4.00", "1.000", "1.000", "6.00", "600"]
     share = memory.shifted_peak(triangle(), 0.0, 1.0, 4) / 400
-    assert rows[memory.LABELS[memory.STEP]] == ("2.00", "2.00 to 2.00", "0.500", f"{share:.3f}", "2.50", "600")
+    assert rows[memory.LABELS[memory.STEP]] == ["2.00", "2.00 to 2.00", "0.500", f"{share:.3f}", "2.50", "600"]
+    assert memory.LABELS[memory.STEP_V1] not in rows
     assert rows[memory.LABELS[memory.NONE]][3] == ""
-    text = memory.page(
-        {"title": "T", "date": "d", "command": "c", "environment": "e", "settings": {"workers": 4}}
-        | {"configurations": [found]},
-        "Words.",
-    )
+    text = "".join(memory.sections({"settings": {"workers": 4}, "configurations": [found]}))
     assert "4 at once: 0.00 MB" in text
 
 
@@ -188,8 +193,9 @@ def accuracies():
 
 def test_accuracies_are_compared_by_seed_and_a_loss_that_is_not_finite_is_said():
     found = accuracies()
-    assert accuracy.differences(found, "vit", "v1") == pytest.approx([-0.05, 0.05])
-    text = accuracy.page(found, "Words.")
+    (_, v1) = cyclic_accuracy.arms_of(found)
+    assert v1.differences == pytest.approx((-0.05, 0.05))
+    text = page(found, "Words.", cyclic_accuracy.sections(found))
     for part in (
         "| ViT, 0.1 | plain | 85.00 % | 80.00 to 90.00 |  |  | 0.15 | 0.2 |",
         "| ViT, 0.1 | v1 | 85.00 % | 85.00 to 85.00 | -0.00 | -5.00 to +5.00 | not finite | not finite |",

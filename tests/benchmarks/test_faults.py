@@ -5,16 +5,17 @@ import signal
 import sys
 from dataclasses import replace
 
-import faults
 import pytest
-from faults_files import beside, checkpoints, damage, left_over
-from faults_judge import BAD, CLASSES, judge
-from faults_logs import degraded, last_error, named
-from faults_plan import KINDS, STRATEGIES, draw
-from faults_report import failures, page, terminal
-from faults_strike import STRUCK, Fault
-from faults_workshop import Workshop
-from faults_zygote import Zygote
+
+from benchmarks.faults import __main__ as faults
+from benchmarks.faults.files import beside, checkpoints, damage, left_over
+from benchmarks.faults.judge import BAD, CLASSES, judge
+from benchmarks.faults.logs import degraded, last_error, named
+from benchmarks.faults.plan import KINDS, STRATEGIES, draw
+from benchmarks.faults.report import failures, page_of, terminal
+from benchmarks.faults.strike import STRUCK, Fault
+from benchmarks.faults.workshop import Workshop
+from benchmarks.faults.zygote import Zygote
 
 SEEDS = {
     6: "rank 0 of a cyclic run stops answering",
@@ -252,7 +253,8 @@ def test_a_name_that_is_not_known_is_refused_with_those_that_are():
 def test_the_page_and_the_terminal_have_a_row_for_each_kind_and_strategy_and_every_finding():
     records = [record_of(), record_of("stop", strategy="cyclic", hang=[0])]
     records = [{**record, "class": judge(record).word, "why": judge(record).why} for record in records]
-    text = page(records, "torch 9", "python benchmarks/faults.py", "2026-01-02")
+    conditions = {"environment": "torch 9", "command": "python -m benchmarks.faults", "date": "2026-01-02"}
+    text = page_of(records, conditions)
     for part in (
         "| class | runs | HANG | ok |", "| all | 2 | 1 | 1 |", "| kill | 1 |  | 1 |", "| cyclic | 1 | 1 |  |",
         "- seed 0, stop, `cyclic`, 2 ranks: **HANG**: rank 0 had not ended in time",

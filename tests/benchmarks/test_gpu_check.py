@@ -9,16 +9,17 @@ import time
 import weakref
 from pathlib import Path
 
-import gpu_check
-import gpu_check_memory
-import gpu_check_profiler
-import gpu_check_sanity
 import pytest
 import torch
-from gpu_check_memory import ARMS, Case
-from gpu_check_packing import moved_bytes
-from gpu_check_profiler import cost_of, verdict_of
-from gpu_check_report import STREAMS, Check, exit_code, findings, latest, page, summary, table
+
+from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check import memory as gpu_check_memory
+from benchmarks.gpu_check import profiler as gpu_check_profiler
+from benchmarks.gpu_check import sanity as gpu_check_sanity
+from benchmarks.gpu_check.memory import ARMS, Case
+from benchmarks.gpu_check.packing import moved_bytes
+from benchmarks.gpu_check.profiler import cost_of, verdict_of
+from benchmarks.gpu_check.report import STREAMS, Check, exit_code, findings, latest, page, summary, table
 
 BRIEF = ("0", "1", "4")  # parts that take seconds on a CPU; all are run by `make benchmark-gpu DEVICE=cpu`
 

@@ -2,13 +2,14 @@
 
 from unittest import mock
 
-import gpu_check_packing
 import pytest
 import torch
-from gpu_check_packing import device_seconds_of, packing_of, waits_of
-from gpu_check_report import Check, findings
 from support.mock_cuda import mock_cuda
 from support.on_device import MOCKED
+
+from benchmarks.gpu_check import packing as gpu_check_packing
+from benchmarks.gpu_check.packing import device_seconds_of, packing_of, waits_of
+from benchmarks.gpu_check.report import Check, findings
 
 
 def parameters():

@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-import gpu_check_waits
-import host_waits
 import pytest
 import torch
 
 import lightning_comm
+from benchmarks.gpu_check import host_waits
+from benchmarks.gpu_check import waits as gpu_check_waits
 
 SAID = b"called a synchronizing CUDA operation (Triggered internally at /pytorch/c10/cuda/CUDAFunctions.cpp:310.)"
 

@@ -1,10 +1,11 @@
 """What a GPU would be waited for in whole fits of two ranks: each case's target, on a device that is not there."""
 
-import host_waits
 import pytest
 import torch
 from support.mock_cuda import Wait
 from support.processes import launch
+
+from benchmarks.gpu_check import host_waits
 
 
 def _count(rank):

@@ -1,9 +1,9 @@
 """The arithmetic of the report on shares by speed, against numbers worked out by hand."""
 
-import adaptive_partition
-import partition_report as report
 import pytest
 
+from benchmarks.adaptive_partition import __main__ as adaptive_partition
+from benchmarks.adaptive_partition import report
 from lightning_comm.core.adaptive_partition.shares import RankCost
 
 COSTS = [[0.0, 0.003], [0.0, 0.001]]  # 1 : 3
@@ -122,7 +122,7 @@ def test_equal_ranks_must_cost_little_and_move_at_most_once(repeats, answer):
 def test_a_page_has_the_parts_that_were_measured_and_says_what_ended_early():
     whole = {"title": "Shares by speed", "date": "2026-01-02", "environment": "torch 9"}
     configurations = [configuration([repeat()] * 5), configuration([], error="it broke", title="1 : 9")]
-    page = report.page({**whole, "configurations": configurations}, adaptive_partition.introductions())
+    page = adaptive_partition.PAGE.of({**whole, "configurations": configurations})
     assert page.startswith("# Shares by speed, 2026-01-02\n")
     assert "| 1 : 3 | 100.0 | 50.0 | 50.0 | 2.00 | 1.92 | 2.00 (2.00 to 2.00) | 2.00 | +0.0 % (+0.0 to +0.0) |" in page
     assert "step: -0.99 % (-0.99 to -0.99)" in page  # even by the loader against a plain one
@@ -146,6 +146,6 @@ def test_parts_that_are_not_asked_for_stay_as_they_were(tmp_path):
     first = adaptive_partition.Run(["jitter", "speeds"], out)
     for part in ("jitter", "speeds"):
         first.begin(part, part)
-    first.write()
+    first.results.write()
     again = adaptive_partition.Run(["speeds"], out)
-    assert [each["part"] for each in again.report["configurations"]] == ["jitter"]
+    assert [each["part"] for each in again.results.report["configurations"]] == ["jitter"]

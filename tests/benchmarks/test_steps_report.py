@@ -2,11 +2,15 @@
 
 import json
 
-import compression_steps
-import overlap
 import pytest
-import steps_report as report
-import synchronisation
+
+from benchmarks.compression import steps as compression_steps
+from benchmarks.compression import synchronisation
+from benchmarks.kit import step_times as report
+from benchmarks.kit.pages import page
+from benchmarks.kit.statistics import standing
+from benchmarks.kit.tables import cells, table
+from benchmarks.local_update import overlap
 
 STEPS_S = {
     "limit": [0.200, 0.201, 0.202],
@@ -31,42 +35,36 @@ def configuration(steps_s=STEPS_S, **more):
 
 
 def test_ratios_are_paired_by_repeat_and_shares_are_of_the_limit_of_the_same_repeat():
-    rows = report.rows_of(configuration(), "ddp")
-    assert rows["ours"].speedup == pytest.approx(sorted([0.8 / 0.25, 0.804 / 0.26, 0.808 / 0.27])[1])
-    assert rows["ours"].of_limit == pytest.approx((0.2 / 0.25, 0.201 / 0.26, 0.202 / 0.27))
-    assert rows["ours"].share == pytest.approx(0.201 / 0.26)
-    assert rows["limit"].of_limit == (1.0, 1.0, 1.0)
+    rows = report.rows_of(configuration())
+    limit_s = rows["limit"].steps_s
+    assert rows["ours"].speedup(rows["ddp"]) == pytest.approx(sorted([0.8 / 0.25, 0.804 / 0.26, 0.808 / 0.27])[1])
+    assert rows["ours"].of(limit_s) == pytest.approx((0.2 / 0.25, 0.201 / 0.26, 0.202 / 0.27))
+    assert rows["ours"].share(limit_s) == pytest.approx(0.201 / 0.26)
+    assert rows["limit"].of(limit_s) == (1.0, 1.0, 1.0)
 
 
 def test_a_reference_that_was_not_measured_leaves_ratios_out():
-    rows = report.rows_of(configuration(), "accelerate")
-    assert rows["ours"].speedup is None
-    assert "| bf16 | 260.0 | 255.0 to 265.0 |  | 0.773 |" in report.table(rows, "accelerate")
+    rows = report.rows_of(configuration())
+    assert rows["ours"].speedup(None) is None
+    text = table(report.columns(rows, "accelerate", "accelerate"), rows.values())
+    assert "| bf16 | 260.0 | 255.0 to 265.0 |  | 0.773 |" in text
 
 
 def test_payload_is_the_ledgers_and_blank_where_there_is_none():
-    rows = report.rows_of(configuration(), "ddp")
+    rows = report.rows_of(configuration())
     assert rows["ours"].payload_bytes == 3e6
     assert rows["ddp"].payload_bytes is None
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [([5.0], (5.0, 5.0)), ([1, 2, 3, 4, 5], (2, 4)), ([5, 1, 4, 2, 3], (2, 4)), ([1, 2], (1.25, 1.75))],
-)
-def test_quartiles_lie_between_the_lowest_and_the_highest_value(values, expected):
-    assert report.quartiles(values) == expected
 
 
 @pytest.mark.parametrize(("highest", "conclusive"), [(0.204, True), (0.206, False)])
 def test_a_limit_that_spreads_by_more_than_two_percent_makes_a_result_inconclusive(highest, conclusive):
     steps_s = {"limit": [0.2, 0.2, 0.2, 0.2, highest], "ddp": [0.8] * 5}
-    rows = report.rows_of(configuration(steps_s), "ddp")
-    assert ("inconclusive" in report.verdict(rows)) != conclusive
+    rows = report.rows_of(configuration(steps_s))
+    assert ("inconclusive" in standing(rows["limit"].steps_s)) != conclusive
 
 
 def test_fewer_than_five_repeats_are_inconclusive():
-    assert "inconclusive**: fewer than 5 repeats" in report.verdict(report.rows_of(configuration(), "ddp"))
+    assert "inconclusive**: fewer than 5 repeats" in standing(report.rows_of(configuration())["limit"].steps_s)
 
 
 def test_the_page_has_every_row_and_says_what_was_left_out_and_what_ended_early():
@@ -75,7 +73,8 @@ def test_the_page_has_every_row_and_says_what_was_left_out_and_what_ended_early(
         configuration(left_out=["overlap: left out"]),
         {**configuration(), "title": "2 hosts, 1gbit", "repeats": [], "error": "host 1 ended"},
     ]
-    text = report.page({**base, "configurations": configurations}, "Words.", "ddp", "DDP, best bucket")
+    whole = {**base, "configurations": configurations}
+    text = page(whole, "Words.", report.sections(whole, "ddp", "DDP, best bucket"))
     for part in (
         "# Compressions, 2026-01-02\n\nWords.\n\n    python x.py\n\ntorch 9",
         "| bf16 | 260.0 | 255.0 to 265.0 | 3.09 | 0.773 | 0.748 to 0.800 | 3.000 | 2.000 |",
@@ -100,7 +99,7 @@ def test_a_dense_step_takes_what_the_link_needs_and_a_part_of_the_compute():
 
 
 def test_the_defaults_of_the_comparison_fit_into_35_minutes():
-    from compression_methods import METHODS
+    from benchmarks.compression.methods import METHODS
 
     total_s = sum(
         compression_steps.Plan(compression_steps.dense_step_s(link, 4, 4 * 5.6e6, 0.2), 0.2, 5).total_s(list(METHODS))
@@ -124,7 +123,7 @@ def test_the_bound_of_local_updates_is_compute_and_what_of_a_transfer_is_not_hid
 )
 def test_what_is_compressed_and_overlapped_is_held_against_the_target_of_the_link(ours_s, link, word):
     steps_s = {"limit": [0.2] * 3, "bf16_overlap": [ours_s] * 3, "accelerate": [0.42] * 3}
-    said = overlap.verdicts(report.rows_of(configuration(steps_s), "accelerate"), link)
+    said = overlap.verdicts(report.rows_of(configuration(steps_s)), link)
     assert word in said[0]
     assert f"{0.42 / ours_s:.2f} times as fast as accelerate" in said[1]
 
@@ -146,11 +145,21 @@ def test_what_was_sent_is_a_multiple_of_the_formula_and_a_time_is_paired_by_repe
         },
     }
     assert synchronisation.over_formula(result["wire"]["full"], "link") == pytest.approx(1.05)
-    assert synchronisation.rows_of(result)[1] == ["bf16", "2.00 MB", "750 ms", "500 to 1000", "3.00", "1.010", "1.050"]
+    (row,) = cells(synchronisation.columns(result), ["bf16"])
+    assert row == [
+        "bf16",
+        "2.00 MB",
+        "750 ms",
+        "500 to 1000",
+        "3.00",
+        "1.010",
+        "1.050",
+    ]
 
 
 def test_a_method_pays_on_links_slower_than_the_bytes_it_saves_in_the_time_it_takes():
-    rows = synchronisation.break_even_rows({"full": 0.001, "bf16": 0.002, "mask 20 %, bf16": 0.001}, 1.0, 4)
+    seconds = {"full": 0.001, "bf16": 0.002, "mask 20 %, bf16": 0.001}
+    rows = cells(synchronisation.break_even_columns(seconds, 1.0, 4), seconds)
     entries = synchronisation.layout_of(1.0).numel
     assert rows[0] == ["full", "1.0 ms", f"{6e-6 * entries:.2f} MB", "", ""]
     assert rows[1][2:] == [f"{3e-6 * entries:.2f} MB", f"{8e-9 * 3 * entries / 0.001:.1f} Gbit/s", ""]

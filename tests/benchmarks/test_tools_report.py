@@ -1,20 +1,10 @@
 """The arithmetic of the comparison's report, against numbers worked out by hand."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-
-def _load(name):
-    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-report = _load("tools_report")
+from benchmarks.kit.statistics import paired_ratio
+from benchmarks.kit.step_times import rows_of
+from benchmarks.tools import report
 
 STEPS_S = {
     "limit": [0.200, 0.201, 0.202],
@@ -45,19 +35,26 @@ def configuration(steps_s=STEPS_S, bare_s=0.32):
     }
 
 
+def verdicts(steps_s, once_a_period=("peer", "ours")):
+    measured = configuration(steps_s)
+    return report.verdicts(rows_of(measured), once_a_period, report.bounds_s(measured, period=8))
+
+
 def test_ratios_are_paired_by_repeat():
-    rows = report.rows_of(configuration(), period=8)
-    assert rows["ddp"].speedup == 1.0
-    assert rows["ours"].speedup == pytest.approx(sorted([0.8 / 0.25, 0.804 / 0.26, 0.808 / 0.27])[1])
-    assert rows["peer"].of_limit == pytest.approx(sorted([0.2 / 0.3, 0.201 / 0.31, 0.202 / 0.32])[1])
-    assert report.paired_ratio([1, 4], [2, 2]) == 1.25  # the ratio of the medians would be another
+    rows = rows_of(configuration())
+    assert rows["ddp"].speedup(rows["ddp"]) == 1.0
+    assert rows["ours"].speedup(rows["ddp"]) == pytest.approx(sorted([0.8 / 0.25, 0.804 / 0.26, 0.808 / 0.27])[1])
+    of_limit = rows["peer"].share(rows["limit"].steps_s)
+    assert of_limit == pytest.approx(sorted([0.2 / 0.3, 0.201 / 0.31, 0.202 / 0.32])[1])
+    assert paired_ratio([1, 4], [2, 2]) == 1.25  # the ratio of the medians would be another
 
 
 def test_the_bound_is_compute_and_one_all_reduce_a_period_and_only_of_tools_that_have_a_period():
-    rows = report.rows_of(configuration(), period=8)
-    assert rows["ours"].of_bound == pytest.approx((0.201 + 0.32 / 8) / 0.26)
-    assert rows["ddp"].of_bound is None
-    assert rows["limit"].of_bound is None
+    rows, bounds = rows_of(configuration()), report.bounds_s(configuration(), period=8)
+    assert bounds == pytest.approx([0.2 + 0.04, 0.201 + 0.04, 0.202 + 0.04])
+    assert rows["ours"].share(bounds) == pytest.approx((0.201 + 0.32 / 8) / 0.26)
+    (column,) = (each for each in report.columns(rows, configuration(), period=8) if each.title == "of the bound")
+    assert [column.cell(rows[name]) for name in ("ours", "ddp", "limit")] == ["0.927", "", ""]
 
 
 def test_the_rate_of_the_link_is_that_of_a_ring():
@@ -66,14 +63,13 @@ def test_the_rate_of_the_link_is_that_of_a_ring():
 
 
 def test_overruns_are_counted_over_all_repeats():
-    assert report.rows_of(configuration(), period=8)["ours"].overruns == 3
+    assert rows_of(configuration())["ours"].overruns == 3
 
 
 @pytest.mark.parametrize(("highest", "conclusive"), [(0.204, True), (0.206, False)])
 def test_a_limit_that_spreads_by_more_than_two_percent_makes_a_result_inconclusive(highest, conclusive):
     five = {name: [*each, each[-1], each[-1]] for name, each in STEPS_S.items()}
-    rows = report.rows_of(configuration({**five, "limit": [0.2] * 4 + [highest]}), period=8)
-    said = report.verdicts(rows, ["peer", "ours"])
+    said = verdicts({**five, "limit": [0.2] * 4 + [highest]})
     assert ("inconclusive" in said[0]) != conclusive
     assert len(said) == (2 if conclusive else 3)
 
@@ -82,23 +78,19 @@ def test_a_limit_that_spreads_by_more_than_two_percent_makes_a_result_inconclusi
     ("peer_s", "word"), [([0.30, 0.31, 0.32], "no slower"), ([0.250, 0.245, 0.240], "no slower"), ([0.2] * 3, "slower")]
 )
 def test_ours_is_slower_only_where_the_interval_of_the_paired_ratios_lies_below_1(peer_s, word):
-    (few, against_peer, _) = report.verdicts(
-        report.rows_of(configuration({**STEPS_S, "peer": peer_s}), period=8), ["peer", "ours"]
-    )
+    (few, against_peer, _) = verdicts({**STEPS_S, "peer": peer_s})
     assert "inconclusive**: fewer than 5 repeats" in few
     assert f"is {word} than the best peer, a peer" in against_peer
 
 
 def test_against_the_best_peer_the_ratio_is_named_with_its_interval():
-    rows = report.rows_of(configuration({**STEPS_S, "peer": [0.2] * 3}), period=8)
-    said = report.verdicts(rows, ["peer", "ours"])[1]
+    said = verdicts({**STEPS_S, "peer": [0.2] * 3})[1]
     assert said == "ours is slower than the best peer, a peer: 0.77 times as fast (0.70 to 0.85)"
 
 
 def test_the_bound_is_reached_at_95_percent_of_it():
     reached, missed = (
-        report.verdicts(report.rows_of(configuration({**STEPS_S, "ours": [step_s] * 3}), period=8), ["ours"])[-1]
-        for step_s in (0.241 / 0.951, 0.241 / 0.949)
+        verdicts({**STEPS_S, "ours": [step_s] * 3}, ["ours"])[-1] for step_s in (0.241 / 0.951, 0.241 / 0.949)
     )
     assert "reaches 0.95" in reached
     assert "misses" in missed
@@ -106,10 +98,10 @@ def test_the_bound_is_reached_at_95_percent_of_it():
 
 def test_the_page_names_what_could_not_be_run_with_its_error_and_what_ended_early():
     settings = {"model": "vit", "image": 32, "batch": 4, "step_s": 0.2, "period": 8, "parameters": 5_506_852}
-    text = report.page(
+    text = report.PAGE.of(
         {
             "date": "2026-01-02",
-            "command": "python benchmarks/tools.py --repeats 3",
+            "command": "python -m benchmarks.tools --repeats 3",
             "environment": "torch 9",
             "settings": settings,
             "could_not_run": [{"label": "a tool", "hosts": 4, "error": "Abort\nexit status 134"}],
@@ -122,7 +114,7 @@ def test_the_page_names_what_could_not_be_run_with_its_error_and_what_ended_earl
     for part in (
         "2026-01-02",
         "5,506,852 parameters",
-        "    python benchmarks/tools.py --repeats 3",
+        "    python -m benchmarks.tools --repeats 3",
         "- a tool, 4 hosts:\n\n      Abort\n      exit status 134",
         "| ours: Lightning | 260.0 | 250.0 to 270.0 | 3.09 | 0.773 | 0.927 | 2.00 |",
         "| no communication | 201.0 | 200.0 to 202.0 | 4.00 | 1.000 |  | 2.00 |",

@@ -24,7 +24,7 @@ def needs_nccl(device):
 
 @pytest.fixture
 def figure(record_property):
-    """Note what was measured, beside what was expected and the rule, for the page of `benchmarks/gpu_check.py`."""
+    """Note what was measured, beside what was expected and the rule, for the page of `benchmarks/gpu_check`."""
 
     def note(measured, expected, rule="at most"):
         for name, value in (("measured", measured), ("expected", expected), ("rule", rule)):

@@ -20,7 +20,7 @@ _HOME = f"{Path(lightning_comm.__file__).parent}/"  # a checkout may have the sa
 # files that only pass on what others ask for; a warning of C++ comes through Python's own module
 _NOT_CALLERS = (
     f"{Path(torch.__file__).parent}/",
-    *("/support/mock_cuda", "/gpu_check_waits.py", "/warnings.py", "/_py_warnings.py", "/contextlib.py", "<"),
+    *("/support/mock_cuda", "/gpu_check/waits.py", "/warnings.py", "/_py_warnings.py", "/contextlib.py", "<"),
 )
 
 

@@ -92,7 +92,7 @@ class CommProfiler(Callback):
         figures from each rank: at most 1,000 steps, some 400 KB. Where the Trainer's group sends from GPUs alone, in a
         gloo group of their own.
 
-        *Cost.* Below 1 % of a step of 50 ms; ``benchmarks/profiler.py`` measures it. *Memory.* About 1 MB.
+        *Cost.* Below 1 % of a step of 50 ms; ``benchmarks/instruments/profiler.py`` measures it. *Memory.* About 1 MB.
 
         *Faults.* Where the profiler fails (the disk is full, a private name of torch is gone), it says so once, stops
         measuring on that rank, and training goes on.

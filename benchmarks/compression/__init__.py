@@ -1,0 +1,1 @@
+"""Compressed gradients and averages: synchronisations alone, steps on emulated hosts, and accuracy."""

@@ -1,0 +1,1 @@
+"""Cyclic Data Parallelism: steps on emulated hosts, memory, accuracy, and the check of contents."""

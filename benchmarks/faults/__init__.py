@@ -1,0 +1,1 @@
+"""Injected faults, and what becomes of runs and checkpoints: `python -m benchmarks.faults`."""
