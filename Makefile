@@ -6,11 +6,15 @@ WHEEL  := build/wheel-env
 
 DEVICE ?= cuda
 
-.PHONY: help setup demo test lint types doctest wheel-env tests benchmark benchmark-tools benchmark-compression benchmark-partition benchmark-cyclic benchmark-faults benchmark-gpu docs clean
+# Empty: tests that pytest has rewritten, and what other interpreters import, are compiled once and not in each process.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: help setup demo test quick lint types wheel-env tests benchmark benchmark-tools benchmark-compression benchmark-partition benchmark-cyclic benchmark-faults benchmark-gpu docs clean
 
 help:
 	@echo "make demo       set up, then train DDP, local SGD and QSR on real digits, and compare accuracy, bytes and times"
 	@echo "make test       set up, then run every check that CI runs"
+	@echo "make quick      the same without what is slow, against the source folder (under three minutes)"
 	@echo "make setup      only the set-up: a virtual environment in $(VENV)"
 	@echo "make benchmark  the speed of the lab's links, of the averages, and what strategy and profiler cost, on this machine"
 	@echo "make benchmark-tools  step times of other tools and ours on emulated hosts (half an hour)"
@@ -53,8 +57,20 @@ wheel-env: setup
 	$(BIN)/python -c 'import pathlib, sysconfig; site = next(pathlib.Path("$(WHEEL)").glob("lib/python*/site-packages")); (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")'
 	$(BIN)/python -m pip --python $(WHEEL)/bin/python install --quiet --disable-pip-version-check --no-deps build/dist/*.whl
 
+# What is judged by seconds (timing.txt) comes first and alone; all else is dealt to two workers, file by file, since the
+# tests of a file share their references. Exit code 5 is pytest's for `no test`, as where PYTEST_ARGS selects none here.
+PYTEST := -m pytest -c ../pyproject.toml --durations=25
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
+
 tests: wheel-env
-	cd tests && LIGHTNING_COMM_WHEEL=1 ../$(WHEEL)/bin/python -m pytest -c ../pyproject.toml --doctest-modules --pyargs lightning_comm . $(PYTEST_ARGS)
+	cd tests && export LIGHTNING_COMM_WHEEL=1 && failed=0 && \
+	  { ../$(WHEEL)/bin/python $(PYTEST) -m timing @timing.txt $(PYTEST_ARGS) || test $$? -eq 5 || failed=1; } && \
+	  { ../$(WHEEL)/bin/python $(PYTEST) $(SHARED) -m "not timing" --doctest-modules --pyargs lightning_comm . $(PYTEST_ARGS) || failed=1; } && \
+	  exit $$failed
+
+quick: setup
+	$(BIN)/ruff check .
+	cd tests && PYTHONPATH=.. ../$(BIN)/python $(PYTEST) $(SHARED) -m "not slow and not timing" . $(PYTEST_ARGS)
 
 benchmark: setup
 	$(BIN)/python -m benchmarks.instruments.lab

@@ -1,22 +1,50 @@
-"""Settings that all tests share."""
+"""Settings that all tests share.
+
+The process that hands the tests out to its workers reads this file too, and runs none of them: what loads torch is
+imported where it is used.
+"""
 
 import logging
 import os
+from collections import Counter
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-from support.processes import start_ranks
-
-from lightning_comm.lab.cluster import Lab, unavailable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(1)  # torch is loaded already; processes forked while its threads exist can hang
+
+HERE = Path(__file__).parent
+# Files and folders whose tests are judged by seconds: `make tests` runs them while nothing else runs.
+TIMING = [HERE / line for line in (HERE / "timing.txt").read_text().splitlines()]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what is judged by seconds, and begin with the files that hold most slow tests.
+
+    So no worker is left alone with one of them at the end.
+    """
+    for item in items:
+        if any(item.path.is_relative_to(place) for place in TIMING):
+            item.add_marker("timing")
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Let torch start no threads of its own: processes forked while they exist can hang."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _shared_by_all_tests():
     """What later tests, and ranks forked for them, inherit from this process."""
+    import torch
+    import torch.distributed as dist
+
     loggers = ("", "lightning", "lightning.pytorch", "lightning.fabric", "lightning_comm")
     return {
         "levels of loggers": {name: logging.getLogger(name).level for name in loggers},
@@ -39,6 +67,8 @@ def nothing_is_left_to_later_tests():
 @pytest.fixture
 def run_ranks():
     """Run ``fn(rank, *args)`` in ``world_size`` processes joined by gloo; return the answers in order of rank."""
+    from support.processes import start_ranks
+
     return start_ranks
 
 
@@ -51,6 +81,8 @@ def in_own_folder(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def labs_can_be_made():
     """`None`, or one line that says why emulated hosts cannot be had here."""
+    from lightning_comm.lab.cluster import unavailable
+
     return unavailable()
 
 
@@ -59,6 +91,8 @@ def lab(labs_can_be_made):
     """Make emulated hosts, as ``Lab`` does, that are gone when the test ends."""
     if labs_can_be_made is not None:
         pytest.skip(labs_can_be_made)
+    from lightning_comm.lab.cluster import Lab
+
     with ExitStack() as open_labs:
         yield lambda *args, **kwargs: open_labs.enter_context(Lab(*args, **kwargs))
 
@@ -68,5 +102,7 @@ def module_lab(labs_can_be_made):
     """The same for a whole module, whose tests share the hosts."""
     if labs_can_be_made is not None:
         pytest.skip(labs_can_be_made)
+    from lightning_comm.lab.cluster import Lab
+
     with ExitStack() as open_labs:
         yield lambda *args, **kwargs: open_labs.enter_context(Lab(*args, **kwargs))

@@ -13,6 +13,7 @@ from lightning_comm.data.resumable import ResumableLoader
 
 torch.set_num_threads(1)  # a process that has started torch's threads cannot be forked into ranks
 
+pytestmark = pytest.mark.slow
 SAMPLES = 11
 
 
@@ -44,28 +45,28 @@ def test_a_run_resumed_from_any_checkpoint_sees_the_samples_of_the_run_that_was_
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize(("rank", "num_replicas"), [(0, 1), (0, 2), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("rank", "num_replicas"), [(0, 1), (1, 2), (2, 3)])
 def test_every_rank_resumes_at_every_step(rank, num_replicas, drop_last, tmp_path):
     new = functools.partial(
-        ResumableLoader, range(17), 2, num_replicas=num_replicas, rank=rank, drop_last=drop_last, seed=1
+        ResumableLoader, range(13), 2, num_replicas=num_replicas, rank=rank, drop_last=drop_last, seed=1
     )
-    whole = train(new(), tmp_path, max_epochs=3)
-    assert len(whole) == 3 * len(new())
+    whole = train(new(), tmp_path, max_epochs=2)
+    assert len(whole) == 2 * len(new())
     for checkpoint in tmp_path.glob("*.ckpt"):
-        rest = train(new(), ckpt_path=checkpoint, max_epochs=3)
+        rest = train(new(), ckpt_path=checkpoint, max_epochs=2)
         assert rest == whole[batches_done(checkpoint) :], checkpoint.name
 
 
 @pytest.mark.parametrize("persistent_workers", [False, True])
 def test_workers_that_load_ahead_move_no_sample(persistent_workers, tmp_path):
     new = functools.partial(ResumableLoader, range(SAMPLES), 2, seed=3)
-    in_process = train(new(), max_epochs=3, limit_train_batches=4)
+    in_process = train(new(), max_epochs=2, limit_train_batches=4)
     with_workers = functools.partial(new, num_workers=2, persistent_workers=persistent_workers)
-    assert train(with_workers(), tmp_path, max_epochs=3, limit_train_batches=4) == in_process
+    assert train(with_workers(), tmp_path, max_epochs=2, limit_train_batches=4) == in_process
     checkpoints = list(tmp_path.glob("*.ckpt"))
     assert len(checkpoints) > len(in_process)
     for checkpoint in checkpoints:
-        rest = train(with_workers(), ckpt_path=checkpoint, max_epochs=3, limit_train_batches=4)
+        rest = train(with_workers(), ckpt_path=checkpoint, max_epochs=2, limit_train_batches=4)
         assert rest == in_process[batches_done(checkpoint) :], checkpoint.name
 
 

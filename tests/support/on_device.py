@@ -5,6 +5,7 @@ touches the device: it only asks how many there are, which needs no context. Ran
 are, and keep their context for many calls. A call that fails ends its ranks, and the next one has fresh ones.
 """
 
+import gc
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -193,6 +194,7 @@ class Ranks:
 
 
 def _serve(pipe: Any, rank: int, world_size: int, device: str, backend: str | None, port: int, exact: bool) -> None:
+    gc.freeze()  # as in `processes.py`
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "GROUP_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "on_device",

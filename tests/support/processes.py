@@ -1,12 +1,15 @@
 """Real processes for tests: results and tracebacks come back, and no rank can be missing unnoticed."""
 
+import gc
 import multiprocessing
 import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from functools import cache
+from itertools import cycle, islice
 from queue import Empty
 from typing import Any
 
@@ -14,11 +17,27 @@ import pytest
 import torch
 import torch.distributed as dist
 
+_PORTS = range(10_000, 20_000)  # below those that the kernel gives away, to whoever connects in the meantime
+
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """Find a port that nobody else finds: each worker of pytest-xdist has ports of its own, and uses them in turn."""
+    for port in islice(_own_ports(os.getpid()), 1000):
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise OSError(f"free_port: not one of 1,000 ports of 127.0.0.1 in {_PORTS} could be had")
+
+
+@cache
+def _own_ports(process: int) -> Iterator[int]:
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    own = _PORTS[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) :: workers]
+    first = process * 97 % len(own)  # another run of the tests on this machine begins elsewhere
+    return cycle([*own[first:], *own[:first]])
 
 
 def start_ranks(fn: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 90.0) -> list[Any]:
@@ -30,6 +49,13 @@ def start_ranks(fn: Callable[..., Any], *args: Any, world_size: int, timeout_s: 
         return fn(rank, *args)
 
     return launch(joined, world_size=world_size, timeout_s=timeout_s)
+
+
+def one_launch(fn: Callable[..., Any], cases: Iterable[Any], *, world_size: int) -> dict[Any, list[Any]]:
+    """Run ``fn(rank, *case)`` for one case after the other in the same joined processes; return the answers by case."""
+    cases = list(cases)
+    answers = start_ranks(lambda rank: [fn(rank, *case) for case in cases], world_size=world_size, timeout_s=150)
+    return {case: [of_rank[number] for of_rank in answers] for number, case in enumerate(cases)}
 
 
 def launch(fn: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 90.0) -> list[Any]:
@@ -72,6 +98,7 @@ def outcomes(
 
 
 def _run(fn: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...], results: Any) -> None:
+    gc.freeze()  # what the parent has loaded is no garbage; to look at half a million objects copies their memory
     torch.set_num_threads(1)
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",

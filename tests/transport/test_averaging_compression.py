@@ -1,10 +1,12 @@
 """Compressed averaging on the wire, against a single process that does the arithmetic of all ranks by hand."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
 from support.differences import BY_HAND, SHAPES, in_memory_order, moved, start
+from support.processes import one_launch
 from torch import nn
 
 from lightning_comm.core.ledger import CommLedger
@@ -50,11 +52,28 @@ def _rounds(rank, compression, bucket_bytes):
     return history, ledger.payload_bytes(), ledger.purposes
 
 
+@cache
+def rounds(world_size):
+    """All cases of this file, in one launch: by compression and bytes of a bucket."""
+    cases = [(compression, size) for compression in METHODS for size in (8, 300, 10**6)]
+    return one_launch(_rounds, [*cases, (Full(), 300), (PowerSGD(1), 300)], world_size=world_size)
+
+
 # ---- the same by hand ------------------------------------------------------------------------------------------------
 
 
+@cache
 def in_one_process(compression: Compression, world_size: int):
     """Weights of all ranks and the reference after each round, as rows in the order of memory."""
+    rounds_of_all = _in_one_process(compression, world_size)  # which goes on with the tensors that it yields
+    return [([_copy(each) for each in after], _copy(reference)) for after, reference in rounds_of_all]
+
+
+def _copy(tensors):
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _in_one_process(compression: Compression, world_size: int):
     weights = [start() for _ in range(world_size)]
     reference = {name: in_memory_order(name, tensor).clone() for name, tensor in weights[0].items()}
     for step in range(ROUNDS):
@@ -82,8 +101,8 @@ def in_one_process(compression: Compression, world_size: int):
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("bucket_bytes", [8, 300, 10**6], ids=["one-parameter", "some", "all"])
 @pytest.mark.parametrize("compression", METHODS, ids=repr)
-def test_ranks_do_what_one_process_does_for_all_whatever_the_bucket(run_ranks, compression, bucket_bytes, world_size):
-    answers = run_ranks(_rounds, compression, bucket_bytes, world_size=world_size)
+def test_ranks_do_what_one_process_does_for_all_whatever_the_bucket(compression, bucket_bytes, world_size):
+    answers = rounds(world_size)[compression, bucket_bytes]
     # where three numbers are summed in 16 bits, the order of the sum is the backend's
     close = {"rtol": 0, "atol": 0.02 if isinstance(compression, Cast) and world_size > 2 else 0}
     for step, (weights, reference) in enumerate(in_one_process(compression, world_size)):
@@ -119,19 +138,19 @@ def largest_move_of_the_mean(answers, step):
     ],
     ids=repr,
 )
-def test_the_mean_of_the_ranks_weights_stays_but_for_the_rounding_of_sums(run_ranks, compression, bound):
-    answers = run_ranks(_rounds, compression, 300, world_size=2)
+def test_the_mean_of_the_ranks_weights_stays_but_for_the_rounding_of_sums(compression, bound):
+    answers = rounds(2)[compression, 300]
     assert max(largest_move_of_the_mean(answers, step) for step in range(ROUNDS)) < bound
 
 
-def test_nothing_dropped_leaves_ranks_equal(run_ranks):
-    for history, *_ in (answers := run_ranks(_rounds, Full(), 300, world_size=2)):
+def test_nothing_dropped_leaves_ranks_equal():
+    for history, *_ in (answers := rounds(2)[Full(), 300]):
         for name in SHAPES:
             torch.testing.assert_close(history[-1][1][name], answers[0][0][-1][1][name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_payload_is_what_the_formula_says(run_ranks, world_size):
+def test_payload_is_what_the_formula_says(world_size):
     kept = sum(max(1, math.ceil(0.1 * math.prod(s))) for s in SHAPES.values() if math.prod(s))
     part = -(-NUMEL // world_size)
     formulas = {
@@ -140,7 +159,7 @@ def test_payload_is_what_the_formula_says(run_ranks, world_size):
         Int8(): world_size * (part + 4 * SLOTS) + part,
     }
     for compression, expected in formulas.items():
-        for _, payload_bytes, purposes in run_ranks(_rounds, compression, 10**6, world_size=world_size):
+        for _, payload_bytes, purposes in rounds(world_size)[compression, 10**6]:
             assert payload_bytes == ROUNDS * expected, compression
             assert purposes == ["parameters"]
 

@@ -87,6 +87,7 @@ def _all(rank, world_size):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [3])
 def test_every_odd_parameter_is_averaged_once_and_right_in_every_way(run_ranks, world_size):
     answers = run_ranks(_all, world_size, world_size=world_size)

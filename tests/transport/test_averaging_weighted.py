@@ -3,10 +3,12 @@
 import math
 from datetime import timedelta
 from fractions import Fraction
+from functools import cache
 
 import pytest
 import torch
 from support.differences import BY_HAND, SHAPES, in_memory_order, moved, start
+from support.processes import one_launch
 from torch import nn
 
 from lightning_comm.core.ledger import CommLedger
@@ -21,9 +23,11 @@ from lightning_comm.transport.model_average import Replica
 from lightning_comm.transport.recording import Recorder, another_group
 
 ROUNDS = 3
-SHARES = {2: [0.75, 0.25], 3: [0.5, 0.375, 0.125]}
-NOBODYS = {2: [1.0, 0.0], 3: [0.625, 0.0, 0.375]}  # a rank without samples
-UNEVEN = {2: [5 / 7, 2 / 7], 3: [0.7, 0.1, 0.2]}
+SHARES = {2: (0.75, 0.25), 3: (0.5, 0.375, 0.125)}
+NOBODYS = {2: (1.0, 0.0), 3: (0.625, 0.0, 0.375)}  # a rank without samples
+UNEVEN = {2: (5 / 7, 2 / 7), 3: (0.7, 0.1, 0.2)}
+EQUAL = {n: (1 / n,) * n for n in (2, 3)}
+UNWEIGHTED = {n: (None,) * n for n in (2, 3)}
 SIZES = (3, 2, 7, 1, 0, 40)
 
 
@@ -54,16 +58,26 @@ def _average(rank, weights, bucket_bytes, dtype):
     )
 
 
+BUCKETS = {"one-entry": 8, "splits": 40, "all": 10_000}
+
+
+@cache
+def averages(world_size):
+    shares = (None, SHARES[world_size], NOBODYS[world_size], UNEVEN[world_size])
+    cases = [(weights, bucket_bytes, torch.float64) for weights in shares for bucket_bytes in BUCKETS.values()]
+    return one_launch(_average, cases, world_size=world_size)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("shares", [SHARES, NOBODYS, UNEVEN], ids=["powers-of-two", "a-rank-without", "uneven"])
-@pytest.mark.parametrize("bucket_bytes", [8, 40, 10_000], ids=["one-entry", "splits", "all"])
-def test_every_tensor_becomes_the_weighted_mean_whatever_the_bucket(run_ranks, bucket_bytes, shares, world_size):
+@pytest.mark.parametrize("bucket_bytes", BUCKETS.values(), ids=BUCKETS)
+def test_every_tensor_becomes_the_weighted_mean_whatever_the_bucket(bucket_bytes, shares, world_size):
     weights = shares[world_size]
     own = [torch.cat(inputs(rank)) for rank in range(world_size)]
     means = [exact_mean(weights, entries) for entries in zip(*(row.tolist() for row in own), strict=True)]
     expected = torch.tensor(means, dtype=torch.float64)
-    answers = run_ranks(_average, weights, bucket_bytes, torch.float64, world_size=world_size)
-    plain = run_ranks(_average, None, bucket_bytes, torch.float64, world_size=world_size)
+    answers = averages(world_size)[weights, bucket_bytes, torch.float64]
+    plain = averages(world_size)[None, bucket_bytes, torch.float64]
     for rank, (got, drift, messages) in enumerate(answers):
         for mine, theirs in zip(got, answers[0][0], strict=True):
             assert (mine == theirs).all(), "ranks differ"
@@ -89,6 +103,9 @@ def test_narrow_types_are_scaled_and_summed_in_float32(run_ranks):
 
 
 # ---- by differences --------------------------------------------------------------------------------------------------
+
+
+COMPRESSIONS = [Full(), TopK(0.1), PowerSGD(1), Cast("bf16"), Int8()]
 
 
 def doubles(tensors):
@@ -129,6 +146,16 @@ def _rounds(rank, compression, weights, bucket_bytes, background):
     return history, [record.payload_bytes for record in ledger.records]
 
 
+@cache
+def rounds(world_size):
+    """All cases of this file, in one launch: by compression, weights, bytes of a bucket and way."""
+    every = [shares[world_size] for shares in (SHARES, NOBODYS, UNEVEN, EQUAL, UNWEIGHTED)]
+    cases = [(each, weights, 300) for each in COMPRESSIONS for weights in every]
+    cases += [(Full(), weights, size) for weights in every[:3] for size in (8, 10**6)]
+    both = [(*case, background) for case in cases for background in (False, True)]
+    return one_launch(_rounds, both, world_size=world_size)
+
+
 def weighted(answers, weights, step, which, name):
     shift = [weights[(rank + step) % len(weights)] for rank in range(len(answers))]
     return sum(w * history[step][which][name] for w, (history, _) in zip(shift, answers, strict=True))
@@ -141,11 +168,9 @@ WAYS = pytest.mark.parametrize("background", [False, True], ids=["open", "backgr
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("shares", [SHARES, NOBODYS, UNEVEN], ids=["powers-of-two", "a-rank-without", "uneven"])
 @pytest.mark.parametrize("bucket_bytes", [8, 10**6], ids=["one-parameter", "all"])
-def test_nothing_dropped_leaves_every_rank_at_the_weighted_mean(
-    run_ranks, bucket_bytes, shares, world_size, background
-):
+def test_nothing_dropped_leaves_every_rank_at_the_weighted_mean(bucket_bytes, shares, world_size, background):
     weights = shares[world_size]
-    answers = run_ranks(_rounds, Full(), weights, bucket_bytes, background, world_size=world_size)
+    answers = rounds(world_size)[Full(), weights, bucket_bytes, background]
     for step in range(ROUNDS):
         for name in SHAPES:
             mean = weighted(answers, weights, step, 0, name)
@@ -155,8 +180,8 @@ def test_nothing_dropped_leaves_every_rank_at_the_weighted_mean(
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_in_the_open_nothing_dropped_leaves_ranks_equal_to_the_bit(run_ranks, world_size):
-    answers = run_ranks(_rounds, Full(), UNEVEN[world_size], 300, False, world_size=world_size)
+def test_in_the_open_nothing_dropped_leaves_ranks_equal_to_the_bit(world_size):
+    answers = rounds(world_size)[Full(), UNEVEN[world_size], 300, False]
     for step in range(ROUNDS):
         for name in SHAPES:
             assert all((history[step][1][name] == answers[0][0][step][1][name]).all() for history, _ in answers)
@@ -175,12 +200,10 @@ def test_in_the_open_nothing_dropped_leaves_ranks_equal_to_the_bit(run_ranks, wo
     ],
     ids=repr,
 )
-def test_the_weighted_mean_of_the_weights_stays_but_for_the_rounding_of_sums(
-    run_ranks, compression, bound, shares, background
-):
+def test_the_weighted_mean_of_the_weights_stays_but_for_the_rounding_of_sums(compression, bound, shares, background):
     for world_size in (2, 3):
         weights = shares[world_size]
-        answers = run_ranks(_rounds, compression, weights, 300, background, world_size=world_size)
+        answers = rounds(world_size)[compression, weights, 300, background]
         for step in range(ROUNDS):
             for name in SHAPES:
                 before, after = (weighted(answers, weights, step, which, name) for which in (0, 1))
@@ -193,9 +216,9 @@ def test_the_weighted_mean_of_the_weights_stays_but_for_the_rounding_of_sums(
 
 @WAYS
 @pytest.mark.parametrize("compression", [TopK(0.1), Int8(), Cast("bf16"), PowerSGD(1)], ids=repr)
-def test_a_rank_without_samples_takes_up_the_reference(run_ranks, compression, background):
+def test_a_rank_without_samples_takes_up_the_reference(compression, background):
     weights = NOBODYS[3]
-    answers = run_ranks(_rounds, compression, weights, 300, background, world_size=3)
+    answers = rounds(3)[compression, weights, 300, background]
     for step in range(ROUNDS):
         idle = next(rank for rank in range(3) if weights[(rank + step) % 3] == 0)
         _, after, reference = answers[idle][0][step]
@@ -205,9 +228,9 @@ def test_a_rank_without_samples_takes_up_the_reference(run_ranks, compression, b
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("compression", [Full(), TopK(0.1), Int8()], ids=repr)
-def test_ranks_do_what_one_process_does_for_all(run_ranks, compression, world_size):
+def test_ranks_do_what_one_process_does_for_all(compression, world_size):
     weights = SHARES[world_size]
-    answers = run_ranks(_rounds, compression, weights, 300, False, world_size=world_size)
+    answers = rounds(world_size)[compression, weights, 300, False]
     for step in range(ROUNDS):
         scales = [world_size * weights[(rank + step) % world_size] for rank in range(world_size)]
         for name in (name for name in SHAPES if math.prod(SHAPES[name])):
@@ -224,11 +247,11 @@ def test_ranks_do_what_one_process_does_for_all(run_ranks, compression, world_si
 
 @WAYS
 @pytest.mark.parametrize("compression", [Full(), Int8(), TopK(0.1)], ids=repr)
-def test_equal_weights_are_what_no_weights_are_to_the_bit(run_ranks, compression, background):
+def test_equal_weights_are_what_no_weights_are_to_the_bit(compression, background):
     for world_size in (2, 3):
-        plain = run_ranks(_rounds, compression, [None] * world_size, 300, background, world_size=world_size)
-        equal = run_ranks(_rounds, compression, [1 / world_size] * world_size, 300, background, world_size=world_size)
-        uneven = run_ranks(_rounds, compression, UNEVEN[world_size], 300, background, world_size=world_size)
+        plain = rounds(world_size)[compression, UNWEIGHTED[world_size], 300, background]
+        equal = rounds(world_size)[compression, EQUAL[world_size], 300, background]
+        uneven = rounds(world_size)[compression, UNEVEN[world_size], 300, background]
         for (one, bytes_one), (two, bytes_two), (_, bytes_three) in zip(plain, equal, uneven, strict=True):
             assert bytes_one == bytes_two == bytes_three
             for a, b in zip(one, two, strict=True):

@@ -3,10 +3,12 @@
 import threading
 import time
 from datetime import timedelta
+from functools import cache
 
 import pytest
 import torch
 from support.differences import BY_HAND, SHAPES, in_memory_order, moved, start
+from support.processes import one_launch
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.averaging import Averaging
@@ -19,6 +21,8 @@ from lightning_comm.transport.compression.top_k import TopK
 from lightning_comm.transport.recording import Recorder, another_group
 
 ROUNDS = 3
+METHODS = [Full(), Cast("bf16"), Int8(), TopK(0.1)]
+PAUSES = ["nothing", "time", "arrive", "resume"]
 
 
 def rows(tensors):
@@ -58,7 +62,25 @@ def _background(rank, compression, bucket_bytes, pause):
     return history, ledger.payload_bytes("parameters")
 
 
+@cache
+def of_two():
+    """All cases of two ranks, in one launch: by compression, bytes of a bucket and what happens in flight."""
+    cases = [(compression, size, pause) for compression in METHODS for size in (8, 10**6) for pause in PAUSES]
+    return one_launch(_background, [*cases, (Full(), 300, "nothing"), (Cast("bf16"), 300, "nothing")], world_size=2)
+
+
+@cache
+def of_three():
+    cases = [(compression, 300, "nothing") for compression in (Full(), Int8(), TopK(0.1), PowerSGD(1))]
+    return one_launch(_background, cases, world_size=3)
+
+
+@cache
 def in_one_process(compression, world_size):
+    return list(_in_one_process(compression, world_size))
+
+
+def _in_one_process(compression, world_size):
     weights = [start() for _ in range(world_size)]
     reference = {name: in_memory_order(name, tensor).clone() for name, tensor in weights[0].items()}
     for step in range(ROUNDS):
@@ -83,11 +105,11 @@ def in_one_process(compression, world_size):
         yield [rows(each) for each in weights], {name: row.clone().numpy() for name, row in reference.items()}
 
 
-@pytest.mark.parametrize("pause", ["nothing", "time", "arrive", "resume"])
+@pytest.mark.parametrize("pause", PAUSES)
 @pytest.mark.parametrize("bucket_bytes", [8, 10**6], ids=["one-parameter", "all"])
-@pytest.mark.parametrize("compression", [Full(), Cast("bf16"), Int8(), TopK(0.1)], ids=repr)
-def test_ranks_do_what_one_process_does_for_all_whatever_happens_in_flight(run_ranks, compression, bucket_bytes, pause):
-    answers = run_ranks(_background, compression, bucket_bytes, pause, world_size=2)
+@pytest.mark.parametrize("compression", METHODS, ids=repr)
+def test_ranks_do_what_one_process_does_for_all_whatever_happens_in_flight(compression, bucket_bytes, pause):
+    answers = of_two()[compression, bucket_bytes, pause]
     for step, (weights, reference) in enumerate(in_one_process(compression, 2)):
         for rank, (history, _) in enumerate(answers):
             after, held = history[step]
@@ -97,8 +119,8 @@ def test_ranks_do_what_one_process_does_for_all_whatever_happens_in_flight(run_r
 
 
 @pytest.mark.parametrize("compression", [Full(), Int8(), TopK(0.1), PowerSGD(1)], ids=repr)
-def test_three_ranks_hold_the_same_references_and_keep_the_mean(run_ranks, compression):
-    answers = run_ranks(_background, compression, 300, "nothing", world_size=3)
+def test_three_ranks_hold_the_same_references_and_keep_the_mean(compression):
+    answers = of_three()[compression, 300, "nothing"]
     alone = [start() for _ in range(3)]  # what the mean would be without any communication
     for step in range(ROUNDS):
         for rank, each in enumerate(alone):
@@ -114,10 +136,10 @@ def test_three_ranks_hold_the_same_references_and_keep_the_mean(run_ranks, compr
             assert abs(got - wanted).max(initial=0) < bound, name
 
 
-def test_the_payload_is_that_of_an_average_in_the_open(run_ranks):
+def test_the_payload_is_that_of_an_average_in_the_open():
     numel = sum(row.numel() for row in start().values())
     for compression, itemsize in ((Full(), 4), (Cast("bf16"), 2)):
-        for _, payload_bytes in run_ranks(_background, compression, 300, "nothing", world_size=2):
+        for _, payload_bytes in of_two()[compression, 300, "nothing"]:
             assert payload_bytes == ROUNDS * itemsize * numel
 
 

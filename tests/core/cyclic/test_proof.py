@@ -8,19 +8,22 @@ from lightning_comm.core.cyclic.proof import ScheduleError, check_schedule
 from lightning_comm.core.cyclic.schedule import CyclicSchedule, Message
 
 GRID = [(n, s) for n in range(1, 7) for s in ([n // 2] * (n % 2 == 0) + [n, 2 * n, 3 * n])]
+FLUSHES = [(), (1,), (2, 3), (1, 2, 3, 4)]
 RULES = [{"rule": "v1"}, {"rule": "v2"}, {"rule": "v2", "warmup_sync_steps": 2}, {"rule": "v1", "warmup_sync_steps": 1}]
 
 
 @pytest.mark.parametrize(("workers", "stages"), GRID)
 def test_every_schedule_can_be_carried_out_without_losing_a_message(workers, stages):
-    for rule in RULES:
-        schedule = CyclicSchedule(workers, stages, **rule)
-        for flush_after in [(), (1,), (2, 3), (1, 2, 3, 4)]:
-            for stagger in (False, True):
-                proof = check_schedule(schedule, steps=4, flush_after=flush_after, stagger=stagger)
-                assert proof.messages == 4 * 2 * (workers - 1) * stages
-                # Two passes, and three events for each of gradient and parameters, by worker; an update by stage.
-                assert proof.events == 4 * stages * (workers * (2 + 3 + 3) + 1) + len(flush_after)
+    # Every rule meets every flush, by workers that take turns and by others. With more than three workers, each of
+    # which does what a third one does, one rule and flush in four: together they are all rules and all flushes.
+    every = [(rule, flush) for rule in range(4) for flush in range(4) if workers <= 3 or rule == flush]
+    for rule, flush in every:
+        schedule, flush_after = CyclicSchedule(workers, stages, **RULES[rule]), FLUSHES[flush]
+        for stagger in (False, True):
+            proof = check_schedule(schedule, steps=4, flush_after=flush_after, stagger=stagger)
+            assert proof.messages == 4 * 2 * (workers - 1) * stages
+            # Two passes, and three events for each of gradient and parameters, by worker; an update by stage.
+            assert proof.events == 4 * stages * (workers * (2 + 3 + 3) + 1) + len(flush_after)
 
 
 @pytest.mark.parametrize("workers", range(1, 6))

@@ -1,7 +1,8 @@
 """The rules of the cyclic schedule against slot times, brute force and the published figure."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from fractions import Fraction
+from functools import cache
 
 import pytest
 
@@ -10,13 +11,17 @@ from lightning_comm.core.cyclic.schedule import CyclicSchedule, Message
 GRID = [(n, s) for n in range(1, 9) for s in ([n // 2] * (n % 2 == 0) + [n, 2 * n, 3 * n])]
 
 
+@cache
+def number_of_pass(stages):
+    """The passes of a step in their order: forward through all stages, and back."""
+    passes = [(each, True) for each in range(stages)] + [(each, False) for each in range(stages)][::-1]
+    return {each: number for number, each in enumerate(passes)}
+
+
 def slot_of(schedule, worker, stage, step, forward):
     """When a worker has its turn: counted by hand, pass after pass."""
-    passes = [(each, True) for each in range(schedule.stages)] + [(each, False) for each in range(schedule.stages)][
-        ::-1
-    ]
     begin = Fraction(2 * schedule.stages, schedule.workers) * worker + 2 * schedule.stages * step
-    return begin + passes.index((stage, forward))
+    return begin + number_of_pass(schedule.stages)[stage, forward]
 
 
 @pytest.mark.parametrize(("workers", "stages"), GRID)
@@ -218,14 +223,18 @@ def test_a_message_is_needed_when_the_first_worker_that_it_reaches_computes_with
 def test_what_a_worker_waits_for_is_more_urgent_than_what_it_cannot_take_yet(workers, stages, rule, warmup_sync_steps):
     """Messages of step t are taken from the start of step t on. Whoever is before that waits for others: they pass."""
     schedule = CyclicSchedule(workers, stages, rule, warmup_sync_steps=warmup_sync_steps)
-    cannot_be_taken = min(schedule.needed_slot(each.source, each.kind, each.stage, 4) for each in schedule.messages(4))
-    for worker in range(workers):
-        for stage in range(stages):
+    urgency, by_stage = {}, defaultdict(list)
+    for step in range(-1, 5):
+        for each in schedule.messages(step):
+            urgency[each] = schedule.needed_slot(each.source, each.kind, each.stage, step)
+            by_stage[each.stage, step].append(each)
+    cannot_be_taken = min(urgency[each] for each in schedule.messages(4))
+    for stage in range(stages):
+        order = schedule.way_back(stage)
+        for worker in range(workers):
             for step in range(1, 4):
                 needed = schedule.version(worker, stage, step) - 1  # the step of which it is made
-                for message in schedule.messages(needed):
-                    order = schedule.way_back(stage)
-                    on_its_way = message.kind == "gradient" or order.index(message.source) < order.index(worker)
-                    if message.stage == stage and on_its_way:
-                        urgency = schedule.needed_slot(message.source, message.kind, stage, needed)
-                        assert urgency < cannot_be_taken, (message, worker, step)
+                assert by_stage[stage, needed]
+                for message in by_stage[stage, needed]:
+                    if message.kind == "gradient" or order.index(message.source) < order.index(worker):
+                        assert urgency[message] < cannot_be_taken, (message, worker, step)

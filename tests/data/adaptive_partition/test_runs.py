@@ -20,6 +20,7 @@ from lightning_comm.strategies.common.training_samples import training_samples
 
 torch.set_num_threads(1)  # a process that has started torch's threads cannot be forked into ranks
 
+pytestmark = pytest.mark.slow
 SAMPLES, GLOBAL_BATCH = 23, 4
 new = functools.partial(PartitionedLoader, range(SAMPLES), GLOBAL_BATCH, seed=3)
 

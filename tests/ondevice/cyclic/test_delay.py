@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -66,6 +67,7 @@ def emulated(workers, stages, make=momentum, network=None, flush_after=(), **kwa
     return emulation.models, tuple(losses)
 
 
+@cache
 def plain(workers, make=momentum):
     """Data parallelism: one step on the mean loss of the micro-batches."""
     network = deep()
@@ -90,12 +92,15 @@ def farthest(a, b) -> float:
     return max(float((p - q).detach().abs().max()) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-GRID = [(n, per_worker * n, {"rule": rule}) for rule in ("v1", "v2") for n in (2, 3, 4, 6) for per_worker in (1, 2, 3)]
-GRID += [(n, n, {"lag": 1}) for n in (2, 3, 4, 6)] + [(4, 2, {"rule": "v2"}), (4, 4, {"lag": 3})]
+GRID = [(n, per_worker * n, {"rule": rule}) for rule in ("v1", "v2") for n in (2, 3, 4) for per_worker in (1, 2, 3)]
+GRID += [(n, n, {"lag": 1}) for n in (2, 3, 4)] + [(4, 2, {"rule": "v2"}), (4, 4, {"lag": 3})]
+# What an optimizer does to a stage depends on neither the number of stages nor that of workers, so AdamW is tried with
+# three. Six workers do what four do, and the case with the most stages is tried.
+RUNS = [(*each, momentum) for each in [*GRID, (6, 18, {"rule": "v2"})]]
+RUNS += [(*each, adamw) for each in GRID if each[0] == 3]
 
 
-@pytest.mark.parametrize("make", [momentum, adamw])
-@pytest.mark.parametrize(("workers", "stages", "kwargs"), GRID)
+@pytest.mark.parametrize(("workers", "stages", "kwargs", "make"), RUNS)
 def test_delayed_gradients_give_the_same_parameters_and_losses_bit_for_bit(workers, stages, kwargs, make):
     network, run = simulated(workers, stages, make, **kwargs)
     models, losses = emulated(workers, stages, make, **kwargs)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from functools import cache
 
 import pytest
 import torch
@@ -72,6 +73,12 @@ def by_the_reference(model, workers, make=momentum, scheduled=False, **kwargs):
     return model, run
 
 
+@cache
+def reference_of(workers, count, make, kwargs):
+    """The reference of that many equal stages, which both orders of the engine are compared with; `kwargs` as items."""
+    return by_the_reference(stages(count), workers, make, **dict(kwargs))
+
+
 def equal(a, b) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
@@ -86,10 +93,10 @@ RULES = [{"rule": "v1"}, {"rule": "v2"}, {"lag": 1}, {"lag": 2}]
 def test_parameters_and_losses_are_those_of_the_reference_bit_for_bit(workers, kwargs, make, order):
     start = stages(workers)
     model, run = by_the_engine(start, workers, make, order=order, **kwargs)
-    reference, expected = by_the_reference(start, workers, make, **kwargs)
+    reference, expected = reference_of(workers, workers, make, tuple(kwargs.items()))
     assert equal(model, reference)
     assert run == expected
-    assert not equal(model, by_the_reference(start, workers, make, warmup_sync_steps=STEPS)[0])
+    assert not equal(model, reference_of(workers, workers, make, (("warmup_sync_steps", STEPS),))[0])
 
 
 @pytest.mark.parametrize("make", [momentum, adamw])
@@ -97,11 +104,11 @@ def test_parameters_and_losses_are_those_of_the_reference_bit_for_bit(workers, k
 @pytest.mark.parametrize("order", ["backward_first", "forward_first"])
 @pytest.mark.parametrize(("workers", "per_worker"), [(2, 2), (2, 3), (3, 2), (4, 2), (4, 3)])
 def test_several_stages_for_each_worker_are_as_in_the_reference(workers, per_worker, order, rule, make):
-    start, kwargs = stages(workers * per_worker), {"rule": rule, "flush_after": (3,)}
-    model = copy.deepcopy(start)
+    model = stages(workers * per_worker)
     engine = CyclicEngine(model, make(model.parameters()), workers=workers, order=order, rule=rule)
     run = engine.run(micro_batches(workers * STEPS), error, flush_after=(3,))
-    reference, expected = by_the_reference(start, workers, make, **kwargs)
+    kwargs = (("rule", rule), ("flush_after", (3,)))
+    reference, expected = reference_of(workers, workers * per_worker, make, kwargs)
     assert equal(model, reference)
     assert run == expected
 

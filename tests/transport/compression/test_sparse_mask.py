@@ -1,9 +1,11 @@
 """Masked DDP is plain DDP with gradients masked by hand, bit for bit, and sends what the formula says."""
 
 import contextlib
+from functools import cache
 
 import pytest
 import torch
+from support.processes import one_launch
 from torch.nn.parallel import DistributedDataParallel
 from transport.test_ddp_hook import SMALL, Net, picture
 
@@ -33,7 +35,8 @@ MODES = {
 }
 
 
-def _masked(rank, ours, mode, dense_above=0.9, steps=20):
+def _masked(rank, mode, dense_above, steps=20):
+    """Train under masks: by hand where `dense_above` is `None`."""
     torch.manual_seed(0)
     model = Net()
     if "channels_last" in mode:
@@ -47,7 +50,7 @@ def _masked(rank, ours, mode, dense_above=0.9, steps=20):
             parameters[name].masked_fill_(~mask, 0)
     ddp = DistributedDataParallel(model, bucket_cap_mb=SMALL, **MODES[mode])
     ledger = CommLedger()
-    if ours:
+    if dense_above is not None:
         recorder = Recorder(ledger)
         codec = SparseMask(dense_above=dense_above).codec(Context(recorder, "gradients"))
         codec.install(masks, parameters.items())
@@ -58,7 +61,7 @@ def _masked(rank, ours, mode, dense_above=0.9, steps=20):
         with ddp.no_sync() if quiet else contextlib.nullcontext():
             ddp(picture(rank, step), branch=mode == "unused" and rank == 1).square().mean().backward()
         if not quiet:
-            for name, mask in masks.items() if not ours else ():
+            for name, mask in masks.items() if dense_above is None else ():
                 if parameters[name].grad is not None:
                     parameters[name].grad.masked_fill_(~mask, 0)
             optimizer.step()
@@ -67,11 +70,16 @@ def _masked(rank, ours, mode, dense_above=0.9, steps=20):
     return [each.detach().clone().numpy() for each in parameters.values()], zero, ledger.payload_bytes()
 
 
+@cache
+def masked():
+    """All runs, in one launch: by mode and `dense_above`."""
+    return one_launch(_masked, [(mode, above) for mode in MODES for above in (None, 0.9, 0.0)], world_size=2)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dense_above", [0.9, 0.0], ids=["gathered", "dense"])
-def test_masked_training_is_plain_ddp_with_gradients_masked_by_hand_bit_for_bit(run_ranks, mode, dense_above):
-    by_hand = run_ranks(_masked, False, mode, world_size=2)
-    ours = run_ranks(_masked, True, mode, dense_above, world_size=2)
+def test_masked_training_is_plain_ddp_with_gradients_masked_by_hand_bit_for_bit(mode, dense_above):
+    by_hand, ours = (masked()[mode, above] for above in (None, dense_above))
     for (expected, *_), (got, zero, payload_bytes) in zip(by_hand, ours, strict=True):
         assert zero
         assert payload_bytes > 0

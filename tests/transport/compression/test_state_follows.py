@@ -92,6 +92,7 @@ def _resumed(rank, saved_in, goes_on_in):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("saved_in", "goes_on_in"), WIDTHS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_what_a_codec_kept_is_used_where_the_gradients_are_and_in_their_width(saved_in, goes_on_in):
     (found, _) = start_ranks(_resumed, saved_in, goes_on_in, world_size=2)
