@@ -1,4 +1,4 @@
-"""A dozen runs in which something is hurt, and the judge of such runs, which must be able to say each bad class."""
+"""Some runs in which something is hurt, and the judge of such runs, which must be able to say each bad class."""
 
 import multiprocessing
 import signal
@@ -17,19 +17,16 @@ from benchmarks.faults.strike import STRUCK, Fault
 from benchmarks.faults.workshop import Workshop
 from benchmarks.faults.zygote import Zygote
 
-SEEDS = {
+SEEDS = {  # what tests of the strategies show as well is left to `make benchmark-faults`
     6: "rank 0 of a cyclic run stops answering",
     27: "a rank dies between the files of a checkpoint that takes another's place",
     30: "bytes of a file of one rank are overwritten",
     61: "a sample of a long round cannot be read",
     65: "the disk of rank files is full",
-    71: "one rank wants to stop",
-    74: "epochs of unknown length differ",
     75: "a peer dies where exceptions save a checkpoint",
     76: "checkpoints are written by a thread, and slowly",
     81: "one of three ranks ends at once",
     90: "one rank under compression is told to end",
-    135: "one of three ranks raises in its optimizer step",
 }
 
 

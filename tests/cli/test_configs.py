@@ -1,31 +1,43 @@
-"""Every file in `configs/`, run by the real command in processes of its own."""
+"""Every file in `configs/`, run by the console command: forked with its ranks, and once as it is installed."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from support.forked_python import forked
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 COMMAND = Path(sys.executable).parent / "lightning-comm"
+# More batches than the learning rate rises for, and few more; what is trained on after that differs in no config.
+SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=24", "--trainer.limit_val_batches=2"]
 
 
-def run(words: list[str], folder: Path) -> str:
+def started(words: list[str], folder: Path, *, real: bool = False) -> "subprocess.Popen[str]":
+    with nullcontext() if real else forked():
+        return subprocess.Popen(
+            [COMMAND, *words],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # so that its ranks can be ended together with it
+        )
+
+
+def run(words: list[str], folder: Path, *, real: bool = False) -> str:
     """Run the command; return what it printed, or fail with it."""
-    process = subprocess.Popen(
-        [COMMAND, *words],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that its ranks can be ended together with it
-    )
+    return said_by(started(words, folder, real=real))
+
+
+def said_by(process: "subprocess.Popen[str]") -> str:
     try:
         text, _ = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
@@ -42,7 +54,7 @@ def test_there_are_configs_to_test():
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_the_command_trains_with_the_config(config, tmp_path):
-    text = run(["fit", f"--config={config}", "--trainer.max_epochs=1"], tmp_path)
+    text = run(["fit", f"--config={config}", *SHORT], tmp_path)
     assert "Starting with 2 processes" in text
     assert "`max_epochs=1` reached" in text
     assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt"))
@@ -78,7 +90,7 @@ def test_without_its_last_lines_the_config_of_adaptive_partition_is_that_of_a_re
 
 
 def test_shares_on_the_command_line_and_their_journal_replayed(tmp_path):
-    words = ["fit", f"--config={CONFIGS[0].parent / 'ddp.yaml'}", "--trainer.max_epochs=1"]
+    words = ["fit", f"--config={CONFIGS[0].parent / 'ddp.yaml'}", *SHORT]
     words += ["--data.global_batch_size=32", "--trainer.callbacks+=AdaptivePartition"]
     run([*words, "--trainer.callbacks.mode=fixed", "--trainer.callbacks.shares=[1,3]"], tmp_path)
     first = tmp_path / "adaptive_partition" / "run_0" / "journal.json"
@@ -101,7 +113,8 @@ def test_a_config_says_how_to_run_it(config):
     assert f"#   lightning-comm fit --config configs/{config.name}\n" in config.read_text()
 
 
-def test_grasp_on_a_schedule_and_own_data_can_be_written_in_a_config(tmp_path):
+def test_the_installed_command_trains_by_grasp_and_own_data_in_a_config_and_uses_what_it_trained(tmp_path):
+    """Real starts: `fit` with a rank that it starts itself, and what else Lightning's command line has."""
     content = yaml.safe_load((CONFIGS[0].parent / "pactrain.yaml").read_text())
     mask = content["trainer"]["strategy"]["init_args"]["compression"][0]["init_args"]
     mask["pruning"] = {
@@ -112,12 +125,22 @@ def test_grasp_on_a_schedule_and_own_data_can_be_written_in_a_config(tmp_path):
     content["data"]["class_path"] = "own_digits.OwnDigits"  # a module beside the config, for every rank
     (tmp_path / "own_digits.py").write_text("from lightning_comm.examples import DigitsData as OwnDigits\n")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
-    text = run(["fit", "--config=config.yaml", "--trainer.max_epochs=1"], tmp_path)
+    text = run(["fit", "--config=config.yaml", *SHORT], tmp_path, real=True)
+    assert "Starting with 2 processes" in text
     assert "`max_epochs=1` reached" in text
     saved = yaml.safe_load(next(tmp_path.glob("lightning_logs/version_0/config.yaml")).read_text())
     [mask, _] = saved["trainer"]["strategy"]["init_args"]["compression"]
     assert mask["init_args"]["pruning"]["class_path"].endswith("GraSPPruning")
-    state = torch.load(next(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")), weights_only=True)
+    [checkpoint] = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)
     weights = [value for value in state["state_dict"].values() if value.dim() >= 2]
     zero = sum(int((value == 0).sum()) for value in weights) / sum(value.numel() for value in weights)
     assert zero == pytest.approx(0.7, abs=0.01)
+    alone = ["--config=config.yaml", f"--ckpt_path={checkpoint}", "--trainer.strategy=auto", "--trainer.devices=1"]
+    alone += ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    alone += [f"--trainer.limit_{part}_batches=2" for part in ("val", "test", "predict")]
+    users = {use: started([use, *alone], tmp_path, real=True) for use in ("validate", "test", "predict")}
+    said = {use: said_by(process) for use, process in users.items()}
+    assert [
+        use for use, metric in (("validate", "val_accuracy"), ("test", "test_accuracy")) if metric not in said[use]
+    ] == []

@@ -1,31 +1,46 @@
-"""The demo as a user runs it, small: its pages agree with its numbers, and its numbers with the formula."""
+"""The demo, small: its pages agree with its numbers, and its numbers with the formula."""
 
 import base64
+import itertools
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+from support.forked_python import forked, run_forked
 
 from lightning_comm.cli.demo import command as demo
 from lightning_comm.cli.demo.run import RunSettings
 from lightning_comm.core.quantities import megabytes, percent
 from lightning_comm.planning.pilot.costs import Trial, costs
 
-pytestmark = pytest.mark.timeout(360)  # three runs in fresh processes, most of it imports; more where others are busy
+pytestmark = pytest.mark.timeout(360)  # more than it needs, where others are busy
+
+COMMAND = Path(sys.executable).parent / "lightning-comm"
+SMALL = ["demo", "--devices", "2", "--epochs", "1"]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One run of the command, with the fewest processes and epochs."""
     out = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-m", "lightning_comm.cli.main", "demo", "--devices", "2", "--epochs", "1"]
-    command += ["--pilot-repeats", "1"]
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=300)
+    command = [COMMAND, *SMALL, "--pilot-repeats", "1"]
+    done = run_forked([*command, "--out", str(out)], capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = out.iterdir()
     return folder, json.loads((folder / "results.json").read_text()), done.stdout
+
+
+def is_gone(pid):
+    """Whether a process has ended, though its parent may not have taken note."""
+    try:
+        return " Z " in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
 
 
 def runs_by_method(results):
@@ -106,10 +121,35 @@ def test_times_are_measured_on_shaped_links_where_the_machine_can(finished, labs
         assert text in (folder / "report.md").read_text()
 
 
+def test_the_installed_command_trains_in_processes_that_it_starts_and_keeps_what_it_has_when_interrupted(tmp_path):
+    command = [COMMAND, *SMALL, "--pilot-repeats", "0", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        said = list(
+            itertools.takewhile(lambda line: not line.startswith("[1/3] DDP, seed 0: epoch 1 of 1"), process.stdout)
+        )
+        (folder,) = tmp_path.iterdir()
+        while not (folder / "logs" / "local_sgd-seed0.log").exists():  # of the next run
+            assert process.poll() is None, said
+            time.sleep(0.05)
+        (run,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == -signal.SIGINT
+    assert [run["method"] for run in json.loads((folder / "results.json").read_text())["runs"]] == ["ddp"]
+    deadline = time.monotonic() + 20
+    while not is_gone(run):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_run_that_fails_is_named_with_the_end_of_its_output(tmp_path, capfd):
     (tmp_path / "logs").mkdir()
     run = RunSettings("no_such_method", seed=0, devices=2, epochs=1, lr=1e-3, batch_size=16)
-    assert demo.run_one(run, tmp_path, "[1/3] Nothing, seed 0") is None
+    with forked():
+        assert demo.run_one(run, tmp_path, "[1/3] Nothing, seed 0") is None
     said = capfd.readouterr().out
     assert [word for word in ("[1/3] Nothing, seed 0 failed", "no_such_method", "ValueError") if word not in said] == []
 

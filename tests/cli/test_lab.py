@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from jsonargparse import Namespace
+from support.forked_python import forked
 
 from lightning_comm.cli import lab as command
 from lightning_comm.cli.fit.command import follow_lab
@@ -197,10 +198,11 @@ def test_fit_takes_hosts_and_devices_from_the_lab_and_leaves_a_chosen_accelerato
 def test_fit_in_the_lab_is_one_run_over_all_hosts(run_lab, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     program = str(Path(sys.executable).parent / "lightning-comm")
-    status, out, err = run_lab(
-        "--hosts", "2", "--link", "100mbit", "--timeout", "150", "--",
-        program, "fit", f"--config={CONFIG}", "--trainer.max_steps=6", "--model.init_args.warmup_steps=2",
-    )  # fmt: skip
+    with forked():
+        status, out, err = run_lab(
+            "--hosts", "2", "--link", "100mbit", "--timeout", "150", "--",
+            program, "fit", f"--config={CONFIG}", "--trainer.max_steps=6", "--model.init_args.warmup_steps=2",
+        )  # fmt: skip
     assert status == 0, "\n".join(out + err)
     text = "\n".join(out + err)
     assert "[host 0] In the lab: trainer num_nodes=2, devices=1." in text

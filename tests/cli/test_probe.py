@@ -8,8 +8,10 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import metadata
 from io import StringIO
+from pathlib import Path
 
 import pytest
+from support.forked_python import forked
 from support.processes import free_port, launch
 
 from lightning_comm.cli.main import main
@@ -19,7 +21,8 @@ from lightning_comm.cli.probe.command import shape_of_job
 from lightning_comm.core.costs import LinkProfile
 
 QUICK = ["--sizes=4,64KiB,1MiB", "--repeats=3", "--seconds=6"]
-PROBE = [sys.executable, "-m", "lightning_comm.cli.main", "probe", "--accelerator=cpu", *QUICK]
+WORDS = ["probe", "--accelerator=cpu", *QUICK]
+PROBE = [str(Path(sys.executable).parent / "lightning-comm"), *WORDS]
 LAUNCHERS = (
     "LOCAL_RANK",
     "NODE_RANK",
@@ -42,12 +45,12 @@ def run(command, cwd, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=clean_environment(**env), cwd=cwd)
 
 
-def test_started_alone_it_starts_the_processes_that_it_is_told_to(tmp_path):
+def test_the_installed_command_started_alone_starts_the_processes_that_it_is_told_to(tmp_path):
     done = run([*PROBE, "--devices=2"], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     profile = LinkProfile.load(tmp_path / "probe.json")
     assert (profile.world_size, profile.backend) == (2, "gloo")
-    assert profile.environment["command"] == f"lightning-comm {' '.join(PROBE[3:])} --devices=2"
+    assert profile.environment["command"] == f"lightning-comm {' '.join(WORDS)} --devices=2"
     assert {"torch", "lightning", "date", "platform", "python"} <= set(profile.environment)
     assert [point.payload_bytes for point in profile.curve("all_reduce").points] == [4, 2**16, 2**20]
     must_say = [
@@ -65,7 +68,8 @@ def test_started_alone_it_starts_the_processes_that_it_is_told_to(tmp_path):
 
 def test_under_torchrun_it_measures_between_the_processes_of_that(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    done = run([*torchrun, "-m", *PROBE[2:], "--out=under.json"], tmp_path)
+    with forked():
+        done = run([*torchrun, "-m", "lightning_comm.cli.main", *WORDS, "--out=under.json"], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert LinkProfile.load(tmp_path / "under.json").world_size == 2
 
@@ -77,7 +81,7 @@ def _under_srun(rank: int, folder: str) -> tuple[int, str, str]:
     os.environ |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
     os.environ |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "x", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
     with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as error:
-        code = main([*PROBE[3:], f"--out={folder}/probe.json"])
+        code = main([*WORDS, f"--out={folder}/probe.json"])
     return code, out.getvalue(), error.getvalue()
 
 
@@ -98,7 +102,8 @@ def test_a_file_that_cannot_be_written_ends_all_ranks_before_anything_is_measure
 
 def test_in_the_lab_the_host_with_the_narrow_link_is_named(lab, tmp_path):
     hosts = lab(3, ["200mbit", "20mbit", "200mbit"])
-    done = hosts.run([*PROBE, f"--out={tmp_path}/lab.json"], timeout_s=100)
+    with forked():
+        done = hosts.run([*PROBE, f"--out={tmp_path}/lab.json"], timeout_s=100)
     assert done.returncode == 0, done.output
     profile = LinkProfile.load(tmp_path / "lab.json")
     assert (profile.world_size, set(profile.hosts)) == (3, {"host 0", "host 1", "host 2"})

@@ -194,6 +194,8 @@ def test_time_that_is_up_ends_what_ignores_a_request(lab):
 
 SCRIPT = """
 import sys, time
+from lightning_comm_command import _put_in_place
+_put_in_place("lightning_comm")  # without executing it, which would load torch
 from lightning_comm.lab.cluster import Lab
 with Lab(2) as lab:
     jobs = [lab.start(host, ["sleep", "4321"]).pid for host in range(2)]

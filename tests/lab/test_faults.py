@@ -75,6 +75,8 @@ def test_a_killed_host_is_named_by_whatever_is_asked_of_it(lab):
 
 OWNER = """
 import os, time
+from lightning_comm_command import _put_in_place
+_put_in_place("lightning_comm")  # without executing it, which would load torch
 from lightning_comm.lab.cluster import Lab
 lab = Lab(1)
 host = lab._hosts[0].pid

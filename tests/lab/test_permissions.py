@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from lightning_comm.lab import namespaces, permissions
 from lightning_comm.lab.cluster import Lab, LabError, unavailable
 
 LAB = [
-    *(sys.executable, "-c", "import sys; from lightning_comm_command import main; sys.exit(main())"),
+    str(Path(sys.executable).parent / "lightning-comm"),
     *("lab", "--hosts", "1", "--", sys.executable, "-I", "-S", "-c", "print('on a host')"),
 ]
 NO_USER_NAMESPACES = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'

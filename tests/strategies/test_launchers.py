@@ -1,11 +1,11 @@
 """Every way to start processes ends with equal weights: by name, from a plain script, as a user would."""
 
 import os
-import subprocess
 import sys
 import textwrap
 
 import pytest
+from support.forked_python import run_forked
 from support.processes import free_port
 
 SCRIPT = """
@@ -39,7 +39,7 @@ def test_a_run_started_in_this_way_ends_equal(tmp_path, name):
     if name == "torchrun":
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
         command = [sys.executable, *torchrun, str(script), "local_sgd"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=tmp_path)
+    done = run_forked(command, capture_output=True, timeout=120, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     ends = [path.read_text() for path in sorted(tmp_path.glob("end*.txt"))]
     assert len(ends) == 2
