@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.odd_modules import Odd, by_hand, mean, tensors
 from support.processes import launch
+from support.shared_ranks import SharedRanks
 from support.training import loader, trainer
 
 from lightning_comm import (
@@ -107,10 +108,18 @@ def as_tensors(named):
     return {name: torch.from_numpy(array) for name, array in named.items()}
 
 
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """The answers of all strategies, and where each saved its checkpoint."""
+    paths = {name: str(tmp_path_factory.mktemp("odd") / "saved.ckpt") for name in STRATEGIES}
+    return SharedRanks({name: (_fits, name, path) for name, path in paths.items()}, world_size=2), paths
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_ranks_end_equal_and_near_the_reference_and_a_checkpoint_holds_the_average_and_resumes_exactly(name, tmp_path):
-    path = str(tmp_path / "saved.ckpt")
-    answers = [[as_tensors(each) for each in answer] for answer in launch(_fits, name, path, world_size=2)]
+def test_ranks_end_equal_and_near_the_reference_and_a_checkpoint_holds_the_average_and_resumes_exactly(name, fitted):
+    runs, paths = fitted
+    path = paths[name]
+    answers = [[as_tensors(each) for each in answer] for answer in runs[name]]
     (whole, resumed, own), (whole_of_1, resumed_of_1, own_of_1) = answers
     begin = tensors(make(name))
 

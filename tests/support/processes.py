@@ -97,7 +97,8 @@ def outcomes(
     return [answers[rank] for rank in range(world_size)]
 
 
-def _run(fn: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...], results: Any) -> None:
+def become(rank: int, world_size: int, port: int) -> None:
+    """Give this process the environment of a rank."""
     gc.freeze()  # what the parent has loaded is no garbage; to look at half a million objects copies their memory
     torch.set_num_threads(1)
     os.environ |= {
@@ -108,6 +109,10 @@ def _run(fn: Callable[..., Any], rank: int, world_size: int, port: int, args: tu
         "LOCAL_RANK": str(rank),
         "NODE_RANK": "0",
     }
+
+
+def _run(fn: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...], results: Any) -> None:
+    become(rank, world_size, port)
     try:
         results.put((rank, fn(rank, *args), None))
         # The others may still need the store that rank 0 hosts.

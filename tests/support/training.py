@@ -1,5 +1,6 @@
 """Small models and data for fits in tests."""
 
+import functools
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import registry
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -15,6 +17,11 @@ from lightning_comm import LocalUpdateStrategy
 from lightning_comm.core.local_update import PeriodRule
 
 FEATURES = 5
+
+# Every Trainer reads the entry points of all installed packages, which takes as long as two steps of these fits. What
+# is installed does not change while tests run.
+registry.entry_points = functools.cache(registry.entry_points)
+registry.entry_points(group="lightning.pytorch.callbacks_factory")  # here, so that forked ranks have it
 
 
 class Samples(Dataset):

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.partition import BATCH, Fit, Points, ddp, fit, loader_of
 from support.processes import launch, outcomes
+from support.shared_ranks import SharedRanks
 from support.training import network
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
@@ -128,33 +129,39 @@ def _by_rank(rank):
     return PartitionedLoader(Points(40), BATCH, sampler=ByRank(rank, 40))
 
 
-@pytest.mark.parametrize(
-    ("options", "make_loader", "must_say"),
-    [
-        ({"shares": [1, 2, 3]}, _whole, ["shares", "[1, 2, 3]", "2 ranks", "devices x num_nodes"]),
-        ({"max_per_rank": [8]}, _whole, ["max_per_rank", "[8]", "2 ranks"]),
-        ({"batch_sizes": [4, 9]}, _whole, ["batch_sizes", "[4, 9]", "13", "12", "global_batch_size=13", "shares"]),
-        ({"batch_sizes": [2, 10], "max_per_rank": 9}, _whole, ["batch_sizes", "[2, 10]", "[9, 9]"]),
-        ({"min_per_rank": 7}, _whole, ["min_per_rank", "7", "12", "14", "global_batch_size"]),
-        ({"max_per_rank": [4, 4]}, _whole, ["max_per_rank", "(4, 4)", "12", "8"]),
-        ({"min_per_rank": 5, "max_per_rank": 4}, _whole, ["min_per_rank", "max_per_rank", "5", "4"]),
-        ({}, _smaller_than_ranks, ["2 ranks", "1 sample", "global_batch_size"]),
-        ({"max_per_rank": 7}, _merged, ["max_per_rank", "merge", "17", "14", "keep"]),
-        ({}, _plain, ["PartitionedLoader", "DataLoader", "from_dataloader"]),
-        ({}, _in_own_batches, ["made by BatchSampler", "PartitionedLoader(dataset, global_batch_size=…)", "`sampler`"]),
-        ({}, _with_a_distributed_sampler, ["PartitionedLoader", "DistributedSampler", "from_dataloader", "left out"]),
-        ({}, _stream, ["IterableDataset", "Stream", "order", "__getitem__"]),
-        ({}, _of_another_length, ["rank 1", "rank 0", "samples is 49 and 48", "same dataset"]),
-        ({}, _of_another_seed, ["rank 1", "rank 0", "seed is 1 and 0"]),
-        ({}, _two_sizes, ["global_batch_size", "[12, 8]", "one plan", "ConcatDataset"]),
-        ({}, _two_with_a_tail, ["one plan", "49", "tail='drop'"]),
-        ({}, _by_rank, ["sampler", "[1]", "another order", "global"]),
-        ({"mode": "observe", "replay": "nowhere.json"}, _whole, ["replay", "nowhere.json", "leave `replay` out"]),
-    ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
-def test_what_does_not_fit_is_refused_on_all_ranks(options, make_loader, must_say):
-    for kind, message in launch(_refused, options, make_loader, ddp, 2, world_size=2):
+MISFITS = [
+    ({"shares": [1, 2, 3]}, _whole, ["shares", "[1, 2, 3]", "2 ranks", "devices x num_nodes"]),
+    ({"max_per_rank": [8]}, _whole, ["max_per_rank", "[8]", "2 ranks"]),
+    ({"batch_sizes": [4, 9]}, _whole, ["batch_sizes", "[4, 9]", "13", "12", "global_batch_size=13", "shares"]),
+    ({"batch_sizes": [2, 10], "max_per_rank": 9}, _whole, ["batch_sizes", "[2, 10]", "[9, 9]"]),
+    ({"min_per_rank": 7}, _whole, ["min_per_rank", "7", "12", "14", "global_batch_size"]),
+    ({"max_per_rank": [4, 4]}, _whole, ["max_per_rank", "(4, 4)", "12", "8"]),
+    ({"min_per_rank": 5, "max_per_rank": 4}, _whole, ["min_per_rank", "max_per_rank", "5", "4"]),
+    ({}, _smaller_than_ranks, ["2 ranks", "1 sample", "global_batch_size"]),
+    ({"max_per_rank": 7}, _merged, ["max_per_rank", "merge", "17", "14", "keep"]),
+    ({}, _plain, ["PartitionedLoader", "DataLoader", "from_dataloader"]),
+    ({}, _in_own_batches, ["made by BatchSampler", "PartitionedLoader(dataset, global_batch_size=…)", "`sampler`"]),
+    ({}, _with_a_distributed_sampler, ["PartitionedLoader", "DistributedSampler", "from_dataloader", "left out"]),
+    ({}, _stream, ["IterableDataset", "Stream", "order", "__getitem__"]),
+    ({}, _of_another_length, ["rank 1", "rank 0", "samples is 49 and 48", "same dataset"]),
+    ({}, _of_another_seed, ["rank 1", "rank 0", "seed is 1 and 0"]),
+    ({}, _two_sizes, ["global_batch_size", "[12, 8]", "one plan", "ConcatDataset"]),
+    ({}, _two_with_a_tail, ["one plan", "49", "tail='drop'"]),
+    ({}, _by_rank, ["sampler", "[1]", "another order", "global"]),
+    ({"mode": "observe", "replay": "nowhere.json"}, _whole, ["replay", "nowhere.json", "leave `replay` out"]),
+]
+
+
+@pytest.fixture(scope="module")
+def misfits():
+    cases = {k: (_refused, options, make, ddp, 2) for k, (options, make, _) in enumerate(MISFITS)}
+    return SharedRanks(cases, world_size=2)
+
+
+@pytest.mark.parametrize("number", range(len(MISFITS)), ids=lambda k: f"{MISFITS[k][1].__name__} {MISFITS[k][0]}")
+def test_what_does_not_fit_is_refused_on_all_ranks(misfits, number):
+    *_, must_say = MISFITS[number]
+    for kind, message in misfits[number]:
         assert kind != "none"
         assert "AdaptivePartition" in message
         assert [word for word in must_say if word not in message] == [], message

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.partition import BATCH, Fit, close, fit, loader_of
 from support.processes import launch
+from support.shared_ranks import SharedRanks
 from support.training import Stop, network, weights
 from torch import nn
 
@@ -105,17 +106,32 @@ def _until(rank, path, stop_at, averaging):
     return weights(model)
 
 
-@pytest.mark.parametrize(
-    "averaging",
-    [None, Averaging(compression="bf16"), Averaging(overlap_steps=2), Averaging(compression="topk", overlap_steps=3)],
-    ids=str,
-)
-@pytest.mark.parametrize("stop_at", [2, 5, 9])
-def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_stopped(stop_at, averaging, tmp_path):
-    path = str(tmp_path / "stopped.ckpt")
-    whole = launch(_until, None, 0, averaging, world_size=2)
-    launch(_until, path, stop_at, averaging, world_size=2)
-    for expected, got in zip(whole, launch(_until, path, 0, averaging, world_size=2), strict=True):
+AVERAGINGS = {
+    "in full": None,
+    "bf16": Averaging(compression="bf16"),
+    "overlap": Averaging(overlap_steps=2),
+    "topk, overlap": Averaging(compression="topk", overlap_steps=3),
+}
+STOPS = (2, 5, 9)
+
+
+@pytest.fixture(scope="module")
+def until(tmp_path_factory):
+    cases = {}
+    for name, averaging in AVERAGINGS.items():
+        cases[name, "whole"] = (_until, None, 0, averaging)
+        for stop_at in STOPS:
+            path = str(tmp_path_factory.mktemp("stopped") / "stopped.ckpt")
+            cases[name, "stopped", stop_at] = (_until, path, stop_at, averaging)
+            cases[name, "resumed", stop_at] = (_until, path, 0, averaging)
+    return SharedRanks(cases, world_size=2)
+
+
+@pytest.mark.parametrize("averaging", AVERAGINGS)
+@pytest.mark.parametrize("stop_at", STOPS)
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_stopped(until, stop_at, averaging):
+    whole, resumed = until[averaging, "whole"], until[averaging, "resumed", stop_at]
+    for expected, got in zip(whole, resumed, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(expected, got, strict=True))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.partition import BATCH, Fit, Manual, Move, TwiceFromOneLoss, close, fit, loader_of, one_process
 from support.processes import launch
+from support.shared_ranks import SharedRanks
 from support.training import Stop, network, weights
 
 from lightning_comm import AdaptivePartition, CompressedDDPStrategy
@@ -28,6 +29,28 @@ def _strategy(name):
     return name
 
 
+@pytest.fixture(scope="module")
+def of_two():
+    """Answers of :func:`_fit` on two ranks."""
+    whole = {
+        (strategy, plan, dtype): (strategy, PLANS[plan], Fit, WITH_TAIL, dtype, {}, {})
+        for strategy in ("ddp", "full")
+        for plan in PLANS
+        for dtype in DTYPES
+    }
+    uneven, exact = PLANS["uneven"], torch.float64
+    modes = {
+        name: ("ddp", uneven, module, ONE_IN_TAIL, exact, {4: (2, 10)}, dict(kwargs))
+        for name, (module, kwargs) in MODES.items()
+    }
+    moved = {
+        (name, workers): ("ddp", uneven, Fit, MOVED, exact, moves, {"loader": {"num_workers": workers}})
+        for name, moves in MOVES.items()
+        for workers in (0, 2)
+    }
+    return SharedRanks({name: (_fit, *args) for name, args in {**whole, **modes, **moved}.items()}, world_size=2)
+
+
 def _fit(rank, strategy, plan, module, samples, dtype, moves, kwargs):
     partition = AdaptivePartition(**plan)
     model = module(net=network(dtype))
@@ -37,49 +60,54 @@ def _fit(rank, strategy, plan, module, samples, dtype, moves, kwargs):
     return weights(model), model.seen, model.losses
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)], ids=str)
+WITH_TAIL = 5 * BATCH + 7
+DTYPES = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("strategy", ["ddp", "full"])
-def test_the_weights_are_those_of_one_process_on_the_whole_batch(strategy, plan, dtype, tolerance):
-    samples = 5 * BATCH + 7  # with a tail
-    expected = one_process(Fit(net=network(dtype)), loader_of(samples, dtype), max_epochs=2)
-    ranks = launch(_fit, strategy, PLANS[plan], Fit, samples, dtype, {}, {}, world_size=2)
+def test_the_weights_are_those_of_one_process_on_the_whole_batch(of_two, strategy, plan, dtype):
+    expected = one_process(Fit(net=network(dtype)), loader_of(WITH_TAIL, dtype), max_epochs=2)
+    ranks, tolerance = of_two[strategy, plan, dtype], DTYPES[dtype]
     for got, _, _ in ranks:
         assert close(got, expected, tolerance)
 
 
-@pytest.mark.parametrize(
-    ("module", "kwargs"),
-    [
-        (Fit, {"accumulate_grad_batches": 3}),
-        (Fit, {"accumulate_grad_batches": 4, "gradient_clip_val": 0.05}),
-        (Fit, {"limit_train_batches": 4}),
-        (Fit, {"loader": {"tail": "drop"}}),
-        (Fit, {"loader": {"tail": "merge"}}),
-        (Fit, {"loader": {"num_workers": 2, "prefetch_factor": 3}}),
-        (Fit, {"use_distributed_sampler": True}),
-        (Manual, {}),
-        (TwiceFromOneLoss, {}),
-    ],
-    ids=str,
-)
-def test_modes_of_training_leave_the_gradient_exact(module, kwargs):
-    samples, dtype = 5 * BATCH + 1, torch.float64  # the tail has one sample, so a rank has a dummy of weight 0
+MODES = {
+    "accumulated": (Fit, {"accumulate_grad_batches": 3}),
+    "clipped": (Fit, {"accumulate_grad_batches": 4, "gradient_clip_val": 0.05}),
+    "limited": (Fit, {"limit_train_batches": 4}),
+    "without the tail": (Fit, {"loader": {"tail": "drop"}}),
+    "with the tail in the last batch": (Fit, {"loader": {"tail": "merge"}}),
+    "workers": (Fit, {"loader": {"num_workers": 2, "prefetch_factor": 3}}),
+    "distributed sampler": (Fit, {"use_distributed_sampler": True}),
+    "by hand": (Manual, {}),
+    "twice from one loss": (TwiceFromOneLoss, {}),
+}
+ONE_IN_TAIL = 5 * BATCH + 1  # so a rank has a dummy of weight 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_training_leave_the_gradient_exact(of_two, mode):
+    (module, kwargs), samples, dtype = MODES[mode], ONE_IN_TAIL, torch.float64
     alone = {name: value for name, value in kwargs.items() if name not in ("loader", "use_distributed_sampler")}
     loader = loader_of(samples, dtype, tail=kwargs.get("loader", {}).get("tail", "keep"))
     expected = one_process(module(net=network(dtype)), loader, max_epochs=2, **alone)
-    ranks = launch(_fit, "ddp", PLANS["uneven"], module, samples, dtype, {4: (2, 10)}, dict(kwargs), world_size=2)
-    for got, _, _ in ranks:
+    for got, _, _ in of_two[mode]:
         assert close(got, expected, 1e-12)
 
 
-@pytest.mark.parametrize("moves", [{}, {2: (3, 9)}, {1: (11, 1), 8: (6, 6), 15: (1, 11)}], ids=str)
+MOVES = {"no": {}, "one": {2: (3, 9)}, "three": {1: (11, 1), 8: (6, 6), 15: (1, 11)}}
+MOVED = 20 * BATCH + 5
+
+
+@pytest.mark.parametrize("moved", MOVES)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_weights_do_not_depend_on_the_plan_or_on_changes_of_it(moves, workers):
-    samples, dtype = 20 * BATCH + 5, torch.float64
+def test_weights_do_not_depend_on_the_plan_or_on_changes_of_it(of_two, moved, workers):
+    samples, dtype, moves = MOVED, torch.float64, MOVES[moved]
     expected = one_process(Fit(net=network(dtype)), loader_of(samples, dtype), max_epochs=2)
-    kwargs = {"loader": {"num_workers": workers}}
-    ranks = launch(_fit, "ddp", PLANS["uneven"], Fit, samples, dtype, moves, kwargs, world_size=2)
+    ranks = of_two[moved, workers]
     for got, _, _ in ranks:
         assert close(got, expected, 1e-12)
     for step, (one, other) in enumerate(zip(ranks[0][1], ranks[1][1], strict=True)):
@@ -154,18 +182,32 @@ def _until(rank, ranks, plan, path, stop_at, workers, asks_for_length):
     return weights(model), model.seen
 
 
-@pytest.mark.parametrize(
-    ("stop_at", "workers", "asks_for_length"),
-    [*((stop_at, workers, False) for stop_at in (1, 4, 6, 8, 12) for workers in (0, 2)), (4, 0, True), (8, 2, True)],
-)
-def test_a_run_resumed_under_another_plan_or_on_other_ranks_ends_as_one_that_was_not_stopped(
-    stop_at, workers, asks_for_length, tmp_path
-):
-    path = str(tmp_path / "stopped.ckpt")
+OTHER_PLANS = {2: PLANS["extreme"], 3: {"mode": "fixed", "shares": [3, 2, 1]}, 1: {"mode": "observe"}}
+STOPS = [(stop_at, workers, False) for stop_at in (1, 4, 6, 8, 12) for workers in (0, 2)]
+STOPS += [(4, 0, True), (8, 2, True)]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Runs that stop on two ranks, and by the number of ranks those that go on from there."""
+    paths = {stop: str(tmp_path_factory.mktemp("stopped") / "stopped.ckpt") for stop in STOPS}
+    first = {stop: (_until, 2, PLANS["uneven"], paths[stop], *stop) for stop in STOPS}
+    again = {
+        ranks: {(at, *how): (_until, ranks, plan, paths[(at, *how)], 0, *how) for at, *how in STOPS}
+        for ranks, plan in OTHER_PLANS.items()
+    }
+    return SharedRanks(first, world_size=2), {
+        ranks: SharedRanks(cases, world_size=ranks) for ranks, cases in again.items()
+    }
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=str)
+def test_a_run_resumed_under_another_plan_or_on_other_ranks_ends_as_one_that_was_not_stopped(stopped, stop):
+    first, again = stopped
+    stop_at, *_ = stop
     expected = one_process(Fit(), loader_of(5 * BATCH + 3), max_epochs=3)
-    launch(_until, 2, PLANS["uneven"], path, stop_at, workers, asks_for_length, world_size=2)
-    plans = {2: PLANS["extreme"], 3: {"mode": "fixed", "shares": [3, 2, 1]}, 1: {"mode": "observe"}}
-    for ranks, plan in plans.items():
-        for got, seen in launch(_until, ranks, plan, path, 0, workers, asks_for_length, world_size=ranks):
+    assert all(len(seen) == stop_at for _, seen in first[stop])
+    for each in again.values():
+        for got, seen in each[stop]:
             assert close(got, expected, 1e-12)
             assert len(seen) == 18 - stop_at

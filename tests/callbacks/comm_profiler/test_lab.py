@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.forked_python import forked
 
 PARAMETERS = 4 * (5 * 900 + 900 + 900 * 900 + 900 + 900 + 1)  # bytes; 3.3 MB, so messages are larger than 1 MiB
 SCRIPT = '''
@@ -66,11 +67,12 @@ def answers(module_lab, tmp_path_factory):
     script = folder / "train.py"
     script.write_text(SCRIPT.replace("FOLDER", str(folder / "profile")))
     cluster = module_lab(3, "500mbit")
-    result = cluster.run(
-        [sys.executable, str(script)],
-        timeout_s=120,
-        env={"PYTHONPATH": str(Path(__file__).parents[2]), "HOME": str(folder)},
-    )
+    with forked():
+        result = cluster.run(
+            [sys.executable, str(script)],
+            timeout_s=120,
+            env={"PYTHONPATH": str(Path(__file__).parents[2]), "HOME": str(folder)},
+        )
     assert result.returncode == 0, "\n".join(result.output)
     return [
         json.loads(line.partition("ANSWER ")[2])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support.processes import launch
+from support.shared_ranks import SharedRanks
 from support.training import Regression, loader, network, own_file, trainer, weights
 
 from lightning_comm import (
@@ -88,8 +88,8 @@ def second_int8():
 @pytest.mark.parametrize("first", [first_mask, first_int8])
 @pytest.mark.parametrize("kind", ["ddp", "local"])
 @pytest.mark.parametrize("other", SAME)
-def test_masks_outlast_other_settings_of_the_same_pruning(tmp_path, kind, other, first):
-    answers = launch(_again, kind, str(tmp_path), first, SAME[other], world_size=2)
+def test_masks_outlast_other_settings_of_the_same_pruning(of_two, kind, other, first):
+    answers = of_two[kind, first.__name__, other]
     for before, kept, _, final, _ in answers:
         assert before
         assert kept
@@ -97,8 +97,8 @@ def test_masks_outlast_other_settings_of_the_same_pruning(tmp_path, kind, other,
 
 
 @pytest.mark.parametrize("kind", ["ddp", "local"])
-def test_masks_outlast_a_damaged_rank_file_and_the_warning_says_so(tmp_path, kind):
-    answers = launch(_again, kind, str(tmp_path), first_int8, second_int8, True, world_size=2)
+def test_masks_outlast_a_damaged_rank_file_and_the_warning_says_so(of_two, kind):
+    answers = of_two[kind, "damaged"]
     assert [answer[:2] for answer in answers] == [(True, True)] * 2
     assert any("masks" in text and "rank1.pt cannot be read" in text for text in answers[0][4])
 
@@ -113,9 +113,9 @@ def _read(rank, kind, folder):
 
 
 @pytest.mark.parametrize(("wrote", "reads"), [("ddp", "ddp"), ("local", "local"), ("ddp", "local"), ("local", "ddp")])
-def test_masks_outlast_another_number_of_ranks_and_the_other_strategy(tmp_path, wrote, reads):
-    assert launch(_write, wrote, str(tmp_path), world_size=2) == [True] * 2
-    answers = launch(_read, reads, str(tmp_path), world_size=3)
+def test_masks_outlast_another_number_of_ranks_and_the_other_strategy(of_two, of_three, wrote, reads):
+    assert of_two[wrote, "written"] == [True] * 2
+    answers = of_three[wrote, reads]
     for kept, final in answers:
         assert kept
         assert all((a == b).all() for a, b in zip(final, answers[0][1], strict=True))
@@ -126,8 +126,8 @@ def magnitude():
 
 
 @pytest.mark.parametrize("kind", ["ddp", "local"])
-def test_another_pruning_chooses_anew_and_says_so(tmp_path, kind):
-    answers = launch(_again, kind, str(tmp_path), first_mask, magnitude, world_size=2)
+def test_another_pruning_chooses_anew_and_says_so(of_two, kind):
+    answers = of_two[kind, "magnitude"]
     assert not any(answer[1] for answer in answers)
     assert any("MaskFunction" in text for text in answers[0][4])
     assert answers[1][4] == []
@@ -145,11 +145,45 @@ def nothing():
     return None
 
 
-@pytest.mark.parametrize(
-    ("kind", "second"), [("ddp", bf16), ("ddp", int8), ("local", bf16), ("local", nothing)], ids=lambda each: str(each)
-)
-def test_a_pruned_model_does_not_become_dense_without_a_word(tmp_path, kind, second):
-    answers = launch(_again, kind, str(tmp_path), first_mask, second, world_size=2)
+DENSE = [("ddp", bf16), ("ddp", int8), ("local", bf16), ("local", nothing)]
+
+
+@pytest.mark.parametrize(("kind", "second"), DENSE, ids=lambda each: getattr(each, "__name__", each))
+def test_a_pruned_model_does_not_become_dense_without_a_word(of_two, kind, second):
+    answers = of_two[kind, second.__name__]
     assert {answer[2] for answer in answers} == {35}
     assert sum("becomes dense" in text and "MaskFunction()" in text for text in answers[0][4]) == 1
     assert answers[1][4] == []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("masks")
+
+
+@pytest.fixture(scope="module")
+def of_two(folder):
+    again = {
+        **{
+            (kind, first.__name__, other): (first, second)
+            for kind in ("ddp", "local")
+            for first in (first_mask, first_int8)
+            for other, second in SAME.items()
+        },
+        **{(kind, "magnitude"): (first_mask, magnitude) for kind in ("ddp", "local")},
+        **{(kind, second.__name__): (first_mask, second) for kind, second in DENSE},
+        **{(kind, "damaged"): (first_int8, second_int8, True) for kind in ("ddp", "local")},
+    }
+    cases = {
+        (kind, *name): (_again, kind, str(folder / f"{kind} {name}"), *how) for (kind, *name), how in again.items()
+    }
+    written = {(kind, "written"): (_write, kind, str(folder / kind)) for kind in ("ddp", "local")}
+    return SharedRanks({**cases, **written}, world_size=2)
+
+
+@pytest.fixture(scope="module")
+def of_three(folder):
+    kinds = ("ddp", "local")
+    return SharedRanks(
+        {(wrote, reads): (_read, reads, str(folder / wrote)) for wrote in kinds for reads in kinds}, world_size=3
+    )

@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.processes import launch
-from support.training import Regression, Stop, loader, own_file, trainer, weights
+from support.shared_ranks import SharedRanks
+from support.training import Regression, Stop, loader, own_file, sample, trainer, weights
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
@@ -58,17 +59,32 @@ def _fit(rank, compression, kwargs):
     return weights(model), model.losses, *gradients, runner.global_step
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}],
-    ids=["plain", "accumulated", "clipped", "bf16-mixed"],
-)
+SETTINGS = {
+    "plain": {},
+    "accumulated": {"accumulate_grad_batches": 3},
+    "clipped": {"gradient_clip_val": 0.1},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+}
+
+
+def _loss(net):
+    """On what both ranks train on."""
+    x, y = zip(*(sample(rank, index, torch.float32) for rank in range(2) for index in range(12 * 4)), strict=True)
+    with torch.no_grad():
+        return float(nn.functional.mse_loss(net(torch.stack(x)), torch.stack(y)))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("compression", METHODS, ids=repr)
-def test_ranks_end_with_equal_weights_and_have_learnt(compression, kwargs):
-    one, other = launch(_fit, compression, kwargs, world_size=2)
+def test_ranks_end_with_equal_weights_and_have_learnt(runs, compression, setting):
+    one, other = runs[repr(compression), setting]
     assert all((a == b).all() for a, b in zip(one[0], other[0], strict=True))
     assert one[2] > 0
-    assert one[4] == 12 // kwargs.get("accumulate_grad_batches", 1)
+    assert one[4] == 12 // SETTINGS[setting].get("accumulate_grad_batches", 1)
+    trained = network()
+    for parameter, value in zip(trained.parameters(), one[0], strict=True):
+        parameter.data = torch.from_numpy(value)
+    assert _loss(trained) < 0.99 * _loss(network())
 
 
 def _plain(rank):
@@ -77,10 +93,9 @@ def _plain(rank):
     return weights(model)
 
 
-def test_half_the_bytes_in_bf16_and_nearly_the_weights_of_plain_ddp():
-    plain = launch(_plain, world_size=2)
+def test_half_the_bytes_in_bf16_and_nearly_the_weights_of_plain_ddp(runs):
     for expected, (got, _, payload_bytes, messages, _) in zip(
-        plain, launch(_fit, Cast("bf16"), {}, world_size=2), strict=True
+        runs["ddp"], runs[repr(Cast("bf16")), "plain"], strict=True
     ):
         assert payload_bytes == 12 * BYTES // 2
         assert messages > 12  # several buckets
@@ -100,7 +115,7 @@ class Stepwise(Regression):
         return nn.functional.mse_loss(self.net(x), x[:, :1] - x[:, 1:2] * x[:, 2:3])
 
 
-def _resumed(rank, compression, path, world_size=2, other=None):
+def _resumed(rank, compression, path, other=None):
     whole = Stepwise()
     trainer(compressed(compression), 2).fit(whole, data(10, rank))
     runner = trainer(compressed(compression), 2, callbacks=[Stop(5, path)])
@@ -113,14 +128,14 @@ def _resumed(rank, compression, path, world_size=2, other=None):
 
 
 @pytest.mark.parametrize("compression", METHODS, ids=repr)
-def test_a_resumed_run_ends_bit_for_bit_as_the_one_that_was_never_stopped(tmp_path, compression):
-    for whole, resumed, steps in launch(_resumed, compression, str(tmp_path / "at5.ckpt"), world_size=2):
+def test_a_resumed_run_ends_bit_for_bit_as_the_one_that_was_never_stopped(runs, compression):
+    for whole, resumed, steps in runs["resumed", repr(compression)]:
         assert steps == 10
         assert all((a == b).all() for a, b in zip(whole, resumed, strict=True))
 
 
-def test_what_another_method_kept_is_not_taken_up_and_that_is_said(tmp_path):
-    for _, resumed, steps in launch(_resumed, Int8(), str(tmp_path / "a.ckpt"), 2, TopK(0.2), world_size=2):
+def test_what_another_method_kept_is_not_taken_up_and_that_is_said(runs):
+    for _, resumed, steps in runs["from another method"]:
         assert steps == 10
         assert all(torch.isfinite(torch.from_numpy(each)).all() for each in resumed)
 
@@ -134,8 +149,8 @@ def _from_plain_ddp(rank, path):
     return runner.global_step, [str(each.message) for each in caught if "CompressedDDP" in str(each.message)]
 
 
-def test_a_method_that_keeps_nothing_goes_on_from_plain_ddp_without_a_word(tmp_path):
-    assert launch(_from_plain_ddp, str(tmp_path / "a.ckpt"), world_size=2) == [(10, [])] * 2
+def test_a_method_that_keeps_nothing_goes_on_from_plain_ddp_without_a_word(runs):
+    assert runs["from plain ddp"] == [(10, [])] * 2
 
 
 def _damaged(rank, path):
@@ -148,8 +163,8 @@ def _damaged(rank, path):
     return runner.global_step
 
 
-def test_a_file_that_is_damaged_on_one_rank_leaves_no_other_waiting(tmp_path):
-    assert launch(_damaged, str(tmp_path / "a.ckpt"), world_size=2) == [10, 10]
+def test_a_file_that_is_damaged_on_one_rank_leaves_no_other_waiting(runs):
+    assert runs["damaged"] == [10, 10]
 
 
 def _through_a_link(rank, folder):
@@ -166,8 +181,8 @@ def _through_a_link(rank, folder):
     return weights(whole), weights(model), said
 
 
-def test_what_a_method_kept_is_found_through_a_link_to_the_checkpoint(tmp_path):
-    for whole, resumed, said in launch(_through_a_link, str(tmp_path), world_size=2):
+def test_what_a_method_kept_is_found_through_a_link_to_the_checkpoint(runs):
+    for whole, resumed, said in runs["through a link"]:
         assert said == []
         assert all((a == b).all() for a, b in zip(whole, resumed, strict=True))
 
@@ -201,8 +216,8 @@ def _bad(rank):
     return strategy.non_finite_steps
 
 
-def test_a_gradient_that_is_not_finite_is_reported_and_counted_alike():
-    assert launch(_bad, world_size=2) == [2, 2]  # the step itself, and the one after it, with weights that are NaN
+def test_a_gradient_that_is_not_finite_is_reported_and_counted_alike(runs):
+    assert runs["bad"] == [2, 2]  # the step itself, and the one after it, with weights that are NaN
 
 
 def _apart(rank):
@@ -212,8 +227,8 @@ def _apart(rank):
     return weights(model)
 
 
-def test_without_synchronisation_ranks_drift_apart_and_it_says_so():
-    one, other = launch(_apart, world_size=2)
+def test_without_synchronisation_ranks_drift_apart_and_it_says_so(runs):
+    one, other = runs["apart"]
     assert any((a != b).any() for a, b in zip(one, other, strict=True))
 
 
@@ -228,8 +243,8 @@ def _profiled(rank, folder):
     )
 
 
-def test_the_profiler_counts_what_the_ledger_counts(tmp_path):
-    for measured, ledger, untimed in launch(_profiled, str(tmp_path), world_size=2):
+def test_the_profiler_counts_what_the_ledger_counts(runs):
+    for measured, ledger, untimed in runs["profiled"]:
         assert measured == ledger
         assert untimed == 0
 
@@ -251,8 +266,8 @@ def _static(rank):
     return str(caught.value)
 
 
-def test_a_static_graph_with_accumulation_is_refused():
-    for said in launch(_static, world_size=2):
+def test_a_static_graph_with_accumulation_is_refused(runs):
+    for said in runs["static"]:
         assert "static_graph" in said
         assert "accumulate_grad_batches`=2" in said
 
@@ -285,8 +300,8 @@ def _not_whole(rank, kind):
         ("sharded", ("'net.0.weight'", "FSDPStrategy")),
     ],
 )
-def test_models_that_are_not_whole_and_plain_are_refused_before_training(kind, parts):
-    for said in launch(_not_whole, kind, world_size=2):
+def test_models_that_are_not_whole_and_plain_are_refused_before_training(runs, kind, parts):
+    for said in runs[kind]:
         assert [part for part in ("CompressedDDPStrategy", *parts) if part not in said] == []
 
 
@@ -301,9 +316,37 @@ def _second_hook(rank):
     return str(caught.value)
 
 
-def test_a_second_hook_is_refused_by_torch_before_training():
-    for said in launch(_second_hook, world_size=2):
+def test_a_second_hook_is_refused_by_torch_before_training(runs):
+    for said in runs["second hook"]:
         assert "can only be called once" in said
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    def path(name):
+        return str(tmp_path_factory.mktemp(name) / "a.ckpt")
+
+    fits = {(repr(each), setting): (_fit, each, SETTINGS[setting]) for each in METHODS for setting in SETTINGS}
+    resumed = {("resumed", repr(each)): (_resumed, each, path("resumed")) for each in METHODS}
+    return SharedRanks(
+        {
+            **fits,
+            **resumed,
+            "ddp": (_plain,),
+            "from another method": (_resumed, Int8(), path("other"), TopK(0.2)),
+            "from plain ddp": (_from_plain_ddp, path("ddp")),
+            "damaged": (_damaged, path("damaged")),
+            "through a link": (_through_a_link, str(tmp_path_factory.mktemp("link"))),
+            "bad": (_bad,),
+            "apart": (_apart,),
+            "profiled": (_profiled, str(tmp_path_factory.mktemp("profile"))),
+            "static": (_static,),
+            "wrapped": (_not_whole, "wrapped"),
+            "sharded": (_not_whole, "sharded"),
+            "second hook": (_second_hook,),
+        },
+        world_size=2,
+    )
 
 
 @pytest.mark.parametrize(

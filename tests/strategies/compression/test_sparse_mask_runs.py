@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.processes import launch
+from support.shared_ranks import SharedRanks
 from support.training import Regression, Stop, loader, own_file, trainer, weights
 from torch import nn
 
@@ -77,8 +78,8 @@ def _under(rank, name):
 
 
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - REFUSED))
-def test_pruned_weights_stay_exactly_zero_under_every_optimizer_of_torch(name):
-    answers = launch(_under, name, world_size=2)
+def test_pruned_weights_stay_exactly_zero_under_every_optimizer_of_torch(runs, name):
+    answers = runs["under", name]
     for count, _, size in answers:
         assert count == PRUNED
         assert size > 1
@@ -93,9 +94,9 @@ def _refused(rank, name):
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_optimizers_that_mix_what_is_pruned_are_refused_before_training(name):
+def test_optimizers_that_mix_what_is_pruned_are_refused_before_training(runs, name):
     assert name in OPTIMIZERS
-    for said in launch(_refused, name, world_size=2):
+    for said in runs["refused", name]:
         assert name in said
         assert "AdamW or SGD" in said
 
@@ -110,8 +111,8 @@ def _resumed(rank, then, path):
 
 
 @pytest.mark.parametrize("then", [None, Cast("bf16"), Int8(), Ternary()], ids=repr)
-def test_a_resumed_run_keeps_its_masks_and_ends_bit_for_bit_as_one_that_was_never_stopped(tmp_path, then):
-    for whole, resumed, count in launch(_resumed, then, str(tmp_path / "at5.ckpt"), world_size=2):
+def test_a_resumed_run_keeps_its_masks_and_ends_bit_for_bit_as_one_that_was_never_stopped(runs, then):
+    for whole, resumed, count in runs["resumed", repr(then)]:
         assert count == PRUNED
         assert all((a == b).all() for a, b in zip(whole, resumed, strict=True))
 
@@ -142,8 +143,8 @@ def _pruned_after_a_dense_run(rank, path):
     return zeros(model)
 
 
-def test_momenta_of_a_dense_start_do_not_revive_pruned_weights(tmp_path):
-    assert launch(_pruned_after_a_dense_run, str(tmp_path / "dense.ckpt"), world_size=2) == [PRUNED, PRUNED]
+def test_momenta_of_a_dense_start_do_not_revive_pruned_weights(runs):
+    assert runs["after a dense run"] == [PRUNED, PRUNED]
 
 
 def _averaged(rank):
@@ -159,8 +160,8 @@ def _averaged(rank):
     return seen
 
 
-def test_averages_of_the_weights_over_time_are_pruned_too():
-    assert launch(_averaged, world_size=2) == [[PRUNED], [PRUNED]]
+def test_averages_of_the_weights_over_time_are_pruned_too(runs):
+    assert runs["averaged"] == [[PRUNED], [PRUNED]]
 
 
 def _by_torch(rank):
@@ -171,8 +172,8 @@ def _by_torch(rank):
     return int((model.net[2].weight_orig == 0).sum()), strategy.ledger.payload_bytes("gradients")
 
 
-def test_masks_left_by_torch_are_taken_up():
-    assert launch(_by_torch, world_size=2) == [(72, 4 * 4 * (60 + 72 + 12))] * 2
+def test_masks_left_by_torch_are_taken_up(runs):
+    assert runs["by torch"] == [(72, 4 * 4 * (60 + 72 + 12))] * 2
 
 
 def _after_a_trial(rank, finds, then):
@@ -183,9 +184,9 @@ def _after_a_trial(rank, finds, then):
 
 
 @pytest.mark.parametrize("then", [None, Int8(), Ternary()], ids=repr)
-def test_the_trial_run_of_a_learning_rate_finder_leaves_no_trace(then):
-    alone = launch(_after_a_trial, False, then, world_size=2)
-    for (expected, _), (got, count) in zip(alone, launch(_after_a_trial, True, then, world_size=2), strict=True):
+def test_the_trial_run_of_a_learning_rate_finder_leaves_no_trace(runs, then):
+    alone, after = runs["alone", repr(then)], runs["after a trial", repr(then)]
+    for (expected, _), (got, count) in zip(alone, after, strict=True):
         assert count == PRUNED
         assert all((a == b).all() for a, b in zip(expected, got, strict=True))
 
@@ -202,8 +203,8 @@ def _twice(rank):
     return [[each == 0 for each in weights(model)] for model in (first, second)]
 
 
-def test_the_next_fit_of_a_trainer_has_masks_of_its_own():
-    for first, second in launch(_twice, world_size=2):
+def test_the_next_fit_of_a_trainer_has_masks_of_its_own(runs):
+    for first, second in runs["twice"]:
         assert [sum(int(each.sum()) for each in masks) for masks in (first, second)] == [PRUNED, PRUNED]
         assert any((a != b).any() for a, b in zip(first, second, strict=True))
 
@@ -247,3 +248,30 @@ def test_names_stand_for_masks(name, compression):
         strategy = Trainer(strategy=name, accelerator="cpu", devices=2, logger=False).strategy
     assert isinstance(strategy, CompressedDDPStrategy)
     assert strategy.compression == compression
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    def path(name):
+        return str(tmp_path_factory.mktemp(name) / "a.ckpt")
+
+    return SharedRanks(
+        {
+            **{("under", name): (_under, name) for name in sorted(set(OPTIMIZERS) - REFUSED)},
+            **{("refused", name): (_refused, name) for name in sorted(REFUSED)},
+            **{
+                ("resumed", repr(then)): (_resumed, then, path("resumed"))
+                for then in (None, Cast("bf16"), Int8(), Ternary())
+            },
+            "after a dense run": (_pruned_after_a_dense_run, path("dense")),
+            "averaged": (_averaged,),
+            "by torch": (_by_torch,),
+            **{
+                (name, repr(then)): (_after_a_trial, name != "alone", then)
+                for name in ("alone", "after a trial")
+                for then in (None, Int8(), Ternary())
+            },
+            "twice": (_twice,),
+        },
+        world_size=2,
+    )

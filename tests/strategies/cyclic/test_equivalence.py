@@ -16,7 +16,8 @@ import lightning_comm.strategies.cyclic.run as cyclic_run
 from lightning_comm.transport.cyclic import send_queue as cyclic_link
 
 STEPS = 6
-GRID = [(n, k * n, rule) for n in (2, 3, 4, 6) for k in (1, 2, 3) for rule in ("v1", "v2")]
+GRID = [(n, k * n, rule) for n in (2, 3, 4) for k in (1, 2, 3) for rule in ("v1", "v2")]
+GRID += [(6, 6, "v1"), (6, 6, "v2"), (6, 12, "v2")]
 
 
 def compared(rank, world_size, make, settings=None, simulated=None, options=None, dtype=torch.float64, steps=STEPS):
@@ -187,9 +188,15 @@ MODELS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_models_and_settings_agree_with_the_reference(world_size):
-    run_cases(world_size, MODELS)
+# with three ranks what depends on who is whose neighbour: with two, the one before is the one behind
+OF_THREE = (
+    "sleeps", "flushes", "groups and schedule", "accumulation", "clip by previous", "batch norm", "tied", "twice",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("world_size", "names"), [(2, tuple(MODELS)), (3, OF_THREE)], ids=["2", "3"])
+def test_models_and_settings_agree_with_the_reference(world_size, names):
+    run_cases(world_size, {name: MODELS[name] for name in names})
 
 
 def _in_order(rank, world_size, cases):
@@ -203,11 +210,9 @@ def _one_at_a_time(rank, world_size, cases):
     return _cases(rank, world_size, cases)
 
 
-@pytest.mark.parametrize(
-    ("way", "world_size"), [(_in_order, 2), (_in_order, 4), (_one_at_a_time, 3), (_one_at_a_time, 4)]
-)
+@pytest.mark.parametrize(("way", "world_size"), [(_in_order, 2), (_in_order, 3), (_one_at_a_time, 3)])
 def test_the_way_in_which_messages_are_sent_changes_nothing(way, world_size):
-    names = ("sleeps", "sleeps, v1", "flushes", "warm-up", "clip by previous", "accumulation")
+    names = ("sleeps", "sleeps, v1", "flushes", "clip by previous")
     answers = launch(way, world_size, [MODELS[name] for name in names], world_size=world_size, timeout_s=90)
     for k, name in enumerate(names):
         assert_equal([answer[k] for answer in answers], name)

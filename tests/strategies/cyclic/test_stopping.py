@@ -1,5 +1,6 @@
 """Stops and failures of one rank end all, at one step and without a hang; slow ranks only slow the others."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from support.cyclic import adamw, cyclic, deep, fit, momentum, state
-from support.processes import launch, outcomes
+from support.processes import free_port, launch, outcomes
 from support.training import Regression, loader, trainer
 
 
@@ -129,47 +130,83 @@ def test_an_exception_on_one_rank_ends_all_with_the_first_error_shown(world_size
         assert seconds < 15
 
 
+EARLY = {  # what happens on which rank, and the status of rank 0
+    "an error on rank 0": ("error", 0, 1),
+    "an error on rank 1": ("error", 1, 1),
+    "SIGTERM": ("SIGTERM", 0, 0),
+    "SIGINT": ("SIGINT", 0, 1),
+}
 SCRIPT = """
-import os, signal, sys
+import json, os, signal, sys
 from lightning.pytorch import Trainer
-sys.path.insert(0, {support!r})
 from support.cyclic import cyclic, deep, momentum
+from support.processes import become
 from support.training import Regression, loader
 
 class Fails(Regression):
+    what = who = None
+
     def training_step(self, batch, batch_idx):
-        if batch_idx == 20 and self.global_rank == {who}:
-            {action}
+        if batch_idx == 20 and self.global_rank == self.who:
+            if self.what == "error":
+                raise ValueError("boom")
+            os.kill(os.getpid(), getattr(signal, self.what))
         return super().training_step(batch, batch_idx)
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background begins without it
+def fit():
     runner = Trainer(
         accelerator="cpu", devices=2, strategy=cyclic(), max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False,
     )
     runner.fit(Fails(deep(6), momentum), loader(400, 0))
+
+def main():
+    # ranks are forked before anything has run, and fall out of this script: they end as any Python ends
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background begins without it
+    running = {}
+    for name, (what, who, port) in json.loads(sys.argv[1]).items():
+        for rank in range(2):
+            process = os.fork()
+            if not process:
+                os.dup2(os.open(f"{name} {rank}", os.O_WRONLY | os.O_CREAT), 2)
+                become(rank, 2, port)
+                Fails.what, Fails.who = what, who
+                return fit()
+            running[process] = f"{name} {rank}"
+    ended = {}
+    while running:
+        process, status = os.wait()
+        ended[running.pop(process)] = os.waitstatus_to_exitcode(status)
+    print(json.dumps(ended))
+
+main()
 """
 
 
-@pytest.mark.parametrize(
-    ("action", "who", "status"),
-    [
-        ("raise ValueError('boom')", 0, 1),
-        ("raise ValueError('boom')", 1, 1),
-        ("os.kill(os.getpid(), signal.SIGTERM)", 0, 0),
-        ("os.kill(os.getpid(), signal.SIGINT)", 0, 1),
-    ],
-)
-def test_a_process_that_ends_early_does_so_in_order(tmp_path, action, who, status):
+@pytest.fixture(scope="module")
+def early(tmp_path_factory):
+    """The status of each rank of each case by its name, and what it wrote."""
+    folder = tmp_path_factory.mktemp("early")
+    cases = json.dumps({name: (what, who, free_port()) for name, (what, who, _) in EARLY.items()})
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    ended = subprocess.run(
+        [sys.executable, "-c", SCRIPT, cases], capture_output=True, text=True, timeout=150, cwd=folder, env=environment
+    )
+    assert ended.returncode == 0, ended.stderr
+    statuses = json.loads(ended.stdout.splitlines()[-1])
+    return {name: (status, (folder / name).read_text()) for name, status in statuses.items()}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_a_process_that_ends_early_does_so_in_order(early, name):
     """A thread that waits for a message while Python shuts down would abort the process."""
-    script = tmp_path / "train.py"
-    support = str(Path(__file__).parents[2])
-    script.write_text(SCRIPT.format(support=support, who=who, action=action))
-    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=80)
-    assert ended.returncode == status, ended.stderr
-    assert "terminate called" not in ended.stderr
-    assert "boom" in ended.stderr or "boom" not in action
+    what, _, expected = EARLY[name]
+    for rank in range(2):
+        status, said = early[f"{name} {rank}"]
+        assert status in (0, 1) if rank else status == expected, said
+        assert "terminate called" not in said
+        assert "boom" in said or what != "error"
 
 
 class Nan(Regression):

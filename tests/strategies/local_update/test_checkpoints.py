@@ -93,7 +93,7 @@ def _resume_everywhere(rank, world_size, folder, period, schedule, kw):
     )
     assert_equal(whole, plain, after=0)  # neither validation nor checkpoints change the run
     ends = [done.step for done in strategy.history]
-    for step in range(1, len(plain)):
+    for step in _stops(ends, len(plain), kw.get("gradient_steps", 0)):
         path = Path(folder) / f"step={step}.ckpt"
         resumed, *_, again = fit(
             rank,
@@ -114,6 +114,15 @@ def _resume_everywhere(rank, world_size, folder, period, schedule, kw):
         assert in_flight or all(end > step for end in synchronised)
         assert again.ledger.payload_bytes("parameters") == strategy.ledger.payload_bytes("parameters")
     return ends
+
+
+def _stops(ends, steps, gradient_steps):
+    """Where a run is stopped: at each place within a round, also while an average of the one before is in flight.
+
+    And at the first step, at the end of a gradient phase, at that of the first epoch, and in front of the last step.
+    """
+    places = {1, gradient_steps, steps // EPOCHS, steps - 1, *range(ends[0], ends[1] + 1)}
+    return sorted(places & set(range(1, steps)))
 
 
 def falling(step):

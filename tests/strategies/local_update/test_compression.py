@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from support.processes import launch
+from support.shared_ranks import SharedRanks
 from support.training import Regression, descend, loader, local_update, network, own_file, trainer, weights
 
 from lightning_comm import Averaging, Cast, FixedPeriod, Int8, LocalUpdateStrategy, SparseMask, TopK
@@ -78,7 +79,7 @@ def in_one_process():
 
 def test_two_ranks_do_what_one_process_does_for_both():
     expected = list(in_one_process())
-    answers = launch(_trace, "bf16", 2, {}, world_size=2)
+    answers = RUNS["bf16"]
     for rank, (states, apart, _, ends, payload_bytes) in enumerate(answers):
         assert ends == [4, 8, 12, 14]
         assert apart == [True] * (STEPS - 1) + [False]
@@ -88,10 +89,14 @@ def test_two_ranks_do_what_one_process_does_for_both():
                 np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12, err_msg=f"rank {rank} at step {step}")
 
 
-@pytest.mark.parametrize("kw", [{}, {"max_epochs": -1, "max_steps": 6}, {"max_epochs": 2}], ids=repr)
-@pytest.mark.parametrize("compression", ["int8", TopK(0.1), "powersgd"], ids=repr)
-def test_a_run_ends_with_equal_weights_and_ranks_differ_before(compression, kw):
-    one, two = launch(_trace, compression, 2, kw, world_size=2)
+LENGTHS = {"an epoch": {}, "6 steps": {"max_epochs": -1, "max_steps": 6}, "2 epochs": {"max_epochs": 2}}
+COMPRESSIONS = {"int8": "int8", "topk": TopK(0.1), "powersgd": "powersgd"}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_a_run_ends_with_equal_weights_and_ranks_differ_before(compression, length):
+    one, two = RUNS[compression, length]
     for mine, theirs in zip(one[2], two[2], strict=True):
         np.testing.assert_array_equal(mine, theirs)
     after_round = PERIOD - 1
@@ -112,7 +117,7 @@ def _stop(rank):
 
 
 def test_a_stop_leaves_equal_weights():
-    (steps, one), (same, two) = launch(_stop, world_size=2)
+    (steps, one), (same, two) = RUNS["stopped"]
     assert steps == same < 3 * STEPS
     for mine, theirs in zip(one, two, strict=True):
         np.testing.assert_array_equal(mine, theirs)
@@ -218,3 +223,17 @@ def test_a_config_gives_a_word_or_an_object(given, expected):
     config = parser.parse_string(text + f'"averaging": {{"compression": {quoted}}}}}}}}}')
     strategy = parser.instantiate(config).strategy
     assert strategy.settings.averaging.compression == expected
+
+
+RUNS = SharedRanks(
+    {
+        "bf16": (_trace, "bf16", 2, {}),
+        **{
+            (name, length): (_trace, compression, 2, dict(LENGTHS[length]))
+            for name, compression in COMPRESSIONS.items()
+            for length in LENGTHS
+        },
+        "stopped": (_stop,),
+    },
+    world_size=2,
+)

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from support.processes import launch
+from support.shared_ranks import SharedRanks
 from support.training import (
     Regression,
     collectives_so_far,
@@ -38,12 +39,15 @@ def _fit(rank, world_size, strategy, settings, steps, dtype):
     return weights(module)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["f64", "f32"])
-@pytest.mark.parametrize("settings", SGDS.values(), ids=SGDS.keys())
-def test_period_one_with_sgd_equals_plain_ddp_after_50_steps(world_size, dtype, tolerance, settings):
-    ddp = launch(_fit, world_size, "ddp", settings, 50, dtype, world_size=world_size)
-    local = launch(_fit, world_size, FixedPeriod(1), settings, 50, dtype, world_size=world_size)
+# each kind of SGD on two ranks in both types, and on three in one of them
+OF_SGD = [(2, dtype, sgd) for dtype in (torch.float64, torch.float32) for sgd in SGDS]
+OF_SGD += [(3, torch.float64, "plain"), (3, torch.float32, "nesterov"), (3, torch.float64, "momentum and weight decay")]
+
+
+@pytest.mark.parametrize(("world_size", "dtype", "sgd"), OF_SGD, ids=str)
+def test_period_one_with_sgd_equals_plain_ddp_after_50_steps(world_size, dtype, sgd):
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
+    ddp, local = RUNS[world_size]["ddp", dtype, sgd], RUNS[world_size]["period one", dtype, sgd]
     start = [parameter.detach().numpy() for parameter in network(dtype, seed=0).parameters()]
     assert max(np.abs(a - b).max() for a, b in zip(ddp[0], start, strict=True)) > 0.05, "nothing was learned"
     for rank in range(world_size):
@@ -95,19 +99,19 @@ def _fit_periods(rank, world_size, period, bucket_mib):
     return weights(module), [done.step for done in strategy.history]
 
 
+PERIODS = {
+    "4": (FixedPeriod(4), [4, 8, 12, 16, 20, 24, 28, 30]),
+    "beyond the run": (FixedPeriod(100), [30]),
+    "qsr": (QuadraticPeriod(alpha=0.022, h_base=4), None),
+}
+BUCKETS = {"one-bucket": 8.0, "tiny-buckets": 24 / 2**20}
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize(
-    ("period", "ends"),
-    [
-        (FixedPeriod(4), [4, 8, 12, 16, 20, 24, 28, 30]),
-        (FixedPeriod(100), [30]),
-        (QuadraticPeriod(alpha=0.022, h_base=4), None),
-    ],
-    ids=["4", "beyond the run", "qsr"],
-)
-@pytest.mark.parametrize("bucket_mib", [8.0, 24 / 2**20], ids=["one-bucket", "tiny-buckets"])
-def test_any_period_equals_copies_in_one_process(world_size, period, ends, bucket_mib):
-    answers = launch(_fit_periods, world_size, period, bucket_mib, world_size=world_size)
+@pytest.mark.parametrize("period", PERIODS)
+@pytest.mark.parametrize("buckets", BUCKETS)
+def test_any_period_equals_copies_in_one_process(world_size, period, buckets):
+    answers, (_, ends) = RUNS[world_size]["period", period, buckets], PERIODS[period]
     synchronised = answers[0][1]
     if ends is not None:
         assert synchronised == ends
@@ -133,7 +137,7 @@ def test_averaged_momenta_equal_copies_in_one_process(world_size):
     expected = reference(world_size, 18, {4, 8, 12, 16, 18}, adamw, momenta=True)
     without = reference(world_size, 18, {4, 8, 12, 16, 18}, adamw)
     assert any((a != b).any() for a, b in zip(weights(expected[0]), weights(without[0]), strict=True))
-    for got in launch(_fit_momenta, world_size, world_size=world_size):
+    for got in RUNS[world_size]["momenta"]:
         for ours, theirs in zip(got, weights(expected[0]), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
 
@@ -162,9 +166,9 @@ def _gradient_phase(rank, world_size, strategy_name):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_gradient_steps_are_bit_for_bit_those_of_ddp(world_size):
-    ddp = launch(_gradient_phase, world_size, "ddp", world_size=world_size)
+    ddp = RUNS[world_size]["gradients", "ddp"]
     for gradient_steps, expected in ((8, [13, 18, 20]), (0.5, [15, 20]), (1.0, [])):
-        ours = launch(_gradient_phase, world_size, gradient_steps, world_size=world_size)
+        ours = RUNS[world_size]["gradients", gradient_steps]
         until = gradient_steps if isinstance(gradient_steps, int) else round(20 * gradient_steps)
         for rank in range(world_size):
             assert ours[rank][1] == expected
@@ -253,7 +257,7 @@ def test_payload_bytes_equal_the_formula(world_size, buffers, optimizer_state):
     parameters = sum(4 * parameter.numel() for parameter in net.parameters())
     statistics = sum(buffer.numel() * buffer.element_size() for buffer in net.buffers())
     synchronisations, evaluations = 5, 2  # validation at steps 6, 12 and 18; ranks are together at 12
-    for payload, wire, steps in launch(_bytes, world_size, buffers, optimizer_state, world_size=world_size):
+    for payload, wire, steps in RUNS[world_size]["bytes", buffers, optimizer_state]:
         assert payload["parameters"] == synchronisations * parameters
         averaged = parameters
         if buffers == "average":
@@ -277,3 +281,26 @@ def test_the_reference_itself_depends_on_where_it_averages():
     one = reference(2, 10, {10}, adamw)
     two = reference(2, 10, {5, 10}, adamw)
     assert any((a != b).any() for a, b in zip(weights(one[0]), weights(two[0]), strict=True))
+
+
+def _cases(world_size):
+    sgds = [(dtype, sgd) for ranks, dtype, sgd in OF_SGD if ranks == world_size]
+    return {
+        **{("ddp", dtype, sgd): (_fit, world_size, "ddp", SGDS[sgd], 50, dtype) for dtype, sgd in sgds},
+        **{("period one", dtype, sgd): (_fit, world_size, FixedPeriod(1), SGDS[sgd], 50, dtype) for dtype, sgd in sgds},
+        **{
+            ("period", period, buckets): (_fit_periods, world_size, PERIODS[period][0], BUCKETS[buckets])
+            for period in PERIODS
+            for buckets in BUCKETS
+        },
+        "momenta": (_fit_momenta, world_size),
+        **{("gradients", steps): (_gradient_phase, world_size, steps) for steps in ("ddp", 8, 0.5, 1.0)},
+        **{
+            ("bytes", buffers, state): (_bytes, world_size, buffers, state)
+            for buffers in ("average", "keep")
+            for state in ("local", "average")
+        },
+    }
+
+
+RUNS = {world_size: SharedRanks(_cases(world_size), world_size=world_size) for world_size in (2, 3)}

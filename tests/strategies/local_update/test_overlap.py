@@ -7,7 +7,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from support.processes import launch, outcomes
+from support.processes import outcomes
+from support.shared_ranks import SharedRanks
 from support.training import Regression, descend, loader, local_update, network, trainer, weights
 
 from lightning_comm import Averaging, FixedPeriod, LocalUpdateStrategy, QuadraticPeriod
@@ -101,11 +102,14 @@ def in_one_process(compression, period, overlap):
         yield [[p.clone().numpy() for p in each] for each in parameters]
 
 
-@pytest.mark.parametrize("compression", [None, "bf16"])
-@pytest.mark.parametrize(("period", "overlap"), [(4, 2), (4, 3), (5, 1), (4, 40)])
+COMPRESSIONS, ROUNDS = (None, "bf16"), ((4, 2), (4, 3), (5, 1), (4, 40))
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize(("period", "overlap"), ROUNDS)
 def test_two_ranks_do_what_one_process_does_for_both(compression, period, overlap):
     expected = list(in_one_process(compression, period, overlap))
-    answers = launch(_trace, compression, period, overlap, world_size=2)
+    answers = RUNS["traced", compression, period, overlap]
     ends = [*range(period, STEPS, period), STEPS]
     for rank, (states, _, rounds, payload_bytes) in enumerate(answers):
         assert rounds == [(end, end - start) for start, end in zip([0, *ends], ends, strict=False)]
@@ -127,8 +131,7 @@ def _paced(rank, pauses_s):
 
 
 def test_how_fast_ranks_are_changes_nothing():
-    first = launch(_paced, [0.0, 0.02], world_size=2)
-    second = launch(_paced, [0.01, 0.0], world_size=2)
+    first, second = RUNS["paced", 0], RUNS["paced", 1]
     for one, two in zip(first, second, strict=True):
         for a, b in zip(one, two, strict=True):
             assert_same(a, b)
@@ -146,8 +149,7 @@ def _validated(rank, kw):
 
 
 def test_validation_in_flight_sees_the_average_and_leaves_no_trace():
-    plain = launch(_validated, {"limit_val_batches": 0}, world_size=2)
-    validated = launch(_validated, {"limit_val_batches": 1, "val_check_interval": 1}, world_size=2)
+    plain, validated = RUNS["not validated"], RUNS["validated"]
     for rank in range(2):
         for a, b in zip(plain[rank][0], validated[rank][0], strict=True):
             assert_same(a, b)
@@ -186,21 +188,21 @@ def _ends(rank, make, period, kw):
     return final, [done.step for done in strategy.history]
 
 
-@pytest.mark.parametrize(
-    ("make", "period", "kw", "ends"),
-    [
-        (Regression, 1, {}, list(range(1, 15))),
-        (Regression, 4, {"max_epochs": 2}, [4, 8, 12, 16, 20, 24, 28]),
-        (Regression, 4, {"max_epochs": -1, "max_steps": 6}, [4, 6]),
-        (Regression, 3, {"accumulate_grad_batches": 2}, [3, 6, 7]),
-        (Unfreezing, 4, {}, [4, 8, 12, 14]),
-        (norm, 4, {}, [4, 8, 12, 14]),
-        (falling, QuadraticPeriod(alpha=0.05, h_base=2), {}, [2, 6, 14]),
-    ],
-    ids=["every-step", "epochs", "max-steps", "accumulation", "unfreezing", "norm", "qsr"],
-)
-def test_a_run_ends_with_equal_weights(make, period, kw, ends):
-    (one, steps), (two, _) = launch(_ends, make, period, kw, world_size=2)
+ENDS = {
+    "every-step": (Regression, 1, {}, list(range(1, 15))),
+    "epochs": (Regression, 4, {"max_epochs": 2}, [4, 8, 12, 16, 20, 24, 28]),
+    "max-steps": (Regression, 4, {"max_epochs": -1, "max_steps": 6}, [4, 6]),
+    "accumulation": (Regression, 3, {"accumulate_grad_batches": 2}, [3, 6, 7]),
+    "unfreezing": (Unfreezing, 4, {}, [4, 8, 12, 14]),
+    "norm": (norm, 4, {}, [4, 8, 12, 14]),
+    "qsr": (falling, QuadraticPeriod(alpha=0.05, h_base=2), {}, [2, 6, 14]),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_run_ends_with_equal_weights(name):
+    (one, steps), (two, _) = RUNS["ends", name]
+    *_, ends = ENDS[name]
     assert steps == ends
     assert_same(one, two)
 
@@ -212,7 +214,7 @@ def _moving_average(rank):
 
 
 def test_moving_averages_of_weights_end_equal_too():
-    answers = launch(_moving_average, world_size=2)
+    answers = RUNS["moving average"]
     for final, shadow in answers:
         assert_same(final, answers[0][0])
         assert_same(final, shadow)  # copied over the weights at the end
@@ -229,7 +231,7 @@ def _twice(rank):
 
 
 def test_a_second_fit_goes_on():
-    (one, ends), (two, _) = launch(_twice, world_size=2)
+    (one, ends), (two, _) = RUNS["twice"]
     assert ends[-1] == 2 * STEPS
     assert_same(one, two)
 
@@ -263,7 +265,7 @@ def _stop(rank, step):
 
 @pytest.mark.parametrize("step", [4, 5, 7])
 def test_a_stop_in_flight_leaves_equal_weights(step):
-    (steps, one), (same, two) = launch(_stop, step, world_size=2)
+    (steps, one), (same, two) = RUNS["stopped", step]
     assert steps == same < 9 * STEPS
     assert_same(one, two)
 
@@ -292,7 +294,7 @@ def _clamped(rank):
 
 
 def test_a_clamped_overlap_is_said_once():
-    for ends, said in launch(_clamped, world_size=2):
+    for ends, said in RUNS["clamped"]:
         assert ends == [3, 6, 9, 12, 14]
         assert len(said) == 1
         for words in ("`overlap_steps`=6", "the 3 steps of the round", "begins at step 3", "lands after 2:"):
@@ -303,3 +305,24 @@ def test_averaged_optimizer_state_is_refused_beside_it():
     with pytest.raises(ValueError, match="overlap_steps") as caught:
         LocalUpdateStrategy(FixedPeriod(8), averaging=Averaging(overlap_steps=2), optimizer_state="average")
     assert all(word in str(caught.value) for word in ("optimizer_state='average'", "overlap_steps=2", "Leave out"))
+
+
+RUNS = SharedRanks(
+    {
+        **{
+            ("traced", compression, *each): (_trace, compression, *each)
+            for compression in COMPRESSIONS
+            for each in ROUNDS
+        },
+        ("paced", 0): (_paced, [0.0, 0.02]),
+        ("paced", 1): (_paced, [0.01, 0.0]),
+        "not validated": (_validated, {"limit_val_batches": 0}),
+        "validated": (_validated, {"limit_val_batches": 1, "val_check_interval": 1}),
+        **{("ends", name): (_ends, *case[:3]) for name, case in ENDS.items()},
+        "moving average": (_moving_average,),
+        "twice": (_twice,),
+        **{("stopped", step): (_stop, step) for step in (4, 5, 7)},
+        "clamped": (_clamped,),
+    },
+    world_size=2,
+)

@@ -324,7 +324,9 @@ def _noisy(rank, folder, settings, ckpt_path=None, seed=0, callbacks=()):
 def _resume_everywhere(rank, folder, settings):
     plain, _ = _noisy(rank, None, settings)
     whole, _ = _noisy(rank, folder, settings)
-    for step in range(14):
+    ended = settings["period"].steps + settings.get("gradient_steps", 0)
+    # each place within the second round, the first step, the end of the first epoch, and in front of the last step
+    for step in sorted({0, 1, 7, 13, *range(ended, ended + settings["period"].steps)}):
         path = Path(folder) / f"step={step}.ckpt" if step else None
         states, _ = _noisy(rank, None, settings, path, seed=9) if step else (whole, None)
         assert sorted(states) == list(range(step + 1, 15))

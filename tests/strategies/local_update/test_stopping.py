@@ -17,7 +17,9 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from support.forked_python import forked
 from support.processes import free_port, launch, outcomes
+from support.shared_ranks import SharedRanks
 from support.training import Regression, Samples, loader, local_update, own_file, trainer, weights
 
 import lightning_comm.strategies.local_update.strategy as local_update_module
@@ -85,9 +87,12 @@ def assert_ended_together(answers, within_s=10.0):
             np.testing.assert_array_equal(mine, first)
 
 
-@pytest.mark.parametrize("step_times", [(0.001, 0.003), (0.003, 0.001), (0.0, 0.0), (0.3, 0.2)])
+STEP_TIMES = [(0.001, 0.003), (0.003, 0.001), (0.0, 0.0), (0.3, 0.2)]
+
+
+@pytest.mark.parametrize("step_times", STEP_TIMES)
 def test_should_stop_on_one_rank_stops_all_at_one_step(step_times):
-    answers = launch(run, 2, step_times, 8, world_size=2)
+    answers = RUNS["should stop", step_times]
     assert_ended_together(answers)
     assert 8 <= answers[0][0] < 3000
     if step_times[0] > 0.1:
@@ -111,10 +116,13 @@ def _lockstep(rank, world_size, step_time_s, phase):
     return runner.global_step, time.monotonic() - callback.acted_at
 
 
-@pytest.mark.parametrize("step_time_s", [0.0, 0.002, 0.05])
-@pytest.mark.parametrize("phase", ["gradient phase", "own collective"])
+PACES_S, PHASES = (0.0, 0.002, 0.05), ("gradient phase", "own collective")
+
+
+@pytest.mark.parametrize("step_time_s", PACES_S)
+@pytest.mark.parametrize("phase", PHASES)
 def test_ranks_kept_in_step_stop_within_ten_seconds(step_time_s, phase):
-    one, two = launch(_lockstep, 2, step_time_s, phase, world_size=2)
+    one, two = RUNS[phase, step_time_s]
     assert one[0] == two[0] < 3000
     assert max(one[1], two[1]) < 10
 
@@ -154,12 +162,17 @@ class StopInHook(Callback):
             trainer.should_stop = True
 
 
-@pytest.mark.parametrize("hook", ["on_validation_end", "on_train_epoch_end", "on_train_epoch_start", "on_train_start"])
-def test_should_stop_on_one_rank_in_any_hook_stops_all(hook):
+HOOKS = ["on_validation_end", "on_train_epoch_end", "on_train_epoch_start", "on_train_start"]
+
+
+def _in_hook(rank, hook):
     settings = {"limit_val_batches": 2, "val_check_interval": 7, "max_epochs": 30, "steps": 20}
-    answers = launch(
-        lambda rank: run(rank, 2, (0.002, 0.001), -1, callbacks=[StopInHook(hook)], **settings), world_size=2
-    )
+    return run(rank, 2, (0.002, 0.001), -1, callbacks=[StopInHook(hook)], **settings)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_should_stop_on_one_rank_in_any_hook_stops_all(hook):
+    answers = RUNS["in", hook]
     for steps, _, final, _ in answers:
         assert steps == answers[0][0]
         assert steps < 600
@@ -304,9 +317,17 @@ def _failing(rank, world_size, who, period, folder):
     return "ended", "", 0.0
 
 
-@pytest.mark.parametrize("who", [0, 1])
-@pytest.mark.parametrize("period", [100_000, 20, 21], ids=["mid-round", "before-synchronising", "others-wait"])
-@pytest.mark.parametrize("save", [False, True], ids=["", "save-on-exception"])
+MID_ROUND, BEFORE_SYNCHRONISING, OTHERS_WAIT = 100_000, 20, 21
+
+
+# either rank at each place, and a save on either, at each place once
+@pytest.mark.parametrize(
+    ("who", "period", "save"),
+    [
+        *((who, period, False) for who in (0, 1) for period in (MID_ROUND, BEFORE_SYNCHRONISING, OTHERS_WAIT)),
+        *((0, MID_ROUND, True), (1, BEFORE_SYNCHRONISING, True), (1, OTHERS_WAIT, True)),
+    ],
+)
 def test_an_exception_on_one_rank_ends_all_with_the_first_error_shown(tmp_path, who, period, save):
     answers = outcomes(_failing, 2, who, period, str(tmp_path) if save else "", world_size=2, timeout_s=30)
     kind, text, seconds = answers[who][0]
@@ -412,15 +433,16 @@ def _start(tmp_path, who):
     env = {
         key: value for key, value in os.environ.items() if key not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")
     }
-    return subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / "saved"), who],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=env | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        start_new_session=True,
-    )
+    with forked():  # the rank that Lightning's launcher starts is one, too
+        return subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path / "saved"), who],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            start_new_session=True,
+        )
 
 
 def test_sigterm_to_a_launched_job_saves_and_ends_every_process(tmp_path):
@@ -445,3 +467,13 @@ def test_a_launched_job_in_which_one_process_fails_ends_and_shows_the_error(tmp_
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "ValueError: boom" in output
+
+
+RUNS = SharedRanks(
+    {
+        **{("should stop", times): (run, 2, times, 8) for times in STEP_TIMES},
+        **{(phase, pace_s): (_lockstep, 2, pace_s, phase) for phase in PHASES for pace_s in PACES_S},
+        **{("in", hook): (_in_hook, hook) for hook in HOOKS},
+    },
+    world_size=2,
+)

@@ -1,4 +1,4 @@
-"""The list that every strategy must pass: whatever the model and the Trainer do, ranks end with equal weights."""
+"""Local updates with all kinds of models and settings, beyond what every strategy passes: ranks end equal."""
 
 import itertools
 import warnings
@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.plugins.precision import MixedPrecision
-from support.processes import launch, outcomes
+from support.shared_ranks import SharedRanks
 from support.training import Regression, loader, local_update, network, sample, trainer, weights
 from torch import nn
 
@@ -35,8 +35,8 @@ def _gate(rank, make_module, kwargs):
     return weights(module), [done.step for done in strategy.history], runner.global_step
 
 
-def equal_at_the_end(make_module, **kwargs):
-    answers = launch(_gate, make_module, kwargs, world_size=2)
+def equal(answers):
+    """Return what rank 0 ended with, once it is what rank 1 did."""
     for mine, theirs in zip(answers[0][0], answers[1][0], strict=True):
         np.testing.assert_array_equal(mine, theirs)
     assert answers[0][1:] == answers[1][1:]
@@ -113,86 +113,96 @@ class Norm(Regression):
 
 
 def test_gradient_accumulation_counts_optimizer_steps_and_an_incomplete_last_window():
-    _, ends, steps = equal_at_the_end(
-        lambda: Regression(network(), adamw), accumulate_grad_batches=4, steps=18, period=2
-    )
+    _, ends, steps = equal(RUNS["accumulated"])
     assert steps == 5  # 18 batches are 4 windows and a half
     assert ends == [2, 4, 5]
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_gradient_clipping_runs_on_each_ranks_own_gradients(algorithm):
-    kwargs = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": algorithm}
-    clipped, *_ = equal_at_the_end(lambda: Regression(), **kwargs)
-    free, *_ = equal_at_the_end(lambda: Regression())
+    clipped, *_ = equal(RUNS["clipped by", algorithm])
+    free, *_ = equal(RUNS["free"])
     assert any((a != b).any() for a, b in zip(clipped, free, strict=True))
+    bound = 18 * 0.05 * 0.01  # by the sum of all steps of a rank, and so by the mean of the ranks'
+    moved = [a - b.detach().numpy() for a, b in zip(clipped, network().parameters(), strict=True)]
+    distance = max(abs(each).max() for each in moved)
+    if algorithm == "norm":
+        distance = sum((each**2).sum() for each in moved) ** 0.5
+    assert distance <= bound * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def _true_precision(rank, precision, dtype):
+    module, *_ = fit(
+        rank,
+        lambda: Regression(network(torch.float32), lambda parameters: torch.optim.SGD(parameters, lr=0.05)),
+        precision=precision,
+        dtype=dtype,
+    )
+    assert {parameter.dtype for parameter in module.parameters()} == {dtype}
+    return [[parameter.detach().double().numpy() for parameter in module.parameters()]]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_other_precisions_end_equal(precision):
-    dtype = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
-
-    def bf16(parameters):
-        return torch.optim.SGD(parameters, lr=0.05)
-
-    def make():
-        return Regression(network(torch.float32), bf16)
-
-    def run(rank):
-        module, *_ = fit(rank, make, precision=precision, dtype=dtype)
-        assert {parameter.dtype for parameter in module.parameters()} == {
-            torch.float32 if precision == "bf16-mixed" else dtype
-        }
-        return [parameter.detach().double().numpy() for parameter in module.parameters()]
-
-    one, two = launch(run, world_size=2)
-    for mine, theirs in zip(one, two, strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    equal(RUNS[precision])
 
 
-@pytest.mark.parametrize("make_module", [Tied, Frozen, Unfreezing, Unused, Norm], ids=lambda cls: cls.__name__)
-def test_special_parameters_end_equal(make_module):
-    equal_at_the_end(make_module)
+def test_what_is_averaged_may_change_with_time():
+    equal(RUNS["Unfreezing", "local"])
 
 
 @pytest.mark.parametrize("make_module", [Tied, Frozen, Unfreezing, Norm], ids=lambda cls: cls.__name__)
 def test_special_parameters_end_equal_with_averaged_momenta(make_module):
-    equal_at_the_end(make_module, optimizer_state="average")
+    equal(RUNS[make_module.__name__, "average"])
 
 
 def test_momenta_that_only_one_rank_has_are_refused_on_all_ranks():
-    for _, error in outcomes(_gate, Unused, {"optimizer_state": "average"}, world_size=2):
+    for _, error in RUNS.outcomes("momenta of one rank"):
         assert "ranks would average different tensors" in error
         assert "optimizer state" in error
 
 
-def test_frozen_parameters_are_not_sent():
-    def run(rank):
-        *_, strategy = fit(rank, Frozen)
-        return strategy.ledger.payload_bytes("parameters"), len(strategy.history)
+def _sent(rank):
+    *_, strategy = fit(rank, Frozen)
+    return strategy.ledger.payload_bytes("parameters"), len(strategy.history)
 
+
+def test_frozen_parameters_are_not_sent():
     trained = sum(8 * p.numel() for p in network()[2].parameters())
-    for payload, synchronisations in launch(run, world_size=2):
+    for payload, synchronisations in RUNS["sent"]:
         assert payload == synchronisations * trained
 
 
 def test_the_counted_optimizer_decides_and_all_parameters_are_averaged():
     for counted, ends in ((0, [4, 8, 12, 16, 18]), (1, [4, 8, 9])):
-        _, got, steps = equal_at_the_end(Manual, counted_optimizer=counted)
+        _, got, steps = equal(RUNS["counted", counted])
         assert got == ends
         assert steps == 18 + 9
 
 
-def test_buffers_are_averaged_and_counters_taken_from_rank_0():
-    def run(rank):
-        module, *_ = fit(rank, Norm)
-        return [buffer.numpy() for buffer in module.buffers()]
+class LooksTwice(Norm):
+    """One forward more on rank 1, which its statistics and their counter remember, and the training does not."""
 
-    one, two = launch(run, world_size=2)
-    for mine, theirs in zip(one, two, strict=True):
+    def training_step(self, batch, batch_idx):
+        if self.global_rank == 1 and batch_idx == 3:
+            self.net(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+def _buffers(rank, buffers):
+    module, *_ = fit(rank, LooksTwice, period=100, buffers=buffers)
+    return [buffer.numpy() for buffer in module.buffers()]
+
+
+def test_buffers_are_averaged_and_counters_taken_from_rank_0():
+    averaged, kept = RUNS["buffers", "average"], RUNS["buffers", "keep"]
+    for mine, theirs, of_0, of_1 in zip(*averaged, *kept, strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    kept = launch(lambda rank: [b.numpy() for b in fit(rank, Norm, buffers="keep")[0].buffers()], world_size=2)
-    assert any((a != b).any() for a, b in zip(kept[0], kept[1], strict=True))
+        assert (of_0 != of_1).any()
+        if mine.ndim:  # once, at the end of the run, until which nothing has changed what ranks train
+            np.testing.assert_allclose(mine, (of_0 + of_1) / 2, rtol=0, atol=1e-14)
+        else:
+            assert mine == of_0 == 18
 
 
 def _scaler(rank):
@@ -218,7 +228,7 @@ def _scaler(rank):
 
 
 def test_a_scaler_that_skips_on_one_rank_keeps_counts_and_agrees_on_its_scale():
-    one, two = launch(_scaler, world_size=2)
+    one, two = RUNS["scaler"]
     assert one[1] == two[1] == [4, 8, 12, 16, 18]
     assert one[3] == two[3] == 18
     assert (one[2][5], two[2][5]) == (2.0**10, 2.0**9)  # apart within the round
@@ -233,14 +243,14 @@ def _compiled(rank):
     module = Regression(network(torch.float32), lambda p: torch.optim.SGD(p, lr=0.05))
     compiled = torch.compile(module, backend="eager")
     strategy = local_update(FixedPeriod(4), gradient_steps=3)
-    trainer(strategy, 2).fit(compiled, loader(12, rank, dtype=torch.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(strategy, 2).fit(compiled, loader(12, rank, dtype=torch.float32))
     return weights(module), [done.step for done in strategy.history]
 
 
 def test_a_compiled_model_ends_equal():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        one, two = launch(_compiled, world_size=2)
+    one, two = RUNS["compiled"]
     assert one[1] == [7, 11, 12]
     for mine, theirs in zip(one[0], two[0], strict=True):
         np.testing.assert_array_equal(mine, theirs)
@@ -274,8 +284,8 @@ def _reestimate(rank, with_callback):
 
 
 def test_batchnorm_is_reestimated_with_the_averaged_weights_and_weights_go_their_way():
-    answers = launch(_reestimate, True, world_size=2)
-    plain = launch(_reestimate, False, world_size=2)
+    answers = RUNS["reestimated", True]
+    plain = RUNS["reestimated", False]
     for rank in range(2):
         for mine, without in zip(answers[rank][1], plain[rank][1], strict=True):
             np.testing.assert_array_equal(mine, without)
@@ -311,7 +321,7 @@ def _two_runs(rank):
 
 
 def test_a_strategy_serves_several_runs_and_leaves_nothing_behind():
-    answers = launch(_two_runs, world_size=2)
+    answers = RUNS["two runs"]
     for sums, later, again, plain_steps, loss, callbacks in answers:
         assert again == [22, 26, 30, 34, 36]
         assert later == sums  # the ledger is that of the second run
@@ -341,8 +351,8 @@ def _evaluate(rank, evaluate_weights):
 
 
 def test_validation_sees_the_average_of_all_ranks_or_each_its_own():
-    average = launch(_evaluate, "average", world_size=2)
-    local = launch(_evaluate, "local", world_size=2)
+    average = RUNS["evaluated", "average"]
+    local = RUNS["evaluated", "local"]
     assert [step for step, _ in average[0]] == [3, 6, 9, 12]
     for k in range(4):
         for mean, other, a, b in zip(average[0][k][1], average[1][k][1], local[0][k][1], local[1][k][1], strict=True):
@@ -372,7 +382,7 @@ def _logged(rank):
 
 
 def test_every_synchronisation_is_logged_on_rank_0():
-    (lines, history), (silent, _) = launch(_logged, world_size=2)
+    (lines, history), (silent, _) = RUNS["logged"]
     assert silent == []
     assert [step for step, _ in lines] == [step - 1 for step, *_ in history]  # with the last batch of each round
     assert [line["local_update/period_steps"] for _, line in lines] == [period for _, period, *_ in history]
@@ -383,3 +393,38 @@ def test_every_synchronisation_is_logged_on_rank_0():
     payloads = [line["local_update/payload_bytes"] for _, line in lines]
     assert payloads == sorted(payloads)
     assert {"local_update/synchronisations", "local_update/wait_s", "local_update/transfer_s"} <= set(lines[0][1])
+
+
+def adam_net():
+    return Regression(network(), adamw)
+
+
+CLIPPED = {"gradient_clip_val": 0.01}
+RUNS = SharedRanks(
+    {
+        "accumulated": (_gate, adam_net, {"accumulate_grad_batches": 4, "steps": 18, "period": 2}),
+        "free": (_gate, Regression, {}),
+        **{
+            ("clipped by", by): (_gate, Regression, {**CLIPPED, "gradient_clip_algorithm": by})
+            for by in ("norm", "value")
+        },
+        "bf16-true": (_true_precision, "bf16-true", torch.bfloat16),
+        "64-true": (_true_precision, "64-true", torch.float64),
+        ("Unfreezing", "local"): (_gate, Unfreezing, {}),
+        **{
+            (kind.__name__, "average"): (_gate, kind, {"optimizer_state": "average"})
+            for kind in (Tied, Frozen, Unfreezing, Norm)
+        },
+        "sent": (_sent,),
+        **{("counted", counted): (_gate, Manual, {"counted_optimizer": counted}) for counted in (0, 1)},
+        **{("buffers", kind): (_buffers, kind) for kind in ("average", "keep")},
+        "scaler": (_scaler,),
+        "compiled": (_compiled,),
+        **{("reestimated", whether): (_reestimate, whether) for whether in (True, False)},
+        "two runs": (_two_runs,),
+        **{("evaluated", kind): (_evaluate, kind) for kind in ("average", "local")},
+        "logged": (_logged,),
+        "momenta of one rank": (_gate, Unused, {"optimizer_state": "average"}),
+    },
+    world_size=2,
+)
