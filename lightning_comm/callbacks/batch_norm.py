@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.errors import refuse_with_strategy
+from lightning_comm.transport.recording import Recorder
 
 
 class BatchNormReestimation(Callback):
@@ -35,7 +38,8 @@ class BatchNormReestimation(Callback):
             was handed to ``fit`` directly, where a second pass would disturb the first.
 
     Note:
-        *Communication.* One all-reduce of the running statistics before each validation, through the strategy.
+        *Communication.* One all-reduce of the running statistics, in float64, before each validation, through the
+        strategy; :attr:`ledger` has it, as ``"batch_norm_statistics"``.
 
     Example:
         >>> BatchNormReestimation(num_batches=100).num_batches
@@ -50,11 +54,18 @@ class BatchNormReestimation(Callback):
                 f"{num_batches!r}. The authors of QSR use about 100."
             )
         self.num_batches = num_batches
+        self._ledger = CommLedger()
+
+    @property
+    def ledger(self) -> CommLedger:
+        """Every message of this callback in the last or current ``fit``, on this rank."""
+        return self._ledger
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        self._ledger = CommLedger()
         refuse_with_strategy(trainer, "BatchNormReestimation", self._problems(trainer, pl_module))
 
     def _problems(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[str]:
@@ -99,7 +110,7 @@ class BatchNormReestimation(Callback):
         for norm, (momentum, training) in zip(norms, kept, strict=True):
             norm.momentum = momentum
             norm.train(training)
-        _average_over_batches(trainer, norms, seen)
+        _average_over_batches(trainer, norms, seen, self._ledger)
         take_into_average = getattr(trainer.strategy, "take_into_average", None)
         if take_into_average is not None:  # LocalUpdateStrategy takes averages out again, and what belongs to them
             take_into_average([each for norm in norms for each in norm.buffers(recurse=False)])
@@ -110,12 +121,19 @@ class BatchNormReestimation(Callback):
         return itertools.islice(loader, trainer.global_rank, self.num_batches, trainer.world_size)
 
 
-def _average_over_batches(trainer: Trainer, norms: list[_BatchNorm], seen: int) -> None:
+def _average_over_batches(trainer: Trainer, norms: list[_BatchNorm], seen: int, ledger: CommLedger) -> None:
     """Replace the statistics by their mean over all batches of all ranks, of which this rank has seen so many."""
     statistics = [each for norm in norms for each in (norm.running_mean, norm.running_var) if each is not None]
     flat = torch.cat([each.flatten().double() for each in statistics]) * seen
     counted = torch.cat([flat, flat.new_tensor([float(seen)])])
-    total = trainer.strategy.reduce(counted, reduce_op="sum")
+    add_up = partial(trainer.strategy.reduce, counted, reduce_op="sum")
+    if trainer.world_size > 1:
+        recorder = Recorder(ledger)
+        recorder.step = trainer.global_step
+        recorder.note("barrier", "batch_norm_statistics", 0)  # in which Lightning's reduction meets first
+        total = recorder.sent_by_others("all_reduce", "batch_norm_statistics", counted.nbytes, add_up)
+    else:
+        total = add_up()
     for each, mean in zip(
         statistics, (total[:-1] / total[-1]).split([each.numel() for each in statistics]), strict=True
     ):

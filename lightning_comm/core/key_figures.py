@@ -13,11 +13,23 @@ from lightning_comm.core.ledger import CommRecord
 LIGHTNING = "lightning"  # what the Trainer sends by itself: barriers, reduced logs, flags
 OTHERS = ("metrics", "user")  # torchmetrics, and the user's own calls
 MEETING = "control"  # the rows by which ranks meet: whoever is early waits for the others there
-BESIDE_TRAINING = ("start", "evaluation", "checkpoint")  # averages that no step has asked for
+BESIDE_TRAINING = (  # which no step has asked for, and which count in none
+    "set_up",
+    "start",
+    "evaluation",
+    "batch_norm_statistics",
+    "checkpoint",
+    "checkpoint_files",
+    "instruments",
+    "probe",
+)
 
 
 def of_technique(purpose: str) -> bool:
-    """Whether messages of this purpose are the technique's own: gradients, parameters, buffers, control rows."""
+    """Whether messages of this purpose in a step are the technique's own: gradients, parameters, control rows, ….
+
+    It is asked of messages in steps only, so not of those of ``BESIDE_TRAINING``.
+    """
     return purpose != LIGHTNING and purpose not in OTHERS
 
 

@@ -5,8 +5,39 @@ type a prediction can be subtracted from a measurement.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+
+PURPOSES: Mapping[str, str] = {
+    # what training sends
+    "gradients": "Gradients, as they are or compressed; also those that DDP sends by itself, where nothing else does.",
+    "parameters": "Averages of parameters, what they have moved by, or new versions of them.",
+    "buffers": "Buffers, such as BatchNorm's: averages, or those of rank 0.",
+    "weight_averages": "Averages of moving averages of the weights.",
+    "optimizer_state": "Averages of momenta and the like.",
+    "control": "What ranks tell each other where they meet: steps, learning rates, requests, acknowledgements.",
+    "stops": "Whether a rank wants to stop, where all have just met for a validation or a checkpoint.",
+    "masks": "Which weights are pruned, and what that is decided by.",
+    "mask flags": "Whether the model's own masks have changed.",
+    "stagger": "Whose turn it is to begin a batch.",
+    "partition": "The times that ranks compare to share the batch, and the order of a sampler.",
+    "wait": "No message: seconds in which compute stood still for what others send.",
+    # beside training
+    "set_up": "What ranks compare before training, and where they wait for each other.",
+    "start": "Weights, buffers and momenta of rank 0, at the start.",
+    "evaluation": "Averages of weights for a validation.",
+    "batch_norm_statistics": "BatchNorm's statistics, estimated anew for a validation.",
+    "checkpoint": "Averages, and states of other ranks, for a checkpoint.",
+    "checkpoint_files": "Which files belong to a checkpoint, and whether all ranks could read theirs.",
+    "instruments": "Clocks, and figures at the end of a run.",
+    "probe": "The messages whose time a probe measures, and those by which it does.",
+    # what others send, which `CommProfiler` sees
+    "lightning": "The Trainer's own: barriers, reduced logs, flags.",
+    "metrics": "Those of torchmetrics.",
+    "batch_norm": "Those of SyncBatchNorm.",
+    "user": "The user's own.",
+}
+_OF_EACH_PROCESS = ("set_up", "checkpoint_files")  # which a run that is resumed has once more than one that is not
 
 
 @dataclass(frozen=True)
@@ -15,7 +46,7 @@ class CommRecord:
 
     Args:
         kind: The collective or transfer, one of those of :func:`wire_bytes`.
-        purpose: What it was for: ``"parameters"``, ``"buffers"``, ``"gradients"``, ``"evaluation"``, …
+        purpose: What it was for, one of ``PURPOSES``.
         payload_bytes: What was handed over on this rank.
         wire_bytes: What this rank sends for it, on average over the ranks (:func:`wire_bytes`).
         step: Optimizer steps done when it started, not a step of the loggers: those count batches.
@@ -41,6 +72,12 @@ class _Total:
     payload_bytes: int = 0
     wire_bytes: int = 0
     duration_s: float = 0.0
+
+    def add(self, other: "_Total") -> None:
+        self.messages += other.messages
+        self.payload_bytes += other.payload_bytes
+        self.wire_bytes += other.wire_bytes
+        self.duration_s += other.duration_s
 
 
 @dataclass
@@ -70,11 +107,8 @@ class CommLedger:
     def add(self, record: CommRecord) -> None:
         """Write down one message."""
         self.records.append(record)
-        total = self._totals.setdefault(record.purpose, _Total())
-        total.messages += 1
-        total.payload_bytes += record.payload_bytes
-        total.wire_bytes += record.wire_bytes
-        total.duration_s += record.duration_s
+        one = _Total(1, record.payload_bytes, record.wire_bytes, record.duration_s)
+        self._totals.setdefault(record.purpose, _Total()).add(one)
 
     @property
     def purposes(self) -> list[str]:
@@ -102,13 +136,19 @@ class CommLedger:
         return {purpose: asdict(total) for purpose, total in self._totals.items()}
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
-        """Take up the sums where ``state_dict`` left them."""
+        """Take up the sums where ``state_dict`` left them, as if the run had never stopped.
+
+        What this process has sent until now to set up and to load is added; anything else stands in ``records`` alone.
+        """
+        own = {purpose: total for purpose, total in self._totals.items() if purpose in _OF_EACH_PROCESS}
         self._totals = {
             purpose: _Total(
                 int(total["messages"]), int(total["payload_bytes"]), int(total["wire_bytes"]), total["duration_s"]
             )
             for purpose, total in state.items()
         }
+        for purpose, total in own.items():
+            self._totals.setdefault(purpose, _Total()).add(total)
 
     def _select(self, purposes: tuple[str, ...]) -> Iterator[_Total]:
         for purpose in purposes or tuple(self._totals):

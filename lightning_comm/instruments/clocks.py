@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.rank_profile import ClockPoint
 from lightning_comm.transport import plain_data
-from lightning_comm.transport.recording import Recorder, another_group, counted_elsewhere
+from lightning_comm.transport.recording import Recorder, another_group
 
 _ROUND_TRIPS = 16
 
@@ -30,51 +30,63 @@ def group_on_the_host(timeout: timedelta | None) -> dist.ProcessGroup | None:
     return None if _can_send_from_the_host() else another_group(timeout, backend="gloo")
 
 
-def compare_clocks(group: dist.ProcessGroup | None = None) -> ClockPoint:
+def compare_clocks(ledger: CommLedger, group: dist.ProcessGroup | None = None) -> ClockPoint:
     """Return how far rank 0's monotonic clock is ahead of this rank's. Every rank has to call it.
 
     Each rank in turn asks rank 0 for the time, a few times. The answer of the shortest round trip counts: rank 0 read
     its clock somewhere within it, so half of it bounds the error.
 
     Args:
+        ledger: Where messages are written down, as ``"instruments"``.
         group: All ranks, and it sends from the CPU; ``None`` for the default group.
 
     Note:
         *Communication.* 16 round trips of 8 bytes between each rank and rank 0, one rank after the other.
 
     """
-    with counted_elsewhere():
-        note = torch.zeros(1, dtype=torch.float64)
-        rank = dist.get_rank()
-        if rank == 0:
-            for other in range(1, dist.get_world_size()):
-                for _ in range(_ROUND_TRIPS):
-                    dist.recv(note, src=other, group=group)
-                    dist.send(note.fill_(time.monotonic()), dst=other, group=group)
-            return ClockPoint(time.monotonic(), 0.0, 0.0)
-        return min((_ask(note, group) for _ in range(_ROUND_TRIPS)), key=lambda point: point.error_s)
+    recorder = Recorder(ledger, group, hold=True)  # written down when the times have been taken
+    note = torch.zeros(1, dtype=torch.float64)
+    point = ClockPoint(time.monotonic(), 0.0, 0.0)
+    if recorder.rank == 0:
+        for other in range(1, recorder.world_size):
+            for _ in range(_ROUND_TRIPS):
+                recorder.receive(note, other, tag=0).wait()
+                _send(recorder, note.fill_(time.monotonic()), other)
+    else:
+        point = min((_ask(note, recorder) for _ in range(_ROUND_TRIPS)), key=lambda each: each.error_s)
+    recorder.write_held()
+    return point
 
 
-def _ask(note: torch.Tensor, group: dist.ProcessGroup | None) -> ClockPoint:
+def _ask(note: torch.Tensor, recorder: Recorder) -> ClockPoint:
     started = time.monotonic()
-    dist.send(note, dst=0, group=group)
-    dist.recv(note, src=0, group=group)
+    _send(recorder, note, 0)
+    recorder.receive(note, 0, tag=0).wait()
     there = float(note)
     ended = time.monotonic()
     middle = (started + ended) / 2
     return ClockPoint(middle, there - middle, (ended - started) / 2)
 
 
-def number_from_rank_0(number: int, group: dist.ProcessGroup | None = None) -> int:
-    """Return rank 0's number on all ranks. *Communication*: one broadcast of 8 bytes."""
-    with counted_elsewhere():
-        row = torch.tensor([number], dtype=torch.int64)
-        dist.broadcast(row, src=0, group=group)
-        return int(row)
+def _send(recorder: Recorder, note: torch.Tensor, target: int) -> None:
+    recorder.send(note, target, "instruments", note.nbytes, tag=0, step=0).wait()
 
 
-def json_from_rank_0(value: Any, device: torch.device) -> Any:
+def number_from_rank_0(number: int, ledger: CommLedger, group: dist.ProcessGroup | None = None) -> int:
+    """Return rank 0's number on all ranks. *Communication*: one broadcast of 8 bytes, as ``"instruments"``."""
+    row = torch.tensor([number], dtype=torch.int64)
+    Recorder(ledger, group).broadcast(row, "instruments").wait()
+    return int(row)
+
+
+def json_from_rank_0(value: Any, device: torch.device, ledger: CommLedger, purpose: str = "instruments") -> Any:
     """Return rank 0's value on all ranks, as JSON brings it back.
+
+    Args:
+        value: Anything that JSON can hold; that of rank 0 counts.
+        device: That of the model.
+        ledger: Where messages are written down.
+        purpose: What they are for.
 
     Note:
         *Communication.* Two broadcasts, of 8 bytes and of the text; none in a single process.
@@ -82,22 +94,30 @@ def json_from_rank_0(value: Any, device: torch.device) -> Any:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return value
-    return plain_data.broadcast_json(value, _not_counted(), device_of_group(device), "instruments")
+    return plain_data.broadcast_json(value, Recorder(ledger), device_of_group(device), purpose)
 
 
-def gather_json(value: Any, device: torch.device, group: dist.ProcessGroup | None = None) -> list[Any]:
+def gather_json(
+    value: Any,
+    device: torch.device,
+    ledger: CommLedger,
+    purpose: str = "instruments",
+    group: dist.ProcessGroup | None = None,
+) -> list[Any]:
     """Return the value of every rank, in order of rank. Every rank has to call it.
+
+    Args:
+        value: Anything that JSON can hold.
+        device: From which the group sends.
+        ledger: Where messages are written down.
+        purpose: What they are for.
+        group: The ranks; ``None`` for the default group.
 
     Note:
         *Communication.* Two all-gathers: 8 bytes a rank, then the longest value from each.
 
     """
-    return plain_data.gather_json(value, _not_counted(group), device, "instruments")
-
-
-def _not_counted(group: dist.ProcessGroup | None = None) -> Recorder:
-    """Return a recorder for what instruments send of their own, which is no part of what they measure."""
-    return Recorder(CommLedger(), group, hold=True)
+    return plain_data.gather_json(value, Recorder(ledger, group), device, purpose)
 
 
 def device_of_group(preferred: torch.device) -> torch.device:

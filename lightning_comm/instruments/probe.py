@@ -1,7 +1,8 @@
 """Measures the link between the ranks of a job: times of messages by size, and the links between its hosts.
 
-Messages go to torch.distributed directly, since what is measured here is not a part of any training. Every number that
-a decision rests on is the maximum over the ranks, so all ranks decide alike and make the same calls.
+Messages whose time is taken go to torch.distributed directly, so that nothing else is in that time, and are written to
+the ledger behind it. Every number that a decision rests on is the maximum over the ranks, so all ranks decide alike and
+make the same calls.
 """
 
 import time
@@ -9,12 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lightning_comm.core.costs import Curve, HostLink, LinkProfile, Timing
 from lightning_comm.core.host_links import slowest
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.link_curve import quartiles
 from lightning_comm.core.probe_plan import MAX_BYTES, MIN_BYTES, STEP, ProbePlan, growth, pairs, sizes_between
 from lightning_comm.instruments.clocks import gather_json
+from lightning_comm.transport.recording import Recorder
 
 _WARM_UP_BYTES = 64 * 2**10
 _WARM_UP_CALLS = 3
@@ -31,6 +35,7 @@ def probe_link(
     device: torch.device | None = None,
     transport: str = "",
     environment: Mapping[str, str] | None = None,
+    ledger: CommLedger | None = None,
 ) -> LinkProfile:
     """Measure the link between all ranks of the default process group.
 
@@ -43,6 +48,7 @@ def probe_link(
         device: Where the messages are; the CPU by default.
         transport: What carries the messages, for the profile.
         environment: Where the figures come from, for the profile.
+        ledger: Where messages are written down, as ``"probe"`` and ``"instruments"``.
 
     Returns:
         All-reduces, all-gathers and single messages by size. A collective's time is that of the slowest rank, from its
@@ -60,8 +66,9 @@ def probe_link(
 
     """
     device = device or torch.device("cpu")
-    hosts = host_names([(name, number) for name, number in gather_json((host, node), device)])
-    bench = _Bench(plan, device)
+    recorder = Recorder(CommLedger() if ledger is None else ledger)
+    hosts = host_names([(name, number) for name, number in gather_json((host, node), device, recorder.ledger)])
+    bench = _Bench(plan, device, recorder)
     bench.warm_up()
     reduces = bench.all_reduces()
     if reduces is None:
@@ -82,7 +89,11 @@ def probe_link(
         transport=transport,
         hosts=tuple(hosts),
         links=tuple(links),
-        environment={**(environment or {}), "seconds": f"{bench.elapsed_s:.1f}"},
+        environment={
+            **(environment or {}),
+            "seconds": f"{bench.elapsed_s:.1f}",
+            "sent_bytes": str(recorder.ledger.wire_bytes()),
+        },
     )
 
 
@@ -122,11 +133,12 @@ def host_names(places: Sequence[tuple[str, int]]) -> list[str]:
 class _Bench:
     """Takes samples, and stops before the plan's budget is used up."""
 
-    def __init__(self, plan: ProbePlan, device: torch.device) -> None:
+    def __init__(self, plan: ProbePlan, device: torch.device, recorder: Recorder) -> None:
         self.elapsed_s = 0.0  # on the slowest rank, when the ranks last agreed on something
         self._plan = plan
         self._device = device
-        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        self._recorder = recorder
+        self._rank, self._ranks = recorder.rank, recorder.world_size
         self._largest = max(plan.sizes[-1], MAX_BYTES)
         # Written to, since memory that was only allocated is not there yet.
         self._buffer = torch.empty(self._largest // MIN_BYTES, device=device).zero_()
@@ -244,26 +256,33 @@ class _Bench:
     def _agree(self, own: Sequence[float]) -> list[float]:
         """Return the maxima over the ranks, and note how much time the slowest has used."""
         values = torch.tensor([*own, time.monotonic() - self._began_s], dtype=torch.float64, device=self._device)
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        self._recorder.all_reduce(values, "probe", dist.ReduceOp.MAX).wait()
         *agreed, self.elapsed_s = values.tolist()
         return agreed
 
     def _all_reduce(self, size: int, calls: int) -> list[float]:
         message = self._buffer[: size // MIN_BYTES]
-        return [self._timed(lambda: dist.all_reduce(message), calls)]
+        return [self._timed("all_reduce", message, lambda: dist.all_reduce(message), calls)]
 
     def _all_gather(self, size: int, calls: int) -> list[float]:
         part = self._part[: size // MIN_BYTES]
         whole = self._buffer[: part.numel() * self._ranks]
-        return [self._timed(lambda: dist.all_gather_into_tensor(whole, part), calls)]
+        return [self._timed("all_gather", part, lambda: dist.all_gather_into_tensor(whole, part), calls)]
 
-    def _timed(self, call: Callable[[], object], calls: int) -> float:
+    def _timed(self, kind: str, message: Tensor, call: Callable[[], object], calls: int) -> float:
         self._meet()
         began = time.perf_counter()
         for _ in range(calls):
             call()
             self._finish()
-        return (time.perf_counter() - began) / calls
+        took_s = (time.perf_counter() - began) / calls
+        self._note(kind, message, calls)
+        return took_s
+
+    def _note(self, kind: str, message: Tensor, calls: int) -> None:
+        """Write down messages whose time has been taken."""
+        for _ in range(calls):
+            self._recorder.note(kind, "probe", message.nbytes)
 
     def _round_trip(self, source: int, target: int, size: int, calls: int) -> float:
         """Return the seconds from a message's start to the answer that it has arrived; 0.0 on all but the source."""
@@ -275,6 +294,7 @@ class _Bench:
                 dist.recv(message, source)
                 dist.send(self._token, source)
             self._finish()
+            self._note("send", self._token, 1 + calls)
         if self._rank != source:
             return 0.0
         dist.recv(self._token, target)
@@ -284,10 +304,12 @@ class _Bench:
             dist.send(message, target)
             dist.recv(self._token, target)
             self._finish()
-        return (time.perf_counter() - began) / calls
+        took_s = (time.perf_counter() - began) / calls
+        self._note("send", message, calls)
+        return took_s
 
     def _meet(self) -> None:
-        dist.all_reduce(self._token)
+        self._recorder.all_reduce(self._token, "probe").wait()
         self._finish()
 
     def _finish(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -23,6 +23,7 @@ from lightning_comm.core.ledger import CommLedger, CommRecord, wire_bytes
 from lightning_comm.transport.backends import backend_of
 from lightning_comm.transport.failure_messages import LostConnectionError
 
+_T = TypeVar("_T")
 _NEVER_SENT = 2**30  # the tag of a message
 _ABORT_S = 5.0  # how long ending what is under way on a device may take
 
@@ -186,13 +187,34 @@ class Recorder:
 
         return rows, self._issue("all_gather", purpose, row, start)
 
+    def barrier(self, purpose: str) -> Pending:
+        """Start to wait until all ranks are here; nothing is handed over."""
+        group = self._group
+        return self._issue("barrier", purpose, torch.empty(0), lambda: dist.barrier(group, async_op=True))
+
+    def sent_by_others(self, kind: str, purpose: str, payload_bytes: int, send: Callable[[], _T]) -> _T:
+        """Let a function of another library send a message of ours, and record it.
+
+        Args:
+            kind: Of message.
+            purpose: What it is for.
+            payload_bytes: What this rank hands over.
+            send: Sends it, and returns when it has arrived.
+
+        """
+        started = time.monotonic()
+        with counted_elsewhere():
+            result = send()
+        self._write(kind, purpose, payload_bytes, started, time.monotonic() - started)
+        return result
+
     def send(self, memory: Tensor, target: int, purpose: str, payload_bytes: int, *, tag: int, step: int) -> dist.Work:
         """Start sending to one rank, and record it with the time that it does not take whoever sends.
 
         Args:
             memory: What to send; it must be kept, like the result, until that has been waited for.
             target: The rank.
-            purpose: What it is for.
+            purpose: What it is for, one of ``PURPOSES``.
             payload_bytes: How much of the memory is payload; the rest is recorded as ``"control"``.
             tag: Which message it is, where the backend tells them apart; they are received in the order of sending.
             step: Optimizer steps done before what it belongs to.

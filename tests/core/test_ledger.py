@@ -1,8 +1,11 @@
 """The ledger's sums against sums by hand."""
 
+from pathlib import Path
+
 import pytest
 
-from lightning_comm.core.ledger import CommLedger, CommRecord, wire_bytes
+from lightning_comm.core.key_figures import BESIDE_TRAINING, LIGHTNING, MEETING, OTHERS
+from lightning_comm.core.ledger import PURPOSES, CommLedger, CommRecord, wire_bytes
 
 
 def record(purpose: str, payload: int) -> CommRecord:
@@ -22,6 +25,30 @@ def test_sums_outlive_the_records_that_are_dropped():
     assert ledger.duration_s() == 5.0
     assert ledger.payload_bytes("unheard of") == 0
     assert ledger.purposes == ["buffers", "parameters"]
+
+
+def test_a_resumed_run_goes_on_from_its_sums_and_adds_what_setting_up_and_loading_have_sent():
+    saved, ledger = CommLedger(), CommLedger()
+    for purpose in ("start", "control", "checkpoint_files"):
+        saved.add(record(purpose, 10))
+    for purpose in ("start", "set_up", "checkpoint_files"):
+        ledger.add(record(purpose, 3))
+    ledger.load_state_dict(saved.state_dict())
+    by_purpose = {name: (ledger.payload_bytes(name), ledger.messages(name)) for name in ledger.purposes}
+    assert by_purpose == {"start": (10, 1), "control": (10, 1), "checkpoint_files": (13, 2), "set_up": (3, 1)}
+    assert [each.purpose for each in ledger.records] == ["start", "set_up", "checkpoint_files"]
+
+
+def test_a_purpose_that_the_key_figures_tell_apart_is_known():
+    assert {LIGHTNING, MEETING, *OTHERS, *BESIDE_TRAINING} <= set(PURPOSES)
+    assert not set(BESIDE_TRAINING) & {LIGHTNING, MEETING, *OTHERS}
+
+
+def test_the_docs_have_a_row_for_each_purpose_in_the_words_of_the_table():
+    page = (Path(__file__).parents[2] / "docs/how-to/measure.md").read_text()
+    rows = [line.split(" | ")[:2] for line in page.splitlines() if line.startswith("| `") and line.count(" | ") == 3]
+    told = {name.strip("| `"): text for name, text in rows if name.strip("| `") in PURPOSES}
+    assert told == PURPOSES
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7])

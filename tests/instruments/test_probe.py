@@ -108,10 +108,10 @@ def _slow_probe(rank: int, plan: ProbePlan) -> tuple[LinkProfile, float, int]:
     real = dist.all_reduce
     most = 0
 
-    def slow(tensor, **kwargs):
+    def slow(tensor, *args, **kwargs):
         nonlocal most
         most = max(most, tensor.nbytes)
-        done = real(tensor, **kwargs)
+        done = real(tensor, *args, **kwargs)
         if rank == 1 and tensor.nbytes >= 2**16:
             time.sleep(tensor.nbytes / 1e6)
         return done

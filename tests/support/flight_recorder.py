@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-_BYTES = {"Float": 4, "Double": 8, "Long": 8, "Int": 4, "Byte": 1, "BFloat16": 2, "Half": 2}
+_BYTES = {"Float": 4, "Double": 8, "Long": 8, "Int": 4, "Byte": 1, "BFloat16": 2, "Half": 2, "Char": 1, "Bool": 1}
 
 
 @contextmanager
@@ -28,7 +28,9 @@ def flight_recorder() -> list[dict]:
     entries = json.loads(torch._C._distributed_c10d._dump_fr_trace_json()).get("entries", [])
     return [
         {
+            "number": entry["record_id"],
             "kind": entry["profiling_name"].split(":")[-1].replace("_base", ""),
+            "types": entry["input_dtypes"],
             "bytes": sum(
                 _BYTES[dtype] * torch.Size(size).numel()
                 for dtype, size in zip(entry["input_dtypes"], entry["input_sizes"], strict=True)

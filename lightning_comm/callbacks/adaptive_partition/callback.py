@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_comm.callbacks.adaptive_partition import checks
 from lightning_comm.callbacks.adaptive_partition.session import PartitionSession
 from lightning_comm.callbacks.adaptive_partition.settings import PartitionSettings, plain
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.errors import refuse_with_strategy
 from lightning_comm.formats.adaptive_partition import PartitionJournal
 
@@ -57,7 +58,8 @@ class AdaptivePartition(Callback):
         *Communication.* At the start what is wrong with the loader, and its settings, from each rank. With
         ``"balance"`` and ``"observe"`` one all-gather of 48 bytes a rank every ``window_steps`` batches, on a gloo
         group of its own; under :class:`LocalUpdateStrategy` at the first synchronisation after that. With a sampler of
-        the user's, 8 bytes a rank in each epoch. ``"fixed"`` sends nothing more.
+        the user's, 8 bytes a rank in each epoch. ``"fixed"`` sends nothing more. :attr:`ledger` has all of it, as
+        ``"set_up"`` and ``"partition"``.
 
         *What is measured.* From the moment a rank asks for its batch until its last local gradient is ready, without
         the wait for others; on CUDA by events, without waiting for the device. See
@@ -112,8 +114,14 @@ class AdaptivePartition(Callback):
             replay=str(replay) if isinstance(replay, Path) else replay,
             folder=str(folder) if isinstance(folder, Path) else folder,
         )
+        self._ledger = CommLedger()
         self._session: PartitionSession | None = None
         self._loaded: dict[str, Any] | None = None
+
+    @property
+    def ledger(self) -> CommLedger:
+        """Every message of this callback in the last or current ``fit``, on this rank."""
+        return self._ledger
 
     @property
     def weight(self) -> float:
@@ -158,8 +166,11 @@ class AdaptivePartition(Callback):
         self._loaded = None  # what a checkpoint held that was read to validate or test
         if stage != "fit":
             return
-        self._session = None
-        problems = [*checks.set_up_problems(trainer, pl_module, self.settings), *checks.given_loader_problems(trainer)]
+        self._session, self._ledger = None, CommLedger()
+        problems = [
+            *checks.set_up_problems(trainer, pl_module, self.settings),
+            *checks.given_loader_problems(trainer, self._ledger),
+        ]
         refuse_with_strategy(trainer, "AdaptivePartition", problems)
         weigh_by_samples = getattr(trainer.strategy, "weigh_by_samples", None)
         if weigh_by_samples is not None:  # LocalUpdateStrategy averages parameters, not gradients
@@ -167,7 +178,7 @@ class AdaptivePartition(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._session = PartitionSession(trainer, pl_module, self.settings, self._loaded)
+        self._session = PartitionSession(trainer, pl_module, self.settings, self._loaded, self._ledger)
         self._loaded = None
 
     @override

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_comm.callbacks.adaptive_partition.memory import card_of
 from lightning_comm.callbacks.adaptive_partition.settings import PartitionSettings
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.data.adaptive_partition.loader import PartitionedLoader
 from lightning_comm.instruments.clocks import device_of_group, gather_json
 from lightning_comm.lightning_internals import given_training_loaders, model_averaging_period
@@ -32,15 +33,15 @@ def set_up_problems(trainer: Trainer, module: LightningModule, settings: Partiti
     yield from settings.rank_problems(trainer.world_size)
 
 
-def given_loader_problems(trainer: Trainer) -> list[str]:
+def given_loader_problems(trainer: Trainer, ledger: CommLedger) -> list[str]:
     """Return what is wrong with loaders that ``fit`` was handed; those that a module makes are looked at later.
 
     Note:
-        *Communication.* What each rank has found, so that all refuse it alike.
+        *Communication.* What each rank has found, so that all refuse it alike, recorded as ``"set_up"``.
 
     """
     given = given_training_loaders(trainer)
-    rows = _of_all_ranks(_problem_with(given) if given else None, trainer)
+    rows = _of_all_ranks(_problem_with(given) if given else None, trainer, ledger)
     return [f"{problem} (on rank {rank})" for rank, problem in enumerate(rows) if problem][:1]
 
 
@@ -79,7 +80,9 @@ def loaders_of(trainer: Trainer) -> list[Any]:
     return list(_leaves(trainer.train_dataloader))
 
 
-def agreed_loaders(trainer: Trainer, settings: PartitionSettings) -> tuple[list[PartitionedLoader], int]:
+def agreed_loaders(
+    trainer: Trainer, settings: PartitionSettings, ledger: CommLedger
+) -> tuple[list[PartitionedLoader], int]:
     """Return the loaders of the training data, after checking that all ranks have the same, and the same settings.
 
     Returns:
@@ -90,7 +93,7 @@ def agreed_loaders(trainer: Trainer, settings: PartitionSettings) -> tuple[list[
         ValueError: On all ranks, if their loaders differ in what decides about samples, or the callback's settings.
 
     Note:
-        *Communication.* The settings of the loaders and of the callback from each rank.
+        *Communication.* The settings of the loaders and of the callback from each rank, recorded as ``"set_up"``.
 
     """
     found = loaders_of(trainer)
@@ -101,7 +104,7 @@ def agreed_loaders(trainer: Trainer, settings: PartitionSettings) -> tuple[list[
         "callback": settings.shared(),
         "card": card_of(trainer.strategy.root_device),
     }
-    rows = _of_all_ranks(own, trainer)
+    rows = _of_all_ranks(own, trainer, ledger)
     for rank, row in enumerate(rows):
         if row["problem"]:
             raise MisconfigurationException(f"{_WHERE}: {row['problem']} (on rank {rank})")
@@ -157,9 +160,9 @@ def _leaves(loaders: Any) -> Iterator[Any]:
         yield loaders
 
 
-def _of_all_ranks(own: Any, trainer: Trainer) -> list[Any]:
+def _of_all_ranks(own: Any, trainer: Trainer, ledger: CommLedger) -> list[Any]:
     if dist.is_available() and dist.is_initialized() and trainer.world_size > 1:
-        return gather_json(own, device_of_group(trainer.strategy.root_device))
+        return gather_json(own, device_of_group(trainer.strategy.root_device), ledger, "set_up")
     return [own]
 
 

@@ -46,6 +46,7 @@ class PartitionSession:
         module: The model.
         settings: What the user chose.
         loaded: What a checkpoint kept.
+        ledger: Where messages are written down.
 
     Note:
         *Communication.* See the head of the file.
@@ -53,14 +54,20 @@ class PartitionSession:
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, settings: PartitionSettings, loaded: dict[str, Any] | None
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        settings: PartitionSettings,
+        loaded: dict[str, Any] | None,
+        ledger: CommLedger,
     ) -> None:
         self._trainer = trainer
         self._module = module
         self._settings = settings
         self._rank, self._ranks = trainer.global_rank, trainer.world_size
-        self._loaders, sharers = checks.agreed_loaders(trainer, settings)
-        start = StartOfRun(trainer, module, settings, self._loaders, loaded)
+        self._ledger = ledger
+        self._loaders, sharers = checks.agreed_loaders(trainer, settings, ledger)
+        start = StartOfRun(trainer, module, settings, self._loaders, loaded, ledger)
         self.plan, self._replays = start.plan, start.replays
         self.record = PartitionRecord(start.run, settings.mode, start.plan, start.why, start.windows)
         self.files = PartitionFiles(trainer, settings.folder)
@@ -93,16 +100,17 @@ class PartitionSession:
         """Make a group for the messages of windows and orders, if there are any."""
         has_sampler = any(loader.settings["sampler"] for loader in self._loaders)
         if self._ranks > 1 and (self._meter is not None or has_sampler):
-            dist.barrier()  # hears of the failure of another rank, which the making of a group would not
+            # hears of the failure of another rank, which the making of a group would not
+            Recorder(self._ledger).barrier("set_up").wait()
             self._group = another_group(internals.timeout_of(self._trainer.strategy), backend="gloo")
-            self._recorder = Recorder(CommLedger(), self._group)
+            self._recorder = Recorder(self._ledger, self._group)
 
     # ---- following ---------------------------------------------------------------------------------------------------
 
     def follow_new_loaders(self) -> None:
         """Follow loaders that the Trainer has made anew."""
         if checks.loaders_of(self._trainer) != self._loaders:
-            self._loaders, _ = checks.agreed_loaders(self._trainer, self._settings)
+            self._loaders, _ = checks.agreed_loaders(self._trainer, self._settings, self._ledger)
             self._attach()
 
     def _attach(self) -> None:

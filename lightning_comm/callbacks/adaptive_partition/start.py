@@ -9,6 +9,7 @@ from lightning_comm.callbacks.adaptive_partition.checks import has_batch_norm
 from lightning_comm.callbacks.adaptive_partition.settings import PartitionSettings
 from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place
 from lightning_comm.core.adaptive_partition.shares import UNBOUNDED, proportional_sizes
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.data.adaptive_partition.loader import PartitionedLoader
 from lightning_comm.formats.adaptive_partition import PartitionJournal, Window
 from lightning_comm.instruments.clocks import json_from_rank_0
@@ -26,6 +27,7 @@ class StartOfRun:
         settings: What the user chose.
         loaders: Those of the training data, alike on all ranks.
         loaded: What a checkpoint kept.
+        ledger: Where messages are written down.
 
     Attributes:
         run: What a journal must agree with.
@@ -52,6 +54,7 @@ class StartOfRun:
         settings: PartitionSettings,
         loaders: list[PartitionedLoader],
         loaded: dict[str, Any] | None,
+        ledger: CommLedger,
     ) -> None:
         self._settings = settings
         first = loaders[0].settings
@@ -74,7 +77,7 @@ class StartOfRun:
         _check_merged_batch(loaders, self.hi)
         load_skipped_loader_states(trainer)
         if settings.replay is not None:
-            self._replay(trainer, settings.replay)
+            self._replay(trainer, settings.replay, ledger)
         elif loaded is not None:
             self._resume(loaded, max(Place(trainer.current_epoch, 0), *(loader.dispatched for loader in loaders)))
         if with_norm and trainer.world_size > 1:
@@ -85,8 +88,8 @@ class StartOfRun:
         if with_norm:
             _warn_of_single_samples(loaders, trainer.world_size)
 
-    def _replay(self, trainer: Trainer, path: str) -> None:
-        journal = PartitionJournal.from_dict(_journal_of_rank_0(trainer, path))
+    def _replay(self, trainer: Trainer, path: str, ledger: CommLedger) -> None:
+        journal = PartitionJournal.from_dict(_journal_of_rank_0(trainer, path, ledger))
         different = journal.mismatch(self.run)
         if different:
             raise ValueError(
@@ -165,7 +168,7 @@ def _check_merged_batch(loaders: list[PartitionedLoader], hi: tuple[int, ...]) -
             )
 
 
-def _journal_of_rank_0(trainer: Trainer, path: str) -> dict[str, Any]:
+def _journal_of_rank_0(trainer: Trainer, path: str, ledger: CommLedger) -> dict[str, Any]:
     """Return what rank 0 reads. Other hosts may lack the file, so all ranks learn of it, and all refuse it alike."""
     content: dict[str, Any] = {}
     problem = ""
@@ -174,7 +177,7 @@ def _journal_of_rank_0(trainer: Trainer, path: str) -> dict[str, Any]:
             content = PartitionJournal.load(path).to_dict()
         except Exception as error:  # whatever it is, the others wait for word of it
             problem = str(error)
-    content, problem = json_from_rank_0((content, problem), trainer.strategy.root_device)
+    content, problem = json_from_rank_0((content, problem), trainer.strategy.root_device, ledger, "set_up")
     if problem:
         raise ValueError(
             f"{_WHERE}: `replay` must be the journal of an earlier run, on rank 0; got {path!r}. {problem}"

@@ -22,7 +22,7 @@ from lightning_comm.callbacks.comm_profiler.log_interval import Window
 from lightning_comm.callbacks.comm_profiler.session import Session
 from lightning_comm.core.costs import LinkProfile
 from lightning_comm.core.key_figures import RunFigures, StepFigures
-from lightning_comm.core.ledger import wire_bytes
+from lightning_comm.core.ledger import CommLedger, wire_bytes
 from lightning_comm.core.local_update.periods import is_whole
 from lightning_comm.core.rank_profile import RankProfile, combine, inferred_waits, with_waits
 from lightning_comm.errors import refuse, refuse_with_strategy
@@ -90,7 +90,7 @@ class CommProfiler(Callback):
         *Communication.* None within training. Before it, 16 round trips of 8 bytes between each rank and rank 0, to
         compare clocks, and 8 bytes from rank 0, with ``probe`` one object more; after it, the same again and one row of
         figures from each rank: at most 1,000 steps, some 400 KB. Where the Trainer's group sends from GPUs alone, in a
-        gloo group of their own.
+        gloo group of their own. :attr:`ledger` has all of it, as ``"instruments"``; it is in none of the figures.
 
         *Cost.* Below 1 % of a step of 50 ms; ``benchmarks/instruments/profiler.py`` measures it. *Memory.* About 1 MB.
 
@@ -135,6 +135,7 @@ class CommProfiler(Callback):
         self.timeline_steps = timeline_steps
         self.warmup_steps = warmup_steps
         self.page = page
+        self._ledger = CommLedger()
         self.figures: RunFigures | None = None
         self.steps: list[StepFigures] = []
         self.run_folder: Path | None = None
@@ -146,6 +147,11 @@ class CommProfiler(Callback):
         self._all_met = False
         self._group: dist.ProcessGroup | None = None  # in which ranks meet; the default group if that is one of the CPU
         self._is_the_first = True
+
+    @property
+    def ledger(self) -> CommLedger:
+        """What the profiler itself sent, before and after the training of the last or current ``fit``, on this rank."""
+        return self._ledger
 
     # ---- the one place where failures end ------------------------------------------------------------------------
 
@@ -176,6 +182,7 @@ class CommProfiler(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        self._ledger = CommLedger()
         self.figures, self.steps, self.run_folder = None, [], None
         self._session, self._header, self._stopped, self._all_met = None, {}, None, False
         self._window, self._group = Window(), None
@@ -188,7 +195,7 @@ class CommProfiler(Callback):
             )
             return
         if self.probe is not None:
-            self._link_bytes_per_s, problem = _probed_bytes_per_s(self.probe, trainer)
+            self._link_bytes_per_s, problem = _probed_bytes_per_s(self.probe, trainer, self._ledger)
             refuse_with_strategy(trainer, "CommProfiler", [problem] if problem else [])
 
     @override
@@ -201,8 +208,8 @@ class CommProfiler(Callback):
         if _several_ranks():
             # every rank comes here, whatever its disk is like: what can fail on one alone comes afterwards
             self._group = group_on_the_host(timeout_of(trainer.strategy))
-            clock = [compare_clocks(self._group)]
-            number = number_from_rank_0(number, self._group)
+            clock = [compare_clocks(self._ledger, self._group)]
+            number = number_from_rank_0(number, self._ledger, self._group)
             self._all_met = True
         self._header = _header(trainer, self.warmup_steps, self._link_bytes_per_s)
         self.run_folder = run_folder(folder, number)
@@ -293,10 +300,10 @@ class CommProfiler(Callback):
         rows = [self._own_row()]
         if self._all_met:
             # every rank comes here, also one whose profiler has stopped
-            clock = compare_clocks(self._group)
+            clock = compare_clocks(self._ledger, self._group)
             if rows[0] is not None:
                 rows[0]["clock"].append(clock)
-            rows = gather_json(rows[0], torch.device("cpu"), self._group)
+            rows = gather_json(rows[0], torch.device("cpu"), self._ledger, group=self._group)
             if self._group is not None:
                 dist.destroy_process_group(self._group)
                 self._group = None
@@ -389,7 +396,7 @@ def _header(trainer: Trainer, warmup_steps: int, link_bytes_per_s: float | None)
     }
 
 
-def _probed_bytes_per_s(path: str, trainer: Trainer) -> tuple[float, str]:
+def _probed_bytes_per_s(path: str, trainer: Trainer, ledger: CommLedger) -> tuple[float, str]:
     """Return what rank 0 reads, and what is wrong with it.
 
     Other hosts may lack the file, so all ranks learn of it, and all refuse it alike.
@@ -400,7 +407,7 @@ def _probed_bytes_per_s(path: str, trainer: Trainer) -> tuple[float, str]:
             bytes_per_s = LinkProfile.load(path).bytes_per_s
         except Exception as error:  # whatever it is, the others wait for word of it
             problem = f"got {path!r}: {error}"
-    bytes_per_s, problem = json_from_rank_0((bytes_per_s, problem), trainer.strategy.root_device)
+    bytes_per_s, problem = json_from_rank_0((bytes_per_s, problem), trainer.strategy.root_device, ledger)
     if problem:
         problem = (
             f"`probe` must be a file that `lightning-comm probe` has saved, on rank 0; {problem}. Leave it out to "

@@ -35,6 +35,7 @@ from lightning_comm.callbacks import CommProfiler, EmulatedDevice
 from lightning_comm.cli.fit.command import CommandLine
 from lightning_comm.cli.pilot.arguments import OWN, Refused, without_start_method
 from lightning_comm.cli.pilot.trial_callbacks import Rehearsal, Watch
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update.periods import FixedPeriod
 from lightning_comm.instruments.clocks import device_of_group, gather_json
 from lightning_comm.planning.pilot.costs import BASELINE, LIMIT
@@ -152,14 +153,14 @@ def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
         Refused: If a trial ends early; on all ranks.
 
     """
-    rehearsal = Rehearsal()
+    rehearsal, ledger = Rehearsal(), CommLedger()
     line = TrialLine(job, BASELINE, [rehearsal])
     ranks = line.trainer.world_size
-    batch_size = max(_gather(rehearsal.batch_size or 0, line.trainer))
+    batch_size = max(_gather(rehearsal.batch_size or 0, line.trainer, ledger))
     if job.device_s is not None and batch_size == 0:
         raise ValueError("pilot: `--device-ms` paces batches by their samples, and this one has none that can be seen.")
     is_first = line.trainer.is_global_zero
-    totals = _gather(rehearsal.total_steps, line.trainer)
+    totals = _gather(rehearsal.total_steps, line.trainer, ledger)
     try:
         steps, warmup_steps = fit_to_run(job.steps, job.warmup_steps, _shortest(totals), job.given)
     except ValueError as error:
@@ -217,7 +218,7 @@ def _trial(job: Job, strategy: str, batch_size: int, rehearsal: Rehearsal) -> di
         "loss": mean(watch.losses) if watch.losses else None,
         "devices": [_paced(each) for each in callbacks if isinstance(each, EmulatedDevice)],
     }
-    ranks = _gather(own, line.trainer)
+    ranks = _gather(own, line.trainer, profiler.ledger)
     if (taken := min(len(rank["step_s"]) for rank in ranks)) < job.steps:
         raise Refused(ended_early(taken, job.steps, job.warmup_steps))
     if not line.trainer.is_global_zero:
@@ -285,9 +286,11 @@ def _over_ranks(rows: list[Any], combine: Callable[[list[float]], float]) -> lis
     return [combine(list(values)) for values in zip(*rows, strict=True)]
 
 
-def _gather(own: Any, trainer: Trainer) -> list[Any]:
+def _gather(own: Any, trainer: Trainer, ledger: CommLedger) -> list[Any]:
     """Return what each rank has, on all of them."""
-    return gather_json(own, device_of_group(trainer.strategy.root_device)) if dist.is_initialized() else [own]
+    if not dist.is_initialized():
+        return [own]
+    return gather_json(own, device_of_group(trainer.strategy.root_device), ledger)
 
 
 def main(job: Job) -> int:

@@ -28,11 +28,12 @@ from lightning_comm.cli.environment import version_of
 from lightning_comm.cli.probe.arguments import parse
 from lightning_comm.cli.quiet import lightning_is_quiet
 from lightning_comm.core.costs import LinkProfile
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.instruments.clocks import device_of_group, gather_json, json_from_rank_0
 from lightning_comm.instruments.nccl_log import ways_taken
 from lightning_comm.instruments.probe import device_of_messages, probe_link
 from lightning_comm.reports.link import describe_link
-from lightning_comm.transport.recording import leave_group_at_exit
+from lightning_comm.transport.recording import Recorder, leave_group_at_exit
 from lightning_comm.transport.start import all_ranks_started
 
 _PATIENCE_S = 120  # beyond the budget, for a rank that died
@@ -72,7 +73,8 @@ def main(args: Sequence[str]) -> int:
 
 def _measure(fabric: Fabric, options: argparse.Namespace, args: Sequence[str]) -> int:
     # Rank 0 will write the file, so it finds out whether it can, and all give up together before anything is measured.
-    problem = json_from_rank_0(_problem_with(options.out) if fabric.is_global_zero else None, fabric.device)
+    ledger = CommLedger()
+    problem = json_from_rank_0(_problem_with(options.out) if fabric.is_global_zero else None, fabric.device, ledger)
     if problem is not None:
         if fabric.is_global_zero:
             print(problem, file=sys.stderr)
@@ -84,9 +86,10 @@ def _measure(fabric: Fabric, options: argparse.Namespace, args: Sequence[str]) -
             node=fabric.node_rank,
             device=device_of_messages(fabric.device),
             environment=_environment(args),
+            ledger=ledger,
         )
-        profile = _with_transport(profile, fabric)
-        fabric.barrier()
+        profile = _with_transport(profile, fabric, ledger)
+        Recorder(ledger).sent_by_others("barrier", "instruments", 0, fabric.barrier)
     except ValueError as error:  # on all ranks alike
         if fabric.is_global_zero:
             print(f"lightning-comm {error}", file=sys.stderr)
@@ -220,10 +223,10 @@ def _have_nccl_log(folder: str) -> None:
         os.environ |= {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": f"{folder}/%h.%p"}  # children inherit it
 
 
-def _with_transport(profile: LinkProfile, fabric: Fabric) -> LinkProfile:
+def _with_transport(profile: LinkProfile, fabric: Fabric, ledger: CommLedger) -> LinkProfile:
     """Add what carried the messages, from all ranks."""
     own = _nccl_ways() if profile.backend == "nccl" else [_gloo_interface()]
-    seen: list[list[str]] = gather_json(own, device_of_group(fabric.device))
+    seen: list[list[str]] = gather_json(own, device_of_group(fabric.device), ledger)
     ways = sorted({way for ways in seen for way in ways})
     return replace(profile, transport=", ".join(ways))
 

@@ -51,6 +51,7 @@ def load_together(
     refused: Callable[[], None],
     *,
     in_set_up: bool,
+    ledger: CommLedger,
 ) -> tuple[_PATH, dict[str, Any]]:
     """Load the main file of a checkpoint, and see first that it is whole.
 
@@ -61,6 +62,7 @@ def load_together(
         load: Lightning's way to load it.
         refused: Called before the error that all ranks raise alike, which so is no failure of one of them.
         in_set_up: For ``fit``: whether this is before its set-up, where Lightning loads on all ranks.
+        ledger: Where messages are written down.
 
     Returns:
         The path of the file that was loaded, and its content.
@@ -70,7 +72,8 @@ def load_together(
         Exception: Whatever this rank's own attempt raises.
 
     Note:
-        *Communication.* A byte of each rank where Lightning loads a checkpoint, on all ranks.
+        *Communication.* A byte of each rank where Lightning loads a checkpoint, on all ranks, recorded as
+        ``"checkpoint_files"``.
 
     """
     failure: Exception | None = None
@@ -82,8 +85,8 @@ def load_together(
     except Exception as error:
         failure = error
     if for_all:
-        recorder = Recorder(CommLedger())
-        found = first_problem(strategy, recorder, None if failure is None else told(failure))
+        problem = None if failure is None else told(failure)
+        found = first_problem(strategy, Recorder(ledger), problem, "checkpoint_files")
         if found is not None and failure is None:
             rank, text = found
             failure = CheckpointError(

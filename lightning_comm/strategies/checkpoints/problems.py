@@ -18,7 +18,9 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def first_problem(strategy: ParallelStrategy, recorder: Recorder, problem: str | None) -> tuple[int, str] | None:
+def first_problem(
+    strategy: ParallelStrategy, recorder: Recorder, problem: str | None, purpose: str = "control"
+) -> tuple[int, str] | None:
     """Return, on all ranks, the first rank that has a problem, and which; every rank calls this.
 
     Note:
@@ -27,14 +29,14 @@ def first_problem(strategy: ParallelStrategy, recorder: Recorder, problem: str |
     """
     text = (problem or "").encode()[:_BYTES].decode(errors="ignore").encode()  # no half characters
     mine = torch.tensor([problem is not None], dtype=torch.uint8, device=strategy.root_device)
-    rows, pending = recorder.all_gather(mine, "control")
+    rows, pending = recorder.all_gather(mine, purpose)
     pending.wait()
     troubled = rows.flatten().nonzero().flatten().tolist()
     if not troubled:
         return None
     row = torch.zeros(_BYTES, dtype=torch.uint8)
     row[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-    texts, pending = recorder.all_gather(row.to(strategy.root_device), "control")
+    texts, pending = recorder.all_gather(row.to(strategy.root_device), purpose)
     pending.wait()
     first = troubled[0]
     return first, bytes(texts[first].tolist()).rstrip(b"\0").decode(errors="replace")

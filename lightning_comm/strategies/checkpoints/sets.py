@@ -42,12 +42,22 @@ def rank_path(filepath: _PATH, save_id: str, rank: int) -> str:
     return os.path.join(folder(filepath), *([save_id] if save_id else []), f"rank{rank}.pt")
 
 
-def begin(strategy: ParallelStrategy, filepath: _PATH) -> Save:
-    """Return a new save, the same on all ranks: the path of rank 0 may hold the step, which differs apart."""
+def begin(strategy: ParallelStrategy, filepath: _PATH, from_rank_0: Callable[[Any], Any]) -> Save:
+    """Return a new save, the same on all ranks: the path of rank 0 may hold the step, which differs apart.
+
+    Args:
+        strategy: The strategy.
+        filepath: Of the main file.
+        from_rank_0: Gives all ranks what rank 0 has, in plain types.
+
+    Note:
+        *Communication.* What ``from_rank_0`` sends: a path, an id, and what rank 0 has removed since the last save.
+
+    """
     notes, mine = notes_of(strategy), Save(str(filepath))
     removed = list(notes.removed)
     del notes.removed[: len(removed)]  # the thread that writes may add to it meanwhile
-    path, save_id, removed = strategy.broadcast((mine.path, mine.id, removed))
+    path, save_id, removed = from_rank_0((mine.path, mine.id, removed))
     if strategy.local_rank == 0 and not strategy.is_global_zero:
         remove_entries(strategy, removed)
     return Save(path, save_id)

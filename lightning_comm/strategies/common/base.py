@@ -9,6 +9,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.errors import Refusals, RefusedSetUp
 from lightning_comm.lightning_internals import Patches, close_finished_epoch, is_without_optimizer, only_note_sigterm
 from lightning_comm.strategies.checkpoints import removal
@@ -28,7 +30,14 @@ from lightning_comm.strategies.common.interruptions import Interruptions
 from lightning_comm.strategies.common.model_checks import lazy_names
 from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.failures import Peers, is_lost_connection
-from lightning_comm.transport.recording import hang_up, has_unfinished_messages, leave_group_at_exit, note_exit_status
+from lightning_comm.transport.plain_data import broadcast_json
+from lightning_comm.transport.recording import (
+    Recorder,
+    hang_up,
+    has_unfinished_messages,
+    leave_group_at_exit,
+    note_exit_status,
+)
 from lightning_comm.transport.start import all_ranks_started
 from lightning_comm.transport.stop_protocol import Agreement, KeyValueStore, PeerFailure, default_store
 from lightning_comm.transport.store_client import StoreLostError
@@ -59,6 +68,11 @@ class PeerAwareStrategy(DDPStrategy):
     _run_failed = False  # whether that run has ended by an exception on this rank
     _refused_by_callbacks: list[tuple[str, str]] = []  # noqa: RUF012  (never changed in place)
     _evaluation: Patches | None = None  # what is replaced while a `validate`, `test` or `predict` runs
+
+    @property
+    @abstractmethod
+    def ledger(self) -> CommLedger:
+        """What this rank has sent in the last or current ``fit``."""
 
     @property
     @abstractmethod
@@ -226,7 +240,37 @@ class PeerAwareStrategy(DDPStrategy):
 
     def _meet_before_groups(self) -> None:
         """Wait for all ranks before process groups are made: there a failure of another would not be heard."""
-        self._together(lambda: DDPStrategy.barrier(self), None, "the set-up")
+
+        def meet() -> None:
+            self._own_recorder().sent_by_others("barrier", "set_up", 0, lambda: DDPStrategy.barrier(self))
+
+        self._together(meet, None, "the set-up")
+
+    def _any_rank(self, vote: bool) -> bool:
+        """Whether any rank says yes: one all-reduce of 8 bytes, where all ranks have just met in another message."""
+        self._compare_places("a common decision, as before a checkpoint")
+        votes = torch.tensor(int(vote), device=self.root_device)
+
+        def any_vote() -> bool:
+            self._own_recorder().all_reduce(votes, "stops").wait()
+            return bool(votes)
+
+        return self._together(any_vote, vote, "a common decision")
+
+    def _from_rank_0(self, value: Any) -> Any:
+        """Return what rank 0 has on all ranks, in plain types, for a save: two broadcasts."""
+        self._compare_places("a broadcast")
+
+        def send() -> Any:
+            return broadcast_json(value, self._own_recorder(), self.root_device, "checkpoint_files")
+
+        return self._together(send, value, "a broadcast")
+
+    def _own_recorder(self) -> Recorder:
+        """Return what sends and records the few messages that are no step's."""
+        recorder = Recorder(self.ledger)
+        recorder.step = 0 if self._trainer is None else self._trainer.global_step
+        return recorder
 
     def _first_error_shown(self, where: str, *, waits: bool = True) -> AbstractContextManager[None]:
         """Turn the loss of a connection into an error that names the rank that failed, in a wait."""

@@ -1,5 +1,6 @@
 """Checkpoints of compressed gradients: what all ranks share in the main file, what is a rank's own beside it."""
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.fabric.utilities.types import _PATH
@@ -28,6 +29,7 @@ def write(
     checkpoint: dict[str, Any],
     filepath: _PATH,
     recorder: Recorder,
+    from_rank_0: Callable[[Any], Any],
     *,
     interrupted: bool,
 ) -> Save:
@@ -40,6 +42,7 @@ def write(
         checkpoint: Takes the entry.
         filepath: Of the main file.
         recorder: Sends and records.
+        from_rank_0: Gives all ranks what rank 0 has.
         interrupted: Whether a rank failed, which then writes nothing of its own.
 
     Returns:
@@ -50,7 +53,7 @@ def write(
     if incomplete:
         save = Save(sets.incomplete_path(strategy, _WHERE, filepath))
     elif sync.codec.is_local:
-        save = sets.begin(strategy, filepath)
+        save = sets.begin(strategy, filepath, from_rank_0)
         token = save.id
         sets.write_own(strategy, recorder, _WHERE, save, {"sync": sync.state_dict()})
     else:
@@ -72,10 +75,19 @@ def load(
     compression: Compression,
     checkpoint: dict[str, Any],
     filepath: _PATH,
+    ledger: CommLedger,
 ) -> dict[str, Any] | None:
     """Return what this rank goes on from, or ``None``, on all ranks alike, if a method starts afresh.
 
     Masks are taken from the main file where what else was kept cannot be had.
+
+    Args:
+        strategy: The strategy; every rank calls this.
+        compression: Its settings.
+        checkpoint: What was read from the main file.
+        filepath: Of the main file.
+        ledger: Where messages are written down.
+
     """
     shared = checkpoint.get(KEY)
     if shared is not None and shared["compression"] == repr(compression) and shared["sync"] is not None:
@@ -89,7 +101,7 @@ def load(
     if masks_kept and not fresh.codec.is_local:
         return fresh.state_dict()  # the masks are all there is
     own, problem = _own_state(strategy, compression, checkpoint, filepath)
-    found = first_problem(strategy, Recorder(CommLedger()), problem)
+    found = first_problem(strategy, Recorder(ledger), problem, "checkpoint_files")
     if found is None:
         return own
     if masks_kept:

@@ -26,7 +26,7 @@ from lightning_comm.ondevice.pruning import Masks, Moment, checked_masks
 from lightning_comm.ondevice.pruning.base import warn_of
 from lightning_comm.strategies.common.run_length import steps_to_come
 from lightning_comm.strategies.common.training_samples import training_samples
-from lightning_comm.strategies.compression.start_line import share_pruned
+from lightning_comm.strategies.compression.start_line import handed_over_bytes, share_pruned
 from lightning_comm.transport.compression.mask_agreement import agree, check_agreement, raise_problem_of_rank_0
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
@@ -246,7 +246,7 @@ class PrunedWeights:
             try:
                 link = LinkProfile.load(str(self._settings.link))
                 ranks = self._recorder.world_size
-                row_bytes = self._codec.row_bytes(ROW_BYTES // 4)  # as `then` sends it
+                row_bytes = handed_over_bytes(self._settings, ROW_BYTES // 4, ranks)  # as `then` sends it
                 send_s = link.time_s("all_reduce", row_bytes, ranks) - link.time_s("all_reduce", 4, ranks)
                 share[0] = break_even_share(packing_times(device), send_s)
             except (OSError, ValueError) as error:  # the others wait for word of it

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lightning_comm.core.compression.payload import sent_bytes
+from lightning_comm.core.compression.payload import Part, parts
 from lightning_comm.core.ledger import wire_bytes
 from lightning_comm.core.quantities import data_size, percent
 from lightning_comm.transport.compression.base import Compression
@@ -65,15 +65,26 @@ def compressed_bytes(
         ``None`` for a compression of the user's own.
 
     """
+    made = _parts(compression, shapes, ranks, itemsize)
+    return None if made is None else sum(wire_bytes(part.kind, part.payload_bytes, ranks) for part in made)
+
+
+def handed_over_bytes(compression: Compression, entries: int, ranks: int) -> int:
+    """Return the bytes that a rank hands over to average so many entries of one row; in full for a user's own."""
+    made = _parts(compression, [(entries,)], ranks, 4)
+    return 4 * entries if made is None else sum(part.payload_bytes for part in made)
+
+
+def _parts(compression: Compression, shapes: Sequence[tuple[int, ...]], ranks: int, itemsize: int) -> list[Part] | None:
     sender = compression.sender if type(compression) is SparseMask else compression
     if type(sender) is Full:
-        return wire_bytes("all_reduce", itemsize * sum(map(math.prod, shapes)), ranks)
+        return [Part("all_reduce", itemsize * sum(map(math.prod, shapes)))]
     method = sender.dtype if type(sender) is Cast else _METHODS.get(type(sender))
     if method is None:
         return None  # also for a class of the user's own that derives from one of ours
     ratio = sender.ratio if isinstance(sender, TopK) else 1.0
     rank = sender.rank if isinstance(sender, PowerSGD) else 1
-    return sent_bytes(method, shapes, ranks, ratio=ratio, rank=rank)
+    return parts(method, shapes, ranks, ratio=ratio, rank=rank)
 
 
 def all_reduced_bytes(module: nn.Module, ranks: int) -> int:

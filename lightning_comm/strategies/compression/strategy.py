@@ -184,6 +184,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         self._known_scale: KnownScale | None = None
 
     @property
+    @override
     def ledger(self) -> CommLedger:
         """Every message of the last or current ``fit``, on this rank, but DDP's own of buffers."""
         return self._ledger
@@ -263,6 +264,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         callbacks[:] = [Companion(self), *(each for each in callbacks if not isinstance(each, Companion))]
         if model.trainer.state.fn == TrainerFn.FITTING:
             self._sync = self._pruned = self._resume = self._run = None  # those of an earlier fit
+            self._ledger = CommLedger()
 
     @property
     @override
@@ -286,7 +288,6 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         module = self.lightning_module
         assert module is not None
         assert self._failures is not None
-        self._ledger = CommLedger()
         self._warned = False
         self._fitted = module
         with self._refusals(_WHERE) as refusals:
@@ -300,9 +301,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
                 refusals.add(optimizer_problems(self.optimizers))
         _warn_at_start(self.compression, self.world_size)
         self._run = CompressionRun(trainer, module, Recorder(self._ledger), self._failures, _WHERE, self._beside())
-        self._interruptions = Interruptions(
-            trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False), _WHERE
-        )
+        self._interruptions = Interruptions(trainer, self._run, self._any_rank, _WHERE)
         self._interruptions.install_signal_handlers()
 
     @override
@@ -451,12 +450,6 @@ class CompressedDDPStrategy(PeerAwareStrategy):
     def _own_changes(self) -> AbstractContextManager[None]:
         return self._sync.own_changes() if self._sync is not None else nullcontext()
 
-    def _step_recorder(self) -> Recorder:
-        """Return what sends and records the few messages of a save."""
-        recorder = Recorder(self._ledger)
-        recorder.step = 0 if self._trainer is None else self._trainer.global_step
-        return recorder
-
     def _loss_scale(self) -> float:
         return (self._known_scale() if self._known_scale is not None else None) or 1.0
 
@@ -503,7 +496,8 @@ class CompressedDDPStrategy(PeerAwareStrategy):
                     self.compression,
                     checkpoint,
                     filepath,
-                    self._step_recorder(),
+                    self._own_recorder(),
+                    self._from_rank_0,
                     interrupted=trainer.interrupted,
                 )
         elif trainer is not None and trainer.interrupted:
@@ -515,17 +509,23 @@ class CompressedDDPStrategy(PeerAwareStrategy):
             write()
         else:
             with self._first_error_shown("a checkpoint", waits=False):
-                sets.write_main(self, self._step_recorder(), _WHERE, save, write)
+                sets.write_main(self, self._own_recorder(), _WHERE, save, write)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         load = partial(super().load_checkpoint, weights_only=weights_only)
         checkpoint_path, checkpoint = load_together(
-            self, _WHERE, checkpoint_path, load, self._refuse_together, in_set_up=self._sync is None
+            self,
+            _WHERE,
+            checkpoint_path,
+            load,
+            self._refuse_together,
+            in_set_up=self._sync is None,
+            ledger=self._ledger,
         )
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            state = compression_files.load(self, self.compression, checkpoint, checkpoint_path)
+            state = compression_files.load(self, self.compression, checkpoint, checkpoint_path, self._ledger)
             if self._sync is None:
                 self._resume = state  # taken up at set-up
                 close_finished_epoch(checkpoint.get("loops"))

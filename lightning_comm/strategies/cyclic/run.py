@@ -245,7 +245,8 @@ class CyclicRun:
                 handle = parameter.register_post_accumulate_grad_hook(ready)  # type: ignore[no-untyped-call]
                 self._handles.append(handle)
         if self._tokens is not None:
-            self._stagger = Stagger(schedule, self._tokens, self.agreement.listen)
+            recorder = Recorder(self.recorder.ledger, self._tokens, hold=True)
+            self._stagger = Stagger(schedule, recorder, self.agreement.listen)
 
     # ---- a step --------------------------------------------------------------------------------------------------
 
@@ -286,7 +287,7 @@ class CyclicRun:
         if self._stagger is not None:
             self._end_turn()
             with self.agreement.first_error_shown():
-                self._stagger.begin_batch()
+                self._stagger.begin_batch(self.steps_done)
         if self._stepping:
             self._ask()
         self._enter_start()
@@ -471,7 +472,7 @@ class CyclicRun:
     def _end_turn(self) -> None:
         """Let the next rank begin a batch, also where this one's ended in an error that the module has caught."""
         if self._stagger is not None:
-            self._stagger.reach(2 * len(self.stages))
+            self._stagger.end_batch(2 * len(self.stages))
 
     def _read_notes(self) -> None:
         """Read what ranks have noted two steps ago, once after each step."""

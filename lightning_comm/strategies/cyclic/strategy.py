@@ -187,6 +187,7 @@ class CyclicStrategy(PeerAwareStrategy):
     # ---- what can be seen ----------------------------------------------------------------------------------------
 
     @property
+    @override
     def ledger(self) -> CommLedger:
         """Every message of the last or current run that this rank sent, and how long compute waited for others."""
         return self._ledger
@@ -277,9 +278,7 @@ class CyclicStrategy(PeerAwareStrategy):
             self._timeout or timedelta(minutes=30),
             self._epoch_ends(agreement, store, namespace, WHERE),
         )
-        self._interruptions = Interruptions(
-            trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False), WHERE
-        )
+        self._interruptions = Interruptions(trainer, self._run, self._any_rank, WHERE)
         self._interruptions.install_signal_handlers()
 
     @override
@@ -504,7 +503,13 @@ class CyclicStrategy(PeerAwareStrategy):
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         load = partial(super().load_checkpoint, weights_only=weights_only)
         checkpoint_path, checkpoint = load_together(
-            self, WHERE, checkpoint_path, load, self._refuse_together, in_set_up=self._run is None
+            self,
+            WHERE,
+            checkpoint_path,
+            load,
+            self._refuse_together,
+            in_set_up=self._run is None,
+            ledger=self._ledger,
         )
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._run is not None:

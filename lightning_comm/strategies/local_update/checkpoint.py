@@ -6,6 +6,7 @@ Both carry the same token, the id of the save (:mod:`lightning_comm.strategies.c
 another save is never mistaken for this one's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,14 +91,27 @@ def own_state(run: LocalUpdateRun, lightning_state: dict[str, Any]) -> dict[str,
     }
 
 
-def write(strategy: ParallelStrategy, run: LocalUpdateRun, checkpoint: dict[str, Any], filepath: _PATH) -> Save:
+def write(
+    strategy: ParallelStrategy,
+    run: LocalUpdateRun,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+    from_rank_0: Callable[[Any], Any],
+) -> Save:
     """Write this rank's file, and the strategy's entry into the checkpoint; every rank calls this.
+
+    Args:
+        strategy: The strategy.
+        run: The run.
+        checkpoint: Takes the entry.
+        filepath: Of the main file.
+        from_rank_0: Gives all ranks what rank 0 has.
 
     Returns:
         The save, whose main file is still to be written.
 
     """
-    save = sets.begin(strategy, filepath)
+    save = sets.begin(strategy, filepath, from_rank_0)
     complete = "optimizer_states" in checkpoint  # not with `save_weights_only`
     if complete:
         keys = (*RANK_KEYS, type(strategy.precision_plugin).__qualname__)

@@ -203,6 +203,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         self._group_numbers = GroupNumbers("LocalUpdateStrategy")
 
     @property
+    @override
     def ledger(self) -> CommLedger:
         """Every message of the last or current run, on this rank."""
         return self._ledger
@@ -321,9 +322,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             background,
         )
         self._run.samples = self._samples
-        self._interruptions = Interruptions(
-            trainer, self._run, lambda vote: self.reduce_boolean_decision(vote, all=False), "LocalUpdateStrategy"
-        )
+        self._interruptions = Interruptions(trainer, self._run, self._any_rank, "LocalUpdateStrategy")
         self._interruptions.install_signal_handlers()
 
     @override
@@ -523,7 +522,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             return
         try:
             with run.agreement.first_error_shown("a checkpoint", waits=False):  # rank 0 writes in there
-                save = rank_files.write(self, run, checkpoint, filepath)
+                save = rank_files.write(self, run, checkpoint, filepath, self._from_rank_0)
                 if self.is_global_zero:
                     checkpoint = rank_files.kept_from_change(checkpoint, run.replica, self.checkpoint_io)
                 write = partial(super().save_checkpoint, checkpoint, save.path, storage_options)
@@ -543,7 +542,13 @@ class LocalUpdateStrategy(PeerAwareStrategy):
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         load = partial(super().load_checkpoint, weights_only=weights_only)
         checkpoint_path, checkpoint = load_together(
-            self, rank_files.WHERE, checkpoint_path, load, self._refuse_together, in_set_up=self._run is None
+            self,
+            rank_files.WHERE,
+            checkpoint_path,
+            load,
+            self._refuse_together,
+            in_set_up=self._run is None,
+            ledger=self._ledger,
         )
         trainer = self.lightning_module.trainer if self.lightning_module is not None else None
         if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._run is not None:

@@ -158,10 +158,6 @@ class Codec(ABC):
         return self.context.recorder.world_size
 
     @abstractmethod
-    def payload_bytes(self, layout: Layout) -> int:
-        """Return how many bytes this rank hands over for a bucket in float32, over all messages."""
-
-    @abstractmethod
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
         """Replace the entries by the mean over the ranks of what each sent, in place.
 

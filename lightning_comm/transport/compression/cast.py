@@ -59,10 +59,6 @@ class CastCodec(Codec):
         self._dtype = dtype
 
     @override
-    def payload_bytes(self, layout: Layout) -> int:
-        return 2 * layout.numel
-
-    @override
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
         wire = values.mul_(1 / self.world_size).to(self._dtype)
         if sent is not None:

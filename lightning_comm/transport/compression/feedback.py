@@ -42,10 +42,6 @@ class Feedback(Codec):
         self._before_first: dict[str, Tensor] = {}  # and before the first one since an optimizer has stepped
 
     @override
-    def payload_bytes(self, layout: Layout) -> int:
-        return self._codec.payload_bytes(layout)
-
-    @override
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
         before = self._residual_of(layout, values)
         after = values + before

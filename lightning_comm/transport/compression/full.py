@@ -35,10 +35,6 @@ class FullCodec(Codec):
     entrywise = True
 
     @override
-    def payload_bytes(self, layout: Layout, itemsize: int = 4) -> int:
-        return layout.numel * itemsize
-
-    @override
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
         if sent is not None:
             sent.copy_(values)

@@ -11,7 +11,6 @@ from lightning_comm.transport.compression.feedback import Feedback
 from lightning_comm.transport.compression.rounding import largest_entries, round_stochastically, scale_type
 
 _LARGEST = 127
-_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,6 @@ class Int8(Compression):
 
 class Int8Codec(Codec):
     """Rounds, exchanges parts, sums, rounds again and collects."""
-
-    @override
-    def payload_bytes(self, layout: Layout) -> int:
-        part = self._part(layout)
-        return self.world_size * (part + _SCALE_BYTES * len(layout.slots)) + part
 
     def _part(self, layout: Layout) -> int:
         return -(-layout.numel // self.world_size)

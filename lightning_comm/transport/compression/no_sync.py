@@ -30,10 +30,6 @@ class NoSyncCodec(Codec):
     """Leaves each rank its own entries."""
 
     @override
-    def payload_bytes(self, layout: Layout) -> int:
-        return 0
-
-    @override
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
         if sent is not None:
             sent.copy_(values)

@@ -86,10 +86,6 @@ class PowerSGDCodec(Codec):
         return rank if (rows + columns) * rank < slot.numel else 0
 
     @override
-    def payload_bytes(self, layout: Layout) -> int:
-        return 4 * sum(sum(_matrix(slot)) * self._directions(slot) or slot.numel for slot in layout.slots)
-
-    @override
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
         return self._mean(values, layout, sent, None)
 

@@ -132,14 +132,6 @@ class SparseMaskCodec(Codec):
         self._dense_steps = n_steps
 
     @override
-    def payload_bytes(self, layout: Layout) -> int:
-        if self._dense_steps or not self._rows:
-            return self._full.payload_bytes(layout)
-        kept = self._kept_in(layout)
-        sent = kept if self._is_gathered(kept.numel, layout.numel) else layout
-        return self._inner.payload_bytes(sent) if sent.slots else 0
-
-    @override
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
         plan = self._plan_of(layout, values.device)
         if plan is not None and self._masks_changed is not None:
@@ -187,10 +179,6 @@ class SparseMaskCodec(Codec):
             return False
         dense_above = 1.0 if self.dense_above is None else self.dense_above
         return kept <= dense_above * entries or not self._inner.entrywise
-
-    def row_bytes(self, entries: int) -> int:
-        """Return the bytes that so many kept entries of one parameter are sent in."""
-        return self._inner.payload_bytes(Layout((Slot("row", entries, (entries,)),)))
 
     @override
     def begin_step(self) -> None:

@@ -52,10 +52,6 @@ class TernaryCodec(Codec):
             )
 
     @override
-    def payload_bytes(self, layout: Layout) -> int:
-        return 4 * len(layout.slots) + layout.numel
-
-    @override
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
         recorder, purpose = self.context.recorder, self.context.purpose
         scales = largest_entries(layout, values)

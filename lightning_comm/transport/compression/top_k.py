@@ -11,8 +11,6 @@ from lightning_comm.transport.compression.base import Codec, Compression, Contex
 from lightning_comm.transport.compression.feedback import Feedback
 from lightning_comm.transport.compression.rounding import scale_type
 
-_BYTES = 8  # a number and an index
-
 
 @dataclass(frozen=True)
 class TopK(Compression):
@@ -65,10 +63,6 @@ class TopKCodec(Codec):
 
     def _count(self, numel: int) -> int:
         return min(numel, max(1, math.ceil(self._ratio * numel)))
-
-    @override
-    def payload_bytes(self, layout: Layout) -> int:
-        return _BYTES * sum(self._count(slot.numel) for slot in layout.slots)
 
     @override
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from lightning_comm.core.cyclic.schedule import CyclicSchedule
 from lightning_comm.core.cyclic.stagger import token_boundary
-from lightning_comm.transport.recording import leave_behind
+from lightning_comm.transport.recording import Recorder, leave_behind
 
 _LISTEN_S = 1.0
 _END_S = 5.0  # how long the thread may take to end once nothing holds it any more
@@ -24,17 +24,18 @@ class Stagger:
 
     Args:
         schedule: How many ranks and stages there are.
-        group: A process group of its own, on the hosts' processors.
+        recorder: Sends and records over a process group of its own, on the hosts' processors. Its records are held
+            back, since backward passes the token on in a thread of its own.
         listen: Called about once a second while waiting; it may raise.
 
     Note:
-        *Communication.* One message of 8 bytes a batch and rank.
+        *Communication.* One message of 8 bytes a batch and rank, recorded as ``"stagger"``.
 
     """
 
-    def __init__(self, schedule: CyclicSchedule, group: dist.ProcessGroup, listen: Callable[[], None]) -> None:
-        self._group, self._listen = group, listen
-        self._rank, self._workers = dist.get_rank(group), schedule.workers
+    def __init__(self, schedule: CyclicSchedule, recorder: Recorder, listen: Callable[[], None]) -> None:
+        self._recorder, self._listen = recorder, listen
+        self._rank, self._workers = recorder.rank, schedule.workers
         self._boundary = token_boundary(schedule.workers, schedule.stages)
         self._batches = 0  # begun
         self._passed_on = True
@@ -44,10 +45,11 @@ class Stagger:
         self._thread = threading.Thread(target=self._receive, name="lightning_comm tokens", daemon=True)
         self._thread.start()
 
-    def begin_batch(self) -> None:
-        """Wait for this rank's turn to begin a batch."""
+    def begin_batch(self, step: int) -> None:
+        """Wait for this rank's turn to begin a batch, after so many optimizer steps."""
         if self._rank > 0 or self._batches > 0:
             self._wait()
+        self._recorder.step = step
         self._batches += 1
         self._passed_on = False
 
@@ -56,9 +58,14 @@ class Stagger:
         if not self._passed_on and passes >= self._boundary:
             self._passed_on = True
             token = torch.tensor([self._batches])
-            work = dist.isend(token, (self._rank + 1) % self._workers, self._group)
-            assert work is not None
+            target = (self._rank + 1) % self._workers
+            work = self._recorder.send(token, target, "stagger", token.nbytes, tag=0, step=self._recorder.step)
             self._sent.append((work, token))  # a message must be kept until it has left
+
+    def end_batch(self, passes: int) -> None:
+        """Pass the token on, if this batch has not done so, and write down what was sent in it."""
+        self.reach(passes)
+        self._recorder.write_held()
 
     def close(self) -> None:
         """Take the last token off the wire, and end."""
@@ -67,6 +74,7 @@ class Stagger:
         self._expected.put(False)
         for work, _ in self._sent:
             work.wait()
+        self._recorder.write_held()
 
     def abandon(self) -> None:
         """End the thread where another rank is gone, or this one is about to go, once the group has been hung up."""
@@ -89,9 +97,7 @@ class Stagger:
         try:
             while self._expected.get():
                 token = torch.empty(1, dtype=torch.int64)
-                work = dist.irecv(token, (self._rank - 1) % self._workers, self._group)
-                assert work is not None
-                work.wait()
+                self._recorder.receive(token, (self._rank - 1) % self._workers, tag=0).wait()
                 self._tokens.put(None)
         except BaseException as error:  # raised where compute waits
             self._tokens.put(error)

@@ -210,13 +210,15 @@ def _messages(rank, options):
     partition = AdaptivePartition(**{"window_steps": 5, "warmup_steps": 0, "min_gain": 0.9, **options})
     fit(ddp(), 2, Fit(), loader_of(23 * BATCH), partition, [CommProfiler(page=False)])
     end()
-    return seen
+    kept = {purpose: partition.ledger.messages(purpose) for purpose in partition.ledger.purposes}
+    return [each for each in seen if each[1] not in ("set_up", "instruments")], kept
 
 
 @pytest.mark.parametrize(("options", "expected"), [({}, 4), ({"mode": "observe"}, 4), (UNEVEN, 0)], ids=str)
 def test_a_window_costs_one_message_of_48_bytes_a_rank(options, expected):
-    for seen in launch(_messages, options, world_size=2):
+    for seen, kept in launch(_messages, options, world_size=2):
         assert seen == [("all_gather", "partition", 48)] * expected
+        assert kept == {"set_up": 4 + bool(expected), **({"partition": expected} if expected else {})}
 
 
 def _twice(rank):

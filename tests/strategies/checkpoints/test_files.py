@@ -52,7 +52,7 @@ def on_rank_zero(rank, method, *args):
 
 
 def save_set(ranks, path, version):
-    save = sets.begin(ranks[0], path)
+    save = sets.begin(ranks[0], path, ranks[0].broadcast)
     for rank in ranks:
         sets.write_own(rank, None, "Strategy", save, {"content": version})
     checkpoint = {"content": version, "token": save.id, "weights": torch.ones(3)}
@@ -223,8 +223,8 @@ def test_a_host_without_rank_0_removes_what_rank_0_has_removed(tmp_path, monkeyp
             assert wait_for_writes(ranks[0].checkpoint_io) is None
             (host / "of the other disk").mkdir(parents=True)
             removal.notes_of(ranks[0]).removed.append(str(host / "of the other disk"))
-            sets.begin(ranks[0], "any")
-            sets.begin(ranks[1], "any")
+            sets.begin(ranks[0], "any", ranks[0].broadcast)
+            sets.begin(ranks[1], "any", ranks[1].broadcast)
             assert not host.exists()
     ranks[0].checkpoint_io.teardown()
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from support.processes import one_launch
 
-from lightning_comm.core.compression.payload import parts
+from lightning_comm.core.compression.payload import parts, sent_bytes
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.compression.base import Compression, Context, Layout, Slot, run_alone
 from lightning_comm.transport.compression.cast import Cast
@@ -54,7 +54,7 @@ def _one_step(rank, compression, feedback):
     sent = torch.full_like(values, torch.nan)
     run_alone(codec.mean(values, LAYOUT, sent))
     payload = ledger.payload_bytes()
-    return values.numpy(), sent.numpy(), payload, codec.payload_bytes(LAYOUT)
+    return values.numpy(), sent.numpy(), payload, ledger.wire_bytes()
 
 
 @cache
@@ -86,10 +86,11 @@ def test_all_ranks_get_the_mean_of_what_they_sent(compression, world_size):
 def test_payload_is_what_the_formula_says(compression, world_size):
     word = next((word for word, make in WORDS.items() if type(make()) is type(compression)), "full")
     # tests/core/compression/test_payload.py counts these by hand
-    formula = sum(part.payload_bytes for part in parts(word, list(SHAPES.values()), world_size, ratio=0.1, rank=2))
-    for *_, sent_bytes, said_bytes in one_step(world_size)[compression, True]:
-        assert sent_bytes == formula
-        assert said_bytes == formula
+    shapes, settings = list(SHAPES.values()), {"ratio": 0.1, "rank": 2}
+    formula = sum(part.payload_bytes for part in parts(word, shapes, world_size, **settings))
+    for *_, payload, wire in one_step(world_size)[compression, True]:
+        assert payload == formula
+        assert wire == sent_bytes(word, shapes, world_size, **settings)
 
 
 @pytest.mark.parametrize("compression", [c for c in WHOLE if c != NoSync()], ids=name_of)

@@ -121,7 +121,6 @@ def _sent(rank, then, feedback):
         before.numpy(),
         outside.numpy(),
         ledger.payload_bytes(),
-        codec.payload_bytes(LAYOUT),
     )
 
 
@@ -139,9 +138,8 @@ def test_a_chain_sends_what_the_formula_says_and_nothing_outside_the_mask(run_ra
     }[type(then).__name__]
     answers = run_ranks(_sent, then, False, world_size=world_size)
     mean_sent = torch.stack([torch.from_numpy(sent).double() for _, sent, *_ in answers]).mean(0)
-    for values, sent, before, outside, counted, said in answers:
+    for values, sent, before, outside, counted in answers:
         assert counted == formula
-        assert said == formula
         assert (values[outside] == 0).all()
         assert (sent[outside] == 0).all()
         assert (values == answers[0][0]).all(), "ranks differ"
@@ -162,18 +160,17 @@ def _whole(rank, then, dense_above, masked):
     masks, parameters = masks_and_parameters()
     layout = Layout(LAYOUT.slots if masked else LAYOUT.slots[1:2])
     values = [torch.randn(layout.numel, generator=torch.Generator().manual_seed(rank)) for _ in range(4)]
-    counted, said = [], []
+    counted = []
     for step, row in enumerate(values):
         if step == 1:
             codec.install(masks, parameters.items())
         if step == 3:
             codec.request_dense(1)
-        said.append(codec.payload_bytes(layout))
         codec.begin_step()
         run_alone(codec.mean(row, layout))
         codec.end_step()
         counted.append(ledger.payload_bytes() - sum(counted))
-    return [row.numpy() for row in values], counted, said
+    return [row.numpy() for row in values], counted
 
 
 def test_a_whole_bucket_goes_as_the_method_behind_the_mask_sends_it(run_ranks):
@@ -195,9 +192,9 @@ def _check_whole(then, masked, answers, gathered):
         "Ternary": kept + 4 * slots,
         "TopK": 8 * (25 + 4 + 30 if masked else 4),
     }[type(then).__name__]
-    for (means, counted, said), (others, *_) in zip(answers, gathered, strict=True):
+    for (means, counted), (others, *_) in zip(answers, gathered, strict=True):
         # exactly and in full before anything is pruned, and where that was asked for
-        assert counted == said == [4 * entries, formula, formula, 4 * entries]
+        assert counted == [4 * entries, formula, formula, 4 * entries]
         assert (means[0] == means[3]).all()
         assert all((one == other).all() for one, other in zip(means, others, strict=True))
 

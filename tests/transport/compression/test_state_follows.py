@@ -193,9 +193,9 @@ def _masks(rank):
         with device.counting() as reading:
             codec.install(masks, model(torch.float32, CUDA).items())
         with device.counting() as asking:
-            payload_bytes = codec.payload_bytes(LAYOUT)
-        by_hand = 4 * sum(int(mask.sum()) if mask.dim() > 1 else mask.numel() for mask in kept.values())
-        return [wait.kind for wait in reading], len(asking), payload_bytes == by_hand
+            counts = [(slot.name, slot.numel) for slot in codec._kept_in(LAYOUT).slots]
+        by_hand = [(name, int(mask.sum()) if mask.dim() > 1 else mask.numel()) for name, mask in kept.items()]
+        return [wait.kind for wait in reading], len(asking), counts == by_hand
 
 
 def test_entries_of_masks_are_counted_on_their_device_in_one_reading_for_all():
