@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_any
 from lightning_comm import Cast, Int8, PowerSGD, Ternary, TopK
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.flat import Flat
-from lightning_comm.transport.averaging import IN_FLIGHT, Averager, _buckets, _pack, _write_means
+from lightning_comm.transport.averaging import IN_FLIGHT, FullAverage, _buckets, _pack, _write_means
 from lightning_comm.transport.compression.base import Context, Layout, Slot, run_alone
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.recording import Recorder
@@ -127,7 +127,7 @@ def packing_of(tensors: list[torch.Tensor], bucket_bytes: int, ranks: int) -> Ca
 
 
 def _average(tensors: list[torch.Tensor], bucket_bytes: int) -> Callable[[], Any]:
-    averager = Averager(Recorder(CommLedger()), bucket_bytes)
+    averager = FullAverage(Recorder(CommLedger()), bucket_bytes)
     return lambda: averager.average_(tensors, "parameters", moderate=True)  # as in a run of which nothing is huge
 
 

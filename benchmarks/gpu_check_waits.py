@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_comm import Cast, CyclicEngine, Int8, PowerSGD, Ternary, TopK
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.transport.averaging import Averager
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.averaging import FullAverage
+from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.ddp_hook import GradientSync
@@ -141,14 +141,14 @@ def _tensors(device: str) -> dict[str, torch.Tensor]:
 
 
 def _in_full(device: str) -> Step:
-    averager, tensors = Averager(Recorder(CommLedger()), BUCKET_BYTES), list(_tensors(device).values())
+    averager, tensors = FullAverage(Recorder(CommLedger()), BUCKET_BYTES), list(_tensors(device).values())
     return lambda: averager.average_(tensors, "parameters", moderate=True).read()
 
 
 def _differences(compression: Compression, overlap: bool) -> Callable[[str], Step]:
     def make(device: str) -> Step:
         recorder = Recorder(CommLedger(), another_group(None), hold=True) if overlap else Recorder(CommLedger())
-        averager, tensors = DifferenceAverager(recorder, compression, BUCKET_BYTES), _tensors(device)
+        averager, tensors = CompressedAverage(recorder, compression, BUCKET_BYTES), _tensors(device)
         averager.restart(tensors)
 
         def synchronise() -> None:

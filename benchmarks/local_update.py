@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_comm import CommLedger, FixedPeriod, LocalUpdateStrategy
 from lightning_comm.lab.cluster import Lab, unavailable
-from lightning_comm.transport.averaging import Averager
+from lightning_comm.transport.averaging import FullAverage
 from lightning_comm.transport.recording import Recorder
 
 BUCKETS_MIB = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -54,7 +54,7 @@ def time_averages(rank: int, repeats: int) -> dict[str, list[float]]:
     recorder = Recorder(CommLedger())
     candidates: dict[str, Callable[[], Any]] = {"bare all_reduce": lambda: dist.all_reduce(flat)}
     for mib in BUCKETS_MIB:
-        averager = Averager(recorder, int(mib * 2**20))
+        averager = FullAverage(recorder, int(mib * 2**20))
         candidates[f"average_, buckets of {mib:g} MiB"] = lambda each=averager: each.average_(tensors, "x")
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(repeats + 2):

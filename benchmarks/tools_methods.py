@@ -32,7 +32,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
 from lightning_comm import CommLedger, FixedPeriod, LocalUpdateStrategy
-from lightning_comm.transport.averaging import Averager, Averaging
+from lightning_comm.transport.averaging import Averaging, FullAverage
 from lightning_comm.transport.recording import Recorder
 
 
@@ -74,9 +74,9 @@ def torchft_diloco(job: Job) -> Segment:
 
 
 def averager_alone(job: Job) -> Segment:
-    """Average with our Averager in a plain loop, without Lightning."""
+    """Average with our `FullAverage` in a plain loop, without Lightning."""
     network = job.network()
-    averager = Averager(Recorder(CommLedger()), Averaging().bucket_bytes_under("gloo"))
+    averager = FullAverage(Recorder(CommLedger()), Averaging().bucket_bytes_under("gloo"))
     parameters = list(network.parameters())
     done = 0
 
@@ -160,6 +160,6 @@ TOOLS = {
     "accelerate": Tool("accelerate LocalSGD", accelerate_local_sgd, risky=True),
     "torchft_local": Tool("torchft LocalSGD", torchft_local_sgd, risky=True),
     "torchft_diloco": Tool("torchft DiLoCo, bucketised", torchft_diloco, risky=True),
-    "averager": Tool("ours: `Averager` in a plain loop", averager_alone),
+    "averager": Tool("ours: `FullAverage` in a plain loop", averager_alone),
     OURS: Tool("ours: `LocalUpdateStrategy`, Lightning", ours),
 }

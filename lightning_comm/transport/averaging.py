@@ -39,7 +39,7 @@ class Averaging:
         compression: What to send of the parameters instead of every entry in full: a :class:`Compression`, such as
             ``Cast("bf16")``, or its word: ``"bf16"``, ``"fp16"``, ``"int8"``, ``"powersgd"``, ``"topk"``. ``None``
             sends them in full. A :class:`SparseMask`, alone or in a list with one more, prunes the model and sends what
-            is left. See :class:`~lightning_comm.transport.compressed_average.DifferenceAverager`.
+            is left. See :class:`~lightning_comm.transport.compressed_average.CompressedAverage`.
         overlap_steps: For how many optimizer steps of the next round an average travels in the background. Then each
             rank's weights move by what the average would have moved them at the end of the round: at that step, however
             fast the network was, so results do not depend on timing. 0 waits at the end of the round. In rounds that
@@ -127,7 +127,7 @@ def _usable(compression: Compression) -> Compression:
     return compression
 
 
-class Averager:
+class FullAverage:
     """Replaces tensors by their means over the ranks, in place.
 
     Args:

@@ -13,13 +13,13 @@ from torch import Tensor
 from lightning_comm.ondevice.flat import DriftSum, Flat, drift_of, read_parts, sample, squared_norm
 from lightning_comm.ondevice.limits import drop_unsent_, is_large, limit_, limit_differences_, limit_moved_
 from lightning_comm.transport.averaging import IN_FLIGHT, copy_each
-from lightning_comm.transport.background_tasks import Errand, Errands
+from lightning_comm.transport.background_thread import BackgroundStreams, BackgroundThread
 from lightning_comm.transport.compression.base import Codec, Compression, Context, Layout, Slot
 from lightning_comm.transport.compression.concurrent import Talk
 from lightning_comm.transport.recording import Recorder
 
 
-class DifferenceAverager:
+class CompressedAverage:
     r"""Brings the ranks' parameters together as far as a compression sends what sets them apart.
 
     All ranks hold alike a reference :math:`x`, which was every rank's weights when it was made. At a synchronisation
@@ -66,8 +66,8 @@ class DifferenceAverager:
         self._bucket_bytes = bucket_bytes
         self._reference: dict[str, Tensor] = {}
         self._flights: list[_Flight] = []
-        self._errands = Errands()
-        self._errand: Errand | None = None
+        self._streams = BackgroundStreams()
+        self._thread: BackgroundThread | None = None
         # of the last departure, for each bucket its row and what was sent: fresh memory costs as much as two passes
         self._kept_rows: dict[tuple[Slot, ...], tuple[Tensor, Tensor]] = {}
 
@@ -171,7 +171,7 @@ class DifferenceAverager:
         self._kept_rows = {flight.layout.slots: (flight.row, flight.sent) for flight in self._flights}
         device = self._flights[0].row.device if self._flights else torch.device("cpu")
         scale = self._scale(weight)
-        self._errand = self._errands.start(lambda: self._travel(scale, moderate), device)
+        self._thread = self._streams.start(lambda: self._travel(scale, moderate), device)
 
     def _noted(self, rows: list["_Row"]) -> "_Flight":
         layout = _layout_of(rows)
@@ -224,20 +224,20 @@ class DifferenceAverager:
 
     def arrive(self) -> None:
         """Wait until all has arrived. Changes no parameter."""
-        if self._errand is not None:
-            errand, self._errand = self._errand, None
-            errand.join()
+        if self._thread is not None:
+            thread, self._thread = self._thread, None
+            thread.join()
             self._recorder.write_held()
             self._codec.end_step()
 
     @property
     def is_sending(self) -> bool:
         """Whether messages have departed that :meth:`arrive` has not waited for."""
-        return self._errand is not None
+        return self._thread is not None
 
     def is_quiet(self, timeout_s: float) -> bool:
         """Wait for so long at most, and return whether nothing is on its way any more, for whatever reason."""
-        return self._errand is None or self._errand.is_over(timeout_s)
+        return self._thread is None or self._thread.is_over(timeout_s)
 
     @torch.no_grad()
     def land_(self, tensors: Mapping[str, Tensor]) -> DriftSum:

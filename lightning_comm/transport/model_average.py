@@ -19,9 +19,9 @@ from lightning_comm.ondevice.optimizer.state import is_averageable
 from lightning_comm.ondevice.own_values import OwnValues, copy_into
 from lightning_comm.ondevice.shared_memory import SharedMemory
 from lightning_comm.ondevice.uploads import uploaded
-from lightning_comm.transport.averaging import Averager, Averaging, broadcast_
+from lightning_comm.transport.averaging import Averaging, FullAverage, broadcast_
 from lightning_comm.transport.backends import backend_of
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.base import Codec
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.sparse_mask import SparseMask
@@ -56,7 +56,7 @@ class Replica:
         that is seen from their bits, and ranks agree on what has changed on any of them. Those without a mean are then
         taken from rank 0.
 
-        *With a compression* trained parameters are brought together by a :class:`DifferenceAverager` and ranks are not
+        *With a compression* trained parameters are brought together by a :class:`CompressedAverage` and ranks are not
         equal afterwards. One that has no reference yet (it was unfrozen since) and one that is no longer trained are
         averaged in full, once, and the first has a reference from then on. Complex parameters always travel in full,
         and so do those that share entries with others in a way that none of them has all.
@@ -81,10 +81,10 @@ class Replica:
         self._recorder = recorder
         device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
         self._bucket_bytes = averaging.bucket_bytes_under(backend_of(device))
-        self._averager = Averager(recorder, self._bucket_bytes)
+        self._averager = FullAverage(recorder, self._bucket_bytes)
         self._method = averaging.method
         self._differences = (
-            DifferenceAverager(background or recorder, self._method, self._bucket_bytes) if self._method else None
+            CompressedAverage(background or recorder, self._method, self._bucket_bytes) if self._method else None
         )
         self._average_buffers = buffers == "average"
         self._shadows = shadows

@@ -15,9 +15,9 @@ from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.random_state import random_state, set_random_state
 from lightning_comm.ondevice.share import Share
 from lightning_comm.strategies.common.loss_scale import loss_scale, take_smallest_scale
-from lightning_comm.transport.averaging import Averager, broadcast_
-from lightning_comm.transport.background_tasks import Errand
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.averaging import FullAverage, broadcast_
+from lightning_comm.transport.background_thread import BackgroundThread
+from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.base import Codec, Compression, Context, Layout, Slot, run_alone
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
@@ -154,7 +154,7 @@ def averaged(
         tensors["torch.float32"][0] = 3e38  # the sum of two of them is infinite
         tensors["torch.float32"][1] = float("inf") if rank == 0 else 1.0
     weight = Share.of(range(1, world_size + 1), rank) if weighted else None
-    averager = Averager(Recorder(CommLedger()), 256)
+    averager = FullAverage(Recorder(CommLedger()), 256)
     for _ in range(2 if slow else 1):
         if slow:
             # what is averaged is written behind a kernel that spins, and was something else before
@@ -193,7 +193,7 @@ def in_flight(
     does not wait for the right stream meets NaN, or weights of another time.
     """
     recorder = _SlowRecorder(device) if poison else Recorder(CommLedger(), another_group(None), hold=True)
-    averager = DifferenceAverager(recorder, compression, 4096)
+    averager = CompressedAverage(recorder, compression, 4096)
     weights = {slot.name: row.clone().view(slot.shape).to(device, dtype) for slot, row in _split(entries(9))}
     averager.restart(weights)
     for step in range(2):
@@ -231,15 +231,15 @@ class _SlowRecorder(Recorder):
         return super()._issue(*args, **kwargs)
 
 
-def failing_errand(rank: int, device: str) -> str:
+def failing_thread(rank: int, device: str) -> str:
     """What is raised where somebody waits for work that fails."""
 
     def work() -> None:
         torch.ones(3, device=device).view(2)
 
-    errand = Errand(work, torch.device(device, 0 if device != "cpu" else None))
+    thread = BackgroundThread(work, torch.device(device, 0 if device != "cpu" else None))
     try:
-        errand.join()
+        thread.join()
     except RuntimeError as error:
         return str(error)
     return ""

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.averaging import Averaging
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
@@ -34,7 +34,7 @@ def numpy(tensors):
 
 def _rounds(rank, compression, bucket_bytes):
     ledger = CommLedger()
-    averager = DifferenceAverager(Recorder(ledger), compression, bucket_bytes)
+    averager = CompressedAverage(Recorder(ledger), compression, bucket_bytes)
     weights = start()
     weights["b.weight"] = weights["b.weight"].contiguous(memory_format=torch.channels_last)
     pointers = [tensor.data_ptr() for tensor in weights.values()]
@@ -147,12 +147,12 @@ def test_payload_is_what_the_formula_says(run_ranks, world_size):
 
 def _saved_and_loaded(rank, compression):
     whole, *_ = _rounds(rank, compression, 300)
-    weights, first = start(), DifferenceAverager(Recorder(CommLedger()), compression, 300)
+    weights, first = start(), CompressedAverage(Recorder(CommLedger()), compression, 300)
     first.restart(weights)
     for step in range(ROUNDS):
         moved(weights, rank, step)
         first.average_(weights)
-        again = DifferenceAverager(Recorder(CommLedger()), compression, 300)
+        again = CompressedAverage(Recorder(CommLedger()), compression, 300)
         again.load_state_dict(first.state_dict(), weights)
         first = again
     assert all((whole[-1][1][name] == tensor.numpy()).all() for name, tensor in weights.items() if name != "b.weight")
@@ -216,7 +216,7 @@ def _narrow(rank):
         "complex": torch.ones(5, dtype=torch.complex64),
         "holes": torch.ones(6, 8)[:, ::2],
     }
-    averager = DifferenceAverager(Recorder(CommLedger()), Cast("bf16"), 64)
+    averager = CompressedAverage(Recorder(CommLedger()), Cast("bf16"), 64)
     averager.restart(tensors)
     for tensor in tensors.values():
         tensor.add_(rank)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.flat import Drift, DriftSum, drift_of
 from lightning_comm.ondevice.share import Share
-from lightning_comm.transport.averaging import Averager, Averaging
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.averaging import Averaging, FullAverage
+from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
@@ -42,7 +42,7 @@ def bits(tensor: Tensor) -> list[int]:
 
 def averaged(entries: Tensor, weight: float | None, bucket_bytes: int = 24) -> tuple[Tensor, list[int]]:
     tensor, ledger = entries.clone(), CommLedger()
-    Averager(Recorder(ledger), bucket_bytes).average_([tensor], "parameters", weight)
+    FullAverage(Recorder(ledger), bucket_bytes).average_([tensor], "parameters", weight)
     return tensor, [record.payload_bytes for record in ledger.records]
 
 
@@ -257,7 +257,7 @@ def _differences(rank, weighted):
     largest, found = torch.finfo(torch.float32).max, {}
     for compression in (Full(), Cast("bf16"), Cast("fp16"), Int8(), TopK(0.5), PowerSGD(1)):
         for background in (False, True):
-            averager = DifferenceAverager(Recorder(CommLedger()), compression, 64)
+            averager = CompressedAverage(Recorder(CommLedger()), compression, 64)
             first = torch.tensor([-largest, largest, 1.0, 0.0, -largest, 0.0]).view(2, 3)
             weights = {"a": first.clone(), "mask": torch.tensor([-math.inf, 0.0, largest])}
             averager.restart(weights)

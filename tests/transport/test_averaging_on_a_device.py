@@ -15,8 +15,8 @@ from lightning_comm.ondevice.limits import MODERATE, are_moderate
 from lightning_comm.ondevice.share import Share
 from lightning_comm.ondevice.uploads import uploaded
 from lightning_comm.transport import averaging
-from lightning_comm.transport.averaging import Averager
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.averaging import FullAverage
+from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
@@ -41,10 +41,10 @@ def averages(rank, world_size, *, moderate):
     plain = COUNTS[world_size][rank] / sum(COUNTS[world_size])
     for weight in (None, Share.of(COUNTS[world_size], rank), plain):
         ledger, full = CommLedger(), tensors(rank)
-        drift = Averager(Recorder(ledger), 64).average_(full, "parameters", weight, moderate=moderate).read()
+        drift = FullAverage(Recorder(ledger), 64).average_(full, "parameters", weight, moderate=moderate).read()
         yield [*full, torch.tensor(drift), torch.tensor([record.payload_bytes for record in ledger.records])]
         for compression, background in itertools.product((Full(), Cast("fp16"), Int8(), TopK(0.5)), (False, True)):
-            averager = DifferenceAverager(Recorder(CommLedger()), compression, 64)
+            averager = CompressedAverage(Recorder(CommLedger()), compression, 64)
             named = {str(k): tensor for k, tensor in enumerate(tensors(7))}
             averager.restart(named)
             for own, moved in zip(named.values(), tensors(rank), strict=True):
@@ -101,12 +101,12 @@ class Kernels(TorchDispatchMode):
 def _weighted_on_a_device(rank):
     answers = []
     for weight in (None, Share.of(COUNTS[3], rank)):
-        here, averager = tensors(rank), Averager(Recorder(CommLedger()), 64)
+        here, averager = tensors(rank), FullAverage(Recorder(CommLedger()), 64)
         drift = averager.average_(here, "parameters", weight).read()
         with mock_cuda() as device:
             there = [each.to("cuda") for each in tensors(rank)]
             with device.counting() as waits:
-                found = Averager(Recorder(CommLedger()), 64).average_(there, "parameters", weight, moderate=True)
+                found = FullAverage(Recorder(CommLedger()), 64).average_(there, "parameters", weight, moderate=True)
             same = all(torch.equal(one.cpu(), other) for one, other in zip(there, here, strict=True))
             answers.append((same, found.read() == drift, len(waits), device.hazards))
     return answers
@@ -154,7 +154,7 @@ def _passes(rank):
         with mock_cuda():
             tensor = torch.arange(1.0, 6.0, device="cuda")
             with Kernels() as kernels:
-                Averager(Recorder(CommLedger()), 64).average_([tensor], "parameters", moderate=True)
+                FullAverage(Recorder(CommLedger()), 64).average_([tensor], "parameters", moderate=True)
             found[world_size] = kernels.names, tensor.tolist()
         dist.destroy_process_group()
     return found
@@ -168,7 +168,7 @@ def _unchanged(rank):
     numbers = torch.tensor([0.0, -0.0, 1e-45, -3e-39, 1.0, 3.4e38, float("inf"), float("-inf")])
     rows = [numbers.to(dtype) for dtype in TYPES]
     before = [row.clone() for row in rows]
-    Averager(Recorder(CommLedger()), 16).average_(rows, "parameters")
+    FullAverage(Recorder(CommLedger()), 16).average_(rows, "parameters")
     return all(torch.equal(row.view(torch.uint8), old.view(torch.uint8)) for row, old in zip(rows, before, strict=True))
 
 

@@ -10,8 +10,8 @@ from support.differences import BY_HAND, SHAPES, in_memory_order, moved, start
 from torch import nn
 
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.transport.averaging import Averager, Averaging
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.averaging import Averaging, FullAverage
+from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
@@ -45,7 +45,9 @@ def exact_mean(weights: list[float], entries: list[float]) -> float:
 def _average(rank, weights, bucket_bytes, dtype):
     tensors, ledger = inputs(rank, dtype), CommLedger()
     pointers = [tensor.data_ptr() for tensor in tensors]
-    drift = Averager(Recorder(ledger), bucket_bytes).average_(tensors, "parameters", weights[rank] if weights else None)
+    drift = FullAverage(Recorder(ledger), bucket_bytes).average_(
+        tensors, "parameters", weights[rank] if weights else None
+    )
     assert [tensor.data_ptr() for tensor in tensors] == pointers, "averaging moved a tensor"
     return (
         [tensor.double().numpy() for tensor in tensors],
@@ -77,7 +79,7 @@ def test_every_tensor_becomes_the_weighted_mean_whatever_the_bucket(run_ranks, b
 def _narrow(rank, weights):
     # 256 + 1 has no bf16, so scaling or summing in bf16 would round it away
     tensor = torch.tensor([256.0 if rank == 0 else 2.0] * 30, dtype=torch.bfloat16)
-    Averager(Recorder(CommLedger()), 24).average_([tensor], "parameters", weights[rank])
+    FullAverage(Recorder(CommLedger()), 24).average_([tensor], "parameters", weights[rank])
     return tensor.double().tolist()
 
 
@@ -105,7 +107,7 @@ def _rounds(rank, compression, weights, bucket_bytes, background):
     ledger = CommLedger()
     group = another_group(timedelta(seconds=30)) if background else None
     recorder = Recorder(ledger, group, beside_compute=background, hold=background)
-    averager = DifferenceAverager(recorder, compression, bucket_bytes)
+    averager = CompressedAverage(recorder, compression, bucket_bytes)
     own = start()
     own["b.weight"] = own["b.weight"].contiguous(memory_format=torch.channels_last)
     averager.restart(own)
@@ -117,7 +119,7 @@ def _rounds(rank, compression, weights, bucket_bytes, background):
         if background:
             averager.depart(own, weight)
             if step == 1:  # saved and taken up in flight
-                state, averager = averager.state_dict(), DifferenceAverager(recorder, compression, bucket_bytes)
+                state, averager = averager.state_dict(), CompressedAverage(recorder, compression, bucket_bytes)
                 averager.load_state_dict(state, own)
             copies = {name: tensor.clone() for name, tensor in own.items() if name != "a.bias"}
             averager.correct_(copies)

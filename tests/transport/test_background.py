@@ -10,7 +10,7 @@ from support.differences import BY_HAND, SHAPES, in_memory_order, moved, start
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.averaging import Averaging
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
@@ -29,7 +29,7 @@ def _background(rank, compression, bucket_bytes, pause):
     """Depart after one move, land after another; `pause` is what happens in between."""
     ledger = CommLedger()
     recorder = Recorder(ledger, another_group(timedelta(seconds=30)), beside_compute=True, hold=True)
-    averager = DifferenceAverager(recorder, compression, bucket_bytes)
+    averager = CompressedAverage(recorder, compression, bucket_bytes)
     weights = start()
     weights["b.weight"] = weights["b.weight"].contiguous(memory_format=torch.channels_last)
     averager.restart(weights)
@@ -45,7 +45,7 @@ def _background(rank, compression, bucket_bytes, pause):
             averager.arrive()
         if pause == "resume":
             state = averager.state_dict()
-            averager = DifferenceAverager(recorder, compression, bucket_bytes)
+            averager = CompressedAverage(recorder, compression, bucket_bytes)
             averager.load_state_dict(state, weights)
             assert averager.in_flight
         same = rows(weights)
@@ -123,7 +123,7 @@ def test_the_payload_is_that_of_an_average_in_the_open(run_ranks):
 
 def _other_layouts(rank):
     recorder = Recorder(CommLedger(), another_group(timedelta(seconds=30)), beside_compute=True, hold=True)
-    averager = DifferenceAverager(recorder, Cast("bf16"), 300)
+    averager = CompressedAverage(recorder, Cast("bf16"), 300)
     weights = start()
     averager.restart(weights)
     sizes = []

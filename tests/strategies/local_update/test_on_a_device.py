@@ -92,7 +92,7 @@ def _on_device(rank, averaging, large, callbacks):
         LocalUpdateRun.synchronise = synchronise
         strategy, got = fit(rank, averaging, True, Partly(large), callbacks)
         dist.destroy_process_group()  # here, since a barrier would ask a driver
-        in_threads = [wait for wait in device.waits if "errand" in wait.thread]
+        in_threads = [wait for wait in device.waits if "background" in wait.thread]
     times = [(done.wait_s, done.transfer_s) for done in strategy.history]
     return got, waits, in_threads, device.hazards, times, strategy._run._step_time_s, len(looks)
 
