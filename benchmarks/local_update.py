@@ -49,13 +49,13 @@ def vit_small_shapes() -> list[tuple[int, ...]]:
 def time_averages(rank: int, repeats: int) -> dict[str, list[float]]:
     """Time a bare all-reduce and our average at each bucket size, one after the other, again and again."""
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
-    tensors = [torch.randn(shape) for shape in vit_small_shapes()]
-    flat = torch.randn(sum(tensor.numel() for tensor in tensors))
+    tensors = {str(k): torch.randn(shape) for k, shape in enumerate(vit_small_shapes())}
+    flat = torch.randn(sum(tensor.numel() for tensor in tensors.values()))
     recorder = Recorder(CommLedger())
     candidates: dict[str, Callable[[], Any]] = {"bare all_reduce": lambda: dist.all_reduce(flat)}
     for mib in BUCKETS_MIB:
         averager = FullAverage(recorder, int(mib * 2**20))
-        candidates[f"average_, buckets of {mib:g} MiB"] = lambda each=averager: each.average_(tensors, "x")
+        candidates[f"average_, buckets of {mib:g} MiB"] = lambda each=averager: each.average_(tensors)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(repeats + 2):
         for name, candidate in candidates.items():

@@ -77,7 +77,7 @@ def averager_alone(job: Job) -> Segment:
     """Average with our `FullAverage` in a plain loop, without Lightning."""
     network = job.network()
     averager = FullAverage(Recorder(CommLedger()), Averaging().bucket_bytes_under("gloo"))
-    parameters = list(network.parameters())
+    parameters = dict(network.named_parameters())
     done = 0
 
     def after_step() -> None:
@@ -85,7 +85,7 @@ def averager_alone(job: Job) -> Segment:
         done += 1
         if done % job.period == 0:
             with torch.no_grad():
-                averager.average_(parameters, "parameters")
+                averager.average_(parameters)
 
     return loop(job, network, after_step=after_step)
 

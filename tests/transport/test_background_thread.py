@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from support.mock_cuda import mock_cuda
 from support.mock_cuda_record import Stream
+from support.model_averages import Background
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.background_thread import BackgroundStreams, BackgroundThread
-from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.recording import Recorder, another_group
 
@@ -22,8 +22,8 @@ def _rounds(rank):
     """Return how many streams forty rounds in the background make, and what of their order is missing."""
     with mock_cuda() as device:
         weights = {"a": torch.ones(100, device="cuda"), "b": torch.ones(50, device="cuda")}
-        averager = CompressedAverage(Recorder(CommLedger(), another_group(None), hold=True), Full(), 128)
-        averager.restart(weights)
+        averager = Background(Recorder(CommLedger(), another_group(None), hold=True), Full(), 128)
+        averager.references.restart(weights)
         with mock.patch.object(torch.cuda, "Stream", side_effect=Stream) as made:
             for _ in range(40):
                 weights["a"].add_(1)

@@ -115,7 +115,7 @@ def _averaged(rank, saved_in, goes_on_in):
         for compression in (PowerSGD(1), Cast("bf16")):
             weights = {name: torch.ones(shape, dtype=saved_in, device=CUDA) for name, shape in SHAPES.items()}
             averager = CompressedAverage(Recorder(CommLedger()), compression, 2**20)
-            averager.restart(weights)
+            averager.references.restart(weights)
             for tensor in weights.values():
                 tensor.add_(0.1 * (rank + 1))
             averager.average_(weights)

@@ -7,10 +7,10 @@ from datetime import timedelta
 import pytest
 import torch
 from support.differences import BY_HAND, SHAPES, in_memory_order, moved, start
+from support.model_averages import Background
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.averaging import Averaging
-from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
@@ -29,10 +29,10 @@ def _background(rank, compression, bucket_bytes, pause):
     """Depart after one move, land after another; `pause` is what happens in between."""
     ledger = CommLedger()
     recorder = Recorder(ledger, another_group(timedelta(seconds=30)), beside_compute=True, hold=True)
-    averager = CompressedAverage(recorder, compression, bucket_bytes)
+    averager = Background(recorder, compression, bucket_bytes)
     weights = start()
     weights["b.weight"] = weights["b.weight"].contiguous(memory_format=torch.channels_last)
-    averager.restart(weights)
+    averager.references.restart(weights)
     history = []
     for step in range(ROUNDS):
         moved(weights, rank, 2 * step)
@@ -42,10 +42,10 @@ def _background(rank, compression, bucket_bytes, pause):
         if pause == "time":
             time.sleep(0.05)
         if pause == "arrive":
-            averager.arrive()
+            averager.overlapped.wait()
         if pause == "resume":
             state = averager.state_dict()
-            averager = CompressedAverage(recorder, compression, bucket_bytes)
+            averager = Background(recorder, compression, bucket_bytes)
             averager.load_state_dict(state, weights)
             assert averager.in_flight
         same = rows(weights)
@@ -114,7 +114,7 @@ def test_three_ranks_hold_the_same_references_and_keep_the_mean(run_ranks, compr
             assert abs(got - wanted).max(initial=0) < bound, name
 
 
-def test_the_payload_is_that_of_an_average_in_the_open(run_ranks):
+def test_the_payload_is_that_of_a_blocking_average(run_ranks):
     numel = sum(row.numel() for row in start().values())
     for compression, itemsize in ((Full(), 4), (Cast("bf16"), 2)):
         for _, payload_bytes in run_ranks(_background, compression, 300, "nothing", world_size=2):
@@ -123,15 +123,15 @@ def test_the_payload_is_that_of_an_average_in_the_open(run_ranks):
 
 def _other_layouts(rank):
     recorder = Recorder(CommLedger(), another_group(timedelta(seconds=30)), beside_compute=True, hold=True)
-    averager = CompressedAverage(recorder, Cast("bf16"), 300)
+    averager = Background(recorder, Cast("bf16"), 300)
     weights = start()
-    averager.restart(weights)
+    averager.references.restart(weights)
     sizes = []
     for count in range(2, len(weights) + 1):  # as where layers are unfrozen one by one
         part = dict(list(weights.items())[:count])
         averager.depart(part)
         averager.land_(part)
-        kept = sum(row.numel() for row, _ in averager._kept_rows.values())
+        kept = sum(row.numel() for row, _ in averager.average._kept_rows.values())
         sizes.append((kept, sum(tensor.numel() for tensor in part.values())))
     return sizes
 
