@@ -1,5 +1,6 @@
 """Averaged weights in the middle of a round, for a validation or a checkpoint, and each rank's own behind it."""
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -19,6 +20,7 @@ class MidRoundAverage:
         parts: What the run is made of.
         meeting: Where ranks meet.
         rounds: Knows whether they are apart.
+        compare_places: Compares where ranks are, before they meet in messages that do not tell.
         averages_state: Whether the state of optimizers is averaged too.
 
     Attributes:
@@ -26,12 +28,21 @@ class MidRoundAverage:
 
     """
 
-    def __init__(self, parts: Parts, meeting: Meeting, rounds: Rounds, *, averages_state: bool) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        meeting: Meeting,
+        rounds: Rounds,
+        compare_places: Callable[[str], None],
+        *,
+        averages_state: bool,
+    ) -> None:
         self.weights = TemporaryAverage(parts.model, parts.overlapped)
         self._model = parts.model
         self._agreement = parts.agreement
         self._meeting = meeting
         self._rounds = rounds
+        self._compare_places = compare_places
         self._averages_state = averages_state
 
     def enter_evaluation(self) -> None:
@@ -49,6 +60,7 @@ class MidRoundAverage:
 
     def enter_checkpoint(self) -> None:
         """Put averaged weights in place for a checkpoint, unless they are there anyway."""
+        self._compare_places("a checkpoint")
         if not self._rounds.apart or self.weights.purpose is not None:
             return
         with self._agreement.first_error_shown():

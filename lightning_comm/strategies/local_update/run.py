@@ -117,13 +117,12 @@ class LocalUpdateRun:
         )
         self._meeting = Meeting(parts)
         self.rounds = Rounds(parts, self._meeting, self.log.add, overlaps=overlap_steps > 0)
+        averages_state = settings.optimizer_state == "average"
         self.mid_round = MidRoundAverage(
-            parts, self._meeting, self.rounds, averages_state=settings.optimizer_state == "average"
+            parts, self._meeting, self.rounds, self.compare_places, averages_state=averages_state
         )
-        self.pruned: PrunedWeights | None = None
-        codec, method = self.model.codec, settings.averaging.method
-        if isinstance(codec, SparseMaskCodec) and isinstance(method, SparseMask):
-            self.pruned = self.rounds.pruned = PrunedWeights(module, codec, method, recorder)
+        self.pruned = self.rounds.pruned = _pruned_weights(module, self.model, settings, recorder)
+        if self.pruned is not None:
             # its thread reads the masks bucket by bucket, and a rank whose thread is late would read the new ones
             self.pruned.before_change = self.overlapped.wait
         self.began_at = self.gradient_steps = 0
@@ -148,7 +147,8 @@ class LocalUpdateRun:
     def round_in_force(self) -> RoundInForce:
         """The round that this rank is in."""
         clock = self.clock
-        return RoundInForce(clock.round_ends_at - clock.round_started_at if clock.in_round else 0, clock.total_steps)
+        steps = clock.round_ends_at - clock.round_started_at if clock.in_round else 0
+        return RoundInForce(steps, None if clock.total_steps is None else clock.total_steps - self.began_at)
 
     @property
     def gradient_phase_steps(self) -> int:
@@ -260,11 +260,6 @@ class LocalUpdateRun:
         if not self.in_gradient_phase:
             self._meeting.check(self._meeting.meet(averages=False))
 
-    def enter_checkpoint(self) -> None:
-        """Put averaged weights in place for a checkpoint, unless they are there anyway."""
-        self.compare_places("a checkpoint")
-        self.mid_round.enter_checkpoint()
-
     def finish(self) -> None:
         """End the run averaged, also where its length was not known."""
         self.mid_round.leave_checkpoint()
@@ -287,3 +282,13 @@ class LocalUpdateRun:
             rounds.synchronise(in_full=True)
         self.agreement.settled()
         self.on_decision(decision)
+
+
+def _pruned_weights(
+    module: LightningModule, model: ModelAverage, settings: Settings, recorder: Recorder
+) -> PrunedWeights | None:
+    """Return what keeps pruned weights at zero, where averages are those of a sparse model."""
+    codec, method = model.codec, settings.averaging.method
+    if isinstance(codec, SparseMaskCodec) and isinstance(method, SparseMask):
+        return PrunedWeights(module, codec, method, recorder)
+    return None

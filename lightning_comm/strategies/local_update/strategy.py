@@ -489,7 +489,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         # whatever the module and the hooks of a save make of the weights is made of averaged ones
         run, trainer = self._run, self._trainer
         if run is not None and trainer is not None and self._is_fitting() and not (trainer.interrupted or run.failed):
-            run.enter_checkpoint()
+            run.mid_round.enter_checkpoint()
         return super().lightning_module_state_dict()
 
     @override

@@ -135,7 +135,7 @@ def engine(members, module, averaging, counts):
     )
     meeting = Meeting(parts)
     rounds = Rounds(parts, meeting, note, overlaps=averaging.overlap_steps > 0)
-    mid_round = MidRoundAverage(parts, meeting, rounds, averages_state=False)
+    mid_round = MidRoundAverage(parts, meeting, rounds, lambda purpose: None, averages_state=False)
     return rounds, model, mid_round, samples, ended, recorder.ledger
 
 
