@@ -1,4 +1,7 @@
-"""An average of tensors over the members of a round, in place and in buckets, and how a user wants it carried out."""
+"""An average of tensors over the members of a round, in place and in buckets, and how a user wants it carried out.
+
+Longer than other files, since a good part is what a user reads of the settings.
+"""
 
 import math
 from collections import deque

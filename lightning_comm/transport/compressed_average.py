@@ -1,4 +1,7 @@
-"""An average of parameters through what a compression sends of their differences to a common reference."""
+"""An average of parameters through what a compression sends of their differences to a common reference.
+
+Longer than other files, since what keeps ranks from drifting apart is told where it is done.
+"""
 
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
@@ -166,21 +169,21 @@ class CompressedAverage:
     def _scale(self, weight: float | None) -> float:
         return 1.0 if weight is None else weight * self._recorder.members.size
 
-    def _noted(self, rows: list["_Row"]) -> DepartedBucket:
+    def _noted(self, rows: list["_Parameter"]) -> DepartedBucket:
         layout = _layout_of(rows)
         row, sent = self._kept_rows.get(layout.slots) or (_empty(layout, rows), _empty(layout, rows))
         # all that must be done before training goes on: a copy takes two thirds of the time of a difference
         copy_each(layout.split(row), [each.weights.entries for each in rows])
         return DepartedBucket(layout, row, sent, DriftSum(), [])
 
-    def _buckets(self, tensors: Mapping[str, Tensor]) -> Iterator[list["_Row"]]:
+    def _buckets(self, tensors: Mapping[str, Tensor]) -> Iterator[list["_Parameter"]]:
         """Put whole parameters of one device and type together until a bucket is full."""
-        open_buckets: dict[tuple[torch.device, torch.dtype], list[_Row]] = {}
+        open_buckets: dict[tuple[torch.device, torch.dtype], list[_Parameter]] = {}
         filled_bytes: Counter[tuple[torch.device, torch.dtype]] = Counter()
         for name, tensor in tensors.items():
             if tensor.numel() == 0:
                 continue
-            row = _Row(name, tuple(tensor.shape), Flat.of(tensor), *self.references.of([name]))
+            row = _Parameter(name, tuple(tensor.shape), Flat.of(tensor), *self.references.of([name]))
             key = (row.reference.device, row.reference.dtype)
             open_buckets.setdefault(key, []).append(row)
             filled_bytes[key] += row.reference.nbytes
@@ -189,7 +192,7 @@ class CompressedAverage:
                 yield open_buckets.pop(key)
         yield from open_buckets.values()
 
-    def _start(self, rows: list["_Row"], scale: float, moderate: bool) -> "_Travelling":
+    def _start(self, rows: list["_Parameter"], scale: float, moderate: bool) -> "_Travelling":
         layout = _layout_of(rows)
         difference = _empty(layout, rows)
         copy_each(layout.split(difference), [row.weights.entries for row in rows])
@@ -231,15 +234,15 @@ class CompressedAverage:
         return drift_from(references, bucket.own_sample, bucket.mean, bucket.moderate)
 
 
-def _layout_of(rows: list["_Row"]) -> Layout:
+def _layout_of(rows: list["_Parameter"]) -> Layout:
     return Layout(tuple(Slot(row.name, row.reference.numel(), row.shape) for row in rows))
 
 
-def _empty(layout: Layout, rows: list["_Row"]) -> Tensor:
+def _empty(layout: Layout, rows: list["_Parameter"]) -> Tensor:
     return torch.empty(layout.numel, dtype=rows[0].reference.dtype, device=rows[0].reference.device)
 
 
-class _Row(NamedTuple):
+class _Parameter(NamedTuple):
     """A parameter in a bucket."""
 
     name: str
@@ -264,7 +267,7 @@ class _Travelling(NamedTuple):
 
     """
 
-    rows: list[_Row]
+    rows: list[_Parameter]
     difference: Tensor
     mean: Tensor
     sent: Tensor

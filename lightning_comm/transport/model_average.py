@@ -1,7 +1,8 @@
 """An average of a whole model over ranks: its parameters in full or compressed, and all else that goes with them.
 
 Order of messages: the parameters, then the buffers and the weight averages, then what has no mean and comes from rank
-0. State of optimizers is averaged behind them, on its own. An average that departs sends its parameters last.
+0. State of optimizers is averaged behind them, on its own. An average that departs sends its parameters last. Longer
+than other files, since every way to average asks the same question: what goes in full, and what is compressed.
 """
 
 from collections.abc import Mapping, Set

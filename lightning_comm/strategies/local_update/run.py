@@ -2,7 +2,7 @@
 
 The engine is in `rounds`, and knows no Lightning; here are the batches and epochs that it is driven by, the phase in
 which DDP still averages gradients, and the stops and saves on which ranks agree. What a checkpoint keeps of it is in
-`run_state`.
+`run_state`. Longer than other files, since it is where all that a run is made of is put together.
 """
 
 import math
