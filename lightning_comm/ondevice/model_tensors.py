@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from lightning_comm.ondevice.references import References
 from lightning_comm.ondevice.shared_memory import SharedMemory
 
 WeightAverages = Callable[[], Mapping[str, Module]]
+Differences = Literal["none", "real", "all"]  # of which parameters differences to a common reference can be sent
 
 
 class ModelTensors:
@@ -26,12 +28,12 @@ class ModelTensors:
         average_buffers: Whether floating-point buffers are averaged with the parameters.
         weight_averages: Returns further copies of the model that follow it linearly, such as an exponential moving
             average of its weights. They are averaged with it, so they stay averages of the averaged weights.
-        references: What differences are taken from, where these are sent; ``None`` where parameters are averaged as
-            they are.
-        complex_differences: Whether differences of complex parameters can be sent too.
+        differences: Of which parameters differences can be sent: ``"none"``, where all are averaged as they are,
+            ``"real"`` or ``"all"``.
 
     Attributes:
         frozen: What frozen parameters contain.
+        references: What differences are taken from.
 
     Note:
         *Which parameters.* Those that are trained now or were at the last synchronisation, found by their
@@ -52,18 +54,16 @@ class ModelTensors:
         *,
         average_buffers: bool = True,
         weight_averages: WeightAverages = dict,
-        references: References | None = None,
-        complex_differences: bool = False,
+        differences: Differences = "none",
     ) -> None:
         self._module = module
         self._average_buffers = average_buffers
         self._weight_averages = weight_averages
-        self._limit = MODERATE if references is None else MODERATE_DIFFERENCES
-        self._references = References() if references is None else references
-        self._complex_differences = complex_differences
+        self._differences = differences
         self._trained: set[str] = set()
         self._shared_memory = SharedMemory()
         self.frozen = FrozenParameters(module)
+        self.references = References()
 
     def begin_round(self) -> None:
         """Note which parameters are trained from here on."""
@@ -77,7 +77,7 @@ class ModelTensors:
     def parameters(self) -> dict[str, Tensor]:
         """Return the parameters that are averaged, by name."""
         # one with a reference may differ between ranks, also when it has been frozen between two rounds
-        apart = self._trained | self._references.names
+        apart = self._trained | self.references.names
         changed = {
             name: parameter
             for name, parameter in self._module.named_parameters()
@@ -87,13 +87,13 @@ class ModelTensors:
 
     def sent_as_differences(self) -> dict[str, Tensor]:
         """Return the parameters of which only differences are sent, by name."""
-        names = self._references.names
+        names = self.references.names
         return {name: p for name, p in self.with_reference(self.parameters()).items() if name in names}
 
     def with_reference(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return those of the parameters that have a reference, or are to have one."""
         in_full = self._shared_memory.shared(parameters)  # a correction would be added more than once
-        if not self._complex_differences:
+        if self._differences != "all":
             in_full |= {name for name, parameter in parameters.items() if parameter.is_complex()}
         return {name: p for name, p in parameters.items() if p.requires_grad and name not in in_full}
 
@@ -153,8 +153,8 @@ class ModelTensors:
         groups["optimizer_state"] = list(optimizer_state)
         for purpose, tensors in groups.items():
             rows, limit = [Flat.of(tensor).entries for tensor in tensors], MODERATE
-            if purpose == "parameters":
-                rows, limit = rows + self._references.rows, self._limit
+            if purpose == "parameters" and self._differences != "none":
+                rows, limit = rows + self.references.rows, MODERATE_DIFFERENCES
                 if moves := list(corrections):
                     rows, limit = rows + moves, limit / 2
             on_its_way = purpose == "parameters" and sending

@@ -6,22 +6,19 @@ than other files, since every way to average asks the same question: what goes i
 """
 
 from collections.abc import Mapping, Set
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
-from torch.nn import Module
 
 from lightning_comm.ondevice.flat import DriftSum
-from lightning_comm.ondevice.model_tensors import ModelTensors, WeightAverages, fingerprint
-from lightning_comm.ondevice.references import References
+from lightning_comm.ondevice.model_tensors import ModelTensors, fingerprint
 from lightning_comm.ondevice.uploads import uploaded
 from lightning_comm.transport.averaging import Average, Averaging, FullAverage, broadcast_
 from lightning_comm.transport.backends import backend_of
 from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.base import Codec
-from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.departed_average import DepartedAverage
@@ -32,16 +29,10 @@ class ModelAverage:
     """Brings the ranks' copies of a model together.
 
     Args:
-        module: The model.
-        recorder: Sends and records.
-        averaging: How averages are carried out.
-        buffers: ``"average"``: floating-point buffers are averaged with the parameters and others are taken from rank
-            0; ``"keep"``: every rank keeps its own.
-        weight_averages: As in :class:`ModelTensors`.
-        background: Sends parameters while training goes on, on a process group of its own.
-
-    Attributes:
         tensors: Which tensors of the model are averaged.
+        recorder: Sends and records, to the members.
+        averaging: How averages are carried out.
+        background: Sends parameters while training goes on, on a process group of its own with the same members.
 
     Note:
         *On CUDA* the host looks at no value here, but where :meth:`ModelTensors.look` has found a large one, or a
@@ -65,15 +56,14 @@ class ModelAverage:
 
     def __init__(
         self,
-        module: Module,
+        tensors: ModelTensors,
         recorder: Recorder,
         averaging: Averaging,
-        buffers: Literal["average", "keep"],
-        weight_averages: WeightAverages = dict,
         background: Recorder | None = None,
     ) -> None:
-        device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
-        method, references = averaging.method, References()
+        device = next((tensor.device for tensor in tensors.all_parameters().values()), torch.device("cpu"))
+        method = averaging.method
+        self.tensors = tensors
         self._recorder = recorder
         self._method = method
         self._bucket_bytes = averaging.bucket_bytes_under(backend_of(device))
@@ -81,14 +71,7 @@ class ModelAverage:
         self._background = background
         self._compressed: CompressedAverage | None = None
         if method is not None:
-            self._compressed = CompressedAverage(background or recorder, method, self._bucket_bytes, references)
-        self.tensors = ModelTensors(
-            module,
-            average_buffers=buffers == "average",
-            weight_averages=weight_averages,
-            references=None if method is None else references,
-            complex_differences=isinstance(method, Full),
-        )
+            self._compressed = CompressedAverage(background or recorder, method, self._bucket_bytes, tensors.references)
 
     @property
     def compresses(self) -> bool:

@@ -44,13 +44,13 @@ def test_tensors_are_given_by_purpose_views_once_and_whole_numbers_apart(average
     assert set(tensors.changed_by_average()) == {n for n in state if average_buffers or "buffer" not in n} | averaged
 
 
-@pytest.mark.parametrize("complex_differences", [True, False])
-def test_differences_are_sent_of_what_has_a_reference_and_shares_its_memory_with_nothing(complex_differences):
-    module, references = Odd(), References()
-    tensors = ModelTensors(module, references=references, complex_differences=complex_differences)
+@pytest.mark.parametrize(("differences", "expected"), [("all", {"wave", "weight"}), ("real", {"weight"})])
+def test_differences_are_sent_of_what_has_a_reference_and_shares_its_memory_with_nothing(differences, expected):
+    module = Odd()
+    tensors = ModelTensors(module, differences=differences)
+    references = tensors.references
     tensors.begin_round()
     references.restart(tensors.with_reference(tensors.parameters()))
-    expected = {"wave", "weight"} if complex_differences else {"weight"}
     assert references.names == set(tensors.sent_as_differences()) == expected
     assert [row.dtype for row in references.of(["weight"])] == [torch.float32]
     module.weight.requires_grad_(False)  # ranks may still differ in it, so it is averaged, in full

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.device_clock import DeviceClock
 from lightning_comm.ondevice.flat import Drift
+from lightning_comm.ondevice.model_tensors import ModelTensors
 from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.base import Compression
@@ -63,10 +64,14 @@ class Model:
     ) -> None:
         self.ledger = CommLedger() if ledger is None else ledger
         self.recorder = Recorder(self.ledger)
-        self.average = ModelAverage(
-            module, self.recorder, averaging or Averaging(), buffers, weight_averages, background
+        averaging = averaging or Averaging()
+        self.tensors = ModelTensors(
+            module,
+            average_buffers=buffers == "average",
+            weight_averages=weight_averages,
+            differences=averaging.differences,
         )
-        self.tensors = self.average.tensors
+        self.average = ModelAverage(self.tensors, self.recorder, averaging, background)
         self.overlapped = overlapped_average(self.tensors.all_parameters)
         self.temporary = TemporaryAverage(self.average, self.overlapped)
 

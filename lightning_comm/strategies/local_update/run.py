@@ -19,6 +19,7 @@ from lightning_comm.contract import RoundInForce
 from lightning_comm.core.local_update.clock import RoundClock
 from lightning_comm.core.local_update.periods import PeriodRule
 from lightning_comm.ondevice.device_clock import DeviceClock
+from lightning_comm.ondevice.model_tensors import ModelTensors
 from lightning_comm.ondevice.random_state import random_state
 from lightning_comm.strategies.common import rank_status
 from lightning_comm.strategies.common.rank_status import ControlRow
@@ -96,12 +97,16 @@ class LocalUpdateRun:
         device_clock = DeviceClock(module.device)
         self.steps = StepCounter(device_clock)
         self._training = LightningTraining(trainer, module, optimizers, settings, self.clock, self.steps)
-        self.model = ModelAverage(
-            module, recorder, settings.averaging, settings.buffers, self._training.weight_averages, background
+        tensors = ModelTensors(
+            module,
+            average_buffers=settings.buffers == "average",
+            weight_averages=self._training.weight_averages,
+            differences=settings.averaging.differences,
         )
+        self.model = ModelAverage(tensors, recorder, settings.averaging, background)
         overlap_steps = settings.averaging.overlap_steps
         self.overlapped = OverlappedAverage(
-            self.model.tensors.all_parameters, overlap_steps, agreement, device_clock, self.log.add, rank_zero_info
+            tensors.all_parameters, overlap_steps, agreement, device_clock, self.log.add, rank_zero_info
         )
         parts = Parts(
             self._training,

@@ -144,7 +144,7 @@ def _rows(rank):
     row = ControlRow(next_steps=7, urgent=rank == 0, layout=2.0**48 - 1, samples=3.0 + rank)
     scale = torch.tensor(2.0**16 * (rank + 1))
     dist.get_backend_config = lambda group=None: "cpu:nccl"
-    model = ModelAverage(nn.Linear(1, 1), Recorder(recording.CommLedger()), Averaging(), "average")
+    model = ModelAverage(ModelTensors(nn.Linear(1, 1)), Recorder(recording.CommLedger()), Averaging())
     assert model._bucket_bytes == 25 * 2**20
     return rank_status.exchange(row, Recorder(recording.CommLedger()), torch.device("cpu"), lambda p: p.wait(),
                             loss_scale=scale, found=found)  # fmt: skip

@@ -14,6 +14,7 @@ from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update.clock import RoundClock
 from lightning_comm.core.local_update.periods import FixedPeriod
 from lightning_comm.ondevice.device_clock import DeviceClock
+from lightning_comm.ondevice.model_tensors import ModelTensors
 from lightning_comm.strategies.local_update.meeting import Meeting, Parts
 from lightning_comm.strategies.local_update.mid_round import MidRoundAverage
 from lightning_comm.strategies.local_update.rounds import Rounds
@@ -120,15 +121,16 @@ def engine(members, module, averaging, counts):
     device_clock = DeviceClock(torch.device("cpu"))
     if counts:
         samples.begin()
+    tensors = ModelTensors(module, differences=averaging.differences)
     agreement = Agreement(default_store(), members.rank, members.size, "rounds")
     ends = EpochEnds(default_store(), members.rank, members.size, "rounds", "Rounds", agreement, lambda: None, 30.0)
-    training, model, ended = Alone(clock), ModelAverage(module, recorder, averaging, "average", dict, background), []
+    training, model, ended = Alone(clock), ModelAverage(tensors, recorder, averaging, background), []
 
     def note(each, drift):
         ended.append((each.step, each.period_steps, drift.relative > 0))
 
     overlapped = OverlappedAverage(
-        model.tensors.all_parameters, averaging.overlap_steps, agreement, device_clock, note, training.warn
+        tensors.all_parameters, averaging.overlap_steps, agreement, device_clock, note, training.warn
     )
     parts = Parts(
         training, clock, model, overlapped, samples, recorder, agreement, ends, device_clock, torch.device("cpu")
