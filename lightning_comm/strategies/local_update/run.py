@@ -161,8 +161,11 @@ class LocalUpdateRun:
         return self.gradient_steps - self.began_at
 
     def shorten_gradient_phase(self, steps: int) -> None:
-        """Let rounds begin after so many steps, if not before: for trials of a few steps; when training starts."""
+        """Let rounds begin after so many steps, if not before: for trials of a few steps; on all ranks alike."""
+        was_in_gradient_phase = self.in_gradient_phase
         self.gradient_steps = min(self.gradient_steps, self.began_at + steps)
+        if was_in_gradient_phase and not self.in_gradient_phase:
+            self._leave_gradient_phase()
 
     def request(self, kind: Kind, reason: str) -> None:
         """Ask for something that all ranks are to do at the same step."""
