@@ -1,4 +1,4 @@
-"""What each rank counts for in an average: its share of the samples that all ranks trained on in the round."""
+"""Weights of ranks in an average: the share of each in the samples that all ranks trained on in the round."""
 
 from collections.abc import Callable
 from typing import Any

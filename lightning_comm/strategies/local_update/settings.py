@@ -1,4 +1,4 @@
-"""What the user chose for a run, and what is noted of each of its rounds."""
+"""Settings that the user chose for a run, and notes of each of its rounds."""
 
 from dataclasses import dataclass
 from typing import Literal

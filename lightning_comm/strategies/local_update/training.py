@@ -1,4 +1,4 @@
-"""What the rounds of a run ask of a Lightning Trainer, its model and its optimizers."""
+"""A Lightning Trainer, its model and its optimizers, as the rounds of a run ask for them."""
 
 from collections.abc import Callable
 
