@@ -10,9 +10,9 @@ from each rank, which checks that all are at the same step and carries the lengt
 of the parameters, of the buffers, of weight averages and of the optimizer state, as far as they are asked for. Under
 `Averaging(compression=...)` ranks stay apart by what it drops; only where the run ends are they averaged in full. Under
 `Averaging(overlap_steps=...)` the parameters depart there, last of all, on a process group of their own, and land some
-steps later; an evaluation or a checkpoint in between waits for them before it sends anything, and leaves them in flight.
-Where averages are weighted by samples, counts are known from those rows, and an average outside of a meeting, as for a
-checkpoint, has one of its own before it.
+steps later; an evaluation or a checkpoint in between waits for them before it sends anything, and leaves them in
+flight. Where averages are weighted by samples, counts are known from those rows, and an average outside of a meeting,
+as for a checkpoint, has one of its own before it.
 """
 
 from collections.abc import Callable, Set

@@ -97,12 +97,7 @@ class LocalUpdateRun:
         device_clock = DeviceClock(module.device)
         self.steps = StepCounter(device_clock)
         self._training = LightningTraining(trainer, module, optimizers, settings, self.clock, self.steps)
-        tensors = ModelTensors(
-            module,
-            average_buffers=settings.buffers == "average",
-            weight_averages=self._training.weight_averages,
-            differences=settings.averaging.differences,
-        )
+        tensors = _tensors_of(module, settings, self._training)
         self.model = ModelAverage(tensors, recorder, settings.averaging, background)
         overlap_steps = settings.averaging.overlap_steps
         self.overlapped = OverlappedAverage(
@@ -290,6 +285,16 @@ class LocalUpdateRun:
             rounds.synchronise(in_full=True)
         self.agreement.settled()
         self.on_decision(decision)
+
+
+def _tensors_of(module: LightningModule, settings: Settings, training: LightningTraining) -> ModelTensors:
+    """Return what is averaged of a model."""
+    return ModelTensors(
+        module,
+        average_buffers=settings.buffers == "average",
+        weight_averages=training.weight_averages,
+        differences=settings.averaging.differences,
+    )
 
 
 def _pruned_weights(
