@@ -23,8 +23,9 @@ from benchmarks.gpu_check.sanity import copy_rate, seconds_of
 from benchmarks.gpu_check.waits import waits_of
 from lightning_comm import Cast, Int8, PowerSGD, Ternary, TopK
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.ondevice.buckets import cut_into_buckets, pack, write_means
 from lightning_comm.ondevice.flat import Flat
-from lightning_comm.transport.averaging import IN_FLIGHT, Averager, _buckets, _pack, _write_means
+from lightning_comm.transport.averaging import IN_FLIGHT, FullAverage
 from lightning_comm.transport.compression.base import Context, Layout, Slot, run_alone
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.recording import Recorder
@@ -110,7 +111,7 @@ def packing_of(tensors: list[torch.Tensor], bucket_bytes: int, ranks: int) -> Ca
     As there, three buckets are in use: so a bucket is read again when others have been written, and not from a cache.
     """
     rows = [Flat.of(each).entries for each in tensors]
-    buckets = list(_buckets(rows, bucket_bytes // 4))  # in float32
+    buckets = list(cut_into_buckets(rows, bucket_bytes // 4))  # in float32
     scratch = [torch.empty(bucket_bytes // 4, device=rows[0].device) for _ in range(IN_FLIGHT)]
     divisor = torch.full((), float(ranks), device=rows[0].device) if ranks > 1 else None
 
@@ -118,17 +119,17 @@ def packing_of(tensors: list[torch.Tensor], bucket_bytes: int, ranks: int) -> Ca
         travelling: deque[tuple[list[torch.Tensor], torch.Tensor]] = deque()
         for turn, pieces in enumerate(buckets):
             if len(travelling) == IN_FLIGHT:
-                _write_means(*travelling.popleft(), divisor)
-            travelling.append((pieces, _pack(pieces, scratch[turn % IN_FLIGHT])))
+                write_means(*travelling.popleft(), divisor)
+            travelling.append((pieces, pack(pieces, scratch[turn % IN_FLIGHT])))
         while travelling:
-            _write_means(*travelling.popleft(), divisor)
+            write_means(*travelling.popleft(), divisor)
 
     return work
 
 
 def _average(tensors: list[torch.Tensor], bucket_bytes: int) -> Callable[[], Any]:
-    averager = Averager(Recorder(CommLedger()), bucket_bytes)
-    return lambda: averager.average_(tensors, "parameters", moderate=True)  # as in a run of which nothing is huge
+    averager, named = FullAverage(Recorder(CommLedger()), bucket_bytes), {str(k): t for k, t in enumerate(tensors)}
+    return lambda: averager.average_(named, moderate=True)  # as in a run of which nothing is huge
 
 
 def packed(

@@ -23,8 +23,9 @@ from benchmarks.gpu_check.report import Check
 from lightning_comm import Cast, Int8, PowerSGD, Ternary, TopK
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.cyclic import CyclicEngine
-from lightning_comm.transport.averaging import Averager
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.averaging import FullAverage
+from lightning_comm.transport.background_thread import BackgroundStreams
+from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.ddp_hook import GradientSync
@@ -142,22 +143,26 @@ def _tensors(device: str) -> dict[str, torch.Tensor]:
 
 
 def _in_full(device: str) -> Step:
-    averager, tensors = Averager(Recorder(CommLedger()), BUCKET_BYTES), list(_tensors(device).values())
-    return lambda: averager.average_(tensors, "parameters", moderate=True).read()
+    averager, tensors = FullAverage(Recorder(CommLedger()), BUCKET_BYTES), _tensors(device)
+    return lambda: averager.average_(tensors, moderate=True).read()
 
 
 def _differences(compression: Compression, overlap: bool) -> Callable[[str], Step]:
     def make(device: str) -> Step:
         recorder = Recorder(CommLedger(), another_group(None), hold=True) if overlap else Recorder(CommLedger())
-        averager, tensors = DifferenceAverager(recorder, compression, BUCKET_BYTES), _tensors(device)
-        averager.restart(tensors)
+        averager, tensors = CompressedAverage(recorder, compression, BUCKET_BYTES), _tensors(device)
+        averager.references.restart(tensors)
+        streams = BackgroundStreams()
 
         def synchronise() -> None:
             for tensor in tensors.values():
                 tensor.mul_(1.001)
             if overlap:
-                averager.depart(tensors, moderate=True)
-                averager.land_(tensors).read()
+                departed = averager.depart(tensors, moderate=True)
+                streams.start(departed.travel, departed.device).join()
+                departed.arrived()
+                departed.correct_(tensors)
+                departed.drift.read()
             else:
                 averager.average_(tensors, moderate=True).read()
 

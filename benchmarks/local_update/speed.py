@@ -31,7 +31,7 @@ from benchmarks.kit.steps import seconds_of
 from lightning_comm import FixedPeriod, LocalUpdateStrategy
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.lab.cluster import Lab, unavailable
-from lightning_comm.transport.averaging import Averager
+from lightning_comm.transport.averaging import FullAverage
 from lightning_comm.transport.recording import Recorder
 
 BUCKETS_MIB = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -49,13 +49,13 @@ def vit_small_shapes() -> list[tuple[int, ...]]:
 def time_averages(rank: int, repeats: int) -> dict[str, list[float]]:
     """Time a bare all-reduce and our average at each bucket size, one after the other, again and again."""
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
-    tensors = [torch.randn(shape) for shape in vit_small_shapes()]
-    flat = torch.randn(sum(tensor.numel() for tensor in tensors))
+    tensors = {str(k): torch.randn(shape) for k, shape in enumerate(vit_small_shapes())}
+    flat = torch.randn(sum(tensor.numel() for tensor in tensors.values()))
     recorder = Recorder(CommLedger())
     candidates: dict[str, Callable[[], Any]] = {"bare all_reduce": lambda: dist.all_reduce(flat)}
     for mib in BUCKETS_MIB:
-        averager = Averager(recorder, int(mib * 2**20))
-        candidates[f"average_, buckets of {mib:g} MiB"] = lambda each=averager: each.average_(tensors, "x")
+        averager = FullAverage(recorder, int(mib * 2**20))
+        candidates[f"average_, buckets of {mib:g} MiB"] = lambda each=averager: each.average_(tensors)
 
     def before() -> None:
         flat.fill_(1e-3)

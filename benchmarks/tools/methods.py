@@ -35,7 +35,7 @@ from benchmarks.kit.training import (
 from benchmarks.tools.report import OURS
 from lightning_comm import FixedPeriod, LocalUpdateStrategy
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.transport.averaging import Averager, Averaging
+from lightning_comm.transport.averaging import Averaging, FullAverage
 from lightning_comm.transport.recording import Recorder
 
 
@@ -99,10 +99,10 @@ def torchft_diloco(job: Job) -> Segment:
 
 
 def averager_alone(job: Job) -> Segment:
-    """Average with our Averager in a plain loop, without Lightning."""
+    """Average with our `FullAverage` in a plain loop, without Lightning."""
     network = job.network()
-    averager = Averager(Recorder(CommLedger()), Averaging().bucket_bytes_under("gloo"))
-    parameters = list(network.parameters())
+    averager = FullAverage(Recorder(CommLedger()), Averaging().bucket_bytes_under("gloo"))
+    parameters = dict(network.named_parameters())
     done = 0
 
     def after_step() -> None:
@@ -110,7 +110,7 @@ def averager_alone(job: Job) -> Segment:
         done += 1
         if done % job.period == 0:
             with torch.no_grad():
-                averager.average_(parameters, "parameters")
+                averager.average_(parameters)
 
     return loop(job, network, after_step=after_step)
 
@@ -185,6 +185,6 @@ TOOLS = {
     "accelerate": Tool("accelerate LocalSGD", accelerate_local_sgd, risky=True),
     "torchft_local": Tool("torchft LocalSGD", torchft_local_sgd, risky=True),
     "torchft_diloco": Tool("torchft DiLoCo, bucketised", torchft_diloco, risky=True),
-    "averager": Tool("ours: `Averager` in a plain loop", averager_alone),
+    "averager": Tool("ours: `FullAverage` in a plain loop", averager_alone),
     OURS: Tool("ours: `LocalUpdateStrategy`, Lightning", ours, warms_up=True),
 }

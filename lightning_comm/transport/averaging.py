@@ -1,17 +1,22 @@
-"""Averaging tensors over the ranks, in place and in buckets."""
+"""An average of tensors over the members of a round, in place and in buckets, and how a user wants it carried out.
+
+Longer than other files, since a good part is what a user reads of the settings.
+"""
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_comm.core.local_update.periods import is_whole
+from lightning_comm.ondevice.buckets import copy_each, cut_into_buckets, pack, split_like, write_means
 from lightning_comm.ondevice.flat import DriftSum, Flat, drift_of, sample
+from lightning_comm.ondevice.model_tensors import Differences
 from lightning_comm.ondevice.share import Share, is_finite
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.full import Full
@@ -39,7 +44,7 @@ class Averaging:
         compression: What to send of the parameters instead of every entry in full: a :class:`Compression`, such as
             ``Cast("bf16")``, or its word: ``"bf16"``, ``"fp16"``, ``"int8"``, ``"powersgd"``, ``"topk"``. ``None``
             sends them in full. A :class:`SparseMask`, alone or in a list with one more, prunes the model and sends what
-            is left. See :class:`~lightning_comm.transport.compressed_average.DifferenceAverager`.
+            is left. See :class:`~lightning_comm.transport.compressed_average.CompressedAverage`.
         overlap_steps: For how many optimizer steps of the next round an average travels in the background. Then each
             rank's weights move by what the average would have moved them at the end of the round: at that step, however
             fast the network was, so results do not depend on timing. 0 waits at the end of the round. In rounds that
@@ -54,7 +59,7 @@ class Averaging:
         and the state of optimizers travel in full, and so does everything at the last synchronisation of a run, in
         evaluations and in checkpoints. With ``overlap_steps`` a thread sends the parameters, on a process group of its
         own; ranks still meet at the end of a round for a few numbers, and buffers and weight averages are sent there,
-        in the open.
+        by blocking averages.
 
         *Memory.* With a compression, a copy of the parameters (in fp32 if they are narrower), and twelve buckets while
         they travel; a bucket holds whole parameters, so at least the largest of them. With ``overlap_steps``
@@ -100,6 +105,12 @@ class Averaging:
             return Full() if self.overlap_steps else None
         return compression_of(self.compression, "Averaging")
 
+    @property
+    def differences(self) -> Differences:
+        """Of which parameters differences to a common reference are sent, and not the parameters themselves."""
+        method = self.method
+        return "none" if method is None else "all" if isinstance(method, Full) else "real"
+
     def bucket_bytes_under(self, backend: str | None) -> int:
         """Return the bucket size in bytes, where a backend of torch sends the buckets."""
         mib = _DEFAULT_MIB.get(backend or "", _OTHER_MIB) if self.bucket_mib is None else self.bucket_mib
@@ -127,7 +138,31 @@ def _usable(compression: Compression) -> Compression:
     return compression
 
 
-class Averager:
+class Average(Protocol):
+    """A way to bring tensors of all members together, in place: in full, or as far as a compression sends them."""
+
+    def average_(
+        self, tensors: Mapping[str, Tensor], weight: float | None = None, *, moderate: bool = False
+    ) -> DriftSum:
+        """Bring the tensors together, and wait until that is done.
+
+        Args:
+            tensors: The tensors, by name, in an order and of shapes that are the same on all ranks. Storage stays where
+                it is, so optimizers, views and compiled code that hold it go on working.
+            weight: What this rank counts for in the mean; those of all ranks sum to 1, and all are a :class:`Share` or
+                none is. ``None`` on all ranks: equally.
+            moderate: Whether all ranks know that no entry of any of them is so large that a sum may have no room in its
+                type. Then the host need not look at each bucket, for which it would wait on CUDA. The result is the
+                same.
+
+        Returns:
+            How far this rank's tensors were from the mean, as far as that is known.
+
+        """
+        ...
+
+
+class FullAverage:
     """Replaces tensors by their means over the ranks, in place.
 
     Args:
@@ -156,36 +191,38 @@ class Averager:
         self._scratch: dict[torch.device, list[Tensor]] = {}
 
     def average_(
-        self, tensors: Sequence[Tensor], purpose: str, weight: float | None = None, *, moderate: bool = False
+        self,
+        tensors: Mapping[str, Tensor],
+        weight: float | None = None,
+        *,
+        moderate: bool = False,
+        purpose: str = "parameters",
     ) -> DriftSum:
         """Replace every tensor by its mean over the ranks.
 
         Args:
-            tensors: Floating-point or complex tensors, in an order and of shapes that are the same on all ranks.
-                Storage stays where it is, so optimizers, views and compiled code that hold it go on working.
+            tensors: Floating-point or complex tensors, as :meth:`Average.average_` wants them.
+            weight: What this rank counts for, as there.
+            moderate: Whether all ranks know that no entry is infinite, not a number, or above
+                :data:`~lightning_comm.ondevice.limits.MODERATE`.
             purpose: What the records say that the messages were for.
-            weight: What this rank counts for in the mean; those of all ranks sum to 1, and all are a :class:`Share` or
-                none is. ``None`` on all ranks: equally.
-            moderate: Whether all ranks know that no entry of any of them is infinite, not a number, or above
-                :data:`~lightning_comm.ondevice.limits.MODERATE`. Then no sum can be too large, and the host need not
-                look at each bucket, for which it would wait on CUDA. The result is the same.
 
         Returns:
             How far this rank's tensors were from the mean.
 
         """
-        drift, ranks = DriftSum(), self._recorder.world_size
-        if weight is None and ranks > 2:
-            weight = Share.of([1] * ranks, self._recorder.rank)
-        flat = [Flat.of(tensor) for tensor in tensors]
+        drift, members = DriftSum(), self._recorder.members
+        if weight is None and members.size > 2:
+            weight = members.share()
+        flat = [Flat.of(tensor) for tensor in tensors.values()]
         for (device, dtype), group in _by_accumulation_type(flat):
             rows = [tensor.entries for tensor in group]
             scratch = self._buckets_of(device, dtype, sum(row.numel() for row in rows))
             travelling: deque[_Travelling] = deque()
-            for turn, pieces in enumerate(_buckets(rows, max(1, self._bucket_bytes // dtype.itemsize))):
+            for turn, pieces in enumerate(cut_into_buckets(rows, max(1, self._bucket_bytes // dtype.itemsize))):
                 if len(travelling) == IN_FLIGHT:
                     drift.add(self._unpack(travelling.popleft(), weight, moderate))
-                used = _pack(pieces, scratch[turn % IN_FLIGHT])
+                used = pack(pieces, scratch[turn % IN_FLIGHT])
                 own = sample(used)
                 # in the accumulation type, and after the sample, which is of this rank's own
                 _weigh(used, weight, moderate)
@@ -204,14 +241,14 @@ class Averager:
         divisor = torch.full((), ranks, dtype=sums.dtype, device=sums.device)
         if moderate or is_finite(sums):
             own, mean = bucket.own_sample, sample(sums).div_(divisor)
-            _write_means(bucket.pieces, sums, None if ranks == 1 else divisor)
+            write_means(bucket.pieces, sums, None if ranks == 1 else divisor)
             return drift_of(sums.numel(), own, mean, moderate=moderate)
         where = (~sums.isfinite()).nonzero().flatten()
         mended = self._mean_of_large(where, bucket, weight)
         means = sums.div_(divisor)
         if mended is not None:
             means[where] = mended
-        copy_each(bucket.pieces, _like(bucket.pieces, means))
+        copy_each(bucket.pieces, split_like(bucket.pieces, means))
         return drift_of(means.numel(), bucket.own_sample, sample(means))
 
     def _mean_of_large(self, where: Tensor, bucket: "_Travelling", weight: float | None) -> Tensor | None:
@@ -258,10 +295,10 @@ def broadcast_(tensors: Iterable[Tensor], recorder: Recorder, purpose: str, buck
     for device, group in by_device.items():
         rows = [flat.entries.view(torch.uint8) for flat in group]
         scratch = torch.empty(min(bucket_bytes, sum(row.numel() for row in rows)), dtype=torch.uint8, device=device)
-        for pieces in _buckets(rows, bucket_bytes):
-            used = _pack(pieces, scratch)
+        for pieces in cut_into_buckets(rows, bucket_bytes):
+            used = pack(pieces, scratch)
             recorder.broadcast(used, purpose).wait()
-            copy_each(pieces, _like(pieces, used))
+            copy_each(pieces, split_like(pieces, used))
         for flat in group:
             flat.write_back()
 
@@ -291,60 +328,3 @@ def _by_accumulation_type(flat: list[Flat]) -> list[tuple[tuple[torch.device, to
     for tensor in flat:
         groups.setdefault((tensor.entries.device, tensor.accumulation_type), []).append(tensor)
     return list(groups.items())
-
-
-def _buckets(rows: list[Tensor], capacity: int) -> Iterator[list[Tensor]]:
-    """Cut the rows, one after the other, into lists of views of ``capacity`` entries in all."""
-    pieces: list[Tensor] = []
-    room = capacity
-    for row in rows:
-        start = 0
-        while start < row.numel():
-            piece = row[start : start + room]
-            pieces.append(piece)
-            start += piece.numel()
-            room -= piece.numel()
-            if room == 0:
-                yield pieces
-                pieces, room = [], capacity
-    if pieces:
-        yield pieces
-
-
-def _pack(pieces: list[Tensor], bucket: Tensor) -> Tensor:
-    used = bucket[: sum(piece.numel() for piece in pieces)]
-    copy_each(_like(pieces, used), pieces)
-    return used
-
-
-def _write_means(pieces: list[Tensor], sums: Tensor, divisor: Tensor | None) -> None:
-    """Write sums, divided if they are to be, to where they belong; the sums may be overwritten.
-
-    A processor does best with one pass over each piece, a device with few kernels. Only two ranks that count equally
-    divide here: one need not, and parts of more are weighed before. On a device that is a pass more over the bucket, 24
-    bytes an entry with packing instead of 16. To halve when packing would save it, but smallest numbers would lose
-    their last digit: the mean of two that are equal would not be that number.
-    """
-    totals = _like(pieces, sums)
-    if divisor is None:
-        copy_each(pieces, totals)
-    elif sums.is_cuda:
-        sums.div_(divisor)
-        copy_each(pieces, totals)
-    else:
-        for piece, total in zip(pieces, totals, strict=True):
-            torch.div(total, divisor, out=piece)
-
-
-def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy tensor by tensor, in one kernel for each pair of types where a device has such a kernel."""
-    groups: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
-    for k, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        groups.setdefault((target.dtype, source.dtype), []).append(k)
-    for group in groups.values():
-        torch._foreach_copy_([targets[k] for k in group], [sources[k] for k in group])
-
-
-def _like(pieces: list[Tensor], row: Tensor) -> list[Tensor]:
-    """Cut a row into views as long as the pieces."""
-    return list(torch.split(row, [piece.numel() for piece in pieces]))

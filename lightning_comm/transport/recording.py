@@ -22,6 +22,7 @@ from torch.distributed import distributed_c10d
 from lightning_comm.core.ledger import CommLedger, CommRecord, wire_bytes
 from lightning_comm.transport.backends import backend_of
 from lightning_comm.transport.failure_messages import LostConnectionError
+from lightning_comm.transport.members import Members
 
 _T = TypeVar("_T")
 _NEVER_SENT = 2**30  # the tag of a message
@@ -119,11 +120,12 @@ class Pending:
 
 
 class Recorder:
-    """Issues collectives over all ranks and records each in a ledger.
+    """Issues collectives over the members of a group and records each in a ledger.
 
     Args:
         ledger: Where the records go.
-        group: The ranks that take part; ``None`` for all of them in the default group.
+        group: The ranks that take part: a process group, or members that others ask as well; ``None`` for all ranks of
+            the default group.
         beside_compute: Whether compute goes on between the start of a message and the wait for it. That time is
             recorded as hidden. On CUDA, where its arrival is not seen, a message lasts until somebody waited for it.
         hold: Whether records wait for :meth:`write_held`, because messages are sent by a thread of their own, and the
@@ -140,21 +142,33 @@ class Recorder:
     def __init__(
         self,
         ledger: CommLedger,
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | Members | None = None,
         *,
         beside_compute: bool = False,
         hold: bool = False,
     ) -> None:
         self.ledger = ledger
         self.step = 0  # optimizer steps done; whoever counts them keeps this up to date
-        self.world_size = dist.get_world_size(group)
-        self.rank = dist.get_rank(group)
-        self._group = group
+        self.members = group if isinstance(group, Members) else Members(group)
         self._beside_compute = beside_compute
         self._hold = hold
         self._held: deque[tuple[CommRecord, tuple[Any, Any, Any] | None]] = (
             deque()
         )  # one thread may add while another writes down
+
+    @property
+    def world_size(self) -> int:
+        """The number of members."""
+        return self.members.size
+
+    @property
+    def rank(self) -> int:
+        """The place of this rank among the members."""
+        return self.members.rank
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        return self.members.group
 
     def all_reduce(self, tensor: Tensor, purpose: str, op: Any = dist.ReduceOp.SUM) -> Pending:
         """Start summing ``tensor`` over the ranks, or reducing it otherwise, in place."""
@@ -171,9 +185,9 @@ class Recorder:
         return arrived, self._issue("all_to_all", purpose, rows, start)
 
     def broadcast(self, tensor: Tensor, purpose: str, src: int = 0) -> Pending:
-        """Start replacing ``tensor`` on every rank by that of rank ``src``."""
-        group = self._group
-        return self._issue("broadcast", purpose, tensor, lambda: dist.broadcast(tensor, src, group, async_op=True))
+        """Start replacing ``tensor`` on every rank by that of the member at place ``src``."""
+        group, source = self._group, self.members.ranks[src]
+        return self._issue("broadcast", purpose, tensor, lambda: dist.broadcast(tensor, source, group, async_op=True))
 
     def all_gather(self, row: Tensor, purpose: str) -> tuple[Tensor, Pending]:
         """Start collecting ``row`` of every rank; the result has shape ``(world_size, *row.shape)``."""

@@ -117,7 +117,7 @@ def test_an_average_in_flight_waits_for_every_stream(one_rank, on_the_cpu, devic
 
 
 def test_work_beside_training_raises_where_it_is_waited_for(one_rank, device):
-    assert "shape" in one_rank.call(units.failing_errand, device)[0]
+    assert "shape" in one_rank.call(units.failing_thread, device)[0]
 
 
 def test_the_devices_random_numbers_go_on_from_a_file(one_rank, device):

@@ -2,13 +2,10 @@
 
 import pytest
 import torch
+from support.model_averages import Model
 from torch import nn
 
-from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.own_values import OwnValues
-from lightning_comm.transport.averaging import Averaging
-from lightning_comm.transport.model_average import Replica
-from lightning_comm.transport.recording import Recorder
 
 
 def averaged(places):
@@ -62,8 +59,8 @@ def test_a_loss_from_before_goes_backward_after_the_average_and_not_while_it_is_
     def run(rank):
         torch.manual_seed(rank)
         model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-        replica = Replica(model, Recorder(CommLedger()), Averaging(), "average")
-        replica.begin_round()
+        averages = Model(model)
+        averages.average.begin_round()
 
         def gradients(between):
             model.zero_grad()
@@ -73,23 +70,23 @@ def test_a_loss_from_before_goes_backward_after_the_average_and_not_while_it_is_
             return [p.grad.clone() for p in model.parameters()]
 
         def enter():
-            replica.enter_average("checkpoint", broadcast=False)
+            averages.temporary.enter("checkpoint", broadcast=False)
 
         def enter_and_leave():
             enter()
-            replica.leave_average()
+            averages.temporary.leave()
 
         def set_meanwhile():
             enter()
             with torch.no_grad():
                 model[2].weight.zero_()
-            replica.leave_average()
+            averages.temporary.leave()
 
         expected, got = gradients(lambda: None), gradients(enter_and_leave)
         for between in (enter, set_meanwhile):
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 gradients(between)
-            replica.leave_average()
+            averages.temporary.leave()
         return all(torch.equal(mine, theirs) for mine, theirs in zip(expected, got, strict=True))
 
     assert run_ranks(run, world_size=2) == [True, True]

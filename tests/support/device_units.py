@@ -15,13 +15,13 @@ from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.random_state import random_state, set_random_state
 from lightning_comm.ondevice.share import Share
 from lightning_comm.strategies.common.loss_scale import loss_scale, take_smallest_scale
-from lightning_comm.transport.averaging import Averager, broadcast_
-from lightning_comm.transport.background_tasks import Errand
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.averaging import FullAverage, broadcast_
+from lightning_comm.transport.background_thread import BackgroundThread
 from lightning_comm.transport.compression.base import Codec, Compression, Context, Layout, Slot, run_alone
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.recording import Recorder, another_group
+from support.model_averages import Background
 from support.on_device import spin
 
 SHAPES = {"a.weight": (70, 50), "a.bias": (70,), "b.weight": (40, 3, 3, 3), "one": (1,), "c.weight": (13, 110)}
@@ -154,7 +154,7 @@ def averaged(
         tensors["torch.float32"][0] = 3e38  # the sum of two of them is infinite
         tensors["torch.float32"][1] = float("inf") if rank == 0 else 1.0
     weight = Share.of(range(1, world_size + 1), rank) if weighted else None
-    averager = Averager(Recorder(CommLedger()), 256)
+    averager = FullAverage(Recorder(CommLedger()), 256)
     for _ in range(2 if slow else 1):
         if slow:
             # what is averaged is written behind a kernel that spins, and was something else before
@@ -164,7 +164,7 @@ def averaged(
             spin(device)
             for name, tensor in tensors.items():
                 _distinct(tensor).copy_(_distinct(kept[name]))
-        averager.average_(list(tensors.values()), PURPOSE, weight)
+        averager.average_(tensors, weight, purpose=PURPOSE)
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
@@ -193,9 +193,9 @@ def in_flight(
     does not wait for the right stream meets NaN, or weights of another time.
     """
     recorder = _SlowRecorder(device) if poison else Recorder(CommLedger(), another_group(None), hold=True)
-    averager = DifferenceAverager(recorder, compression, 4096)
+    averager = Background(recorder, compression, 4096)
     weights = {slot.name: row.clone().view(slot.shape).to(device, dtype) for slot, row in _split(entries(9))}
-    averager.restart(weights)
+    averager.references.restart(weights)
     for step in range(2):
         moved = {slot.name: row.view(slot.shape).to(device, dtype) for slot, row in _split(entries(rank, step))}
         if poison:
@@ -231,15 +231,15 @@ class _SlowRecorder(Recorder):
         return super()._issue(*args, **kwargs)
 
 
-def failing_errand(rank: int, device: str) -> str:
+def failing_thread(rank: int, device: str) -> str:
     """What is raised where somebody waits for work that fails."""
 
     def work() -> None:
         torch.ones(3, device=device).view(2)
 
-    errand = Errand(work, torch.device(device, 0 if device != "cpu" else None))
+    thread = BackgroundThread(work, torch.device(device, 0 if device != "cpu" else None))
     try:
-        errand.join()
+        thread.join()
     except RuntimeError as error:
         return str(error)
     return ""

@@ -21,6 +21,11 @@ SHAPES = {
 }
 
 
+def named(tensors: "list[torch.Tensor] | tuple[torch.Tensor, ...]") -> dict[str, torch.Tensor]:
+    """Names for tensors that have none, in their order."""
+    return {str(k): tensor for k, tensor in enumerate(tensors)}
+
+
 def drawn(name: str, *where: object) -> torch.Tensor:
     seed = int.from_bytes(hashlib.sha256(repr((name, where)).encode()).digest()[:7], "big")
     return torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(seed))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
+from support.differences import named
 
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.transport.averaging import Averager, Averaging, broadcast_
+from lightning_comm.transport.averaging import Averaging, FullAverage, broadcast_
 from lightning_comm.transport.recording import Recorder
 
 SIZES = (3, 2, 7, 1, 0, 40)
@@ -20,7 +21,7 @@ def _average(rank, bucket_bytes, dtype):
     tensors = inputs(rank, dtype)
     pointers = [tensor.data_ptr() for tensor in tensors]
     ledger = CommLedger()
-    drift = Averager(Recorder(ledger), bucket_bytes).average_(tensors, "parameters").read()
+    drift = FullAverage(Recorder(ledger), bucket_bytes).average_(named(tensors)).read()
     assert [tensor.data_ptr() for tensor in tensors] == pointers, "averaging moved a tensor"
     return [tensor.clone().numpy() for tensor in tensors], ledger.payload_bytes(), ledger.messages(), tuple(drift)
 
@@ -51,7 +52,7 @@ def _average_large_bf16(rank):
     values = [256.0 if k % 3 == rank else 1.0 for k in range(30)]
     tensor = torch.tensor(values, dtype=torch.bfloat16)
     ledger = CommLedger()
-    Averager(Recorder(ledger), 1000).average_([tensor], "parameters")
+    FullAverage(Recorder(ledger), 1000).average_(named([tensor]))
     return tensor.float().tolist(), ledger.payload_bytes()
 
 
@@ -74,7 +75,7 @@ def _average_layouts(rank):
         torch.nn.Parameter(base.clone()),
     ]
     strides = [tensor.stride() for tensor in tensors]
-    Averager(Recorder(CommLedger()), 52).average_(tensors, "parameters")
+    FullAverage(Recorder(CommLedger()), 52).average_(named(tensors))
     assert [tensor.stride() for tensor in tensors] == strides
     return [tensor.detach().clone().numpy() for tensor in tensors]
 
@@ -118,11 +119,11 @@ def _extra_memory(rank, bucket_bytes):
         return tensor
 
     tensors = [torch.randn(5000), torch.randn(77), torch.randn(30, dtype=torch.float64)]
-    averager = Averager(Recorder(CommLedger()), bucket_bytes)
+    averager = FullAverage(Recorder(CommLedger()), bucket_bytes)
     torch.empty = counting_empty
     try:
         for _ in range(2):
-            averager.average_(tensors, "parameters")
+            averager.average_(named(tensors))
     finally:
         torch.empty = real_empty
     return sizes
@@ -137,7 +138,7 @@ def _sampled(rank):
     torch.manual_seed(rank)
     tensors = [torch.randn(300, 200), torch.randn(50_000, dtype=torch.float64) * 3]
     own = [tensor.double().clone() for tensor in tensors]
-    drift = Averager(Recorder(CommLedger()), 2**20).average_(tensors, "parameters").read()
+    drift = FullAverage(Recorder(CommLedger()), 2**20).average_(named(tensors)).read()
     exact = sum(float((a - b.double()).square().sum()) for a, b in zip(own, tensors, strict=True))
     return drift.distance_sq, exact, drift.relative
 

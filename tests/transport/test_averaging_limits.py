@@ -6,21 +6,21 @@ from fractions import Fraction
 
 import pytest
 import torch
+from support.differences import named
+from support.model_averages import Background, Model
 from support.processes import start_ranks
 from torch import Tensor, nn
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.flat import Drift, DriftSum, drift_of
 from lightning_comm.ondevice.share import Share
-from lightning_comm.transport.averaging import Averager, Averaging
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.averaging import Averaging, FullAverage
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
 from lightning_comm.transport.compression.power_sgd import PowerSGD
 from lightning_comm.transport.compression.top_k import TopK
 from lightning_comm.transport.cyclic.buffers import mean_of_rows
-from lightning_comm.transport.model_average import Replica
 from lightning_comm.transport.recording import Recorder
 
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -42,7 +42,7 @@ def bits(tensor: Tensor) -> list[int]:
 
 def averaged(entries: Tensor, weight: float | None, bucket_bytes: int = 24) -> tuple[Tensor, list[int]]:
     tensor, ledger = entries.clone(), CommLedger()
-    Averager(Recorder(ledger), bucket_bytes).average_([tensor], "parameters", weight)
+    FullAverage(Recorder(ledger), bucket_bytes).average_(named([tensor]), weight)
     return tensor, [record.payload_bytes for record in ledger.records]
 
 
@@ -228,13 +228,13 @@ class Masked(nn.Module):
 def _constants(rank, world_size, weighted):
     module, shadow = Masked(rank), Masked(rank)
     before = {name: tensor.clone() for name, tensor in module.named_buffers()}
-    replica = Replica(module, Recorder(CommLedger()), Averaging(1e-4), "average", lambda: {"0": shadow})
-    replica.begin_round(equal=True)
+    averages = Model(module, Averaging(1e-4), weight_averages=lambda: {"0": shadow})
+    averages.average.begin_round(equal=True)
     weight = Share.of(COUNTS[world_size], rank) if weighted else None
     for _ in range(3):
-        replica.average(weight=weight)
-        replica.enter_average("evaluation", weight)
-        replica.leave_average()
+        averages.average.average(weight)
+        averages.temporary.enter("evaluation", weight)
+        averages.temporary.leave()
     same = [
         torch.equal(part.get_buffer(name), before[name])
         for part in (module, shadow)
@@ -257,10 +257,10 @@ def _differences(rank, weighted):
     largest, found = torch.finfo(torch.float32).max, {}
     for compression in (Full(), Cast("bf16"), Cast("fp16"), Int8(), TopK(0.5), PowerSGD(1)):
         for background in (False, True):
-            averager = DifferenceAverager(Recorder(CommLedger()), compression, 64)
+            averager = Background(Recorder(CommLedger()), compression, 64)
             first = torch.tensor([-largest, largest, 1.0, 0.0, -largest, 0.0]).view(2, 3)
             weights = {"a": first.clone(), "mask": torch.tensor([-math.inf, 0.0, largest])}
-            averager.restart(weights)
+            averager.references.restart(weights)
             moved = torch.tensor([largest, -largest, 1.0 + rank, largest, largest * (1 - 2 * rank), 0.0]).view(2, 3)
             weights["a"].copy_(moved)
             weight = [0.75, 0.25][rank] if weighted else None

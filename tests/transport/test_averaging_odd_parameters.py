@@ -1,16 +1,17 @@
 """Parameters of every odd kind, through every way to average: against means by hand, and a resume in flight."""
 
+from dataclasses import asdict
 from datetime import timedelta
 
 import pytest
 import torch
+from support.model_averages import NO_ROUND, Model
 from support.odd_parameters import OddParameters, entries
 
 from lightning_comm import Cast, Int8, PowerSGD, TopK
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.share import Share
 from lightning_comm.transport.averaging import Averaging
-from lightning_comm.transport.model_average import Replica
 from lightning_comm.transport.recording import Recorder, another_group
 
 COUNTS = [3, 1, 2]
@@ -31,35 +32,37 @@ def train(module, rank, step):
         module.tail[3:] += 0.1 * torch.randn(3, generator=generator)
 
 
-def replica_of(module, compression, overlap, groups):
+def averages_of(module, compression, overlap, groups):
     averaging = Averaging(64 / 2**20, compression, overlap_steps=int(overlap))
     background = Recorder(CommLedger(), groups.pop(), beside_compute=True, hold=True) if overlap else None
-    return Replica(module, Recorder(CommLedger()), averaging, "average", background=background)
+    return Model(module, averaging, background=background)
 
 
 def _rounds(rank, world_size, compression, overlap, weighted, groups):
     module = OddParameters()
-    replica = replica_of(module, compression, overlap, groups)
-    replica.begin_round(equal=True)
+    averages = averages_of(module, compression, overlap, groups)
+    averages.average.begin_round(equal=True)
     history = []
     for step in range(STEPS):
         train(module, rank, step)
         before = entries(module)
         weight = Share.of([COUNTS[(k + step) % world_size] for k in range(world_size)], rank) if weighted else None
         if not overlap:
-            replica.average_differences(weight) if replica.compresses else replica.average(weight=weight)
+            averages.average.average(weight)
         else:
-            replica.depart(weight)
-            if step == 1:  # saved, and taken up by another process in flight
-                state = replica.compression_state(), replica.local_state()
+            averages.depart(weight)
+            if step == 1:  # saved, and restored by another process in flight
+                in_flight = averages.overlapped.departed_state()
+                state = averages.average.compression_state(in_flight), averages.temporary.own_state()
                 state = tuple({name: copied(value) for name, value in part.items()} for part in state)
-                never_stopped, landed = replica, module
+                never_stopped, landed = averages, module
                 module = OddParameters()
-                replica = replica_of(module, compression, overlap, groups)
-                replica.load_local_state(state[1])
-                replica.load_compression_state(state[0])
-                never_stopped.land()
-            replica.land()
+                averages = averages_of(module, compression, overlap, groups)
+                averages.tensors.load_state(state[1])
+                departed = averages.average.load_compression_state(state[0])
+                averages.overlapped.load_state_dict(asdict(NO_ROUND), departed)
+                never_stopped.overlapped.land()
+            averages.overlapped.land()
             if step == 1:
                 others = entries(landed)
                 assert all(torch.equal(tensor, others[name]) for name, tensor in entries(module).items())
@@ -67,7 +70,7 @@ def _rounds(rank, world_size, compression, overlap, weighted, groups):
         assert torch.equal(after["transposed"], after["weight"].t()), "two names of one memory differ"
         assert torch.equal(after["head"][3:], after["tail"][:3])
         history.append(({n: t.numpy() for n, t in before.items()}, {n: t.numpy() for n, t in after.items()}))
-        replica.begin_round(equal=not (replica.compresses or overlap))
+        averages.average.begin_round(equal=not (averages.average.compresses or overlap))
     return history
 
 

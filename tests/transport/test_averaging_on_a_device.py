@@ -5,18 +5,19 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from support.differences import named
 from support.mock_cuda import mock_cuda
+from support.model_averages import Background
 from support.processes import launch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.ondevice.buckets import pack, write_means
 from lightning_comm.ondevice.limits import MODERATE, are_moderate
 from lightning_comm.ondevice.share import Share
 from lightning_comm.ondevice.uploads import uploaded
-from lightning_comm.transport import averaging
-from lightning_comm.transport.averaging import Averager
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.averaging import FullAverage
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
@@ -37,24 +38,24 @@ def tensors(rank):
 
 
 def averages(rank, world_size, *, moderate):
-    """Yield all that is averaged, in full and as differences, in the open and in the background."""
+    """Yield all that is averaged, in full and as differences, blocking and in the background."""
     plain = COUNTS[world_size][rank] / sum(COUNTS[world_size])
     for weight in (None, Share.of(COUNTS[world_size], rank), plain):
         ledger, full = CommLedger(), tensors(rank)
-        drift = Averager(Recorder(ledger), 64).average_(full, "parameters", weight, moderate=moderate).read()
+        drift = FullAverage(Recorder(ledger), 64).average_(named(full), weight, moderate=moderate).read()
         yield [*full, torch.tensor(drift), torch.tensor([record.payload_bytes for record in ledger.records])]
         for compression, background in itertools.product((Full(), Cast("fp16"), Int8(), TopK(0.5)), (False, True)):
-            averager = DifferenceAverager(Recorder(CommLedger()), compression, 64)
-            named = {str(k): tensor for k, tensor in enumerate(tensors(7))}
-            averager.restart(named)
-            for own, moved in zip(named.values(), tensors(rank), strict=True):
+            averager = Background(Recorder(CommLedger()), compression, 64)
+            weights = named(tensors(7))
+            averager.references.restart(weights)
+            for own, moved in zip(weights.values(), tensors(rank), strict=True):
                 own.add_(moved)
             if background:
-                averager.depart(named, weight, moderate=moderate)
-                drift = averager.land_(named).read()
+                averager.depart(weights, weight, moderate=moderate)
+                drift = averager.land_(weights)
             else:
-                drift = averager.average_(named, weight, moderate=moderate).read()
-            yield [*named.values(), *averager.references, torch.tensor(drift)]
+                drift = averager.average_(weights, weight, moderate=moderate).read()
+            yield [*weights.values(), *averager.references.rows, torch.tensor(drift)]
 
 
 def _same(rank, world_size):
@@ -101,12 +102,12 @@ class Kernels(TorchDispatchMode):
 def _weighted_on_a_device(rank):
     answers = []
     for weight in (None, Share.of(COUNTS[3], rank)):
-        here, averager = tensors(rank), Averager(Recorder(CommLedger()), 64)
-        drift = averager.average_(here, "parameters", weight).read()
+        here, averager = tensors(rank), FullAverage(Recorder(CommLedger()), 64)
+        drift = averager.average_(named(here), weight).read()
         with mock_cuda() as device:
             there = [each.to("cuda") for each in tensors(rank)]
             with device.counting() as waits:
-                found = Averager(Recorder(CommLedger()), 64).average_(there, "parameters", weight, moderate=True)
+                found = FullAverage(Recorder(CommLedger()), 64).average_(named(there), weight, moderate=True)
             same = all(torch.equal(one.cpu(), other) for one, other in zip(there, here, strict=True))
             answers.append((same, found.read() == drift, len(waits), device.hazards))
     return answers
@@ -123,11 +124,11 @@ def test_a_bucket_is_packed_and_unpacked_in_one_kernel_for_each_type_however_man
             bucket = torch.empty(5 * count, device="cuda")
             divisor = torch.full((), 3.0, device="cuda")
             with Kernels() as kernels, device.counting() as waits:
-                used = averaging._pack(pieces, bucket)
+                used = pack(pieces, bucket)
                 packed = list(kernels.names)
-                averaging._write_means(pieces, used, divisor)
+                write_means(pieces, used, divisor)
                 unpacked = kernels.names[len(packed) :]
-                averaging._write_means(pieces, used, None)
+                write_means(pieces, used, None)
             assert packed == ["_foreach_copy_"] * 2
             assert unpacked == ["div_", *packed]
             assert kernels.names[-2:] == packed
@@ -154,7 +155,7 @@ def _passes(rank):
         with mock_cuda():
             tensor = torch.arange(1.0, 6.0, device="cuda")
             with Kernels() as kernels:
-                Averager(Recorder(CommLedger()), 64).average_([tensor], "parameters", moderate=True)
+                FullAverage(Recorder(CommLedger()), 64).average_(named([tensor]), moderate=True)
             found[world_size] = kernels.names, tensor.tolist()
         dist.destroy_process_group()
     return found
@@ -168,7 +169,7 @@ def _unchanged(rank):
     numbers = torch.tensor([0.0, -0.0, 1e-45, -3e-39, 1.0, 3.4e38, float("inf"), float("-inf")])
     rows = [numbers.to(dtype) for dtype in TYPES]
     before = [row.clone() for row in rows]
-    Averager(Recorder(CommLedger()), 16).average_(rows, "parameters")
+    FullAverage(Recorder(CommLedger()), 16).average_(named(rows))
     return all(torch.equal(row.view(torch.uint8), old.view(torch.uint8)) for row, old in zip(rows, before, strict=True))
 
 

@@ -7,19 +7,18 @@ from functools import cache
 
 import pytest
 import torch
-from support.differences import BY_HAND, SHAPES, in_memory_order, moved, start
+from support.differences import BY_HAND, SHAPES, in_memory_order, moved, named, start
+from support.model_averages import Background, Model
 from support.processes import one_launch
 from torch import nn
 
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.transport.averaging import Averager, Averaging
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.averaging import Averaging, FullAverage
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
 from lightning_comm.transport.compression.power_sgd import PowerSGD
 from lightning_comm.transport.compression.top_k import TopK
-from lightning_comm.transport.model_average import Replica
 from lightning_comm.transport.recording import Recorder, another_group
 
 ROUNDS = 3
@@ -49,7 +48,7 @@ def exact_mean(weights: list[float], entries: list[float]) -> float:
 def _average(rank, weights, bucket_bytes, dtype):
     tensors, ledger = inputs(rank, dtype), CommLedger()
     pointers = [tensor.data_ptr() for tensor in tensors]
-    drift = Averager(Recorder(ledger), bucket_bytes).average_(tensors, "parameters", weights[rank] if weights else None)
+    drift = FullAverage(Recorder(ledger), bucket_bytes).average_(named(tensors), weights[rank] if weights else None)
     assert [tensor.data_ptr() for tensor in tensors] == pointers, "averaging moved a tensor"
     return (
         [tensor.double().numpy() for tensor in tensors],
@@ -91,7 +90,7 @@ def test_every_tensor_becomes_the_weighted_mean_whatever_the_bucket(bucket_bytes
 def _narrow(rank, weights):
     # 256 + 1 has no bf16, so scaling or summing in bf16 would round it away
     tensor = torch.tensor([256.0 if rank == 0 else 2.0] * 30, dtype=torch.bfloat16)
-    Averager(Recorder(CommLedger()), 24).average_([tensor], "parameters", weights[rank])
+    FullAverage(Recorder(CommLedger()), 24).average_(named([tensor]), weights[rank])
     return tensor.double().tolist()
 
 
@@ -122,10 +121,10 @@ def _rounds(rank, compression, weights, bucket_bytes, background):
     ledger = CommLedger()
     group = another_group(timedelta(seconds=30)) if background else None
     recorder = Recorder(ledger, group, beside_compute=background, hold=background)
-    averager = DifferenceAverager(recorder, compression, bucket_bytes)
+    averager = Background(recorder, compression, bucket_bytes)
     own = start()
     own["b.weight"] = own["b.weight"].contiguous(memory_format=torch.channels_last)
-    averager.restart(own)
+    averager.references.restart(own)
     history = []
     for step in range(ROUNDS):
         moved(own, rank, step)
@@ -133,8 +132,8 @@ def _rounds(rank, compression, weights, bucket_bytes, background):
         weight = weights[(rank + step) % len(weights)]
         if background:
             averager.depart(own, weight)
-            if step == 1:  # saved and taken up in flight
-                state, averager = averager.state_dict(), DifferenceAverager(recorder, compression, bucket_bytes)
+            if step == 1:  # saved and restored in flight
+                state, averager = averager.state_dict(), Background(recorder, compression, bucket_bytes)
                 averager.load_state_dict(state, own)
             copies = {name: tensor.clone() for name, tensor in own.items() if name != "a.bias"}
             averager.correct_(copies)
@@ -258,19 +257,19 @@ def test_equal_weights_are_what_no_weights_are_to_the_bit(compression, backgroun
                 assert all((a[1][name] == b[1][name]).all() and (a[2][name] == b[2][name]).all() for name in SHAPES)
 
 
-# ---- in a replica ----------------------------------------------------------------------------------------------------
+# ---- a model --------------------------------------------------------------------------------------------------------
 
 
-def _replica(rank, weights, overlap):
+def _model(rank, weights, overlap):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
     background = Recorder(CommLedger(), another_group(timedelta(seconds=30)), beside_compute=True, hold=True)
     averaging = Averaging(bucket_mib=40 / 2**20, overlap_steps=int(overlap))
     shadow = nn.Linear(2, 2).double()
-    replica = Replica(
-        model, Recorder(CommLedger()), averaging, "average", lambda: {"0": shadow}, background if overlap else None
+    averages = Model(
+        model, averaging, weight_averages=lambda: {"0": shadow}, background=background if overlap else None
     )
-    replica.begin_round(equal=True)
+    averages.average.begin_round(equal=True)
     momentum = torch.full((5,), float(rank), dtype=torch.float64)
 
     def train(step):
@@ -288,28 +287,28 @@ def _replica(rank, weights, overlap):
     train(0)
     first = state()
     if overlap:
-        replica.depart(weights[rank])
+        averages.depart(weights[rank])
     else:
-        replica.average(weight=weights[rank])
-    replica.average_momenta([momentum], weights[rank])
+        averages.average.average(weights[rank])
+    averages.average.average_optimizer_state([momentum], weights[rank])
     train(1)
     second = state()
-    replica.enter_average("checkpoint", weights[1 - rank], broadcast=False)
+    averages.temporary.enter("checkpoint", weights[1 - rank], broadcast=False)
     saved = state()
-    replica.leave_average()
-    replica.enter_average("evaluation", weights[1 - rank])
+    averages.temporary.leave()
+    averages.temporary.enter("evaluation", weights[1 - rank])
     inside = state()
-    replica.leave_average()
+    averages.temporary.leave()
     assert all((row == second[name]).all() for name, row in state().items()), "an evaluation left a trace"
     if overlap:
-        replica.land()
+        averages.overlapped.land()
     return first, second, saved, inside, state(), momentum.tolist()
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["open", "in-flight"])
+@pytest.mark.parametrize("overlap", [False, True], ids=["blocking", "in-flight"])
 def test_evaluations_and_checkpoints_weigh_each_round_by_its_own_shares(run_ranks, overlap):
     weights = [0.7, 0.3]
-    one, two = run_ranks(_replica, weights, overlap, world_size=2)
+    one, two = run_ranks(_model, weights, overlap, world_size=2)
     for name in one[0]:
         if "tracked" in name:
             continue

@@ -2,25 +2,22 @@
 
 import pytest
 import torch
+from support.model_averages import Model
 from torch import nn
 
-from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.optimizer.state import optimizer_tensors
 from lightning_comm.transport.averaging import Averaging
-from lightning_comm.transport.model_average import Replica
-from lightning_comm.transport.recording import Recorder
 
 
-def build(rank: int, buffers: str = "average", shadows=dict):
+def build(rank: int, buffers: str = "average", weight_averages=dict):
     torch.manual_seed(rank)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3), nn.Linear(3, 3))
     model[0].bias.requires_grad_(False)
     model[1].running_mean.fill_(rank)
     model[1].num_batches_tracked.fill_(10 * rank)
-    ledger = CommLedger()
-    replica = Replica(model, Recorder(ledger), Averaging(bucket_mib=40 / 2**20), buffers, shadows)
-    replica.begin_round()
-    return model, replica, ledger
+    averages = Model(model, Averaging(bucket_mib=40 / 2**20), buffers, weight_averages)
+    averages.average.begin_round()
+    return model, averages, averages.ledger
 
 
 def snapshot(model: nn.Module) -> dict:
@@ -28,9 +25,9 @@ def snapshot(model: nn.Module) -> dict:
 
 
 def _average(rank, buffers):
-    model, replica, _ = build(rank, buffers)
+    model, averages, _ = build(rank, buffers)
     before = snapshot(model)
-    replica.average()
+    averages.average.average()
     return {k: v.numpy() for k, v in before.items()}, {k: v.numpy() for k, v in snapshot(model).items()}
 
 
@@ -52,14 +49,14 @@ def test_trained_parameters_and_float_buffers_become_means_and_the_rest_does_not
 
 
 def _enter_and_leave(rank):
-    model, replica, ledger = build(rank)
+    model, averages, ledger = build(rank)
     before = snapshot(model)
-    replica.enter_average("evaluation")
-    inside, own = snapshot(model), replica.local_state()
-    replica.leave_average()
+    averages.temporary.enter("evaluation")
+    inside, own = snapshot(model), averages.temporary.own_state()
+    averages.temporary.leave()
     changed = [name for name in before if not torch.equal(before[name], inside[name])]
     restored = all(torch.equal(before[name], tensor) for name, tensor in snapshot(model).items())
-    kept = all(torch.equal(own[f"parameters:{name}"], before[name]) for name in replica.parameters())
+    kept = all(torch.equal(own[f"parameters:{name}"], before[name]) for name in averages.tensors.parameters())
     return changed, restored, kept, ledger.purposes
 
 
@@ -77,16 +74,15 @@ def _state_dict(rank):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     model.register_buffer("steps", torch.tensor(rank + 5))
-    ledger = CommLedger()
-    replica = Replica(model, Recorder(ledger), Averaging(), "average")
-    replica.begin_round()
+    averages = Model(model)
+    averages.average.begin_round()
     own = model[0].weight.detach().clone()
-    replica.enter_average("checkpoint", broadcast=False)
+    averages.temporary.enter("checkpoint", broadcast=False)
     averaged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    purpose = replica.average_is_for
-    replica.leave_average()
-    restored = torch.equal(own, model[0].weight) and replica.average_is_for is None
-    sent = ledger.payload_bytes(), ledger.payload_bytes("checkpoint")
+    purpose = averages.temporary.purpose
+    averages.temporary.leave()
+    restored = torch.equal(own, model[0].weight) and averages.temporary.purpose is None
+    sent = averages.ledger.payload_bytes(), averages.ledger.payload_bytes("checkpoint")
     return own.numpy(), averaged["0.weight"].numpy(), int(averaged["steps"]), purpose, restored, sent
 
 
@@ -99,12 +95,12 @@ def test_a_state_dict_is_made_of_averages_and_counts_of_the_rank_itself(run_rank
 
 
 def _layout(rank):
-    model, replica, _ = build(0)
-    first = replica.layout()
+    model, averages, _ = build(0)
+    first = averages.tensors.layout()
     model[2].bias.requires_grad_(False)  # frozen within the round: still averaged once more
-    same = replica.layout()
-    replica.begin_round()
-    return first, same, replica.layout(), replica.layout([torch.zeros(3)])
+    same = averages.tensors.layout()
+    averages.average.begin_round()
+    return first, same, averages.tensors.layout(), averages.tensors.layout([torch.zeros(3)])
 
 
 def test_the_layout_follows_what_would_be_averaged(run_ranks):
@@ -117,9 +113,9 @@ def test_the_layout_follows_what_would_be_averaged(run_ranks):
 
 
 def _load(rank):
-    _, replica, _ = build(0)
+    _, averages, _ = build(0)
     with pytest.raises(ValueError, match=r"weights that the model does not have: \['parameters:9.weight'\]"):
-        replica.load_local_state({"parameters:9.weight": torch.zeros(1)})
+        averages.tensors.load_state({"parameters:9.weight": torch.zeros(1)})
     return True
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_comm.ondevice.uploads import uploaded
@@ -34,7 +33,7 @@ class ControlRow(NamedTuple):
         batches: Training batches in an epoch; -1 where that is not known.
         samples: That this rank has trained on since the last synchronisation; ``None``, on all ranks, where averages
             are not weighted by it, and then it is not sent.
-        seen: What :meth:`Replica.look` has found on that rank, as a sum of powers of two, by place in `SEEN`.
+        seen: What :meth:`ModelTensors.look` has found on that rank, as a sum of powers of two, by place in `SEEN`.
 
     """
 
@@ -67,7 +66,7 @@ def exchange(
         device: Where the backend wants its messages.
         wait: Waits for the rows of the others.
         loss_scale: That of the row, where it lies on a device and the host has not read it.
-        found: What :meth:`Replica.look` has found, for the ``seen`` of the row, likewise.
+        found: What :meth:`ModelTensors.look` has found, for the ``seen`` of the row, likewise.
 
     Note:
         *Communication.* One all-gather of 64 bytes a rank, 72 with a number of samples, recorded as ``"control"``.
@@ -169,16 +168,3 @@ def check_same_batches(rows: list[ControlRow], where: str) -> None:
             f"wait for ever for the others. {same_batches(known)} `drop_last=True`, or a "
             "DistributedSampler, which pads, also make them alike."
         )
-
-
-def warn_of_different_rates(rows: list[ControlRow]) -> bool:
-    """Report learning rates that differ between ranks; return whether they do."""
-    lrs = [row.lr for row in rows]
-    differ = max(lrs) - min(lrs) > 1e-9 * abs(max(lrs))
-    if differ:
-        rank_zero_warn(
-            f"LocalUpdateStrategy: learning rates differ between ranks at step {int(rows[0].steps_done)}: {lrs} by "
-            "rank. The period follows rank 0. Where a scheduler is stepped by hand with a metric, give it the mean: "
-            "`scheduler.step(self.trainer.strategy.reduce(metric))`."
-        )
-    return differ

@@ -26,6 +26,7 @@ from lightning_comm import lightning_internals
 from lightning_comm.core.cyclic.schedule import CyclicSchedule, Rule
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.cyclic.update import ClipBy
+from lightning_comm.ondevice.model_tensors import fingerprint
 from lightning_comm.ondevice.optimizer.step_messages import FirstSteps
 from lightning_comm.ondevice.random_state import set_random_state
 from lightning_comm.strategies.checkpoints import sets
@@ -55,7 +56,6 @@ from lightning_comm.strategies.cyclic.run import RUN_END, CyclicRun
 from lightning_comm.transport.averaging import broadcast_
 from lightning_comm.transport.backends import backend_of
 from lightning_comm.transport.cyclic.requests import Requests
-from lightning_comm.transport.model_average import fingerprint
 from lightning_comm.transport.plain_data import broadcast_json
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.stop_protocol import Agreement, default_store

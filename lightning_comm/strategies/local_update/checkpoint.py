@@ -24,12 +24,12 @@ from lightning_comm.strategies.checkpoints import removal, sets
 from lightning_comm.strategies.checkpoints.entry import WRITTEN_ALONE, Save, says_incomplete
 from lightning_comm.strategies.checkpoints.problems import first_problem
 from lightning_comm.strategies.checkpoints.whole_files import is_plain
-from lightning_comm.strategies.compression import mask_state as mask_files
+from lightning_comm.strategies.compression import mask_state
 from lightning_comm.strategies.local_update.run import LocalUpdateRun
 from lightning_comm.strategies.local_update.run_state import state_of
 from lightning_comm.transport.compression.base import Compression
-from lightning_comm.transport.model_average import Replica
 from lightning_comm.transport.recording import Recorder
+from lightning_comm.transport.temporary_average import TemporaryAverage
 
 KEY = "lightning_comm.local_update"
 VERSION = 1
@@ -69,21 +69,22 @@ def shared_state(run: LocalUpdateRun, token: str, *, complete: bool, averaged: b
     return {
         "version": VERSION,
         "token": token,
-        "world_size": run.recorder.world_size,
+        "world_size": run.recorder.members.size,
         "complete": complete,
         "averaged": averaged,
-        "masks": mask_files.mask_state(run.replica.codec, run.settings.averaging.method),
+        "masks": mask_state.mask_state(run.model.codec, run.settings.averaging.method),
         "run": state_of(run),
     }
 
 
 def own_state(run: LocalUpdateRun, lightning_state: dict[str, Any]) -> dict[str, Any]:
     """Return what only this rank knows: the content of its file."""
+    weights = run.mid_round.weights
     return {
-        "apart": run.apart,
+        "apart": run.rounds.apart,
         "epoch_is_over": run.trainer.is_last_batch,
-        "weights": run.replica.local_state() if run.apart else run.replica.local_buffers(),
-        "compression": run.replica.compression_state(),
+        "weights": weights.own_state() if run.rounds.apart else weights.own_buffers(),
+        "compression": run.model.compression_state(run.overlapped.departed_state()),
         "samples": run.samples.state_dict(),
         "run": state_of(run),
         "random": run.random_state or random_state(),
@@ -117,7 +118,7 @@ def write(
         keys = (*RANK_KEYS, type(strategy.precision_plugin).__qualname__)
         own = own_state(run, {key: checkpoint[key] for key in keys if key in checkpoint})
         sets.write_own(strategy, run.recorder, WHERE, save, own)
-        checkpoint["optimizer_states"] = run.average_optimizer_states(checkpoint["optimizer_states"])
+        checkpoint["optimizer_states"] = run.mid_round.average_optimizer_states(checkpoint["optimizer_states"])
     checkpoint[KEY] = shared_state(run, save.id, complete=complete, averaged=True)
     save.write(checkpoint)
     return save
@@ -125,9 +126,9 @@ def write(
 
 def mark_incomplete(run: LocalUpdateRun, checkpoint: dict[str, Any], filepath: _PATH) -> None:
     """Say in a checkpoint, and to people, that it was written when ranks could not meet any more."""
-    checkpoint[KEY] = shared_state(run, "", complete=False, averaged=not run.apart)
+    checkpoint[KEY] = shared_state(run, "", complete=False, averaged=not run.rounds.apart)
     Save(str(filepath)).write(checkpoint, incomplete=True)
-    weights = "those of rank 0 alone, in the middle of a round" if run.apart else "averaged, as ranks last met"
+    weights = "those of rank 0 alone, in the middle of a round" if run.rounds.apart else "averaged, as ranks last met"
     rank_zero_warn(
         f"{WHERE}: {str(filepath)!r} is written after an error, when ranks cannot meet any more: its weights are "
         f"{weights}, and there is nothing in it of what each rank keeps. Go on from an earlier checkpoint if there is "
@@ -135,8 +136,8 @@ def mark_incomplete(run: LocalUpdateRun, checkpoint: dict[str, Any], filepath: _
     )
 
 
-def kept_from_change(checkpoint: dict[str, Any], replica: Replica, io: CheckpointIO) -> dict[str, Any]:
-    """Return a checkpoint that stays as it is when ranks take their own weights up again.
+def kept_from_change(checkpoint: dict[str, Any], weights: TemporaryAverage, io: CheckpointIO) -> dict[str, Any]:
+    """Return a checkpoint that stays as it is when ranks have their own weights back.
 
     Note:
         *Memory.* Nothing where the file is written before that, as Lightning's own way does. With another
@@ -144,7 +145,7 @@ def kept_from_change(checkpoint: dict[str, Any], replica: Replica, io: Checkpoin
         memory (tied weights) share that of the copy.
 
     """
-    changing = replica.changed_storages()
+    changing = weights.storages
     if is_plain(io) or not changing:
         return checkpoint
     storages: dict[int, torch.UntypedStorage] = {}
@@ -193,7 +194,7 @@ def load(
         method: The compression of the run, for the message: whether masks are kept.
 
     """
-    shared, masks = checkpoint.get(KEY), mask_files.masks_in(checkpoint)
+    shared, masks = checkpoint.get(KEY), mask_state.masks_in(checkpoint)
     own, problem = _read(strategy, checkpoint, filepath)
     found = first_problem(strategy, recorder, problem)
     if found is not None or own is None:
@@ -201,7 +202,7 @@ def load(
             filepath,
             "" if found is None else found[1],
             averaged=shared is None or shared["averaged"],
-            masks=mask_files.fits(masks, method),
+            masks=mask_state.fits(masks, method),
             optimizer=bool(checkpoint.get("optimizer_states")),
         )
         return Resume(shared, None, masks)

@@ -1,4 +1,4 @@
-"""What a period rule needs of the run: its coefficient by the optimizer and its peak rate, and its shortest period."""
+"""A period rule in a run: its coefficient by the optimizer and its peak rate, and its shortest period."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What is noted and logged of the rounds of a run."""
+"""A log of the rounds of a run, for its history and for loggers."""
 
 import math
 from collections import deque
@@ -9,6 +9,7 @@ from lightning_comm.core.ledger import CommLedger
 from lightning_comm.lightning_internals import logged_step
 from lightning_comm.ondevice.flat import Drift
 from lightning_comm.strategies.local_update.settings import Round
+from lightning_comm.transport.overlapped_average import EndedRound
 
 
 class RoundLog:
@@ -40,10 +41,12 @@ class RoundLog:
         """Log a synchronisation that came after the last batch, at its step."""
         self._log()
 
-    def add(self, *, step: int, period_steps: int, lr: float, wait_s: float, transfer_s: float, drift: Drift) -> None:
+    def add(self, ended: EndedRound, drift: Drift) -> None:
         """Note a synchronisation, to be logged when the batch ends."""
         self.rounds += 1
-        done = Round(self.rounds, step, period_steps, lr, drift.relative, wait_s, transfer_s)
+        done = Round(
+            self.rounds, ended.step, ended.period_steps, ended.lr, drift.relative, ended.wait_s, ended.transfer_s
+        )
         self.history.append(done)
         if self._trainer.is_global_zero:
             self._newest = {

@@ -1,11 +1,11 @@
-"""What a checkpoint keeps of a run under local updates, and how a run goes on from it."""
+"""State of a run under local updates in a checkpoint, and how a run goes on from it."""
 
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_comm.ondevice.optimizer.state import optimizer_tensors
-from lightning_comm.strategies.compression import mask_state as mask_files
+from lightning_comm.strategies.compression import mask_state
 from lightning_comm.strategies.local_update.run import LocalUpdateRun
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 
@@ -15,8 +15,8 @@ def state_of(run: LocalUpdateRun) -> dict[str, Any]:
     return {
         "clock": run.clock.state_dict(),
         "rounds": run.log.rounds,
-        "round_lr": run.round_lr,
-        "in_flight": run.background.state_dict(),
+        "round_lr": run.rounds.lr,
+        "in_flight": run.overlapped.state_dict(),
         "ledger": run.recorder.ledger.state_dict(),
         "gradient_steps": run.gradient_steps,
         "began_at": run.began_at,
@@ -48,7 +48,7 @@ def begin_count(run: LocalUpdateRun, *, resumed: bool, shared: dict[str, Any] | 
     run.recorder.step = run.clock.steps_done
 
 
-def take_up(
+def restore(
     run: LocalUpdateRun,
     shared: dict[str, Any] | None,
     own: dict[str, Any] | None,
@@ -63,28 +63,28 @@ def take_up(
         masks: Those in the main file, for where this rank's file has none that are of use.
 
     """
-    _take_up_rounds(run, shared, own)
-    codec, method = run.replica.codec, run.settings.averaging.method
+    _restore_rounds(run, shared, own)
+    codec, method = run.model.codec, run.settings.averaging.method
     if not isinstance(codec, SparseMaskCodec) or not codec.masks:
-        mask_files.take_up(codec, method, masks)
-        mask_files.warn_of_other_masks("LocalUpdateStrategy", None, masks, method)
-        mask_files.warn_of_dense("LocalUpdateStrategy", None, masks, method)
+        mask_state.take_up(codec, method, masks)
+        mask_state.warn_of_other_masks("LocalUpdateStrategy", None, masks, method)
+        mask_state.warn_of_dense("LocalUpdateStrategy", None, masks, method)
 
 
-def _take_up_rounds(run: LocalUpdateRun, shared: dict[str, Any] | None, own: dict[str, Any] | None) -> None:
+def _restore_rounds(run: LocalUpdateRun, shared: dict[str, Any] | None, own: dict[str, Any] | None) -> None:
     if own is not None:
         saved = own["run"]
         # gradients are averaged again where ranks ran apart before, and that needs equal weights and momenta
         back = saved["gradient_steps"] <= saved["clock"]["steps_done"] < run.gradient_steps
-        _take_up_clock(run, saved, exact=not back)
+        _restore_clock(run, saved, exact=not back)
         if not back:
-            run.replica.load_local_state(own["weights"])
-            run.replica.load_compression_state(own.get("compression"))
-            run.background.load_state_dict(saved.get("in_flight"))
+            run.model.tensors.load_state(own["weights"])
+            departed = run.model.load_compression_state(own.get("compression"))
+            run.overlapped.load_state_dict(saved.get("in_flight"), departed)
             run.samples.load_state_dict(own.get("samples"))
-            run.apart = own["apart"]
+            run.rounds.apart = own["apart"]
             return
-        run.replica.broadcast_momenta(optimizer_tensors(run.optimizers()))
+        run.model.take_optimizer_state(optimizer_tensors(run.optimizers()))
         rank_zero_warn(
             f"LocalUpdateStrategy: `gradient_steps`={run.gradient_steps} says that gradients are averaged at step "
             f"{saved['clock']['steps_done']}, where the run is resumed and ranks ran apart before. It goes on from "
@@ -92,14 +92,14 @@ def _take_up_rounds(run: LocalUpdateRun, shared: dict[str, Any] | None, own: dic
             "continuation."
         )
     elif shared is not None:
-        _take_up_clock(run, shared["run"], exact=False)
+        _restore_clock(run, shared["run"], exact=False)
 
 
-def _take_up_clock(run: LocalUpdateRun, state: dict[str, Any], *, exact: bool) -> None:
-    """Take up the counts; ``exact=False`` begins a new round where the old one was left."""
+def _restore_clock(run: LocalUpdateRun, state: dict[str, Any], *, exact: bool) -> None:
+    """Restore the counts; ``exact=False`` begins a new round where the old one was left."""
     run.clock.load_state_dict(state["clock"])
     run.log.rounds = int(state["rounds"])
-    run.round_lr = float(state["round_lr"])
+    run.rounds.lr = float(state["round_lr"])
     run.recorder.ledger.load_state_dict(state["ledger"])
     if not exact:
         run.clock.end_round()

@@ -1,4 +1,4 @@
-"""What each rank counts for in an average: its share of the samples that all ranks trained on in the round."""
+"""Weights of ranks in an average: the share of each in the samples that all ranks trained on in the round."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,8 +7,9 @@ import torch
 
 from lightning_comm.core.local_update.periods import is_whole
 from lightning_comm.ondevice.share import Share
-from lightning_comm.strategies.common import rank_status as control
+from lightning_comm.strategies.common import rank_status
 from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.transport.members import Members
 from lightning_comm.transport.recording import Pending, Recorder
 
 
@@ -18,7 +19,7 @@ class SampleWeights:
     Without :meth:`begin` averages are equal, and no count is sent or saved.
 
     Note:
-        *Communication.* Counts travel in the control rows of meetings, one number more in each; where an average has
+        *Communication.* Counts travel in the status rows of meetings, one number more in each; where an average has
         no meeting before it, :meth:`exchange` sends a row for them.
 
     Example:
@@ -26,9 +27,8 @@ class SampleWeights:
         >>> weights.begin()
         >>> weights.count(6)
         >>> weights.end_batch()
-        >>> rows = [ControlRow(samples=weights.sent), ControlRow(samples=2.0)]
-        >>> [weights.weight_of(rank, rows) for rank in range(2)]
-        [0.75, 0.25]
+        >>> weights.sent
+        6.0
 
     """
 
@@ -65,7 +65,7 @@ class SampleWeights:
         """What the others must know: the samples since the last synchronisation; ``None`` if nothing is weighted."""
         return float(self._round) if self.active else None
 
-    def weight_of(self, rank: int, rows: list[ControlRow]) -> float | None:
+    def weight_of(self, members: Members, rows: list[ControlRow]) -> float | None:
         """Return what this rank counts for in a mean, from the rows of all; ``None`` if all count equally.
 
         Where nobody has trained since the last synchronisation, it is as it was there, so that an average right behind
@@ -75,15 +75,15 @@ class SampleWeights:
             return None
         counts = [row.samples or 0.0 for row in rows]
         if sum(counts) > 0:
-            return Share.of(counts, rank)
-        return Share.of([1] * len(rows), rank) if self._last is None else self._last
+            return members.share(counts)
+        return members.share() if self._last is None else self._last
 
     def exchange(self, recorder: Recorder, device: torch.device, wait: Callable[[Pending], None]) -> float | None:
         """Return what this rank counts for, from rows that all ranks send here if anything is weighted."""
         if not self.active:
             return None
-        rows = control.exchange(ControlRow(samples=self.sent), recorder, device, wait)
-        return self.weight_of(recorder.rank, rows)
+        rows = rank_status.exchange(ControlRow(samples=self.sent), recorder, device, wait)
+        return self.weight_of(recorder.members, rows)
 
     def begin_round(self, weight: float | None) -> None:
         """Count anew, behind a synchronisation in which this rank had that weight."""
@@ -96,7 +96,7 @@ class SampleWeights:
         return {"samples": self._round, "last_weight": saved} if self.active else None
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Take up what :meth:`state_dict` returned; of a run that did not count, a round from 0 samples on."""
+        """Restore what :meth:`state_dict` returned; of a run that did not count, a round from 0 samples on."""
         if state is not None:
             last = state["last_weight"]
             self._round, self._last = int(state["samples"]), Share(*last) if isinstance(last, list) else last

@@ -1,4 +1,4 @@
-"""What the user chose for a run, and what is noted of each of its rounds."""
+"""Settings that the user chose for a run, and notes of each of its rounds."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -48,25 +48,3 @@ class Round:
     drift: float
     wait_s: float
     transfer_s: float
-
-
-@dataclass(frozen=True)
-class InFlight:
-    """An average in the background, and the round that it ends.
-
-    Args:
-        step: Optimizer steps done when it departed.
-        period_steps: Length of the round.
-        lr: Learning rate at the first step of that round.
-        wait_s: Seconds until all ranks had arrived.
-        transfer_s: Seconds of departing.
-        land_at: After how many optimizer steps it is applied; ``None`` until the next round begins.
-
-    """
-
-    step: int
-    period_steps: int
-    lr: float
-    wait_s: float
-    transfer_s: float
-    land_at: int | None = None

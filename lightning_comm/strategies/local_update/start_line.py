@@ -76,7 +76,7 @@ def _line(trainer: Trainer, run: LocalUpdateRun) -> str:
     bytes_at_most = "at most " if saves or not foreseen.exact or _may_send_less(run) else ""
     return (
         f"{'' if sure else 'at most '}{_number(first + traffic.steps, 'optimizer step')} on "
-        f"{run.recorder.world_size} ranks: "
+        f"{run.recorder.members.size} ranks: "
         + (f"{first:,} that average gradients, as under DDP, then " if first else "")
         + f"{at_most}{_number(traffic.synchronisations, 'synchronisation')}, "
         f"{at_most if traffic.evaluations else ''}{_number(traffic.evaluations, 'average')} for validations and "
@@ -90,7 +90,7 @@ def _line_of_one_average(trainer: Trainer, run: LocalUpdateRun, why: str) -> str
     costs = _costs(run)
     return (
         f"{why}. A synchronisation, {_period(run)}, sends {data_size(costs.sync_bytes)} from each of "
-        f"{run.recorder.world_size} ranks{_with_averages(run)}, and an average for a validation or a checkpoint in "
+        f"{run.recorder.members.size} ranks{_with_averages(run)}, and an average for a validation or a checkpoint in "
         f"mid-round {data_size(costs.average_bytes)}; DDP sends {data_size(costs.gradient_bytes)} a step"
         f"{_clause(*_reservations(trainer, run))}."
     )
@@ -133,7 +133,7 @@ def _number(count: int, what: str) -> str:
 
 
 def _with_averages(run: LocalUpdateRun) -> str:
-    return ", moving averages of the weights included" if "weight_averages" in run.replica.averaged() else ""
+    return ", moving averages of the weights included" if "weight_averages" in run.model.tensors.averaged() else ""
 
 
 def _against_ddp(traffic: LocalUpdateTraffic, *, sure: bool) -> str:
@@ -180,7 +180,7 @@ def _reservations(trainer: Trainer, run: LocalUpdateRun) -> list[str]:
 
 
 def _costs(run: LocalUpdateRun) -> LocalUpdateTraffic:
-    groups, ranks = run.replica.averaged(), run.recorder.world_size
+    groups, ranks = run.model.tensors.averaged(), run.recorder.members.size
     average_bytes = sum(wire_bytes("all_reduce", _averaged_bytes(each.values()), ranks) for each in groups.values())
     return LocalUpdateTraffic(
         gradient_bytes=_gradient_bytes(run),
@@ -192,7 +192,7 @@ def _costs(run: LocalUpdateRun) -> LocalUpdateTraffic:
 def _gradient_bytes(run: LocalUpdateRun) -> int:
     """Return what DDP sends in a step: gradients, and buffers before the forward."""
     buffers = sum(each.numel() * each.element_size() for each in run.module.buffers())
-    ranks = run.recorder.world_size
+    ranks = run.recorder.members.size
     return all_reduced_bytes(run.module, ranks) + wire_bytes("broadcast", buffers, ranks)
 
 
@@ -204,7 +204,7 @@ def _averaged_bytes(tensors: Iterable[Tensor]) -> int:
 def _sync_bytes(run: LocalUpdateRun, parameters: Mapping[str, Tensor], average_bytes: int) -> int:
     if run.settings.averaging.method is None:
         return average_bytes
-    in_full = wire_bytes("all_reduce", _averaged_bytes(parameters.values()), run.recorder.world_size)
+    in_full = wire_bytes("all_reduce", _averaged_bytes(parameters.values()), run.recorder.members.size)
     sent = _compressed_bytes(run, parameters)
     return average_bytes - in_full + (in_full if sent is None else sent)
 
@@ -213,13 +213,13 @@ def _compressed_bytes(run: LocalUpdateRun, parameters: Mapping[str, Tensor]) -> 
     method = run.settings.averaging.method
     itemsize = max((max(4, each.element_size()) for each in parameters.values()), default=4)
     shapes = [tuple(each.shape) for each in parameters.values()]
-    return None if method is None else compressed_bytes(method, shapes, run.recorder.world_size, itemsize)
+    return None if method is None else compressed_bytes(method, shapes, run.recorder.members.size, itemsize)
 
 
 def _may_send_less(run: LocalUpdateRun) -> bool:
     """Whether what the compression sends is not known before: with masks, and for a compression of the user's own."""
     method = run.settings.averaging.method
-    unknown = method is not None and _compressed_bytes(run, run.replica.averaged()["parameters"]) is None
+    unknown = method is not None and _compressed_bytes(run, run.model.tensors.averaged()["parameters"]) is None
     return unknown or isinstance(method, SparseMask)
 
 

@@ -27,6 +27,7 @@ from typing_extensions import override
 from lightning_comm import lightning_internals
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update.periods import PeriodRule
+from lightning_comm.ondevice.model_tensors import fingerprint
 from lightning_comm.ondevice.optimizer.step_messages import FirstSteps
 from lightning_comm.ondevice.random_state import set_random_state
 from lightning_comm.ondevice.sparse_gradients import fault_of_ddp
@@ -60,7 +61,6 @@ from lightning_comm.strategies.local_update.settings import Round, Settings
 from lightning_comm.transport.averaging import Averaging, broadcast_
 from lightning_comm.transport.backends import backend_of
 from lightning_comm.transport.compression.sparse_mask import SparseMask
-from lightning_comm.transport.model_average import fingerprint
 from lightning_comm.transport.recording import Pending, Recorder, another_group, hang_up
 from lightning_comm.transport.stop_protocol import Agreement, default_store
 
@@ -216,7 +216,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
     @property
     def rounds_done(self) -> int:
         """How often ranks have synchronised in this ``fit``; up to date when callbacks see the end of a batch."""
-        return self._run.rounds_done if self._run is not None else 0
+        return self._run.rounds.done if self._run is not None else 0
 
     @property
     def averages_gradients(self) -> bool:
@@ -249,7 +249,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         For callbacks, within a validation. Without this, what is set while an average is in place stays.
         """
         if self._run is not None:
-            self._run.replica.take_into_average(tensors)
+            self._run.mid_round.weights.take_in(tensors)
 
     @override
     def connect(self, model: LightningModule) -> None:
@@ -319,9 +319,9 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             agreement,
             ends,
             self._unwrap_ddp,
+            self._samples,
             background,
         )
-        self._run.samples = self._samples
         self._interruptions = Interruptions(trainer, self._run, self._any_rank, "LocalUpdateStrategy")
         self._interruptions.install_signal_handlers()
 
@@ -367,9 +367,9 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         run.gradient_steps = run.began_at + checks.gradient_steps(run.settings, length, automatic=automatic)
         checks.warn_at_start(trainer, run.settings, length, self.world_size)
         self._unregistered = UnregisteredState("LocalUpdateStrategy", trainer, trainer.lightning_module)
-        run.replica.begin_round()
+        run.model.begin_round()
         own = resume.own
-        run_state.take_up(run, resume.shared, own, resume.masks)
+        run_state.restore(run, resume.shared, own, resume.masks)
         if run.pruned is not None:
             run.pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored
             run.recorder.step = run.clock.steps_done
@@ -377,7 +377,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             self._unwrap_ddp()
         if self.world_size > 1:
             rank_zero_info(f"LocalUpdateStrategy: {local_update_line.plan_of(trainer, run)}")
-        self._interruptions.install(after_save=run.leave_checkpoint)
+        self._interruptions.install(after_save=run.mid_round.leave_checkpoint)
         patches = self._interruptions.patches
         PlateauMonitors(
             trainer,
@@ -386,7 +386,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             run.agreement,
             self.root_device,
             "LocalUpdateStrategy",
-            run.before_other_messages,
+            run.overlapped.make_way,
         )
         self._resume = None
         if own is not None:
@@ -422,7 +422,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         with self._first_steps.watch(optimizer):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self._group_numbers.look(optimizer)
-        run.keep_pruned_at_zero()
+        run.rounds.keep_pruned_at_zero()
         run.count_step(optimizer)
         return output
 
@@ -441,11 +441,11 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         if logged > self._logs_checked:
             self._logs_checked = logged
             checks.warn_of_per_step_sync(self._trainer, "LocalUpdateStrategy")
-        rounds = self._run.rounds_done
+        rounds = self._run.rounds.done
         self._run.end_batch()
         if self._run.active and self._trainer.is_last_batch:
             self._run.end_epoch()  # here, since it ends with a validation
-        if self._unregistered is not None and (self._run.rounds_done > rounds or self._unregistered.is_new):
+        if self._unregistered is not None and (self._run.rounds.done > rounds or self._unregistered.is_new):
             self._unregistered.look()
 
     def end_epoch(self) -> None:
@@ -470,17 +470,17 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             return
         if self._interruptions is not None:
             self._interruptions.remember_random_state()
-            self._interruptions.met |= run.apart and run.settings.evaluate_weights == "average"
+            self._interruptions.met |= run.rounds.apart and run.settings.evaluate_weights == "average"
         run.compare_places("a validation")
         if run.settings.evaluate_weights == "average":
-            run.enter_average("evaluation")
+            run.mid_round.enter_evaluation()
 
     @override
     def on_validation_end(self) -> None:
         # after all callbacks, so that a checkpoint saved at the end of validation finds the averaged weights in place
         super().on_validation_end()
         if self._run is not None:
-            self._run.replica.leave_average()
+            self._run.mid_round.weights.leave()
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -488,7 +488,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         # whatever the module and the hooks of a save make of the weights is made of averaged ones
         run, trainer = self._run, self._trainer
         if run is not None and trainer is not None and self._is_fitting() and not (trainer.interrupted or run.failed):
-            run.enter_checkpoint()
+            run.mid_round.enter_checkpoint()
         return super().lightning_module_state_dict()
 
     @override
@@ -499,7 +499,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
     @override
     def _together(self, collective: Callable[[], _T], alone: _T, where: str) -> _T:
         if self._run is not None and not (self._run.failed or self._run.trainer.interrupted):
-            self._run.before_other_messages()
+            self._run.overlapped.make_way()
         return super()._together(collective, alone, where)
 
     def _is_fitting(self) -> bool:
@@ -524,16 +524,16 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             with run.agreement.first_error_shown("a checkpoint", waits=False):  # rank 0 writes in there
                 save = rank_files.write(self, run, checkpoint, filepath, self._from_rank_0)
                 if self.is_global_zero:
-                    checkpoint = rank_files.kept_from_change(checkpoint, run.replica, self.checkpoint_io)
+                    checkpoint = rank_files.kept_from_change(checkpoint, run.mid_round.weights, self.checkpoint_io)
                 write = partial(super().save_checkpoint, checkpoint, save.path, storage_options)
                 sets.write_main(self, run.recorder, rank_files.WHERE, save, write)
         finally:
-            run.leave_checkpoint()
+            run.mid_round.leave_checkpoint()
 
     @override
     def report_failure(self, exception: BaseException) -> None:
         if self._run is not None:
-            self._run.replica.leave_average()
+            self._run.mid_round.weights.leave()
         super().report_failure(exception)
         if self._run is not None:
             self._run.failed = True
@@ -563,12 +563,12 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             self._interruptions.undo()
             self._interruptions = None
         if self._run is not None:
-            self._run.replica.leave_average()
-        quiet = self._run is None or self._run.replica.is_quiet(timeout_s=0.0)
+            self._run.mid_round.weights.leave()
+        quiet = self._run is None or self._run.overlapped.is_quiet(timeout_s=0.0)
         if not quiet and self._run is not None and dist.is_initialized():
             # other ranks are gone; a thread that wakes up while Python shuts down would take the whole process with it
             hang_up(self._group)
-            quiet = self._run.replica.is_quiet(timeout_s=5.0)
+            quiet = self._run.overlapped.is_quiet(timeout_s=5.0)
         if self._group is not None and dist.is_initialized() and quiet:
             dist.destroy_process_group(self._group)
         self._group = None

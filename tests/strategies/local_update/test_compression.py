@@ -27,7 +27,7 @@ class Trace(Callback):
 
     def on_train_batch_end(self, runner, pl_module, *_):
         self.weights.append(weights(pl_module))
-        self.apart.append(runner.strategy._run.apart)
+        self.apart.append(runner.strategy._run.rounds.apart)
 
 
 def _fit(rank, compression, world_size, kw):

@@ -11,7 +11,7 @@ from support.processes import launch
 from support.training import Regression, loader, local_update, network, sample, trainer, weights
 
 from lightning_comm import Averaging, FixedPeriod, MagnitudePruning, PruningSchedule, SparseMask
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.departed_average import DepartedAverage
 
 STEPS, PERIOD, BATCH = 14, 4, 4
 PRUNING = MagnitudePruning(sparsity=0.5)
@@ -80,13 +80,13 @@ def test_two_ranks_do_what_one_process_does_for_both_and_send_live_weights_alone
 
 
 def _with_a_late_thread(rank, late):
-    travel = DifferenceAverager._travel
+    travel = DepartedAverage.travel
 
     def later(self, *args):
         time.sleep(0.2 if rank == late else 0)
         travel(self, *args)
 
-    DifferenceAverager._travel = later
+    DepartedAverage.travel = later
     gradual = SparseMask(PRUNING, schedule=PruningSchedule(start_step=4, end_step=12, every_steps=4))
     return _fit(rank, gradual, 2)[1]
 

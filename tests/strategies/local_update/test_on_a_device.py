@@ -13,19 +13,20 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from support.mock_cuda import mock_cuda
 from support.mock_cuda_record import mocks
+from support.model_averages import Model
 from support.processes import launch, start_ranks
 from support.training import Regression, Stop, loader, local_update, trainer, weights
 from torch import nn
 
 from lightning_comm import Averaging, FixedPeriod, LocalUpdateStrategy
 from lightning_comm.errors import RefusedSetUp
+from lightning_comm.ondevice.model_tensors import ModelTensors
 from lightning_comm.ondevice.share import Share
-from lightning_comm.strategies.common import loss_scale
-from lightning_comm.strategies.common import rank_status as control
+from lightning_comm.strategies.common import loss_scale, rank_status
 from lightning_comm.strategies.common.rank_status import ControlRow
-from lightning_comm.strategies.local_update.run import LocalUpdateRun
+from lightning_comm.strategies.local_update.rounds import Rounds
 from lightning_comm.transport import backends, recording
-from lightning_comm.transport.model_average import Replica
+from lightning_comm.transport.model_average import ModelAverage
 from lightning_comm.transport.recording import Recorder
 
 STEPS, PERIOD = 12, 4
@@ -80,21 +81,21 @@ def _on_processor(rank, averaging, large, callbacks):
 
 
 def _on_device(rank, averaging, large, callbacks):
-    plain, waits, look, looks = LocalUpdateRun.synchronise, [], Replica.look, []
-    Replica.look = lambda *args: looks.append(1) or look(*args)
+    plain, waits, look, looks = Rounds.synchronise, [], ModelTensors.look, []
+    ModelTensors.look = lambda *args, **kwargs: looks.append(1) or look(*args, **kwargs)
     with mock_cuda() as device:
 
-        def synchronise(run, **kwargs):
+        def synchronise(rounds, **kwargs):
             with device.counting() as found:
-                plain(run, **kwargs)
+                plain(rounds, **kwargs)
             waits.append([wait.where for wait in found])
 
-        LocalUpdateRun.synchronise = synchronise
+        Rounds.synchronise = synchronise
         strategy, got = fit(rank, averaging, True, Partly(large), callbacks)
         dist.destroy_process_group()  # here, since a barrier would ask a driver
-        in_threads = [wait for wait in device.waits if "errand" in wait.thread]
+        in_threads = [wait for wait in device.waits if "background" in wait.thread]
     times = [(done.wait_s, done.transfer_s) for done in strategy.history]
-    return got, waits, in_threads, device.hazards, times, strategy._run._step_time_s, len(looks)
+    return got, waits, in_threads, device.hazards, times, strategy._run.steps.seconds, len(looks)
 
 
 def on_both(averaging, large=0.0, callbacks=()):
@@ -143,9 +144,9 @@ def _rows(rank):
     row = ControlRow(next_steps=7, urgent=rank == 0, layout=2.0**48 - 1, samples=3.0 + rank)
     scale = torch.tensor(2.0**16 * (rank + 1))
     dist.get_backend_config = lambda group=None: "cpu:nccl"
-    replica = Replica(nn.Linear(1, 1), Recorder(recording.CommLedger()), Averaging(), "average")
-    assert replica._bucket_bytes == 25 * 2**20
-    return control.exchange(row, Recorder(recording.CommLedger()), torch.device("cpu"), lambda p: p.wait(),
+    model = ModelAverage(ModelTensors(nn.Linear(1, 1)), Recorder(recording.CommLedger()), Averaging())
+    assert model._bucket_bytes == 25 * 2**20
+    return rank_status.exchange(row, Recorder(recording.CommLedger()), torch.device("cpu"), lambda p: p.wait(),
                             loss_scale=scale, found=found)  # fmt: skip
 
 
@@ -156,10 +157,10 @@ def test_rows_bring_what_ranks_have_seen_and_everything_else_as_it_was(run_ranks
         assert (first.loss_scale, second.loss_scale) == (2.0**16, 2.0**17)
         assert first.next_steps == 7
         assert second.layout == 2.0**48 - 1
-        assert control.seen([first, second]) == {"moved", "buffers"}
+        assert rank_status.seen([first, second]) == {"moved", "buffers"}
         # a frozen parameter that has moved is averaged with the others, and nobody has looked at it
-        assert control.moderate([first, second]) == {"weight_averages", "optimizer_state"}
-        assert control.moderate([first]) == {"parameters", "weight_averages", "optimizer_state"}
+        assert rank_status.moderate([first, second]) == {"weight_averages", "optimizer_state"}
+        assert rank_status.moderate([first]) == {"parameters", "weight_averages", "optimizer_state"}
 
 
 # ---- loss scales --------------------------------------------------------------------------------------------------
@@ -231,18 +232,17 @@ class LowersItsScale(Callback):
 
 
 def _fit_in_fp16(rank):
-    scales, waits, plain = [], [], LocalUpdateRun.synchronise
+    scales, waits, plain = [], [], Rounds.synchronise
     with mock_cuda() as device:
 
-        def synchronise(run, **kwargs):
-            scaler = run.trainer.precision_plugin.scaler
+        def synchronise(rounds, **kwargs):
             before = scaler.get_scale()
             with device.counting() as found:
-                plain(run, **kwargs)
+                plain(rounds, **kwargs)
             waits.append([wait.where for wait in found])
             scales.append((before, scaler.get_scale()))
 
-        LocalUpdateRun.synchronise = synchronise
+        Rounds.synchronise = synchronise
         scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8)
         plugin = MixedPrecision("16-mixed", "cuda", scaler)
         fit(rank, Averaging(1e-4), True, callbacks=[LowersItsScale()], plugins=[plugin])
@@ -266,24 +266,25 @@ def _evaluate(rank, background, device, large):
     net = nn.Sequential(*[nn.Linear(5, 5) for _ in range(9)]).to(device)
     net.register_buffer("mean", torch.full((40,), float(rank), device=device))
     recorder, weight = Recorder(recording.CommLedger()), Share.of([7, 3], rank)
-    replica = Replica(net, recorder, Averaging(1e-4, overlap_steps=2), "average", dict, background)
+    averages = Model(net, Averaging(1e-4, overlap_steps=2), background=background)
 
     def meet():
-        row = ControlRow(layout=replica.layout())
-        found = replica.look()
-        rows = control.exchange(row, recorder, torch.device(device), recording.Pending.wait, found=found)
-        return control.moderate(rows)
+        row = ControlRow(layout=averages.tensors.layout())
+        overlapped = averages.overlapped
+        found = averages.tensors.look(corrections=overlapped.corrections, sending=overlapped.is_sending)
+        rows = rank_status.exchange(row, recorder, torch.device(device), recording.Pending.wait, found=found)
+        return rank_status.moderate(rows)
 
     with torch.no_grad():
         net[3].bias[0] = large
-        replica.begin_round(equal=True)
+        averages.average.begin_round(equal=True)
         net[2].weight.add_(rank + 1.0)
-        replica.depart(weight, meet())
+        averages.depart(weight, meet())
         net[4].weight.sub_(rank + 1.0)
-    replica.wait_for_background()
+    averages.overlapped.wait()
     before = len(mocks[-1].waits) if mocks else 0
     known = meet()
-    replica.enter_average("evaluation", weight, known)
+    averages.temporary.enter("evaluation", weight, known)
     waits = len(mocks[-1].waits) - before if mocks else 0
     return known, waits, [tensor.detach().cpu().tolist() for tensor in [*net.parameters(), *net.buffers()]]
 
@@ -324,7 +325,7 @@ def _beside(rank, on_device):
 
             def noting(*args, **kwargs):
                 if threading.current_thread() is threading.main_thread():  # and not the average itself
-                    beside.append(("reduce", runner.strategy._run.replica.is_sending))
+                    beside.append(("reduce", runner.strategy._run.overlapped.is_sending))
                 return reduce(*args, **kwargs)
 
             dist.all_reduce = noting
@@ -334,7 +335,7 @@ def _beside(rank, on_device):
     def issue(recorder, kind, purpose, *args):
         run = strategies[0]._run if strategies else None
         if recorder._group is None and run is not None:
-            beside.append((purpose, run.replica.is_sending))
+            beside.append((purpose, run.overlapped.is_sending))
         return plain(recorder, kind, purpose, *args)
 
     Recorder._issue = issue

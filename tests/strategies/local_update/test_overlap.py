@@ -13,7 +13,7 @@ from support.training import Regression, descend, loader, local_update, network,
 
 from lightning_comm import Averaging, FixedPeriod, LocalUpdateStrategy, QuadraticPeriod
 from lightning_comm.core.local_update import PeriodRule
-from lightning_comm.strategies.local_update import overlap as background
+from lightning_comm.strategies.local_update import run as local_update_run
 
 STEPS, PERIOD, OVERLAP = 14, 4, 2
 
@@ -288,7 +288,7 @@ def test_an_exception_on_one_rank_ends_all_and_is_shown(step):
 
 def _clamped(rank):
     said = []
-    background.rank_zero_info = said.append
+    local_update_run.rank_zero_info = said.append
     *_, strategy = fit(rank, Averaging(overlap_steps=6), period=3)
     return [done.step for done in strategy.history], said
 

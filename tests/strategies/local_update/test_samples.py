@@ -2,6 +2,7 @@
 
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_comm import Averaging, FixedPeriod, LocalUpdateStrategy, TopK
 from lightning_comm.data.resumable import ResumableLoader
+from lightning_comm.ondevice.share import Share
 from lightning_comm.strategies.common.rank_status import ControlRow
 from lightning_comm.strategies.local_update.sample_weights import SampleWeights
 
@@ -431,16 +433,19 @@ def test_every_fit_is_asked_anew():
 
 
 def test_weights_are_shares_of_the_samples_and_where_there_are_none_those_of_before():
+    def members(rank):
+        return SimpleNamespace(share=lambda counts=None: Share.of([1] * 3 if counts is None else counts, rank))
+
     weights_of = SampleWeights()
     rows = [ControlRow(samples=3.0), ControlRow(samples=0.0), ControlRow(samples=5.0)]
-    assert weights_of.weight_of(0, rows) is None  # nobody has asked
+    assert weights_of.weight_of(members(0), rows) is None  # nobody has asked
     weights_of.begin()
     none = [ControlRow(samples=0.0)] * 3
-    assert weights_of.weight_of(2, none) == 1 / 3
-    shares = [weights_of.weight_of(rank, rows) for rank in range(3)]
+    assert weights_of.weight_of(members(2), none) == 1 / 3
+    shares = [weights_of.weight_of(members(rank), rows) for rank in range(3)]
     assert shares == [0.375, 0.0, 0.625]
     weights_of.begin_round(shares[0])
-    assert weights_of.weight_of(0, none) == 0.375
+    assert weights_of.weight_of(members(0), none) == 0.375
 
 
 def test_samples_count_once_their_batch_is_over_and_not_where_gradients_were_averaged():

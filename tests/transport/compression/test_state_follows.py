@@ -10,7 +10,7 @@ from torch import nn
 from transport.compression.test_compressions import LAYOUT, SHAPES, codec_of, entries
 
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.base import run_alone
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.names import compression_of
@@ -115,12 +115,12 @@ def _averaged(rank, saved_in, goes_on_in):
     with mock_cuda():
         for compression in (PowerSGD(1), Cast("bf16")):
             weights = {name: torch.ones(shape, dtype=saved_in, device=CUDA) for name, shape in SHAPES.items()}
-            averager = DifferenceAverager(Recorder(CommLedger()), compression, 2**20)
-            averager.restart(weights)
+            averager = CompressedAverage(Recorder(CommLedger()), compression, 2**20)
+            averager.references.restart(weights)
             for tensor in weights.values():
                 tensor.add_(0.1 * (rank + 1))
             averager.average_(weights)
-            fresh = DifferenceAverager(Recorder(CommLedger()), compression, 2**20)
+            fresh = CompressedAverage(Recorder(CommLedger()), compression, 2**20)
             weights = {name: tensor.to(goes_on_in) for name, tensor in weights.items()}
             fresh.load_state_dict(through_a_file(averager.state_dict()), weights)
             for tensor in weights.values():

@@ -6,12 +6,13 @@ from functools import cache
 import pytest
 import torch
 from support.differences import BY_HAND, SHAPES, in_memory_order, moved, start
+from support.model_averages import Model
 from support.processes import one_launch
 from torch import nn
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.averaging import Averaging
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
@@ -21,7 +22,6 @@ from lightning_comm.transport.compression.power_sgd import PowerSGD
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.ternary import Ternary
 from lightning_comm.transport.compression.top_k import TopK
-from lightning_comm.transport.model_average import Replica
 from lightning_comm.transport.recording import Recorder
 
 NUMEL = sum(math.prod(shape) for shape in SHAPES.values())
@@ -36,11 +36,11 @@ def numpy(tensors):
 
 def _rounds(rank, compression, bucket_bytes):
     ledger = CommLedger()
-    averager = DifferenceAverager(Recorder(ledger), compression, bucket_bytes)
+    averager = CompressedAverage(Recorder(ledger), compression, bucket_bytes)
     weights = start()
     weights["b.weight"] = weights["b.weight"].contiguous(memory_format=torch.channels_last)
     pointers = [tensor.data_ptr() for tensor in weights.values()]
-    averager.restart(weights)
+    averager.references.restart(weights)
     history = []
     for step in range(ROUNDS):
         moved(weights, rank, step)
@@ -166,12 +166,12 @@ def test_payload_is_what_the_formula_says(world_size):
 
 def _saved_and_loaded(rank, compression):
     whole, *_ = _rounds(rank, compression, 300)
-    weights, first = start(), DifferenceAverager(Recorder(CommLedger()), compression, 300)
-    first.restart(weights)
+    weights, first = start(), CompressedAverage(Recorder(CommLedger()), compression, 300)
+    first.references.restart(weights)
     for step in range(ROUNDS):
         moved(weights, rank, step)
         first.average_(weights)
-        again = DifferenceAverager(Recorder(CommLedger()), compression, 300)
+        again = CompressedAverage(Recorder(CommLedger()), compression, 300)
         again.load_state_dict(first.state_dict(), weights)
         first = again
     assert all((whole[-1][1][name] == tensor.numpy()).all() for name, tensor in weights.items() if name != "b.weight")
@@ -183,15 +183,15 @@ def test_a_saved_state_goes_on_bit_for_bit(run_ranks, compression):
     assert run_ranks(_saved_and_loaded, compression, world_size=2) == [True, True]
 
 
-# ---- in a replica ----------------------------------------------------------------------------------------------------
+# ---- a model --------------------------------------------------------------------------------------------------------
 
 
 def _freeze_and_unfreeze(rank):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     model[2].bias.requires_grad_(False)
-    replica = Replica(model, Recorder(CommLedger()), Averaging(bucket_mib=1e-4, compression=TopK(0.1)), "average")
-    replica.begin_round(equal=True)
+    averages = Model(model, Averaging(bucket_mib=1e-4, compression=TopK(0.1)))
+    averages.average.begin_round(equal=True)
     layouts, seen = [], []
 
     def train_and_average():
@@ -199,18 +199,18 @@ def _freeze_and_unfreeze(rank):
             for k, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
                 parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * rank + k))
         model[1].running_mean.fill_(rank)
-        layouts.append(replica.layout())
-        replica.average_differences()
+        layouts.append(averages.tensors.layout())
+        averages.average.average()
         seen.append(numpy(model.state_dict()))
 
     train_and_average()
     model[0].weight.requires_grad_(False)  # between two rounds, while ranks differ in it
     model[2].bias.requires_grad_(True)
-    replica.begin_round()
+    averages.average.begin_round()
     train_and_average()
-    replica.begin_round()
+    averages.average.begin_round()
     train_and_average()
-    replica.average()
+    averages.average.average(in_full=True)
     seen.append(numpy(model.state_dict()))
     return layouts, seen
 
@@ -235,8 +235,8 @@ def _narrow(rank):
         "complex": torch.ones(5, dtype=torch.complex64),
         "holes": torch.ones(6, 8)[:, ::2],
     }
-    averager = DifferenceAverager(Recorder(CommLedger()), Cast("bf16"), 64)
-    averager.restart(tensors)
+    averager = CompressedAverage(Recorder(CommLedger()), Cast("bf16"), 64)
+    averager.references.restart(tensors)
     for tensor in tensors.values():
         tensor.add_(rank)
     averager.average_(tensors)

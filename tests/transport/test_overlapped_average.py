@@ -8,16 +8,18 @@ from functools import cache
 import pytest
 import torch
 from support.differences import BY_HAND, SHAPES, in_memory_order, moved, start
+from support.model_averages import Background, overlapped_average
 from support.processes import one_launch
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.averaging import Averaging
-from lightning_comm.transport.compressed_average import DifferenceAverager
+from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
 from lightning_comm.transport.compression.power_sgd import PowerSGD
 from lightning_comm.transport.compression.top_k import TopK
+from lightning_comm.transport.overlapped_average import EndedRound
 from lightning_comm.transport.recording import Recorder, another_group
 
 ROUNDS = 3
@@ -33,10 +35,10 @@ def _background(rank, compression, bucket_bytes, pause):
     """Depart after one move, land after another; `pause` is what happens in between."""
     ledger = CommLedger()
     recorder = Recorder(ledger, another_group(timedelta(seconds=30)), beside_compute=True, hold=True)
-    averager = DifferenceAverager(recorder, compression, bucket_bytes)
+    averager = Background(recorder, compression, bucket_bytes)
     weights = start()
     weights["b.weight"] = weights["b.weight"].contiguous(memory_format=torch.channels_last)
-    averager.restart(weights)
+    averager.references.restart(weights)
     history = []
     for step in range(ROUNDS):
         moved(weights, rank, 2 * step)
@@ -46,10 +48,10 @@ def _background(rank, compression, bucket_bytes, pause):
         if pause == "time":
             time.sleep(0.05)
         if pause == "arrive":
-            averager.arrive()
+            averager.overlapped.wait()
         if pause == "resume":
             state = averager.state_dict()
-            averager = DifferenceAverager(recorder, compression, bucket_bytes)
+            averager = Background(recorder, compression, bucket_bytes)
             averager.load_state_dict(state, weights)
             assert averager.in_flight
         same = rows(weights)
@@ -136,7 +138,7 @@ def test_three_ranks_hold_the_same_references_and_keep_the_mean(compression):
             assert abs(got - wanted).max(initial=0) < bound, name
 
 
-def test_the_payload_is_that_of_an_average_in_the_open():
+def test_the_payload_is_that_of_a_blocking_average():
     numel = sum(row.numel() for row in start().values())
     for compression, itemsize in ((Full(), 4), (Cast("bf16"), 2)):
         for _, payload_bytes in of_two()[compression, 300, "nothing"]:
@@ -145,15 +147,15 @@ def test_the_payload_is_that_of_an_average_in_the_open():
 
 def _other_layouts(rank):
     recorder = Recorder(CommLedger(), another_group(timedelta(seconds=30)), beside_compute=True, hold=True)
-    averager = DifferenceAverager(recorder, Cast("bf16"), 300)
+    averager = Background(recorder, Cast("bf16"), 300)
     weights = start()
-    averager.restart(weights)
+    averager.references.restart(weights)
     sizes = []
     for count in range(2, len(weights) + 1):  # as where layers are unfrozen one by one
         part = dict(list(weights.items())[:count])
         averager.depart(part)
         averager.land_(part)
-        kept = sum(row.numel() for row, _ in averager._kept_rows.values())
+        kept = sum(row.numel() for row, _ in averager.average._kept_rows.values())
         sizes.append((kept, sum(tensor.numel() for tensor in part.values())))
     return sizes
 
@@ -182,3 +184,65 @@ def test_a_bad_number_of_steps_is_named_with_its_value_and_a_way_out(steps):
     with pytest.raises(ValueError, match="overlap_steps") as caught:
         Averaging(overlap_steps=steps)
     assert all(word in str(caught.value) for word in ("overlap_steps", repr(steps), ">= 0", "0 waits"))
+
+
+# ---- where it lands --------------------------------------------------------------------------------------------------
+
+
+def _landings(rank, next_steps):
+    """One round ends at step 4; ranks go on for another, and note after which steps weights had moved."""
+    said, weights = [], {"a": torch.zeros(3)}
+    recorder = Recorder(CommLedger(), another_group(timedelta(seconds=30)), beside_compute=True, hold=True)
+    average, overlapped = CompressedAverage(recorder, Full(), 300), overlapped_average(lambda: weights, 2, said)
+    average.references.restart(weights)
+    found = []
+    for start_step in (4, 4 + next_steps):
+        weights["a"] += rank + 1.0
+        before = weights["a"].clone()
+        ended = EndedRound(start_step, 4, 0.1, 0.5)
+        overlapped.depart(lambda: average.depart(weights), ended)
+        overlapped.make_way()  # on a CPU nothing is held up
+        held_up = not overlapped.is_sending
+        overlapped.begin_round(start_step, next_steps)
+        moved_after = []
+        for step in range(start_step, start_step + next_steps):
+            overlapped.land_if_due(step)
+            moved_after.append(not torch.equal(weights["a"], before))
+        found.append((held_up, moved_after, weights["a"].tolist()))
+    return found, [(each, drift.relative > 0) for each, drift in overlapped.landings], said
+
+
+@pytest.mark.parametrize(("next_steps", "lands_after"), [(5, 2), (3, 2), (2, 1), (1, 0)])
+def test_an_average_lands_after_as_many_steps_as_asked_for_or_before_the_last_of_its_round(
+    run_ranks, next_steps, lands_after
+):
+    for found, landings, said in run_ranks(_landings, next_steps, world_size=2):
+        for held_up, moved_after, _ in found:
+            assert not held_up
+            assert moved_after == [k >= lands_after for k in range(next_steps)]
+        assert [weights for *_, weights in found] == [[1.5] * 3, [3.0] * 3]
+        for k, (ended, drifted) in enumerate(landings):
+            assert drifted
+            assert ended.step == 4 + k * next_steps
+            assert ended.land_at == ended.step + lands_after
+            assert (ended.period_steps, ended.lr, ended.wait_s) == (4, 0.1, 0.5)
+            assert ended.transfer_s > 0
+        assert len(said) == (lands_after < 2), "said once for all rounds as short"
+        for words in (f"the {next_steps} steps of the round", "begins at step 4", f"lands after {lands_after}:"):
+            assert all(words in each for each in said)
+
+
+def _fails(rank):
+    weights = {"a": torch.zeros(3)}
+    average, overlapped = CompressedAverage(Recorder(CommLedger()), Full(), 300), overlapped_average(lambda: weights)
+    average.references.restart(weights)
+    departed = average.depart(weights)
+    departed.travel = lambda: torch.ones(3).view(2)
+    overlapped.depart(lambda: departed, EndedRound(4, 4, 0.1, 0.5))
+    with pytest.raises(RuntimeError, match="invalid for input of size 3"):
+        overlapped.land()
+    return overlapped.is_sending, weights["a"].tolist(), overlapped.landings
+
+
+def test_what_fails_in_the_thread_is_raised_where_it_is_waited_for_and_moves_nothing(run_ranks):
+    assert run_ranks(_fails, world_size=1) == [(False, [0.0] * 3, [])]

@@ -1,4 +1,4 @@
-"""Work that goes on beside training, in a thread of its own."""
+"""A thread that works beside training, and the stream that such threads share on a device."""
 
 import threading
 from collections.abc import Callable
@@ -9,13 +9,13 @@ import torch
 from lightning_comm.transport.recording import leave_behind
 
 
-class Errand:
+class BackgroundThread:
     """Runs a function in a thread, without gradients; on CUDA in a stream of its own.
 
     Args:
         work: What to do. It must touch nothing that others change before :meth:`join`.
         device: Where its tensors are.
-        stream: What to use on CUDA instead of a new stream: see :class:`Errands`.
+        stream: What to use on CUDA instead of a new stream: see :class:`BackgroundStreams`.
 
     """
 
@@ -28,7 +28,7 @@ class Errand:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
         # a daemon, so that a message whose other end is gone does not keep the process alive
-        self._thread = threading.Thread(target=self._run, name="lightning_comm errand", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="lightning_comm background", daemon=True)
         self._thread.start()
         leave_behind(self._thread)
 
@@ -58,21 +58,21 @@ class Errand:
         return not self._thread.is_alive()
 
 
-class Errands:
-    """Starts one errand after the other, all of a device in the same stream.
+class BackgroundStreams:
+    """Starts one background thread after the other, all of a device in the same stream.
 
     The memory that a stream has freed is kept for that stream alone, and torch has 32 streams for a device, which it
-    hands out in turn: with a new stream for each errand there would be as much memory kept for 31 others.
+    hands out in turn: with a new stream for each thread there would be as much memory kept for 31 others.
     """
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream | None] = {}
 
-    def start(self, work: Callable[[], None], device: torch.device) -> Errand:
-        """Start an errand; the one before must have been waited for."""
+    def start(self, work: Callable[[], None], device: torch.device) -> BackgroundThread:
+        """Start a thread; the one before must have been waited for."""
         if device not in self._streams:
             self._streams[device] = _new_stream(device)
-        return Errand(work, device, self._streams[device])
+        return BackgroundThread(work, device, self._streams[device])
 
 
 def _new_stream(device: torch.device) -> "torch.cuda.Stream | None":

@@ -1,0 +1,219 @@
+"""Meetings of ranks: one status row from each, what they say of it, and how a rank waits for the others there.
+
+Knows neither Lightning nor DDP: what it needs of whoever trains is :class:`Training`.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_comm.core.local_update.clock import RoundClock
+from lightning_comm.ondevice.device_clock import DeviceClock
+from lightning_comm.strategies.common import rank_status
+from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.strategies.local_update.sample_weights import SampleWeights
+from lightning_comm.transport.epoch_ends import EpochEnds
+from lightning_comm.transport.model_average import ModelAverage
+from lightning_comm.transport.overlapped_average import OverlappedAverage
+from lightning_comm.transport.recording import Pending, Recorder
+from lightning_comm.transport.stop_protocol import Agreement, PeerFailure, Position
+
+_LOOK_S = 0.0002  # how often a rank that waits looks whether the others are there
+
+
+class Training(Protocol):
+    """What rounds ask of whoever trains."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the epoch has further batches."""
+        ...
+
+    @property
+    def position(self) -> Position:
+        """Where this rank is."""
+        ...
+
+    def learning_rate(self) -> float:
+        """Return the rate that the length of a round follows."""
+        ...
+
+    def averaged_state(self) -> list[Tensor]:
+        """Return the state of optimizers that is averaged with the model; none where it is local."""
+        ...
+
+    def loss_scale(self, device: torch.device) -> Tensor | None:
+        """Return the loss scale as a number on a device, for which the host does not wait; ``None`` without one."""
+        ...
+
+    def take_loss_scale(self, scales: list[float], own: float) -> None:
+        """Take the smallest loss scale of the ranks."""
+
+    def warn(self, message: str) -> None:
+        """Tell the user, once for all ranks."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the rounds of a run are made of.
+
+    Args:
+        training: Whoever trains.
+        clock: Counts steps and says when a round is over.
+        model: Averages the model.
+        overlapped: The average in the background.
+        samples: What this rank counts for.
+        recorder: Sends and records, to the members of the rounds.
+        agreement: How single ranks ask for a stop.
+        ends: Compares where ranks end their epochs.
+        device_clock: Takes times.
+        device: Where the backend wants its messages.
+
+    """
+
+    training: Training
+    clock: RoundClock
+    model: ModelAverage
+    overlapped: OverlappedAverage
+    samples: SampleWeights
+    recorder: Recorder
+    agreement: Agreement
+    ends: EpochEnds
+    device_clock: DeviceClock
+    device: torch.device
+
+
+class Meeting:
+    """Where all ranks of a round meet.
+
+    Args:
+        parts: Those of the run.
+
+    Note:
+        *Communication.* One row of a few numbers from each rank, of which rank 0's says how long the next round is.
+
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._clock = parts.clock
+        self._training = parts.training
+        self._model = parts.model
+        self._overlapped = parts.overlapped
+        self._samples = parts.samples
+        self._recorder = parts.recorder
+        self._agreement = parts.agreement
+        self._device = parts.device
+        self._warned_of_rates = False
+
+    def meet(
+        self, *, decide: bool = False, stand: bool = False, answering: bool = False, averages: bool = True
+    ) -> list[ControlRow]:
+        """Exchange one status row a rank; return all of them.
+
+        Args:
+            decide: Whether rank 0 chooses the length of the next round.
+            stand: Whether to say that ranks stop where they stand.
+            answering: Whether this rank agrees to requests while it waits. Only at the end of a step, where it can
+                still carry them out at that step.
+            averages: Whether an average may follow, for which tensors are looked at: what is averaged is read once.
+
+        """
+        self._overlapped.wait()  # on CUDA, two groups that send at once may wait for each other
+        self._agreement.post()  # before the rows, so that others find the request right after them
+        error, steps = None, rank_status.UNDECIDED
+        if decide and self._recorder.members.rank == 0:
+            try:
+                steps = self._clock.decide(self._training.learning_rate())
+            except ValueError as caught:
+                error, steps = caught, rank_status.FAILED
+        row = ControlRow(
+            next_steps=steps,
+            lr=self._training.learning_rate(),
+            steps_done=self._clock.steps_done,
+            layout=self._model.tensors.layout(self._training.averaged_state()),
+            urgent=self._agreement.urgent,
+            stands=stand,
+            samples=self._samples.sent,
+        )
+        wait = self._wait_answering if answering else self._wait
+        scale = self._training.loss_scale(self._device)
+        found = self._look() if averages else rank_status.NOT_LOOKED
+        rows = rank_status.exchange(row, self._recorder, self._device, wait, loss_scale=scale, found=found)
+        if error is not None:
+            raise error
+        if rows[0].next_steps == rank_status.FAILED:
+            raise PeerFailure("rank 0 could not choose the next period; its own message says why")
+        return rows
+
+    def exchange(self, row: ControlRow) -> list[ControlRow]:
+        """Exchange a row of another content, of which nothing is known before."""
+        return rank_status.exchange(row, self._recorder, self._device, Pending.wait)
+
+    def _look(self) -> dict[str, bool | Tensor]:
+        overlapped = self._overlapped
+        state = self._training.averaged_state()
+        return self._model.tensors.look(state, overlapped.corrections, sending=overlapped.is_sending)
+
+    def check(self, rows: list[ControlRow]) -> None:
+        """Refuse ranks that would not average the same, and learn what has changed that is averaged then too.
+
+        Raises:
+            RuntimeError: On every rank alike.
+
+        """
+        rank_status.check_same_work(rows)
+        self._model.agree_on_moved(any_moved="moved" in rank_status.seen(rows))
+        if not self._warned_of_rates and (warning := _different_rates(rows)) is not None:
+            self._warned_of_rates = True
+            self._training.warn(warning)
+
+    def weight(self, rows: list[ControlRow]) -> float | None:
+        """Return what this rank counts for in an average now; ``None`` if all count equally."""
+        return self._samples.weight_of(self._recorder.members, rows)
+
+    def exchange_weight(self) -> float | None:
+        """Return the same where no meeting has told it: where counts matter, ranks exchange them here."""
+        self._overlapped.wait()
+        self._model.agree_on_moved()
+        return self._samples.exchange(self._recorder, self._device, self._wait)
+
+    def answer(self) -> bool:
+        """Answer requests while this rank waits, and hear of failures; return whether ranks stop where they stand."""
+        decision = self._agreement.poll_while_blocked(self._training.position)
+        return decision is not None and decision.at_step is None
+
+    def listen(self) -> bool:
+        """Hear of failures while this rank waits; return False, since no request is answered."""
+        self._agreement.listen()
+        return False
+
+    def _wait(self, pending: Pending) -> None:
+        """Wait for the slower ranks, and meanwhile hear of failures."""
+        self._wait_for(pending, self.listen)
+
+    def _wait_answering(self, pending: Pending) -> None:
+        """Wait for the slower ranks, and meanwhile answer requests and hear of failures."""
+        self._wait_for(pending, self.answer)
+        self._agreement.move_on()
+
+    def _wait_for(self, pending: Pending, meanwhile: Callable[[], bool]) -> None:
+        while not pending.done():
+            meanwhile()
+            time.sleep(_LOOK_S)
+        pending.wait()
+
+
+def _different_rates(rows: list[ControlRow]) -> str | None:
+    """Return what to say of learning rates that differ between ranks; ``None`` if they do not."""
+    lrs = [row.lr for row in rows]
+    if max(lrs) - min(lrs) <= 1e-9 * abs(max(lrs)):
+        return None
+    return (
+        f"LocalUpdateStrategy: learning rates differ between ranks at step {int(rows[0].steps_done)}: {lrs} by "
+        "rank. The period follows rank 0. Where a scheduler is stepped by hand with a metric, give it the mean: "
+        "`scheduler.step(self.trainer.strategy.reduce(metric))`."
+    )

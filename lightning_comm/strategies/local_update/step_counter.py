@@ -1,0 +1,55 @@
+"""Optimizer steps of one rank: how many each batch brought, and how long a step takes."""
+
+from collections import deque
+
+from lightning_comm.ondevice.device_clock import DeviceClock, Moment
+
+_KEPT = 0.8  # of the time so far; the latest step has the rest
+_MOST = 4  # times as long as before counts the latest step: a slow one may be a pause of another rank's
+
+
+class StepCounter:
+    """Counts the optimizer steps of a batch, and takes the time of them.
+
+    Args:
+        clock: Marks moments of the device's work.
+
+    Attributes:
+        seconds: The time of a step of late; 0 as long as none is known.
+
+    """
+
+    def __init__(self, clock: DeviceClock) -> None:
+        self._clock = clock
+        self._began = clock.mark()
+        self._steps: deque[tuple[Moment, Moment, int]] = deque()  # that the device may not have done yet
+        self._count = 0
+        self.seconds = 0.0
+
+    @property
+    def count(self) -> int:
+        """Steps since :meth:`take`."""
+        return self._count
+
+    def add(self) -> None:
+        """Count a step."""
+        self._count += 1
+
+    def take(self) -> int:
+        """Return the steps of the batch that ends here, and count anew."""
+        count, self._count = self._count, 0
+        return count
+
+    def begin(self) -> None:
+        """Note that the next step begins now, behind all that ranks do at the end of one."""
+        self._began = self._clock.mark()
+
+    def end(self, count: int) -> None:
+        """Note that so many steps end now, and read the times of those that the device has done."""
+        self._steps.append((self._began, self._clock.mark(), count))
+        while self._steps and self._clock.has_passed(self._steps[0][1]):
+            began, ended, count = self._steps.popleft()
+            latest = self._clock.seconds(began, ended) / count
+            if self.seconds > 0:
+                latest = _KEPT * self.seconds + (1 - _KEPT) * min(latest, _MOST * self.seconds)
+            self.seconds = latest

@@ -1,0 +1,84 @@
+"""Members of a round: the process group in force, the ranks in it, and what each of them counts for in a mean."""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from lightning_comm.ondevice.share import Share
+
+
+class Members:
+    """Who takes part in what is sent: the ranks of one process group.
+
+    Whoever sends, averages or counts on a group holds the same object and asks it at every call, so a change of the
+    members reaches all of them at once. It may change between two rounds alone: within a round, ranks have trained with
+    the others of that round in mind.
+
+    Args:
+        group: The process group; ``None``: the default group.
+
+    Attributes:
+        group: The process group in force.
+        ranks: Its ranks, in their order, by their numbers in the default group.
+        rank: The place of this rank among them, from 0.
+
+    Raises:
+        ValueError: If this rank is not in the group.
+
+    Note:
+        *Communication.* None.
+
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._in_round = False
+        self._join(group)
+
+    @property
+    def size(self) -> int:
+        """The number of members."""
+        return len(self.ranks)
+
+    def share(self, counts: Sequence[float] | None = None) -> Share:
+        """Return what this rank counts for in a mean.
+
+        Args:
+            counts: For how much each member counts, in their order; ``None``: all for the same.
+
+        """
+        return Share.of([1] * self.size if counts is None else counts, self.rank)
+
+    def begin_round(self) -> None:
+        """Keep the members as they are until :meth:`end_round`."""
+        self._in_round = True
+
+    def end_round(self) -> None:
+        """Let the members change."""
+        self._in_round = False
+
+    def change(self, group: dist.ProcessGroup | None) -> None:
+        """Let another group of ranks take part from here on; on all of its ranks alike.
+
+        Raises:
+            RuntimeError: If a round is under way.
+            ValueError: If this rank is not in the group.
+
+        """
+        if self._in_round:
+            raise RuntimeError(
+                f"Members: `group` may change between two rounds alone; it was given within a round of the ranks "
+                f"{list(self.ranks)}. Change it after `end_round`."
+            )
+        self._join(group)
+
+    def _join(self, group: dist.ProcessGroup | None) -> None:
+        rank = dist.get_rank(group)
+        if rank < 0:
+            raise ValueError(
+                f"Members: `group` must be a process group that this rank is in; got one without rank "
+                f"{dist.get_rank()}. Only its members may take part."
+            )
+        # the default group is not held: whoever leaves it counts on being the last to let go of it
+        whole = dist.group.WORLD if group is None else group
+        self.group, self.rank = group, rank
+        self.ranks = tuple(dist.get_process_group_ranks(whole))
