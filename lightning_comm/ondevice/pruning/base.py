@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_comm.ondevice.pruning.unprunable import broken_weight, unprunable
 
+#: Masks by parameter name: tensors of ``bool``, True where a weight is kept.
 Masks = dict[str, Tensor]
 
 
