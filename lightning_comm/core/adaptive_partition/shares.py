@@ -1,7 +1,7 @@
 """Who computes how much: exact integer shares of a global batch for ranks of unequal speed.
 
 Standard library only. Measured seconds come in as numbers and numbers of samples go out, so the callback that moves
-shares and the loader that splits a step both use this file.
+shares, the loader that splits a step and the simulator that predicts one all ask this file.
 """
 
 import heapq
