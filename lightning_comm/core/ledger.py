@@ -1,7 +1,7 @@
 """The ledger of what was sent: one record a message, and sums of them by purpose.
 
-Standard library only. Strategies, callbacks and instruments write these records. Projections and tests use the same formulas
-(:func:`wire_bytes`), so what is predicted can be subtracted from what was measured.
+Standard library only. Strategies, callbacks and instruments write these records. Projections and tests use the same
+formulas (:func:`wire_bytes`), so a prediction can be subtracted from a measurement.
 """
 
 from collections import deque

@@ -1,4 +1,4 @@
-"""Something real to train, for the demo, the configs and the tests: timm models on scikit-learn's digits."""
+"""Models and data for the demo, the configs and the tests: timm models on scikit-learn's digits."""
 
 from lightning_comm.core.extras import missing_extras
 
