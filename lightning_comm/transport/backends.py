@@ -41,5 +41,6 @@ def unsent_problems(
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         yield (
             f"`process_group_backend` is {config!r}, which cannot send from other devices, and what is averaged "
-            f"lies there: {', '.join(found[:3])}{more}. Give `process_group_backend='cpu:gloo,cuda:nccl'`, or {way_out}."
+            f"lies there: {', '.join(found[:3])}{more}. Give `process_group_backend='cpu:gloo,cuda:nccl'`, or "
+            f"{way_out}."
         )

@@ -377,8 +377,8 @@ def leave_behind(thread: threading.Thread, *, failed: bool = True) -> None:
 
     Nothing can end such a wait. A thread that wakes up from it while Python shuts down aborts the whole process
     (SIGABRT). So if it still runs at the end of the program, the process ends without Python's shutdown: with the
-    status that was given to ``sys.exit`` after :func:`note_exit_status`, with 1 after an uncaught error, and otherwise with 1
-    after a run that failed and 0 after one that did not.
+    status that was given to ``sys.exit`` after :func:`note_exit_status`, with 1 after an uncaught error, and otherwise
+    with 1 after a run that failed and 0 after one that did not.
 
     Args:
         thread: The thread.
