@@ -199,7 +199,7 @@ class PartitionJournal:
             raise ValueError(f"PartitionJournal: it is damaged ({type(error).__name__}: {error}).") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the journal as JSON. A file that is there already stays as it is until the new one is whole.
+        """Write the journal as JSON. An existing file stays as it is until the new one is complete.
 
         Raises:
             OSError: If the file cannot be written.
@@ -285,4 +285,4 @@ def shown(value: Any) -> str:
     """Return a value of ``run`` as text for people."""
     if type(value) is int:
         return f"{value:,}"
-    return "not told" if value is None else str(value) or "none"
+    return "not recorded" if value is None else str(value) or "none"

@@ -42,7 +42,7 @@ class MarkedRecord(CommRecord):
 
     Args:
         began: Before the message was started.
-        waited: Before somebody waited for it.
+        waited: Before the wait for it.
         ended: After it arrived, in the thread and stream that waited for it.
 
     """

@@ -41,22 +41,22 @@ def choose(
     level = [name for name, score in scores.items() if name not in moment.kept and _is_level(score)]
     if len(level) == len(scores):  # all equal: chosen by the order of entries, unless zero
         level = [name for name in level if not bool(scores[name].any())]
-    told = {name: score for name, score in scores.items() if name not in level}
-    if not told:
-        raise ValueError(f"{where}: {_nothing_told(level, weights)}")
+    scored = {name: score for name, score in scores.items() if name not in level}
+    if not scored:
+        raise ValueError(f"{where}: {_no_scores(level, weights)}")
     moment.warn(
         level,
         f"{where}: not pruned: {{names}}, since all entries score alike, as in a parameter that starts at zero, so "
-        "nothing says which of them to keep. At a later pruning of a schedule it is looked at again. To prune it, let "
+        "nothing says which of them to keep. At a later pruning of a schedule it is judged again. To prune it, let "
         "it train first, by `PruningSchedule(start_step=...)`; `skip` leaves this message out.",
     )
-    masks = keep_largest(told, sparsity, scope, moment.kept)
+    masks = keep_largest(scored, sparsity, scope, moment.kept)
     _warn_of_small_rests(masks, sparsity, moment, where)
-    _warn_of_zero_rows(told if weights is None else weights, masks, moment, where)
+    _warn_of_zero_rows(scored if weights is None else weights, masks, moment, where)
     return {**{name: mask for name, mask in moment.kept.items() if name not in masks}, **masks}
 
 
-def _nothing_told(level: list[str], weights: Mapping[str, Tensor] | None) -> str:
+def _no_scores(level: list[str], weights: Mapping[str, Tensor] | None) -> str:
     if weights is None or not any(bool(weights[name].any()) for name in level):
         return (
             f"nothing can be pruned yet: in each parameter that may be, all scores are 0, as in {level[0]!r}. Train "
