@@ -1,4 +1,4 @@
-"""One error with everything in a set-up that cannot work, instead of one error a start."""
+"""Errors of a set-up: all that cannot work is collected and raised as one error, instead of one at each start."""
 
 from collections.abc import Iterable
 from types import TracebackType
@@ -10,10 +10,10 @@ from typing_extensions import Self
 
 
 class RefusedSetUp(MisconfigurationException, ValueError):
-    """What cannot work together, all of it; raised before training.
+    """The error that lists everything in a set-up that cannot work together; raised before training.
 
     Args:
-        problems: For each, who refuses it, and a sentence or more: argument, value, rule, way out.
+        problems: For each, the class that refuses it, and a text: argument, value, rule, way out.
 
     Example:
         >>> lag = ("CyclicStrategy", "`lag`=3 is too much. Leave it out.")
@@ -31,7 +31,7 @@ class RefusedSetUp(MisconfigurationException, ValueError):
         super().__init__(_text(self.problems))
 
     def __reduce__(self) -> tuple[type["RefusedSetUp"], tuple[list[tuple[str, str]]]]:
-        return type(self), (self.problems,)  # a process that is started for a rank hands it to its parent
+        return type(self), (self.problems,)  # the process of a rank pickles it for its parent
 
 
 def _text(problems: list[tuple[str, str]]) -> str:
@@ -58,17 +58,17 @@ def refuse(where: str, problems: Iterable[str]) -> None:
 
 @runtime_checkable
 class TakesRefusals(Protocol):
-    """A strategy that raises what callbacks refuse together with what it refuses itself."""
+    """A strategy that raises one error for its own problems and those that callbacks have found."""
 
     def refuse_in_set_up(self, where: str, problems: Iterable[str]) -> None:
-        """Note what a callback has found in its own ``setup``, which comes before the strategy's."""
+        """Add the problems that a callback found in its ``setup``, which runs before the strategy's."""
 
 
 def refuse_with_strategy(trainer: Trainer, where: str, problems: Iterable[str]) -> None:
-    """Let the strategy raise what a callback refuses in its ``setup``, where it is one of ours; otherwise raise it.
+    """Hand a callback's problems to the strategy, which raises them with its own; under other strategies raise here.
 
     Raises:
-        RefusedSetUp: If there are problems, and nobody else to raise them.
+        RefusedSetUp: If there are problems, and the strategy is not one of this package.
 
     """
     strategy: object = trainer.strategy
@@ -79,14 +79,15 @@ def refuse_with_strategy(trainer: Trainer, where: str, problems: Iterable[str]) 
 
 
 class Refusals:
-    """What is found during a set-up, raised at its end as one error.
+    """The problems found during a set-up, raised at its end as one error.
 
-    A step of the set-up that fails behind a problem, as it may because of it, is not reported in its place. All steps
-    are taken, whatever was found before, since every rank must take part in the messages of each.
+    The set-up goes on after a problem, since every rank must take part in the messages of each step. If a later step
+    then raises an error, as it may because of the problem, the problems are raised instead, with that error as their
+    cause.
 
     Args:
-        where: Who refuses.
-        found: What others have found before.
+        where: The class that refuses.
+        found: Problems found before, such as those of callbacks.
 
     Example:
         >>> with Refusals("CyclicStrategy") as refusals:
@@ -100,11 +101,11 @@ class Refusals:
 
     @property
     def found(self) -> bool:
-        """Whether there are problems so far."""
+        """Whether there are any problems so far."""
         return bool(self._problems)
 
     def add(self, problems: Iterable[str]) -> None:
-        """Note problems; none is fine."""
+        """Add problems; there may be none."""
         self._problems += [(self._where, problem) for problem in problems]
 
     def __enter__(self) -> Self:

@@ -1,13 +1,14 @@
-"""What was sent: one record a message, and the sums that people ask for.
+"""The ledger of what was sent: one record a message, and sums of them by purpose.
 
-Standard library only. The strategy writes these records, the simulator predicts them, and since both are the same
-type a prediction can be subtracted from a measurement.
+Standard library only. Strategies, callbacks and instruments write these records. Projections and tests use the same
+formulas (:func:`wire_bytes`), so a prediction can be subtracted from a measurement.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
+#: The purposes of messages, each with what is sent under it.
 PURPOSES: Mapping[str, str] = {
     # what training sends
     "gradients": "Gradients, as they are or compressed; also those that DDP sends by itself, where nothing else does.",

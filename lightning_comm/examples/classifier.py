@@ -1,4 +1,4 @@
-"""Any image classifier of the timm library, ready to train."""
+"""An image classifier around any model of the timm library."""
 
 import difflib
 import math
@@ -28,7 +28,7 @@ class TimmClassifier(LightningModule):
     Args:
         model_name: A name from ``timm.list_models()``.
         num_classes: How many classes there are; at least 2.
-        model_args: What else ``timm.create_model`` takes: ``img_size``, ``in_chans``, ``embed_dim``, ``pretrained``, …
+        model_args: Arguments of ``timm.create_model``: ``img_size``, ``in_chans``, ``embed_dim``, ``pretrained``, …
         optimizer: AdamW, or SGD with momentum.
         lr: The peak learning rate, which the optimizer knows as ``initial_lr``; more than 0.
         weight_decay: Decoupled for AdamW, in the gradient for SGD; at least 0.
@@ -37,7 +37,7 @@ class TimmClassifier(LightningModule):
         warmup_steps: Optimizer steps until the peak is reached.
         final_lr: Where the warm-up starts and the cosine ends.
         decay_at_steps: For schedule ``"step"``: the optimizer steps after which the rate is lower.
-        decay_factor: For schedule ``"step"``: what the rate is multiplied with each time.
+        decay_factor: For schedule ``"step"``: the factor by which the rate is multiplied each time.
         label_smoothing: Share of each label that is spread over all classes, in training only; at least 0, less than 1.
 
     Raises:
@@ -84,14 +84,14 @@ class TimmClassifier(LightningModule):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        """Return one number per image and class; the highest is the answer."""
+        """Return the logits: one number per image and class, the highest for the predicted class."""
         logits: Tensor = self.model(images)
         return logits
 
     @override
     def on_train_start(self) -> None:
-        # Not in `configure_optimizers`: asking there makes Lightning drop where the train loader stood in the
-        # checkpoint (Lightning issue 20550). No rate is needed before but that of step 0, which is known anyway.
+        # Not in `configure_optimizers`: there it makes Lightning drop the state of the train loader from the
+        # checkpoint (Lightning issue 20550). Only the rate of step 0 is needed earlier, and that is known.
         self._total_steps = self.trainer.estimated_stepping_batches
         if not getattr(self.trainer, "fast_dev_run", False):  # a trial of a few batches may well end in the warm-up
             self.lr_schedule.check_run_length(self._total_steps)
@@ -104,7 +104,7 @@ class TimmClassifier(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
         loss: Tensor = self.loss(self(images), labels)
-        # This rank's loss alone: a reduction would join the ranks in every step, which is what this project avoids.
+        # This rank's loss alone: a reduction would be a blocking message in every step, which this project avoids.
         self.log("train_loss", loss, prog_bar=True)
         return loss
 

@@ -1,4 +1,4 @@
-"""Real handwritten digits that need no download."""
+"""A data module of real handwritten digits that need no download."""
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -21,12 +21,12 @@ class DigitsData(LightningDataModule):
     """Scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, in ten classes.
 
     1,437 are for training and 360 are held out, with the same share of each digit in both parts. The split is always
-    the same. Validation, test and prediction all use the held-out part, so a test figure of a model that was chosen by
-    its validation figure is too good.
+    the same. Validation, test and prediction all use the held-out part, so the test accuracy of a model that was chosen
+    by its validation accuracy is too high.
 
     Args:
         batch_size: Images per batch on each rank; at least 1. In training, images that do not fill a batch on every
-            rank are left out, others in each epoch, so that all steps are over as many images.
+            rank are left out, other ones in each epoch, so that all steps have equally many images.
         image_size: Side of the images in pixels; at least 8. Larger ones are interpolated once, bilinearly.
         num_workers: Processes that load images, as in ``DataLoader``. The images are in memory, so 0 is fastest.
         seed: Decides the order of the training images; at least 0.
@@ -40,10 +40,9 @@ class DigitsData(LightningDataModule):
     Note:
         *Communication.* None. In training each rank draws its share with a
         :class:`~lightning_comm.data.ResumableLoader`, or, with ``global_batch_size``, takes its slice of the
-        batches of a :class:`~lightning_comm.data.PartitionedLoader`; the two have other orders, and
-        other images are left out. The held-out images are dealt out to the ranks by
-        Lightning: each is counted once where the number of ranks divides 360, otherwise the last few ranks see one
-        image a second time.
+        batches of a :class:`~lightning_comm.data.PartitionedLoader`; the two use different orders and
+        leave out different images. Lightning distributes the held-out images over the ranks: each is counted once where
+        the number of ranks divides 360, otherwise the last few ranks see one image a second time.
 
     Example:
         >>> data = DigitsData(batch_size=32)
@@ -99,7 +98,7 @@ class DigitsData(LightningDataModule):
         if self._parts is not None:
             return
         digits = load_digits()
-        # Scaled by numpy: torch would start threads, and a process that has them cannot be forked into ranks.
+        # Scaled by numpy: torch would start threads, and a process with threads cannot be forked into ranks.
         images = torch.from_numpy((digits.images[:, None] / 16).astype("float32"))
         if self.image_size != _SIDE:
             images = interpolate(images, size=(self.image_size, self.image_size), mode="bilinear")
@@ -147,7 +146,7 @@ class DigitsData(LightningDataModule):
         return self._held_out()
 
     def _held_out(self) -> DataLoader[tuple[Tensor, ...]]:
-        # By keyword: Lightning, which builds the loader anew for prediction, trips over a positional `batch_size`.
+        # By keyword: Lightning rebuilds the loader for prediction and fails on a positional `batch_size`.
         return DataLoader(
             self._part(1),
             batch_size=self.batch_size,

@@ -11,7 +11,7 @@ ScheduleName = Literal["cosine", "step", "constant"]
 
 @dataclass(frozen=True)
 class LrSchedule:
-    r"""Warms up in a straight line, then falls along a cosine or in steps, or stays.
+    r"""A learning rate that rises linearly in the warm-up, then falls along a cosine or in steps, or stays constant.
 
     With peak rate :math:`p`, final rate :math:`f` and :math:`w` steps of warm-up, the rate after :math:`t` steps is
 
@@ -23,7 +23,7 @@ class LrSchedule:
         warmup_steps: Optimizer steps until the peak is reached; 0 starts with it.
         final_lr: Where the warm-up starts and the cosine ends; from 0 to ``lr``.
         decay_at_steps: For ``"step"``: the optimizer steps after which the rate is lower.
-        decay_factor: For ``"step"``: what the rate is multiplied with each time; more than 0, at most 1.
+        decay_factor: For ``"step"``: the factor by which the rate is multiplied each time; more than 0, at most 1.
 
     Raises:
         ValueError: If an argument is out of range, or has no meaning for the schedule.
@@ -80,7 +80,7 @@ class LrSchedule:
         """Refuse a run of ``total_steps`` optimizer steps that this schedule has no rates for.
 
         Raises:
-            ValueError: If a cosine does not know where it ends, or the run ends in the warm-up.
+            ValueError: If the end of a cosine is unknown, or the run ends in the warm-up.
 
         """
         known = 0 <= total_steps < math.inf
@@ -100,7 +100,7 @@ class LrSchedule:
 
         Args:
             step: Optimizer steps done.
-            total_steps: Optimizer steps of the whole run. Only a cosine that is past its warm-up looks at it.
+            total_steps: Optimizer steps of the whole run. Only a cosine past its warm-up uses it.
 
         """
         return _rate(step, total_steps=total_steps, **asdict(self))
@@ -108,7 +108,7 @@ class LrSchedule:
     def share_of_peak(self, total_steps: float) -> Callable[[int], float]:
         """Return a function that maps a step to its rate divided by the peak, in a run of known length.
 
-        It holds numbers alone, so that who looks ahead may call it: it has no effects and answers the same later.
+        It holds only numbers, so a forecast may call it: it has no side effects and always returns the same.
         """
         rate: Callable[[int], float] = partial(_rate, total_steps=total_steps, **asdict(self))
         peak = self.lr

@@ -1,1 +1,1 @@
-"""Files on disk that people and later versions read: profiles and journals."""
+"""File formats that people and later versions read: profiles and journals."""

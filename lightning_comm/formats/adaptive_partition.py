@@ -1,6 +1,6 @@
-"""The journal of a partitioned run: which shares of the global batch held from which step, why, and what was measured.
+"""The journal of a partitioned run: shares of the global batch, when and why they changed, and measured times.
 
-A run writes it, ``replay=`` reads it, and the reports are made of it.
+A run writes it, ``replay=`` reads it, and the reports are made from it.
 """
 
 import json
@@ -60,9 +60,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Window:
-    """What was measured over a window of batches, all of them under the same shares.
+    """The times measured over a window of batches with the same shares.
 
-    A number that is not finite is kept as ``None``: it is not known.
+    A number that is not finite is stored as ``None``, which means unknown.
 
     Args:
         epoch: The epoch of the batch at which the ranks exchanged it, from 0.
@@ -72,7 +72,7 @@ class Window:
         busy_s: Median seconds by rank from asking for a batch to its last local gradient.
         fetch_s: The part of ``busy_s`` in which the rank waited for its data.
         step_s: Median seconds of a whole step.
-        gain: Share of the step's time that the best shares would save; ``None`` while it cannot be told.
+        gain: Share of the step's time that the best shares would save; ``None`` while that is unknown.
         best_sizes: Those shares.
 
     """
@@ -95,7 +95,7 @@ class Window:
 
     @property
     def wait_s(self) -> tuple[float | None, ...]:
-        """Seconds by rank that it waited for the one that was busy longest."""
+        """Seconds that each rank waited for the one that was busy longest."""
         longest_s = max((seconds for seconds in self.busy_s if seconds is not None), default=0.0)
         return tuple(None if seconds is None else longest_s - seconds for seconds in self.busy_s)
 
@@ -105,14 +105,14 @@ class PartitionJournal:
     """The journal of a run.
 
     Args:
-        run: What must agree for a replay: ``samples``, ``global_batch_size``, ``ranks``, ``seed``, ``shuffle``,
+        run: What must be equal for a replay: ``samples``, ``global_batch_size``, ``ranks``, ``seed``, ``shuffle``,
             ``tail``, ``sampler``, ``steps_per_epoch``, ``min_per_rank``, ``max_per_rank``.
         mode: ``"balance"``, ``"observe"`` or ``"fixed"``.
         changes: The shares at the start, which is epoch 0, batch 0, and each change, in the order of the run.
         windows: What was measured, in the order of the run. None in mode ``"fixed"``.
 
     Raises:
-        ValueError: If the parts do not fit each other.
+        ValueError: If the parts contradict each other.
 
     Note:
         *Communication.* None.
@@ -140,7 +140,7 @@ class PartitionJournal:
 
     @property
     def ranks(self) -> int:
-        """How many ranks shared the batch."""
+        """The number of ranks that shared the batch."""
         return int(self.run["ranks"])
 
     @property
@@ -162,7 +162,7 @@ class PartitionJournal:
         return plan
 
     def mismatch(self, run: Mapping[str, Any]) -> list[str]:
-        """Return in words what differs between this journal's run and another one; nothing if it can be replayed."""
+        """Return a text for each field in which this run differs from another; empty if it can be replayed."""
         return [
             f"{name}: {shown(self.run.get(field))} in the journal, {shown(run.get(field))} in this run"
             for field, name in RUN_FIELDS.items()
@@ -170,7 +170,7 @@ class PartitionJournal:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the journal in plain types, as they stand in the file."""
+        """Return the journal in plain types, as in the file."""
         return {
             "format": FORMAT,
             "run": dict(self.run),
@@ -199,7 +199,7 @@ class PartitionJournal:
             raise ValueError(f"PartitionJournal: it is damaged ({type(error).__name__}: {error}).") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the journal as JSON. A file that is there already stays as it is until the new one is whole.
+        """Write the journal as JSON. An existing file stays as it is until the new one is complete.
 
         Raises:
             OSError: If the file cannot be written.
@@ -262,7 +262,7 @@ class PartitionJournal:
 
 def _put(value: Any, **fields: Any) -> None:
     for name, field in fields.items():
-        object.__setattr__(value, name, field)  # how a frozen value is brought into its plain form
+        object.__setattr__(value, name, field)  # normalises the fields of a frozen value
 
 
 def _whole(numbers: Iterable[Any]) -> tuple[int, ...]:
@@ -282,7 +282,7 @@ def _plain(entry: Change | Window) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """Return a value of ``run`` as people read it."""
+    """Return a value of ``run`` as text for people."""
     if type(value) is int:
         return f"{value:,}"
-    return "not told" if value is None else str(value) or "none"
+    return "not recorded" if value is None else str(value) or "none"

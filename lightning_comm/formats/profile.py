@@ -1,4 +1,4 @@
-"""The files of a profile: one a rank, a line a step, readable while the run goes on and after it was killed."""
+"""The files of a profile: one for each rank with a line for each step, readable during a run and after a kill."""
 
 import json
 import time
@@ -22,20 +22,20 @@ def run_folder(folder: Path, number: int) -> Path:
 
 
 def next_run(folder: Path) -> int:
-    """Return the number of the next ``fit``: one more than the largest that is there."""
+    """Return the number of the next ``fit``: one more than the largest that exists."""
     numbers = [int(path.name[4:]) for path in folder.glob("run_*") if path.name[4:].isdigit()]
     return max(numbers, default=-1) + 1
 
 
 class RankFile:
-    """Writes one rank's file: a header, then a line for each thing as it becomes known.
+    """The writer of one rank's file: a header, then a line for each record.
 
     Args:
-        path: The file. Its folder is made if it is not there.
-        header: Who and where; becomes the first line.
+        path: The file. Its folder is created if missing.
+        header: The fields of the first line: rank, host, versions and so on.
 
     Raises:
-        OSError: If the file cannot be made, and from the methods if the disk is full.
+        OSError: If the file cannot be created; from the methods, if the disk is full.
 
     """
 
@@ -54,7 +54,7 @@ class RankFile:
             self._flushed_s = time.monotonic()
 
     def beside(self, wire_bytes: dict[str, int]) -> None:
-        """Write what was sent outside of steps."""
+        """Write the bytes sent outside of steps."""
         self._write({"beside": wire_bytes})
 
     def timeline(self, steps: Sequence[TimelineStep]) -> None:
@@ -66,7 +66,7 @@ class RankFile:
         self._write({"clock": point})
 
     def close(self) -> None:
-        """Say that the run came to its end, and close the file."""
+        """Write that the run ended, and close the file."""
         self._write({"end": True})
         self._file.close()
 
@@ -84,7 +84,7 @@ class Profile:
     """A run that was profiled, from its files or from the profiler itself.
 
     Args:
-        ranks: What is known of each rank.
+        ranks: The figures of each rank.
 
     """
 

@@ -1,4 +1,4 @@
-"""Counts the bytes that autograd keeps for the backward pass, while they are kept."""
+"""A meter of the bytes that autograd keeps for the backward pass."""
 
 import mmap
 import os
@@ -27,7 +27,7 @@ _in_this_process = threading.RLock()
 
 
 def _renew_after_fork() -> None:
-    """Another thread of the parent may have held the lock, and is not there to free it."""
+    """Replace the lock: another thread of the parent may have held it, and does not exist in the child."""
     global _in_this_process
     _in_this_process = threading.RLock()
 
@@ -37,18 +37,18 @@ if hasattr(os, "register_at_fork"):
 
 
 class SharedCounter:
-    """A sum that the processes of one machine have in common, and the largest that it was.
+    """A sum that the processes of one machine share, and its peak.
 
     Args:
-        path: A file of 16 bytes, made if it is not there; all processes name the same one. On a file system in memory,
+        path: A file of 16 bytes, created if missing, the same one for all processes. On a file system in memory,
             such as ``/dev/shm``, nothing is written to a disk.
 
     Raises:
         OSError: On systems without file locks of the POSIX kind.
 
     Note:
-        *Communication.* None but through that file. It can be pickled, and used after a fork. What a process added and
-        did not take off before it died stays in the sum.
+        *Communication.* Only through that file. It can be pickled, and used after a fork. What a process added and
+        did not subtract before it died stays in the sum.
 
     Example:
         >>> import tempfile
@@ -66,14 +66,14 @@ class SharedCounter:
         self.path = Path(path)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
         if os.fstat(self._file).st_size < _NUMBERS.size:
-            os.ftruncate(self._file, _NUMBERS.size)  # to zeros; twice does no harm
+            os.ftruncate(self._file, _NUMBERS.size)  # with zeros; a second process may do the same
         self._map = mmap.mmap(self._file, _NUMBERS.size)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SharedCounter, (self.path,)
 
     def add(self, amount: int) -> int:
-        """Add to the sum, or take off from it, and return what it is now."""
+        """Add a positive or negative amount, and return the new sum."""
         with self._locked():
             value, peak = _NUMBERS.unpack_from(self._map)
             value += amount
@@ -82,25 +82,25 @@ class SharedCounter:
 
     @property
     def value(self) -> int:
-        """What the sum is now."""
+        """The present sum."""
         with self._locked():
             return int(_NUMBERS.unpack_from(self._map)[0])
 
     @property
     def peak(self) -> int:
-        """The largest that the sum was since the file was made, or since :meth:`reset_peak`."""
+        """The largest sum since the file was created, or since :meth:`reset_peak`."""
         with self._locked():
             return int(_NUMBERS.unpack_from(self._map)[1])
 
     def reset_peak(self) -> None:
-        """Forget larger sums than the one of now."""
+        """Set the peak to the present sum."""
         with self._locked():
             value, _ = _NUMBERS.unpack_from(self._map)
             _NUMBERS.pack_into(self._map, 0, value, value)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        # the lock of a file keeps out other processes, not other threads of this one
+        # the lock of a file excludes other processes, not other threads of this one
         with _in_this_process:
             fcntl.lockf(self._file, fcntl.LOCK_EX)
             try:
@@ -110,7 +110,7 @@ class SharedCounter:
 
 
 class _Kept:
-    """A saved tensor, and what is to be done when autograd lets go of it."""
+    """A saved tensor that tells the meter when autograd frees it."""
 
     __slots__ = ("_key", "_meter", "tensor")
 
@@ -124,25 +124,25 @@ class _Kept:
 
 
 class ActivationMeter:
-    """Measures the bytes of the tensors that autograd saves for backward: what the peak of memory is mostly made of.
+    """Measures the bytes of the tensors that autograd saves for backward: most of the memory peak.
 
     Used as a context around forward and backward, on any device. Memory is counted by storage: several saved tensors
-    often share one, which then counts once, as a whole. It counts from when it is first saved to when autograd lets
-    go of the last of them.
+    often share one, which then counts once, as a whole. It counts from when it is first saved until autograd frees the
+    last of them.
 
     Args:
-        sources: What is kept anyway and does not count: modules, whose parameters and buffers these are, and functions
-            that return tensors, such as :meth:`CyclicEngine.tensors`. Both are asked anew while the context lasts, so
-            that parameters may move; but their sizes are those of its beginning.
-        shared: Counts in it as well, so that several processes have one sum and one peak.
-        timeline: Whether to note every change.
+        sources: Tensors that exist anyway and do not count: modules, for their parameters and buffers, and functions
+            that return tensors, such as :meth:`CyclicEngine.tensors`. Both are read again while the context lasts, so
+            that parameters may move; but their sizes must stay as they are at its beginning.
+        shared: A counter in which to count as well, so that several processes have one sum and one peak.
+        timeline: Whether to record every change.
 
     Note:
-        *Communication.* None. *Time.* A call of Python for each saved tensor, and a look at all parameters for each
+        *Communication.* None. *Time.* A Python call for each saved tensor, and a search through all parameters for each
         new storage that is as large as one of theirs; so measure times without it.
 
-        *What it leaves out.* Tensors that no backward needs, such as outputs that are only passed on, gradients, and
-        what kernels use while they run. What was saved before the context began does not count.
+        *Not counted* are tensors that no backward needs, such as outputs that are only passed on, gradients, the
+        workspace of kernels, and what was saved before the context began.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
@@ -164,7 +164,9 @@ class ActivationMeter:
         self._sources = sources
         self._shared = shared
         self._holders: Counter[int] = Counter()
-        self._lock = threading.RLock()  # on CUDA autograd has threads of its own; a collection may come in between
+        self._lock = (
+            threading.RLock()
+        )  # on CUDA autograd has its own threads; reentrant, since a garbage collection may interrupt
         self._sizes: set[int] = set()
         self._hooks: Any = None
         self.live_bytes = 0
@@ -183,7 +185,7 @@ class ActivationMeter:
         self._hooks.__exit__(kind, error, trace)
 
     def reset_peak(self) -> None:
-        """Begin to look for the peak anew, from what is kept now; the timeline starts over as well."""
+        """Restart peak and timeline from the bytes that are kept now."""
         with self._lock:
             self.peak_bytes = self.live_bytes
             if self.timeline is not None:
@@ -191,7 +193,7 @@ class ActivationMeter:
 
     def _pack(self, tensor: Tensor) -> Any:
         storage = tensor.untyped_storage()
-        key = storage._cdata  # its address, which no other storage has while this one lives
+        key = storage._cdata  # its address, unique while it lives
         with self._lock:
             if not self._holders[key]:
                 size = storage.nbytes()
@@ -199,7 +201,7 @@ class ActivationMeter:
                     return tensor
                 self._change(size)
             self._holders[key] += 1
-            # an output comes with the function that saves it: kept whole, the two would keep each other alive
+            # detached: an output refers to the function that saves it, so the two would keep each other alive
             return _Kept(tensor.detach(), self, key)
 
     def _let_go(self, key: int, size_bytes: int) -> None:

@@ -1,6 +1,6 @@
-"""What tensors contain, bit for bit, in a few numbers each: whether somebody has changed them in between.
+"""Checksums of tensors, to find out later whether their bits have changed.
 
-A counter of changes would be cheaper, and misses what is done through ``.data``.
+Torch's counter of changes would be cheaper, but misses changes through ``.data``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-_COLUMNS = 251  # odd, so that rows that change places are noticed
+_COLUMNS = 251  # odd, so that exchanged rows are noticed
 _WORD_BYTES = 8
 
 
 class _Words:
-    """The memory of a tensor, as words: sums over columns stand for most of it, and the rest for itself."""
+    """The memory of a tensor as 64-bit words: sums over columns for most of it, and the remainder as it is."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._key = _place(tensor)
@@ -27,18 +27,18 @@ class _Words:
         self._tail = row[whole:] if whole < row.numel() else None
 
     def are_of(self, tensor: Tensor) -> bool:
-        """Whether they still are the memory of the tensor, and no copy of it."""
+        """Whether these words are still views of the tensor's memory, and not a copy."""
         return self._is_view and self._key == _place(tensor)
 
     def parts(self) -> list[Tensor]:
-        """Return whole numbers for what the memory holds now; some are views of it."""
+        """Return integers that stand for the present contents of the memory; some are views of it."""
         sums = [] if self._columns is None else [self._columns.sum(0)]
         tail = [] if self._tail is None else [self._tail.to(torch.int64)]
         return [*sums, *self._rest, *tail]
 
 
 def content(tensor: Tensor) -> Tensor:
-    """Return whole numbers for the bits of a tensor: the bits themselves if they are few, else sums over columns.
+    """Return integers that stand for the bits of a tensor: the bits themselves if few, otherwise sums over columns.
 
     Note:
         *Cost.* The tensor is read once; on CUDA the host does not wait.
@@ -58,22 +58,22 @@ def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """Return the memory of a tensor as a row of bytes that begins where a word may; a copy where it has gaps."""
+    """Return the memory of a tensor as a row of bytes, aligned to a word; a copy where the memory has gaps."""
     real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     if not real.is_contiguous():
         real = real.permute(sorted(range(real.ndim), key=real.stride, reverse=True))
     row = real.reshape(-1).contiguous()
-    row = row.as_strided(row.shape, (1,))  # the stride of a single entry, such as that of an expanded number, may be 0
+    row = row.as_strided(row.shape, (1,))  # a single entry may have stride 0, as in an expanded scalar
     if row.storage_offset() * row.element_size() % _WORD_BYTES:
         row = row.clone()
     return row.view(torch.uint8)
 
 
 class Contents:
-    """Notes what groups of tensors contain, and finds those that have been changed since by somebody else.
+    """Records checksums of groups of tensors, and finds the tensors that were changed since.
 
-    On a CPU a change is found at once. On CUDA it is compared there and looked at when the device has got that far, so
-    that the host never waits in a step.
+    On a CPU a change is found at once. On CUDA the device compares, and the result is read once it is there, so that
+    the host never waits in a step.
 
     Args:
         groups: Names and tensors of each group.
@@ -86,20 +86,22 @@ class Contents:
     def __init__(self, groups: Sequence[Mapping[str, Tensor]]) -> None:
         self._names = [list(group) for group in groups]
         self._tensors = [list(group.values()) for group in groups]
-        self._strides: list[list[tuple[int, ...]]] = [[] for _ in groups]  # of the same memory, read in another way
+        self._strides: list[list[tuple[int, ...]]] = [
+            [] for _ in groups
+        ]  # the same memory may be read with other strides
         self._words: list[list[_Words]] = [[] for _ in groups]
         self._noted: list[Tensor | None] = [None] * len(groups)
         self._found: dict[str, None] = {}  # names, each once
         self._under_way: list[tuple[int, Tensor, torch.cuda.Event]] = []
 
     def note(self, group: int) -> None:
-        """Note what a group contains now."""
+        """Record the checksums of a group."""
         parts = [part for each in self._parts(group) for part in each]
         self._noted[group] = torch.cat(parts) if parts else None
         self._strides[group] = [tensor.stride() for tensor in self._tensors[group]]
 
     def compare(self, group: int) -> None:
-        """Compare a group with what was noted of it."""
+        """Compare a group with its recorded checksums."""
         noted = self._noted[group]
         if noted is None:
             return
@@ -128,7 +130,7 @@ class Contents:
         """Return the names of the tensors that were found changed.
 
         Args:
-            wait: Whether to wait for the device to compare what it has been given.
+            wait: Whether to wait until the device has finished all comparisons.
 
         """
         while self._under_way and (wait or self._under_way[0][2].query()):  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Tensors as rows of real entries, and how far such rows are from a mean."""
+"""Rows of real entries made of tensors, and the distance of such rows from a mean."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_RUNS, _RUN_LENGTH = 64, 64  # of entries of a bucket, from which its drift is estimated
+_RUNS, _RUN_LENGTH = 64, 64  # the entries of a bucket from which its drift is estimated
 
 
 class Drift(NamedTuple):
-    """How far this rank was from the mean, as squared norms over all averaged entries.
+    """The distance of this rank from the mean, as squared norms over all averaged entries.
 
-    Both are estimated from 4,096 entries spread over each bucket, within some 5 %: to read all of them twice more would
-    cost a good part of what averaging them does. Buckets that have no more are taken whole.
+    Both are estimated from 4,096 entries spread over each bucket, within some 5 %: to read all entries twice more would
+    cost a good part of what averaging costs. Buckets with no more than that are read whole.
     """
 
     distance_sq: float
@@ -31,9 +31,9 @@ class Drift(NamedTuple):
 
 
 class DriftSum:
-    """A drift that is still being summed, and stays where it was computed until :meth:`read`.
+    """The parts of a drift, which stay on the device that computed them until :meth:`read`.
 
-    On CUDA the host waits there for the device, once for all buckets, and nowhere before.
+    On CUDA :meth:`read` waits for the device, once for all buckets; nothing else waits.
     """
 
     def __init__(self, *parts: tuple[Tensor, Tensor]) -> None:
@@ -43,7 +43,7 @@ class DriftSum:
         return iter(self._parts)
 
     def add(self, part: tuple[Tensor, Tensor]) -> None:
-        """Add what :func:`drift_of` says of one bucket."""
+        """Add the result of :func:`drift_of` for one bucket."""
         self._parts.append(part)
 
     def extend(self, other: "DriftSum") -> None:
@@ -59,7 +59,7 @@ class DriftSum:
 
 
 def read_parts(parts: Sequence[tuple[Tensor, Tensor]]) -> list[Drift]:
-    """Bring the drift of each bucket to the host, by one copy for each device."""
+    """Copy the drift of each bucket to the host, in one copy for each device."""
     found: dict[int, Drift] = {}
     for device in dict.fromkeys(distance.device for distance, _ in parts):
         there = [k for k, (distance, _) in enumerate(parts) if distance.device == device]
@@ -88,11 +88,11 @@ class Flat(NamedTuple):
 
     @property
     def accumulation_type(self) -> torch.dtype:
-        """The type that entries are summed in: narrow ones in float32."""
+        """The type in which entries are summed: float32 for narrower types."""
         return torch.float64 if self.entries.dtype == torch.float64 else torch.float32
 
     def write_back(self) -> None:
-        """Bring changed entries to where they came from."""
+        """Write changed entries back to the tensor, where they are a copy."""
         if self.copied_from is not None:
             self.copied_from.copy_(self.entries.view(self.copied_from.shape))
 
@@ -112,7 +112,7 @@ def distinct(tensor: Tensor) -> Tensor:
 
 
 def _fills_its_memory(tensor: Tensor) -> bool:
-    """Whether the entries lie next to each other in memory, in whatever order of dimensions."""
+    """Whether the entries lie next to each other in memory, in any order of dimensions."""
     expected = 1
     for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -123,7 +123,7 @@ def _fills_its_memory(tensor: Tensor) -> bool:
 
 
 def sample(bucket: Tensor) -> Tensor:
-    """Copy evenly spaced runs of entries; runs, since single ones would each cost a fetch from memory."""
+    """Copy evenly spaced runs of entries; runs, since each single entry would cost a fetch from memory."""
     if bucket.numel() <= _RUNS * _RUN_LENGTH:
         return bucket.clone()
     runs = bucket.as_strided((_RUNS, _RUN_LENGTH), (bucket.numel() // _RUNS, 1), bucket.storage_offset())
@@ -137,7 +137,7 @@ def drift_of(bucket_entries: int, own: Tensor, mean: Tensor, *, moderate: bool =
         bucket_entries: How many entries the bucket has.
         own: The sample of this rank's entries.
         mean: That of the mean.
-        moderate: Whether no entry is so large that a sum of squares may have no room in its type.
+        moderate: Whether all entries are known to be so small that a sum of squares cannot overflow.
 
     Returns:
         The numbers of a :class:`Drift`, for a :class:`DriftSum`.
@@ -153,7 +153,7 @@ def squared_norm(rows: list[Tensor], *, moderate: bool = False) -> Tensor:
 
     Args:
         rows: The entries.
-        moderate: Whether it is known not to be; otherwise the host looks, for which it waits on CUDA.
+        moderate: Whether the sum is known to be finite; otherwise the host checks, and on CUDA waits for that.
 
     """
     norms = torch.stack(torch._foreach_norm(rows)).double()

@@ -1,4 +1,4 @@
-"""Sums and differences near the limits of a type: one pass finds that nothing is large, as ever."""
+"""Limits of number types: whether sums and differences may overflow, found in one pass, and finite replacements."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,23 +10,25 @@ MODERATE_DIFFERENCES = 2.0**14  # weights below it have differences whose sums a
 
 
 def are_moderate(rows: Iterable[Tensor], limit: float = MODERATE) -> Tensor:
-    """Return, as a boolean where the rows are, whether all entries are finite and below a limit.
+    """Return, as a boolean on the rows' device, whether all entries are finite and below a limit.
 
-    They are read once; the host does not wait. All rows must be on one device.
+    The rows are read once; the host does not wait. All rows must be on one device.
     """
     by_type: dict[torch.dtype, list[Tensor]] = {}
     for row in rows:
         if row.numel():
             by_type.setdefault(row.dtype, []).append(row)
     largest = [torch.stack(torch._foreach_norm(group, float("inf"))).double() for group in by_type.values()]
-    return (torch.cat(largest) < limit).all() if largest else torch.tensor(True)  # `nan` is not
+    return (torch.cat(largest) < limit).all() if largest else torch.tensor(True)  # false for `nan`
 
 
 def is_large(row: Tensor) -> bool:
-    """Whether an entry is so large (or not a number) that to add it to a finite one may give an infinite one."""
+    """Whether an entry is NaN, or so large that adding it to a finite one may give infinity."""
     info = torch.finfo(row.dtype)
     smallest, largest = row.aminmax()
-    return not bool(torch.maximum(largest, -smallest) < info.max * info.eps / 8)  # so that `nan` counts as large
+    return not bool(
+        torch.maximum(largest, -smallest) < info.max * info.eps / 8
+    )  # negated, so that `nan` counts as large
 
 
 def limit_(row: Tensor, where: Tensor | None = None) -> None:
@@ -44,13 +46,13 @@ def limit_differences_(difference: Tensor, references: list[Tensor]) -> None:
 
 
 def limit_moved_(rows: list[Tensor], moves: Sequence[Tensor]) -> None:
-    """Make finite what a finite move has brought beyond the limit."""
+    """Make entries finite that a finite move has brought to infinity."""
     for row, move in zip(rows, moves, strict=True):
         limit_(row, move.isfinite() & (move != 0))
 
 
 def drop_unsent_(mean: Tensor, sent: Tensor) -> None:
-    """Count entries as not sent whose mean is infinite; it is the same on all ranks."""
+    """Treat entries whose mean is infinite as not sent; the mean is the same on all ranks."""
     unsent = mean.isinf()
     mean.masked_fill_(unsent, 0.0)
     sent.masked_fill_(unsent, 0.0)

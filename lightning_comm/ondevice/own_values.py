@@ -1,4 +1,4 @@
-"""What one rank holds of its own, while an average is where it belongs."""
+"""A rank's own values, kept aside while an average is in their place."""
 
 from collections.abc import Iterable, Mapping
 
@@ -12,24 +12,24 @@ from lightning_comm.ondevice.shared_memory import shared
 
 
 class OwnValues:
-    """Keeps this rank's own values aside, and puts them back where nobody has set others since.
+    """Keeps this rank's own values aside, and restores those that were not changed meanwhile.
 
-    What a module, a callback or an optimizer sets while the average is in place, as a threshold found in validation,
-    is meant to last: such a tensor keeps what it was given. That is found from the bits, so that what is set to other
-    values for a while and back, as weights are that two models swap, counts as unchanged.
+    A value that a module, a callback or an optimizer sets while the average is in place, such as a threshold found in
+    validation, is meant to last: it is not overwritten. Changes are found by comparing bits, so a tensor that is
+    changed and then set back, as weights are that two models swap, counts as unchanged.
 
     Args:
-        purpose: What the average is there for.
-        weight: What this rank counts for in it.
-        places: The tensors, by name, before the average is put there.
+        purpose: What the average is for.
+        weight: The weight of this rank in it.
+        places: The tensors, by name, before the average is put in place.
 
     Note:
         *Memory.* A copy of the tensors, and about 2 KB for each.
 
         *Cost.* The tensors are read when the average is in place, and once more for each answer.
 
-        *Autograd.* What is put back is what was there before, so it does not count as a change: a loss computed before
-        can go backward afterwards. In between it cannot, and autograd says so.
+        *Autograd.* Restoring does not count as a change, since the values are those from before: a loss that was
+        computed before can go backward afterwards. In between it cannot, and autograd raises an error.
 
     """
 
@@ -40,16 +40,18 @@ class OwnValues:
         self._values = {name: tensor.detach().clone() for name, tensor in places.items()}
         tracked = {name: tensor for name, tensor in places.items() if not tensor.is_inference()}
         self._versions = {name: _unsafe_preserve_version_counter(tensor) for name, tensor in tracked.items()}
-        self._noted: dict[str, Tensor] = {}  # nothing yet: an average that failed on the way is all put back
+        self._noted: dict[
+            str, Tensor
+        ] = {}  # empty until the average is in place: if that fails, everything is restored
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return next((tensor.device for tensor in self._places.values()), torch.device("cpu"))
 
     @property
     def storages(self) -> set[int]:
-        """The addresses of the memory that may be written to when values are put back."""
+        """The addresses of the memory that may be written to when values are restored."""
         return {tensor.untyped_storage().data_ptr() for tensor in self._places.values() if tensor.numel()}
 
     def note(self, among: Iterable[Tensor] | None = None) -> None:
@@ -65,7 +67,7 @@ class OwnValues:
                 self._noted[name] = content(distinct(tensor.detach()))
 
     def goes_on_with(self, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return, for tensors of now by name, what this rank holds when its own values are back."""
+        """Return, for present tensors by name, the values that this rank will hold after :meth:`put_back`."""
         set_since = self._set_since()
         return {
             name: self._values[name] if tensor is self._places.get(name) and name not in set_since else tensor
@@ -73,7 +75,7 @@ class OwnValues:
         }
 
     def put_back(self) -> None:
-        """Put the values back, but for tensors that somebody has set since, and those that share entries with them."""
+        """Restore the values, except in tensors that were changed meanwhile and those that share entries with them."""
         set_since = self._set_since()
         for name in self._places.keys() - set_since:
             copy_into(self._places[name], self._values[name])

@@ -1,4 +1,4 @@
-"""What it costs to take the kept entries out of a bucket and to put them back, measured."""
+"""Measured times of packing the kept entries of a bucket and unpacking them again."""
 
 import time
 from statistics import median
@@ -7,7 +7,7 @@ import torch
 
 ROW_BYTES = 4 * 2**20
 _SHARES = (0.1, 0.9)
-_REPEATS = 5  # after one that does not count
+_REPEATS = 5  # after one that is not timed
 
 
 def packing_times(device: torch.device) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""What parameters were when their averaged gradients arrived, to see later whether anything has stepped with them."""
+"""Snapshots of parameters from when their averaged gradients arrived, to find out later whether a step was taken."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -11,7 +11,7 @@ _WIDTH = 1024
 
 
 class _Note(NamedTuple):
-    version: int  # torch's own count of changes in place; those through `.data` are not in it
+    version: int  # torch's own count of changes in place, which misses those through `.data`
     places: Tensor
     entries: Tensor
 
@@ -29,14 +29,14 @@ class ParameterNotes:
         self._notes: dict[str, _Note] = {}
 
     def take(self, name: str, mean: Tensor) -> None:
-        """Note a parameter, where its averaged gradient is largest, and where the first one that is noted was."""
+        """Note the entries of a parameter where its averaged gradient is largest, and where the first noted one was."""
         places, earlier = places_of_largest(mean), self._notes.get(name)
         if earlier is not None:
             places = torch.cat([earlier.places[: len(places)], places])
         self._note(name, places)
 
     def renew(self) -> None:
-        """Note all parameters again as they are now."""
+        """Note the present values of all noted entries."""
         for name, note in self._notes.items():
             self._note(name, note.places)
 
@@ -46,7 +46,7 @@ class ParameterNotes:
         self._notes = {name: note for name, note in self._notes.items() if name in kept}
 
     def certainly_changed(self, names: Iterable[str]) -> list[str]:
-        """Return those of these parameters that torch has counted a change of since they were noted."""
+        """Return those of these parameters that have changed by torch's count since they were noted."""
         return [
             name
             for name in names
@@ -54,7 +54,7 @@ class ParameterNotes:
         ]
 
     def changed(self, names: Iterable[str]) -> list[str]:
-        """Return those of these parameters that are others than when they were noted.
+        """Return those of these parameters that have changed since they were noted.
 
         On CUDA this waits for the device once, unless torch has counted a change of all of them.
         """
@@ -64,7 +64,7 @@ class ParameterNotes:
         return [name for name in names if name in changed]
 
     def doubts(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return whether the noted entries have changed, where torch has counted nothing; not read from the device."""
+        """Return, still on the device, whether the noted entries have changed where torch has counted no change."""
         noted = {name: self._notes[name] for name in names if name in self._notes}
         return {
             name: (in_memory(self._parameters[name]).index_select(0, note.places) != note.entries).any()
@@ -77,7 +77,7 @@ class ParameterNotes:
 
 
 def read_flags(flags: Mapping[str, Tensor]) -> set[str]:
-    """Return the names of the flags that are up. On CUDA this waits for the device, once for all of them.
+    """Return the names of the flags that are true. On CUDA this waits for the device, once for all of them.
 
     Example:
         >>> read_flags({"a": torch.tensor(True), "b": torch.tensor(False)})
@@ -92,9 +92,9 @@ def read_flags(flags: Mapping[str, Tensor]) -> set[str]:
 
 
 def places_of_largest(row: Tensor) -> Tensor:
-    """Return where the largest magnitude of a row is: one place for its whole blocks, and one for what is left.
+    """Return where a row has its largest magnitude: one place for its whole blocks, and one for the remainder.
 
-    In blocks, since that takes a fraction of the time of ``argmax``; without a wait for a device.
+    In blocks, since that takes a fraction of the time of ``argmax``; does not wait for a device.
 
     Example:
         >>> places_of_largest(torch.tensor([1.0, -3.0, 2.0]))

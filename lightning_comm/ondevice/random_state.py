@@ -10,9 +10,9 @@ import torch
 def random_state() -> dict[str, Any]:
     """Return the states of Python's, numpy's and torch's generators, as plain values and tensors.
 
-    That of CUDA is there where this process uses CUDA, and is that of its current device, which Lightning makes each
-    rank's own. Where CUDA is merely at hand it is left alone: asking for its state would set it up, which takes
-    memory on the device, and fails in a process that was forked.
+    CUDA's is included if this process uses CUDA: that of its current device, which Lightning sets to the rank's own.
+    Where CUDA is available but not used, its state is not read: reading would initialise CUDA, which takes memory on
+    the device and fails in a forked process.
 
     Example:
         >>> before = random_state()
@@ -34,9 +34,9 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the generators back to a state that :func:`random_state` returned.
+    """Set the generators to a state that :func:`random_state` returned.
 
-    A state of CUDA is left out where this process does not use it; where there is none, its generator stays as it is.
+    A state of CUDA is ignored if this process does not use CUDA; without one, its generator stays as it is.
     """
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -48,10 +48,10 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def seed_torch(seed: int) -> None:
-    """Seed those of torch's generators that :func:`random_state` returns the states of, and no others.
+    """Seed those of torch's generators whose states :func:`random_state` returns, and no others.
 
-    ``torch.manual_seed`` also seeds those of all other devices; and where CUDA is not used yet, it leaves a note to
-    seed it later.
+    ``torch.manual_seed`` also seeds those of all other devices; and where CUDA is not used yet, it registers a seed
+    for later.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

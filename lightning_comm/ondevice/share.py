@@ -1,19 +1,20 @@
-"""What a rank counts for in a mean, such that the mean of equal numbers is that number."""
+"""The share of a rank in a weighted mean, computed so that the mean of equal numbers is exactly that number."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-_PIECE = 2**16  # entries that are worked on at a time, so that they stay in the processor's cache
+_PIECE = 2**16  # entries that are processed at a time, so that they stay in the processor's cache
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 _SIGN_AND_EXPONENT = {torch.float32: -(2**23), torch.float64: -(2**52)}
 
 
 class Share(float):
-    """The weight of one rank in a mean, which knows where it lies among those of all ranks.
+    """The weight of one rank in a mean, with its place among those of all ranks.
 
-    Those of all ranks, one after the other, fill the line from 0 to 1, and this one reaches from ``begin`` to ``end``.
+    The weights of all ranks, one after the other, fill the interval from 0 to 1; this one reaches from ``begin`` to
+    ``end``.
 
     Example:
         >>> [(float(share), share.begin, share.end) for share in (Share.of([3, 0, 1], rank) for rank in range(3))]
@@ -25,14 +26,14 @@ class Share(float):
     end: float
 
     def __new__(cls, weight: float, begin: float, end: float) -> "Share":
-        """Make a share of a weight and where it lies."""
+        """Create a share from a weight and its interval."""
         share = super().__new__(cls, weight)
         share.begin, share.end = begin, end
         return share
 
     @classmethod
     def of(cls, counts: Sequence[float], rank: int) -> "Share":
-        """Return the share of one rank, where each counts for as much as ``counts`` says."""
+        """Return the share of one rank, where ranks count in proportion to ``counts``."""
         total, before = sum(counts), sum(counts[:rank])
         return cls(counts[rank] / total, before / total, (before + counts[rank]) / total)
 
@@ -42,11 +43,11 @@ class Share(float):
         Args:
             row: The entries.
             moderate: Whether they are known to be finite and far from the limits of their type; otherwise the host
-                looks, for which it waits on CUDA.
+                checks, and on CUDA waits for that.
 
-        Where all ranks hold the same number, their parts sum to exactly that number, in whatever order they are added,
-        and no partial sum is larger. For that all cuts through a number lie on the grid of the numbers next to it
-        (:func:`_up_to`). So a part differs from weight times entry by two steps of that grid at most.
+        If all ranks hold the same number, their parts sum to exactly that number, in any order of addition, and no
+        partial sum is larger. For that, a number is cut only at multiples of its own last digit (:func:`_up_to`). So a
+        part differs from weight times entry by two such digits at most.
 
         Note:
             *Memory.* On a CPU a few pieces of the row, otherwise three such rows, for a moment.
@@ -68,7 +69,7 @@ class Share(float):
         if large.any():
             fourth = row[large] / 4
             self._part(fourth)
-            part[large] = fourth * 4  # both exact: nothing is small here
+            part[large] = fourth * 4  # both exact, since these entries are large
         row.copy_(part)
 
 
@@ -84,11 +85,11 @@ def _up_to(share: float, row: Tensor, powers: Tensor) -> Tensor:
     if share > 0.5:
         return row - _up_to(1 - share, row, powers)  # exact
     total = row * share
-    total += powers  # from the power to the next one, where numbers lie as far apart as at the entry
+    total += powers  # to between this power and the next, where numbers have the entry's spacing: this rounds
     total -= powers  # exact
     return total
 
 
 def is_finite(row: Tensor) -> bool:
-    """Whether the entries are finite for sure; may be wrong where their sum is too large. One pass."""
+    """Whether all entries are certainly finite; also false where their sum overflows. One pass."""
     return bool(row.sum().isfinite())

@@ -1,4 +1,4 @@
-"""Tensors that share entries in memory: views of each other under different names."""
+"""Groups of tensors that share entries in memory: views of each other under different names."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,8 +12,8 @@ from torch.nn.parameter import is_lazy
 def shared(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, ...]]:
     """Return the groups of names whose tensors share entries, directly or through others of the group.
 
-    Two tensors share entries where writing to one changes the other. To lie in one storage is not enough: the weights
-    of an RNN that were flattened into one row do not share entries, and neither do interleaved columns of a matrix.
+    Two tensors share entries if writing to one changes the other. One storage is not enough: the weights of an RNN that
+    were flattened into one row do not share entries, and neither do interleaved columns of a matrix.
 
     Args:
         named: Names and tensors. Tensors without memory (on ``meta``, not yet initialised, no entries) share nothing.
@@ -42,7 +42,7 @@ def shared(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, ...]]:
 
 
 def covered(named: Iterable[tuple[str, Tensor]]) -> set[str]:
-    """Return the names whose entries are all entries of another of these tensors, which is not among them.
+    """Return the names of tensors whose entries are all entries of another of these, which itself is not returned.
 
     Example:
         >>> matrix = torch.zeros(4, 6)
@@ -63,17 +63,17 @@ def covered(named: Iterable[tuple[str, Tensor]]) -> set[str]:
 
 
 class SharedMemory:
-    """Which parameters share entries, looked up anew only where they lie elsewhere than before."""
+    """A cache of which parameters share entries, by their addresses."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], tuple[set[str], set[str]]] = {}
 
     def covered(self, parameters: Mapping[str, Tensor]) -> set[str]:
-        """Return those whose entries are all entries of another one."""
+        """Return the names of those whose entries are all entries of another one."""
         return self._of(parameters)[0]
 
     def shared(self, parameters: Mapping[str, Tensor]) -> set[str]:
-        """Return those that share entries with others."""
+        """Return the names of those that share entries with others."""
         return self._of(parameters)[1]
 
     def _of(self, parameters: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
@@ -108,7 +108,7 @@ def _on_each_device(named: Iterable[tuple[str, Tensor]]) -> dict[torch.device, l
 
 
 def _runs_that_touch(ranges: list[_Range]) -> list[list[_Range]]:
-    """Cut the ranges, in order of address, wherever one begins after all before it have ended."""
+    """Split the ranges, in order of address, wherever one begins after all before it have ended."""
     runs: list[list[_Range]] = []
     end = 0
     for each in sorted(ranges, key=lambda part: part.begin):
@@ -120,7 +120,7 @@ def _runs_that_touch(ranges: list[_Range]) -> list[list[_Range]]:
 
 
 def _exact_groups(touching: list[_Range]) -> list[list[_Range]]:
-    """Group those that have an entry in common: each address holds the last group that was seen there."""
+    """Group ranges that have an entry in common: each address holds the last group that was seen there."""
     if len(touching) == 1 or all(_has_no_gaps(part.tensor) for part in touching):
         return [touching]
     first = touching[0].begin
@@ -132,7 +132,7 @@ def _exact_groups(touching: list[_Range]) -> list[list[_Range]]:
         strides = [stride * width for stride in part.tensor.stride()]
         cells = owners.as_strided([*part.tensor.shape, width], [*strides, 1], (part.begin - first) // unit)
         groups[number] = [part]
-        for owner in torch.bincount(cells.flatten() + 1)[1:].nonzero().flatten().tolist():  # 0: of nobody yet
+        for owner in torch.bincount(cells.flatten() + 1)[1:].nonzero().flatten().tolist():  # 0: no owner yet
             owners.masked_fill_(owners == owner, number)
             groups[number] += groups.pop(owner)
         cells.fill_(number)

@@ -1,14 +1,14 @@
-"""A fault of DDP with sparse gradients, put into words for whoever compares with it.
+"""A fault of DDP with sparse gradients, and the warning for those who compare with it.
 
-DDP makes means by a division in place. The values of a sparse gradient may lie in the memory of the gradient that came
-in, where the embedding is added to something else, as positions are to words: then what lies behind that is divided by
-the number of ranks as well, and once more when its own turn comes. Seen in torch 2.15, with its own hook too.
+DDP divides gradients in place. The values of a sparse gradient may share memory with the incoming gradient, where the
+embedding is added to something else, as position to word embeddings: then the gradients that flow on from there are
+divided by the number of ranks as well, and again when it is their turn. Seen in torch 2.15, with its own hook too.
 """
 
 import torch
 from torch import nn
 
-_NAMED = 4  # as many are named
+_NAMED = 4  # at most, in the message
 
 
 def sparse_embeddings(module: nn.Module) -> list[str]:
@@ -21,11 +21,11 @@ def sparse_embeddings(module: nn.Module) -> list[str]:
 
 
 def fault_of_ddp(module: nn.Module, ranks: int) -> str | None:
-    """Return what may be wrong with gradients that DDP averages without a hook of ours; ``None`` if nothing may be.
+    """Return the warning about gradients that DDP averages without our hook; ``None`` if there is nothing to warn of.
 
     Args:
         module: The model.
-        ranks: How many there are.
+        ranks: The number of ranks.
 
     """
     names = sparse_embeddings(module)

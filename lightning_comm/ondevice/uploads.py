@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; to CUDA from memory of the host that it can read by itself.
+    """Return a tensor on a device; to CUDA it goes through pinned memory, so that the host need not wait.
 
     Example:
         >>> uploaded(torch.tensor([1.0, 2.0]), torch.device("cpu"))
@@ -14,4 +14,4 @@ def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)  # towards the host it has to wait, or what it returns is not there yet
+    return tensor.to(device)  # a copy to the host has to wait until the data is there

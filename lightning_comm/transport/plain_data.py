@@ -1,7 +1,7 @@
-"""Values that are no tensors, between ranks: as JSON, or as tensors in containers, and never as pickled objects.
+"""Messages of values that are not tensors: sent as JSON, or as tensors in containers, and never as pickled objects.
 
-Whoever unpickles what arrives runs whatever the sender has put into it. What is sent here is read by a parser that can
-make numbers, texts, tensors and their containers, and nothing else.
+Unpickling runs any code that the sender has put into the message. What is sent here is read by a parser that creates
+numbers, texts, tensors and containers of these, and nothing else.
 """
 
 import io
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_comm.transport.recording import Recorder
 
-_STATE_TAG = 2**20 + 11  # of the messages that carry states; no other message of the default group has it
+_STATE_TAG = 2**20 + 11  # the tag of messages with states; no other message of the default group uses it
 _RULE = (
     "Such states are made of numbers, texts, tensors and containers of these. Keep objects of your own out of "
     "`state_dict()`, or name their class by `torch.serialization.add_safe_globals` on all ranks."
@@ -24,11 +24,11 @@ _RULE = (
 
 
 class NotPlainError(TypeError):
-    """A state holds what is neither a number, a text, a tensor nor a container of these."""
+    """The error of a state that holds more than numbers, texts, tensors and containers of these."""
 
 
 def gather_json(value: Any, recorder: Recorder, device: torch.device, purpose: str) -> list[Any]:
-    """Return what each rank has, on all of them; every rank calls this.
+    """Return the values of all ranks, on all of them; every rank calls this.
 
     Args:
         value: Anything that JSON can hold; tuples arrive as lists.
@@ -51,7 +51,7 @@ def gather_json(value: Any, recorder: Recorder, device: torch.device, purpose: s
 
 
 def broadcast_json(value: Any, recorder: Recorder, device: torch.device, purpose: str, src: int = 0) -> Any:
-    """Return what one rank has, on all of them; every rank calls this, and what others have does not matter.
+    """Return the value of one rank, on all of them; every rank calls this, and the values of others are ignored.
 
     Args:
         value: Anything that JSON can hold; tuples arrive as lists, on ``src`` too.
@@ -86,15 +86,15 @@ def gather_states(
         where: Whose state it is, for messages.
 
     Raises:
-        NotPlainError: On all ranks alike, if the state of one holds anything else.
+        NotPlainError: On all ranks, if the state of one holds anything else.
 
     Note:
-        *Communication.* The state of every rank travels to rank 0, and before it how long it is.
+        *Communication.* The lengths of all states, by two all-gathers; then each state, sent to rank 0.
 
-        *Memory.* On rank 0 the bytes of one rank beside what has been yielded; elsewhere a copy of the state.
+        *Memory.* On rank 0 the bytes of one rank's state besides those yielded; elsewhere a copy of the state.
 
     """
-    # rank 0 keeps what it has as it is; and where one cannot send, all learn of it before anything is sent
+    # rank 0 keeps its own state as it is; a state that cannot be sent is reported to all ranks before any is sent
     problem, content = None, b""
     if recorder.rank != 0:
         try:
@@ -133,7 +133,7 @@ def pack(state: Any, where: str) -> bytes:
         buffer.seek(0)
         with _harmless_classes_allowed():
             refused = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
-    except Exception as error:  # pickling runs code of whatever class it meets
+    except Exception as error:  # pickling runs code of the classes in the state
         raise NotPlainError(
             f"{where} cannot be sent to another rank ({type(error).__name__}: {error}). {_RULE}"
         ) from error
@@ -150,7 +150,7 @@ def unpack(message: Tensor) -> Any:
 
 @contextmanager
 def _harmless_classes_allowed() -> Iterator[None]:
-    """Let through what schedulers and optimizers may keep and what holds no code: NumPy's numbers, texts and arrays."""
+    """Allow classes that schedulers and optimizers may keep and that run no code: NumPy's numbers, texts and arrays."""
     classes: list[Any] = [type(np.dtype(code)) for code in "?bhilqBHILQefdFDUS"]
     makers: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]]
     with torch.serialization.safe_globals([np.dtype, np.ndarray, frozenset, *classes, *makers]):

@@ -1,4 +1,4 @@
-"""The one place that messages leave through: each is issued here and written to the ledger."""
+"""The one place from which messages are sent: each is issued here and written to the ledger."""
 
 import atexit
 import logging
@@ -31,7 +31,7 @@ _ABORT_S = 5.0  # how long ending what is under way on a device may take
 _observers: list[Callable[[CommRecord], None]] = []
 _markers: list[Callable[[], Any]] = []
 _left_behind: "WeakKeyDictionary[threading.Thread, bool]" = WeakKeyDictionary()  # whether their run failed
-_under_way: "WeakSet[Pending]" = WeakSet()  # in the default group; whoever waits for one, or has given up, holds it
+_under_way: "WeakSet[Pending]" = WeakSet()  # of the default group; each is held by its waiter, also after an error
 _noting: list[bool] = []  # filled once `sys.exit` is watched
 _exit_status: list[int] = []  # what it was called with
 _nesting = threading.local()
@@ -39,12 +39,12 @@ _nesting = threading.local()
 
 @dataclass(frozen=True)
 class MarkedRecord(CommRecord):
-    """A record with marks of the moments that its times are the host's idea of.
+    """A record with marks of the device at the moments whose times on the host it holds.
 
     Args:
         began: Before the message was started.
-        waited: Before somebody waited for it.
-        ended: When it had arrived, where whoever waited is.
+        waited: Before the wait for it.
+        ended: After it arrived, in the thread and stream that waited for it.
 
     """
 
@@ -59,12 +59,12 @@ class MarkedRecord(CommRecord):
 
 
 def observe(observer: Callable[[CommRecord], None], mark: Callable[[], Any] | None = None) -> Callable[[], None]:
-    """Show every record to a function as it is written, whichever ledger it goes to; return what ends that.
+    """Pass every record to a function when it is written, to whatever ledger; return a function that stops this.
 
     Args:
-        observer: Is shown the records.
-        mark: Marks the present moment of the device, which the host may be ahead of. It is called where a message is
-            started, waited for and has arrived, in whichever thread that is, and records become `MarkedRecord`.
+        observer: Receives the records.
+        mark: Returns a mark of the device's present moment, which may lag behind the host. It is called where a message
+            is started, waited for and has arrived, in the thread that does so, and records become `MarkedRecord`.
 
     """
     _observers.append(observer)
@@ -81,14 +81,14 @@ def observe(observer: Callable[[CommRecord], None], mark: Callable[[], Any] | No
 
 
 def mark() -> Any:
-    """Mark the present moment, for whoever wants records with marks; ``None`` where nobody does."""
+    """Return a mark of the present moment if an observer asked for marks, otherwise ``None``."""
     markers = tuple(_markers)
     return markers[-1]() if markers else None
 
 
 @contextmanager
 def counted_elsewhere() -> Iterator[None]:
-    """Let whoever watches the calls of ``torch.distributed`` look away: what is sent in here is counted already."""
+    """Tell those who watch the calls of ``torch.distributed`` that messages within this block are already counted."""
     _nesting.depth = getattr(_nesting, "depth", 0) + 1
     try:
         yield
@@ -101,9 +101,9 @@ def is_counted_elsewhere() -> bool:
     return getattr(_nesting, "depth", 0) > 0
 
 
-@dataclass(eq=False)  # each is itself, in a set
+@dataclass(eq=False)  # compared by identity, as members of a set
 class Pending:
-    """A message on its way. :meth:`wait` blocks until it has arrived and writes it down."""
+    """A message in flight. :meth:`wait` blocks until it has arrived and records it."""
 
     work: dist.Work
     written: Callable[[float, Any], None]
@@ -127,9 +127,9 @@ class Recorder:
         group: The ranks that take part: a process group, or members that others ask as well; ``None`` for all ranks of
             the default group.
         beside_compute: Whether compute goes on between the start of a message and the wait for it. That time is
-            recorded as hidden. On CUDA, where its arrival is not seen, a message lasts until somebody waited for it.
-        hold: Whether records wait for :meth:`write_held`, because messages are sent by a thread of their own, and the
-            ledger and who watches it belong to the one that trains.
+            recorded as hidden. On CUDA, where its arrival is not seen, a message lasts until the wait for it ends.
+        hold: Whether records are kept until :meth:`write_held`, because a background thread sends the messages, and the
+            ledger and its observers belong to the training thread.
 
     Note:
         *Communication.* One message for each call. Every rank has to make the same calls in the same order.
@@ -148,7 +148,7 @@ class Recorder:
         hold: bool = False,
     ) -> None:
         self.ledger = ledger
-        self.step = 0  # optimizer steps done; whoever counts them keeps this up to date
+        self.step = 0  # optimizer steps done; the owner of the recorder keeps this up to date
         self.members = group if isinstance(group, Members) else Members(group)
         self._beside_compute = beside_compute
         self._hold = hold
@@ -202,7 +202,7 @@ class Recorder:
         return rows, self._issue("all_gather", purpose, row, start)
 
     def barrier(self, purpose: str) -> Pending:
-        """Start to wait until all ranks are here; nothing is handed over."""
+        """Start waiting until all ranks have called this; no data is sent."""
         group = self._group
         return self._issue("barrier", purpose, torch.empty(0), lambda: dist.barrier(group, async_op=True))
 
@@ -210,9 +210,9 @@ class Recorder:
         """Let a function of another library send a message of ours, and record it.
 
         Args:
-            kind: Of message.
+            kind: The collective or transfer.
             purpose: What it is for.
-            payload_bytes: What this rank hands over.
+            payload_bytes: The bytes that this rank passes to it.
             send: Sends it, and returns when it has arrived.
 
         """
@@ -223,15 +223,15 @@ class Recorder:
         return result
 
     def send(self, memory: Tensor, target: int, purpose: str, payload_bytes: int, *, tag: int, step: int) -> dist.Work:
-        """Start sending to one rank, and record it with the time that it does not take whoever sends.
+        """Start sending to one rank, and record it with a duration of zero, since the sender does not wait.
 
         Args:
-            memory: What to send; it must be kept, like the result, until that has been waited for.
+            memory: What to send; keep it, and the result, until the result has been waited for.
             target: The rank.
             purpose: What it is for, one of ``PURPOSES``.
             payload_bytes: How much of the memory is payload; the rest is recorded as ``"control"``.
-            tag: Which message it is, where the backend tells them apart; they are received in the order of sending.
-            step: Optimizer steps done before what it belongs to.
+            tag: Identifies the message, on backends that support tags; messages are received in the order of sending.
+            step: Optimizer steps done before the one that the message belongs to.
 
         """
         with counted_elsewhere():
@@ -253,7 +253,7 @@ class Recorder:
         """Wait for a message of one rank.
 
         Raises:
-            LostConnectionError: If it does not come; the message names the rank.
+            LostConnectionError: If it does not arrive; the error names the rank.
 
         """
         try:
@@ -265,11 +265,11 @@ class Recorder:
             ) from error
 
     def waited(self, purpose: str, since_s: float) -> None:
-        """Record that compute has waited until now for what others sent."""
+        """Record that compute has waited until now for messages of other ranks."""
         self._write("receive", purpose, 0, since_s, time.monotonic() - since_s)
 
     def note(self, kind: str, purpose: str, payload_bytes: int) -> None:
-        """Record a message that somebody else sends (DDP its gradients), whose duration is not known."""
+        """Record a message that another library sends (such as DDP its gradients), whose duration is not known."""
         self._write(kind, purpose, payload_bytes, time.monotonic(), 0.0)
 
     def _issue(self, kind: str, purpose: str, tensor: Tensor, start: Callable[[], dist.Work | None]) -> Pending:
@@ -323,40 +323,40 @@ class Recorder:
 
 
 def another_group(timeout: timedelta | None, backend: str | None = None) -> dist.ProcessGroup:
-    """Return a further process group of all ranks, whose messages keep no order with those of the default group.
+    """Return another process group of all ranks, whose messages are not ordered with those of the default group.
 
     Args:
         timeout: How long its messages wait for other ranks.
-        backend: ``"gloo"`` for small messages between hosts' processors; ``None`` for that of the default group.
+        backend: ``"gloo"`` for small messages between CPUs; ``None`` for that of the default group.
 
     Note:
-        *Communication.* All ranks meet here.
+        *Communication.* Blocking: all ranks must call it.
 
     """
     return cast(
         dist.ProcessGroup, dist.new_group(timeout=timeout, backend=backend)
-    )  # not a number, since this rank is in it
+    )  # a group and not torch's number for non-members
 
 
 def has_unfinished_messages() -> bool:
-    """Whether a message of the default group is under way. Where a rank gives it up, the next ones are out of step."""
+    """Whether a message of the default group is in flight. If a rank abandons it, later ones no longer match."""
     return any(not pending.done() for pending in tuple(_under_way))
 
 
 def hang_up(group: dist.ProcessGroup | None) -> None:
-    """Close this rank's connections of a group, so that whoever waits at them gets an error; nothing is sent after it.
+    """Close this rank's connections of a group, so that waits on them end with an error; nothing can be sent then.
 
-    On gloo whoever waits here or on another rank gets it. With NCCL the kernels of this rank that wait for another one
-    end, so that the device goes on and the group can be destroyed, for which torch waits for all kernels; other ranks
-    have to hang up by themselves. On other backends nothing happens.
+    On gloo this ends waits on this rank and on others. With NCCL it ends this rank's kernels that wait for other ranks,
+    so that the device is free and the group can be destroyed, for which torch waits for all kernels; the other ranks
+    have to close theirs. On other backends nothing happens.
 
     Args:
-        group: Which; ``None`` for the default group.
+        group: The group; ``None`` for the default group.
 
     """
     _abort_kernels(group)
-    # torch offers nothing that ends a wait of gloo's, except that a message which is late closes all connections of its
-    # rank. It is late only where the connection it should come by is whole, so this asks every other rank for one.
+    # torch has no call that ends a wait of gloo's. But a receive that times out closes all connections of its rank. It
+    # times out only where its own connection is intact, so this starts one from every other rank.
     whole = dist.group.WORLD
     for source in dist.get_process_group_ranks(group or whole):  # torch 2.6 does not take `None` for the default group
         if source != dist.get_rank():
@@ -367,19 +367,19 @@ def hang_up(group: dist.ProcessGroup | None) -> None:
 
 
 def _abort_kernels(group: dist.ProcessGroup | None) -> None:
-    """End what a group has under way with NCCL on this rank's device."""
+    """Abort the kernels that a group has running with NCCL on this rank's device."""
     if backend_of(torch.device("cuda"), group) != "nccl":
         return
-    # not torch's `_abort_process_group`: for the default group it takes apart all groups that this process has
+    # not torch's `_abort_process_group`: for the default group it aborts all groups of this process
     group = group or dist.group.WORLD
     assert group is not None
     backend: Any = group._get_backend(torch.device("cuda"))
 
     def abort() -> None:
-        with suppress(RuntimeError):  # such as after an earlier error of its own; the group is of no use then either
+        with suppress(RuntimeError):  # as after an earlier error of its own, when the group is unusable too
             backend.abort()
 
-    # torch waits for it as long as for a message, and in some versions of NCCL it takes until other ranks do it too
+    # torch waits up to the time-out of a message, and in some versions of NCCL until the other ranks abort too
     thread = threading.Thread(target=abort, name="lightning_comm abort", daemon=True)
     thread.start()
     thread.join(_ABORT_S)
@@ -387,12 +387,12 @@ def _abort_kernels(group: dist.ProcessGroup | None) -> None:
 
 
 def leave_behind(thread: threading.Thread, *, failed: bool = True) -> None:
-    """Let the process end also while a thread still waits for a rank that is gone, or cannot be reached.
+    """Let the process end while a thread still waits for a rank that is lost or cannot be reached.
 
-    Nothing can end such a wait. A thread that wakes up from it while Python shuts down takes the whole process with it
-    (SIGABRT). So if it still runs when the program is over, the process ends without a shutdown: with the status that
-    was given to ``sys.exit`` after :func:`note_exit_status`, with 1 after an uncaught error, and otherwise with 1 after
-    a run that failed and 0 after one that went well.
+    Nothing can end such a wait. A thread that wakes up from it while Python shuts down aborts the whole process
+    (SIGABRT). So if it still runs at the end of the program, the process ends without Python's shutdown: with the
+    status that was given to ``sys.exit`` after :func:`note_exit_status`, with 1 after an uncaught error, and otherwise
+    with 1 after a run that failed and 0 after one that did not.
 
     Args:
         thread: The thread.
@@ -403,9 +403,9 @@ def leave_behind(thread: threading.Thread, *, failed: bool = True) -> None:
 
 
 def note_exit_status() -> None:
-    """Note what is given to ``sys.exit`` from now on; called where a run has failed, and a thread may be left behind.
+    """Record the status passed to ``sys.exit`` from now on; called after a failure, when a thread may be left behind.
 
-    Python does not tell the functions that it calls at exit what the status will be.
+    Functions that Python calls at exit cannot find out the status.
     """
     if _noting:
         return
@@ -420,7 +420,7 @@ def note_exit_status() -> None:
     sys.exit = note_and_leave
 
 
-@atexit.register  # at import, so that nearly all that others have registered is called before it
+@atexit.register  # at import: what is registered later is called before it
 def _end_without_shutting_down() -> None:
     if any(thread.is_alive() for thread in _left_behind):
         logging.shutdown()
@@ -435,9 +435,9 @@ def _end_without_shutting_down() -> None:
 def leave_group_at_exit() -> None:
     """Leave the process group before Python shuts down.
 
-    Threads of gloo may outlive the interpreter and abort a run that went well; Lightning sees to this for nccl alone.
-    After a run that has failed, kernels of NCCL may wait for ranks that are gone, and torch would wait for them: there
-    they are ended first. This is called before what Lightning has registered, which would wait as well.
+    Threads of gloo may outlive the interpreter and abort the process after a successful run; Lightning leaves the group
+    at exit under NCCL alone. After a failed run, kernels of NCCL may wait for lost ranks, and torch would wait for the
+    kernels, so they are aborted first. This is called before the function that Lightning registered, which would wait.
     """
     atexit.register(_leave_group)
 
@@ -446,10 +446,9 @@ def _leave_group() -> None:
     if dist.is_available() and dist.is_initialized():
         if _noting:
             _abort_all_kernels()
-        # torch 2.6 joins gloo's threads with Python's lock held, where it frees a group. A thread that frees a message
-        # which nobody holds any more, as after an error, needs the lock for its tensors: both would wait for good.
-        # Objects of backends give the lock away before they join. So these have to be the last that hold them, and no
-        # name here may hold a group.
+        # torch 2.6 joins gloo's threads with Python's lock held when it frees a group. A thread that frees an abandoned
+        # message, as after an error, needs the lock for its tensors: a deadlock. Backend objects release the lock
+        # before they join. So the backend objects must be freed last, and no name here may hold a group.
         backends = _backend_objects()
         dist.destroy_process_group()
         del backends

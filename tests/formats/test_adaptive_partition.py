@@ -75,7 +75,7 @@ def test_each_thing_that_differs_between_two_runs_is_said_with_both_values(field
     assert said.startswith(RUN_FIELDS[field] + ": ")
     assert said.endswith("12,345 in this run")
     assert made.mismatch({name: value for name, value in other.items() if name != field})[0].endswith(
-        "not told in this run"
+        "not recorded in this run"
     )
 
 

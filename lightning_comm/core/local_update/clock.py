@@ -1,6 +1,6 @@
 """Local updates: the clock that counts steps and says when a round is over, and the rules it asks.
 
-Standard library only, and no messages: what trains, what simulates and what advises run the same clock.
+Standard library only, and no messages: training and forecasts of a run use the same clock.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """When workers synchronise: the rules that map a learning rate to a period.
 
 Standard library only. A learning rate comes in as a number and a period goes out as a number, so the strategy
-that trains, the simulator that predicts and the advisor that recommends all ask this file.
+that trains, the start line that forecasts a run and the pilot that projects one all use this file.
 """
 
 import math
@@ -9,7 +9,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal, TypeGuard
 
-ENDLESS = 2**62  # steps; longer than any run, cut by whoever knows where the run ends
+#: A number of steps that is longer than any run; the round is cut where the end of the run is known.
+ENDLESS = 2**62
 _ROUNDING_SLACK = 1e-9  # relative: far above rounding error, far below a change anyone could notice
 
 # Coefficients of QSR as multiples of the peak learning rate. Adam: 0.0175 / 0.008, in the authors' script for ViT-B.

@@ -1,1 +1,1 @@
-"""Optimizers as a strategy meets them: what they keep, whether they update by parameter, and what they send."""
+"""Properties of optimizers: their state, whether they update each parameter alone, and whether they communicate."""

@@ -1,4 +1,4 @@
-"""Numbers that an optimizer keeps for all of its parameters together: in its groups, or on itself."""
+"""Numbers that an optimizer keeps for all of its parameters together: in its groups or attributes."""
 
 import copy
 import math
@@ -18,10 +18,10 @@ Numbers = dict[str, Any]
 
 
 def numbers_of(optimizer: Optimizer, *, scalars_only: bool = False) -> Numbers:
-    """Return copies of the numbers in the groups and attributes of an optimizer, each by a name for people.
+    """Return copies of the numbers in the groups and attributes of an optimizer, by readable names.
 
     Args:
-        optimizer: Whose.
+        optimizer: The optimizer.
         scalars_only: Whether to leave out tensors and containers, which take time to copy and to compare.
 
     """
@@ -39,17 +39,17 @@ def numbers_of(optimizer: Optimizer, *, scalars_only: bool = False) -> Numbers:
 
 
 def is_number(value: object) -> bool:
-    """Whether this is a single number; a flag, such as whether something has been checked already, is none."""
+    """Whether this is a single number; a flag is not, such as one that says whether something was checked."""
     return isinstance(value, (int, float, complex)) and not isinstance(value, bool)
 
 
 def changed(before: Numbers, after: Numbers) -> list[str]:
-    """Return the names of the numbers that are not the same any more, or not there."""
+    """Return the names of the numbers that differ or are missing."""
     return [name for name in {**before, **after} if not _same(before.get(name), after.get(name))]
 
 
 def _copy(value: Any, parameters: set[int]) -> Any:
-    """Return a copy of the numbers in a value; ``None`` for what is none."""
+    """Return a copy of the numbers in a value; ``None`` for everything else."""
     if isinstance(value, Tensor):
         return None if id(value) in parameters else value.detach().clone()
     if isinstance(value, Mapping):

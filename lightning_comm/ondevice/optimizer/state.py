@@ -1,4 +1,4 @@
-"""What of the state of optimizers can be averaged over ranks."""
+"""Optimizer state that can be averaged over ranks."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,12 +8,12 @@ from torch.optim import Optimizer
 
 
 def is_averageable(tensor: Tensor) -> bool:
-    """Whether a mean of such tensors has a meaning."""
+    """Whether a mean of such tensors is meaningful."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def has_modes(optimizer: Optimizer) -> bool:
-    """Whether an optimizer is switched between weights to train and weights to evaluate (as schedule-free ones are)."""
+    """Whether an optimizer switches between weights for training and for evaluation (as schedule-free ones do)."""
     return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
 
 
@@ -21,7 +21,7 @@ def optimizer_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:
     """Return the state tensors that can be averaged, in an order given by the parameters.
 
     Raises:
-        ValueError: If a state is not made of floating-point tensors and counts, so that a mean has no meaning.
+        ValueError: If a state has more than floating-point tensors and counts, so that a mean has no meaning.
 
     """
     tensors = []
@@ -41,7 +41,7 @@ def optimizer_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:
 
 
 def saved_tensors(states: Iterable[Mapping[str, Any]]) -> list[Tensor]:
-    """Return those of :func:`optimizer_tensors` in what ``Optimizer.state_dict`` returned, in the same order."""
+    """Return the tensors of :func:`optimizer_tensors` from a result of ``Optimizer.state_dict``, in the same order."""
     tensors = []
     for state in states:
         for group in state["param_groups"]:

@@ -1,4 +1,4 @@
-"""Messages to other ranks inside of an optimizer's ``step``, found before they are sent."""
+"""Detection of messages to other ranks in an optimizer's ``step``, before they are sent."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")  # of operations that send
+_NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "symm_mem")  # of operations that communicate
 
 
 class SendsInStepError(RuntimeError):
@@ -24,12 +24,12 @@ class SendsInStepError(RuntimeError):
 class NoMessages(TorchDispatchMode):
     """Raises an error in place of a message that an optimizer's step is about to send, in this thread.
 
-    Every collective and every point-to-point message of torch is an operation of a namespace of its own, whatever name
-    it was imported by and whatever group it is for.
+    Every collective and every point-to-point message of torch is an operation in one of a few namespaces, however it
+    was imported and for any group.
 
     Args:
-        where: Who asks, for the message.
-        optimizer: Whose step.
+        where: The class that asks, for the message.
+        optimizer: The optimizer.
 
     """
 
@@ -39,17 +39,17 @@ class NoMessages(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Let optimizers compile parts of their step in here; newer torch asks for it."""
+        """Let optimizers compile parts of their step under this mode; newer versions of torch ask for this."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let an operation run, unless it sends."""
+        """Run an operation, unless it communicates."""
         if func.namespace in _NAMESPACES:
             raise SendsInStepError(self._where, self._optimizer, f"{func}".split(".")[-2].strip("_"))
         return func(*args, **(kwargs or {}))
 
     def outside(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Return the closure, run without this mode: forward and backward may send what they like."""
+        """Return the closure, run without this mode: forward and backward may communicate."""
 
         def run() -> Any:
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -62,20 +62,20 @@ class NoMessages(TorchDispatchMode):
 
 
 class FirstSteps:
-    """Watches the first step of each optimizer.
+    """Checks the first step of each optimizer for messages.
 
     Args:
-        where: Who asks, for the message.
+        where: The class that asks, for the message.
 
     """
 
     def __init__(self, where: str) -> None:
         self._where = where
-        self._watched: dict[int, Optimizer] = {}  # by address; kept, so that no other one gets it
+        self._watched: dict[int, Optimizer] = {}  # by address; kept alive, so that no other optimizer gets the address
 
     @contextmanager
     def watch(self, optimizer: Optimizer) -> Iterator[None]:
-        """Refuse messages in ``optimizer.step``, if it is called in here, and was not in an earlier block.
+        """Refuse messages in ``optimizer.step`` within this block, if it is the optimizer's first step.
 
         Raises:
             SendsInStepError: In place of a message.

@@ -17,16 +17,16 @@ from lightning_comm.ondevice.optimizer.step_messages import NoMessages, SendsInS
 
 _log = logging.getLogger(__name__)
 
-_STEPS = 3  # some numbers are the same in the first step, and so are the updates that rest on them
+_STEPS = 3  # some numbers, and the updates that depend on them, are still equal after the first step
 _ENTRIES = 64  # of each dimension
-_GRADIENT = 10.0  # of an entry, so that an optimizer that bounds their norm does so
-_ALIKE = 1e-3  # relative: how far two updates of the same parameter may be apart
+_GRADIENT = 10.0  # the scale of an entry, large enough that an optimizer that clips by norm does so
+_ALIKE = 1e-3  # relative: how much two updates of the same parameter may differ
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What some steps have made of copies of parameters, and of the optimizer's numbers."""
+    """The result of some steps: copies of parameters, and the optimizer's numbers before and after."""
 
     parameters: list[Tensor]
     before: Numbers
@@ -39,7 +39,7 @@ class _Outcome:
 
 @torch.no_grad()
 def counters_of(where: str, optimizer: Optimizer) -> set[str]:
-    """Return the names of numbers that a step changes without any gradient too: each copy counts them alike."""
+    """Return the names of numbers that a step changes even without gradients: counters, equal in every copy."""
     try:
         return set(_try(where, optimizer, _samples(optimizer), []).changed)
     except SendsInStepError:
@@ -53,24 +53,24 @@ def counters_of(where: str, optimizer: Optimizer) -> set[str]:
 def why_not_by_parameter(where: str, optimizer: Optimizer, *, coupling: bool = True) -> str | None:
     """Return why an optimizer cannot update some of its parameters without the others; ``None`` if it can.
 
-    A few entries of its smallest parameters are copied, and copies of the optimizer are stepped on these: with all
+    A few entries of its smallest parameters are copied, and copies of the optimizer take steps on these: with all
     gradients, with that of the first or the last alone, and with none.
 
     Args:
-        where: Who asks, for the messages.
-        optimizer: It stays as it is.
-        coupling: Whether to look at updates, or only at messages and numbers.
+        where: The class that asks, for the messages.
+        optimizer: The optimizer; it is not changed.
+        coupling: Whether to compare updates, or only to look for messages and numbers.
 
     Returns:
         A sentence that begins with the optimizer's name, and the way out.
 
     Raises:
-        SendsInStepError: If a step sends a message to other ranks, in place of it.
+        SendsInStepError: If a step would send a message to other ranks.
 
     Note:
         *Communication.* None.
 
-        *Random numbers.* The generators are put back as they were.
+        *Random numbers.* The generators are restored.
 
     """
     samples = _samples(optimizer)
@@ -94,14 +94,14 @@ def _say_later(optimizer: Optimizer, error: Exception) -> None:
 def _problem(where: str, optimizer: Optimizer, samples: Sequence["_Sample"], coupling: bool) -> str | None:
     everything = _try(where, optimizer, samples, range(len(samples)))
     nothing = _try(where, optimizer, samples, [])
-    # what a step without gradients does too is counting, and the user's own optimizer takes such a step
+    # what a step without gradients changes as well is a counter, which the real optimizer will count too
     unlike = set(changed(everything.after, nothing.after))
     moved = [name for name in everything.changed if name in unlike]
-    # a single number on the optimizer itself may be for display: it counts if updates rest on it
+    # a single number in an attribute may be for display only: it matters if updates depend on it
     shown = [name for name in moved if name.startswith("self.") and is_number(everything.after.get(name))]
     if kept := [name for name in moved if name not in shown]:
         return keeps_numbers(optimizer, kept)
-    # the last one, too, where a number may be for display: the first alone may have given it
+    # also the last parameter, where a number may be for display: it may depend on the first one alone
     alone = () if not coupling or len(samples) == 1 else (0, len(samples) - 1) if shown else (0,)
     if not any(_depends_on_others(where, optimizer, samples, everything, number) for number in alone):
         return None
@@ -116,7 +116,7 @@ def _problem(where: str, optimizer: Optimizer, samples: Sequence["_Sample"], cou
 def _depends_on_others(
     where: str, optimizer: Optimizer, samples: Sequence["_Sample"], everything: _Outcome, number: int
 ) -> bool:
-    """Whether a parameter's update is another one where it alone has a gradient."""
+    """Whether a parameter's update differs if it alone has a gradient."""
     alone = _try(where, optimizer, samples, [number])
     update = everything.parameters[number] - samples[number].copy
     gap = float((everything.parameters[number] - alone.parameters[number]).abs().max())
@@ -124,7 +124,7 @@ def _depends_on_others(
 
 
 def keeps_numbers(optimizer: Optimizer, names: Sequence[str]) -> str:
-    """Return why numbers for all parameters together are in the way."""
+    """Return the problem of numbers that are kept for all parameters together."""
     return (
         f"{type(optimizer).__name__} changes {', '.join(names[:8])} in its `step` by what it finds in the gradients of "
         "all parameters, and is given those of one stage at a time. Use one that treats each parameter by itself, such "
@@ -133,7 +133,7 @@ def keeps_numbers(optimizer: Optimizer, names: Sequence[str]) -> str:
 
 
 def keeps_tensors(optimizer: Optimizer, names: Sequence[str]) -> str:
-    """Return why tensors that belong to parameters, and are not in the optimizer's state, are in the way."""
+    """Return the problem of tensors that belong to parameters but are not in the optimizer's state."""
     return (
         f"{type(optimizer).__name__} keeps tensors in {', '.join(names[:8])}, beside its `state`, and a step on some "
         "of the parameters fails. Let it keep in `state[parameter]` what belongs to a parameter, or use DDPStrategy."
@@ -166,7 +166,7 @@ def _samples(optimizer: Optimizer) -> list[_Sample]:
         for parameter in sorted(trained, key=Tensor.numel):
             smallest[parameter.ndim].append(parameter)
         taken = {id(parameter) for same in smallest.values() for parameter in same[:2]}
-        chosen += [parameter for parameter in trained if id(parameter) in taken]  # in their order
+        chosen += [parameter for parameter in trained if id(parameter) in taken]  # in the optimizer's order
     generator = torch.Generator().manual_seed(0)
     return [_sample(parameter, generator) for parameter in chosen[:24]]
 
@@ -184,7 +184,7 @@ def _try(where: str, optimizer: Optimizer, samples: Sequence[_Sample], with_grad
     devices = list({each.device for each in copies if each.is_cuda})
     with torch.random.fork_rng(devices=devices):
         for step in range(_STEPS):
-            _seed(step, devices)  # the same draws for a parameter, whether or not others have a gradient
+            _seed(step, devices)  # a parameter gets the same random numbers whether or not others have a gradient
             for number in with_gradient:
                 copies[number].grad = samples[number].gradients[step].clone()
             with NoMessages(where, optimizer):
@@ -193,7 +193,7 @@ def _try(where: str, optimizer: Optimizer, samples: Sequence[_Sample], with_grad
 
 
 def _seed(seed: int, devices: Sequence[torch.device]) -> None:
-    """Seed the generators that have been put aside, and not those of all devices, as ``torch.manual_seed`` does."""
+    """Seed only the generators whose states are saved, unlike ``torch.manual_seed``, which seeds all devices."""
     torch.default_generator.manual_seed(seed)
     for device in devices:
         with torch.cuda.device(device):
@@ -201,7 +201,7 @@ def _seed(seed: int, devices: Sequence[torch.device]) -> None:
 
 
 def _twin(optimizer: Optimizer, copies: Mapping[int, Parameter]) -> Optimizer:
-    """Return a copy of the optimizer over these copies alone, without state and hooks, that shares no numbers."""
+    """Return a copy of the optimizer for these parameter copies, without state or hooks and with its own numbers."""
     twin: Optimizer = object.__new__(type(optimizer))
     memo: dict[int, Any] = {id(each): each for group in optimizer.param_groups for each in group["params"]}
     memo |= copies
@@ -222,5 +222,5 @@ def _twin(optimizer: Optimizer, copies: Mapping[int, Parameter]) -> Optimizer:
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     try:
         return copy.deepcopy(value, memo)
-    except (TypeError, RuntimeError, AttributeError):  # a handle, such as that of a process group
+    except (TypeError, RuntimeError, AttributeError):  # a handle, such as of a process group
         return value

@@ -1,8 +1,8 @@
-"""Masks: which weights are pruned, and by what rule they are chosen.
+"""Masks of pruned weights, and the rules by which they are chosen.
 
-A mask has the shape of a parameter and is True where a weight is kept. Masks are chosen on rank 0 and broadcast, so no
-tie, no random number and no sample that one rank alone has seen can make them differ; ranks then compare a fingerprint
-of all their bits, and disagreement is an error on all of them.
+A mask has the shape of a parameter and is True where a weight is kept. Masks are chosen on rank 0 and broadcast, so
+ties, random numbers or samples that only one rank has seen cannot make them differ. Ranks then compare a fingerprint of
+all their bits; if it differs, all raise an error.
 """
 
 from lightning_comm.ondevice.pruning.base import Masks, Moment, Pruning, checked_masks, prunable

@@ -1,4 +1,4 @@
-"""What says which weights are pruned, and what masks must be like."""
+"""The interface of a source of masks, and checks of masks and arguments."""
 
 import warnings
 from abc import ABC, abstractmethod
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lightning_comm.ondevice.pruning.unprunable import broken_weight, unprunable
 
+#: Masks by parameter name: tensors of ``bool``, True where a weight is kept.
 Masks = dict[str, Tensor]
 
 
 def warn_of(names: Sequence[str], message: str) -> None:
-    """Warn of parameters; ``message`` has a place for their ``{names}``."""
+    """Warn of parameters; ``message`` has a placeholder for their ``{names}``."""
     if names:
         listed = ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         warnings.warn(message.format(names=listed), stacklevel=3)
@@ -25,13 +26,13 @@ def warn_of(names: Sequence[str], message: str) -> None:
 
 @dataclass(frozen=True)
 class Moment:
-    """What a run has for those who choose masks, at the moment at which they are asked.
+    """The state of a run at the moment at which masks are chosen.
 
     Args:
-        kept: The masks in force; empty before the first pruning. What they prune must not come back.
-        samples: Returns so many samples of the training data, as pairs of a batch on the model's device and the number
-            of samples in it: the same ones each time. ``None`` where there is no run.
-        warn: Takes names of parameters, and a warning about them with a place for ``{names}``.
+        kept: The present masks; empty before the first pruning. Weights that they prune must stay pruned.
+        samples: Returns a given number of samples of the training data, as pairs of a batch on the model's device and
+            the number of samples in it: the same ones each time. ``None`` where there is no run.
+        warn: Takes names of parameters, and a warning about them with a placeholder for ``{names}``.
 
     """
 
@@ -44,12 +45,12 @@ NOW = Moment()
 
 
 class Pruning(ABC):
-    """Chooses masks; a frozen value.
+    """A source of masks; a frozen value.
 
     Attributes:
-        is_watched: Whether the model masks itself in its forward, so that its masks may change in training and its
-            gradients are zero outside them. Each rank then reads its own. For all others gradients of pruned weights
-            are not zero before they are left out, and nobody but the strategy changes masks, so nothing is watched.
+        is_watched: Whether the model applies its masks itself in its forward, so that they may change in training, and
+            gradients outside them are zero. Each rank then reads its own masks. With other sources the strategy sets
+            gradients of pruned weights to zero and nothing else changes masks, so no step is checked.
 
     """
 
@@ -57,18 +58,18 @@ class Pruning(ABC):
 
     @abstractmethod
     def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
-        """Return a mask for each parameter that is pruned, by name. Asked on rank 0 alone, so it must send nothing.
+        """Return a mask for each parameter that is pruned, by name. Called on rank 0 alone, so it must not communicate.
 
         Args:
             module: The model.
-            moment: The masks in force, and a way to samples of the training data.
+            moment: The present masks, and access to samples of the training data.
 
         """
 
     def present(self, module: nn.Module) -> Masks:
-        """Return the masks of a model that masks itself as they are now, unchecked, to compare them after every step.
+        """Return the present masks of a model that applies masks itself, unchecked; compared after every step.
 
-        Of tensors on CUDA it should read nothing on the host, which would wait for the device.
+        It should not read tensors of CUDA on the host, since that waits for the device.
         """
         return self.masks(module, Moment(warn=lambda names, message: None))
 
@@ -76,7 +77,7 @@ class Pruning(ABC):
 def prunable(module: nn.Module, skip: Sequence[str], where: str, moment: Moment = NOW) -> dict[str, nn.Parameter]:
     """Return the parameters that may be pruned, by name: trained ones with two dimensions or more, no embeddings.
 
-    Left out, and named in a warning, are those in which a zero is no zero of the weight, or one of another weight too.
+    Left out, and named in a warning, are those in which a zero does not make the weight zero or affects another one.
     """
     _check_skip(module, skip, where)
     embedded = {id(each.weight) for each in module.modules() if isinstance(each, (nn.Embedding, nn.EmbeddingBag))}
@@ -132,7 +133,7 @@ def check_sparsity(where: str, sparsity: object) -> None:
 
 
 def check_scope(where: str, scope: object, scopes: Sequence[str]) -> None:
-    """Raise unless ``scope`` is one of these words."""
+    """Raise unless ``scope`` is one of ``scopes``."""
     if scope not in scopes:
         raise ValueError(f"{where}: `scope` must be one of {', '.join(map(repr, scopes))}; got {scope!r}.")
 
@@ -146,7 +147,7 @@ def checked_skip(where: str, skip: object) -> tuple[str, ...]:
 
 
 def checked_masks(masks: object, module: nn.Module, where: str) -> Masks:
-    """Return masks that a user gave, if each fits its parameter; without those of parameters that have no entries.
+    """Return the masks of a user if each fits its parameter; without those of parameters that have no entries.
 
     Raises:
         ValueError: If one does not; the message names it.
@@ -204,7 +205,7 @@ def _check_fit(name: str, mask: object, parameter: nn.Parameter, where: str) -> 
 def _check_gradients(
     masks: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], module: nn.Module, where: str
 ) -> None:
-    """Raise if a mask is on a parameter whose gradients, or whose entries, are not its own."""
+    """Raise if a mask is on a parameter with sparse gradients, or with entries that other tensors share."""
     sparse = {
         f"{name}.weight"
         for name, each in module.named_modules()
@@ -233,8 +234,8 @@ def _check_not_inverted(masks: Mapping[str, Tensor], parameters: Mapping[str, nn
         if bool(zero.any()) and not bool(zero.all()) and torch.equal(mask.to(zero.device), zero):
             raise ValueError(
                 f"{where}: the mask of {name!r} keeps exactly the {int(zero.sum())} weights that are zero and prunes "
-                f"the {int((~zero).sum())} others, so it is surely the wrong way round. True is for weights that "
-                "are kept; `~mask` turns a mask round."
+                f"the {int((~zero).sum())} others, so it must be inverted. True is for weights that "
+                "are kept; `~mask` inverts a mask."
             )
 
 
@@ -242,6 +243,6 @@ def _check_something_is_left(masks: Mapping[str, Tensor], where: str) -> None:
     for name, mask in masks.items():
         if not bool(mask.any()):
             raise ValueError(
-                f"{where}: the mask of {name!r} keeps nothing, so that parameter would be zero for ever. True is for "
-                "weights that are kept; `~mask` turns a mask round."
+                f"{where}: the mask of {name!r} keeps nothing, so that parameter would stay zero. True is for "
+                "weights that are kept; `~mask` inverts a mask."
             )

@@ -1,4 +1,4 @@
-"""Masks that somebody else has chosen."""
+"""Masks that are chosen elsewhere: by a function, in a file, or in the model."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from lightning_comm.ondevice.pruning.base import NOW, Masks, Moment, Pruning, ch
 
 @dataclass(frozen=True)
 class MaskFunction(Pruning):
-    """Masks that a function of the user's returns.
+    """Masks that a function of the user returns.
 
     Args:
         function: Takes the model and returns masks by parameter name.
@@ -61,20 +61,20 @@ class ModulePruning(Pruning):
     A parameter ``weight_orig`` is pruned as the buffer ``weight_mask`` beside it says. Whether a weight is zero says
     nothing: weight decay moves pruned ones, and trained ones may be zero.
 
-    Masks may change during training, as under ``ModelPruning``. That is seen in the step after the change, on whichever
-    rank; in the step after that gradients go in full, ranks read and compare their masks, and go on with them. Masks
-    that shrink lose nothing on the way; of masks that grow the first step's gradients of what has grown are left out.
+    Masks may change during training, as under ``ModelPruning``. Every change, on any rank, is noticed in the next step;
+    in the step after that gradients are sent in full, and ranks read and compare their masks. Nothing is lost when
+    masks shrink; when masks grow, the gradients of the weights that came back are missing in one step.
 
-    A weight that several modules share keeps an entry if any of them keeps it; one that uses it unpruned keeps all.
+    A weight that several modules share keeps an entry if any of them keeps it; all entries if one uses it unpruned.
 
     Raises:
         ValueError: If no module has such a buffer.
 
     Note:
-        *Communication.* At each step two bytes beside the gradients: whether this rank's masks have changed, and
+        *Communication.* In each step two bytes besides the gradients: whether this rank's masks have changed, and
         whether it had gradients outside them, which the model's own masks should have set to zero.
 
-        *From dense.* A layer that is not pruned yet when training starts needs a mask that keeps all of it:
+        *From dense.* A layer that is to be pruned later needs a mask that keeps all of it when training starts:
         ``torch.nn.utils.prune.identity(layer, "weight")``.
 
     """
@@ -104,8 +104,8 @@ class ModulePruning(Pruning):
 def masks_in(module: nn.Module) -> tuple[Masks, list[str]]:
     """Return the masks that ``torch.nn.utils.prune`` has left in a model, by the first names of parameters.
 
-    Each is the union over the modules that use the parameter. Second: masks of which nothing comes, since another
-    module uses the parameter unpruned.
+    Each is the union over the modules that use the parameter. Also return the names of masks without effect, since
+    another module uses the parameter unpruned.
     """
     buffers = dict(module.named_buffers(remove_duplicate=False))
     uses: dict[int, list[str]] = {}

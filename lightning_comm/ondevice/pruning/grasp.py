@@ -1,4 +1,4 @@
-"""The weights that the flow of gradients needs least."""
+"""Pruning by gradient flow (GraSP)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,43 +30,43 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class GraSPPruning(Pruning):
-    r"""Prune the weights whose removal reduces the flow of gradients least (GraSP), the criterion reported of PacTrain.
+    r"""Prune the weights whose removal reduces the gradient flow least (GraSP), the criterion reported for PacTrain.
 
     With the gradient :math:`g` of the loss on a sample of the training data and its Hessian :math:`H`, the removal of
     weight :math:`\theta_i` changes :math:`g^\top g` by :math:`-2 \theta_i (H g)_i` in first order. The weights with the
     largest :math:`\theta_i (H g)_i`, whose removal would reduce it most, are kept.
 
     Args:
-        sparsity: Share of the weights that are pruned, of those that may be: at least 0 and below 1.
-        samples: How many samples of the training data; the same ones at each pruning.
-        temperature: What outputs are divided by before the default loss. A high one makes all classes about equally
-            likely, so that the scores of a network that is already sure do not vanish.
+        sparsity: The share that is pruned of all weights that may be pruned: at least 0 and below 1.
+        samples: The number of samples of the training data; the same ones at each pruning.
+        temperature: The divisor of outputs before the default loss. A high one makes all classes about equally likely,
+            so that the scores of a confident network do not vanish.
         loss: Takes the model and a batch and returns a number: a function, or in YAML its import path. By default the
-            cross entropy of ``module(inputs) / temperature`` for batches ``(inputs, targets)``. It must send nothing to
-            other ranks, so it cannot be a ``training_step`` that logs with ``sync_dist``.
-        scope: ``"global"``: the least needed of all. ``"layer"``: the same share of each parameter.
+            cross entropy of ``module(inputs) / temperature`` for batches ``(inputs, targets)``. It must not
+            communicate, so it cannot be a ``training_step`` that logs with ``sync_dist``.
+        scope: ``"global"``: the lowest scores of all. ``"layer"``: the same share of each parameter.
         skip: As in :class:`MagnitudePruning`.
 
     Raises:
-        ValueError: If an argument is out of range, if there is nothing left to prune, if samples or loss do not fit, or
-            if an operation of the loss, which the message names, has no second derivative.
+        ValueError: If an argument is out of range, if nothing is left to prune, if samples or loss cannot be used,
+            or if an operation of the loss, which the message names, has no second derivative.
 
     Note:
         *Communication.* None; rank 0 computes the scores alone while the others wait for its masks.
 
-        *Memory.* Two copies of the weights, and the graph of one batch for a second derivative. Attention goes through
-        torch's plain kernel meanwhile, and on CUDA recurrent layers too, since the fused ones have none.
+        *Memory.* Two copies of the weights, and the graph of one batch for a second derivative. Attention uses torch's
+        plain kernel meanwhile, and on CUDA recurrent layers too, since the fused ones have no second derivative.
 
-        *Left whole*, and named in a warning, is what :class:`MagnitudePruning` leaves whole, with scores for
-        magnitudes: a parameter that the loss does not depend on scores zero everywhere.
+        *Not pruned*, and named in a warning, are the same parameters as under :class:`MagnitudePruning`, with scores
+        for magnitudes: a parameter that the loss does not depend on scores zero everywhere.
 
-        *The model* is left as it was: its gradients, buffers (BatchNorm statistics), modes and the random state. It is
-        run in the modes that it is in, so in a fit BatchNorm takes the statistics of the batch; only SyncBatchNorm,
-        which would ask other ranks, takes its running ones.
+        *The model* is not changed: its gradients, buffers (BatchNorm statistics), modes and the random state. It runs
+        in its present modes, so in a fit BatchNorm uses the statistics of the batch; only SyncBatchNorm, which would
+        communicate, uses its running ones.
 
-        *Where it differs* from the authors' code: Linear weights are not drawn anew before scoring, so a trained model
-        is scored as it is; all parameters of two dimensions and more count, not only Linear and Conv2d; the number of
-        weights kept is exact where scores are equal; samples are drawn at random instead of so many of each class.
+        *Where it differs* from the authors' code: Linear weights are not initialised again before scoring, so a trained
+        model is scored as it is; all parameters with two dimensions or more count, not only Linear and Conv2d; the
+        number of kept weights is exact also with equal scores; samples are drawn at random, not equally by class.
 
     Example:
         >>> GraSPPruning(sparsity=0.9, samples=512).temperature
@@ -81,7 +81,7 @@ class GraSPPruning(Pruning):
     sparsity: float = 0.8
     samples: int = 256
     temperature: float = 200.0
-    loss: Loss | None = field(default=None, repr=False)  # its address would differ in the process that resumes
+    loss: Loss | None = field(default=None, repr=False)  # its address differs in the process that resumes
     scope: Literal["global", "layer"] = "global"
     skip: Sequence[str] = ()
 
@@ -160,8 +160,8 @@ def gradient_flow_scores(
 
     Args:
         module: The model.
-        weights: Those that gradient and Hessian are taken for.
-        batches: Each with its number of samples.
+        weights: The parameters by which the loss is differentiated.
+        batches: Batches, each with its number of samples.
         loss: Returns the mean loss of a batch.
 
     """
@@ -188,7 +188,7 @@ def gradient_flow_scores(
 
 
 def _seeded(module: nn.Module) -> nn.Module:
-    """Let dropout drop the same for the gradient and for the Hessian, or the one would not be the other's."""
+    """Seed dropout, so that gradient and Hessian are those of the same function."""
     seed_torch(0)
     return module
 

@@ -1,4 +1,4 @@
-"""The smallest weights."""
+"""Pruning by magnitude."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class MagnitudePruning(Pruning):
     """Prune the weights with the smallest magnitudes.
 
     Args:
-        sparsity: Share of the weights that are pruned, of those that may be: at least 0 and below 1.
+        sparsity: The share that is pruned of all weights that may be pruned: at least 0 and below 1.
         scope: ``"global"``: the smallest of all. ``"layer"``: the same share of each parameter. ``"erk"``: a share of
             each parameter that falls with its size (Erdős-Rényi kernels), so that small layers keep more.
         skip: Names of parameters that are never pruned; ``*`` stands for anything. Parameters with less than two
@@ -36,12 +36,12 @@ class MagnitudePruning(Pruning):
         ValueError: If an argument is out of range, or if there is nothing left to prune.
 
     Note:
-        *Communication.* None; whoever installs the masks broadcasts them.
+        *Communication.* None; the strategy broadcasts the masks.
 
-        *Global scope.* Keeps at least one weight of each parameter, since a layer without any passes nothing on. A
-        parameter that keeps no more than that, or hardly any, is named in a warning.
+        *Global scope.* Keeps at least one weight of each parameter, since a layer without weights has a constant
+        output. A parameter that keeps no more than that, or hardly any, is named in a warning.
 
-        *Left whole*, and named in a warning, are parameters from which a weight is only computed (weight
+        *Not pruned*, and named in a warning, are parameters from which a weight is only computed (weight
         normalisation, spectral norm, any parametrization), that share memory with others, or whose entries are all
         equal: one that starts at zero, such as the second matrix of a LoRA adapter, has no magnitudes to choose by. At
         a later pruning of a :class:`PruningSchedule` it is judged like the others.
@@ -69,7 +69,7 @@ class MagnitudePruning(Pruning):
     def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
         weights = prunable(module, self.skip, "MagnitudePruning", moment)
         magnitudes = {name: weight.detach().abs() for name, weight in weights.items()}
-        for name, mask in masks_in(module)[0].items():  # what the model masks itself has no magnitude
+        for name, mask in masks_in(module)[0].items():  # entries that the model itself masks count as zero
             if name in magnitudes:
                 magnitudes[name] = magnitudes[name].masked_fill(~mask, 0)
         return choose(magnitudes, self.sparsity, self.scope, moment, "MagnitudePruning")

@@ -20,43 +20,43 @@ def choose(
     where: str,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Masks:
-    """Return masks that keep the largest scores, and warn of parameters that these say little or nothing about.
+    """Return masks that keep the largest scores, and warn of parameters for which scores say little or nothing.
 
-    A parameter whose scores are all equal, as those of one that starts at zero, gets no mask: nothing says which of
-    its entries to keep. At a later pruning of the schedule it is judged like the others. Where all parameters are so
-    and not zero, entries are chosen by their places.
+    A parameter with equal scores, such as one that starts at zero, gets no mask, since nothing says which of its
+    entries to keep. At a later pruning of the schedule it is judged like the others. If all parameters are like that,
+    those with scores other than zero are pruned by the order of their entries.
 
     Args:
         scores: By parameter name.
         sparsity: Share of the entries that are pruned.
         scope: One of :data:`SCOPES`.
-        moment: The masks in force. A parameter that has one keeps it where there is no score for it.
-        where: Who asks, for messages.
-        weights: The parameters; where left out, a score is 0 just where its weight is.
+        moment: The present masks. A parameter that has one keeps it where there is no score for it.
+        where: The class that asks, for messages.
+        weights: The parameters; if left out, a score is 0 exactly where its weight is.
 
     Raises:
-        ValueError: If no scores say anything.
+        ValueError: If all scores are zero.
 
     """
     level = [name for name, score in scores.items() if name not in moment.kept and _is_level(score)]
-    if len(level) == len(scores):  # equal weights, and no others, are chosen by their places
+    if len(level) == len(scores):  # all equal: chosen by the order of entries, unless zero
         level = [name for name in level if not bool(scores[name].any())]
-    told = {name: score for name, score in scores.items() if name not in level}
-    if not told:
-        raise ValueError(f"{where}: {_nothing_told(level, weights)}")
+    scored = {name: score for name, score in scores.items() if name not in level}
+    if not scored:
+        raise ValueError(f"{where}: {_no_scores(level, weights)}")
     moment.warn(
         level,
         f"{where}: not pruned: {{names}}, since all entries score alike, as in a parameter that starts at zero, so "
-        "nothing says which of them to keep. At a later pruning of a schedule it is looked at again. To prune it, let "
+        "nothing says which of them to keep. At a later pruning of a schedule it is judged again. To prune it, let "
         "it train first, by `PruningSchedule(start_step=...)`; `skip` leaves this message out.",
     )
-    masks = keep_largest(told, sparsity, scope, moment.kept)
+    masks = keep_largest(scored, sparsity, scope, moment.kept)
     _warn_of_small_rests(masks, sparsity, moment, where)
-    _warn_of_zero_rows(told if weights is None else weights, masks, moment, where)
+    _warn_of_zero_rows(scored if weights is None else weights, masks, moment, where)
     return {**{name: mask for name, mask in moment.kept.items() if name not in masks}, **masks}
 
 
-def _nothing_told(level: list[str], weights: Mapping[str, Tensor] | None) -> str:
+def _no_scores(level: list[str], weights: Mapping[str, Tensor] | None) -> str:
     if weights is None or not any(bool(weights[name].any()) for name in level):
         return (
             f"nothing can be pruned yet: in each parameter that may be, all scores are 0, as in {level[0]!r}. Train "
@@ -102,13 +102,13 @@ def _loses_zero_rows(weight: Tensor, mask: Tensor) -> bool:
 def keep_largest(
     scores: Mapping[str, Tensor], sparsity: float, scope: str, kept: Mapping[str, Tensor] | None = None
 ) -> Masks:
-    """Return masks that keep the entries with the largest scores; of equal ones the first.
+    """Return masks that keep the entries with the largest scores; among equal ones the first.
 
     Args:
         scores: By parameter name.
         sparsity: Share of the entries that are pruned.
         scope: One of :data:`SCOPES`.
-        kept: The masks in force: no other entry is kept.
+        kept: The present masks: no other entry is kept.
 
     Example:
         >>> scores = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}
@@ -138,12 +138,12 @@ def keep_largest(
 
 
 def _keep_largest_of_all(scores: Mapping[str, Tensor], sparsity: float) -> Masks:
-    rows = [_wide(score).reshape(-1) for score in scores.values()]  # in the widest of their types, once in one row
+    rows = [_wide(score).reshape(-1) for score in scores.values()]  # concatenated in the widest of their types
     total = sum(row.numel() for row in rows)
     kept = max(len(rows), round((1 - sparsity) * total))
     everything = torch.cat(rows)
     starts = accumulate((row.numel() for row in rows[:-1]), initial=0)
-    # one of each layer at least, found where the scores are: their device takes no places from the host
+    # at least one of each layer, found on the device of the scores, so that nothing is copied from the host
     firsts = torch.stack([row.argmax() + start for row, start in zip(rows, starts, strict=True)])
     everything.index_fill_(0, firsts, torch.inf)
     mask = _largest(everything, kept)
@@ -154,7 +154,7 @@ def _keep_largest_of_all(scores: Mapping[str, Tensor], sparsity: float) -> Masks
 def erk_shares(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
     """Return the kept share of each parameter: in proportion to the sum of its dimensions over their product.
 
-    No share is above 1; what a small layer cannot take is spread over the others.
+    No share is above 1; what exceeds it in a small layer is spread over the others.
     """
     total = sum(score.numel() for score in scores.values())
     raw = {name: sum(score.shape) / math.prod(score.shape) for name, score in scores.items()}
@@ -170,7 +170,7 @@ def erk_shares(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, float
 
 
 def _wide(score: Tensor) -> Tensor:
-    """Return scores in float32, those of float64 as they are: they may be beyond what float32 can tell apart."""
+    """Return scores in float32, those of float64 as they are: float32 may not distinguish them."""
     return score if score.dtype == torch.float64 else score.float()
 
 

@@ -1,8 +1,8 @@
-"""Second derivatives of a loss, or an error that names the operation which has none.
+"""Second derivatives of a loss, or an error that names the operation without one.
 
-torch's own errors say neither what to do nor, of some operations, which one it is. And of an operation that somebody
-wrote as a ``torch.autograd.Function`` a second derivative may be wrong without any error: where its ``backward`` leaves
-autograd, by ``@once_differentiable``, ``detach`` or numpy, what lies behind it is left out. So these are looked at.
+Torch's own errors do not say what to do, nor, for some operations, which one it is. And the second derivative of a
+custom ``torch.autograd.Function`` may be wrong without any error: if its ``backward`` leaves autograd, by
+``@once_differentiable``, ``detach`` or numpy, its part is missing. So custom functions are checked.
 """
 
 import re
@@ -16,20 +16,20 @@ from torch.autograd.function import BackwardCFunction
 
 _NOT_IMPLEMENTED = re.compile(r"derivative for '?(?:aten::)?_*(\w+?)(?:_backward\w*)?'? is not implemented")
 _FUSED = ("scaled_dot_product", "attention")
-_LENGTH = 240  # of what torch says
-_PLAIN = (int, float, str, type(None))  # what a backward may keep and be linear nevertheless, such as a factor
+_LENGTH = 240  # characters of torch's message
+_PLAIN = (int, float, str, type(None))  # attributes that leave a backward linear, such as a factor
 
 
 class Functions:
-    """The operations of a loss that are not torch's own, while their backward runs.
+    """Checks the custom functions of a loss while their backward runs.
 
-    What comes in at the end of a loss is a constant, and what a backward that leaves autograd returns looks like one as
-    well. So there a derivative by `seed` is asked for, which all that comes in depends on.
+    The gradient at the end of a loss is a constant, and the result of a backward that leaves autograd looks like one as
+    well. So the loss's gradient is made to depend on `seed`: a result that does not depend on it has left autograd.
 
     Args:
         value: The loss.
-        rows: What is derived by.
-        seed: What the gradient of the loss depends on; ``None`` where nothing is derived further.
+        rows: The parameters by which the loss is differentiated.
+        seed: The gradient of the loss; ``None`` for first derivatives only.
 
     Attributes:
         begun: The names of those whose backward has begun and not ended.
@@ -45,7 +45,7 @@ class Functions:
         self._handles = [handle for node in functions for handle in self._watch(node)]
 
     def end(self) -> None:
-        """Stop to watch them."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -56,7 +56,7 @@ class Functions:
             self.begun.append(name)
 
         def end(into: tuple[Tensor | None, ...], out_of: tuple[Tensor | None, ...]) -> None:
-            # what is zero everywhere may well be a constant, and nothing else that depends on what has come in
+            # a gradient of zeros may be a constant; any other one should depend on the incoming gradients
             ends = any(each is not None and not _can_go_on(each) and bool(each.any()) for each in into)
             if self._seed is not None and ends and self._is_asked(node, out_of):
                 self.broken.append(name)
@@ -66,29 +66,29 @@ class Functions:
         yield node.register_hook(end)
 
     def _is_asked(self, node: Any, out_of: tuple[Tensor | None, ...]) -> bool:
-        """Whether a derivative of what a backward returns is needed: it depends on the rows by what came in, or may.
+        """Whether the result of a backward must be differentiated: it depends, or may depend, on the rows.
 
-        It may where a backward has kept something. One that has nothing but what came in, such as a straight-through
-        estimate, is linear in that.
+        It may depend on them if the function has saved something. A function without saved values, such as a
+        straight-through estimate, is linear in its incoming gradients.
         """
         came_in = [each for each in out_of if each is not None and each.requires_grad]
         if not came_in:
-            return False  # behind something else that ends there, which is refused or right
+            return False  # after another end of autograd, which is refused or correct
         if node.saved_tensors or any(not isinstance(each, _PLAIN) for each in vars(node).values()):
             return True
         return any(id(getattr(each, "variable", None)) in self._rows for each in _nodes(came_in))
 
 
 def derivatives(value: Tensor, rows: list[nn.Parameter], *, graph: bool = False) -> list[Tensor]:
-    """Return the derivatives of a number by the rows; zeros where it does not depend on one.
+    """Return the derivatives of a scalar by the rows; zeros for rows on which it does not depend.
 
     Args:
-        value: The number.
-        rows: What to derive by.
-        graph: Whether the derivatives are derived once more.
+        value: The scalar.
+        rows: The parameters.
+        graph: Whether the derivatives will be differentiated again.
 
     Raises:
-        ValueError: If they cannot be; names the operation, as far as it is known.
+        ValueError: If that is impossible; names the operation if it is known.
 
     """
     seed = torch.ones_like(value, requires_grad=True) if graph else None
@@ -109,18 +109,18 @@ def derivatives(value: Tensor, rows: list[nn.Parameter], *, graph: bool = False)
 
 @contextmanager
 def kernels_with_second_derivatives(module: nn.Module) -> Iterator[None]:
-    """Let torch's own operations run by kernels that can be differentiated twice: attention, and on CUDA recurrence."""
+    """Use kernels that can be differentiated twice: for attention, and on CUDA for recurrent layers."""
     with ExitStack() as stack:
         stack.enter_context(nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH))
         recurrent = (each for each in module.modules() if isinstance(each, nn.RNNBase))
-        # not `is_available`, which asks the driver, after which a process that is forked cannot use it
+        # not `is_available`: it calls the driver, after which a forked process cannot use CUDA
         if any(parameter.is_cuda for each in recurrent for parameter in each.parameters()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
 
 
 def _nodes(values: list[Tensor]) -> Iterator[Any]:
-    """Yield the operations that values come from, and the parameters, as nodes that have them as `variable`."""
+    """Yield the nodes of the graph behind values: operations, and parameters (as the `variable` of their nodes)."""
     waiting: list[Any] = [each.grad_fn for each in values]
     seen: set[Any] = set()
     while waiting:
@@ -133,7 +133,7 @@ def _nodes(values: list[Tensor]) -> Iterator[Any]:
 
 
 def _can_go_on(gradient: Tensor) -> bool:
-    """Whether a gradient can be derived further; torch marks those that cannot by a node that raises an error."""
+    """Whether a gradient can be differentiated; torch marks those that cannot by a node that raises an error."""
     return gradient.requires_grad and type(gradient.grad_fn).__name__ != "Error"
 
 

@@ -1,7 +1,7 @@
-"""Parameters in which a zero does not do what a mask means it to do, found by how modules use them.
+"""Parameters that cannot be pruned entry by entry, found by how modules use them.
 
-A mask means: this entry is zero, and so is what it stands for. That fails where the weight is computed from the
-parameter (weight normalisation, orthogonal layers), and where entries share memory with other ones.
+A mask assumes that a zero entry of a parameter is a zero weight. That does not hold where the weight is computed from
+the parameter (weight normalisation, orthogonal layers), and where entries share memory with others.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,12 +17,12 @@ from lightning_comm.ondevice.random_state import random_state, set_random_state
 
 
 def unprunable(module: nn.Module, *, computed: bool = True) -> dict[int, str]:
-    """Return why parameters of a model cannot be pruned entry by entry: texts by the identity of the parameter.
+    """Return the reasons why parameters of a model cannot be pruned entry by entry, by the identity of the parameter.
 
     Args:
         module: The model.
-        computed: Whether parameters count from which a weight is computed. A mask that somebody has made for one may
-            be right (:func:`broken_weight`); one by magnitudes is not.
+        computed: Whether to include parameters from which a weight is computed. A user's mask for one may be valid
+            (:func:`broken_weight`); one by magnitudes is not.
 
     """
     reasons: dict[int, str] = {}
@@ -45,7 +45,7 @@ def _computed_from(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             whole = path.replace("parametrizations.", "")
             yield from ((whole, parameter) for parameter in each.parameters())
             continue
-        # what hooks compute before each forward lies beside its parameters as a plain tensor: `weight` by `weight_v`
+        # the result of a hook before each forward is a plain tensor next to its parameters: `weight` to `weight_v`
         plain = [name for name, value in vars(each).items() if isinstance(value, Tensor)]
         for name, parameter in each.named_parameters(recurse=False) if each._forward_pre_hooks else ():
             for whole in plain:
@@ -61,7 +61,7 @@ def _repeats_itself(parameter: Tensor) -> bool:
 
 
 def _reach(tensor: Tensor) -> int:
-    """Return how many entries of memory lie from the tensor's first one to its last one."""
+    """Return the number of places in memory from the tensor's first entry to its last one."""
     return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
 
 
@@ -83,7 +83,7 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     starts = [each.storage_offset() * each.element_size() for each in (one, other)]
     ends = [start + _reach(each) * each.element_size() for start, each in zip(starts, (one, other), strict=True)]
     if max(starts) >= min(ends):
-        return False  # one behind the other, as the weights of a recurrent layer on CUDA
+        return False  # one after the other, as the weights of a recurrent layer on CUDA
     if one.element_size() != other.element_size():
         return True
     taken = torch.zeros(one.untyped_storage().nbytes() // one.element_size(), dtype=torch.bool)
@@ -93,9 +93,9 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
 
 @torch.no_grad()
 def broken_weight(module: nn.Module, masks: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """Return a mask under which a computed weight is no number any more, and the weight: two names, or ``None``.
+    """Return the names of a mask and of a computed weight that becomes NaN under it, or ``None``.
 
-    Weight normalisation divides a row by its norm, so a row without any entry but zeros becomes NaN.
+    Weight normalisation divides a row by its norm, so a row of zeros becomes NaN.
     """
     by_parameter = {id(parameter): name for name, parameter in module.named_parameters()}
     with _random_state_kept():
@@ -135,7 +135,7 @@ def _finite(weight: Tensor) -> bool:
 def _emptied_by(
     owner: nn.Module, hook: WeightNorm, by_parameter: Mapping[int, str], masks: Mapping[str, Tensor]
 ) -> str | None:
-    """Return the mask that leaves a row of an old-style weight-normalised layer without any entry but zeros."""
+    """Return the mask that leaves only zeros in a row of an old-style weight-normalised layer."""
     for local, parameter in owner.named_parameters(recurse=False):
         name = by_parameter[id(parameter)]
         if local in (f"{hook.name}_v", f"{hook.name}_v_orig") and name in masks:
