@@ -53,6 +53,7 @@ def _shared_by_all_tests():
         "process group": dist.is_initialized(),
         "torch's threads": torch.get_num_threads(),
         "torch's default dtype": torch.get_default_dtype(),
+        "CUDA": torch.cuda.is_initialized(),  # which processes forked later could not use
     }
 
 

@@ -24,7 +24,7 @@ def at(path, calls):
 
 
 HOME = Path(lightning_comm.__file__).parent
-FLAT = HOME / "transport" / "flat.py"
+FLAT = HOME / "ondevice" / "flat.py"
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import doctest
 import importlib
 import json
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,8 @@ def test_a_name_that_is_not_known_is_refused_with_those_that_are(capsys):
 
 
 def test_the_command_names_the_module_and_its_arguments(monkeypatch):
-    monkeypatch.setattr(sys.modules["__main__"].__spec__, "name", "benchmarks.tools.__main__")
+    # under pytest's workers the main module has no spec
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("benchmarks.tools.__main__", None))
     monkeypatch.setattr(sys, "argv", ["x", "--links", "a b"])
     assert options.command() == "python -m benchmarks.tools --links 'a b'"
 
