@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
+from lightning_comm.contract import AveragesTakenOut
 from lightning_comm.errors import refuse_with_strategy
 
 
@@ -100,9 +101,8 @@ class BatchNormReestimation(Callback):
             norm.momentum = momentum
             norm.train(training)
         _average_over_batches(trainer, norms, seen)
-        take_into_average = getattr(trainer.strategy, "take_into_average", None)
-        if take_into_average is not None:  # LocalUpdateStrategy takes averages out again, and what belongs to them
-            take_into_average([each for norm in norms for each in norm.buffers(recurse=False)])
+        if isinstance(trainer.strategy, AveragesTakenOut):
+            trainer.strategy.take_into_average([each for norm in norms for each in norm.buffers(recurse=False)])
 
     def _batches(self, trainer: Trainer) -> Iterable[Any]:
         source = getattr(trainer, "datamodule", None) or trainer.lightning_module

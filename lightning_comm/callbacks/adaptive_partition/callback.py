@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_comm.callbacks.adaptive_partition import checks
 from lightning_comm.callbacks.adaptive_partition.session import PartitionSession
 from lightning_comm.callbacks.adaptive_partition.settings import PartitionSettings, plain
+from lightning_comm.contract import SamplesWeighed
 from lightning_comm.errors import refuse_with_strategy
 from lightning_comm.formats.adaptive_partition import PartitionJournal
 
@@ -161,9 +162,8 @@ class AdaptivePartition(Callback):
         self._session = None
         problems = [*checks.set_up_problems(trainer, pl_module, self.settings), *checks.given_loader_problems(trainer)]
         refuse_with_strategy(trainer, "AdaptivePartition", problems)
-        weigh_by_samples = getattr(trainer.strategy, "weigh_by_samples", None)
-        if weigh_by_samples is not None:  # LocalUpdateStrategy averages parameters, not gradients
-            weigh_by_samples()
+        if isinstance(trainer.strategy, SamplesWeighed):
+            trainer.strategy.weigh_by_samples()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -26,6 +26,7 @@ from lightning_comm.callbacks.adaptive_partition.meter import PartitionMeter, Ro
 from lightning_comm.callbacks.adaptive_partition.record import PartitionRecord
 from lightning_comm.callbacks.adaptive_partition.settings import PartitionSettings
 from lightning_comm.callbacks.adaptive_partition.start import StartOfRun
+from lightning_comm.contract import GradientsAnnounced, SamplesWeighed, SynchronisesInRounds
 from lightning_comm.core.adaptive_partition.balancing import Balancer
 from lightning_comm.core.adaptive_partition.plan import Place
 from lightning_comm.core.ledger import CommLedger
@@ -110,9 +111,9 @@ class PartitionSession:
             loader.follow(self.plan, self._rank)
             if getattr(self._trainer, "overfit_batches", 0):
                 loader.repeat_first_epoch()
-        hears = getattr(self._trainer.strategy, "when_gradients_are_ready", None)
-        if hears is not None and self._meter is not None:
-            hears(self._meter.timer.gradients_ready)
+        strategy = self._trainer.strategy
+        if isinstance(strategy, GradientsAnnounced) and self._meter is not None:
+            strategy.when_gradients_are_ready(self._meter.timer.gradients_ready)
 
     def begin_epoch(self) -> None:
         """Compare the order of a new epoch, before any rank has drawn from it."""
@@ -130,9 +131,8 @@ class PartitionSession:
         if latest.place.epoch != self._compared_epoch:  # resumed in the middle of one
             self._compare_orders(latest.place.epoch)
         self.sizes, self.weight = latest.sizes, latest.weight
-        count = getattr(self._trainer.strategy, "count_samples", None)
-        if count is not None:
-            count(latest.samples)
+        if isinstance(self._trainer.strategy, SamplesWeighed):
+            self._trainer.strategy.count_samples(latest.samples)
         if self._meter is not None:
             now = [each for each in slices if each.place == latest.place]
             self._meter.begin(
@@ -157,10 +157,13 @@ class PartitionSession:
             self._meter.timer.before_backward(loss)
 
     def _gradient_factor(self) -> float:
-        averages_gradients = getattr(self._trainer.strategy, "averages_gradients", True)
         if self.weight == 0.0:  # a sample that only fills the batch of a rank that has none
             return 0.0
-        return self.weight if averages_gradients and self._settings.loss_reduction == "mean" else 1.0
+        return self.weight if self._averages_gradients() and self._settings.loss_reduction == "mean" else 1.0
+
+    def _averages_gradients(self) -> bool:
+        strategy = self._trainer.strategy
+        return not isinstance(strategy, SynchronisesInRounds) or strategy.averages_gradients
 
     def after_backward(self) -> None:
         """Note that a backward has returned."""
@@ -193,11 +196,11 @@ class PartitionSession:
             meter.begin_window()
 
     def _have_just_met(self) -> bool:
-        rounds = getattr(self._trainer.strategy, "rounds_done", None)
-        if rounds is None or getattr(self._trainer.strategy, "averages_gradients", True):
+        strategy = self._trainer.strategy
+        if not isinstance(strategy, SynchronisesInRounds) or strategy.averages_gradients:
             return True
-        seen, self._rounds_seen = self._rounds_seen, rounds
-        return bool(rounds != seen)
+        seen, self._rounds_seen = self._rounds_seen, strategy.rounds_done
+        return strategy.rounds_done != seen
 
     def leave_training(self) -> None:
         """Something other than training follows."""
