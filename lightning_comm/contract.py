@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from lightning_comm.core.local_update import PeriodRule
+
 
 @runtime_checkable
 class SamplesWeighed(Protocol):
@@ -41,6 +43,19 @@ class AveragesTakenOut(Protocol):
         """Let buffers or parameters that were renewed in a validation be taken out with the average that it sees."""
 
 
+class RoundRule(NamedTuple):
+    """By what the rounds of a run are planned, once the run is known.
+
+    Args:
+        period: The rule, with every coefficient resolved.
+        warmup_steps: Steps of a rising learning rate, in which the rule is asked for the highest rate.
+
+    """
+
+    period: PeriodRule
+    warmup_steps: int
+
+
 class RoundInForce(NamedTuple):
     """The round that a rank is in.
 
@@ -69,6 +84,10 @@ class SynchronisesInRounds(Protocol):
     @property
     def round_in_force(self) -> RoundInForce:
         """The round that this rank is in."""
+
+    @property
+    def round_rule(self) -> RoundRule:
+        """By what its rounds are planned; from ``on_train_start`` on."""
 
     @property
     def gradient_phase_steps(self) -> int:

@@ -247,20 +247,20 @@ def _paced(device: EmulatedDevice) -> dict[str, float]:
 
 def _plan(strategy: str, watch: Watch, rehearsal: Rehearsal) -> dict[str, Any]:
     """Return what the whole run will do under the strategy, or the reason why that is not known."""
-    total, rates, run_ = rehearsal.total_steps, rehearsal.rates, watch.local_update
+    total, rates, in_rounds = rehearsal.total_steps, rehearsal.rates, watch.strategy
     if total is None:
         return {"problem": rehearsal.problem}
-    if strategy == LIMIT or run_ is None:
+    if strategy == LIMIT or in_rounds is None:
         return {"plan": {"total_steps": total, "gradient_steps": 0 if strategy == LIMIT else total, "round_ends": []}}
-    if isinstance(run_.settings.period, FixedPeriod):
+    period, warmup_steps = in_rounds.round_rule
+    if isinstance(period, FixedPeriod):
         rates = [0.0] * total  # whatever they are
     elif rates is None:
         return {"problem": rehearsal.problem}
     elif any(abs(seen - known) > _SAME_RATE * abs(known) for seen, known in zip(watch.rates, rates, strict=False)):
         return {"problem": "the rates of the first steps were not those of the schedule, so something else sets them"}
     gradient_steps = min(total, watch.planned_gradient_steps or 0)
-    warmup = run_.settings.warmup_steps
-    ends = round_ends(run_.settings.period, rates, gradient_steps=gradient_steps, warmup_steps=warmup)
+    ends = round_ends(period, rates, gradient_steps=gradient_steps, warmup_steps=warmup_steps)
     return {"plan": {"total_steps": total, "gradient_steps": gradient_steps, "round_ends": list(ends)}}
 
 
