@@ -6,7 +6,7 @@ never import each other; both import this file.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -48,12 +48,13 @@ class RoundRule(NamedTuple):
 
     Args:
         period: The rule, with every coefficient resolved.
-        warmup_steps: Steps of a rising learning rate, in which the rule is asked for the highest rate.
+        warmup_steps: Steps of a rising learning rate, as for
+            :class:`~lightning_comm.core.local_update.RoundClock`.
 
     """
 
     period: PeriodRule
-    warmup_steps: int
+    warmup_steps: int | Literal["auto"]
 
 
 class RoundInForce(NamedTuple):
