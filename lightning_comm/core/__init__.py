@@ -1,1 +1,1 @@
-"""Numbers only: standard library and numpy, never torch. What trains, simulates and advises asks these files."""
+"""Numbers only: standard library and numpy, never torch. What trains, measures and plans asks these files."""

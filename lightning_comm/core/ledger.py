@@ -1,7 +1,7 @@
-"""What was sent: one record a message, and the sums that people ask for.
+"""The ledger: one record a message, and the sums that people ask for.
 
-Standard library only. The strategy writes these records, the simulator predicts them, and since both are the same
-type a prediction can be subtracted from a measurement.
+Standard library only. Whatever sends writes these records, and the profiler reads them; a prediction of the same type
+could be subtracted from them.
 """
 
 from collections import deque

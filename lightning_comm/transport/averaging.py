@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_comm.core.local_update.periods import is_whole
+from lightning_comm.core.arguments import is_number, is_whole
 from lightning_comm.ondevice.flat import DriftSum, Flat, drift_of, sample
 from lightning_comm.ondevice.share import Share, is_finite
 from lightning_comm.transport.compression.base import Compression
@@ -107,8 +107,7 @@ class Averaging:
 
 
 def _is_size(mib: object) -> bool:
-    is_number = isinstance(mib, (int, float)) and not isinstance(mib, bool)
-    return is_number and math.isfinite(mib) and int(mib * 2**20) >= 8  # type: ignore[operator,arg-type]
+    return is_number(mib) and math.isfinite(mib) and int(mib * 2**20) >= 8
 
 
 def _usable(compression: Compression) -> Compression:

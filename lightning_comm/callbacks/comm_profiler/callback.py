@@ -20,10 +20,10 @@ from typing_extensions import override
 
 from lightning_comm.callbacks.comm_profiler.log_interval import Window
 from lightning_comm.callbacks.comm_profiler.session import Session
+from lightning_comm.core.arguments import is_whole
 from lightning_comm.core.costs import LinkProfile
 from lightning_comm.core.key_figures import RunFigures, StepFigures
 from lightning_comm.core.ledger import wire_bytes
-from lightning_comm.core.local_update.periods import is_whole
 from lightning_comm.core.rank_profile import RankProfile, combine, inferred_waits, with_waits
 from lightning_comm.errors import refuse, refuse_with_strategy
 from lightning_comm.formats.profile import Profile, RankFile, next_run, run_folder

@@ -1,4 +1,4 @@
-"""When shares of the global batch move, and where to: measured windows in, shares out.
+"""The balancer of a global batch: measured windows in, shares out.
 
 Standard library only and plain floats: every rank feeds the same gathered numbers and takes the same decision.
 """

@@ -1,6 +1,6 @@
-"""Local updates: the clock that counts steps and says when a round is over, and the rules it asks.
+"""The clock of local updates, which counts steps and says when a round is over, and the rules that it asks.
 
-Standard library only, and no messages: what trains, what simulates and what advises run the same clock.
+Standard library only, and no messages: the strategy that trains and the pilot that plans a run use the same clock.
 """
 
 import copy
@@ -8,14 +8,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lightning_comm.core.arguments import is_whole, require_steps
 from lightning_comm.core.local_update.periods import (
     ENDLESS,
     FixedPeriod,
     PeriodRule,
     PowerPeriod,
     QuadraticPeriod,
-    is_whole,
-    require_steps,
 )
 
 __all__ = [
