@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor
 
 from lightning_comm.core.local_update import PeriodRule
+from lightning_comm.transport.compression.base import Compression
 
 
 @runtime_checkable
@@ -33,6 +34,15 @@ class GradientsAnnounced(Protocol):
 
         From ``on_train_start`` on, until the fit ends.
         """
+
+
+@runtime_checkable
+class GradientsCompressed(Protocol):
+    """A strategy that averages gradients by a compression."""
+
+    @property
+    def compression(self) -> Compression:
+        """How gradients are sent."""
 
 
 @runtime_checkable

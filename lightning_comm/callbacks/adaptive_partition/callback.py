@@ -1,4 +1,4 @@
-"""Give each rank a share of the global batch that fits its speed: a thin shell that hands Lightning's hooks on."""
+"""The callback that gives each rank a share of the global batch by its speed: it hands Lightning's hooks on."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_comm.callbacks.adaptive_partition import checks
+from lightning_comm.callbacks.adaptive_partition.agreement import given_loader_problems
+from lightning_comm.callbacks.adaptive_partition.checks import set_up_problems
 from lightning_comm.callbacks.adaptive_partition.session import PartitionSession
 from lightning_comm.callbacks.adaptive_partition.settings import PartitionSettings, plain
 from lightning_comm.contract import SamplesWeighed
@@ -150,7 +151,7 @@ class AdaptivePartition(Callback):
     @property
     def run_folder(self) -> Path | None:
         """Where rank 0 writes the journal and the page of the last or current ``fit``."""
-        return self._session.files.folder if self._session is not None else None
+        return self._session.folder if self._session is not None else None
 
     # ---- Lightning's hooks -------------------------------------------------------------------------------------------
 
@@ -160,7 +161,7 @@ class AdaptivePartition(Callback):
         if stage != "fit":
             return
         self._session = None
-        problems = [*checks.set_up_problems(trainer, pl_module, self.settings), *checks.given_loader_problems(trainer)]
+        problems = [*set_up_problems(trainer, pl_module, self.settings), *given_loader_problems(trainer)]
         refuse_with_strategy(trainer, "AdaptivePartition", problems)
         if isinstance(trainer.strategy, SamplesWeighed):
             trainer.strategy.weigh_by_samples()

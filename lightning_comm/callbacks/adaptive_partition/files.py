@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -42,10 +41,10 @@ class PartitionFiles:
             except OSError as error:
                 self._give_up(error)
 
-    def save_now_and_then(self, journal: Callable[[], PartitionJournal]) -> None:
-        """Write the journal that is returned, if the last time is some time ago."""
-        if self._writes and time.monotonic() - self._saved_s > _SAVE_EVERY_S:
-            self.save(journal())
+    @property
+    def is_due(self) -> bool:
+        """Whether the journal was written some time ago, so that it is to be written again."""
+        return self._writes and time.monotonic() - self._saved_s > _SAVE_EVERY_S
 
     def save(self, journal: PartitionJournal) -> None:
         """Write the journal."""
