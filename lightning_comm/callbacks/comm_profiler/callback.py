@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from lightning_comm.callbacks.comm_profiler.log_interval import Window
+from lightning_comm.callbacks.comm_profiler.log_interval import LogInterval
 from lightning_comm.callbacks.comm_profiler.session import Session
 from lightning_comm.core.arguments import is_whole
 from lightning_comm.core.costs import LinkProfile
@@ -141,7 +141,7 @@ class CommProfiler(Callback):
         self._session: Session | None = None
         self._header: dict[str, Any] = {}
         self._link_bytes_per_s: float | None = None
-        self._window = Window()
+        self._interval = LogInterval()
         self._stopped: str | None = None
         self._all_met = False
         self._group: dist.ProcessGroup | None = None  # in which ranks meet; the default group if that is one of the CPU
@@ -178,7 +178,7 @@ class CommProfiler(Callback):
             return
         self.figures, self.steps, self.run_folder = None, [], None
         self._session, self._header, self._stopped, self._all_met = None, {}, None, False
-        self._window, self._group = Window(), None
+        self._interval, self._group = LogInterval(), None
         profilers = [each for each in getattr(trainer, "callbacks", []) if isinstance(each, CommProfiler)]
         self._is_the_first = profilers[:1] in ([self], [])
         if not self._is_the_first:
@@ -241,7 +241,7 @@ class CommProfiler(Callback):
         if self._session is not None:
             self._session.begin_step(trainer.strategy.model)
             for step in self._session.take_new():
-                self._window.add(step)
+                self._interval.add(step)
 
     @override
     @_never_ends_training
@@ -279,7 +279,7 @@ class CommProfiler(Callback):
     def _log(self, trainer: Trainer) -> None:
         """Hand the loggers the means of the steps since the last time, where Lightning logs the metrics of a batch."""
         step = logged_step(trainer) if trainer.is_global_zero else None
-        metrics = {} if step is None else self._window.take()
+        metrics = {} if step is None else self._interval.take()
         for logger in trainer.loggers if metrics else []:
             logger.log_metrics(metrics, step=step)
 

@@ -4,7 +4,7 @@ from lightning_comm.core.key_figures import StepFigures
 from lightning_comm.core.rank_profile import Sums
 
 
-class Window:
+class LogInterval:
     """Adds up steps, and gives their means under the names that loggers show."""
 
     def __init__(self) -> None:

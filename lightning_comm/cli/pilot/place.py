@@ -40,7 +40,7 @@ class UserRun:
     lab: dict[str, Any] | None
 
 
-def read_run(options: Options, words: Sequence[str]) -> UserRun:
+def read_run(options: Options, arguments: Sequence[str]) -> UserRun:
     """Read the user's config and return where the run takes place. Nothing of the config is built.
 
     Raises:
@@ -49,7 +49,7 @@ def read_run(options: Options, words: Sequence[str]) -> UserRun:
 
     """
     with lightning_is_quiet():
-        config = _config(words).trainer
+        config = _config(arguments).trainer
     if OWN in options.strategies and config.strategy in (None, "auto"):
         raise Refused(
             f"`--strategies` names `{OWN}`, the strategy of your config, and the config has none (trainer.strategy is "
@@ -105,11 +105,11 @@ class _ConfigOnly(CommandLine):
         raise _ConfigRead(self.config.fit)
 
 
-def _config(words: Sequence[str]) -> Namespace:
+def _config(arguments: Sequence[str]) -> Namespace:
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # the words are not its own
-            _ConfigOnly(args=["fit", *words], seed_everything_default=0, save_config_callback=None)
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # the arguments are not its own
+            _ConfigOnly(args=["fit", *arguments], seed_everything_default=0, save_config_callback=None)
     except _ConfigRead as read:
         config: Namespace = read.args[0]
         return config

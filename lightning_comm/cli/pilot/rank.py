@@ -1,9 +1,9 @@
 """One rank of a pilot, which runs trial after trial in one process.
 
-It is told a :class:`Job` as JSON. What happens is told in lines of JSON on the standard output, marked by ``EVENT``;
-all else that is printed there is the user's. Starting a process takes longer than a trial, so all trials of a rank
-share one process and one process group; each has a model, data and a Trainer of its own, built from the config as
-``fit`` would.
+It is told a :class:`TrialJob` as JSON. What happens is told in lines of JSON on the standard output, marked by
+``EVENT``; all else that is printed there is the user's. Starting a process takes longer than a trial, so all trials of
+a rank share one process and one process group; each has a model, data and a Trainer of its own, built from the config
+as ``fit`` would.
 """
 
 import gc
@@ -68,11 +68,11 @@ _SAME_RATE = 1e-6  # relative
 
 
 @dataclass(frozen=True)
-class Job:
+class TrialJob:
     """What a rank has to do.
 
     Args:
-        args: The user's words for ``lightning-comm fit``.
+        args: The user's arguments for ``lightning-comm fit``.
         trials: Repeat and strategy of each trial, in order.
         steps: Optimizer steps of a trial.
         warmup_steps: How many of them are not counted.
@@ -94,7 +94,7 @@ class Job:
 class TrialLine(CommandLine):
     """``lightning-comm fit`` for one trial: the user's model, data and Trainer, without what only a real run needs."""
 
-    def __init__(self, job: Job, strategy: str, callbacks: list[Callback]) -> None:
+    def __init__(self, job: TrialJob, strategy: str, callbacks: list[Callback]) -> None:
         self._job, self._strategy, self._own_callbacks = job, strategy, callbacks
         super().__init__(args=["fit", *job.args], seed_everything_default=0, save_config_callback=None)
 
@@ -137,7 +137,7 @@ def _kept(callbacks: Sequence[Callback]) -> list[Callback]:
     return [callback for callback in callbacks if not isinstance(callback, _LEFT_OUT)]
 
 
-def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
+def run(job: TrialJob, emit: Callable[[dict[str, Any]], None]) -> None:
     """Run all trials on this rank; rank 0 tells of each.
 
     The limit, "the same job with communication removed", is a local update whose only round is longer than the run:
@@ -195,7 +195,7 @@ def _shortest(totals: Sequence[int | None]) -> int | None:
     return min((total for total in totals if total is not None), default=None)
 
 
-def _trial(job: Job, strategy: str, batch_size: int, rehearsal: Rehearsal) -> dict[str, Any] | None:
+def _trial(job: TrialJob, strategy: str, batch_size: int, rehearsal: Rehearsal) -> dict[str, Any] | None:
     """Train a few steps; return what was measured on rank 0, and ``None`` on the others.
 
     Raises:
@@ -264,7 +264,7 @@ def _plan(strategy: str, watch: Watch, rehearsal: Rehearsal) -> dict[str, Any]:
     return {"plan": {"total_steps": total, "gradient_steps": gradient_steps, "round_ends": list(ends)}}
 
 
-def _per_step(profiler: CommProfiler, job: Job) -> tuple[list[float] | None, list[float] | None]:
+def _per_step(profiler: CommProfiler, job: TrialJob) -> tuple[list[float] | None, list[float] | None]:
     """Return bytes sent and exposed seconds of every optimizer step on this rank, as far as the profiler knows them."""
     sent, exposed, timed = [0.0], [0.0], True
     for step in profiler.steps:
@@ -290,7 +290,7 @@ def _gather(own: Any, trainer: Trainer) -> list[Any]:
     return gather_json(own, device_of_group(trainer.strategy.root_device)) if dist.is_initialized() else [own]
 
 
-def main(job: Job) -> int:
+def main(job: TrialJob) -> int:
     """Run a rank and tell of it on the standard output."""
 
     def emit(event: dict[str, Any]) -> None:
@@ -311,7 +311,7 @@ def main(job: Job) -> int:
 
 
 def start() -> None:
-    """Run the rank that the words of this process describe."""
-    job = Job(**json.loads(sys.argv[1]))
-    del sys.argv[1:]  # Lightning's command line warns of words that it is not given
+    """Run the rank that the arguments of this process describe."""
+    job = TrialJob(**json.loads(sys.argv[1]))
+    del sys.argv[1:]  # Lightning's command line warns of arguments that it is not given
     sys.exit(main(job))

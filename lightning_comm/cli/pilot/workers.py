@@ -16,7 +16,7 @@ from typing import Any
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 from lightning_comm.cli.fresh_python import fresh_python
-from lightning_comm.cli.pilot.rank import EVENT, Job
+from lightning_comm.cli.pilot.rank import EVENT, TrialJob
 from lightning_comm.lab.cluster import Lab
 
 _GRACE_S = 5.0  # for the others to say what they saw, once one has failed
@@ -82,7 +82,7 @@ class LabHosts:
             self._lab.end(host, grace_s=1.0)
 
 
-Place = ThisMachine | LabHosts
+WorkerHosts = ThisMachine | LabHosts
 
 
 @dataclass
@@ -106,7 +106,9 @@ class _Worker:
         return f"rank {self.rank} ended with exit code {code}. The end of its output:\n{end}"
 
 
-def run_workers(job: Job, place: Place, logs: Path, timeout_s: float) -> Generator[dict[str, Any], None, None]:
+def run_workers(
+    job: TrialJob, place: WorkerHosts, logs: Path, timeout_s: float
+) -> Generator[dict[str, Any], None, None]:
     """Start all ranks and yield what they tell, until all have ended; end them all when this is left.
 
     Args:

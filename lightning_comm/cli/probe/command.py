@@ -47,7 +47,7 @@ def main(args: Sequence[str]) -> int:
     """Measure the link and print what it is like; return 0, 1 if it failed, or 2 if nothing could be measured.
 
     Args:
-        args: The words after ``lightning-comm probe``.
+        args: The arguments after ``lightning-comm probe``.
 
     Note:
         *Communication.* On every rank the same messages, for about ``--seconds``.

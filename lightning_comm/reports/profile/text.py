@@ -5,7 +5,7 @@ from lightning_comm.core.quantities import megabytes, percent, times_as_fast
 from lightning_comm.core.rank_profile import FEWEST_TO_COMPARE
 from lightning_comm.reports.pieces import text_table
 
-Row = tuple[str, str, str]
+FigureRow = tuple[str, str, str]
 _LITTLE = 0.05  # a share below which nothing is made of it
 
 
@@ -27,7 +27,7 @@ def size(count: float) -> str:
     return megabytes(count) if count >= 1e5 or count == 0 else f"{count / 1e3:,.1f} kB"
 
 
-def figure_rows(run: RunFigures) -> list[Row]:
+def figure_rows(run: RunFigures) -> list[FigureRow]:
     """Return the key figures of a run: what, how much, and what share of a step or of what."""
     rows = [
         ("step", milliseconds(run.step_s), ""),
