@@ -4,8 +4,8 @@ Run by file path, with the standard library alone, so that it costs milliseconds
 namespaces as well, but does not pass signals on, leaves the command running when it is killed, and freezes with a
 command that is stopped, for good where the host then dies.
 
-Arguments: the number of the host's first process, ``user`` where its user namespace is to be entered too or ``root``, the
-number of an open file that is closed as soon as the command is a process of the host, and the command.
+Arguments: the number of the host's first process, ``user`` where its user namespace is to be entered too or ``root``,
+the number of an open file that is closed as soon as the command is a process of the host, and the command.
 """
 
 import contextlib
