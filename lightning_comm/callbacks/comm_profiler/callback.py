@@ -1,16 +1,12 @@
-"""The key figures of a run, measured while it trains: a thin shell that hands Lightning's hooks to a session."""
+"""The callback that measures the key figures of a run: it hands Lightning's hooks to a session."""
 
 import functools
 import logging
-import platform
-import socket
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,18 +16,23 @@ from typing_extensions import override
 
 from lightning_comm.callbacks.comm_profiler.log_interval import LogInterval
 from lightning_comm.callbacks.comm_profiler.session import Session
+from lightning_comm.callbacks.comm_profiler.start import (
+    has_several_ranks,
+    header_of,
+    next_run_number,
+    probed_bytes_per_s,
+)
+from lightning_comm.contract import GradientsCompressed, SynchronisesInRounds
 from lightning_comm.core.arguments import is_whole
-from lightning_comm.core.costs import LinkProfile
 from lightning_comm.core.key_figures import RunFigures, StepFigures
 from lightning_comm.core.ledger import wire_bytes
 from lightning_comm.core.rank_profile import RankProfile, combine, inferred_waits, with_waits
 from lightning_comm.errors import refuse, refuse_with_strategy
-from lightning_comm.formats.profile import Profile, RankFile, next_run, run_folder
+from lightning_comm.formats.profile import Profile, RankFile, run_folder
 from lightning_comm.instruments.clocks import (
     compare_clocks,
     gather_json,
     group_on_the_host,
-    json_from_rank_0,
     number_from_rank_0,
 )
 from lightning_comm.lightning_internals import averages_without_a_hook, logged_step, timeout_of
@@ -188,7 +189,7 @@ class CommProfiler(Callback):
             )
             return
         if self.probe is not None:
-            self._link_bytes_per_s, problem = _probed_bytes_per_s(self.probe, trainer)
+            self._link_bytes_per_s, problem = probed_bytes_per_s(self.probe, trainer)
             refuse_with_strategy(trainer, "CommProfiler", [problem] if problem else [])
 
     @override
@@ -197,14 +198,14 @@ class CommProfiler(Callback):
         if not self._is_the_first:
             return
         folder = Path(self.folder or Path(trainer.default_root_dir) / _DEFAULT_FOLDER)
-        clock, number = [], _next_run(folder)
-        if _several_ranks():
+        clock, number = [], next_run_number(folder)
+        if has_several_ranks():
             # every rank comes here, whatever its disk is like: what can fail on one alone comes afterwards
             self._group = group_on_the_host(timeout_of(trainer.strategy))
             clock = [compare_clocks(self._group)]
             number = number_from_rank_0(number, self._group)
             self._all_met = True
-        self._header = _header(trainer, self.warmup_steps, self._link_bytes_per_s)
+        self._header = header_of(trainer, self.warmup_steps, self._link_bytes_per_s)
         self.run_folder = run_folder(folder, number)
         file = RankFile(self.run_folder / f"rank_{trainer.global_rank}.jsonl", self._header)
         for point in clock:
@@ -216,8 +217,8 @@ class CommProfiler(Callback):
             profile, file, self.timeline_steps, lambda: trainer.global_step, self._safely, of_device
         )
         self._session.begin_measuring()
-        of_ours = type(trainer.strategy).__module__.startswith("lightning_comm.")  # it has said so itself
-        if not of_ours and averages_without_a_hook(trainer.strategy.model):
+        has_said_so = isinstance(trainer.strategy, (SynchronisesInRounds, GradientsCompressed))  # itself, at set-up
+        if not has_said_so and averages_without_a_hook(trainer.strategy.model):
             fault = fault_of_ddp(pl_module, trainer.world_size)
             if fault is not None:
                 rank_zero_warn(f"CommProfiler: {fault}")
@@ -355,55 +356,3 @@ def _write_page(path: Path, profile: Profile) -> None:
         )
         return
     rank_zero_info(f"The page: {path}")
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _next_run(folder: Path) -> int:
-    try:
-        return next_run(folder)
-    except OSError:  # a folder that cannot be read cannot be written either, and that is reported
-        return 0
-
-
-def _header(trainer: Trainer, warmup_steps: int, link_bytes_per_s: float | None) -> dict[str, Any]:
-    return {
-        "rank": trainer.global_rank,
-        "world_size": trainer.world_size,
-        "host": socket.gethostname() + (f", node {trainer.node_rank}" if trainer.num_nodes > 1 else ""),
-        "warmup_steps": warmup_steps,
-        "started_unix_s": time.time(),
-        "link_bytes_per_s": link_bytes_per_s,
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "system": platform.platform(),
-            "device": str(trainer.strategy.root_device),
-            "backend": str(dist.get_backend_config()) if _several_ranks() else "none",
-            "strategy": type(trainer.strategy).__name__,
-            "callbacks": [type(callback).__name__ for callback in getattr(trainer, "callbacks", [])],
-        },
-    }
-
-
-def _probed_bytes_per_s(path: str, trainer: Trainer) -> tuple[float, str]:
-    """Return what rank 0 reads, and what is wrong with it.
-
-    Other hosts may lack the file, so all ranks learn of it, and all refuse it alike.
-    """
-    bytes_per_s, problem = 0.0, ""
-    if trainer.is_global_zero:
-        try:
-            bytes_per_s = LinkProfile.load(path).bytes_per_s
-        except Exception as error:  # whatever it is, the others wait for word of it
-            problem = f"got {path!r}: {error}"
-    bytes_per_s, problem = json_from_rank_0((bytes_per_s, problem), trainer.strategy.root_device)
-    if problem:
-        problem = (
-            f"`probe` must be a file that `lightning-comm probe` has saved, on rank 0; {problem}. Leave it out to "
-            "measure without a comparison."
-        )
-    return float(bytes_per_s), problem

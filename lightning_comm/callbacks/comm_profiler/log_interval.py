@@ -1,4 +1,4 @@
-"""What the loggers are told: means of the steps since the last time."""
+"""The interval between two logs: means of the steps since the last time."""
 
 from lightning_comm.core.key_figures import StepFigures
 from lightning_comm.core.rank_profile import Sums
