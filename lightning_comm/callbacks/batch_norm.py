@@ -1,4 +1,4 @@
-"""Bring BatchNorm's running statistics up to date with averaged weights, before they are evaluated."""
+"""BatchNorm's running statistics, brought up to date with averaged weights before these are evaluated."""
 
 import itertools
 from collections.abc import Iterable, Iterator

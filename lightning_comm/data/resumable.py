@@ -1,4 +1,4 @@
-"""A loader that a stopped run takes up again on exactly the next sample.
+"""A loader that a stopped run resumes on exactly the next sample.
 
 torch.utils.data only. Lightning finds ``state_dict`` and ``load_state_dict`` on the loader by itself, saves the state
 with its checkpoints and hands it back when a run is resumed in the middle of an epoch.

@@ -1,4 +1,4 @@
-"""Measures the link between the ranks of a job: times of messages by size, and the links between its hosts.
+"""The probe of the link between the ranks of a job: times of messages by size, and the links between its hosts.
 
 Messages go to torch.distributed directly, since what is measured here is not a part of any training. Every number that
 a decision rests on is the maximum over the ranks, so all ranks decide alike and make the same calls.

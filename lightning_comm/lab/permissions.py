@@ -1,4 +1,4 @@
-"""What this machine has for emulated hosts, and lets this process do: programs, capabilities, user namespaces."""
+"""The machine's means for emulated hosts: programs, capabilities, and user namespaces that this process may make."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""The session of one ``fit`` with a partitioned global batch, between Lightning's hooks and everything that they move.
+"""The session of one ``fit`` with a partitioned global batch, between Lightning's hooks and what they set in motion.
 
 It alone talks to the strategy, the loaders and, through its messages, to other ranks. What it holds (windows, record,
 files, gradients) knows none of them and calls nothing back. The one value that all of them share is the plan: windows

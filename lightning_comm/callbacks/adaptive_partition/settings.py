@@ -1,4 +1,4 @@
-"""What the user chose for a partitioned run, and the shares that it starts from."""
+"""The settings of a partitioned run, as the user chose them, with the shares and bounds that follow from them."""
 
 import json
 import math

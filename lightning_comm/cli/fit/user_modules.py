@@ -1,4 +1,4 @@
-"""The user's own modules, which a config names: where they are looked for, and what is said where one is not found."""
+"""The user's own modules, which a config names: where they are looked for, and what is said where one is missing."""
 
 import argparse
 import difflib

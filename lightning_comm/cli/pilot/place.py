@@ -1,4 +1,4 @@
-"""Where a pilot's user has ranks: read from the config and the options, before anything of the config is built."""
+"""The ranks of a pilot's user: where they are, read from config and options before anything of the config is built."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""How fast one rank is: seconds for a batch of any size, learned from windows of a run.
+"""The speed of one rank: seconds for a batch of any size, learned from windows of a run.
 
 Standard library only and plain floats: every rank feeds the same gathered numbers and gets the same bits.
 """

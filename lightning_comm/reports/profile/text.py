@@ -1,4 +1,4 @@
-"""What a profile says, in words and rows, for the terminal and for the page."""
+"""The text of a profile's report, in sentences and rows, for the terminal and for the page."""
 
 from lightning_comm.core.key_figures import RunFigures
 from lightning_comm.core.quantities import megabytes, percent, times_as_fast
