@@ -18,11 +18,10 @@ from lightning_comm.errors import refuse_with_strategy
 class BatchNormReestimation(Callback):
     """Re-estimate the running statistics of BatchNorm before every validation within ``fit``.
 
-    After an average of weights the running statistics, which followed each rank's own weights, fit less well. Before
-    validation this callback passes training batches through the model without gradients and replaces the statistics by
-    their plain mean over these batches and over the ranks, as the authors of QSR do. Weights are not touched, so the
-    run of the weights is the same as without it. In the middle of a round of local updates, where an average is put in
-    place for the validation, the statistics go with it, and each rank has its own back.
+    After an average of weights the running statistics, which followed each rank's own weights, fit less well. This
+    callback passes training batches through the model without gradients and replaces the statistics by their plain mean
+    over these batches and over the ranks, as the authors of QSR do. Weights are not touched. In the middle of a round
+    of local updates the statistics go with the average that the validation sees; each rank has its own back after it.
 
     The batches come from a fresh ``train_dataloader()`` of the data module or of the model; rank r takes each
     world-size-th batch from the r-th on.
@@ -37,6 +36,7 @@ class BatchNormReestimation(Callback):
 
     Note:
         *Communication.* One all-reduce of the running statistics before each validation, through the strategy.
+        *Memory.* A copy of the running statistics in float64.
 
     Example:
         >>> BatchNormReestimation(num_batches=100).num_batches
@@ -79,7 +79,7 @@ class BatchNormReestimation(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # behind the companion of the strategy, which is first in the list, so averaged weights are in place
+        # behind the hook callback of the strategy, which is first in the list, so averaged weights are in place
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._reestimate(trainer, pl_module)
 

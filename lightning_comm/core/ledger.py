@@ -102,7 +102,7 @@ class CommLedger:
         return {purpose: asdict(total) for purpose, total in self._totals.items()}
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
-        """Take up the sums where ``state_dict`` left them."""
+        """Restore the sums that ``state_dict`` returned."""
         self._totals = {
             purpose: _Total(
                 int(total["messages"]), int(total["payload_bytes"]), int(total["wire_bytes"]), total["duration_s"]

@@ -73,7 +73,7 @@ def why_not(error: str) -> str:
         error: What ``unshare`` said.
 
     """
-    said = "; ".join(error.splitlines()).strip("; ") or "unshare ended without a word"
+    said = "; ".join(error.splitlines()).strip("; ") or "unshare ended without a message"
     if "failed to execute" in said or "unrecognized option" in said:
         return f"the lab could not start a host: {said}. It needs a Python that everyone may execute, and util-linux"
     first = "the lab needs network namespaces, and may not make them"

@@ -64,7 +64,7 @@ class PartitionSettings:
             )
 
     def shared(self) -> dict[str, Any]:
-        """Return what must be the same on all ranks, as JSON carries it; files are rank 0's affair."""
+        """Return what must be the same on all ranks, as JSON carries it; files concern rank 0 alone."""
         plain: dict[str, Any] = json.loads(
             json.dumps({**asdict(self), "folder": None, "replay": self.replay is not None})
         )

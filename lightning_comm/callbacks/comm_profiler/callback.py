@@ -61,16 +61,12 @@ class CommProfiler(Callback):
     """Measure what a run sends, how long that takes, and how much of it training stands still for.
 
     Works with plain ``ddp``, with every strategy of this package, and with one process, on CPU and CUDA. Nothing about
-    the run changes: no message is added between the start and the end of training.
+    the run changes. After ``fit``, :attr:`figures` has the key figures of the run, the same on all ranks, and
+    :attr:`steps` the single steps of this rank. Rank 0 prints a summary and writes ``profile.html``; every rank writes
+    ``rank_<r>.jsonl``, which :func:`load_profile` reads, also of a run that was killed. While the run goes on, the
+    Trainer's loggers get means under ``comm/``.
 
-    After ``fit``, :attr:`figures` has the key figures of the run, the same on all ranks, and :attr:`steps` the single
-    steps of this rank. Rank 0 prints a summary. While the run goes on, the Trainer's loggers get ``comm/bytes_sent``,
-    ``comm/bytes_dense``, ``comm/time_s``, ``comm/exposed_s``, ``comm/share_busy``, ``comm/share_exposed``,
-    ``comm/lightning_s``, ``comm/bandwidth`` and, where ranks meet in rounds, ``comm/wait_s``: means of the
-    steps since the last time, on rank 0, where Lightning logs the metrics of a batch and at the same step. Every rank
-    writes ``rank_<r>.jsonl``, a line a step, which :func:`load_profile` reads, also of a run that was killed; steps
-    there, in :attr:`steps` and on the page are numbered in optimizer steps and batches. Rank 0 writes ``profile.html``,
-    one page to look at.
+    How to read the figures, and how each is measured: ``docs/how-to/measure.md``.
 
     Args:
         folder: Where files go: each ``fit`` makes ``run_<n>`` in it. ``None``: ``comm_profile`` in the Trainer's
@@ -88,23 +84,13 @@ class CommProfiler(Callback):
             ``probe``.
 
     Note:
-        *Communication.* None within training. Before it, 16 round trips of 8 bytes between each rank and rank 0, to
-        compare clocks, and 8 bytes from rank 0, with ``probe`` one object more; after it, the same again and one row of
-        figures from each rank: at most 1,000 steps, some 400 KB. Where the Trainer's group sends from GPUs alone, in a
-        gloo group of their own.
+        *Communication.* None within training. Before it, 16 round trips of 8 bytes between each rank and rank 0, and 8
+        bytes from rank 0; after it, the same again and at most 1,000 steps from each rank, some 400 KB.
 
-        *Cost.* Below 1 % of a step of 50 ms; ``benchmarks/profiler.py`` measures it. *Memory.* About 1 MB.
+        *Cost.* Below 1 % of a step of 50 ms. *Memory.* About 1 MB.
 
         *Faults.* Where the profiler fails (the disk is full, a private name of torch is gone), it says so once, stops
         measuring on that rank, and training goes on.
-
-        *Two of them.* Only the first one of the Trainer's callbacks measures; the others say so and do nothing.
-
-        *CUDA.* The host does not wait for the device: steps and messages are timed by events, which are read some steps
-        later. DDP is asked for times at every tenth iteration only, and itself waits for that one to end when the next
-        begins; what it tells counts for the step in which it does. What a strategy waits for without a collective
-        (``cyclic``) has no time there. Before training the host waits for the device once, and once after it. Not yet
-        run on a GPU.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -335,7 +321,7 @@ class CommProfiler(Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        """End measuring without a word to other ranks, who may not be there any more. What is in the file stays."""
+        """End measuring without a message to other ranks, who may not be there any more. What is in the file stays."""
         session, self._session = self._session, None
         if session is not None:
             session.end_measuring()

@@ -147,7 +147,7 @@ class Session:
         self._close_step(self._batch_ended)
 
     def finish(self) -> None:
-        """Training has ended: take in what is left, and let go of the process."""
+        """Training has ended: take in what is left, and undo what was done to the process."""
         self.leave_training()
         self._put_beside()
         self._unmeasured.wait()

@@ -60,7 +60,7 @@ def probed_bytes_per_s(path: str, trainer: Trainer) -> tuple[float, str]:
     if trainer.is_global_zero:
         try:
             bytes_per_s = LinkProfile.load(path).bytes_per_s
-        except Exception as error:  # whatever it is, the others wait for word of it
+        except Exception as error:  # whatever it is, the others wait for the answer
             problem = f"got {path!r}: {error}"
     bytes_per_s, problem = json_from_rank_0((bytes_per_s, problem), trainer.strategy.root_device)
     if problem:

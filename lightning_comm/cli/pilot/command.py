@@ -185,7 +185,7 @@ def _measure(job: TrialJob, results: Results, place: WorkerHosts, timeout_s: flo
 
 
 def _measure_in_this_job(job: TrialJob, results: Results) -> None:
-    """Be rank 0 of a job that others have started; a failure ends the job, as its launcher sees to."""
+    """Be rank 0 of a job that others have started; a failure ends the job, by its launcher."""
     leave_group_at_exit()
     progress = Progress(len(job.trials), 1 + max(repeat for repeat, _ in job.trials))
     current: dict[str, Any] = {}

@@ -189,7 +189,7 @@ def _wait_for_others(workers: list[_Worker]) -> None:
 
 
 def _first_error(workers: list[_Worker], first: int) -> str:
-    """Return the cause: a rank that died without a word, which the others only saw hang up, or else the first word."""
+    """Return the cause: a rank that died silently, which the others only saw disconnect, or else the first error."""
     for worker in workers:
         if (end := worker.own_end()) is not None:
             return end

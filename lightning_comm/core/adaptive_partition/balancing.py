@@ -197,7 +197,7 @@ class Balancer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state of ``state_dict``.
+        """Restore a state of ``state_dict``.
 
         Raises:
             ValueError: If it is of another number of ranks or of another batch.

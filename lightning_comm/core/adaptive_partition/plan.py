@@ -115,7 +115,7 @@ class PartitionPlan:
         return {"changes": [(*change.place, list(change.sizes)) for change in self._changes]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a journal."""
+        """Restore the journal."""
         self._changes = list(_read(state["changes"]))
         self.sizes = self._changes[0].sizes
 

@@ -160,7 +160,7 @@ class RoundClock:
         }
 
     def load_state_dict(self, state: dict[str, int | float | None]) -> None:
-        """Take up the count where ``state_dict`` left it."""
+        """Restore the count that ``state_dict`` returned."""
         self.steps_done = int(state["steps_done"] or 0)
         self.round_started_at = int(state["round_started_at"] or 0)
         self.round_ends_at = int(state["round_ends_at"] or 0)

@@ -28,9 +28,14 @@ from lightning_comm.data.global_order import Draws, GlobalBatches, GlobalOrder, 
 class PartitionedLoader:
     """A loader for training in which the ranks share each global batch by a plan, evenly if there is none.
 
-    Global step t of an epoch is always ``order(seed, epoch)[t * B : (t + 1) * B]``, and the ranks take slices of it,
-    one behind the other. So each sample comes once in an epoch, all ranks take the same number of steps, and neither
-    the plan nor the number of ranks changes what a step is made of.
+    Step ``t`` of an epoch is always the same samples, ``order(seed, epoch)[t * B : (t + 1) * B]``, and the ranks take
+    slices of it, one behind the other. So each sample comes once in an epoch, all ranks take the same number of steps,
+    and neither the plan nor the number of ranks changes what a step is made of.
+
+    Where ranks have unequal numbers of samples, the mean over ranks of their mean losses is not the mean over the
+    samples: ``AdaptivePartition`` corrects the gradient; in a loop of your own multiply the loss by
+    ``loader.latest.weight``. A stopped run goes on with exactly the samples that are left, on any number of ranks. More
+    on both, and on passes, in ``docs/techniques/adaptive_partition.md``.
 
     Args:
         dataset: What the samples come from; it has a length, and ``dataset[index]`` gives a sample.
@@ -41,8 +46,7 @@ class PartitionedLoader:
         tail: What becomes of the samples of an epoch that fill no global batch: ``"keep"`` makes a smaller last step
             of them, ``"drop"`` leaves them out, ``"merge"`` adds them to the last step.
         sampler: Draws the order of all samples instead, before they are shared, such as a ``WeightedRandomSampler``.
-            It has a length. Its ``set_epoch`` is called, if it has one, and it draws with the global random state and
-            its ``generator`` seeded from seed, epoch and pass, so the order is the same on all ranks.
+            It has a length, and draws the same order on all ranks.
         seed_samples: Whether ``dataset[index]`` is called with Python's, numpy's and torch's generators seeded from
             seed, epoch, pass and index, so that random augmentation depends on no rank, plan or worker.
         **options: What else a ``DataLoader`` takes, such as ``num_workers`` and ``collate_fn``.
@@ -54,25 +58,6 @@ class PartitionedLoader:
         TypeError: If ``dataset`` or ``sampler`` has no global order, or ``options`` holds what would replace it.
 
     Note:
-        *Weights.* Where ranks have unequal numbers of samples (by the plan, in the tail, or because the global batch
-        does not divide), the mean over ranks of their mean losses is not the mean over the samples. The
-        ``AdaptivePartition`` callback corrects the gradient. In a plain loop, multiply the loss by
-        ``loader.latest.weight``; a loop that does not read ``latest`` is warned. A rank that gets nothing of a small
-        tail has a batch of one sample all the same, with weight 0 and ``latest.samples == 0``.
-
-        *Passes.* ``set_epoch``, which Lightning calls, begins an epoch. A loop that does not call it makes passes
-        through the same epoch, each with an order of its own.
-
-        ``overfit_batches`` of Lightning does not turn shuffling off by itself: ``AdaptivePartition`` does so, by
-        ``repeat_first_epoch``; without it, give ``shuffle=False``.
-
-        *Exactness.* A resumed run has the samples of the run that was never stopped, on any number of ranks; where
-        Lightning 2.6 itself goes wrong, and what a failed step counts for, is told at
-        :class:`~lightning_comm.data.resumable.ResumableLoader`. A sampler whose order depends on more than the epoch (a
-        curriculum that follows the loss) must be put back by the user before the first batch; what it draws is checked
-        against the state. Workers are seeded from seed, epoch, pass and rank when they start, so random augmentation is
-        only exact with ``seed_samples``.
-
         *Communication.* None. *Memory.* The order of the present pass: 8 bytes per sample, more with a ``sampler``.
 
     Example:
