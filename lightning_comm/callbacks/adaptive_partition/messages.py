@@ -1,12 +1,12 @@
 """Messages between ranks while a partitioned run trains: the times of a window, and the order that samplers draw."""
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
 
 from lightning_comm.callbacks.adaptive_partition.meter import RankTimes
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.lightning_internals import timeout_of
 from lightning_comm.transport.recording import Recorder, another_group
 
 _NO_ORDER = -1  # in place of a fingerprint, from a rank whose sampler has failed
@@ -16,8 +16,8 @@ class PartitionMessages:
     """Gathers from all ranks what each has to say, in a gloo group of its own; alone, a rank hears only itself.
 
     Args:
-        trainer: The Trainer, when training starts.
-        needed: Whether there will be messages; the same on all ranks.
+        timeout: How long a rank waits for the others; ``None`` for torch's own.
+        needed: Whether there are other ranks, and something to tell them; the same on all of them.
 
     Note:
         *Communication.* A barrier and the making of a group, if there will be messages; 48 bytes a rank for a window, 8
@@ -25,13 +25,13 @@ class PartitionMessages:
 
     """
 
-    def __init__(self, trainer: Trainer, *, needed: bool) -> None:
-        self.needed = trainer.world_size > 1 and needed
+    def __init__(self, timeout: timedelta | None, *, needed: bool) -> None:
+        self.needed = needed
         self._group: dist.ProcessGroup | None = None
         self._recorder: Recorder | None = None
         if self.needed:
             dist.barrier()  # hears of the failure of another rank, which the making of a group would not
-            self._group = another_group(timeout_of(trainer.strategy), backend="gloo")
+            self._group = another_group(timeout, backend="gloo")
             self._recorder = Recorder(CommLedger(), self._group)
 
     def gather_times(self, own: RankTimes, step: int) -> list[RankTimes]:

@@ -1,8 +1,8 @@
 """The session of one ``fit`` with a partitioned global batch, between Lightning's hooks and what they set in motion.
 
 It alone talks to the strategy, the loaders and, through its messages, to other ranks. What it holds (windows, record,
-files, gradients) knows none of them and calls nothing back. The one value that all of them share is the plan: windows
-change it, and loaders read it when they hand out a batch.
+files, gradients) knows neither them nor the Trainer and calls nothing back. The one value that all of them share is the
+plan: windows change it, and loaders read it when they hand out a batch.
 
 Order of messages, on every rank alike. At the start one gathering of the loaders' settings, and with ``replay`` the
 journal from rank 0. With a sampler of the user's a fingerprint of the order with the first batch of each epoch. Every
@@ -43,6 +43,8 @@ from lightning_comm.data.adaptive_partition.loader import PartitionedLoader
 from lightning_comm.formats.adaptive_partition import PartitionJournal
 from lightning_comm.instruments.busy_time import BusyTimer
 
+_DEFAULT_FOLDER = "adaptive_partition"
+
 
 class PartitionSession:
     """Splits, measures and balances during one ``fit``.
@@ -67,7 +69,10 @@ class PartitionSession:
         start = self._start(module, loaded)
         self.plan = start.plan
         self._record = PartitionRecord(start.run, settings.mode, start.plan, start.why, start.windows)
-        self._files = PartitionFiles(trainer, settings.folder)
+        self._files = PartitionFiles(
+            Path(settings.folder or Path(trainer.default_root_dir) / _DEFAULT_FOLDER),
+            writes=trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False),  # nor does Lightning, there
+        )
         self._gradients = GradientScaling(module)
         self._logs = PartitionLogs(trainer)
         self._timer: BusyTimer | None = None
@@ -76,7 +81,10 @@ class PartitionSession:
             device = trainer.strategy.root_device
             self._timer = BusyTimer(device)
             self._windows = PartitionWindows(settings, start, self._record, self._timer, MemoryRoom(device, sharers))
-        self._messages = PartitionMessages(trainer, needed=self._timer is not None or _have_samplers(self._loaders))
+        has_messages = self._timer is not None or _have_samplers(self._loaders)
+        self._messages = PartitionMessages(
+            internals.timeout_of(trainer.strategy), needed=trainer.world_size > 1 and has_messages
+        )
         self._compared_epoch = -1
         self._rounds_seen = 0
         self.weight = 1.0
