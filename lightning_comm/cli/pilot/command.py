@@ -17,10 +17,10 @@ from typing import Any
 
 from lightning_comm.cli.environment import environment
 from lightning_comm.cli.pilot.arguments import Options, Refused, parse
-from lightning_comm.cli.pilot.place import UserRun, read_run
 from lightning_comm.cli.pilot.rank import TrialJob, run
 from lightning_comm.cli.pilot.report import write_report
 from lightning_comm.cli.pilot.results import Progress, Results
+from lightning_comm.cli.pilot.user_run import UserRun, read_run
 from lightning_comm.cli.pilot.workers import LabHosts, ThisMachine, WorkerFailed, WorkerHosts, run_workers
 from lightning_comm.cli.quiet import lightning_is_quiet
 from lightning_comm.core.judgement import FEWEST_REPEATS
@@ -66,8 +66,8 @@ def _carry_out(options: Options, own: UserRun, arguments: Sequence[str], results
             with lightning_is_quiet():
                 _measure_in_this_job(_job(options, own, arguments), results)
         else:
-            with _ended_by_sigterm(), _place(options, own) as place:
-                _measure(_job(options, own, arguments), results, place, options.timeout_s)
+            with _ended_by_sigterm(), _hosts(options, own) as hosts:
+                _measure(_job(options, own, arguments), results, hosts, options.timeout_s)
     except Refused as refused:  # once the rehearsal has shown how long the run is
         print(f"lightning-comm pilot: error: {refused}", file=sys.stderr)
         return 2
@@ -136,8 +136,8 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _place(options: Options, own: UserRun) -> Iterator[WorkerHosts]:
-    """Open the place where ranks are started: this machine, or emulated hosts on it."""
+def _hosts(options: Options, own: UserRun) -> Iterator[WorkerHosts]:
+    """Open the hosts on which ranks are started: this machine, or emulated hosts on it."""
     if options.hosts is None:
         yield ThisMachine(own.ranks)
         return
@@ -145,7 +145,7 @@ def _place(options: Options, own: UserRun) -> Iterator[WorkerHosts]:
         yield LabHosts(lab)
 
 
-def _measure(job: TrialJob, results: Results, place: WorkerHosts, timeout_s: float) -> None:
+def _measure(job: TrialJob, results: Results, hosts: WorkerHosts, timeout_s: float) -> None:
     """Run all trials; a strategy that fails is left out and the others go on in new processes.
 
     Raises:
@@ -159,7 +159,7 @@ def _measure(job: TrialJob, results: Results, place: WorkerHosts, timeout_s: flo
     hear = _listener(results, progress, left, current)
     while left:
         try:
-            with closing(run_workers(replace(job, trials=left), place, results.folder / "logs", timeout_s)) as events:
+            with closing(run_workers(replace(job, trials=left), hosts, results.folder / "logs", timeout_s)) as events:
                 for event in events:
                     hear(event)
             return

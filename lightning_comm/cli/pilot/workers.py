@@ -45,9 +45,9 @@ class ThisMachine:
         """Start one of them."""
         if rank == 0:
             self._port = str(find_free_network_port())  # a new one each time, since an old one is not free at once
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._port, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+        launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._port, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
         threads = str(max(1, (os.cpu_count() or 1) // self.ranks))
-        environment = {"OMP_NUM_THREADS": threads, **os.environ, **place}
+        environment = {"OMP_NUM_THREADS": threads, **os.environ, **launch}
         self._processes.append(subprocess.Popen(command, env=environment, **_PIPES))
         return self._processes[-1]
 
@@ -107,13 +107,13 @@ class _Worker:
 
 
 def run_workers(
-    job: TrialJob, place: WorkerHosts, logs: Path, timeout_s: float
+    job: TrialJob, hosts: WorkerHosts, logs: Path, timeout_s: float
 ) -> Generator[dict[str, Any], None, None]:
     """Start all ranks and yield what they tell, until all have ended; end them all when this is left.
 
     Args:
         job: What each has to do.
-        place: Where they are.
+        hosts: Where they are.
         logs: A folder. Whatever else they print is added to one file a rank.
         timeout_s: How long all of them may say nothing.
 
@@ -125,10 +125,10 @@ def run_workers(
     heard: queue.Queue[tuple[int, str | None]] = queue.Queue()
     workers: list[_Worker] = []
     try:
-        for rank in range(place.ranks):
-            workers.append(_Worker(rank, place.start(command, rank)))
+        for rank in range(hosts.ranks):
+            workers.append(_Worker(rank, hosts.start(command, rank)))
             threading.Thread(target=_listen, args=(workers[-1], heard, logs), daemon=True).start()
-        running = place.ranks
+        running = hosts.ranks
         while running:
             try:
                 rank, event = _next(heard, timeout_s)
@@ -147,7 +147,7 @@ def run_workers(
             if event is not None:
                 yield event
     finally:
-        place.end()
+        hosts.end()
 
 
 def _next(heard: "queue.Queue[tuple[int, str | None]]", timeout_s: float) -> tuple[int, dict[str, Any] | None]:
