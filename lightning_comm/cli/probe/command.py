@@ -104,7 +104,7 @@ def _report(profile: LinkProfile, out: Path) -> int:
     except OSError as error:
         print(f"lightning-comm probe: `--out` could not be written after all. {error}", file=sys.stderr)
         return 1
-    print(f"\nSaved in {out}. Profiler and planner read it.", flush=True)
+    print(f"\nSaved in {out}, which CommProfiler(probe=...) reads.", flush=True)
     return 0
 
 
