@@ -8,12 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_comm.callbacks.adaptive_partition.agreement import given_loader_problems
-from lightning_comm.callbacks.adaptive_partition.checks import set_up_problems
-from lightning_comm.callbacks.adaptive_partition.session import PartitionSession
+from lightning_comm.callbacks.adaptive_partition.session import PartitionSession, prepare_fit
 from lightning_comm.callbacks.adaptive_partition.settings import PartitionSettings, plain
-from lightning_comm.contract import SamplesWeighed
-from lightning_comm.errors import refuse_with_strategy
 from lightning_comm.formats.adaptive_partition import PartitionJournal
 
 
@@ -146,10 +142,7 @@ class AdaptivePartition(Callback):
         if stage != "fit":
             return
         self._session = None
-        problems = [*set_up_problems(trainer, pl_module, self.settings), *given_loader_problems(trainer)]
-        refuse_with_strategy(trainer, "AdaptivePartition", problems)
-        if isinstance(trainer.strategy, SamplesWeighed):
-            trainer.strategy.weigh_by_samples()
+        prepare_fit(trainer, pl_module, self.settings)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

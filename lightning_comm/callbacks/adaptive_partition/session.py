@@ -4,12 +4,13 @@ It alone talks to the strategy, the loaders and, through its messages, to other 
 files, gradients) knows neither them nor the Trainer and calls nothing back. The one value that all of them share is the
 plan: windows change it, and loaders read it when they hand out a batch.
 
-Order of messages, on every rank alike. At the start one gathering of the loaders' settings, and with ``replay`` the
-journal from rank 0. With a sampler of the user's a fingerprint of the order with the first batch of each epoch. Every
-``window_steps`` batches of unchanged shares one row from each rank, in ``on_train_batch_end``, where under DDP all
-ranks have just met in the all-reduce of gradients; under local updates right after a synchronisation. All ranks feed
-the same rows to the same arithmetic, so no decision needs a message. A change holds from the first batch that no rank's
-loader has passed to its workers yet; until it does, nothing is exchanged.
+Order of messages, on every rank alike. In ``setup`` what is wrong with loaders that ``fit`` was handed. When training
+starts one gathering of the loaders' settings, and with ``replay`` the journal from rank 0. With a sampler of the user's
+a fingerprint of the order with the first batch of each epoch. Every ``window_steps`` batches of unchanged shares one
+row from each rank, in ``on_train_batch_end``, where under DDP all ranks have just met in the all-reduce of gradients;
+under local updates right after a synchronisation. All ranks feed the same rows to the same arithmetic, so no decision
+needs a message. A change holds from the first batch that no rank's loader has passed to its workers yet; until it does,
+nothing is exchanged.
 """
 
 from pathlib import Path
@@ -40,10 +41,24 @@ from lightning_comm.callbacks.adaptive_partition.windows import PartitionWindows
 from lightning_comm.contract import GradientsAnnounced, SamplesWeighed, SynchronisesInRounds
 from lightning_comm.core.adaptive_partition.plan import Place
 from lightning_comm.data.adaptive_partition.loader import PartitionedLoader
+from lightning_comm.errors import refuse_with_strategy
 from lightning_comm.formats.adaptive_partition import PartitionJournal
 from lightning_comm.instruments.busy_time import BusyTimer
 
 _DEFAULT_FOLDER = "adaptive_partition"
+
+
+def prepare_fit(trainer: Trainer, module: LightningModule, settings: PartitionSettings) -> None:
+    """Refuse what shares cannot work with, and let the strategy weigh averages by samples; before a session can be.
+
+    Note:
+        *Communication.* What each rank has found wrong with loaders that ``fit`` was handed.
+
+    """
+    problems = [*checks.set_up_problems(trainer, module, settings), *agreement.given_loader_problems(trainer)]
+    refuse_with_strategy(trainer, "AdaptivePartition", problems)
+    if isinstance(trainer.strategy, SamplesWeighed):
+        trainer.strategy.weigh_by_samples()
 
 
 class PartitionSession:
