@@ -6,9 +6,12 @@ never import each other; both import this file.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
+
+from lightning_comm.core.local_update import PeriodRule
+from lightning_comm.transport.compression.base import Compression
 
 
 @runtime_checkable
@@ -34,11 +37,34 @@ class GradientsAnnounced(Protocol):
 
 
 @runtime_checkable
+class GradientsCompressed(Protocol):
+    """A strategy that averages gradients by a compression."""
+
+    @property
+    def compression(self) -> Compression:
+        """How gradients are sent."""
+
+
+@runtime_checkable
 class AveragesTakenOut(Protocol):
     """A strategy that puts averages in the place of weights for a validation, and takes them out again."""
 
     def take_into_average(self, tensors: Iterable[Tensor]) -> None:
         """Let buffers or parameters that were renewed in a validation be taken out with the average that it sees."""
+
+
+class RoundRule(NamedTuple):
+    """By what the rounds of a run are planned, once the run is known.
+
+    Args:
+        period: The rule, with every coefficient resolved.
+        warmup_steps: Steps of a rising learning rate, as for
+            :class:`~lightning_comm.core.local_update.RoundClock`.
+
+    """
+
+    period: PeriodRule
+    warmup_steps: int | Literal["auto"]
 
 
 class RoundInForce(NamedTuple):
@@ -69,6 +95,10 @@ class SynchronisesInRounds(Protocol):
     @property
     def round_in_force(self) -> RoundInForce:
         """The round that this rank is in."""
+
+    @property
+    def round_rule(self) -> RoundRule:
+        """By what its rounds are planned; from ``on_train_start`` on."""
 
     @property
     def gradient_phase_steps(self) -> int:

@@ -1,4 +1,4 @@
-"""The way into the console command: loads as much of ``lightning_comm`` as the words on the line need, and no more.
+"""The way into the console command: loads as much of ``lightning_comm`` as the arguments on the line need, and no more.
 
 Importing ``lightning_comm`` registers its strategies with Lightning, and so loads torch: five seconds, and a quarter of
 a minute on a machine that has just started. Help, the version and an answer to a wrong word need none of that. Python

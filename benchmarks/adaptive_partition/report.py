@@ -18,7 +18,8 @@ from lightning_comm.core.adaptive_partition.shares import (
 
 WITHIN = 0.05  # of the optimum's step
 MOST_WINDOWS = 3
-MOST_MOVES, MOST_COST = 1, 0.02  # of equal ranks with jitter
+MOST_MOVES = 1  # of equal ranks with jitter
+MOST_COST = 0.02  # of their step, by which balancing may make it longer
 
 
 @dataclass(frozen=True)

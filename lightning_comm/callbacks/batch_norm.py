@@ -1,4 +1,4 @@
-"""Bring BatchNorm's running statistics up to date with averaged weights, before they are evaluated."""
+"""BatchNorm's running statistics, brought up to date with averaged weights before these are evaluated."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
+from lightning_comm.contract import AveragesTakenOut
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.errors import refuse_with_strategy
 from lightning_comm.transport.recording import Recorder
@@ -20,11 +21,10 @@ from lightning_comm.transport.recording import Recorder
 class BatchNormReestimation(Callback):
     """Re-estimate the running statistics of BatchNorm before every validation within ``fit``.
 
-    After an average of weights the running statistics, which followed each rank's own weights, fit less well. Before
-    validation this callback passes training batches through the model without gradients and replaces the statistics by
-    their plain mean over these batches and over the ranks, as the authors of QSR do. Weights are not touched, so the
-    run of the weights is the same as without it. In the middle of a round of local updates, where an average is put in
-    place for the validation, the statistics go with it, and each rank has its own back.
+    After an average of weights the running statistics, which followed each rank's own weights, fit less well. This
+    callback passes training batches through the model without gradients and replaces the statistics by their plain mean
+    over these batches and over the ranks, as the authors of QSR do. Weights are not touched. In the middle of a round
+    of local updates the statistics go with the average that the validation sees; each rank has its own back after it.
 
     The batches come from a fresh ``train_dataloader()`` of the data module or of the model; rank r takes each
     world-size-th batch from the r-th on.
@@ -40,6 +40,7 @@ class BatchNormReestimation(Callback):
     Note:
         *Communication.* One all-reduce of the running statistics, in float64, before each validation, through the
         strategy; :attr:`ledger` has it, as ``"batch_norm_statistics"``.
+        *Memory.* A copy of the running statistics in float64.
 
     Example:
         >>> BatchNormReestimation(num_batches=100).num_batches
@@ -89,7 +90,7 @@ class BatchNormReestimation(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # behind the companion of the strategy, which is first in the list, so averaged weights are in place
+        # behind the hook callback of the strategy, which is first in the list, so averaged weights are in place
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._reestimate(trainer, pl_module)
 
@@ -111,9 +112,8 @@ class BatchNormReestimation(Callback):
             norm.momentum = momentum
             norm.train(training)
         _average_over_batches(trainer, norms, seen, self._ledger)
-        take_into_average = getattr(trainer.strategy, "take_into_average", None)
-        if take_into_average is not None:  # LocalUpdateStrategy takes averages out again, and what belongs to them
-            take_into_average([each for norm in norms for each in norm.buffers(recurse=False)])
+        if isinstance(trainer.strategy, AveragesTakenOut):
+            trainer.strategy.take_into_average([each for norm in norms for each in norm.buffers(recurse=False)])
 
     def _batches(self, trainer: Trainer) -> Iterable[Any]:
         source = getattr(trainer, "datamodule", None) or trainer.lightning_module

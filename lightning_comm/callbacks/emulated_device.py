@@ -1,4 +1,4 @@
-"""A rank that trains at the pace of a device of a stated speed, whatever it really runs on."""
+"""An emulated device for a rank, which trains as fast as a stated device, whatever it really runs on."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -22,16 +22,14 @@ _log = logging.getLogger(__name__)
 class EmulatedDevice(Callback):
     """Make forward and backward of every training batch take as long as on a device of a stated speed.
 
-    For the lab, in which several hosts share one machine: it gives each a device of its own that is as fast as is said,
-    so that overlap, stragglers and more ranks than cores can be studied. Layers take their share of the time and
-    gradients are ready when they would be; weights and losses are those of a run without it. See
-    :class:`lightning_comm.lab.device.pacer.DevicePacer` for how, and for what is not paced.
+    For the lab, in which several hosts share one machine: each gets a device of its own, so that overlap, slow ranks
+    and more ranks than cores can be studied. Layers take their share of the time and gradients are ready when they
+    would be; weights and losses are those of a run without it. Every batch takes time in proportion to its samples,
+    also under gradient accumulation; validation is not slowed down. See
+    :class:`lightning_comm.lab.device.pacer.DevicePacer` for how, and for what is not emulated.
 
-    Every batch is a step of its own, also under gradient accumulation, and takes time in proportion to its samples,
-    which are counted as ``self.log`` counts them. Validation is not paced.
-
-    A run says at its end that its device was emulated, and every rank says if its real compute was too slow to keep
-    the pace. :meth:`summary` has the same text, for reports.
+    A run says at its end that its device was emulated, and every rank says if its real compute was too slow for that.
+    :meth:`summary` has the same text, for reports.
 
     Args:
         step_s: Seconds that a batch of ``batch_size`` samples takes on a device of speed 1; more than 0.

@@ -1,4 +1,4 @@
-"""What figures depend on besides the settings: versions and hardware."""
+"""The environment of a figure: versions and hardware, which it depends on besides the settings."""
 
 import os
 import platform

@@ -24,15 +24,15 @@ module.start()
 """
 
 
-def fresh_python(module: str, *words: str) -> list[str]:
-    """Return the command that calls ``start()`` of a module, with words that it finds in ``sys.argv[1:]``.
+def fresh_python(module: str, *arguments: str) -> list[str]:
+    """Return the command that calls ``start()`` of a module, with arguments that it finds in ``sys.argv[1:]``.
 
     Args:
         module: Its full name; the package is taken from where it was taken here.
-        *words: What it is told.
+        *arguments: What it is told.
 
     """
     package = module.partition(".")[0]
     file = importlib.import_module(package).__file__  # the same as here, wherever it lies
     safe = ["-P"] if getattr(sys.flags, "safe_path", False) else []  # the user wants nothing of the folder
-    return [sys.executable, *safe, "-c", _START.format(package=package, file=file, module=module), *words]
+    return [sys.executable, *safe, "-c", _START.format(package=package, file=file, module=module), *arguments]

@@ -180,12 +180,12 @@ def _speeds(text: str) -> list[float]:
 
 
 def _no_command(own: list[str], command: list[str], rest: list[str]) -> str:
-    """Return what is wrong with words that have no command, or of which the lab's options leave a rest."""
+    """Return what is wrong with arguments that have no command, or of which the lab's options leave a rest."""
     if rest and (command or rest[0].startswith("-")):
         return f"unrecognized arguments: {shlex.join(rest)}. The command is what stands behind `--`"
     at = own.index(rest[0]) if rest else len(own)  # where the command begins
-    words = [*(own[:at] or ["--hosts", "2"]), "--", *(own[at:] or ["python", "train.py"])]
-    return f"the command is missing. Write it behind `--`: {shlex.join(['lightning-comm', 'lab', *words])}"
+    arguments = [*(own[:at] or ["--hosts", "2"]), "--", *(own[at:] or ["python", "train.py"])]
+    return f"the command is missing. Write it behind `--`: {shlex.join(['lightning-comm', 'lab', *arguments])}"
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

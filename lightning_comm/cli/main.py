@@ -14,8 +14,8 @@ class Command(NamedTuple):
 
     Args:
         what: What it does, in words.
-        run: The function that does it, as ``module:name``: imported when it is called, and given the words after the
-            subcommand's name.
+        run: The function that does it, as ``module:name``: imported when it is called, and given the arguments after
+            the subcommand's name.
         check: A function that is given them before torch is loaded. It ends the process, or returns its exit code,
             where they ask for help or make no sense.
         needs_all: Whether ``run`` needs all of the package, which is torch and Lightning as well.
@@ -67,7 +67,7 @@ def main(args: Sequence[str] | None = None, load_all: Callable[[], object] = lam
     """Run the command line and return its exit code.
 
     Args:
-        args: The words after ``lightning-comm``; ``None`` takes those that the process was started with.
+        args: The arguments after ``lightning-comm``; ``None`` takes those that the process was started with.
         load_all: Loads what of the package is not loaded yet; called before a command that needs it.
 
     """

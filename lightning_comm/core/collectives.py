@@ -1,4 +1,4 @@
-"""What a message costs in time: formulas over a latency in seconds and a bandwidth in bytes per second.
+"""The time that a message costs: formulas over a latency in seconds and a bandwidth in bytes per second.
 
 Standard library only. A message takes its latency, and its bytes divided by the bandwidth; a collective is several of
 them, one after the other.

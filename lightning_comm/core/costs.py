@@ -1,7 +1,7 @@
 """The profile of a link: what a probe measured, what any message costs by it, and its file.
 
-Standard library only. The probe writes a :class:`LinkProfile`; profiler, pilot and planner read it. The formulas behind
-it, with their sources, are in :mod:`lightning_comm.core.collectives` and can be had from here as well.
+Standard library only. The probe writes a :class:`LinkProfile`; its report, the profiler and ``SparseMask`` read it. The
+formulas behind it, with their sources, are in :mod:`lightning_comm.core.collectives` and can be had from here as well.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What is wrong with the links between hosts: one host's is slower than the others', or asymmetric.
+"""Faults of the links between hosts: one host's is slower than the others', or asymmetric.
 
 Standard library only.
 """

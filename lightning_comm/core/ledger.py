@@ -137,7 +137,7 @@ class CommLedger:
         return {purpose: asdict(total) for purpose, total in self._totals.items()}
 
     def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
-        """Take up the sums where ``state_dict`` left them, as if the run had never stopped.
+        """Restore the sums that ``state_dict`` returned, as if the run had never stopped.
 
         What this process has sent until now to set up and to load is added; anything else stands in ``records`` alone.
         """

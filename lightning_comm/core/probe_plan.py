@@ -1,4 +1,4 @@
-"""What a probe measures, and when it has to stop: sizes, repeats and a budget of time. Standard library only."""
+"""The plan of a probe: sizes, repeats and a budget of time, and when it has to stop. Standard library only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

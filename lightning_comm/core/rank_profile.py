@@ -1,4 +1,4 @@
-"""What the profiler keeps of one rank, in bounded memory, and how ranks are put together.
+"""The profile of one rank, in bounded memory, and how those of all ranks are put together.
 
 Standard library only. The same code adds up a run while it goes on and one that is read back from files.
 """

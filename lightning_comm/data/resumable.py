@@ -1,4 +1,4 @@
-"""A loader that a stopped run takes up again on exactly the next sample.
+"""A loader that a stopped run resumes on exactly the next sample.
 
 torch.utils.data only. Lightning finds ``state_dict`` and ``load_state_dict`` on the loader by itself, saves the state
 with its checkpoints and hands it back when a run is resumed in the middle of an epoch.
@@ -125,18 +125,11 @@ class ResumableLoader(DataLoader[T_co]):
         TypeError: If ``options`` holds a sampler or a generator, or ``dataset`` has no length.
 
     Note:
-        *Exactness.* The samples are those of the run that was never stopped. Random augmentation is not: workers draw
-        their seeds when a pass begins, and without workers it uses the global random state, which Lightning does not
-        save. A checkpoint that is written because a step failed counts the batch of that step as done.
+        *Exactness.* The samples are those of the run that was never stopped; random augmentation is not, since workers
+        draw their seeds when a pass begins. ``docs/how-to/resume.md`` says where Lightning itself loses the place.
 
-        *Where Lightning 2.6 itself goes wrong*, whatever the loader. It drops the state if ``configure_optimizers`` has
-        asked for ``trainer.estimated_stepping_batches`` (Lightning issue 20550), and batches come twice: the loader
-        warns as it begins the epoch again. And it loses count of epochs if a run with ``max_steps`` is resumed from a
-        checkpoint of ``on_train_epoch_end``, or any run from a checkpoint that was written with the last batch of an
-        epoch and then once more from the epoch after it. Checkpoints that are written after validation have neither of
-        the last two troubles. All strategies of this package mend all three.
-
-        *Communication.* None. The state is the same on all ranks, so that of rank 0 serves them all.
+        *Communication.* None. The state is the same on all ranks, so that of rank 0 serves them all. *Memory.* The
+        order of an epoch, as in ``DistributedSampler``.
 
     Example:
         >>> loader = ResumableLoader(range(6), batch_size=2, shuffle=False)

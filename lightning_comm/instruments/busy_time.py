@@ -1,4 +1,4 @@
-"""How long a rank is busy with a batch: until its own gradients are ready, without the messages that wait for others.
+"""The busy time of a rank in a batch: until its own gradients are ready, without messages that wait for others.
 
 A backward under DDP returns at the same moment on all ranks, since it ends with an all-reduce. What tells a slow rank
 from a fast one is when its *last local gradient* is there. Torch's autograd engine calls what is queued during a

@@ -1,4 +1,4 @@
-"""Compares this process's clock with rank 0's, and gathers what ranks have to say at the end: outside of training."""
+"""Clocks of ranks compared with rank 0's, and what ranks gather from each other outside of training."""
 
 import time
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""Watches what Python code sends through ``torch.distributed``, without changing it.
+"""A watch on what Python code sends through ``torch.distributed``, which changes nothing of it.
 
 For as long as a :class:`Watcher` is on, the functions of ``torch.distributed`` are wrapped; afterwards they are as
 before. A call is counted once: what our own `Recorder` sends is recorded there, and a function that calls another of

@@ -1,4 +1,4 @@
-"""What torch's DistributedDataParallel measures of its own gradient all-reduces: a prototype API, kept in this file.
+"""The times that DistributedDataParallel measures of its all-reduces: a prototype API of torch, kept in this file.
 
 DDP notes in each iteration when the forward and the backward began, when the backward's compute ended, and when the
 first all-reduce began and the last one ended. ``INTERNALS`` and ``FIELDS`` list each name that is read; a test looks

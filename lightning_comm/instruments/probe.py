@@ -1,4 +1,4 @@
-"""Measures the link between the ranks of a job: times of messages by size, and the links between its hosts.
+"""The probe of the link between the ranks of a job: times of messages by size, and the links between its hosts.
 
 Messages whose time is taken go to torch.distributed directly, so that nothing else is in that time, and are written to
 the ledger behind it. Every number that a decision rests on is the maximum over the ranks, so all ranks decide alike and

@@ -1,4 +1,4 @@
-"""What describes a lab, checked before anything is made."""
+"""Checks of the arguments that describe a lab, before anything is made."""
 
 import math
 from collections.abc import Sequence

@@ -15,7 +15,8 @@ from lightning_comm.lab import namespaces
 from lightning_comm.lab.arguments import check_arguments
 from lightning_comm.lab.device.settings import SPEED_TAKEN_VARIABLE, SPEED_VARIABLE
 from lightning_comm.lab.job import Job, LabResult
-from lightning_comm.lab.namespaces import INTERFACE, LabError, Namespace, unavailable
+from lightning_comm.lab.namespaces import INTERFACE, LabError, unavailable
+from lightning_comm.lab.network import HostNetwork, host_address
 
 __all__ = ["Lab", "LabError", "LabResult", "check_arguments", "unavailable"]
 
@@ -76,14 +77,8 @@ class Lab:
         self.speeds = None if speeds is None else list(speeds)
         self.devices_per_host = devices_per_host
         self._taken = Path(gettempdir()) / f"lightning-comm-lab-{token_hex(8)}"  # made by who takes a speed
-        self._switch: Namespace | None = None
-        self._hosts: list[Namespace] = []
         self._processes: list[list[subprocess.Popen[Any]]] = [[] for _ in self.links]
-        try:
-            self._build()
-        except BaseException:
-            self.close()
-            raise
+        self._network = HostNetwork(self.links)
 
     @property
     def hosts(self) -> int:
@@ -92,7 +87,7 @@ class Lab:
 
     def address(self, host: int) -> str:
         """Return a host's address in the lab's network."""
-        return f"10.77.0.{self._checked(host) + 1}"
+        return host_address(self._network.checked(host))
 
     # ---- commands ------------------------------------------------------------------------------------------------
 
@@ -140,7 +135,7 @@ class Lab:
             **popen: As in ``subprocess.Popen``.
 
         """
-        namespace = self._alive(host)
+        namespace = self._network.alive(host)
         outside = os.environ if env is None else env
         process = namespaces.start(
             namespace,
@@ -175,12 +170,12 @@ class Lab:
 
     def end(self, host: int, grace_s: float = 5.0) -> None:
         """End what runs on a host: by SIGTERM and, what is left after ``grace_s`` seconds, by SIGKILL."""
-        self._checked(host)
-        if self._switch is None:
+        self._network.checked(host)
+        if not self._network.is_open:
             return  # the lab is closed, and nothing runs
-        namespace = self._hosts[host]
-        for word, patience_s in (("terminate", grace_s), ("kill", 5.0)):
-            namespace.tell(word)
+        namespace = self._network.hosts[host]
+        for command, patience_s in (("terminate", grace_s), ("kill", 5.0)):
+            namespace.tell(command)
             namespace.tell("resume")  # what is stopped could not hear it
             deadline = time.monotonic() + patience_s
             while (runs := namespace.tell("look")) and time.monotonic() < deadline:
@@ -201,34 +196,28 @@ class Lab:
             down: The rate towards the host.
 
         """
-        namespace = self._alive(host)
-        for each in (rate, down or rate):
-            namespaces.check_rate(each)
-        namespaces.shape(namespace, INTERFACE, rate)
-        namespaces.shape(self._the_switch, f"p{host}", down or rate)
+        self._network.shape(host, rate, down or rate)
         self.links[host] = rate if down is None else f"{rate} up, {down} down"
 
     def cut(self, host: int) -> None:
         """Pull the host's cable out of the switch."""
-        self._alive(host)
-        self._the_switch.run("ip", "link", "set", f"p{host}", "down")
+        self._network.plug(host, into_switch=False)
 
     def restore(self, host: int) -> None:
         """Put the host's cable back."""
-        self._alive(host)
-        self._the_switch.run("ip", "link", "set", f"p{host}", "up")
+        self._network.plug(host, into_switch=True)
 
     def stop(self, host: int) -> None:
         """Freeze every process on a host (SIGSTOP), as a machine that hangs."""
-        self._alive(host).tell("stop")
+        self._network.alive(host).tell("stop")
 
     def resume(self, host: int) -> None:
         """Let a frozen host go on (SIGCONT)."""
-        self._alive(host).tell("resume")
+        self._network.alive(host).tell("resume")
 
     def kill(self, host: int) -> None:
         """Let a host die at once and for good, with all its processes and its network, as in a power cut."""
-        self._alive(host).close()
+        self._network.alive(host).close()
         for process in self._processes[host]:
             process.wait()
 
@@ -242,22 +231,17 @@ class Lab:
         payload by 0.2 % at 1 Gbit/s and 0.5 % at 100 Mbit/s, and what the link is busy with is more by 4.6 %.
 
         """
-        return namespaces.counters(self._alive(host))[0]
+        return namespaces.counters(self._network.alive(host))[0]
 
     def received_bytes(self, host: int) -> int:
         """Return the bytes that a host's interface has received, counted as in :meth:`sent_bytes`."""
-        return namespaces.counters(self._alive(host))[1]
+        return namespaces.counters(self._network.alive(host))[1]
 
     # ---- beginning and end ---------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Take the lab down: processes, links and hosts. Doing so again changes nothing."""
-        hosts, self._hosts = self._hosts, []
-        for host in hosts:
-            host.close()
-        if self._switch is not None:
-            self._switch.close()
-            self._switch = None
+        self._network.close()
         for process in (each for processes in self._processes for each in processes):
             process.wait()
         self._taken.unlink(missing_ok=True)
@@ -269,33 +253,6 @@ class Lab:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _build(self) -> None:
-        self._switch = Namespace()
-        self._switch.run("ip", "link", "add", "br0", "type", "bridge")
-        self._switch.run("ip", "link", "set", "br0", "up")
-        for index, rate in enumerate(self.links):
-            self._hosts.append(Namespace(self._switch))
-            namespaces.connect(self._switch, self._hosts[index], index, f"{self.address(index)}/24", rate)
-
-    @property
-    def _the_switch(self) -> Namespace:
-        if self._switch is None:
-            raise LabError("Lab: it is closed, and its hosts are gone. Make a new one.")
-        return self._switch
-
-    def _checked(self, host: int) -> int:
-        if not 0 <= host < self.hosts:
-            raise ValueError(f"Lab: `host` must be from 0 to {self.hosts - 1}; got {host!r}. Hosts count from 0.")
-        return host
-
-    def _alive(self, host: int) -> Namespace:
-        self._checked(host)
-        if self._switch is None:
-            raise LabError("Lab: it is closed, and its hosts are gone. Make a new one.")
-        if not self._hosts[host].alive:
-            raise LabError(f"Lab: host {host} has been killed, which is for good. Make a new lab.")
-        return self._hosts[host]
 
 
 def _of_another_job(name: str) -> bool:

@@ -1,11 +1,11 @@
-"""Starts a command as a process of an emulated host, and stands for it outside: what a signal does to one does to both.
+"""The process that starts a command on an emulated host and stands for it outside: a signal to one reaches both.
 
 Run by file path, with the standard library alone, so that it costs milliseconds. ``nsenter`` of util-linux enters
 namespaces as well, but does not pass signals on, leaves the command running when it is killed, and freezes with a
 command that is stopped, for good where the host then dies.
 
-Words: the number of the host's first process, ``user`` where its user namespace is to be entered too or ``root``, the
-number of an open file that is closed as soon as the command is a process of the host, and the command.
+Arguments: the number of the host's first process, ``user`` where its user namespace is to be entered too or ``root``,
+the number of an open file that is closed as soon as the command is a process of the host, and the command.
 """
 
 import contextlib

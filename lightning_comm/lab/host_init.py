@@ -1,13 +1,13 @@
 """The first process of an emulated host: everything on the host lives and dies with it.
 
 Run by file path, with the standard library alone, so that a host starts in milliseconds. As process 1 of a PID
-namespace it takes up orphans, and signals reach every process of the host and no other. It obeys one word a line, and
+namespace it adopts orphans, and signals reach every process of the host and no other. It obeys one command a line, and
 answers whether anything runs on the host. It ends when its standard input does, or the process that owns the lab,
 because the lab was closed or killed; the kernel then kills what still runs on the host and takes its network away. So
 nothing can be left behind, whatever happened to the lab.
 
-Words: the number of an open file that tells when the lab's process ends (``pidfd_open``), or -1 where there is none. A
-child of that process, forked while the lab is open, holds the other end of the standard input too; this one does not.
+Arguments: the number of an open file that tells when the lab's process ends (``pidfd_open``), or -1 for none.
+A child of that process, forked while the lab is open, holds the other end of the standard input too; this one not.
 """
 
 import os
@@ -25,7 +25,7 @@ SIGNALS = {
 }
 
 
-def _take_up_orphans(*_: object) -> None:
+def _adopt_orphans(*_: object) -> None:
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             continue
@@ -41,8 +41,8 @@ def _tell_all(number: int) -> bool:
     return True
 
 
-def _words(owner: int) -> Iterator[str]:
-    """Yield the lab's words until there is nobody to say any."""
+def _commands(owner: int) -> Iterator[str]:
+    """Yield the lab's commands until there is nobody to give any."""
     poll = select.poll()
     for each in (0, owner):
         if each >= 0:
@@ -60,12 +60,12 @@ def main(owner: int) -> None:
     """Say which process this is outside of the host, then obey."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a Ctrl-C reaches the whole terminal; the lab decides what it means
-    signal.signal(signal.SIGCHLD, _take_up_orphans)
+    signal.signal(signal.SIGCHLD, _adopt_orphans)
     print(os.readlink("/proc/self"), flush=True)
-    for word in _words(owner):
-        if word == "exit":
+    for command in _commands(owner):
+        if command == "exit":
             return
-        print("some" if _tell_all(SIGNALS[word]) else "none", flush=True)
+        print("some" if _tell_all(SIGNALS[command]) else "none", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One command on every host of a lab: its output, its end, and who failed first."""
+"""A job: one command on every host of a lab, its output, its end, and which host failed first."""
 
 import queue
 import signal
@@ -8,12 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any, Protocol
 
 from lightning_comm.lab.output_lines import LineSplitter
-
-if TYPE_CHECKING:
-    from lightning_comm.lab.cluster import Lab
 
 TIMED_OUT = 124  # as `timeout` of coreutils exits
 _READ_BYTES = 65_536
@@ -40,6 +37,22 @@ class LabResult:
     output: list[str] = field(default_factory=list)
 
 
+class Hosts(Protocol):
+    """What a job needs of a lab: hosts on which commands are started and ended."""
+
+    @property
+    def hosts(self) -> int:
+        """The number of hosts."""
+
+    def start(
+        self, host: int, command: Sequence[str], *, env: Mapping[str, str] | None = None, **popen: Any
+    ) -> "subprocess.Popen[Any]":
+        """Start a command on a host, as ``subprocess.Popen`` would."""
+
+    def end(self, host: int) -> None:
+        """End what runs on a host."""
+
+
 class Job:
     """Runs a command on every host of a lab.
 
@@ -54,7 +67,7 @@ class Job:
 
     def __init__(
         self,
-        lab: "Lab",
+        lab: Hosts,
         command: Sequence[str],
         env: Mapping[str, str] | None,
         on_line: Callable[[int, str, bool], None] | None,

@@ -63,7 +63,7 @@ class Namespace:
             raise LabError(missing)
         self.needs_user: bool = beside.needs_user if beside else not permissions.may_administer()
         self._turn = threading.Lock()  # a fault and the end of a job may come at once
-        new = permissions.words_of(_NEW)
+        new = permissions.with_path(_NEW)
         if beside is not None:
             new = [*beside.enter(network=False), *new]
         elif self.needs_user:
@@ -90,10 +90,10 @@ class Namespace:
         self.pid = int(said)
 
     def enter(self, *, network: bool = True) -> list[str]:
-        """Return the words that put a short command into this network, or only among its users."""
-        words = ["--user", "--preserve-credentials"] if self.needs_user else []
-        words += ["--net"] if network else []
-        return permissions.words_of(("nsenter", "--target", str(self.pid), *words)) if words else []
+        """Return the options that put a short command into this network, or only among its users."""
+        options = ["--user", "--preserve-credentials"] if self.needs_user else []
+        options += ["--net"] if network else []
+        return permissions.with_path(("nsenter", "--target", str(self.pid), *options)) if options else []
 
     def run(self, *command: str) -> str:
         """Run a short command in this network and return what it printed.
@@ -102,7 +102,7 @@ class Namespace:
             LabError: If it fails.
 
         """
-        done = subprocess.run([*self.enter(), *permissions.words_of(command)], capture_output=True, text=True)
+        done = subprocess.run([*self.enter(), *permissions.with_path(command)], capture_output=True, text=True)
         if done.returncode != 0:
             raise LabError(permissions.what_failed(command, done.stderr.strip() or done.stdout.strip()))
         return done.stdout
@@ -112,11 +112,11 @@ class Namespace:
         """Whether the namespace still exists."""
         return self._process.poll() is None
 
-    def tell(self, word: str) -> bool:
+    def tell(self, command: str) -> bool:
         """Signal every process in here, and return whether there was any.
 
         Args:
-            word: ``stop``, ``resume``, ``terminate`` or ``kill``; ``look`` signals nothing.
+            command: ``stop``, ``resume``, ``terminate`` or ``kill``; ``look`` signals nothing.
 
         """
         with self._turn:
@@ -125,7 +125,7 @@ class Namespace:
             assert self._process.stdin is not None
             assert self._process.stdout is not None
             try:
-                print(word, file=self._process.stdin, flush=True)
+                print(command, file=self._process.stdin, flush=True)
                 return self._process.stdout.readline() == "some\n"
             except BrokenPipeError:
                 return False  # it ended in between, and with it all processes
@@ -220,9 +220,9 @@ def start(host: Namespace, command: Sequence[str], **popen: Any) -> "subprocess.
     """
     seen, started = os.pipe()
     try:
-        words = [str(host.pid), "user" if host.needs_user else "root", str(started)]
+        options = [str(host.pid), "user" if host.needs_user else "root", str(started)]
         process: subprocess.Popen[Any] = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_ENTER), *words, *command],
+            [sys.executable, "-I", "-S", str(_ENTER), *options, *command],
             pass_fds=[started, *popen.pop("pass_fds", ())],
             **popen,
         )

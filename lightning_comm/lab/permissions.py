@@ -1,4 +1,4 @@
-"""What this machine has for emulated hosts, and lets this process do: programs, capabilities, user namespaces."""
+"""The machine's means for emulated hosts: programs, capabilities, and user namespaces that this process may make."""
 
 import os
 import platform
@@ -17,7 +17,11 @@ _SWITCHES = {
     "user.max_user_namespaces": ("0", "10000"),
 }
 _SETTINGS = Path("/proc/sys")
-_MODULES = {"bridge": "bridge", "veth": "veth", "tbf": "sch_tbf"}  # of the kernel, by a word of the command that fails
+_MODULES = {
+    "bridge": "bridge",
+    "veth": "veth",
+    "tbf": "sch_tbf",
+}  # of the kernel, by an argument of the command that fails
 _NO_MODULE = ("Operation not supported", "Unknown device type", "qdisc kind is unknown", "Not supported")
 
 
@@ -27,7 +31,7 @@ def program(name: str) -> str | None:
     return shutil.which(name, path=path)
 
 
-def words_of(command: tuple[str, ...]) -> list[str]:
+def with_path(command: tuple[str, ...]) -> list[str]:
     """Return a command of the lab's own with the path of its program."""
     return [program(command[0]) or command[0], *command[1:]]
 
@@ -51,7 +55,7 @@ def may_administer() -> bool:
     if lacking():
         return False
     return (
-        subprocess.run(words_of(("unshare", "--net", program("true") or "true")), capture_output=True).returncode == 0
+        subprocess.run(with_path(("unshare", "--net", program("true") or "true")), capture_output=True).returncode == 0
     )
 
 
@@ -69,7 +73,7 @@ def why_not(error: str) -> str:
         error: What ``unshare`` said.
 
     """
-    said = "; ".join(error.splitlines()).strip("; ") or "unshare ended without a word"
+    said = "; ".join(error.splitlines()).strip("; ") or "unshare ended without a message"
     if "failed to execute" in said or "unrecognized option" in said:
         return f"the lab could not start a host: {said}. It needs a Python that everyone may execute, and util-linux"
     first = "the lab needs network namespaces, and may not make them"
@@ -103,7 +107,7 @@ def _switch() -> tuple[str, str] | None:
 def what_failed(command: tuple[str, ...], error: str) -> str:
     """Return one line about a command in a namespace that failed, and what helps where that is known."""
     said = f"{' '.join(command)}: {'; '.join(error.splitlines())}"
-    module = next((module for word, module in _MODULES.items() if word in command), None)
-    if module is not None and any(words in error for words in _NO_MODULE):
+    module = next((module for name, module in _MODULES.items() if name in command), None)
+    if module is not None and any(text in error for text in _NO_MODULE):
         return f"{said}. The kernel lacks its module {module}; as root of the machine, `modprobe {module}` loads it"
     return said

@@ -1,1 +1,1 @@
-"""What measurements say: projections, verdicts and the pages that show them. Never torch."""
+"""Conclusions from measurements: costs of a step, projections to a whole run, and advice. Never torch."""

@@ -1,4 +1,4 @@
-"""From a few measured steps to the whole run: which steps synchronise, and what time and bytes that makes.
+"""The projection of a few measured steps to the whole run: which ones synchronise, and the time and bytes of that.
 
 A period that follows the learning rate cannot be judged from sixty steps. What can be measured there is what a step
 and a synchronisation cost; how often the run will synchronise is known from its schedule, because the clock that will

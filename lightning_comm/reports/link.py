@@ -1,4 +1,4 @@
-"""What a link profile says, for people: tables by size, latency and bandwidth in a sentence, and what is wrong."""
+"""The text of a link profile: tables by size, latency and bandwidth in a sentence, and what is wrong."""
 
 from collections import Counter
 from math import isfinite

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_comm.core.local_update.periods import is_whole
+from lightning_comm.core.arguments import is_number, is_whole
 from lightning_comm.ondevice.buckets import copy_each, cut_into_buckets, pack, split_like, write_means
 from lightning_comm.ondevice.flat import DriftSum, Flat, drift_of, sample
 from lightning_comm.ondevice.model_tensors import Differences
@@ -118,8 +118,7 @@ class Averaging:
 
 
 def _is_size(mib: object) -> bool:
-    is_number = isinstance(mib, (int, float)) and not isinstance(mib, bool)
-    return is_number and math.isfinite(mib) and int(mib * 2**20) >= 8  # type: ignore[operator,arg-type]
+    return is_number(mib) and math.isfinite(mib) and int(mib * 2**20) >= 8
 
 
 def _usable(compression: Compression) -> Compression:

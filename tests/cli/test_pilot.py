@@ -15,7 +15,7 @@ from support.processes import launch
 from lightning_comm.cli.fit.command import CommandLine
 from lightning_comm.cli.pilot import command as pilot
 from lightning_comm.cli.pilot.arguments import Refused, parse
-from lightning_comm.cli.pilot.rank import Job
+from lightning_comm.cli.pilot.rank import TrialJob
 from lightning_comm.cli.pilot.rank import run as run_trials
 from lightning_comm.cli.pilot.trial_callbacks import Watch
 from lightning_comm.core.ledger import wire_bytes
@@ -198,7 +198,7 @@ def in_a_rank(rank, words, given=()):
     """What a rank of a pilot tells, and how it ends."""
     sys.argv[1:] = []
     events = []
-    job = Job([f"--config={CONFIG}", *words], [(0, "ddp")], 60, 10, None, {}, given)
+    job = TrialJob([f"--config={CONFIG}", *words], [(0, "ddp")], 60, 10, None, {}, given)
     try:
         run_trials(job, events.append)
     except Refused as refused:

@@ -10,11 +10,11 @@ import pytest
 from lightning_comm.cli.fresh_python import fresh_python
 from lightning_comm.cli.pilot import command as pilot
 from lightning_comm.cli.pilot.arguments import Refused
-from lightning_comm.cli.pilot.rank import Job
+from lightning_comm.cli.pilot.rank import TrialJob
 from lightning_comm.cli.pilot.results import Progress, Results
 from lightning_comm.cli.pilot.workers import WorkerFailed, run_workers
 
-JOB = Job(args=[], trials=[], steps=4, warmup_steps=1, device_s=None, trainer={})
+JOB = TrialJob(args=[], trials=[], steps=4, warmup_steps=1, device_s=None, trainer={})
 SAYS = "import json, os, sys, time\ndef say(**event): print('@pilot ' + json.dumps(event), flush=True)\n"
 SLEEPS = "time.sleep(60)"
 
@@ -100,7 +100,7 @@ def test_a_strategy_that_fails_is_named_and_the_others_go_on_in_new_processes(tm
     place = Restarted("")
     place.asked = []
     found = results(tmp_path)
-    pilot._measure(Job([], [(0, "ddp"), (0, "qsr"), (0, "limit")], 3, 1, None, {}), found, place, 30.0)
+    pilot._measure(TrialJob([], [(0, "ddp"), (0, "qsr"), (0, "limit")], 3, 1, None, {}), found, place, 30.0)
     assert found.data["failures"] == {"qsr": {"repeat": 0, "error": "rank 0: MemoryError"}}
     assert [trial["strategy"] for trial in found.data["trials"]] == ["ddp"]
     assert '"trials": [[0, "limit"]]' in place.asked[1]
@@ -112,7 +112,7 @@ def test_a_baseline_that_fails_ends_the_pilot_at_once_with_its_error(tmp_path):
     found = results(tmp_path)
     place = Scripts(BEGINS + "say(event='failed', error='MemoryError')\nsys.exit(1)")
     with pytest.raises(WorkerFailed) as caught:
-        pilot._measure(Job([], [(0, "ddp"), (0, "qsr"), (0, "limit")], 3, 1, None, {}), found, place, 30.0)
+        pilot._measure(TrialJob([], [(0, "ddp"), (0, "qsr"), (0, "limit")], 3, 1, None, {}), found, place, 30.0)
     said = str(caught.value)
     must_say = ["`ddp` failed in repeat 1: rank 0: MemoryError\n", "no answer without it", str(tmp_path / "pilot.json")]
     assert [word for word in must_say if word not in said] == []
@@ -123,7 +123,7 @@ def test_a_baseline_that_fails_ends_the_pilot_at_once_with_its_error(tmp_path):
 def test_a_run_too_short_for_what_was_asked_is_refused_and_no_rank_is_left(tmp_path):
     place = Scripts("say(event='refused', error='`--steps` must be less')\n" + SLEEPS)
     with pytest.raises(Refused, match="`--steps` must be less"):
-        pilot._measure(Job([], [(0, "ddp")], 3, 1, None, {}), results(tmp_path), place, 30.0)
+        pilot._measure(TrialJob([], [(0, "ddp")], 3, 1, None, {}), results(tmp_path), place, 30.0)
     assert [process.poll() for process in place.processes] == [-9]
 
 
@@ -160,7 +160,7 @@ def test_a_rank_is_not_disturbed_by_a_file_named_like_a_module_of_pythons_and_fi
 def test_a_config_that_does_not_train_at_all_ends_the_pilot_with_its_error(tmp_path):
     with pytest.raises(WorkerFailed) as caught:
         pilot._measure(
-            Job([], [(0, "ddp")], 3, 1, None, {}),
+            TrialJob([], [(0, "ddp")], 3, 1, None, {}),
             results(tmp_path),
             Scripts("say(event='failed', error='FileNotFoundError: my/data')"),
             30.0,

@@ -177,7 +177,7 @@ def test_a_host_that_is_killed_in_a_job_ends_it_for_all(lab):
     def on_line(host, line, is_error):
         lines.append(line)
         if host == 1:
-            two._hosts[1].tell("kill")  # from a reader's thread, as `kill` would wait for that very thread
+            two._network.hosts[1].tell("kill")  # from a reader's thread, as `kill` would wait for that very thread
 
     done = two.run(["sh", "-c", "echo up; sleep 60"], timeout_s=50, on_line=on_line)
     assert (done.returncode, done.host, done.why) == (137, 1, "host 1 was ended by SIGKILL")
@@ -199,7 +199,7 @@ _put_in_place("lightning_comm")  # without executing it, which would load torch
 from lightning_comm.lab.cluster import Lab
 with Lab(2) as lab:
     jobs = [lab.start(host, ["sleep", "4321"]).pid for host in range(2)]
-    print(*jobs, lab._switch.pid, *(host.pid for host in lab._hosts), flush=True)
+    print(*jobs, lab._network.switch.pid, *(host.pid for host in lab._network.hosts), flush=True)
     time.sleep(100)
 """
 

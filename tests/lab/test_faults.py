@@ -50,14 +50,14 @@ def test_signals_to_the_process_of_a_command_reach_the_command(lab):
     victim = one.start(0, ["sleep", "4321"])
     victim.kill()
     victim.wait()
-    assert until(lambda: not one._hosts[0].tell("look"))
+    assert until(lambda: not one._network.hosts[0].tell("look"))
 
 
 def test_what_a_command_left_behind_is_ended_with_the_job(lab):
     one = lab(1)
     began = time.monotonic()
     assert one.run(["sh", "-c", "sleep 4321 & exit 0"], timeout_s=20).returncode == 0
-    assert not one._hosts[0].tell("look")
+    assert not one._network.hosts[0].tell("look")
     assert time.monotonic() - began < 4  # nobody waited for it
 
 
@@ -79,7 +79,7 @@ from lightning_comm_command import _put_in_place
 _put_in_place("lightning_comm")  # without executing it, which would load torch
 from lightning_comm.lab.cluster import Lab
 lab = Lab(1)
-host = lab._hosts[0].pid
+host = lab._network.hosts[0].pid
 command = lab.start(0, ["sleep", "4321"]).pid
 lab.stop(0)
 child = os.fork()

@@ -204,7 +204,7 @@ def start_that_fails_on_rank_1(rank):
         raise OSError("no room on this rank")
 
     if rank == 1:
-        partition_session.StartOfRun = fails  # in the process of this rank
+        partition_session.chosen_start = fails  # in the process of this rank
     samples = PartitionedLoader(Samples(32, 0), global_batch_size=8)
     trainer(local_update(FixedPeriod(2)), 2, callbacks=[AdaptivePartition()]).fit(Regression(), samples)
 

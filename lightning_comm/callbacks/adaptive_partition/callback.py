@@ -1,4 +1,4 @@
-"""Give each rank a share of the global batch that fits its speed: a thin shell that hands Lightning's hooks on."""
+"""The callback that gives each rank a share of the global batch by its speed: it hands Lightning's hooks on."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,25 +8,23 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_comm.callbacks.adaptive_partition import checks
-from lightning_comm.callbacks.adaptive_partition.session import PartitionSession
+from lightning_comm.callbacks.adaptive_partition.session import PartitionSession, prepare_fit
 from lightning_comm.callbacks.adaptive_partition.settings import PartitionSettings, plain
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.errors import refuse_with_strategy
 from lightning_comm.formats.adaptive_partition import PartitionJournal
 
 
 class AdaptivePartition(Callback):
-    r"""Let fast ranks take more of the global batch than slow ones, with the gradient of the whole batch unchanged.
+    """Let fast ranks take more of the global batch than slow ones, with the gradient of the whole batch unchanged.
 
-    A synchronous step lasts as long as the slowest rank needs. Here step ``t`` is always the same ``B`` samples, those
-    of a :class:`PartitionedLoader`, and of these each rank takes its own number. Rank :math:`m` of :math:`M` scales the
-    gradient of its loss by :math:`w_m = n_m M / n`, so that DDP's mean over the ranks is the mean over the :math:`n`
-    samples of the step. Logged losses keep their values. Learning rate, schedule and number of steps stay as they were.
+    A synchronous step lasts as long as the slowest rank needs. Here each rank takes a share of the same global batch
+    that fits its speed, and its gradient counts by its samples. Learning rate, schedule and number of steps stay as
+    they were, and logged losses keep their values. It needs a :class:`PartitionedLoader`, and a strategy that averages
+    whole gradients or parameters over all ranks: ``ddp``, :class:`CompressedDDPStrategy` or
+    :class:`LocalUpdateStrategy`.
 
-    Works with ``ddp``, with :class:`CompressedDDPStrategy`, and with :class:`LocalUpdateStrategy`, where gradients are
-    left as they are and the average of a round is weighted by samples instead; automatic and manual optimization,
-    accumulation and mixed precision.
+    What is measured, what it works together with, and what the split changes nevertheless (BatchNorm, dropout, values
+    logged on each step): ``docs/techniques/adaptive_partition.md``.
 
     Args:
         mode: ``"balance"`` measures each rank and moves shares while training runs; ``"observe"`` measures, moves
@@ -43,32 +41,21 @@ class AdaptivePartition(Callback):
         warmup_steps: Batches at the start that are not measured.
         loss_reduction: ``"mean"``: the loss is a mean over the rank's samples. ``"sum"``: it is a sum, so that samples
             weigh the same whatever the split, and nothing is scaled.
-        replay: The ``journal.json`` of an earlier run, whose shares are taken again at the same steps, so that it is
-            repeated bit for bit wherever training itself is reproducible.
+        replay: The ``journal.json`` of an earlier run, whose shares are taken again at the same steps.
         folder: Where the journal and the page go, each ``fit`` in ``run_<n>``; ``None``: ``adaptive_partition`` in the
             Trainer's ``default_root_dir``.
 
     Raises:
         ValueError: If an argument is out of range; when ``fit`` begins, on all ranks alike, if the data, the bounds or
             the journal do not fit.
-        MisconfigurationException: When ``fit`` begins, if the strategy does not average gradients over ranks, or the
-            training data is not a :class:`PartitionedLoader`.
+        MisconfigurationException: When ``fit`` begins, if the strategy or the training data does not fit.
 
     Note:
-        *Communication.* At the start what is wrong with the loader, and its settings, from each rank. With
-        ``"balance"`` and ``"observe"`` one all-gather of 48 bytes a rank every ``window_steps`` batches, on a gloo
-        group of its own; under :class:`LocalUpdateStrategy` at the first synchronisation after that. With a sampler of
-        the user's, 8 bytes a rank in each epoch. ``"fixed"`` sends nothing more. :attr:`ledger` has all of it, as
-        ``"set_up"`` and ``"partition"``.
+        *Communication.* One all-gather of 48 bytes a rank every ``window_steps`` batches; ``"fixed"``: none. At the
+        start the loaders' settings from each rank; with a sampler of the user's 8 bytes a rank in each epoch.
+        :attr:`ledger` has all of it.
 
-        *What is measured.* From the moment a rank asks for its batch until its last local gradient is ready, without
-        the wait for others; on CUDA by events, without waiting for the device. See
-        :class:`~lightning_comm.instruments.busy_time.BusyTimer`.
-
-        *What changes nevertheless.* BatchNorm sees batches of other sizes, and DDP keeps the running statistics of rank
-        0; dropout draws other masks; ``all_gather`` of single samples needs padding; a value logged with
-        ``sync_dist=True`` on each step is the plain mean over ranks: multiply it by :attr:`weight` before. Values of
-        whole epochs are weighted by Lightning; a batch of weight 0 counts in them as one sample.
+        *Memory.* Activations of more samples on fast ranks.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -80,10 +67,6 @@ class AdaptivePartition(Callback):
     References:
         Vineeth S. `Distributed Optimization using Heterogeneous Compute Systems
         <https://arxiv.org/abs/2110.08941>`_. 2021.
-        C. Chen et al. `Semi-Dynamic Load Balancing: Efficient Distributed Learning in Non-Dedicated Environments
-        <https://arxiv.org/abs/1806.02508>`_. SoCC 2020.
-        Q. Ye et al. `DBS: Dynamic Batch Size For Distributed Deep Neural Network Training
-        <https://arxiv.org/abs/2007.11831>`_. 2020.
 
     """
 
@@ -157,7 +140,7 @@ class AdaptivePartition(Callback):
     @property
     def run_folder(self) -> Path | None:
         """Where rank 0 writes the journal and the page of the last or current ``fit``."""
-        return self._session.files.folder if self._session is not None else None
+        return self._session.folder if self._session is not None else None
 
     # ---- Lightning's hooks -------------------------------------------------------------------------------------------
 
@@ -167,14 +150,7 @@ class AdaptivePartition(Callback):
         if stage != "fit":
             return
         self._session, self._ledger = None, CommLedger()
-        problems = [
-            *checks.set_up_problems(trainer, pl_module, self.settings),
-            *checks.given_loader_problems(trainer, self._ledger),
-        ]
-        refuse_with_strategy(trainer, "AdaptivePartition", problems)
-        weigh_by_samples = getattr(trainer.strategy, "weigh_by_samples", None)
-        if weigh_by_samples is not None:  # LocalUpdateStrategy averages parameters, not gradients
-            weigh_by_samples()
+        prepare_fit(trainer, pl_module, self.settings, self._ledger)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,22 +1,18 @@
-"""What a partitioned run cannot work with is refused before training starts: where, argument, value, rule, way out."""
+"""Checks of what a partitioned run cannot work with: strategies, loaders and orders of samples."""
 
 from collections.abc import Iterator
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from lightning_comm.callbacks.adaptive_partition.memory import card_of
 from lightning_comm.callbacks.adaptive_partition.settings import PartitionSettings
-from lightning_comm.core.ledger import CommLedger
+from lightning_comm.contract import GradientsCompressed
 from lightning_comm.data.adaptive_partition.loader import PartitionedLoader
-from lightning_comm.instruments.clocks import device_of_group, gather_json
-from lightning_comm.lightning_internals import given_training_loaders, model_averaging_period
+from lightning_comm.lightning_internals import model_averaging_period
 from lightning_comm.transport.compression.no_sync import NoSync
 
 _WHERE = "AdaptivePartition"
@@ -31,18 +27,6 @@ def set_up_problems(trainer: Trainer, module: LightningModule, settings: Partiti
             "weighted. Let it take `batch`."
         )
     yield from settings.rank_problems(trainer.world_size)
-
-
-def given_loader_problems(trainer: Trainer, ledger: CommLedger) -> list[str]:
-    """Return what is wrong with loaders that ``fit`` was handed; those that a module makes are looked at later.
-
-    Note:
-        *Communication.* What each rank has found, so that all refuse it alike, recorded as ``"set_up"``.
-
-    """
-    given = given_training_loaders(trainer)
-    rows = _of_all_ranks(_problem_with(given) if given else None, trainer, ledger)
-    return [f"{problem} (on rank {rank})" for rank, problem in enumerate(rows) if problem][:1]
 
 
 def _strategy_problems(trainer: Trainer) -> Iterator[str]:
@@ -63,7 +47,7 @@ def _strategy_problems(trainer: Trainer) -> Iterator[str]:
             f"DDPStrategy with `model_averaging_period`={period} averages parameters over ranks alike, "
             "whatever their samples. Use LocalUpdateStrategy, whose averages are weighted by samples."
         )
-    if isinstance(getattr(strategy, "compression", None), NoSync):
+    if isinstance(strategy, GradientsCompressed) and isinstance(strategy.compression, NoSync):
         yield (
             f"{type(strategy).__name__} with NoSync() averages nothing, so shares of a global batch mean "
             "nothing. Use another compression, or leave the callback out."
@@ -80,64 +64,19 @@ def loaders_of(trainer: Trainer) -> list[Any]:
     return list(_leaves(trainer.train_dataloader))
 
 
-def agreed_loaders(
-    trainer: Trainer, settings: PartitionSettings, ledger: CommLedger
-) -> tuple[list[PartitionedLoader], int]:
-    """Return the loaders of the training data, after checking that all ranks have the same, and the same settings.
-
-    Returns:
-        The loaders, and how many ranks compute on this rank's GPU, itself included; on the CPU all of them.
-
-    Raises:
-        MisconfigurationException: On all ranks, if the data of one is something else.
-        ValueError: On all ranks, if their loaders differ in what decides about samples, or the callback's settings.
-
-    Note:
-        *Communication.* The settings of the loaders and of the callback from each rank, recorded as ``"set_up"``.
-
-    """
-    found = loaders_of(trainer)
-    problem = _problem_with(found)
-    own: dict[str, Any] = {
-        "problem": problem,
-        "loaders": [] if problem else [_settings(loader) for loader in found],
-        "callback": settings.shared(),
-        "card": card_of(trainer.strategy.root_device),
-    }
-    rows = _of_all_ranks(own, trainer, ledger)
-    for rank, row in enumerate(rows):
-        if row["problem"]:
-            raise MisconfigurationException(f"{_WHERE}: {row['problem']} (on rank {rank})")
-    for rank, row in enumerate(rows):
-        different = [name for name, value in row["callback"].items() if value != rows[0]["callback"][name]]
-        if different:
-            values = " and ".join(repr(each["callback"][different[0]]) for each in (row, rows[0]))
-            raise ValueError(
-                f"{_WHERE}: `{different[0]}` must be the same on all ranks, which decide by it alike; got {values} on "
-                f"rank {rank} and rank 0. For a bound of each rank's own give all ranks the list of all bounds."
-            )
-        if row["loaders"] != rows[0]["loaders"]:
-            raise ValueError(
-                f"{_WHERE}: the loaders of rank {rank} and rank 0 differ: {_differences(row, rows[0])}. Every rank "
-                "must have the same dataset and settings, since each takes its slice of the same order."
-            )
-    return found, [row["card"] for row in rows].count(own["card"])
-
-
-def check_same_order(fingerprints: list[int], failed: int) -> None:
+def check_same_order(fingerprints: list[int | None]) -> None:
     """Refuse orders of samples that differ between ranks.
 
     Args:
-        fingerprints: Of the order of each rank.
-        failed: What stands there where a sampler has failed.
+        fingerprints: Of the order of each rank; ``None`` of one whose sampler has failed.
 
     Raises:
         ValueError: On all ranks, if they differ.
 
     """
-    if failed in fingerprints:
+    if None in fingerprints:
         raise ValueError(
-            f"{_WHERE}: the sampler failed on rank {fingerprints.index(failed)}, whose own message says why. It must "
+            f"{_WHERE}: the sampler failed on rank {fingerprints.index(None)}, whose own message says why. It must "
             "draw the same order on all ranks."
         )
     different = [rank for rank, each in enumerate(fingerprints) if each != fingerprints[0]]
@@ -160,13 +99,8 @@ def _leaves(loaders: Any) -> Iterator[Any]:
         yield loaders
 
 
-def _of_all_ranks(own: Any, trainer: Trainer, ledger: CommLedger) -> list[Any]:
-    if dist.is_available() and dist.is_initialized() and trainer.world_size > 1:
-        return gather_json(own, device_of_group(trainer.strategy.root_device), ledger, "set_up")
-    return [own]
-
-
-def _problem_with(loaders: list[Any]) -> str | None:
+def loader_problem(loaders: list[Any]) -> str | None:
+    """Return what is wrong with the loaders of the training data, if something is."""
     for loader in loaders:
         if not isinstance(loader, PartitionedLoader):
             return _not_partitioned(loader)
@@ -216,18 +150,3 @@ def _not_partitioned(loader: Any) -> str:
 def _has_tail(loader: PartitionedLoader) -> bool:
     settings = loader.settings
     return settings["tail"] != "drop" and int(settings["samples"]) % int(settings["global_batch_size"]) != 0
-
-
-def _settings(loader: PartitionedLoader) -> dict[str, Any]:
-    return {**loader.settings, "steps": len(loader)}
-
-
-def _differences(row: dict[str, Any], first: dict[str, Any]) -> str:
-    if len(row["loaders"]) != len(first["loaders"]):
-        return f"{len(row['loaders'])} loaders and {len(first['loaders'])}"
-    return ", ".join(
-        f"{name} is {value} and {there[name]}"
-        for here, there in zip(row["loaders"], first["loaders"], strict=True)
-        for name, value in here.items()
-        if value != there[name]
-    )

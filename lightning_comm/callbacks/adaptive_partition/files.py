@@ -2,10 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_comm.formats.adaptive_partition import PartitionJournal
@@ -14,38 +12,34 @@ from lightning_comm.reports.adaptive_partition.page import partition_page
 from lightning_comm.reports.adaptive_partition.text import summary
 
 _log = logging.getLogger(__name__)
-_DEFAULT_FOLDER = "adaptive_partition"
 _SAVE_EVERY_S = 10.0
 
 
 class PartitionFiles:
     """Writes ``journal.json`` and ``partition.html`` on rank 0. A disk that is full ends no training.
 
-    With ``fast_dev_run`` nothing is written, as Lightning itself does.
-
     Args:
-        trainer: The Trainer.
-        folder: Where each run makes a folder of its own.
+        above: Where each run makes a folder of its own.
+        writes: Whether this rank writes.
 
     """
 
-    def __init__(self, trainer: Trainer, folder: str | None) -> None:
-        self._writes = trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
+    def __init__(self, above: Path, *, writes: bool) -> None:
+        self._writes = writes
         self.folder: Path | None = None
         self._saved_s = time.monotonic()
         self._failed = False
         if self._writes:
-            above = Path(folder or Path(trainer.default_root_dir) / _DEFAULT_FOLDER)
             try:
                 self.folder = run_folder(above, next_run(above))
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 self._give_up(error)
 
-    def save_now_and_then(self, journal: Callable[[], PartitionJournal]) -> None:
-        """Write the journal that is returned, if the last time is some time ago."""
-        if self._writes and time.monotonic() - self._saved_s > _SAVE_EVERY_S:
-            self.save(journal())
+    @property
+    def is_due(self) -> bool:
+        """Whether the journal was written some time ago, so that it is to be written again."""
+        return self._writes and time.monotonic() - self._saved_s > _SAVE_EVERY_S
 
     def save(self, journal: PartitionJournal) -> None:
         """Write the journal."""

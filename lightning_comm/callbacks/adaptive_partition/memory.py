@@ -1,4 +1,4 @@
-"""How many samples a rank's GPU has room for, from what batches of other sizes have needed there."""
+"""The room in a rank's GPU: how many samples fit, from what batches of other sizes have needed there."""
 
 import socket
 

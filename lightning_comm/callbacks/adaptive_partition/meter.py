@@ -1,10 +1,8 @@
-"""The times of one rank in a window of batches that are alike: of the shares in force, after they have settled."""
+"""The meter of one rank: its times in a window of batches that are alike, after new shares have settled."""
 
 import math
 import statistics
 from typing import NamedTuple
-
-import torch
 
 from lightning_comm.core.adaptive_partition.plan import Place
 from lightning_comm.instruments.busy_time import BusyTimer
@@ -13,7 +11,7 @@ from lightning_comm.ondevice.device_clock import Moment
 _SETTLE_STEPS = 2  # left out after a change: memory is allocated anew, kernels are chosen for the new shape
 
 
-class Row(NamedTuple):
+class RankTimes(NamedTuple):
     """What a rank tells the others of a window, as float64.
 
     Args:
@@ -40,7 +38,7 @@ class PartitionMeter:
     Which batches count depends on places and shares alone, so all ranks count alike, however their times are.
 
     Args:
-        device: Where the model computes.
+        timer: Measures a batch.
         warmup_steps: Batches at the start that are left out.
 
     Note:
@@ -48,8 +46,8 @@ class PartitionMeter:
 
     """
 
-    def __init__(self, device: torch.device, warmup_steps: int) -> None:
-        self.timer = BusyTimer(device)
+    def __init__(self, timer: BusyTimer, warmup_steps: int) -> None:
+        self._timer = timer
         self.batches = 0  # of the window
         self._skip = warmup_steps
         self._sizes: tuple[int, ...] | None = None
@@ -71,13 +69,13 @@ class PartitionMeter:
             self.begin_window()
         self._counts = full and self._skip == 0
         self._skip = max(0, self._skip - 1)
-        self._began = self.timer.begin(self._window if self._counts else None, started_s, fetch_s)
+        self._began = self._timer.begin(self._window if self._counts else None, started_s, fetch_s)
         if last is not None:
             self._steps.append((last, self._began))
 
     def end(self) -> None:
         """End a batch."""
-        self.timer.end()
+        self._timer.end()
         self.batches += self._counts
 
     def leave_training(self) -> None:
@@ -90,15 +88,21 @@ class PartitionMeter:
         self.batches = 0
         self._busy_s, self._fetch_s, self._steps = [], [], []
 
-    def row(self, place: Place, cap: int | None) -> Row:
-        """Return what there is to tell of the window."""
-        for busy in self.timer.take():
+    def times(self, place: Place, cap: int | None) -> RankTimes:
+        """Return what there is to tell of the window.
+
+        Args:
+            place: The first batch that no loader of this rank has passed yet.
+            cap: The most samples that its memory has room for.
+
+        """
+        for busy in self._timer.take():
             if busy.key == self._window:
                 self._busy_s.append(busy.seconds)
                 self._fetch_s.append(busy.fetch_s)
-        clock = self.timer.clock
+        clock = self._timer.clock
         steps_s = [clock.seconds(*step) for step in self._steps if clock.has_passed(step[1])]
-        return Row(
+        return RankTimes(
             _median(self._busy_s),
             _median(self._fetch_s),
             _median(steps_s),

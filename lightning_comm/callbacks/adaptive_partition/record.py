@@ -1,16 +1,17 @@
-"""What is noted of a partitioned run while it goes on: the windows, and why shares were moved."""
+"""The record of a partitioned run while it goes on: its windows, and why shares were moved."""
 
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_comm.callbacks.adaptive_partition.meter import Row
+from lightning_comm.callbacks.adaptive_partition.meter import RankTimes
 from lightning_comm.core.adaptive_partition.balancing import Forecast
 from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place
 from lightning_comm.formats.adaptive_partition import Change, PartitionJournal, Window
 
 _MOST_WINDOWS = 2000  # then every second one is dropped, so that a long run stays a small file
 _KEPT_WINDOWS = 200  # by a checkpoint
+_LOGGED_RANKS = 16
 
 
 class PartitionRecord:
@@ -42,7 +43,7 @@ class PartitionRecord:
         self._started_s = time.monotonic() - (before_s or 0.0)
 
     def add_window(
-        self, place: Place, sizes: tuple[int, ...], rows: list[Row], step_s: float, forecast: Forecast | None
+        self, place: Place, sizes: tuple[int, ...], ranks: list[RankTimes], step_s: float, forecast: Forecast | None
     ) -> None:
         """Note what the ranks have told each other."""
         if len(self._windows) >= _MOST_WINDOWS:
@@ -53,15 +54,15 @@ class PartitionRecord:
                 batch=place.batch,
                 seconds=time.monotonic() - self._started_s,
                 sizes=sizes,
-                busy_s=tuple(row.busy_s for row in rows),
-                fetch_s=tuple(row.fetch_s for row in rows),
+                busy_s=tuple(times.busy_s for times in ranks),
+                fetch_s=tuple(times.fetch_s for times in ranks),
                 step_s=step_s,
                 gain=None if forecast is None else forecast.gain,
                 best_sizes=None if forecast is None else forecast.sizes,
             )
         )
 
-    def metrics(self, most_ranks: int) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return what loggers are told of the last window."""
         window = self._windows[-1]
         busy = [seconds or 0.0 for seconds in window.busy_s]
@@ -73,7 +74,7 @@ class PartitionRecord:
         }
         if window.gain is not None:
             metrics["adaptive_partition/possible_gain"] = window.gain
-        for rank in range(min(most_ranks, len(busy))):
+        for rank in range(min(_LOGGED_RANKS, len(busy))):
             metrics[f"adaptive_partition/samples/rank_{rank}"] = window.sizes[rank]
             metrics[f"adaptive_partition/busy_s/rank_{rank}"] = busy[rank]
         return metrics

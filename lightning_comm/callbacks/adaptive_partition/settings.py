@@ -1,4 +1,4 @@
-"""What the user chose for a partitioned run, and the shares that it starts from."""
+"""The settings of a partitioned run, as the user chose them, with the shares and bounds that follow from them."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from types import NoneType
 from typing import Any, Literal
 
 from lightning_comm.core.adaptive_partition.shares import UNBOUNDED, proportional_sizes
-from lightning_comm.core.local_update.periods import is_whole
+from lightning_comm.core.arguments import is_number, is_whole
 from lightning_comm.errors import refuse
 
 _WHERE = "AdaptivePartition"
@@ -64,7 +64,7 @@ class PartitionSettings:
             )
 
     def shared(self) -> dict[str, Any]:
-        """Return what must be the same on all ranks, as JSON carries it; files are rank 0's affair."""
+        """Return what must be the same on all ranks, as JSON carries it; files concern rank 0 alone."""
         plain: dict[str, Any] = json.loads(
             json.dumps({**asdict(self), "folder": None, "replay": self.replay is not None})
         )
@@ -91,7 +91,7 @@ class PartitionSettings:
                 "neither. 'balance' finds shares by itself."
             )
         if isinstance(self.shares, tuple):
-            fine = all(_is_number(share) and math.isfinite(share) and share >= 0 for share in self.shares)
+            fine = all(is_number(share) and math.isfinite(share) and share >= 0 for share in self.shares)
             if not fine or sum(self.shares) <= 0:
                 yield (
                     "`shares` are ratios by rank, so they must be finite, >= 0 and not all 0; got "
@@ -170,7 +170,3 @@ def _shown(value: object) -> object:
 
 def _for_each(value: int | tuple[int, ...], ranks: int) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value,) * ranks
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

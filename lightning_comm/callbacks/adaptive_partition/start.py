@@ -1,152 +1,167 @@
-"""From which shares a run starts: chosen, replayed, or those of the run that it resumes."""
+"""The start of a partitioned run: its plan and bounds, as chosen, as replayed, or as a stopped run left them."""
 
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_comm.callbacks.adaptive_partition.checks import has_batch_norm
 from lightning_comm.callbacks.adaptive_partition.settings import PartitionSettings
 from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place
 from lightning_comm.core.adaptive_partition.shares import UNBOUNDED, proportional_sizes
-from lightning_comm.core.ledger import CommLedger
 from lightning_comm.data.adaptive_partition.loader import PartitionedLoader
 from lightning_comm.formats.adaptive_partition import PartitionJournal, Window
-from lightning_comm.instruments.clocks import json_from_rank_0
-from lightning_comm.lightning_internals import load_skipped_loader_states
 
 _WHERE = "AdaptivePartition"
+_STATE_VERSION = 1
 
 
+@dataclass(frozen=True)
 class StartOfRun:
-    """The plan that a run begins with, and what is known of an earlier part of it.
+    """What a partitioned run begins with, the same on all ranks.
 
     Args:
-        trainer: The Trainer, when training starts.
-        module: The model.
-        settings: What the user chose.
-        loaders: Those of the training data, alike on all ranks.
-        loaded: What a checkpoint kept.
-        ledger: Where messages are written down.
-
-    Attributes:
         run: What a journal must agree with.
         lo: The least that each rank takes.
         hi: The most.
         plan: Which shares hold from where.
         why: What the changes in it come from, by place.
-        replays: Whether the plan is that of an earlier run.
+        windows: What was measured before a resume.
         balancer: What is known of the ranks' speeds, if they are the ranks of before.
-        windows: What was measured before.
-
-    Raises:
-        ValueError: On all ranks alike, if what the user chose does not fit the data, or the journal the run.
-
-    Note:
-        *Communication.* With ``replay`` the journal from rank 0.
+        replays: Whether the plan is that of an earlier run.
 
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        settings: PartitionSettings,
-        loaders: list[PartitionedLoader],
-        loaded: dict[str, Any] | None,
-        ledger: CommLedger,
-    ) -> None:
-        self._settings = settings
-        first = loaders[0].settings
-        total = int(first["global_batch_size"])
-        with_norm = has_batch_norm(module)
-        self.lo, self.hi = settings.bounds(trainer.world_size, total, with_norm)
-        self.run = {
-            **first,
-            "ranks": trainer.world_size,
-            "steps_per_epoch": len(loaders[0]),
-            "min_per_rank": list(self.lo),
-            "max_per_rank": [None if most == UNBOUNDED else most for most in self.hi],
-        }
-        sizes = settings.first_sizes(trainer.world_size, total, self.lo, self.hi)
-        self.plan = PartitionPlan(sizes, hi=self.hi, lo=self.lo)
-        self.why: dict[Place, str] = {Place(0, 0): "start"}
-        self.windows: list[Window] = []
-        self.balancer: dict[str, Any] | None = None
-        self.replays = settings.replay is not None
-        _check_merged_batch(loaders, self.hi)
-        load_skipped_loader_states(trainer)
-        if settings.replay is not None:
-            self._replay(trainer, settings.replay, ledger)
-        elif loaded is not None:
-            self._resume(loaded, max(Place(trainer.current_epoch, 0), *(loader.dispatched for loader in loaders)))
-        if with_norm and trainer.world_size > 1:
-            rank_zero_info(
-                f"{_WHERE}: the model has BatchNorm, which normalises by each rank's own samples, so results depend on "
-                "the split, and DDP keeps the running statistics of rank 0. SyncBatchNorm (on GPUs) has neither effect."
-            )
-        if with_norm:
-            _warn_of_single_samples(loaders, trainer.world_size)
+    run: dict[str, Any]
+    lo: tuple[int, ...]
+    hi: tuple[int, ...]
+    plan: PartitionPlan
+    why: dict[Place, str] = field(default_factory=lambda: {Place(0, 0): "start"})
+    windows: list[Window] = field(default_factory=list)
+    balancer: dict[str, Any] | None = None
+    replays: bool = False
 
-    def _replay(self, trainer: Trainer, path: str, ledger: CommLedger) -> None:
-        journal = PartitionJournal.from_dict(_journal_of_rank_0(trainer, path, ledger))
-        different = journal.mismatch(self.run)
-        if different:
-            raise ValueError(
-                f"{_WHERE}: `replay` must be the journal of a run like this one; got {path!r}, which differs: "
-                f"{'; '.join(different)}. Restore these, or leave `replay` out."
-            )
-        outside = [list(change.sizes) for change in journal.changes if not self._within_bounds(change.sizes)]
-        if outside:
-            raise ValueError(
-                f"{_WHERE}: `replay` must keep to the bounds of this run; got {path!r}, in which ranks take "
-                f"{outside[0]} samples, with at least {list(self.lo)} and at most {list(self.hi)}. Change "
-                "`min_per_rank` or `max_per_rank`, or leave `replay` out."
-            )
-        self.plan = journal.plan(self.hi, self.lo)
-        self.why = {change.place: "replay" for change in journal.changes}
-
-    def _resume(self, loaded: dict[str, Any], place: Place) -> None:
-        if loaded.get("version") != 1:
-            rank_zero_warn(
-                f"{_WHERE}: the checkpoint holds shares of version {loaded.get('version')!r}, which this version of "
-                f"lightning_comm cannot read. The run goes on from the shares {list(self.plan.sizes)}, and measures "
-                "anew."
-            )
-            return
-        same = all(loaded["run"][name] == self.run[name] for name in ("ranks", "global_batch_size"))
-        if not same:
-            before = loaded["run"]
-            self.why[Place(0, 0)] = f"start, resumed at batch {place.batch} of epoch {place.epoch}"
-            rank_zero_warn(
-                f"{_WHERE}: the run is resumed on {self.run['ranks']} ranks with a global batch of "
-                f"{self.run['global_batch_size']}, and was stopped on {before['ranks']} ranks with one of "
-                f"{before['global_batch_size']}. It goes on from the shares {list(self.plan.sizes)}, and measures anew."
-            )
-            return
-        chosen = self.plan.sizes
-        self.plan.load_state_dict(loaded["plan"])
-        self.balancer = loaded["balancer"]
-        self.windows = [Window(**each) for each in loaded["record"]["windows"]]
-        self.why = {Place(epoch, batch): why for epoch, batch, why in loaded["record"]["why"]}
-        now = self.plan.sizes_at(place)
-        to_come = [now, *(change.sizes for change in self.plan.changes if change.place > place)]
-        if self._settings.mode == "fixed":
-            self._restart(place, chosen, "resumed with other shares")
-        elif not all(self._within_bounds(sizes) for sizes in to_come):
-            within = proportional_sizes(sum(now), to_come[-1], self.lo, self.hi)
-            self._restart(place, within, "resumed with other bounds")
-
-    def _within_bounds(self, sizes: tuple[int, ...]) -> bool:
+    def allows(self, sizes: tuple[int, ...]) -> bool:
+        """Whether shares are within the bounds."""
         return all(least <= size <= most for least, size, most in zip(self.lo, sizes, self.hi, strict=True))
 
-    def _restart(self, place: Place, sizes: tuple[int, ...], why: str) -> None:
-        if self.plan.sizes_at(place) != sizes or self.plan.changes[-1].place > place:
-            self.plan.restart_at(place, sizes)
-            self.why[place] = why
+
+def chosen_start(
+    settings: PartitionSettings, loaders: list[PartitionedLoader], ranks: int, has_batch_norm: bool
+) -> StartOfRun:
+    """Return the start of a run that neither replays nor resumes another.
+
+    Args:
+        settings: What the user chose.
+        loaders: Those of the training data, alike on all ranks.
+        ranks: How many ranks share the batch.
+        has_batch_norm: Whether the model has layers that cannot train on one sample.
+
+    Raises:
+        ValueError: On all ranks alike, if what the user chose does not fit the data.
+
+    """
+    first = loaders[0].settings
+    total = int(first["global_batch_size"])
+    lo, hi = settings.bounds(ranks, total, has_batch_norm)
+    run = {
+        **first,
+        "ranks": ranks,
+        "steps_per_epoch": len(loaders[0]),
+        "min_per_rank": list(lo),
+        "max_per_rank": [None if most == UNBOUNDED else most for most in hi],
+    }
+    plan = PartitionPlan(settings.first_sizes(ranks, total, lo, hi), hi=hi, lo=lo)
+    _check_merged_batch(loaders, hi)
+    return StartOfRun(run, lo, hi, plan)
 
 
-def _warn_of_single_samples(loaders: list[PartitionedLoader], ranks: int) -> None:
+def replayed_start(start: StartOfRun, journal: PartitionJournal, path: str) -> StartOfRun:
+    """Return the start of a run that takes the shares of an earlier one at the same steps.
+
+    Args:
+        start: The one that was chosen.
+        journal: Of the earlier run.
+        path: Where it was read, for messages.
+
+    Raises:
+        ValueError: On all ranks alike, if it is the journal of another kind of run.
+
+    """
+    different = journal.mismatch(start.run)
+    if different:
+        raise ValueError(
+            f"{_WHERE}: `replay` must be the journal of a run like this one; got {path!r}, which differs: "
+            f"{'; '.join(different)}. Restore these, or leave `replay` out."
+        )
+    outside = [list(change.sizes) for change in journal.changes if not start.allows(change.sizes)]
+    if outside:
+        raise ValueError(
+            f"{_WHERE}: `replay` must keep to the bounds of this run; got {path!r}, in which ranks take "
+            f"{outside[0]} samples, with at least {list(start.lo)} and at most {list(start.hi)}. Change "
+            "`min_per_rank` or `max_per_rank`, or leave `replay` out."
+        )
+    why = {change.place: "replay" for change in journal.changes}
+    return replace(start, plan=journal.plan(start.hi, start.lo), why=why, replays=True)
+
+
+def resumed_start(start: StartOfRun, saved: dict[str, Any], place: Place, *, fixed: bool) -> StartOfRun:
+    """Return the start of a run that goes on from a checkpoint.
+
+    Args:
+        start: The one that was chosen.
+        saved: What the checkpoint kept.
+        place: The first batch whose shares are still open.
+        fixed: Whether the shares that were chosen hold, whatever they were before.
+
+    """
+    if saved.get("version") != _STATE_VERSION:
+        rank_zero_warn(
+            f"{_WHERE}: the checkpoint holds shares of version {saved.get('version')!r}, which this version of "
+            f"lightning_comm cannot read. The run goes on from the shares {list(start.plan.sizes)}, and measures "
+            "anew."
+        )
+        return start
+    before, now = saved["run"], start.run
+    if any(before[name] != now[name] for name in ("ranks", "global_batch_size")):
+        rank_zero_warn(
+            f"{_WHERE}: the run is resumed on {now['ranks']} ranks with a global batch of {now['global_batch_size']}, "
+            f"and was stopped on {before['ranks']} ranks with one of {before['global_batch_size']}. It goes on from "
+            f"the shares {list(start.plan.sizes)}, and measures anew."
+        )
+        return replace(start, why={Place(0, 0): f"start, resumed at batch {place.batch} of epoch {place.epoch}"})
+    chosen = start.plan.sizes
+    start.plan.load_state_dict(saved["plan"])
+    resumed = replace(
+        start,
+        why={Place(epoch, batch): why for epoch, batch, why in saved["record"]["why"]},
+        windows=[Window(**each) for each in saved["record"]["windows"]],
+        balancer=saved["balancer"],
+    )
+    plan = resumed.plan
+    held = plan.sizes_at(place)
+    to_come = [held, *(change.sizes for change in plan.changes if change.place > place)]
+    if fixed:
+        _restart(resumed, place, chosen, "resumed with other shares")
+    elif not all(map(resumed.allows, to_come)):
+        within = proportional_sizes(sum(held), to_come[-1], start.lo, start.hi)
+        _restart(resumed, place, within, "resumed with other bounds")
+    return resumed
+
+
+def state_of(
+    run: dict[str, Any], plan: PartitionPlan, balancer: dict[str, Any] | None, record: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what :func:`resumed_start` goes on from; alike on all ranks, in plain types."""
+    return {
+        "version": _STATE_VERSION,
+        "run": dict(run),
+        "plan": plan.state_dict(),
+        "balancer": balancer,
+        "record": record,
+    }
+
+
+def warn_of_single_samples(loaders: list[PartitionedLoader], ranks: int) -> None:
     """Say that a last batch leaves a rank one sample, or a dummy, which BatchNorm may refuse in the middle of a run."""
     for loader in loaders:
         left = int(loader.settings["samples"]) % int(loader.settings["global_batch_size"])
@@ -155,6 +170,12 @@ def _warn_of_single_samples(loaders: list[PartitionedLoader], ranks: int) -> Non
                 f"{_WHERE}: the last batch of an epoch has {left} samples for {ranks} ranks, so some have one, and "
                 "BatchNorm cannot train on one value per channel. Give the loader `tail='drop'` or `tail='merge'`."
             )
+
+
+def _restart(start: StartOfRun, place: Place, sizes: tuple[int, ...], why: str) -> None:
+    if start.plan.sizes_at(place) != sizes or start.plan.changes[-1].place > place:
+        start.plan.restart_at(place, sizes)
+        start.why[place] = why
 
 
 def _check_merged_batch(loaders: list[PartitionedLoader], hi: tuple[int, ...]) -> None:
@@ -166,20 +187,3 @@ def _check_merged_batch(loaders: list[PartitionedLoader], hi: tuple[int, ...]) -
                 f"{_WHERE}: `max_per_rank` must allow the last batch of an epoch, which with `tail`='merge' has {last} "
                 f"samples; got bounds that sum to {sum(hi)}. Raise them, or give the loader `tail='keep'`."
             )
-
-
-def _journal_of_rank_0(trainer: Trainer, path: str, ledger: CommLedger) -> dict[str, Any]:
-    """Return what rank 0 reads. Other hosts may lack the file, so all ranks learn of it, and all refuse it alike."""
-    content: dict[str, Any] = {}
-    problem = ""
-    if trainer.is_global_zero:
-        try:
-            content = PartitionJournal.load(path).to_dict()
-        except Exception as error:  # whatever it is, the others wait for word of it
-            problem = str(error)
-    content, problem = json_from_rank_0((content, problem), trainer.strategy.root_device, ledger, "set_up")
-    if problem:
-        raise ValueError(
-            f"{_WHERE}: `replay` must be the journal of an earlier run, on rank 0; got {path!r}. {problem}"
-        )
-    return content

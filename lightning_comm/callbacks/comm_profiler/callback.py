@@ -1,16 +1,12 @@
-"""The key figures of a run, measured while it trains: a thin shell that hands Lightning's hooks to a session."""
+"""The callback that measures the key figures of a run: it hands Lightning's hooks to a session."""
 
 import functools
 import logging
-import platform
-import socket
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import lightning
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,20 +14,25 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from lightning_comm.callbacks.comm_profiler.log_interval import Window
+from lightning_comm.callbacks.comm_profiler.log_interval import LogInterval
 from lightning_comm.callbacks.comm_profiler.session import Session
-from lightning_comm.core.costs import LinkProfile
+from lightning_comm.callbacks.comm_profiler.start import (
+    has_several_ranks,
+    header_of,
+    next_run_number,
+    probed_bytes_per_s,
+)
+from lightning_comm.contract import GradientsCompressed, SynchronisesInRounds
+from lightning_comm.core.arguments import is_whole
 from lightning_comm.core.key_figures import RunFigures, StepFigures
 from lightning_comm.core.ledger import CommLedger, wire_bytes
-from lightning_comm.core.local_update.periods import is_whole
 from lightning_comm.core.rank_profile import RankProfile, combine, inferred_waits, with_waits
 from lightning_comm.errors import refuse, refuse_with_strategy
-from lightning_comm.formats.profile import Profile, RankFile, next_run, run_folder
+from lightning_comm.formats.profile import Profile, RankFile, run_folder
 from lightning_comm.instruments.clocks import (
     compare_clocks,
     gather_json,
     group_on_the_host,
-    json_from_rank_0,
     number_from_rank_0,
 )
 from lightning_comm.lightning_internals import averages_without_a_hook, logged_step, timeout_of
@@ -60,16 +61,12 @@ class CommProfiler(Callback):
     """Measure what a run sends, how long that takes, and how much of it training stands still for.
 
     Works with plain ``ddp``, with every strategy of this package, and with one process, on CPU and CUDA. Nothing about
-    the run changes: no message is added between the start and the end of training.
+    the run changes. After ``fit``, :attr:`figures` has the key figures of the run, the same on all ranks, and
+    :attr:`steps` the single steps of this rank. Rank 0 prints a summary and writes ``profile.html``; every rank writes
+    ``rank_<r>.jsonl``, which :func:`load_profile` reads, also of a run that was killed. While the run goes on, the
+    Trainer's loggers get means under ``comm/``.
 
-    After ``fit``, :attr:`figures` has the key figures of the run, the same on all ranks, and :attr:`steps` the single
-    steps of this rank. Rank 0 prints a summary. While the run goes on, the Trainer's loggers get ``comm/bytes_sent``,
-    ``comm/bytes_dense``, ``comm/time_s``, ``comm/exposed_s``, ``comm/share_busy``, ``comm/share_exposed``,
-    ``comm/lightning_s``, ``comm/bandwidth`` and, where ranks meet in rounds, ``comm/wait_s``: means of the
-    steps since the last time, on rank 0, where Lightning logs the metrics of a batch and at the same step. Every rank
-    writes ``rank_<r>.jsonl``, a line a step, which :func:`load_profile` reads, also of a run that was killed; steps
-    there, in :attr:`steps` and on the page are numbered in optimizer steps and batches. Rank 0 writes ``profile.html``,
-    one page to look at.
+    How to read the figures, and how each is measured: ``docs/how-to/measure.md``.
 
     Args:
         folder: Where files go: each ``fit`` makes ``run_<n>`` in it. ``None``: ``comm_profile`` in the Trainer's
@@ -87,23 +84,14 @@ class CommProfiler(Callback):
             ``probe``.
 
     Note:
-        *Communication.* None within training. Before it, 16 round trips of 8 bytes between each rank and rank 0, to
-        compare clocks, and 8 bytes from rank 0, with ``probe`` one object more; after it, the same again and one row of
-        figures from each rank: at most 1,000 steps, some 400 KB. Where the Trainer's group sends from GPUs alone, in a
-        gloo group of their own. :attr:`ledger` has all of it, as ``"instruments"``; it is in none of the figures.
+        *Communication.* None within training. Before it, 16 round trips of 8 bytes between each rank and rank 0, and 8
+        bytes from rank 0; after it, the same again and at most 1,000 steps from each rank, some 400 KB. :attr:`ledger`
+        has all of it, as ``"instruments"``; it is in none of the figures.
 
-        *Cost.* Below 1 % of a step of 50 ms; ``benchmarks/instruments/profiler.py`` measures it. *Memory.* About 1 MB.
+        *Cost.* Below 1 % of a step of 50 ms. *Memory.* About 1 MB.
 
         *Faults.* Where the profiler fails (the disk is full, a private name of torch is gone), it says so once, stops
         measuring on that rank, and training goes on.
-
-        *Two of them.* Only the first one of the Trainer's callbacks measures; the others say so and do nothing.
-
-        *CUDA.* The host does not wait for the device: steps and messages are timed by events, which are read some steps
-        later. DDP is asked for times at every tenth iteration only, and itself waits for that one to end when the next
-        begins; what it tells counts for the step in which it does. What a strategy waits for without a collective
-        (``cyclic``) has no time there. Before training the host waits for the device once, and once after it. Not yet
-        run on a GPU.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -142,7 +130,7 @@ class CommProfiler(Callback):
         self._session: Session | None = None
         self._header: dict[str, Any] = {}
         self._link_bytes_per_s: float | None = None
-        self._window = Window()
+        self._interval = LogInterval()
         self._stopped: str | None = None
         self._all_met = False
         self._group: dist.ProcessGroup | None = None  # in which ranks meet; the default group if that is one of the CPU
@@ -185,7 +173,7 @@ class CommProfiler(Callback):
         self._ledger = CommLedger()
         self.figures, self.steps, self.run_folder = None, [], None
         self._session, self._header, self._stopped, self._all_met = None, {}, None, False
-        self._window, self._group = Window(), None
+        self._interval, self._group = LogInterval(), None
         profilers = [each for each in getattr(trainer, "callbacks", []) if isinstance(each, CommProfiler)]
         self._is_the_first = profilers[:1] in ([self], [])
         if not self._is_the_first:
@@ -195,7 +183,7 @@ class CommProfiler(Callback):
             )
             return
         if self.probe is not None:
-            self._link_bytes_per_s, problem = _probed_bytes_per_s(self.probe, trainer, self._ledger)
+            self._link_bytes_per_s, problem = probed_bytes_per_s(self.probe, trainer, self._ledger)
             refuse_with_strategy(trainer, "CommProfiler", [problem] if problem else [])
 
     @override
@@ -204,14 +192,14 @@ class CommProfiler(Callback):
         if not self._is_the_first:
             return
         folder = Path(self.folder or Path(trainer.default_root_dir) / _DEFAULT_FOLDER)
-        clock, number = [], _next_run(folder)
-        if _several_ranks():
+        clock, number = [], next_run_number(folder)
+        if has_several_ranks():
             # every rank comes here, whatever its disk is like: what can fail on one alone comes afterwards
             self._group = group_on_the_host(timeout_of(trainer.strategy))
             clock = [compare_clocks(self._ledger, self._group)]
             number = number_from_rank_0(number, self._ledger, self._group)
             self._all_met = True
-        self._header = _header(trainer, self.warmup_steps, self._link_bytes_per_s)
+        self._header = header_of(trainer, self.warmup_steps, self._link_bytes_per_s)
         self.run_folder = run_folder(folder, number)
         file = RankFile(self.run_folder / f"rank_{trainer.global_rank}.jsonl", self._header)
         for point in clock:
@@ -223,8 +211,8 @@ class CommProfiler(Callback):
             profile, file, self.timeline_steps, lambda: trainer.global_step, self._safely, of_device
         )
         self._session.begin_measuring()
-        of_ours = type(trainer.strategy).__module__.startswith("lightning_comm.")  # it has said so itself
-        if not of_ours and averages_without_a_hook(trainer.strategy.model):
+        has_said_so = isinstance(trainer.strategy, (SynchronisesInRounds, GradientsCompressed))  # itself, at set-up
+        if not has_said_so and averages_without_a_hook(trainer.strategy.model):
             fault = fault_of_ddp(pl_module, trainer.world_size)
             if fault is not None:
                 rank_zero_warn(f"CommProfiler: {fault}")
@@ -248,7 +236,7 @@ class CommProfiler(Callback):
         if self._session is not None:
             self._session.begin_step(trainer.strategy.model)
             for step in self._session.take_new():
-                self._window.add(step)
+                self._interval.add(step)
 
     @override
     @_never_ends_training
@@ -286,7 +274,7 @@ class CommProfiler(Callback):
     def _log(self, trainer: Trainer) -> None:
         """Hand the loggers the means of the steps since the last time, where Lightning logs the metrics of a batch."""
         step = logged_step(trainer) if trainer.is_global_zero else None
-        metrics = {} if step is None else self._window.take()
+        metrics = {} if step is None else self._interval.take()
         for logger in trainer.loggers if metrics else []:
             logger.log_metrics(metrics, step=step)
 
@@ -341,7 +329,7 @@ class CommProfiler(Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        """End measuring without a word to other ranks, who may not be there any more. What is in the file stays."""
+        """End measuring without a message to other ranks, who may not be there any more. What is in the file stays."""
         session, self._session = self._session, None
         if session is not None:
             session.end_measuring()
@@ -362,55 +350,3 @@ def _write_page(path: Path, profile: Profile) -> None:
         )
         return
     rank_zero_info(f"The page: {path}")
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _next_run(folder: Path) -> int:
-    try:
-        return next_run(folder)
-    except OSError:  # a folder that cannot be read cannot be written either, and that is reported
-        return 0
-
-
-def _header(trainer: Trainer, warmup_steps: int, link_bytes_per_s: float | None) -> dict[str, Any]:
-    return {
-        "rank": trainer.global_rank,
-        "world_size": trainer.world_size,
-        "host": socket.gethostname() + (f", node {trainer.node_rank}" if trainer.num_nodes > 1 else ""),
-        "warmup_steps": warmup_steps,
-        "started_unix_s": time.time(),
-        "link_bytes_per_s": link_bytes_per_s,
-        "environment": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "system": platform.platform(),
-            "device": str(trainer.strategy.root_device),
-            "backend": str(dist.get_backend_config()) if _several_ranks() else "none",
-            "strategy": type(trainer.strategy).__name__,
-            "callbacks": [type(callback).__name__ for callback in getattr(trainer, "callbacks", [])],
-        },
-    }
-
-
-def _probed_bytes_per_s(path: str, trainer: Trainer, ledger: CommLedger) -> tuple[float, str]:
-    """Return what rank 0 reads, and what is wrong with it.
-
-    Other hosts may lack the file, so all ranks learn of it, and all refuse it alike.
-    """
-    bytes_per_s, problem = 0.0, ""
-    if trainer.is_global_zero:
-        try:
-            bytes_per_s = LinkProfile.load(path).bytes_per_s
-        except Exception as error:  # whatever it is, the others wait for word of it
-            problem = f"got {path!r}: {error}"
-    bytes_per_s, problem = json_from_rank_0((bytes_per_s, problem), trainer.strategy.root_device, ledger)
-    if problem:
-        problem = (
-            f"`probe` must be a file that `lightning-comm probe` has saved, on rank 0; {problem}. Leave it out to "
-            "measure without a comparison."
-        )
-    return float(bytes_per_s), problem

@@ -1,10 +1,10 @@
-"""What the loggers are told: means of the steps since the last time."""
+"""The interval between two logs: means of the steps since the last time."""
 
 from lightning_comm.core.key_figures import StepFigures
 from lightning_comm.core.rank_profile import Sums
 
 
-class Window:
+class LogInterval:
     """Adds up steps, and gives their means under the names that loggers show."""
 
     def __init__(self) -> None:

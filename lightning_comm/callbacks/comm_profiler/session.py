@@ -1,4 +1,4 @@
-"""The measuring of one ``fit`` by `CommProfiler`: steps are framed, messages put into them, figures kept and written.
+"""The session of one ``fit`` under `CommProfiler`: it frames steps, puts messages into them, keeps and writes figures.
 
 On a GPU the host is ahead of the device, so what frames steps and messages there are moments of the device, and a step
 is measured once the device is done with it, some steps later; nobody waits for it. Which step a message belongs to is
@@ -8,14 +8,13 @@ It knows neither hooks nor the Trainer. Whatever it does to the process (functio
 held open) is undone by :meth:`Session.end_measuring`.
 """
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
 
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_comm.callbacks.comm_profiler.device_steps import DeviceSteps
+from lightning_comm.callbacks.comm_profiler.drawn_steps import DrawnSteps
 from lightning_comm.core.key_figures import StepFigures, StepFrame, measure_step
 from lightning_comm.core.ledger import CommRecord, wire_bytes
 from lightning_comm.core.rank_profile import RankProfile, belongs_to_step, beside
@@ -26,16 +25,6 @@ from lightning_comm.instruments.ddp_timing import DdpTiming
 from lightning_comm.ondevice.device_clock import DeviceClock, Moment
 from lightning_comm.transport import recording
 from lightning_comm.transport.recording import MarkedRecord
-
-
-@dataclass
-class _Step:
-    """A step that is over for the host."""
-
-    frame: StepFrame
-    began: Moment
-    ended: Moment
-    records: list[CommRecord]
 
 
 class Session:
@@ -71,15 +60,14 @@ class Session:
         self._steps_done = steps_done
         self._safely = safely
         self._clock = clock
-        self._unmeasured: deque[_Step] = deque()  # the device is not done with them
+        self._unmeasured = DeviceSteps(clock)
         self._records: list[CommRecord] = []
         self._batch = 0
         self._backwards = 0  # in the open step
         self._began: tuple[int, Moment] | None = None  # optimizer steps done and when, while a step is open
         self._batch_ended: Moment | None = None
         self._timing: DdpTiming | None = None
-        self._recent: deque[TimelineStep] = deque(maxlen=timeline_steps)
-        self._drawn = timeline_steps == 0
+        self._drawn = DrawnSteps(timeline_steps, profile.header["warmup_steps"])
         self._watcher = Watcher(self._records_append, steps_done, safely, self._mark if clock.on_cuda else None)
         self._end_observing: Callable[[], None] = lambda: None
 
@@ -106,8 +94,8 @@ class Session:
     def close_file(self) -> None:
         """Write what is left and close the file of a run that came to its end."""
         if self._file is not None:
-            if not self._drawn:
-                self._draw()
+            if not self._drawn.are_chosen:
+                self._file.timeline(self.profile.timeline)
             for point in self.profile.clock[1:]:
                 self._file.clock(point)
             self._file.close()
@@ -159,12 +147,10 @@ class Session:
         self._close_step(self._batch_ended)
 
     def finish(self) -> None:
-        """Training has ended: take in what is left, and let go of the process."""
+        """Training has ended: take in what is left, and undo what was done to the process."""
         self.leave_training()
         self._put_beside()
-        for step in self._unmeasured:
-            for moment in _moments(step):
-                self._clock.wait_for(moment)
+        self._unmeasured.wait()
         self._measure_what_is_over()
         self.end_measuring()
 
@@ -203,38 +189,20 @@ class Session:
         records, self._records = self._records, []
         within = [record for record in records if record.start_s <= end_s and belongs_to_step(record)]
         self._records += [record for record in records if record.start_s > end_s or not belongs_to_step(record)]
-        self._unmeasured.append(_Step(frame, began, ended, within))
+        self._unmeasured.add(frame, began, ended, within)
         if not self._clock.on_cuda:
             self._measure_what_is_over()
 
     def _measure_what_is_over(self) -> None:
         """Measure steps in their order, up to the first one that the device is not done with."""
-        while self._unmeasured and all(map(self._clock.has_passed, _moments(self._unmeasured[0]))):
-            step = self._unmeasured.popleft()
-            frame = replace(step.frame, start_s=self._clock.at_s(step.began), end_s=self._clock.at_s(step.ended))
-            self._measured(frame, [self._on_device(record) for record in step.records])
-
-    def _on_device(self, record: CommRecord) -> CommRecord:
-        """Return a record with the times of the device, as far as they are known."""
-        if not self._clock.on_cuda:
-            return record
-        if not isinstance(record, MarkedRecord) or record.ended is None:
-            return replace(record, duration_s=0.0, hidden_s=0.0)  # the host's, which says nothing of the device's
-        ended_s = self._clock.at_s(record.ended)
-        if record.began is None:
-            return replace(record, start_s=ended_s - record.duration_s)
-        began_s, waited_s = self._clock.at_s(record.began), self._clock.at_s(record.waited)
-        hidden_s = min(waited_s, ended_s) - began_s
-        return replace(record, start_s=began_s, duration_s=ended_s - began_s, hidden_s=hidden_s)
-
-    def _measured(self, frame: StepFrame, within: list[CommRecord]) -> None:
-        step = measure_step(frame, within)
-        self.profile.add_step(step)
-        self._new.append(step)
-        if self._file is not None:
-            self._file.step(step)
-        if not self._drawn:
-            self._keep_to_draw(draw(frame, within))
+        for frame, within in self._unmeasured.take():
+            step = measure_step(frame, within)
+            self.profile.add_step(step)
+            self._new.append(step)
+            if self._file is not None:
+                self._file.step(step)
+            if not self._drawn.are_chosen:
+                self._keep_to_draw(draw(frame, within))
 
     def _put_beside(self) -> None:
         records, self._records = self._records, []
@@ -245,26 +213,7 @@ class Session:
                 self._file.beside(counts)
 
     def _keep_to_draw(self, drawn: TimelineStep) -> None:
-        """Keep the first steps after the warm-up, one before the last of which has communicated."""
-        full = len(self._recent) == self._recent.maxlen
-        if full and self._recent[0].batch >= self.profile.header["warmup_steps"] and self._shows_communication():
-            self._draw()
-            return
-        self._recent.append(drawn)
-        self.profile.timeline = list(self._recent)
-
-    def _shows_communication(self) -> bool:
-        looked_at = self._recent[-2 if len(self._recent) > 1 else -1]
-        return any(span.name in ("exposed", "hidden") for span in looked_at.spans)
-
-    def _draw(self) -> None:
-        self._drawn = True
-        if self._file is not None:
+        self._drawn.add(drawn)
+        self.profile.timeline = self._drawn.steps
+        if self._drawn.are_chosen and self._file is not None:
             self._file.timeline(self.profile.timeline)
-
-
-def _moments(step: _Step) -> list[Moment]:
-    """Return all moments that a step is measured by."""
-    marked = [record for record in step.records if isinstance(record, MarkedRecord)]
-    of_records: list[Any] = [mark for each in marked for mark in (each.began, each.waited, each.ended)]
-    return [step.began, step.ended, *(mark for mark in of_records if mark is not None)]

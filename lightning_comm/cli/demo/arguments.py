@@ -1,4 +1,4 @@
-"""The words after ``lightning-comm demo``, and what has to be installed for it."""
+"""The arguments of ``lightning-comm demo``, and what has to be installed for it."""
 
 import argparse
 import sys

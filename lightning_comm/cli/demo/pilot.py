@@ -31,9 +31,9 @@ def compare(methods: tuple[str, ...], run: RunSettings, repeats: int, folder: Pa
         return f"Times on a slow link are left out: emulated hosts cannot be had here ({missing})."
     config = folder / "pilot.yaml"
     config.write_text(json.dumps(_config(run), indent=1))  # which is YAML as well
-    words = [f"--config={config}", f"--strategies={','.join(methods)}", f"--hosts={run.devices}", f"--link={LINK}"]
-    words += [f"--device-ms={_DEVICE_MS}", f"--steps={_STEPS}", f"--warmup-steps={_WARMUP_STEPS}"]
-    code = pilot.main([*words, f"--repeats={repeats}", f"--out={folder / 'pilot'}"])
+    arguments = [f"--config={config}", f"--strategies={','.join(methods)}", f"--hosts={run.devices}", f"--link={LINK}"]
+    arguments += [f"--device-ms={_DEVICE_MS}", f"--steps={_STEPS}", f"--warmup-steps={_WARMUP_STEPS}"]
+    code = pilot.main([*arguments, f"--repeats={repeats}", f"--out={folder / 'pilot'}"])
     found = list((folder / "pilot").glob("*/pilot.json"))
     if code != 0 or not found:
         return f"The pilot failed with exit code {code}; what it printed says why."

@@ -1,4 +1,4 @@
-"""What the demo says, computed from the results of its runs: tables, sentences, and the pages that hold them."""
+"""The report of the demo, computed from the results of its runs: tables, sentences, and the pages that hold them."""
 
 import base64
 from statistics import mean, stdev

@@ -168,5 +168,5 @@ def train(settings: RunSettings, result_file: Path) -> None:
 
 
 def start() -> None:
-    """Train what the words of this process say."""
+    """Train what the arguments of this process say."""
     train(RunSettings(**json.loads(sys.argv[1])), Path(sys.argv[2]))

@@ -1,6 +1,6 @@
-"""The words after ``lightning-comm fit`` and its like: what of them makes no sense, as far as that shows without torch.
+"""The arguments of ``lightning-comm fit`` and its like: what is wrong with them, as far as that shows without torch.
 
-The parser behind them names a wrong word below four screens of options; here it is one line with the way out.
+The parser behind them names a wrong argument below four screens of options; here it is one line with the way out.
 """
 
 import difflib
@@ -17,9 +17,9 @@ _LONGEST_MODULE = 1_000_000  # bytes, to look for classes in
 _MOST_MODULES = 200
 
 
-def check(command: str, words: Sequence[str]) -> int:
-    """Return 0, or 2 after saying what is wrong with the words of a command."""
-    if (problem := problem_of(words)) is None:
+def check(command: str, arguments: Sequence[str]) -> int:
+    """Return 0, or 2 after saying what is wrong with the arguments of a command."""
+    if (problem := problem_of(arguments)) is None:
         return 0
     print(f"lightning-comm {command}: error: {problem}", file=sys.stderr)
     return 2
@@ -30,15 +30,15 @@ check_fit, check_validate, check_test, check_predict = (
 )
 
 
-def problem_of(words: Sequence[str]) -> str | None:
-    """Return what is wrong with the words, and the way out, or ``None``."""
-    strays, configs = _read(words)
+def problem_of(arguments: Sequence[str]) -> str | None:
+    """Return what is wrong with the arguments, and the way out, or ``None``."""
+    strays, configs = _read(arguments)
     if strays:
         return stray_problem(strays[0])
     for config in configs:
         if (problem := _config_problem(config)) is not None:
             return problem
-    if any(_ENOUGH.match(word) for word in words):
+    if any(_ENOUGH.match(each) for each in arguments):
         return None
     config = next((path.name for path in _files("*.y*ml")), "my.yaml")
     found = ((path.stem, name) for path in _files("*.py") for name, bases in _classes_in(path) if "Module" in bases)
@@ -65,27 +65,27 @@ def stray_problem(word: str) -> str:
     return f"every word must be an option or the value of one; got {word!r}. {way_out}"
 
 
-def strays(words: Sequence[str]) -> list[str]:
-    """Return the words that are neither an option nor the value of one.
+def strays(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments that are neither an option nor the value of one.
 
     Example:
         >>> strays(["own.yaml", "--a", "1", "--b=2", "x", "--c", "-1", "--print_config", "y"])
         ['own.yaml', 'x', 'y']
 
     """
-    return _read(words)[0]
+    return _read(arguments)[0]
 
 
-def _read(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words that belong to no option, and the configs."""
-    found, configs, rest = [], [], list(words)
+def _read(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments that belong to no option, and the configs."""
+    found, configs, rest = [], [], list(arguments)
     while rest:
-        word = rest.pop(0)
-        if not word.startswith("-"):
-            found.append(word)
+        argument = rest.pop(0)
+        if not argument.startswith("-"):
+            found.append(argument)
             continue
-        name, has_value, value = word.partition("=")
-        if not has_value and not _WITHOUT_VALUE.fullmatch(word) and rest:
+        name, has_value, value = argument.partition("=")
+        if not has_value and not _WITHOUT_VALUE.fullmatch(argument) and rest:
             value = rest.pop(0)
         if name in ("--config", "-c"):
             configs.append(value)

@@ -51,9 +51,9 @@ class CommandLine(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        words = sys.argv[1:] if args is None else args
-        if isinstance(words, list):
-            search_beside_configs(words)
+        arguments = sys.argv[1:] if args is None else args
+        if isinstance(arguments, list):
+            search_beside_configs(arguments)
         super().parse_arguments(parser, args)
 
     @override
@@ -114,7 +114,7 @@ def _run(subcommand: str, args: Sequence[str]) -> None:
     line = [subcommand, *args]
     leave_group_at_exit()
     CommandLine(
-        # Lightning warns of words that differ from those of the process, so where they are the same it reads them.
+        # Lightning warns of arguments that differ from those of the process, so where they are the same it reads them.
         args=None if line == sys.argv[1:] else line,
         # The same command gives the same run, and a run may go on in the folder where it began.
         seed_everything_default=0,

@@ -1,4 +1,4 @@
-"""The user's own modules, which a config names: where they are looked for, and what is said where one is not found."""
+"""The user's own modules, which a config names: where they are looked for, and what is said where one is missing."""
 
 import argparse
 import difflib
@@ -47,16 +47,16 @@ def _named_in_configs() -> list[str]:
     return [name for text in texts for name in re.findall(r"\bclass_path: *['\"]?([\w.]+\.\w+)", text)]
 
 
-def search_beside_configs(words: Sequence[str]) -> None:
+def search_beside_configs(arguments: Sequence[str]) -> None:
     """Let modules be imported that lie beside a config, where neither the current folder nor an installation has them.
 
     Args:
-        words: Those of ``lightning-comm fit``.
+        arguments: Those of ``lightning-comm fit``.
 
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", action="append", default=[])
-    _configs[:] = [Path(config) for config in parser.parse_known_args(words)[0].config if os.path.isfile(config)]
+    _configs[:] = [Path(config) for config in parser.parse_known_args(arguments)[0].config if os.path.isfile(config)]
     for config in _configs:
         folder = str(config.resolve().parent)
         if folder not in sys.path:

@@ -1,4 +1,4 @@
-"""The words after ``lightning-comm pilot``: its own options, and those of ``fit``, which describe the user's run."""
+"""The arguments of ``lightning-comm pilot``: its own options, and those of ``fit``, which describe the user's run."""
 
 import argparse
 import difflib
@@ -24,7 +24,7 @@ _DESCRIPTION = (
 
 
 class Refused(Exception):
-    """The words make no sense; the message says which, why, and what would."""
+    """The arguments make no sense; the message says which, why, and what would."""
 
 
 @dataclass(frozen=True)
@@ -106,24 +106,24 @@ def _own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--cost-per-hour", type=float, metavar="PRICE", help="of the whole cluster; the report then names savings")
     add("--timeout", type=float, default=600.0, metavar="S", help="how long ranks may be silent (default: %(default)s)")
     add("--out", default="pilot_results", help="a new folder is made in here (default: %(default)s/)")
-    known, words = parser.parse_known_args(argv)
+    known, arguments = parser.parse_known_args(argv)
     known.given = tuple(name for name in ("steps", "warmup_steps") if getattr(known, name) is not None)
     known.steps = STEPS if known.steps is None else known.steps
     known.warmup_steps = WARMUP_STEPS if known.warmup_steps is None else known.warmup_steps
-    if (found := strays(words)) != []:
+    if (found := strays(arguments)) != []:
         raise Refused(stray_problem(found[0]))
     _check(known)
-    return known, words
+    return known, arguments
 
 
 def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
-    """Return the pilot's own options, and the other words.
+    """Return the pilot's own options, and the other arguments.
 
     Raises:
         Refused: If an option is out of range, or the strategies have no such name.
 
     """
-    known, words = _own_options(argv)
+    known, arguments = _own_options(argv)
     links = tuple(known.link.split(","))
     options = Options(
         strategies=_strategies(known.strategies),
@@ -140,7 +140,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
         out=known.out,
     )
     _check_hosts(options)
-    return options, [*(f"--config={file}" for file in known.config), *words]
+    return options, [*(f"--config={file}" for file in known.config), *arguments]
 
 
 def _check(known: argparse.Namespace) -> None:

@@ -17,31 +17,31 @@ from typing import Any
 
 from lightning_comm.cli.environment import environment
 from lightning_comm.cli.pilot.arguments import Options, Refused, parse
-from lightning_comm.cli.pilot.place import UserRun, read_run
-from lightning_comm.cli.pilot.rank import Job, run
+from lightning_comm.cli.pilot.rank import TrialJob, run
 from lightning_comm.cli.pilot.report import write_report
 from lightning_comm.cli.pilot.results import Progress, Results
-from lightning_comm.cli.pilot.workers import LabHosts, Place, ThisMachine, WorkerFailed, run_workers
+from lightning_comm.cli.pilot.user_run import UserRun, read_run
+from lightning_comm.cli.pilot.workers import LabHosts, ThisMachine, WorkerFailed, WorkerHosts, run_workers
 from lightning_comm.cli.quiet import lightning_is_quiet
 from lightning_comm.core.judgement import FEWEST_REPEATS
 from lightning_comm.lab.cluster import Lab, LabError
-from lightning_comm.planning.pilot.costs import BASELINE, LIMIT, Trial, window
+from lightning_comm.planning.pilot.costs import BASELINE, LIMIT, Trial, timed_steps
 from lightning_comm.planning.pilot.length import counted
 from lightning_comm.transport.recording import leave_group_at_exit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the pilot; return 0, 1 if it could not measure, or 2 if the words make no sense."""
+    """Run the pilot; return 0, 1 if it could not measure, or 2 if the arguments make no sense."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        options, words = parse(argv)
-        own = read_run(options, words)
+        options, arguments = parse(argv)
+        own = read_run(options, arguments)
         if own.started_externally:
-            sys.argv = sys.argv[:1]  # Lightning's command line warns of words that it is not given
+            sys.argv = sys.argv[:1]  # Lightning's command line warns of arguments that it is not given
         if own.started_externally and own.rank > 0:
             leave_group_at_exit()
             with lightning_is_quiet():
-                run(_job(options, own, words), lambda event: None)
+                run(_job(options, own, arguments), lambda event: None)
             return 0
         results = _open(options, own, argv)
     except Refused as refused:
@@ -56,18 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{options.repeats} repeat(s) show times, but not how sure they are, so nothing will be concluded: "
             f"--repeats {FEWEST_REPEATS} or more do."
         )
-    return _carry_out(options, own, words, results) or write_report(results.data, results.folder)
+    return _carry_out(options, own, arguments, results) or write_report(results.data, results.folder)
 
 
-def _carry_out(options: Options, own: UserRun, words: Sequence[str], results: Results) -> int:
+def _carry_out(options: Options, own: UserRun, arguments: Sequence[str], results: Results) -> int:
     """Measure; return 0, or another exit code after saying why it ended."""
     try:
         if own.started_externally:
             with lightning_is_quiet():
-                _measure_in_this_job(_job(options, own, words), results)
+                _measure_in_this_job(_job(options, own, arguments), results)
         else:
-            with _ended_by_sigterm(), _place(options, own) as place:
-                _measure(_job(options, own, words), results, place, options.timeout_s)
+            with _ended_by_sigterm(), _hosts(options, own) as hosts:
+                _measure(_job(options, own, arguments), results, hosts, options.timeout_s)
     except Refused as refused:  # once the rehearsal has shown how long the run is
         print(f"lightning-comm pilot: error: {refused}", file=sys.stderr)
         return 2
@@ -83,9 +83,9 @@ def _carry_out(options: Options, own: UserRun, words: Sequence[str], results: Re
     return 0
 
 
-def _job(options: Options, own: UserRun, words: Sequence[str]) -> Job:
-    return Job(
-        args=list(words),
+def _job(options: Options, own: UserRun, arguments: Sequence[str]) -> TrialJob:
+    return TrialJob(
+        args=list(arguments),
         trials=order([*options.strategies, LIMIT], options.repeats),
         steps=options.steps,
         warmup_steps=options.warmup_steps,
@@ -136,8 +136,8 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def _place(options: Options, own: UserRun) -> Iterator[Place]:
-    """Open the place where ranks are started: this machine, or emulated hosts on it."""
+def _hosts(options: Options, own: UserRun) -> Iterator[WorkerHosts]:
+    """Open the hosts on which ranks are started: this machine, or emulated hosts on it."""
     if options.hosts is None:
         yield ThisMachine(own.ranks)
         return
@@ -145,7 +145,7 @@ def _place(options: Options, own: UserRun) -> Iterator[Place]:
         yield LabHosts(lab)
 
 
-def _measure(job: Job, results: Results, place: Place, timeout_s: float) -> None:
+def _measure(job: TrialJob, results: Results, hosts: WorkerHosts, timeout_s: float) -> None:
     """Run all trials; a strategy that fails is left out and the others go on in new processes.
 
     Raises:
@@ -159,7 +159,7 @@ def _measure(job: Job, results: Results, place: Place, timeout_s: float) -> None
     hear = _listener(results, progress, left, current)
     while left:
         try:
-            with closing(run_workers(replace(job, trials=left), place, results.folder / "logs", timeout_s)) as events:
+            with closing(run_workers(replace(job, trials=left), hosts, results.folder / "logs", timeout_s)) as events:
                 for event in events:
                     hear(event)
             return
@@ -184,8 +184,8 @@ def _measure(job: Job, results: Results, place: Place, timeout_s: float) -> None
             current.clear()
 
 
-def _measure_in_this_job(job: Job, results: Results) -> None:
-    """Be rank 0 of a job that others have started; a failure ends the job, as its launcher sees to."""
+def _measure_in_this_job(job: TrialJob, results: Results) -> None:
+    """Be rank 0 of a job that others have started; a failure ends the job, by its launcher."""
     leave_group_at_exit()
     progress = Progress(len(job.trials), 1 + max(repeat for repeat, _ in job.trials))
     current: dict[str, Any] = {}
@@ -232,6 +232,6 @@ def _listener(
 
 def _step_s(trial: Trial) -> float:
     """Return the mean of the counted steps on rank 0, synchronisations included."""
-    seen = window(trial)
+    seen = timed_steps(trial)
     counted = [trial.step_s[0][step - 1] for step in (*seen.gradient, *seen.inside, *seen.syncing)]
     return sum(counted) / len(counted)

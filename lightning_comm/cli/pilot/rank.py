@@ -1,9 +1,9 @@
 """One rank of a pilot, which runs trial after trial in one process.
 
-It is told a :class:`Job` as JSON. What happens is told in lines of JSON on the standard output, marked by ``EVENT``;
-all else that is printed there is the user's. Starting a process takes longer than a trial, so all trials of a rank
-share one process and one process group; each has a model, data and a Trainer of its own, built from the config as
-``fit`` would.
+It is told a :class:`TrialJob` as JSON. What happens is told in lines of JSON on the standard output, marked by
+``EVENT``; all else that is printed there is the user's. Starting a process takes longer than a trial, so all trials of
+a rank share one process and one process group; each has a model, data and a Trainer of its own, built from the config
+as ``fit`` would.
 """
 
 import gc
@@ -69,11 +69,11 @@ _SAME_RATE = 1e-6  # relative
 
 
 @dataclass(frozen=True)
-class Job:
+class TrialJob:
     """What a rank has to do.
 
     Args:
-        args: The user's words for ``lightning-comm fit``.
+        args: The user's arguments for ``lightning-comm fit``.
         trials: Repeat and strategy of each trial, in order.
         steps: Optimizer steps of a trial.
         warmup_steps: How many of them are not counted.
@@ -95,7 +95,7 @@ class Job:
 class TrialLine(CommandLine):
     """``lightning-comm fit`` for one trial: the user's model, data and Trainer, without what only a real run needs."""
 
-    def __init__(self, job: Job, strategy: str, callbacks: list[Callback]) -> None:
+    def __init__(self, job: TrialJob, strategy: str, callbacks: list[Callback]) -> None:
         self._job, self._strategy, self._own_callbacks = job, strategy, callbacks
         super().__init__(args=["fit", *job.args], seed_everything_default=0, save_config_callback=None)
 
@@ -138,7 +138,7 @@ def _kept(callbacks: Sequence[Callback]) -> list[Callback]:
     return [callback for callback in callbacks if not isinstance(callback, _LEFT_OUT)]
 
 
-def run(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
+def run(job: TrialJob, emit: Callable[[dict[str, Any]], None]) -> None:
     """Run all trials on this rank; rank 0 tells of each.
 
     The limit, "the same job with communication removed", is a local update whose only round is longer than the run:
@@ -196,7 +196,7 @@ def _shortest(totals: Sequence[int | None]) -> int | None:
     return min((total for total in totals if total is not None), default=None)
 
 
-def _trial(job: Job, strategy: str, batch_size: int, rehearsal: Rehearsal) -> dict[str, Any] | None:
+def _trial(job: TrialJob, strategy: str, batch_size: int, rehearsal: Rehearsal) -> dict[str, Any] | None:
     """Train a few steps; return what was measured on rank 0, and ``None`` on the others.
 
     Raises:
@@ -248,24 +248,24 @@ def _paced(device: EmulatedDevice) -> dict[str, float]:
 
 def _plan(strategy: str, watch: Watch, rehearsal: Rehearsal) -> dict[str, Any]:
     """Return what the whole run will do under the strategy, or the reason why that is not known."""
-    total, rates, run_ = rehearsal.total_steps, rehearsal.rates, watch.local_update
+    total, rates, in_rounds = rehearsal.total_steps, rehearsal.rates, watch.strategy
     if total is None:
         return {"problem": rehearsal.problem}
-    if strategy == LIMIT or run_ is None:
+    if strategy == LIMIT or in_rounds is None:
         return {"plan": {"total_steps": total, "gradient_steps": 0 if strategy == LIMIT else total, "round_ends": []}}
-    if isinstance(run_.settings.period, FixedPeriod):
+    period, warmup_steps = in_rounds.round_rule
+    if isinstance(period, FixedPeriod):
         rates = [0.0] * total  # whatever they are
     elif rates is None:
         return {"problem": rehearsal.problem}
     elif any(abs(seen - known) > _SAME_RATE * abs(known) for seen, known in zip(watch.rates, rates, strict=False)):
         return {"problem": "the rates of the first steps were not those of the schedule, so something else sets them"}
     gradient_steps = min(total, watch.planned_gradient_steps or 0)
-    warmup = run_.settings.warmup_steps
-    ends = round_ends(run_.settings.period, rates, gradient_steps=gradient_steps, warmup_steps=warmup)
+    ends = round_ends(period, rates, gradient_steps=gradient_steps, warmup_steps=warmup_steps)
     return {"plan": {"total_steps": total, "gradient_steps": gradient_steps, "round_ends": list(ends)}}
 
 
-def _per_step(profiler: CommProfiler, job: Job) -> tuple[list[float] | None, list[float] | None]:
+def _per_step(profiler: CommProfiler, job: TrialJob) -> tuple[list[float] | None, list[float] | None]:
     """Return bytes sent and exposed seconds of every optimizer step on this rank, as far as the profiler knows them."""
     sent, exposed, timed = [0.0], [0.0], True
     for step in profiler.steps:
@@ -293,7 +293,7 @@ def _gather(own: Any, trainer: Trainer, ledger: CommLedger) -> list[Any]:
     return gather_json(own, device_of_group(trainer.strategy.root_device), ledger)
 
 
-def main(job: Job) -> int:
+def main(job: TrialJob) -> int:
     """Run a rank and tell of it on the standard output."""
 
     def emit(event: dict[str, Any]) -> None:
@@ -314,7 +314,7 @@ def main(job: Job) -> int:
 
 
 def start() -> None:
-    """Run the rank that the words of this process describe."""
-    job = Job(**json.loads(sys.argv[1]))
-    del sys.argv[1:]  # Lightning's command line warns of words that it is not given
+    """Run the rank that the arguments of this process describe."""
+    job = TrialJob(**json.loads(sys.argv[1]))
+    del sys.argv[1:]  # Lightning's command line warns of arguments that it is not given
     sys.exit(main(job))

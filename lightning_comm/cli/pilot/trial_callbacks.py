@@ -12,12 +12,11 @@ from typing_extensions import override
 
 from lightning_comm.cli.pilot.arguments import Refused
 from lightning_comm.cli.pilot.schedule import run_length, use_up_schedule
+from lightning_comm.contract import SynchronisesInRounds
 from lightning_comm.lightning_internals import end_after_this_step
 from lightning_comm.ondevice.sparse_gradients import fault_of_ddp
 from lightning_comm.planning.pilot.costs import first_whole_round
-from lightning_comm.strategies import LocalUpdateStrategy
 from lightning_comm.strategies.common.planned_rates import ScheduleUnknown
-from lightning_comm.strategies.local_update.run import LocalUpdateRun
 
 _LAST_LOSSES = 5  # steps whose mean is the loss after the pilot
 
@@ -88,7 +87,7 @@ class Watch(Callback):
         self.sync_steps: list[int] = []
         self.gradient_steps = steps  # in the trial; a strategy without rounds sends gradients at every step
         self.planned_gradient_steps: int | None = None  # in the run; None for all
-        self.local_update: LocalUpdateRun | None = None
+        self.strategy: SynchronisesInRounds | None = None  # in trials of such a one
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,14 +104,13 @@ class Watch(Callback):
 
     def _shorten_gradient_phase(self, trainer: Trainer) -> None:
         strategy = trainer.strategy
-        if not isinstance(strategy, LocalUpdateStrategy):
+        if not isinstance(strategy, SynchronisesInRounds):
             return
-        run = self.local_update = strategy._run
-        assert run is not None
-        self.planned_gradient_steps, total = run.gradient_steps, run.clock.total_steps
-        endless = total is not None and run.gradient_steps >= total
-        run.gradient_steps = self._steps if endless else min(run.gradient_steps, self._steps // 2)
-        self.gradient_steps = run.gradient_steps
+        self.strategy = strategy
+        self.planned_gradient_steps, total = strategy.gradient_phase_steps, strategy.round_in_force.total_steps
+        endless = total is not None and self.planned_gradient_steps >= total
+        self.gradient_steps = self._steps if endless else min(self.planned_gradient_steps, self._steps // 2)
+        strategy.shorten_gradient_phase(self.gradient_steps)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -142,14 +140,14 @@ class Watch(Callback):
             end_after_this_step(trainer)
 
     def _note_round(self) -> None:
-        run, done = self.local_update, len(self.step_s)
-        if run is None or self._is_limit or done <= self.gradient_steps:
+        strategy, done = self.strategy, len(self.step_s)
+        if strategy is None or self._is_limit or done <= self.gradient_steps:
             return
-        if not self.sync_steps and run.clock.in_round:
-            period = run.clock.round_ends_at - run.clock.round_started_at
-            self._check_round(period, run.clock.total_steps)
-        if run.log.rounds > self._rounds:
-            self._rounds = run.log.rounds
+        period, total = strategy.round_in_force
+        if not self.sync_steps and period > 0:
+            self._check_round(period, total)
+        if strategy.rounds_done > self._rounds:
+            self._rounds = strategy.rounds_done
             self.sync_steps.append(done)
 
     def _check_round(self, period: int, total: int | None) -> None:

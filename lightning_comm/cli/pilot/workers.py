@@ -16,7 +16,7 @@ from typing import Any
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 from lightning_comm.cli.fresh_python import fresh_python
-from lightning_comm.cli.pilot.rank import EVENT, Job
+from lightning_comm.cli.pilot.rank import EVENT, TrialJob
 from lightning_comm.lab.cluster import Lab
 
 _GRACE_S = 5.0  # for the others to say what they saw, once one has failed
@@ -45,9 +45,9 @@ class ThisMachine:
         """Start one of them."""
         if rank == 0:
             self._port = str(find_free_network_port())  # a new one each time, since an old one is not free at once
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._port, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+        launch = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._port, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
         threads = str(max(1, (os.cpu_count() or 1) // self.ranks))
-        environment = {"OMP_NUM_THREADS": threads, **os.environ, **place}
+        environment = {"OMP_NUM_THREADS": threads, **os.environ, **launch}
         self._processes.append(subprocess.Popen(command, env=environment, **_PIPES))
         return self._processes[-1]
 
@@ -82,7 +82,7 @@ class LabHosts:
             self._lab.end(host, grace_s=1.0)
 
 
-Place = ThisMachine | LabHosts
+WorkerHosts = ThisMachine | LabHosts
 
 
 @dataclass
@@ -106,12 +106,14 @@ class _Worker:
         return f"rank {self.rank} ended with exit code {code}. The end of its output:\n{end}"
 
 
-def run_workers(job: Job, place: Place, logs: Path, timeout_s: float) -> Generator[dict[str, Any], None, None]:
+def run_workers(
+    job: TrialJob, hosts: WorkerHosts, logs: Path, timeout_s: float
+) -> Generator[dict[str, Any], None, None]:
     """Start all ranks and yield what they tell, until all have ended; end them all when this is left.
 
     Args:
         job: What each has to do.
-        place: Where they are.
+        hosts: Where they are.
         logs: A folder. Whatever else they print is added to one file a rank.
         timeout_s: How long all of them may say nothing.
 
@@ -123,10 +125,10 @@ def run_workers(job: Job, place: Place, logs: Path, timeout_s: float) -> Generat
     heard: queue.Queue[tuple[int, str | None]] = queue.Queue()
     workers: list[_Worker] = []
     try:
-        for rank in range(place.ranks):
-            workers.append(_Worker(rank, place.start(command, rank)))
+        for rank in range(hosts.ranks):
+            workers.append(_Worker(rank, hosts.start(command, rank)))
             threading.Thread(target=_listen, args=(workers[-1], heard, logs), daemon=True).start()
-        running = place.ranks
+        running = hosts.ranks
         while running:
             try:
                 rank, event = _next(heard, timeout_s)
@@ -145,7 +147,7 @@ def run_workers(job: Job, place: Place, logs: Path, timeout_s: float) -> Generat
             if event is not None:
                 yield event
     finally:
-        place.end()
+        hosts.end()
 
 
 def _next(heard: "queue.Queue[tuple[int, str | None]]", timeout_s: float) -> tuple[int, dict[str, Any] | None]:
@@ -187,7 +189,7 @@ def _wait_for_others(workers: list[_Worker]) -> None:
 
 
 def _first_error(workers: list[_Worker], first: int) -> str:
-    """Return the cause: a rank that died without a word, which the others only saw hang up, or else the first word."""
+    """Return the cause: a rank that died silently, which the others only saw disconnect, or else the first error."""
     for worker in workers:
         if (end := worker.own_end()) is not None:
             return end

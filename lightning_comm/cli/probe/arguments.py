@@ -1,4 +1,4 @@
-"""The words after ``lightning-comm probe``."""
+"""The arguments of ``lightning-comm probe``."""
 
 import argparse
 import re
@@ -11,7 +11,7 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 
 
 def check(args: Sequence[str]) -> int:
-    """Return 0; what is wrong with the words ends the process."""
+    """Return 0; what is wrong with the arguments ends the process."""
     parse(args)
     return 0
 

@@ -48,7 +48,7 @@ def main(args: Sequence[str]) -> int:
     """Measure the link and print what it is like; return 0, 1 if it failed, or 2 if nothing could be measured.
 
     Args:
-        args: The words after ``lightning-comm probe``.
+        args: The arguments after ``lightning-comm probe``.
 
     Note:
         *Communication.* On every rank the same messages, for about ``--seconds``.
@@ -107,7 +107,7 @@ def _report(profile: LinkProfile, out: Path) -> int:
     except OSError as error:
         print(f"lightning-comm probe: `--out` could not be written after all. {error}", file=sys.stderr)
         return 1
-    print(f"\nSaved in {out}. Profiler and planner read it.", flush=True)
+    print(f"\nSaved in {out}, which CommProfiler(probe=...) reads.", flush=True)
     return 0
 
 

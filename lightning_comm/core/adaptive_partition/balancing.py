@@ -1,4 +1,4 @@
-"""When shares of the global batch move, and where to: measured windows in, shares out.
+"""The balancer of a global batch: measured windows in, shares out.
 
 Standard library only and plain floats: every rank feeds the same gathered numbers and takes the same decision.
 """
@@ -197,7 +197,7 @@ class Balancer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state of ``state_dict``.
+        """Restore a state of ``state_dict``.
 
         Raises:
             ValueError: If it is of another number of ranks or of another batch.

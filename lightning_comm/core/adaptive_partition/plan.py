@@ -1,4 +1,7 @@
-"""Which shares of the global batch hold from which step: the journal that every rank keeps alike."""
+"""The plan of a partitioned run: which shares of the global batch hold from which batch on.
+
+The session of the callback changes it, on all ranks alike; loaders read it as they hand out a batch.
+"""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -112,7 +115,7 @@ class PartitionPlan:
         return {"changes": [(*change.place, list(change.sizes)) for change in self._changes]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a journal."""
+        """Restore the journal."""
         self._changes = list(_read(state["changes"]))
         self.sizes = self._changes[0].sizes
 

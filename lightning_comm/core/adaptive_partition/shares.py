@@ -1,7 +1,7 @@
-"""Who computes how much: exact integer shares of a global batch for ranks of unequal speed.
+"""Shares of a global batch in whole samples, for ranks of unequal speed: who computes how much.
 
 Standard library only. Measured seconds come in as numbers and numbers of samples go out, so the callback that moves
-shares, the loader that splits a step and the simulator that predicts one all ask this file.
+shares, the loader that splits a step and the page that says what other shares would gain all ask this file.
 """
 
 import heapq

@@ -1,4 +1,4 @@
-"""How fast one rank is: seconds for a batch of any size, learned from windows of a run.
+"""The speed of one rank: seconds for a batch of any size, learned from windows of a run.
 
 Standard library only and plain floats: every rank feeds the same gathered numbers and gets the same bits.
 """
@@ -161,7 +161,7 @@ class SpeedModel:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state of ``state_dict``."""
+        """Restore a state of ``state_dict``."""
         self._sizes = [_Size(int(n), float(s), float(weight), bool(old)) for n, s, weight, old in state["sizes"]]
         suspect = state["suspect"]
         self._suspect = None if suspect is None else (int(suspect[0]), float(suspect[1]))

@@ -5,7 +5,7 @@ Standard library only, and no messages: numbers go in and a share comes out, the
 
 from dataclasses import dataclass
 
-from lightning_comm.core.local_update.periods import is_whole
+from lightning_comm.core.arguments import is_whole
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Local updates: the clock that counts steps and says when a round is over, and the rules it asks.
+"""The clock of local updates, which counts steps and says when a round is over, and the rules that it asks.
 
-Standard library only, and no messages: training and forecasts of a run use the same clock.
+Standard library only, and no messages: the strategy that trains and the pilot that plans a run use the same clock.
 """
 
 import copy
@@ -8,14 +8,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lightning_comm.core.arguments import is_whole, require_steps
 from lightning_comm.core.local_update.periods import (
     ENDLESS,
     FixedPeriod,
     PeriodRule,
     PowerPeriod,
     QuadraticPeriod,
-    is_whole,
-    require_steps,
 )
 
 __all__ = [
@@ -161,7 +160,7 @@ class RoundClock:
         }
 
     def load_state_dict(self, state: dict[str, int | float | None]) -> None:
-        """Take up the count where ``state_dict`` left it."""
+        """Restore the count that ``state_dict`` returned."""
         self.steps_done = int(state["steps_done"] or 0)
         self.round_started_at = int(state["round_started_at"] or 0)
         self.round_ends_at = int(state["round_ends_at"] or 0)

@@ -1,13 +1,15 @@
-"""When workers synchronise: the rules that map a learning rate to a period.
+"""Period rules: how many steps each rank trains by itself before parameters are averaged.
 
-Standard library only. A learning rate comes in as a number and a period goes out as a number, so the strategy
-that trains, the start line that forecasts a run and the pilot that projects one all use this file.
+Standard library only. A learning rate comes in as a number and a period goes out as a number, so the strategy that
+trains, the pilot that plans the rest of a run and the pages that show its rounds ask the same rule.
 """
 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal, TypeGuard
+from typing import Literal
+
+from lightning_comm.core.arguments import is_number, is_whole, require_steps
 
 #: A number of steps that is longer than any run; the round is cut where the end of the run is known.
 ENDLESS = 2**62
@@ -267,21 +269,3 @@ def _check_lr(where: str, lr: float, step: int) -> None:
             f"{where}: a learning rate must be finite and >= 0; got {lr!r} at step {step}. Look at the learning-rate "
             "scheduler."
         )
-
-
-def require_steps(where: str, name: str, value: object, meaning: str) -> None:
-    """Raise unless ``value`` is a whole number of at least 1."""
-    if not is_whole(value) or value < 1:
-        raise ValueError(
-            f"{where}: `{name}` counts optimizer steps, so it must be a whole number >= 1; got {value!r}. {meaning}"
-        )
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether this is a number, which a bool is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def is_whole(value: object) -> TypeGuard[int]:
-    """Whether this is a whole number, which a bool is not."""
-    return isinstance(value, int) and not isinstance(value, bool)

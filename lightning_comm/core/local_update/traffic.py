@@ -1,4 +1,4 @@
-"""What a run of local updates sends, and what DDP would: counts of averages, and the bytes of each."""
+"""The traffic of a run of local updates, and of DDP in its place: counts of averages, and the bytes of each."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What :class:`~lightning_comm.data.adaptive_partition.loader.PartitionedLoader` refuses, and the ways out."""
+"""Checks of the arguments of :class:`~lightning_comm.data.adaptive_partition.loader.PartitionedLoader`."""
 
 import operator
 from collections.abc import Mapping

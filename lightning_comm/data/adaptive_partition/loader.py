@@ -5,41 +5,37 @@ torch.utils.data only. It is not a ``DataLoader``, so that Lightning leaves it a
 """
 
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place
-from lightning_comm.core.adaptive_partition.shares import proportional_sizes
 from lightning_comm.data.adaptive_partition.arguments import (
     arguments_of,
-    batches_of,
     check_batches,
     check_plan,
-    check_ranks,
-    check_resumed,
     checked_samples,
-    in_group,
     refuse_options,
     whole_number,
 )
-from lightning_comm.data.adaptive_partition.slices import SeededSamples, Slice, SliceDispatcher
+from lightning_comm.data.adaptive_partition.position import LoaderPosition
+from lightning_comm.data.adaptive_partition.slices import LatestSlice, SeededSamples, Slice, SliceDispatcher, even_plan
 from lightning_comm.data.global_order import Draws, GlobalBatches, GlobalOrder, Tail, mixed_seed
-from lightning_comm.data.resumable import warn_of_repeated_batches
-
-_STATE_VERSION = 1
 
 
 class PartitionedLoader:
     """A loader for training in which the ranks share each global batch by a plan, evenly if there is none.
 
-    Global step t of an epoch is always ``order(seed, epoch)[t * B : (t + 1) * B]``, and the ranks take slices of it,
-    one behind the other. So each sample comes once in an epoch, all ranks take the same number of steps, and neither
-    the plan nor the number of ranks changes what a step is made of.
+    Step ``t`` of an epoch is always the same samples, ``order(seed, epoch)[t * B : (t + 1) * B]``, and the ranks take
+    slices of it, one behind the other. So each sample comes once in an epoch, all ranks take the same number of steps,
+    and neither the plan nor the number of ranks changes what a step is made of.
+
+    Where ranks have unequal numbers of samples, the mean over ranks of their mean losses is not the mean over the
+    samples: ``AdaptivePartition`` corrects the gradient; in a loop of your own multiply the loss by
+    ``loader.latest.weight``. A stopped run goes on with exactly the samples that are left, on any number of ranks. More
+    on both, and on passes, in ``docs/techniques/adaptive_partition.md``.
 
     Args:
         dataset: What the samples come from; it has a length, and ``dataset[index]`` gives a sample.
@@ -50,8 +46,7 @@ class PartitionedLoader:
         tail: What becomes of the samples of an epoch that fill no global batch: ``"keep"`` makes a smaller last step
             of them, ``"drop"`` leaves them out, ``"merge"`` adds them to the last step.
         sampler: Draws the order of all samples instead, before they are shared, such as a ``WeightedRandomSampler``.
-            It has a length. Its ``set_epoch`` is called, if it has one, and it draws with the global random state and
-            its ``generator`` seeded from seed, epoch and pass, so the order is the same on all ranks.
+            It has a length, and draws the same order on all ranks.
         seed_samples: Whether ``dataset[index]`` is called with Python's, numpy's and torch's generators seeded from
             seed, epoch, pass and index, so that random augmentation depends on no rank, plan or worker.
         **options: What else a ``DataLoader`` takes, such as ``num_workers`` and ``collate_fn``.
@@ -63,25 +58,6 @@ class PartitionedLoader:
         TypeError: If ``dataset`` or ``sampler`` has no global order, or ``options`` holds what would replace it.
 
     Note:
-        *Weights.* Where ranks have unequal numbers of samples (by the plan, in the tail, or because the global batch
-        does not divide), the mean over ranks of their mean losses is not the mean over the samples. The
-        ``AdaptivePartition`` callback corrects the gradient. In a plain loop, multiply the loss by
-        ``loader.latest.weight``; a loop that does not read ``latest`` is warned. A rank that gets nothing of a small
-        tail has a batch of one sample all the same, with weight 0 and ``latest.samples == 0``.
-
-        *Passes.* ``set_epoch``, which Lightning calls, begins an epoch. A loop that does not call it makes passes
-        through the same epoch, each with an order of its own.
-
-        ``overfit_batches`` of Lightning does not turn shuffling off by itself: ``AdaptivePartition`` does so, by
-        ``repeat_first_epoch``; without it, give ``shuffle=False``.
-
-        *Exactness.* A resumed run has the samples of the run that was never stopped, on any number of ranks; where
-        Lightning 2.6 itself goes wrong, and what a failed step counts for, is told at
-        :class:`~lightning_comm.data.resumable.ResumableLoader`. A sampler whose order depends on more than the epoch (a
-        curriculum that follows the loss) must be put back by the user before the first batch; what it draws is checked
-        against the state. Workers are seeded from seed, epoch, pass and rank when they start, so random augmentation is
-        only exact with ``seed_samples``.
-
         *Communication.* None. *Memory.* The order of the present pass: 8 bytes per sample, more with a ``sampler``.
 
     Example:
@@ -112,14 +88,12 @@ class PartitionedLoader:
         samples = checked_samples(dataset, sampler, shuffle)
         self.global_batch_size = whole_number("global_batch_size", global_batch_size, 1)
         seed = whole_number("seed", seed, 0)
-        batches = GlobalBatches(samples, self.global_batch_size, tail)
-        check_batches(batches, sampler)
+        self._batches = GlobalBatches(samples, self.global_batch_size, tail)
+        check_batches(self._batches, sampler)
         self.dataset = dataset
-        self._seed = seed
-        self._sampler = sampler
-        self._batches = batches
         self._order = GlobalOrder(samples, shuffle=sampler is None and shuffle is not False, seed=seed, sampler=sampler)
-        self._dispatcher = SliceDispatcher(self._order, batches, tagged=seed_samples)
+        self._position = LoaderPosition(self._order, self._batches)
+        self._dispatcher = SliceDispatcher(self._order, self._batches, tagged=seed_samples)
         # Every pass draws a number from the generator. An own one leaves the global random state where it is.
         self._draws = Draws()
         self._inner: DataLoader[Any] = DataLoader(
@@ -129,12 +103,7 @@ class PartitionedLoader:
             **options,
         )
         self._followed = False
-        self._position = (0, 0, 0)  # epoch, pass in it, batches of the pass that were handed out
-        self._begun: object | None = None  # the pass that moves the position; None until its first batch
-        self._loaded: dict[str, Any] | None = None
-        self._goes_on = False  # in the epoch of the state that was loaded
-        self._latest: Slice | None = None
-        self._latest_read = self._warned = False
+        self._latest = LatestSlice()
 
     @classmethod
     def from_dataloader(
@@ -167,22 +136,24 @@ class PartitionedLoader:
         # A generator, so that nothing is drawn before the first `next`: Lightning makes the iterator of its first epoch
         # before it calls `set_epoch`, and workers would by then be loading samples of another epoch.
         started_s = time.monotonic()
-        begun = self._begin_pass()
+        if not self._followed:
+            self._dispatcher.follow(*even_plan(self.global_batch_size))
+        begun = self._position.begin_pass(warns=self._dispatcher.rank == 0)
+        now = self._position.now
+        self._draws.manual_seed(mixed_seed(self._order.seed, now.epoch, now.passes, self._dispatcher.rank))
+        self._dispatcher.begin(*now)
         batches = iter(self._inner)
         while True:
-            self._check_alone(begun)
-            self._warn_of_missing_weight()
+            self._position.check_alone(begun)
+            if not self._followed:  # whoever follows a plan weighs by it
+                self._latest.warn_if_unread()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
-            part = self._dispatcher.hand_out()
-            self._latest = part._replace(fetch_started_s=started_s, fetch_s=time.monotonic() - started_s)
-            self._latest_read = False
-            if self._begun is begun:
-                # Counted where batches are handed out: the workers and the plan are several batches ahead.
-                epoch, passes, done = self._position
-                self._position = epoch, passes, done + 1
+            self._latest.put(self._dispatcher.hand_out(), started_s, time.monotonic() - started_s)
+            # Counted where batches are handed out: the workers and the plan are several batches ahead.
+            self._position.count(begun)
             yield batch
             started_s = time.monotonic()
 
@@ -194,22 +165,21 @@ class PartitionedLoader:
 
         """
         check_plan(plan, rank, self.global_batch_size)
-        self._dispatcher.plan, self._dispatcher.rank = plan, rank
+        self._dispatcher.follow(plan, rank)
         self._followed = True
 
     @property
     def dispatched(self) -> Place:
         """The first place of which no index list has been handed to the workers: where a change of plan may start."""
-        if self._begun is not None:
+        if self._position.has_begun:
             return self._dispatcher.dispatched
-        epoch, passes, done = self._position
+        epoch, passes, done = self._position.now
         return Place(epoch, passes * len(self) + done)
 
     @property
     def latest(self) -> Slice | None:
         """What this rank took in the batch that was handed out last."""
-        self._latest_read = True
-        return self._latest
+        return self._latest.read()
 
     @property
     def batch_sampler(self) -> Any:
@@ -218,10 +188,7 @@ class PartitionedLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Begin an epoch with the next pass, or go on in it, if a state from the middle of it has been loaded."""
-        if self._loaded is None or self._position[0] != epoch:
-            self._position, self._begun, self._loaded = (epoch, 0, 0), None, None
-        else:
-            self._goes_on = True
+        self._position.begin_epoch(epoch)
 
     def repeat_first_epoch(self) -> None:
         """Let all epochs be alike, in the order of the dataset (of a sampler: that of its first), for overfitting."""
@@ -230,26 +197,15 @@ class PartitionedLoader:
     @property
     def settings(self) -> dict[str, int | str]:
         """What the meaning of "so many batches into an epoch" depends on; it must be the same on all ranks."""
-        return {
-            "samples": self._batches.samples,
-            "global_batch_size": self.global_batch_size,
-            "shuffle": int(self._order.shuffle),
-            "seed": self._seed,
-            "tail": self._batches.tail,
-            "sampler": "" if self._sampler is None else type(self._sampler).__name__,
-        }
+        return self._position.settings
 
     def order_fingerprint(self) -> int:
         """Return 48 bits that tell the order of the present pass from others, to compare ranks."""
-        return self._order.fingerprint(*self._position[:2])
+        return self._position.order_fingerprint()
 
     def state_dict(self) -> dict[str, int | str]:
         """Return where the present pass stands, in plain types that are equal on all ranks."""
-        if self._loaded is not None:
-            return dict(self._loaded)
-        epoch, passes, done = self._position
-        place = {"epoch": epoch, "passes": passes, "batches_done": done}
-        return {"version": _STATE_VERSION, **self.settings, **place, "order": self.order_fingerprint() if done else 0}
+        return self._position.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass go on where ``state_dict`` was called, unless ``set_epoch`` asks for another epoch.
@@ -258,13 +214,7 @@ class PartitionedLoader:
             ValueError: If the state was written by another version of this loader.
 
         """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"PartitionedLoader: `state` must be of version {_STATE_VERSION}; got {state.get('version')!r}. Resume "
-                "with the version of lightning_comm, and the kind of loader, that wrote it."
-            )
-        self._position = state["epoch"], state["passes"], state["batches_done"]
-        self._begun, self._loaded, self._goes_on = None, dict(state), False
+        self._position.load_state_dict(state)
 
     @property
     def num_workers(self) -> int:
@@ -293,54 +243,3 @@ class PartitionedLoader:
     @_iterator.setter
     def _iterator(self, iterator: Any) -> None:
         self._inner._iterator = iterator
-
-    def _begin_pass(self) -> object:
-        if not self._followed:
-            self._share_evenly()
-        epoch, passes, done = self._position
-        if self._begun is None and self._loaded is None and self._dispatcher.rank == 0:
-            warn_of_repeated_batches("PartitionedLoader", epoch)
-        # A state from behind the last batch ends a pass that an epoch goes on with, as of a shorter one of several
-        # loaders; without an epoch to go on with, it is the start of the next pass.
-        is_over = self._loaded is not None and done == batches_of(self._loaded) and not self._goes_on
-        if self._begun is not None or is_over:
-            epoch, passes, done = self._position = epoch, passes + 1, 0
-            self._loaded = None
-        self._check_loaded()
-        self._goes_on = False
-        self._begun = begun = object()
-        self._draws.manual_seed(mixed_seed(self._seed, epoch, passes, self._dispatcher.rank))
-        self._dispatcher.begin(epoch, passes, done)
-        return begun
-
-    def _share_evenly(self) -> None:
-        ranks, rank = (dist.get_world_size(), dist.get_rank()) if in_group() else (1, 0)
-        check_ranks(ranks, self.global_batch_size)
-        self._dispatcher.plan = PartitionPlan(proportional_sizes(self.global_batch_size, [1] * ranks))
-        self._dispatcher.rank = rank
-
-    def _check_loaded(self) -> None:
-        state, self._loaded = self._loaded, None
-        if state is None or not state["batches_done"]:
-            return  # a pass from its start is a whole one, whatever the settings
-        check_resumed(state, self.settings)
-        check_resumed(state, {"order": self.order_fingerprint()})
-
-    def _check_alone(self, begun: object) -> None:
-        if self._begun not in (begun, None):
-            raise RuntimeError(
-                "PartitionedLoader: `iter` must not begin another pass while one goes on, since they would share one "
-                "place in the data; got a batch asked from the older one. Make a loader for each."
-            )
-
-    def _warn_of_missing_weight(self) -> None:
-        last = self._latest
-        if last is None or self._followed or self._latest_read or self._warned or len(set(last.sizes)) == 1:
-            return
-        self._warned = True
-        warnings.warn(
-            f"PartitionedLoader: {len(last.sizes)} ranks had {last.sizes} samples, so the mean of their gradients is "
-            "not that over the samples. Multiply the loss by `loader.latest.weight` before `backward`, or let the "
-            "callback AdaptivePartition do it.",
-            stacklevel=3,
-        )

@@ -1,13 +1,17 @@
-"""What one rank takes of each global batch: the index lists that an inner ``DataLoader`` is fed with."""
+"""Slices of global batches: the index lists of one rank, which an inner ``DataLoader`` is fed with."""
 
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch.utils.data import Dataset
 from typing_extensions import override
 
 from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place
+from lightning_comm.core.adaptive_partition.shares import proportional_sizes
+from lightning_comm.data.adaptive_partition.arguments import check_ranks, in_group
 from lightning_comm.data.global_order import GlobalBatches, GlobalOrder, mixed_seed, seeded
 
 
@@ -50,6 +54,45 @@ class Slice(NamedTuple):
         return self.samples * len(self.sizes) / self.total
 
 
+class LatestSlice:
+    """The slice of the batch that was handed out last, and whether anyone has asked for its weight.
+
+    Example:
+        >>> latest = LatestSlice()
+        >>> latest.put(Slice(Place(0, 0), sizes=(12, 4), rank=1), fetch_started_s=0.0, fetch_s=0.0)
+        >>> latest.read().weight
+        0.5
+
+    """
+
+    def __init__(self) -> None:
+        self._slice: Slice | None = None
+        self._was_read = self._warned = False
+
+    def put(self, part: Slice, fetch_started_s: float, fetch_s: float) -> None:
+        """Keep the slice of a batch that is handed out, with how long its samples took."""
+        self._slice = part._replace(fetch_started_s=fetch_started_s, fetch_s=fetch_s)
+        self._was_read = False
+
+    def read(self) -> Slice | None:
+        """Return it."""
+        self._was_read = True
+        return self._slice
+
+    def warn_if_unread(self) -> None:
+        """Warn, once, of a batch that ranks shared unevenly and whose weight nobody has read."""
+        last = self._slice
+        if last is None or self._was_read or self._warned or len(set(last.sizes)) == 1:
+            return
+        self._warned = True
+        warnings.warn(
+            f"PartitionedLoader: {len(last.sizes)} ranks had {last.sizes} samples, so the mean of their gradients is "
+            "not that over the samples. Multiply the loss by `loader.latest.weight` before `backward`, or let the "
+            "callback AdaptivePartition do it.",
+            stacklevel=3,
+        )
+
+
 class SliceDispatcher:
     """The batch sampler of the inner loader: hands out one rank's part of each global batch of a pass.
 
@@ -67,7 +110,7 @@ class SliceDispatcher:
     Example:
         >>> order = GlobalOrder(10, shuffle=False, seed=0)
         >>> dispatcher = SliceDispatcher(order, GlobalBatches(10, 4, "keep"))
-        >>> dispatcher.plan, dispatcher.rank = PartitionPlan((1, 3)), 1
+        >>> dispatcher.follow(PartitionPlan((1, 3)), rank=1)
         >>> dispatcher.begin(epoch=0, passes=0, batch=1)
         >>> list(dispatcher)
         [[5, 6, 7], [8, 9]]
@@ -80,6 +123,10 @@ class SliceDispatcher:
     def __init__(self, order: GlobalOrder, batches: GlobalBatches, *, tagged: bool = False) -> None:
         self._order, self._batches, self._tagged = order, batches, tagged
         self.begin(0, 0, 0)
+
+    def follow(self, plan: PartitionPlan, rank: int) -> None:
+        """Slice by this plan, as this rank, from the next list on."""
+        self.plan, self.rank = plan, rank
 
     def begin(self, epoch: int, passes: int, batch: int) -> None:
         """Start a pass at its ``batch``-th global batch; what was handed out before is forgotten."""
@@ -111,6 +158,18 @@ class SliceDispatcher:
             yield (
                 [(index, *self._order.key(self._epoch, self._passes)) for index in indices] if self._tagged else indices
             )
+
+
+def even_plan(global_batch_size: int) -> tuple[PartitionPlan, int]:
+    """Return the plan by which the ranks of the process group share alike, and this rank; one rank without a group.
+
+    Raises:
+        ValueError: If there are more ranks than samples.
+
+    """
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if in_group() else (1, 0)
+    check_ranks(ranks, global_batch_size)
+    return PartitionPlan(proportional_sizes(global_batch_size, [1] * ranks)), rank
 
 
 class SeededSamples(Dataset[Any]):

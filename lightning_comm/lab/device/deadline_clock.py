@@ -6,11 +6,11 @@ TOLERANCE = 0.01  # of a step's time, by which it may be late before it counts a
 TOLERANCE_S = 0.001  # or this long, which is less than a busy machine takes to wake a process
 
 
-class PaceClock:
+class DeadlineClock:
     """Sleeps until shares of a pass have gone by since it began.
 
     Example:
-        >>> clock = PaceClock()
+        >>> clock = DeadlineClock()
         >>> clock.begin_pass(0.01)
         >>> clock.wait(0.5)
         >>> clock.wait(1.0)

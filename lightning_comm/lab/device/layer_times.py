@@ -1,4 +1,4 @@
-"""When each layer of an emulated device is done: shares of a pass, from the work of the layers that ran.
+"""The moments at which layers of an emulated device are done: shares of a pass, from the work of those that ran.
 
 Numbers only. What ran is recorded by :mod:`lightning_comm.lab.device.pacer` in one step, and what is planned from it
 holds for all that follow.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_comm.lab.device.deadline_clock import PaceClock
+from lightning_comm.lab.device.deadline_clock import DeadlineClock
 from lightning_comm.lab.device.layer_times import Pass, PassPlan, plan_step
 from lightning_comm.lab.device.layers import PassRecorder, check_can_be_paced, first_tensor, weights_of
 from lightning_comm.lab.device.settings import SPEED_VARIABLE, check_device, emulated_speed
@@ -84,7 +84,7 @@ class DevicePacer:
         self.step_s, self.batch_size, self.forward_share = step_s, batch_size, forward_share
         self.speed = emulated_speed() if speed is None else speed
         self.unpaced_batches = 0  # in which no layer ran forward and backward
-        self._clock = PaceClock()
+        self._clock = DeadlineClock()
         self._attached = False
         self._handles: list[RemovableHandle] = []
         self._hooked: set[str] = set()  # parameters

@@ -1,4 +1,4 @@
-"""What describes an emulated device, and what does not."""
+"""The settings of an emulated device, and their checks."""
 
 import math
 import os

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_comm.core.local_update.periods import is_number, is_whole
+from lightning_comm.core.arguments import is_number, is_whole
 from lightning_comm.ondevice.pruning.base import (
     NOW,
     Masks,

@@ -1,4 +1,4 @@
-"""What the pilot's measurements say: costs of a step, the whole run, ratios in pairs, and how sure they are.
+"""The measurements of a pilot: costs of a step, the whole run, ratios in pairs, and how sure they are.
 
 Numbers in, numbers out. Trials come as the worker of ``lightning-comm pilot`` wrote them, one for each strategy and
 repeat; the sentences made of these numbers are in :mod:`lightning_comm.planning.pilot.advice`.
@@ -73,7 +73,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Window:
+class TimedSteps:
     """The steps of a trial that are counted, by what happens in them: whole rounds, and what is after the warm-up."""
 
     gradient: tuple[int, ...]
@@ -88,7 +88,7 @@ class Window:
         return RunPlan(len(self.gradient) + apart, len(self.gradient), ends)
 
 
-def window(trial: Trial) -> Window:
+def timed_steps(trial: Trial) -> TimedSteps:
     """Return which steps of a trial are counted.
 
     Under local updates these are whole rounds: from the first end of a round after the warm-up (or from where ranks
@@ -98,8 +98,8 @@ def window(trial: Trial) -> Window:
         ValueError: If there is none.
 
     Example:
-        >>> window(Trial("local_sgd", 0, 3, 0, (4, 8, 12), step_s=((0.1,) * 14,)))
-        Window(gradient=(), inside=(5, 6, 7, 9, 10, 11), syncing=(8, 12))
+        >>> timed_steps(Trial("local_sgd", 0, 3, 0, (4, 8, 12), step_s=((0.1,) * 14,)))
+        TimedSteps(gradient=(), inside=(5, 6, 7, 9, 10, 11), syncing=(8, 12))
 
     """
     if trial.steps <= trial.warmup_steps:
@@ -109,10 +109,10 @@ def window(trial: Trial) -> Window:
         )
     gradient = tuple(range(trial.warmup_steps + 1, min(trial.gradient_steps, trial.steps) + 1))
     if trial.strategy == LIMIT:
-        return Window((), tuple(range(trial.warmup_steps + 1, trial.steps + 1)), ())
+        return TimedSteps((), tuple(range(trial.warmup_steps + 1, trial.steps + 1)), ())
     first = max(trial.warmup_steps, trial.gradient_steps)
     if trial.gradient_steps >= trial.steps:
-        return Window(gradient, (), ())
+        return TimedSteps(gradient, (), ())
     ends = [step for step in (trial.gradient_steps, *trial.sync_steps) if first <= step <= trial.steps]
     if len(ends) < 2:
         raise ValueError(
@@ -121,7 +121,7 @@ def window(trial: Trial) -> Window:
         )
     syncing = tuple(ends[1:])
     inside = tuple(step for step in range(ends[0] + 1, ends[-1] + 1) if step not in syncing)
-    return Window(gradient, inside, syncing)
+    return TimedSteps(gradient, inside, syncing)
 
 
 def first_whole_round(period_steps: int, gradient_steps: int, warmup_steps: int) -> int:
@@ -142,7 +142,7 @@ def costs(trial: Trial) -> StepCosts:
     A synchronisation costs what a step that ends with one takes longer than the others, so steps and synchronisations
     add up to the measured time. With a period of 1 there are no others, and the step holds both.
     """
-    seen = window(trial)
+    seen = timed_steps(trial)
     own = seen.inside or seen.syncing or seen.gradient
     slowest = max(trial.step_s, key=lambda rank: _mean(rank, own))
     in_s = _parts(slowest, seen)
@@ -152,10 +152,10 @@ def costs(trial: Trial) -> StepCosts:
 
 def exposed_costs(trial: Trial) -> StepCosts | None:
     """Return the seconds of a step and of a synchronisation in which ranks stood still for communication."""
-    return None if trial.exposed_s is None else StepCosts(*_parts(trial.exposed_s, window(trial)))
+    return None if trial.exposed_s is None else StepCosts(*_parts(trial.exposed_s, timed_steps(trial)))
 
 
-def _parts(row: Sequence[float], seen: Window) -> tuple[float, float, float]:
+def _parts(row: Sequence[float], seen: TimedSteps) -> tuple[float, float, float]:
     """Return the means of a step within a round, of what a synchronisation adds, and of a step with gradients."""
     inside = _mean(row, seen.inside or seen.syncing)
     syncing = max(0.0, _mean(row, seen.syncing) - inside)
@@ -229,7 +229,7 @@ def summarise(trials: Sequence[Trial], plans: Mapping[str, RunPlan]) -> dict[str
 
 
 def _run_step_s(trial: Trial, plan: RunPlan | None) -> float:
-    plan = plan or window(trial).plan
+    plan = plan or timed_steps(trial).plan
     return project(plan, costs(trial)).seconds / plan.total_steps
 
 
@@ -237,7 +237,7 @@ def _summary(trials: Sequence[Trial], plan: RunPlan | None, run_steps: Mapping[s
     name = trials[0].strategy
     own, limit = run_steps[name], run_steps.get(LIMIT, {})
     measured = [costs(trial) for trial in trials]
-    plans = [plan or window(trial).plan for trial in trials]
+    plans = [plan or timed_steps(trial).plan for trial in trials]
     projected = [project(of, cost) for of, cost in zip(plans, measured, strict=True)]
     has_bytes = all(trial.sent_bytes is not None for trial in trials)
     return Summary(
@@ -245,7 +245,7 @@ def _summary(trials: Sequence[Trial], plan: RunPlan | None, run_steps: Mapping[s
         plan=plan,
         repeats=tuple(trial.repeat for trial in trials),
         step_s=Spread(tuple(cost.step_s or cost.gradient_step_s for cost in measured)),
-        sync_s=Spread(tuple(cost.sync_s for cost in measured)) if window(trials[0]).syncing else None,
+        sync_s=Spread(tuple(cost.sync_s for cost in measured)) if timed_steps(trials[0]).syncing else None,
         run_step_s=Spread(tuple(own[trial.repeat] for trial in trials)),
         samples_per_s=_spread(trials, lambda trial: _samples_per_s(trial, own[trial.repeat])),
         step_bytes=Spread(tuple(p.wire_bytes / of.total_steps for p, of in zip(projected, plans, strict=True)))
@@ -269,11 +269,11 @@ def _spread(trials: Sequence[Trial], figure: Callable[[Trial], float | None]) ->
 def _samples_per_s(trial: Trial, run_step_s: float) -> float | None:
     if trial.samples is None:
         return None
-    seen = window(trial)
+    seen = timed_steps(trial)
     return _mean(trial.samples, (*seen.gradient, *seen.inside, *seen.syncing)) / run_step_s
 
 
 def _exposed_share(trial: Trial, plan: RunPlan | None, run_step_s: float) -> float | None:
     exposed = exposed_costs(trial)
-    plan = plan or window(trial).plan
+    plan = plan or timed_steps(trial).plan
     return None if exposed is None else project(plan, exposed).seconds / plan.total_steps / run_step_s

@@ -1,4 +1,4 @@
-"""How many steps a pilot's trials have: those asked for, or, in a run that is shorter, what the run has.
+"""The length of a pilot's trials in steps: what was asked for or, in a run that is shorter, what the run has.
 
 Numbers in, numbers out.
 """

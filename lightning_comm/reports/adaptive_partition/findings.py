@@ -1,4 +1,4 @@
-"""What the windows of a partitioned run come to: the speed of each rank, and what shares by speed save.
+"""The findings of a partitioned run's windows: the speed of each rank, and what shares by speed save.
 
 Numbers only; :mod:`~lightning_comm.reports.adaptive_partition.text` says them in words.
 """

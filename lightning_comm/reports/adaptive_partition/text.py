@@ -1,4 +1,4 @@
-"""What a partitioned run says, in words and rows, for the terminal and for the page."""
+"""The text of a partitioned run's report, in sentences and rows, for the terminal and for the page."""
 
 from collections.abc import Sequence
 

@@ -1,11 +1,11 @@
-"""What a profile says, in words and rows, for the terminal and for the page."""
+"""The text of a profile's report, in sentences and rows, for the terminal and for the page."""
 
 from lightning_comm.core.key_figures import RunFigures
 from lightning_comm.core.quantities import megabytes, percent, times_as_fast
 from lightning_comm.core.rank_profile import FEWEST_TO_COMPARE
 from lightning_comm.reports.pieces import text_table
 
-Row = tuple[str, str, str]
+FigureRow = tuple[str, str, str]
 _LITTLE = 0.05  # a share below which nothing is made of it
 
 
@@ -27,7 +27,7 @@ def size(count: float) -> str:
     return megabytes(count) if count >= 1e5 or count == 0 else f"{count / 1e3:,.1f} kB"
 
 
-def figure_rows(run: RunFigures) -> list[Row]:
+def figure_rows(run: RunFigures) -> list[FigureRow]:
     """Return the key figures of a run: what, how much, and what share of a step or of what."""
     rows = [
         ("step", milliseconds(run.step_s), ""),

@@ -27,8 +27,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_comm.core.arguments import is_number
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.core.local_update.periods import is_number
 from lightning_comm.errors import refuse
 from lightning_comm.lightning_internals import (
     close_finished_epoch,

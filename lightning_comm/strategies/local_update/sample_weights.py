@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lightning_comm.core.local_update.periods import is_whole
+from lightning_comm.core.arguments import is_whole
 from lightning_comm.ondevice.share import Share
 from lightning_comm.strategies.common import rank_status
 from lightning_comm.strategies.common.rank_status import ControlRow

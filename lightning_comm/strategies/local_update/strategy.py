@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_comm import lightning_internals
+from lightning_comm.contract import RoundInForce, RoundRule
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update.periods import PeriodRule
 from lightning_comm.ondevice.model_tensors import fingerprint
@@ -224,6 +225,30 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         if self._run is None or not self._run.active:
             return self.settings.starts_with_gradients
         return self._run.in_gradient_phase
+
+    @property
+    def round_in_force(self) -> RoundInForce:
+        """The round that this rank is in."""
+        if self._run is None:
+            return RoundInForce(0, None)
+        clock = self._run.clock
+        return RoundInForce(clock.round_ends_at - clock.round_started_at if clock.in_round else 0, clock.total_steps)
+
+    @property
+    def round_rule(self) -> RoundRule:
+        """By what rounds are planned; from ``on_train_start`` on."""
+        assert self._run is not None
+        return RoundRule(self._run.settings.period, self._run.settings.warmup_steps)
+
+    @property
+    def gradient_phase_steps(self) -> int:
+        """Optimizer steps at the start of the run at which gradients are averaged, as in plain DDP."""
+        return self._run.gradient_steps if self._run is not None else 0
+
+    def shorten_gradient_phase(self, steps: int) -> None:
+        """Let rounds begin after so many steps, from ``on_train_start`` on: for trials of a few steps."""
+        assert self._run is not None
+        self._run.gradient_steps = steps
 
     def weigh_by_samples(self) -> None:
         """Let each rank count for its share of the samples of a round, in all that is averaged in this ``fit``.

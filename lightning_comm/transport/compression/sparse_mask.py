@@ -5,8 +5,8 @@ from typing import Literal
 
 from typing_extensions import override
 
+from lightning_comm.core.arguments import is_number
 from lightning_comm.core.compression.pruning_schedule import PruningSchedule
-from lightning_comm.core.local_update.periods import is_number
 from lightning_comm.ondevice.pruning import MagnitudePruning, Pruning
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.full import Full

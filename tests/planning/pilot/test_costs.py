@@ -3,17 +3,17 @@
 import pytest
 from support.pilot_trials import ddp, trial
 
-from lightning_comm.planning.pilot.costs import LIMIT, Trial, costs, summarise, window
+from lightning_comm.planning.pilot.costs import LIMIT, Trial, costs, summarise, timed_steps
 from lightning_comm.planning.projection import RunPlan
 
 
 def test_rounds_are_counted_whole_and_from_the_end_of_the_warm_up():
-    seen = window(trial("local_sgd", step_s=0.1, period=6, warmup=7))
+    seen = timed_steps(trial("local_sgd", step_s=0.1, period=6, warmup=7))
     assert (seen.inside, seen.syncing) == ((13, 14, 15, 16, 17), (18,))
 
 
 def test_a_trial_that_starts_without_warm_up_counts_its_first_round():
-    assert window(trial("local_sgd", step_s=0.1, period=10, warmup=0)).syncing == (10, 20)
+    assert timed_steps(trial("local_sgd", step_s=0.1, period=10, warmup=0)).syncing == (10, 20)
 
 
 def test_a_synchronisation_costs_what_its_step_takes_longer_on_the_slowest_rank():
@@ -24,7 +24,7 @@ def test_a_synchronisation_costs_what_its_step_takes_longer_on_the_slowest_rank(
 
 def test_steps_and_synchronisations_add_up_to_the_measured_time():
     uneven = Trial("qsr", 0, 2, 0, (2, 5, 9), ((9.0, 9.0, 0.1, 0.3, 0.9, 0.2, 0.1, 0.4, 1.1, 7.0),))
-    found, seen = costs(uneven), window(uneven)
+    found, seen = costs(uneven), timed_steps(uneven)
     steps = len(seen.inside) + len(seen.syncing)
     total = sum(uneven.step_s[0][2:9])
     assert steps * found.step_s + len(seen.syncing) * found.sync_s == pytest.approx(total)
@@ -46,7 +46,7 @@ def test_both_phases_of_post_local_updates_are_seen():
 
 def test_too_few_steps_for_a_round_are_refused():
     with pytest.raises(ValueError, match="pilot: ") as caught:
-        window(trial("local_sgd", step_s=0.1, period=18))
+        timed_steps(trial("local_sgd", step_s=0.1, period=18))
     said = str(caught.value)
     assert [
         word for word in ("--steps", "whole round", "4 steps of warm-up", "got 20", "[18]") if word not in said
@@ -56,13 +56,13 @@ def test_too_few_steps_for_a_round_are_refused():
 @pytest.mark.parametrize("name", ["ddp", "local_sgd", LIMIT])
 def test_a_trial_that_ended_in_its_warm_up_is_refused_and_one_that_ended_early_is_counted_to_its_end(name):
     with pytest.raises(ValueError, match="must be more than the 10 steps of warm-up; got 10 under"):
-        window(Trial(name, 0, 10, 60, (), ((0.1,) * 10,)))
-    short = window(Trial("ddp", 0, 10, 60, (), ((0.1,) * 16,)))
+        timed_steps(Trial(name, 0, 10, 60, (), ((0.1,) * 10,)))
+    short = timed_steps(Trial("ddp", 0, 10, 60, (), ((0.1,) * 16,)))
     assert short.gradient == tuple(range(11, 17))
 
 
 def test_the_limit_has_no_rounds():
-    assert window(trial(LIMIT, step_s=0.1, period=0)).inside == tuple(range(5, 21))
+    assert timed_steps(trial(LIMIT, step_s=0.1, period=0)).inside == tuple(range(5, 21))
 
 
 def test_the_whole_run_is_projected_and_compared_in_pairs():

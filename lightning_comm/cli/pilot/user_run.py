@@ -1,4 +1,4 @@
-"""Where a pilot's user has ranks: read from the config and the options, before anything of the config is built."""
+"""The run of a pilot's user: where its ranks are, read from config and options before anything of it is built."""
 
 import json
 import os
@@ -40,28 +40,28 @@ class UserRun:
     lab: dict[str, Any] | None
 
 
-def read_run(options: Options, words: Sequence[str]) -> UserRun:
+def read_run(options: Options, arguments: Sequence[str]) -> UserRun:
     """Read the user's config and return where the run takes place. Nothing of the config is built.
 
     Raises:
-        Refused: If the place makes no sense, or the config lacks what the options speak of.
+        Refused: If there can be no such ranks, or the config lacks what the options speak of.
         SystemExit: From Lightning's parser, which says what is wrong with the config.
 
     """
     with lightning_is_quiet():
-        config = _config(words).trainer
+        config = _config(arguments).trainer
     if OWN in options.strategies and config.strategy in (None, "auto"):
         raise Refused(
             f"`--strategies` names `{OWN}`, the strategy of your config, and the config has none (trainer.strategy is "
             f"{config.strategy!r}). Leave `{OWN}` out, or give the config a strategy."
         )
-    place: dict[str, Any] = {}
+    hosts: dict[str, Any] = {}
     if options.hosts is not None:
-        place = {"num_nodes": options.hosts, "devices": options.devices_per_host}
+        hosts = {"num_nodes": options.hosts, "devices": options.devices_per_host}
         if config.accelerator == "auto":
-            place["accelerator"] = "cpu"
+            hosts["accelerator"] = "cpu"
     with lightning_is_quiet():
-        trainer = _trainer(config, place)
+        trainer = _trainer(config, hosts)
     environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]  # DDP has one
     externally = environment.creates_processes_externally
     if externally and options.hosts is not None:
@@ -80,7 +80,7 @@ def read_run(options: Options, words: Sequence[str]) -> UserRun:
         ranks=trainer.world_size,
         rank=trainer.global_rank if externally else 0,
         started_externally=externally,
-        trainer=place,
+        trainer=hosts,
         lab=_lab(options),
     )
 
@@ -105,25 +105,25 @@ class _ConfigOnly(CommandLine):
         raise _ConfigRead(self.config.fit)
 
 
-def _config(words: Sequence[str]) -> Namespace:
+def _config(arguments: Sequence[str]) -> Namespace:
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # the words are not its own
-            _ConfigOnly(args=["fit", *words], seed_everything_default=0, save_config_callback=None)
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # the arguments are not its own
+            _ConfigOnly(args=["fit", *arguments], seed_everything_default=0, save_config_callback=None)
     except _ConfigRead as read:
         config: Namespace = read.args[0]
         return config
     raise AssertionError("Lightning built nothing")
 
 
-def _trainer(config: Namespace, place: dict[str, Any]) -> Trainer:
+def _trainer(config: Namespace, hosts: dict[str, Any]) -> Trainer:
     """Return a Trainer that knows how many ranks there are, and has nothing else of the user's."""
     asked = {name: config[name] for name in ("accelerator", "devices", "num_nodes")}
     if not isinstance(asked["accelerator"], str):
         asked["accelerator"] = "auto"  # a class of the user's, which only a rank builds
     try:
         return Trainer(
-            **{**asked, **place},
+            **{**asked, **hosts},
             strategy=BASELINE,
             logger=False,
             enable_checkpointing=False,
