@@ -9,15 +9,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.strategies.checkpoints import removal, sets
 from lightning_comm.strategies.checkpoints.entry import WRITTEN_ALONE, Save, says_incomplete
-from lightning_comm.strategies.checkpoints.problems import first_problem
-from lightning_comm.strategies.compression import mask_state as mask_files
-from lightning_comm.strategies.local_update.checkpoint import unusable
+from lightning_comm.strategies.checkpoints.strategy_entry import StrategyEntry
+from lightning_comm.strategies.sparse_mask import checkpoint as mask_checkpoint
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.ddp_hook import GradientSync
 from lightning_comm.transport.recording import Recorder
 
-KEY = "lightning_comm.compression"
-VERSION = 1
+ENTRY = StrategyEntry("lightning_comm.compression", version=1)
 _WHERE = "CompressedDDPStrategy"
 
 
@@ -55,14 +53,14 @@ def write(
         sets.write_own(strategy, recorder, _WHERE, save, {"sync": sync.state_dict()})
     else:
         save = Save(str(filepath))
-    checkpoint[KEY] = {
-        "version": VERSION,
-        "token": token,
-        "world_size": strategy.world_size,
-        "compression": repr(compression),
-        "sync": None if sync.codec.is_local else sync.state_dict(),
-        "masks": mask_files.mask_state(sync.codec, compression),
-    }
+    ENTRY.put(
+        checkpoint,
+        token=token,
+        world_size=strategy.world_size,
+        compression=repr(compression),
+        sync=None if sync.codec.is_local else sync.state_dict(),
+        masks=mask_checkpoint.mask_state(sync.codec, compression),
+    )
     save.write(checkpoint, incomplete=incomplete)
     return save
 
@@ -77,21 +75,26 @@ def load(
 
     Masks are taken from the main file where what else was kept cannot be had.
     """
-    shared = checkpoint.get(KEY)
+    shared = ENTRY.of(checkpoint)
     if shared is not None and shared["compression"] == repr(compression) and shared["sync"] is not None:
         return dict(shared["sync"])
-    saved = mask_files.masks_in(checkpoint)
-    mask_files.warn_of_dense(_WHERE, filepath, saved, compression)
+    saved = mask_checkpoint.masks_in(checkpoint)
+    mask_checkpoint.warn_of_dense(_WHERE, filepath, saved, compression)
     if not compression.keeps_state:
         return None
     fresh = GradientSync(compression.codec(Context(Recorder(CommLedger()), "gradients")), Recorder(CommLedger()), ())
-    masks_kept = mask_files.take_up(fresh.codec, compression, saved)
+    masks_kept = mask_checkpoint.take_up(fresh.codec, compression, saved)
     if masks_kept and not fresh.codec.is_local:
         return fresh.state_dict()  # the masks are all there is
-    own, problem = _own_state(strategy, compression, checkpoint, filepath)
-    found = first_problem(strategy, Recorder(CommLedger()), problem)
-    if found is None:
-        return own
+
+    def why_not(entry: dict[str, Any]) -> str | None:
+        if entry["compression"] != repr(compression):
+            return f"it was written under {entry['compression']}"
+        return WRITTEN_ALONE if says_incomplete(checkpoint) else None
+
+    own, reason = ENTRY.read_own(strategy, Recorder(CommLedger()), checkpoint, filepath, why_not)
+    if own is not None:
+        return dict(own["sync"])
     if masks_kept:
         left = "weights, optimizer state and masks in the file, with nothing else kept"
     elif saved is not None:
@@ -100,22 +103,7 @@ def load(
         left = "weights and optimizer state in the file, with nothing kept"
     rank_zero_warn(
         f"{_WHERE}: `ckpt_path`={str(filepath)!r} cannot bring back what {compression!r} had kept on each rank: "
-        f"{found[1]}. Training goes on from the {left}. For an exact continuation resume with the same compression and "
+        f"{reason}. Training goes on from the {left}. For an exact continuation resume with the same compression and "
         f"number of ranks, and keep the folder {removal.folder(filepath)!r} with the file."
     )
     return fresh.state_dict() if masks_kept else None
-
-
-def _own_state(
-    strategy: ParallelStrategy, compression: Compression, checkpoint: dict[str, Any], filepath: _PATH
-) -> tuple[dict[str, Any] | None, str | None]:
-    shared = checkpoint.get(KEY)
-    reason = unusable(shared, strategy.world_size)
-    if shared is None or reason is not None:
-        return None, reason
-    if shared["compression"] != repr(compression):
-        return None, f"it was written under {shared['compression']}"
-    if says_incomplete(checkpoint):
-        return None, WRITTEN_ALONE
-    own, problem = sets.read_own(strategy, filepath, shared["token"])
-    return None if own is None else own["sync"], problem

@@ -41,7 +41,6 @@ from lightning_comm.strategies.checkpoints.entry import Save
 from lightning_comm.strategies.checkpoints.loading import load_together
 from lightning_comm.strategies.common import checks, model_checks
 from lightning_comm.strategies.common.base import PeerAwareStrategy
-from lightning_comm.strategies.common.checks import check_twin_callbacks, replica_problems
 from lightning_comm.strategies.common.hooks import Companion
 from lightning_comm.strategies.common.interruptions import Interruptions
 from lightning_comm.strategies.common.loss_scale import loss_scale
@@ -51,7 +50,7 @@ from lightning_comm.strategies.compression import checkpoint as compression_file
 from lightning_comm.strategies.compression import start_line as compression_line
 from lightning_comm.strategies.compression.loss_scale_cache import KnownScale
 from lightning_comm.strategies.compression.run import CompressionRun, Unread
-from lightning_comm.strategies.compression.sparse_mask import PrunedWeights, optimizer_problems
+from lightning_comm.strategies.sparse_mask.pruned_weights import PrunedWeights, optimizer_problems
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.names import compression_of
 from lightning_comm.transport.compression.no_sync import NoSync
@@ -152,7 +151,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         refuse(_WHERE, _setting_problems(compression, bucket_cap_mb, ddp_comm_hook))
-        self.compression = compression_of(compression, _WHERE)
+        self._compression = compression_of(compression, _WHERE)
         self._seed = seed
         super().__init__(
             accelerator=accelerator,
@@ -182,6 +181,11 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         self._has_stepped = False  # whether its own `step` has been called meanwhile
         self._steps_watched: RemovableHandle | None = None
         self._known_scale: KnownScale | None = None
+
+    @property
+    def compression(self) -> Compression:
+        """What is sent of the gradients, and how."""
+        return self._compression
 
     @property
     def ledger(self) -> CommLedger:
@@ -259,7 +263,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         super().connect(model)
         self._trainer = model.trainer
         callbacks: list[Any] = getattr(model.trainer, "callbacks", [])
-        check_twin_callbacks(callbacks, _WHERE)
+        checks.check_twin_callbacks(callbacks, _WHERE)
         callbacks[:] = [Companion(self), *(each for each in callbacks if not isinstance(each, Companion))]
         if model.trainer.state.fn == TrainerFn.FITTING:
             self._sync = self._pruned = self._resume = self._run = None  # those of an earlier fit
@@ -291,7 +295,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         self._fitted = module
         with self._refusals(_WHERE) as refusals:
             refusals.add(_trainer_problems(trainer, bool(self._ddp_kwargs["static_graph"])))
-            refusals.add(replica_problems(module))
+            refusals.add(checks.replica_problems(module))
             refusals.add(model_checks.trained_problems(module))
             self._set_up(trainer, refusals)
             if module.automatic_optimization:

@@ -41,11 +41,11 @@ from lightning_comm.strategies.common import rank_status as control
 from lightning_comm.strategies.common.loss_scale import loss_scale_on, take_smallest_scale
 from lightning_comm.strategies.common.rank_status import ControlRow
 from lightning_comm.strategies.common.run_length import may_differ
-from lightning_comm.strategies.compression.sparse_mask import PrunedWeights
 from lightning_comm.strategies.local_update.overlap import BackgroundAverage
 from lightning_comm.strategies.local_update.round_log import RoundLog
 from lightning_comm.strategies.local_update.sample_weights import SampleWeights
 from lightning_comm.strategies.local_update.settings import Settings
+from lightning_comm.strategies.sparse_mask.pruned_weights import PrunedWeights
 from lightning_comm.transport.backends import unsent_problems
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec

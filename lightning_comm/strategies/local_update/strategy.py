@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_comm import lightning_internals
+from lightning_comm.contract import RoundInForce
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update.periods import PeriodRule
 from lightning_comm.ondevice.optimizer.step_messages import FirstSteps
@@ -32,7 +33,8 @@ from lightning_comm.ondevice.random_state import set_random_state
 from lightning_comm.ondevice.sparse_gradients import fault_of_ddp
 from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.loading import load_together
-from lightning_comm.strategies.common import checks, model_checks
+from lightning_comm.strategies.common import checks as common_checks
+from lightning_comm.strategies.common import model_checks
 from lightning_comm.strategies.common import rank_status as control
 from lightning_comm.strategies.common.base import PeerAwareStrategy
 from lightning_comm.strategies.common.hooks import Companion
@@ -40,23 +42,13 @@ from lightning_comm.strategies.common.interruptions import Interruptions
 from lightning_comm.strategies.common.plateau import PlateauMonitors
 from lightning_comm.strategies.common.run_length import restore_accumulation, total_steps
 from lightning_comm.strategies.common.unregistered import UnregisteredState
-from lightning_comm.strategies.compression import sparse_mask
-from lightning_comm.strategies.local_update import (
-    checkpoint as rank_files,
-)
-from lightning_comm.strategies.local_update import (
-    period_setup as auto_period,
-)
-from lightning_comm.strategies.local_update import (
-    run_state,
-)
-from lightning_comm.strategies.local_update import (
-    start_line as local_update_line,
-)
+from lightning_comm.strategies.local_update import checkpoint as rank_files
+from lightning_comm.strategies.local_update import checks, period_setup, run_state, start_line
 from lightning_comm.strategies.local_update.group_numbers import GroupNumbers
 from lightning_comm.strategies.local_update.run import LocalUpdateRun
 from lightning_comm.strategies.local_update.sample_weights import SampleWeights
 from lightning_comm.strategies.local_update.settings import Round, Settings
+from lightning_comm.strategies.sparse_mask import pruned_weights
 from lightning_comm.transport.averaging import Averaging, broadcast_
 from lightning_comm.transport.backends import backend_of
 from lightning_comm.transport.compression.sparse_mask import SparseMask
@@ -224,6 +216,48 @@ class LocalUpdateStrategy(PeerAwareStrategy):
             return self.settings.starts_with_gradients
         return self._run.in_gradient_phase
 
+    @property
+    def round_in_force(self) -> RoundInForce:
+        """The round that this rank is in."""
+        run = self._run
+        if run is None or not run.active:
+            return RoundInForce(0, None)
+        clock = run.clock
+        steps = clock.round_ends_at - clock.round_started_at if clock.in_round else 0
+        return RoundInForce(steps, None if clock.total_steps is None else clock.total_steps - run.began_at)
+
+    @property
+    def gradient_phase_steps(self) -> int:
+        """Optimizer steps at the start of the run at which gradients are averaged; 0 before training starts."""
+        run = self._run
+        return max(0, run.gradient_steps - run.began_at) if run is not None and run.active else 0
+
+    def shorten_gradient_phase(self, steps: int) -> None:
+        """Let rounds begin after so many steps of the run, if that is sooner; from the first batch on, before its step.
+
+        For trials of a few steps, on all ranks alike.
+
+        Raises:
+            RuntimeError: Outside of training.
+            ValueError: If that is not a whole number >= 0.
+
+        """
+        run = self._run
+        if run is None or not run.active:
+            raise RuntimeError(
+                f"LocalUpdateStrategy: `shorten_gradient_phase({steps!r})` is for a fit that trains, and none does. "
+                "Call it from a callback, from its first `on_train_batch_start` on."
+            )
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise ValueError(
+                "LocalUpdateStrategy: `steps` of `shorten_gradient_phase` counts optimizer steps, so it must be a "
+                f"whole number >= 0; got {steps!r}. 0 begins with rounds."
+            )
+        was_in_gradient_phase = run.in_gradient_phase
+        run.gradient_steps = min(run.gradient_steps, run.began_at + steps)
+        if was_in_gradient_phase and not run.in_gradient_phase:
+            self._unwrap_ddp()
+
     def weigh_by_samples(self) -> None:
         """Let each rank count for its share of the samples of a round, in all that is averaged in this ``fit``.
 
@@ -254,7 +288,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
         callbacks: list[Any] = getattr(model.trainer, "callbacks", [])
-        checks.check_twin_callbacks(callbacks, "LocalUpdateStrategy")
+        common_checks.check_twin_callbacks(callbacks, "LocalUpdateStrategy")
         callbacks[:] = [
             Companion(self),
             *(callback for callback in callbacks if not isinstance(callback, Companion)),
@@ -284,19 +318,19 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         module = self.lightning_module
         assert module is not None
         with self._refusals("LocalUpdateStrategy") as refusals:
-            refusals.add(checks.trainer_problems(trainer, self._layer_sync is not None))
-            refusals.add(checks.module_problems(module))
+            refusals.add(common_checks.trainer_problems(trainer, self._layer_sync is not None))
+            refusals.add(common_checks.module_problems(module))
             if self.settings.starts_with_gradients:
                 refusals.add(model_checks.trained_problems(module))
             refusals.add(checks.length_problems(trainer, module, self.settings))
             self._set_up(trainer, refusals)
-            refusals.add(checks.device_problems(trainer, module))
+            refusals.add(common_checks.device_problems(trainer, module))
             refusals.add(checks.optimizer_problems(module, self.optimizers, self.settings))
             refusals.add(
-                auto_period.period_problems(self.optimizers, self.settings, rank_files.saved_alpha(self._resume))
+                period_setup.period_problems(self.optimizers, self.settings, rank_files.saved_alpha(self._resume))
             )
             if isinstance(self.settings.averaging.method, SparseMask):
-                refusals.add(sparse_mask.optimizer_problems(self.optimizers))
+                refusals.add(pruned_weights.optimizer_problems(self.optimizers))
         if self.settings.starts_with_gradients and (fault := fault_of_ddp(module, self.world_size)) is not None:
             rank_zero_warn(f"LocalUpdateStrategy, in its gradient phase: {fault}")
         store = default_store() if self._peers is None else self._peers.store
@@ -363,7 +397,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         total = total_steps(trainer, run.clock.steps_done)
         length = None if total is None else total - run.began_at
         alpha = rank_files.saved_alpha(self._resume)
-        run.set_period(auto_period.resolved_period(trainer, run.settings, length, alpha), total)
+        run.set_period(period_setup.resolved_period(trainer, run.settings, length, alpha), total)
         automatic = trainer.lightning_module.automatic_optimization
         run.gradient_steps = run.began_at + checks.gradient_steps(run.settings, length, automatic=automatic)
         checks.warn_at_start(trainer, run.settings, length, self.world_size)
@@ -377,7 +411,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         if self.settings.starts_with_gradients and not run.in_gradient_phase:
             self._unwrap_ddp()
         if self.world_size > 1:
-            rank_zero_info(f"LocalUpdateStrategy: {local_update_line.plan_of(trainer, run)}")
+            rank_zero_info(f"LocalUpdateStrategy: {start_line.plan_of(trainer, run)}")
         self._interruptions.install(after_save=run.leave_checkpoint)
         patches = self._interruptions.patches
         PlateauMonitors(
@@ -441,7 +475,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         logged = lightning_internals.number_of_logged_metrics(self._trainer)
         if logged > self._logs_checked:
             self._logs_checked = logged
-            checks.warn_of_per_step_sync(self._trainer, "LocalUpdateStrategy")
+            common_checks.warn_of_per_step_sync(self._trainer, "LocalUpdateStrategy")
         rounds = self._run.rounds_done
         self._run.end_batch()
         if self._run.active and self._trainer.is_last_batch:
@@ -518,7 +552,7 @@ class LocalUpdateStrategy(PeerAwareStrategy):
                 rank_files.mark_incomplete(run, checkpoint, filepath)
         if run is None or trainer is None or failed or not self._is_fitting():
             if run is not None and run.module is not self.lightning_module:
-                checks.leave_out_other_model("LocalUpdateStrategy", checkpoint, filepath)
+                common_checks.leave_out_other_model("LocalUpdateStrategy", checkpoint, filepath)
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         try:

@@ -26,7 +26,7 @@ from lightning_comm.ondevice.pruning import Masks, Moment, checked_masks
 from lightning_comm.ondevice.pruning.base import warn_of
 from lightning_comm.strategies.common.run_length import steps_to_come
 from lightning_comm.strategies.common.training_samples import training_samples
-from lightning_comm.strategies.compression.start_line import share_pruned
+from lightning_comm.strategies.sparse_mask.start_line import share_pruned
 from lightning_comm.transport.compression.mask_agreement import agree, check_agreement, raise_problem_of_rank_0
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
