@@ -130,6 +130,10 @@ class Interruptions:
         """Leave Lightning's objects as they were."""
         self.patches.undo()
 
+    def note_met(self) -> None:
+        """Note that all ranks meet in a collective of Lightning's or of the user's."""
+        self.met = True
+
     def begin_batch(self) -> None:
         """Forget that ranks met, and what was agreed for a batch; called before every one."""
         self.met = self._save_now = self._validate_now = False

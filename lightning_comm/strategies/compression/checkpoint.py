@@ -1,8 +1,11 @@
 """Checkpoints of compressed gradients: what all ranks share in the main file, what is a rank's own beside it."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
@@ -10,13 +13,75 @@ from lightning_comm.core.ledger import CommLedger
 from lightning_comm.strategies.checkpoints import removal, sets
 from lightning_comm.strategies.checkpoints.entry import WRITTEN_ALONE, Save, says_incomplete
 from lightning_comm.strategies.checkpoints.strategy_entry import StrategyEntry
+from lightning_comm.strategies.common.checks import leave_out_other_model
+from lightning_comm.strategies.common.support import RunSupport
+from lightning_comm.strategies.compression.checks import WHERE
 from lightning_comm.strategies.sparse_mask import checkpoint as mask_checkpoint
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.ddp_hook import GradientSync
 from lightning_comm.transport.recording import Recorder
 
 ENTRY = StrategyEntry("lightning_comm.compression", version=1)
-_WHERE = "CompressedDDPStrategy"
+
+
+class Saved(NamedTuple):
+    """What of a run a checkpoint keeps.
+
+    Args:
+        sync: Has the state; ``None`` before a ``fit``.
+        compression: Its settings.
+        fitted: The model of the last ``fit``.
+        recorder: Sends and records.
+
+    """
+
+    sync: GradientSync | None
+    compression: Compression
+    fitted: LightningModule | None
+    recorder: Recorder
+
+
+def save(
+    strategy: ParallelStrategy,
+    support: RunSupport,
+    state: Saved,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+    by_lightning: Callable[[dict[str, Any], _PATH], None],
+) -> None:
+    """Save the model with what each rank has kept, or what this rank has after a failure.
+
+    Args:
+        strategy: The strategy.
+        support: Whether ranks can meet.
+        state: What is kept.
+        checkpoint: What Lightning has collected.
+        filepath: Of the main file.
+        by_lightning: Lightning's way to write it.
+
+    """
+    fitted = state.fitted is not None and state.fitted is strategy.lightning_module  # now, or before an evaluation
+    saved, shown = Save(str(filepath)), support.failures.first_error_shown
+    if state.sync is not None and fitted and "optimizer_states" in checkpoint:
+        with shown("a checkpoint", waits=False):
+            saved = write(
+                strategy,
+                state.sync,
+                state.compression,
+                checkpoint,
+                filepath,
+                state.recorder,
+                interrupted=support.interrupted,
+            )
+    elif support.interrupted:
+        saved = Save(sets.incomplete_path(strategy, WHERE, filepath))
+    elif state.fitted is not None and not fitted:
+        leave_out_other_model(WHERE, checkpoint, filepath)
+    if state.sync is None or not fitted or support.interrupted:
+        by_lightning(checkpoint, saved.path)
+    else:
+        with shown("a checkpoint", waits=False):
+            sets.write_main(strategy, state.recorder, WHERE, saved, partial(by_lightning, checkpoint, saved.path))
 
 
 def write(
@@ -46,11 +111,11 @@ def write(
     """
     token, incomplete = "", sync.codec.is_local and interrupted
     if incomplete:
-        save = Save(sets.incomplete_path(strategy, _WHERE, filepath))
+        save = Save(sets.incomplete_path(strategy, WHERE, filepath))
     elif sync.codec.is_local:
         save = sets.begin(strategy, filepath)
         token = save.id
-        sets.write_own(strategy, recorder, _WHERE, save, {"sync": sync.state_dict()})
+        sets.write_own(strategy, recorder, WHERE, save, {"sync": sync.state_dict()})
     else:
         save = Save(str(filepath))
     ENTRY.put(
@@ -65,7 +130,7 @@ def write(
     return save
 
 
-def load(
+def load_own(
     strategy: ParallelStrategy,
     compression: Compression,
     checkpoint: dict[str, Any],
@@ -79,7 +144,7 @@ def load(
     if shared is not None and shared["compression"] == repr(compression) and shared["sync"] is not None:
         return dict(shared["sync"])
     saved = mask_checkpoint.masks_in(checkpoint)
-    mask_checkpoint.warn_of_dense(_WHERE, filepath, saved, compression)
+    mask_checkpoint.warn_of_dense(WHERE, filepath, saved, compression)
     if not compression.keeps_state:
         return None
     fresh = GradientSync(compression.codec(Context(Recorder(CommLedger()), "gradients")), Recorder(CommLedger()), ())
@@ -102,7 +167,7 @@ def load(
     else:
         left = "weights and optimizer state in the file, with nothing kept"
     rank_zero_warn(
-        f"{_WHERE}: `ckpt_path`={str(filepath)!r} cannot bring back what {compression!r} had kept on each rank: "
+        f"{WHERE}: `ckpt_path`={str(filepath)!r} cannot bring back what {compression!r} had kept on each rank: "
         f"{reason}. Training goes on from the {left}. For an exact continuation resume with the same compression and "
         f"number of ranks, and keep the folder {removal.folder(filepath)!r} with the file."
     )

@@ -6,18 +6,24 @@ random state, its place in the data and its schedulers.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_comm.lightning_internals import close_finished_epoch
 from lightning_comm.ondevice.cyclic.stages import Stage
 from lightning_comm.ondevice.random_state import random_state
+from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.entry import Save
 from lightning_comm.strategies.checkpoints.strategy_entry import StrategyEntry
+from lightning_comm.strategies.common.checks import leave_out_other_model
+from lightning_comm.strategies.common.support import RunSupport
 from lightning_comm.strategies.cyclic.refusals import WHERE
 from lightning_comm.strategies.cyclic.run import CyclicRun
 from lightning_comm.transport.plain_data import NotPlainError, gather_states, pack
@@ -108,6 +114,59 @@ def _leave_out_objects(state: dict[str, Any], rank: int) -> None:
         del state["lr_schedulers"]
 
 
+def write_together(
+    strategy: ParallelStrategy,
+    run: CyclicRun,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+    by_lightning: Callable[[dict[str, Any], _PATH], None],
+) -> None:
+    """Write a checkpoint with what an exact continuation needs; every rank calls this, after a flush.
+
+    Args:
+        strategy: The strategy.
+        run: The run.
+        checkpoint: What Lightning has collected.
+        filepath: Of the file.
+        by_lightning: Lightning's way to write it.
+
+    """
+    if "optimizer_states" in checkpoint:  # not with `save_weights_only`
+        write(run, checkpoint)
+    save = Save(str(filepath))
+    save.write(checkpoint)
+    with run.agreement.first_error_shown("a checkpoint", waits=False):  # rank 0 writes in there
+        sets.write_main(strategy, run.recorder, WHERE, save, partial(by_lightning, checkpoint, filepath))
+
+
+def write_alone(
+    strategy: ParallelStrategy,
+    support: RunSupport,
+    run: CyclicRun | None,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+    by_lightning: Callable[[dict[str, Any], _PATH], None],
+) -> None:
+    """Write what rank 0 has, where ranks cannot be brought together: after a failure, or of another model.
+
+    Args:
+        strategy: The strategy.
+        support: Whether a rank has failed.
+        run: That of the last ``fit``, if there was one.
+        checkpoint: What Lightning has collected.
+        filepath: Of the file.
+        by_lightning: Lightning's way to write it.
+
+    """
+    if support.interrupted or (run is not None and run.failed):
+        filepath = sets.incomplete_path(strategy, WHERE, filepath)
+        if run is not None and support.has_fitted(run) and run.stages:
+            mark_incomplete(checkpoint, filepath)
+    elif run is not None and run.module is not strategy.lightning_module:
+        leave_out_other_model(WHERE, checkpoint, filepath)
+    by_lightning(checkpoint, filepath)
+
+
 def mark_incomplete(checkpoint: dict[str, Any], filepath: object) -> None:
     """Say in a checkpoint, and to people, that it was written when ranks could not meet any more."""
     ENTRY.put(checkpoint, incomplete=True)
@@ -119,7 +178,7 @@ def mark_incomplete(checkpoint: dict[str, Any], filepath: object) -> None:
     )
 
 
-def load(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: int) -> CyclicResume:
+def load_own(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: int) -> CyclicResume:
     """Put this rank's own state into a checkpoint that was read; return what the run takes up from it."""
     saved = ENTRY.of(checkpoint) or {}
     if saved.get("incomplete"):

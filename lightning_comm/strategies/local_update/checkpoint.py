@@ -6,7 +6,9 @@ Both carry the same token, the id of the save (:mod:`lightning_comm.strategies.c
 another save is never mistaken for this one's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from lightning_comm.strategies.checkpoints import removal, sets
 from lightning_comm.strategies.checkpoints.entry import WRITTEN_ALONE, Save, says_incomplete
 from lightning_comm.strategies.checkpoints.strategy_entry import StrategyEntry
 from lightning_comm.strategies.checkpoints.whole_files import is_plain
+from lightning_comm.strategies.common.checks import leave_out_other_model
+from lightning_comm.strategies.common.support import RunSupport
 from lightning_comm.strategies.local_update.run import LocalUpdateRun
 from lightning_comm.strategies.local_update.run_state import state_of
 from lightning_comm.strategies.sparse_mask import checkpoint as mask_checkpoint
@@ -111,6 +115,74 @@ def write(strategy: ParallelStrategy, run: LocalUpdateRun, checkpoint: dict[str,
     return save
 
 
+def saves_rounds(support: RunSupport, run: LocalUpdateRun | None) -> bool:
+    """Whether ranks run under the strategy's rounds, or did in the last ``fit``; not in a tuner's trial run."""
+    return support.has_fitted(run) and run is not None and run.active
+
+
+def can_meet(support: RunSupport, run: LocalUpdateRun | None) -> bool:
+    """Whether the ranks of such a run can be brought together: none has failed."""
+    return saves_rounds(support, run) and not (support.interrupted or (run is not None and run.failed))
+
+
+def save(
+    strategy: ParallelStrategy,
+    support: RunSupport,
+    run: LocalUpdateRun | None,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+    by_lightning: Callable[[dict[str, Any], _PATH], None],
+) -> None:
+    """Save what there is: averaged weights with the files of all ranks, or what this rank has after a failure.
+
+    Args:
+        strategy: The strategy.
+        support: Whether ranks can meet.
+        run: That of the last ``fit``, if there was one.
+        checkpoint: What Lightning has collected.
+        filepath: Of the main file.
+        by_lightning: Lightning's way to write it.
+
+    """
+    if run is not None and can_meet(support, run):
+        write_together(strategy, run, checkpoint, filepath, by_lightning)
+        return
+    if support.interrupted or (run is not None and run.failed):
+        filepath = sets.incomplete_path(strategy, WHERE, filepath)
+        if run is not None and saves_rounds(support, run):
+            mark_incomplete(run, checkpoint, filepath)
+    if run is not None and run.module is not strategy.lightning_module:
+        leave_out_other_model(WHERE, checkpoint, filepath)
+    by_lightning(checkpoint, filepath)
+
+
+def write_together(
+    strategy: ParallelStrategy,
+    run: LocalUpdateRun,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+    by_lightning: Callable[[dict[str, Any], _PATH], None],
+) -> None:
+    """Write a checkpoint with the files of all ranks; every rank calls this.
+
+    Args:
+        strategy: The strategy.
+        run: The run.
+        checkpoint: What Lightning has collected, with averaged weights.
+        filepath: Of the main file.
+        by_lightning: Lightning's way to write it.
+
+    """
+    try:
+        with run.agreement.first_error_shown("a checkpoint", waits=False):  # rank 0 writes in there
+            save = write(strategy, run, checkpoint, filepath)
+            if strategy.is_global_zero:
+                checkpoint = kept_from_change(checkpoint, run.replica, strategy.checkpoint_io)
+            sets.write_main(strategy, run.recorder, WHERE, save, partial(by_lightning, checkpoint, save.path))
+    finally:
+        run.leave_checkpoint()
+
+
 def mark_incomplete(run: LocalUpdateRun, checkpoint: dict[str, Any], filepath: _PATH) -> None:
     """Say in a checkpoint, and to people, that it was written when ranks could not meet any more."""
     put_shared_state(run, checkpoint, "", complete=False, averaged=not run.apart)
@@ -153,7 +225,7 @@ def kept_from_change(checkpoint: dict[str, Any], replica: Replica, io: Checkpoin
     return checkpoint
 
 
-def load(
+def load_own(
     strategy: ParallelStrategy,
     recorder: Recorder,
     checkpoint: dict[str, Any],
