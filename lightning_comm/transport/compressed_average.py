@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_comm.core.plain_settings import difference, plain
 from lightning_comm.ondevice.flat import DriftSum, Flat, drift_of, read_parts, sample, squared_norm
 from lightning_comm.ondevice.limits import drop_unsent_, is_large, limit_, limit_differences_, limit_moved_
 from lightning_comm.transport.averaging import IN_FLIGHT, copy_each
@@ -352,7 +353,7 @@ class DifferenceAverager:
                 for flight in self._flights
             ],
             "reference": dict(self._reference),
-            "compression": repr(self._compression),
+            "compression": plain(self._compression),
             "codec": self._codec.state_dict(),
         }
 
@@ -369,7 +370,7 @@ class DifferenceAverager:
             row = saved["correction"].to(self._reference[slots[0].name].device, copy=True)
             drifts = DriftSum(*(tuple(torch.tensor(drift, dtype=torch.float64)) for drift in saved["drifts"]))
             self._flights.append(_Flight(Layout(slots), row, row, drifts, [is_large(row)]))  # its messages have arrived
-        if state["compression"] == repr(self._compression):
+        if difference(state["compression"], self._compression) is None:
             self._codec.load_state_dict(state["codec"])
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.core.plain_settings import difference, plain, shown
 from lightning_comm.strategies.checkpoints import removal, sets
 from lightning_comm.strategies.checkpoints.entry import WRITTEN_ALONE, Save, says_incomplete
 from lightning_comm.strategies.checkpoints.strategy_entry import StrategyEntry
@@ -122,7 +123,7 @@ def write(
         checkpoint,
         token=token,
         world_size=strategy.world_size,
-        compression=repr(compression),
+        compression=plain(compression),
         sync=None if sync.codec.is_local else sync.state_dict(),
         masks=mask_checkpoint.mask_state(sync.codec, compression),
     )
@@ -140,10 +141,11 @@ def load_own(
 
     Masks are taken from the main file where what else was kept cannot be had.
     """
-    shared = ENTRY.of(checkpoint)
-    if shared is not None and shared["compression"] == repr(compression) and shared["sync"] is not None:
+    shared, saved = ENTRY.of(checkpoint), mask_checkpoint.masks_in(checkpoint)
+    mask_checkpoint.warn_of_uncompared(WHERE, filepath, saved, compression)
+    same = shared is not None and difference(shared["compression"], compression) is None
+    if shared is not None and same and shared["sync"] is not None:
         return dict(shared["sync"])
-    saved = mask_checkpoint.masks_in(checkpoint)
     mask_checkpoint.warn_of_dense(WHERE, filepath, saved, compression)
     if not compression.keeps_state:
         return None
@@ -153,8 +155,8 @@ def load_own(
         return fresh.state_dict()  # the masks are all there is
 
     def why_not(entry: dict[str, Any]) -> str | None:
-        if entry["compression"] != repr(compression):
-            return f"it was written under {entry['compression']}"
+        if (found := difference(entry["compression"], compression)) is not None:
+            return f"it was written under {shown(entry['compression'])}: {found}"
         return WRITTEN_ALONE if says_incomplete(checkpoint) else None
 
     own, reason = ENTRY.read_own(strategy, Recorder(CommLedger()), checkpoint, filepath, why_not)

@@ -68,6 +68,7 @@ def take_up(
     if not isinstance(codec, SparseMaskCodec) or not codec.masks:
         mask_checkpoint.take_up(codec, method, masks)
         mask_checkpoint.warn_of_other_masks("LocalUpdateStrategy", None, masks, method)
+        mask_checkpoint.warn_of_uncompared("LocalUpdateStrategy", None, masks, method)
         mask_checkpoint.warn_of_dense("LocalUpdateStrategy", None, masks, method)
 
 

@@ -20,9 +20,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from support.processes import free_port, launch, outcomes
 from support.training import Regression, Samples, loader, local_update, own_file, trainer, weights
 
-from lightning_comm.strategies.common import failures
 from lightning_comm import FixedPeriod
 from lightning_comm.data.resumable import ResumableLoader
+from lightning_comm.strategies.common import failures
 
 
 class Paced(Regression):
