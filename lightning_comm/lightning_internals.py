@@ -8,6 +8,7 @@ name with the reason; a test looks each of them up, so a release that removes on
 import importlib
 import os
 import shutil
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
@@ -30,7 +32,7 @@ from lightning.pytorch.core import optimizer as optimizer_parsing
 from lightning.pytorch.loops.optimization.closure import AbstractClosure
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.trainer.connectors import signal_connector
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -343,6 +345,13 @@ def replace_signal_handlers(
         connector, "_slurm_sigusr_handler_fn", lambda signum, _: on_requeue(signum)
     )
     return original
+
+
+def requeue_signal(strategy: Strategy) -> int:
+    """Return the number of the signal by which SLURM announces the end of a job, as Lightning registers it."""
+    environment = strategy.cluster_environment if isinstance(strategy, ParallelStrategy) else None
+    own = environment.requeue_signal if isinstance(environment, SLURMEnvironment) else None
+    return int(signal.SIGUSR1 if own is None else own)
 
 
 def _say_sigterm(trainer: Trainer, signum: int) -> None:

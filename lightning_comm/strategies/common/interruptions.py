@@ -162,7 +162,7 @@ class Interruptions:
             self._save_before_termination(step)
             internals.raise_sigterm_after_this_batch(self._trainer)
         else:
-            self._requeue(int(decision.reason.rsplit(" ", 1)[-1]), None)
+            self._requeue(internals.requeue_signal(self._trainer.strategy), None)
 
     def _ask_for_validation(self) -> None:
         """Ask all ranks to validate, once, when the time has come on the clock of rank 0."""

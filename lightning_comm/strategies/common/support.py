@@ -1,14 +1,13 @@
-"""What every strategy of ours holds: failures, collectives, stops, refusals, and the files that a run resumes from.
+"""What every strategy of ours holds: set-up, failures, collectives, stops, and the files that a run resumes from.
 
 Lightning wants its methods on the strategy itself, so each strategy derives from one of Lightning's, and what it does
 there beside Lightning's own work it asks of this object, with Lightning's method as an argument. So one class of ours
 serves strategies over different ones of Lightning's.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
@@ -16,29 +15,21 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_comm.errors import Refusals, RefusedSetUp
 from lightning_comm.lightning_internals import (
-    Patches,
     begin_loaders_again,
     close_finished_epoch,
-    is_without_optimizer,
-    only_note_sigterm,
 )
 from lightning_comm.ondevice.random_state import set_random_state
 from lightning_comm.strategies.checkpoints import removal
 from lightning_comm.strategies.checkpoints.loading import load_together
-from lightning_comm.strategies.common import rank_status
 from lightning_comm.strategies.common.checks import check_twin_callbacks
 from lightning_comm.strategies.common.collectives import LightningCollectives
 from lightning_comm.strategies.common.failures import RunFailures
 from lightning_comm.strategies.common.hooks import FitHooks, HookCallback
 from lightning_comm.strategies.common.interruptions import Interruptions, Stoppable
-from lightning_comm.strategies.common.model_checks import lazy_names
 from lightning_comm.strategies.common.plateau import PlateauMonitors
-from lightning_comm.transport.averaging import broadcast_
-from lightning_comm.transport.model_average import fingerprint
-from lightning_comm.transport.recording import Pending, Recorder, leave_group_at_exit
-from lightning_comm.transport.start import all_ranks_started
+from lightning_comm.strategies.common.set_up import RunSetUp
+from lightning_comm.transport.recording import Recorder, leave_group_at_exit
 from lightning_comm.transport.stop_protocol import Agreement
 
 
@@ -78,6 +69,7 @@ class RunSupport:
         failures: How ranks hear of failures.
         collectives: What is done around Lightning's collectives.
         interruptions: The stops of the ``fit`` under way; ``None`` outside of one.
+        set_up: What is done around Lightning's set-up.
         hooks: What the ``fit`` does where Lightning calls no strategy.
 
     """
@@ -90,10 +82,9 @@ class RunSupport:
         self.collectives = LightningCollectives(self.failures)
         self.interruptions: Interruptions | None = None
         self.hooks = FitHooks()
-        self._refused_by_callbacks: list[tuple[str, str]] = []
-        self._evaluation: Patches | None = None  # what is replaced while a `validate`, `test` or `predict` runs
+        self.set_up = RunSetUp(strategy, where, self.failures)
 
-    # ---- set-up --------------------------------------------------------------------------------------------------
+    # ---- the beginning -------------------------------------------------------------------------------------------
 
     def connect(self, trainer: Trainer) -> bool:
         """Put the hook callback at the head of the Trainer's callbacks; return whether a ``fit`` begins.
@@ -127,98 +118,6 @@ class RunSupport:
         """Watch the other ranks, in ``setup_environment``."""
         leave_group_at_exit()
         self.failures.begin(lambda: 0 if self.trainer is None else self.trainer.global_step)
-
-    def join_ranks(self, by_lightning: Callable[[], None]) -> None:
-        """Wait until all ranks have started, and let Lightning make their process group."""
-        strategy = self._strategy
-        strategy.set_world_ranks()
-        environment = strategy.cluster_environment
-        if environment is None or strategy.world_size == 1 or dist.is_initialized():
-            by_lightning()
-            return
-        with all_ranks_started(
-            self._where,
-            environment.main_address,
-            environment.main_port,
-            strategy.global_rank,
-            strategy.world_size,
-            timeout_s=self.failures.timeout_s,
-        ):
-            by_lightning()
-
-    def refuse_in_set_up(self, where: str, problems: Iterable[str]) -> None:
-        """Note what a callback refuses, to raise it with what the strategy refuses (:class:`TakesRefusals`)."""
-        self._refused_by_callbacks = [*self._refused_by_callbacks, *((where, problem) for problem in problems)]
-
-    def refusals(self) -> Refusals:
-        """Return what raises all refusals of a set-up at once, with those of callbacks."""
-        found, self._refused_by_callbacks = self._refused_by_callbacks, []
-        return Refusals(self._where, found)
-
-    def set_up_evaluation(self, trainer: Trainer, by_lightning: Callable[[Trainer], None]) -> None:
-        """Let Lightning set up a run that is no ``fit``, of which SIGTERM ends each rank by itself."""
-        self.failures.end_start()
-        by_lightning(trainer)
-        self._evaluation = Patches()
-        only_note_sigterm(trainer, self._evaluation)
-
-    def set_up_fit(self, trainer: Trainer, refusals: Refusals, by_lightning: Callable[[Trainer], None]) -> None:
-        """Let Lightning set up a ``fit``.
-
-        Where that fails behind a refusal, optimizers are made nevertheless, to be looked at as well.
-        """
-        self.failures.end_start()
-        try:
-            by_lightning(trainer)
-        except RefusedSetUp:
-            raise
-        except Exception:
-            if not refusals.found:
-                raise
-            self._strategy.setup_optimizers(trainer)
-
-    def set_up_optimizers(self, by_lightning: Callable[[], None]) -> None:
-        """Let Lightning make the optimizers.
-
-        Raises:
-            RefusedSetUp: If there is none where one is announced.
-
-        """
-        try:
-            by_lightning()
-        except KeyError as error:
-            if not is_without_optimizer(error):
-                raise
-            problem = (
-                "`configure_optimizers` returned a dictionary without an optimizer. Return it with the schedule: "
-                '{"optimizer": optimizer, "lr_scheduler": scheduler}.'
-            )
-            raise RefusedSetUp([(self._where, problem)]) from error
-
-    def wrap_in_ddp(self, by_lightning: Callable[[], None]) -> None:
-        """Let DDP wrap the model, compare the models, and give all ranks the weights of rank 0."""
-        if lazy_names(self._strategy.lightning_module):
-            return  # refused when the set-up ends, with what else there is
-        with self.failures.first_error_shown("the set-up of DDP"):
-            by_lightning()
-
-    def share_model(self, recorder: Recorder, bucket_bytes: int) -> None:
-        """Compare the models of all ranks, and give them the weights of rank 0, where no DDP does.
-
-        Raises:
-            ValueError: On all ranks, if the models differ.
-
-        """
-        model = self._strategy.model
-        if model is None or lazy_names(self._strategy.lightning_module):
-            return  # refused when the set-up ends, with what else there is
-        named = [*model.named_parameters(), *model.named_buffers()]
-        row = rank_status.ControlRow(layout=fingerprint(named))
-        with self.failures.first_error_shown("the set-up"):
-            rows = rank_status.exchange(row, recorder, self._strategy.root_device, Pending.wait)
-        rank_status.check_same_model(rows, self._where)
-        with self.failures.first_error_shown("the set-up"), torch.no_grad():
-            broadcast_([tensor for _, tensor in named], recorder, "start", bucket_bytes)
 
     def begin_fit(self, trainer: Trainer, run: Stoppable) -> Interruptions:
         """Turn the stops of a ``fit`` into requests, before Lightning registers its signal handlers."""
@@ -272,10 +171,7 @@ class RunSupport:
             self.interruptions.undo()
             self.interruptions = None
         leave_fit()
-        self._refused_by_callbacks = []
-        if self._evaluation is not None:
-            self._evaluation.undo()
-            self._evaluation = None
+        self.set_up.undo()
         try:
             by_lightning()
         except BaseException:
@@ -323,7 +219,7 @@ class RunSupport:
 
     def __getstate__(self) -> dict[str, Any]:
         # for start methods that pickle: what exists before processes start, without a run's handles
-        return {**vars(self), "trainer": None, "interruptions": None, "hooks": FitHooks(), "_evaluation": None}
+        return {**vars(self), "trainer": None, "interruptions": None, "hooks": FitHooks()}
 
 
 def restore_random_state(trainer: Trainer, state: dict[str, Any], *, epoch_is_over: bool) -> None:

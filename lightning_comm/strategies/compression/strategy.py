@@ -216,7 +216,7 @@ class CompressedDDPStrategy(DDPStrategy):
 
     def refuse_in_set_up(self, where: str, problems: Iterable[str]) -> None:
         """Note what a callback refuses in its ``setup``, to raise it with what the strategy refuses."""
-        self._support.refuse_in_set_up(where, problems)
+        self._support.set_up.refuse_in_set_up(where, problems)
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
@@ -230,15 +230,15 @@ class CompressedDDPStrategy(DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         support, module = self._support, self.lightning_module
         if not support.is_fit:
-            support.set_up_evaluation(trainer, super().setup)
+            support.set_up.evaluation(trainer, super().setup)
             return
         assert module is not None
         self._ledger, self._fitted = CommLedger(), module
-        with support.refusals() as refusals:
+        with support.set_up.refusals() as refusals:
             refusals.add(checks.trainer_problems(trainer, bool(self._ddp_kwargs["static_graph"])))
             refusals.add(replica_problems(module))
             refusals.add(model_checks.trained_problems(module))
-            support.set_up_fit(trainer, refusals, super().setup)
+            support.set_up.fit(trainer, refusals, super().setup)
             if module.automatic_optimization:
                 refusals.add(checks.optimizer_problems(module, self.optimizers))
             if self._pruned is not None:
@@ -251,7 +251,7 @@ class CompressedDDPStrategy(DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        self._support.wrap_in_ddp(super().configure_ddp)
+        self._support.set_up.wrap_in_ddp(super().configure_ddp)
         module = self.lightning_module
         if not isinstance(self.model, DistributedDataParallel):
             return  # refused when the set-up ends, with what else there is
@@ -404,11 +404,11 @@ class CompressedDDPStrategy(DDPStrategy):
 
     @override
     def setup_distributed(self) -> None:
-        self._support.join_ranks(super().setup_distributed)
+        self._support.set_up.join_ranks(super().setup_distributed)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
-        self._support.set_up_optimizers(partial(super().setup_optimizers, trainer))
+        self._support.set_up.optimizers(partial(super().setup_optimizers, trainer))
 
     @override
     def teardown(self) -> None:

@@ -169,7 +169,7 @@ class CyclicStrategy(DDPStrategy):
 
     def refuse_in_set_up(self, where: str, problems: Iterable[str]) -> None:
         """Note what a callback refuses in its ``setup``, to raise it with what the strategy refuses."""
-        self._support.refuse_in_set_up(where, problems)
+        self._support.set_up.refuse_in_set_up(where, problems)
 
     # ---- set-up --------------------------------------------------------------------------------------------------
 
@@ -185,17 +185,17 @@ class CyclicStrategy(DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         support, module = self._support, self.lightning_module
         if not support.is_fit:
-            support.set_up_evaluation(trainer, super().setup)
+            support.set_up.evaluation(trainer, super().setup)
             return
         assert module is not None
-        with support.refusals() as found:
+        with support.set_up.refusals() as found:
             found.add(refusals.rank_problems(self.settings, self.world_size))
             device = self.root_device
             found.add(refusals.backend_problems(backend_of(device), device.type, self.world_size, os.environ))
             found.add(refusals.trainer_problems(trainer, self._layer_sync is not None))
             found.add(clipping.problems(self.settings, trainer, module))
             found.add(refusals.module_problems(module))
-            support.set_up_fit(trainer, found, super().setup)
+            support.set_up.fit(trainer, found, super().setup)
             found.add(refusals.optimizer_problems(module, self.optimizers))
         support.collectives.meet_before_groups(super().barrier)
         refusals.warn_at_start(trainer, module, self.settings, self.world_size, on_cuda=device.type == "cuda")
@@ -226,7 +226,7 @@ class CyclicStrategy(DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        self._support.share_model(Recorder(self._ledger), _BUCKET_BYTES)
+        self._support.set_up.share_model(Recorder(self._ledger), _BUCKET_BYTES)
 
     @override
     def on_train_start(self) -> None:
@@ -361,11 +361,11 @@ class CyclicStrategy(DDPStrategy):
 
     @override
     def setup_distributed(self) -> None:
-        self._support.join_ranks(super().setup_distributed)
+        self._support.set_up.join_ranks(super().setup_distributed)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
-        self._support.set_up_optimizers(partial(super().setup_optimizers, trainer))
+        self._support.set_up.optimizers(partial(super().setup_optimizers, trainer))
 
     @override
     def teardown(self) -> None:

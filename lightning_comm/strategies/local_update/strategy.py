@@ -196,7 +196,7 @@ class LocalUpdateStrategy(DDPStrategy):
 
     def refuse_in_set_up(self, where: str, problems: Iterable[str]) -> None:
         """Note what a callback refuses in its ``setup``, to raise it with what the strategy refuses."""
-        self._support.refuse_in_set_up(where, problems)
+        self._support.set_up.refuse_in_set_up(where, problems)
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
@@ -212,15 +212,15 @@ class LocalUpdateStrategy(DDPStrategy):
     def setup(self, trainer: Trainer) -> None:
         support, module = self._support, self.lightning_module
         if not support.is_fit:
-            support.set_up_evaluation(trainer, super().setup)
+            support.set_up.evaluation(trainer, super().setup)
             return
         assert module is not None
-        with support.refusals() as refusals:
+        with support.set_up.refusals() as refusals:
             sync_batchnorm = self._layer_sync is not None
             refusals.add(
                 set_up.problems_of_trainer_and_model(trainer, module, self.settings, sync_batchnorm=sync_batchnorm)
             )
-            support.set_up_fit(trainer, refusals, super().setup)
+            support.set_up.fit(trainer, refusals, super().setup)
             refusals.add(set_up.problems_of_optimizers(trainer, self.optimizers, self.settings, self._resume))
         set_up.warn_of_gradients(module, self.settings, self.world_size)
         agreement = support.failures.agreement()
@@ -250,10 +250,10 @@ class LocalUpdateStrategy(DDPStrategy):
     @override
     def configure_ddp(self) -> None:
         if self.settings.starts_with_gradients:
-            self._support.wrap_in_ddp(super().configure_ddp)
+            self._support.set_up.wrap_in_ddp(super().configure_ddp)
         else:
             bucket_bytes = self.settings.averaging.bucket_bytes_under(backend_of(self.root_device))
-            self._support.share_model(Recorder(self._ledger), bucket_bytes)
+            self._support.set_up.share_model(Recorder(self._ledger), bucket_bytes)
 
     def _unwrap_ddp(self) -> None:
         """End the gradient phase. Dropping the wrapper frees its buckets and takes its hooks off the parameters."""
@@ -361,11 +361,11 @@ class LocalUpdateStrategy(DDPStrategy):
 
     @override
     def setup_distributed(self) -> None:
-        self._support.join_ranks(super().setup_distributed)
+        self._support.set_up.join_ranks(super().setup_distributed)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
-        self._support.set_up_optimizers(partial(super().setup_optimizers, trainer))
+        self._support.set_up.optimizers(partial(super().setup_optimizers, trainer))
 
     @override
     def teardown(self) -> None:
