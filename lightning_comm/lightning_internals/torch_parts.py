@@ -61,13 +61,11 @@ INTERNALS = (
         "the store that ranks agree on stops in, and are watched by",
         elsewhere=("transport/store_client.py",),
     ),
-    Internal(
-        "torch._C._distributed_c10d.GradBucket",
-        "buffer",
-        "what DDP hands its hook",
-        elsewhere=("transport/ddp_hook.py",),
-    ),
-    Internal("torch._C._distributed_c10d.GradBucket", "parameters", "the same", elsewhere=("transport/ddp_hook.py",)),
+    Internal("torch.utils._python_dispatch", "TorchDispatchMode", "sees messages", elsewhere=("ondevice/optimizer/",)),
+    Internal("torch.nn.modules.batchnorm", "_BatchNorm", "BatchNorm of every kind", elsewhere=("callbacks/",)),
+    Internal("torch.nn.modules.conv", "_ConvNd", "convolutions of every kind", elsewhere=("lab/",)),
+    Internal(_BUCKET, "buffer", "what DDP hands its hook", elsewhere=("transport/ddp_hook.py",)),
+    Internal(_BUCKET, "parameters", "the same", elsewhere=("transport/ddp_hook.py",)),
 )
 
 
