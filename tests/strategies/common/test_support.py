@@ -95,7 +95,8 @@ def _fits_twice(rank):
     for make in STRATEGIES.values():
         looks = Looks()
         runner = trainer(make(), 1, callbacks=[looks])
-        for _ in range(2):
+        for epochs in (1, 2):
+            runner.fit_loop.max_epochs = epochs
             runner.fit(Regression(optimizer=partial(torch.optim.SGD, lr=0.05)), loader(2, rank))
         hook = next(each for each in runner.callbacks if isinstance(each, HookCallback))
         copy = pickle.loads(pickle.dumps(runner.strategy))
