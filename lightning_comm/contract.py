@@ -1,8 +1,9 @@
 """Protocols by which callbacks, the pilot and strategies talk.
 
-A callback asks ``isinstance(trainer.strategy, SamplesWeighed)`` and then calls what the protocol names, so that mypy
-sees each use and a method that is renamed breaks the build; a name in a string would not. Strategies and callbacks
-never import each other; both import this file.
+A callback asks ``isinstance(trainer.strategy, SamplesWeighed)`` and then calls what the protocol names. So mypy sees
+each use, and a method that is renamed breaks the build (:mod:`lightning_comm.strategies.registration` says which
+strategy implements which protocol); a name in a string would not. Strategies and callbacks never import each other;
+both import this file.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,8 +11,18 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update import PeriodRule
 from lightning_comm.transport.compression.base import Compression
+
+
+@runtime_checkable
+class MessagesRecorded(Protocol):
+    """A strategy or callback that records every message of its own."""
+
+    @property
+    def ledger(self) -> CommLedger:
+        """What this rank has sent in the last or current ``fit``."""
 
 
 @runtime_checkable
@@ -38,11 +49,11 @@ class GradientsAnnounced(Protocol):
 
 @runtime_checkable
 class GradientsCompressed(Protocol):
-    """A strategy that averages gradients by a compression."""
+    """A strategy that averages gradients at every step as a compression sends them, which may be not at all."""
 
     @property
     def compression(self) -> Compression:
-        """How gradients are sent."""
+        """What is sent of the gradients, and how."""
 
 
 @runtime_checkable
@@ -82,7 +93,10 @@ class RoundInForce(NamedTuple):
 
 @runtime_checkable
 class SynchronisesInRounds(Protocol):
-    """A strategy whose ranks train by themselves for a round of several steps, and then synchronise."""
+    """A strategy whose ranks train by themselves for a round of several steps, and then synchronise.
+
+    Its properties can be read at any time, also outside of a ``fit``: ``isinstance`` reads them.
+    """
 
     @property
     def averages_gradients(self) -> bool:
@@ -102,7 +116,10 @@ class SynchronisesInRounds(Protocol):
 
     @property
     def gradient_phase_steps(self) -> int:
-        """Optimizer steps at the start of the run at which gradients are averaged, as in plain DDP."""
+        """Optimizer steps at the start of the run at which gradients are averaged; 0 before training starts."""
 
     def shorten_gradient_phase(self, steps: int) -> None:
-        """Let rounds begin after so many steps, from ``on_train_start`` on: for trials of a few steps."""
+        """Let rounds begin after so many steps of the run, if that is sooner; from the first batch on, before its step.
+
+        For trials of a few steps, on all ranks alike.
+        """

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -34,29 +35,66 @@ def _flat(targets):
         yield from _flat(target.elts) if isinstance(target, ast.Tuple) else [target]
 
 
-def test_every_private_name_that_the_module_uses_is_listed():
-    source = inspect.getsource(lightning_internals)
+PACKAGE = Path(lightning_internals.__file__).parent.parent
+OWN = Path(lightning_internals.__file__).parent
+
+
+def _modules():
+    for path in PACKAGE.rglob("*.py"):
+        yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text()), OWN in path.parents
+
+
+def test_every_private_name_that_the_package_uses_is_listed():
     used = {
         node.attr
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+        for _, tree, own in _modules()
+        for node in ast.walk(tree)
+        if own and isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
     } - {"_replaced"}
+    assert len(used) > 20
     assert used - {internal.name for internal in INTERNALS} == set()
 
 
-def test_no_other_module_reads_private_names_of_lightning():
+def _touched_elsewhere():
+    """Yield where a private name that is listed is touched outside of the package that lists it, and which."""
     listed = {internal.name for internal in INTERNALS if internal.name.startswith("_")}
-    from pathlib import Path
-
-    package = Path(lightning_internals.__file__).parent
-    offenders = {}
-    for path in package.rglob("*.py"):
-        if path.name == "lightning_internals.py":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path, tree, own in _modules():
+        for node in () if own else ast.walk(tree):
             if isinstance(node, ast.Attribute) and node.attr in listed and not _is_self(node.value):
-                offenders.setdefault(path.name, set()).add(node.attr)
-    assert offenders == {}
+                yield path, node.attr
+
+
+def test_no_other_module_reads_private_names_but_those_that_are_listed_for_it():
+    allowed = {}
+    for internal in INTERNALS:
+        allowed.setdefault(internal.name, []).extend(internal.elsewhere)
+    touched = set(_touched_elsewhere())
+    assert {(path, name) for path, name in touched if not path.startswith(tuple(allowed[name]))} == set()
+
+
+def test_private_modules_of_torch_are_imported_where_that_is_listed_and_nowhere_else():
+    listed = {}
+    for internal in INTERNALS:
+        for name in (internal.owner, f"{internal.owner}.{internal.name}"):
+            listed[name] = (*listed.get(name, ()), *internal.elsewhere)
+    found = {
+        (f"{node.module}.{alias.name}", path)
+        for path, tree, own in _modules()
+        for node in ast.walk(tree)
+        if not own and isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "torch"
+        for alias in node.names
+        if any(part.startswith("_") for part in f"{node.module}.{alias.name}".split("."))
+    }
+    assert ("torch._C._distributed_c10d.GradBucket", "transport/ddp_hook.py") in found
+    assert {(name, path) for name, path in found if not path.startswith(listed.get(name, ()))} == set()
+
+
+def test_what_is_listed_for_another_place_is_touched_there():
+    sources = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
+    for internal in INTERNALS:
+        for place in internal.elsewhere:
+            there = [source for path, source in sources.items() if path.startswith(place)]
+            assert any(internal.name in source for source in there), (internal.owner, internal.name, place)
 
 
 def _is_self(node):

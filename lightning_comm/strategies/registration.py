@@ -5,14 +5,30 @@ from typing import Any, NoReturn
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lightning_utilities.core import rank_zero
 
+from lightning_comm.contract import (
+    AveragesTakenOut,
+    GradientsAnnounced,
+    GradientsCompressed,
+    SamplesWeighed,
+    SynchronisesInRounds,
+)
 from lightning_comm.core.cyclic.schedule import Rule
 from lightning_comm.core.local_update.periods import FixedPeriod, PeriodRule, QuadraticPeriod
+from lightning_comm.errors import TakesRefusals
 from lightning_comm.strategies.compression.strategy import CompressedDDPStrategy
 from lightning_comm.strategies.cyclic.strategy import CyclicStrategy
 from lightning_comm.strategies.local_update.strategy import LocalUpdateStrategy
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.sparse_mask import SparseMask
+
+# What callbacks and the pilot may ask of which strategy. mypy compares: a method that is renamed fails here.
+REFUSED_TOGETHER: tuple[type[TakesRefusals], ...] = (LocalUpdateStrategy, CompressedDDPStrategy, CyclicStrategy)
+SAMPLES_WEIGHED: tuple[type[SamplesWeighed], ...] = (LocalUpdateStrategy,)
+AVERAGES_TAKEN_OUT: tuple[type[AveragesTakenOut], ...] = (LocalUpdateStrategy,)
+SYNCHRONISES_IN_ROUNDS: tuple[type[SynchronisesInRounds], ...] = (LocalUpdateStrategy,)
+GRADIENTS_ANNOUNCED: tuple[type[GradientsAnnounced], ...] = (CompressedDDPStrategy,)
+GRADIENTS_COMPRESSED: tuple[type[GradientsCompressed], ...] = (CompressedDDPStrategy,)
 
 # Lightning lower-cases the flag before the look-up, so names are lower case.
 _START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_comm.core import plain_settings
 from lightning_comm.ondevice.buckets import copy_each
 from lightning_comm.ondevice.flat import DriftSum, Flat, sample
 from lightning_comm.ondevice.limits import drop_unsent_, is_large, limit_, limit_differences_, limit_moved_
@@ -156,14 +157,14 @@ class CompressedAverage:
         """
         return {
             "reference": self.references.state_dict(),
-            "compression": repr(self._compression),
+            "compression": plain_settings.plain(self._compression),
             "codec": self._codec.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` returned; under another compression, its references alone."""
         self.references.load_state_dict(state["reference"], parameters)
-        if state["compression"] == repr(self._compression):
+        if plain_settings.difference(state["compression"], self._compression) is None:
             self._codec.load_state_dict(state["codec"])
 
     def _scale(self, weight: float | None) -> float:

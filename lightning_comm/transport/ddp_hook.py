@@ -44,6 +44,52 @@ class _Bucket:
         self.arrived.set_result(self.buffer)
 
 
+class _NonFinite:
+    """Counts steps whose means have NaN or infinity, on the device, for which nothing is waited."""
+
+    def __init__(self) -> None:
+        self._steps: Tensor | None = None
+        self._now: Tensor | None = None  # whether a bucket of the present step has one
+
+    def begin_step(self) -> None:
+        """Forget what a backward that failed has left."""
+        self._now = None
+
+    def look(self, means: Tensor) -> None:
+        """Look at the means of a bucket."""
+        if means.layout == torch.strided and means.numel():
+            bad = _is_spoilt(means)
+            self._now = bad if self._now is None else self._now | bad.to(self._now.device)
+
+    def end_step(self) -> None:
+        """Count the step if any bucket had one."""
+        if self._now is not None:
+            self._steps = self._now.long() if self._steps is None else self._steps + self._now
+            self._now = None
+
+    @property
+    def steps(self) -> int:
+        """How many steps there were. On CUDA this waits for the device."""
+        return int(self._steps) if self._steps is not None else 0
+
+
+class _Layouts:
+    """Layouts of buckets, by the parameters that lie in them."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        self._names = names
+        self._known: dict[tuple[int, ...], Layout] = {}
+
+    def of(self, parameters: list[Tensor]) -> Layout:
+        """Return the layout of a bucket with these parameters."""
+        key = tuple(map(id, parameters))
+        layout = self._known.get(key)
+        if layout is None:
+            slots = (Slot(self._names[id(each)], each.numel(), shape_in_memory(each)) for each in parameters)
+            layout = self._known[key] = Layout(tuple(slots))
+        return layout
+
+
 class GradientSync:
     """Replaces the gradients of DDP's buckets by their mean over the ranks, as a codec sends them.
 
@@ -90,8 +136,8 @@ class GradientSync:
         self._waited_s = 0.0
         self._scale: float | None = None
         self._under_way: deque[_Bucket] = deque()
-        self._layouts: dict[tuple[int, ...], Layout] = {}
-        self._spoilt: Tensor | None = None
+        self._layouts = _Layouts(self._names)
+        self._non_finite = _NonFinite()
 
     def hook(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Take a bucket; what DDP registers."""
@@ -121,19 +167,11 @@ class GradientSync:
         # DDP hands over complex gradients as pairs of real numbers, in buckets of their own
         if buffer.layout != torch.strided or any(each.is_complex() for each in parameters):
             return _Bucket(self._in_full(buffer), buffer, None)
-        layout = self._layout_of(parameters)
+        layout = self._layouts.of(parameters)
         return _Bucket(self.codec.mean(buffer, layout), buffer, layout)
 
     def _in_full(self, buffer: Tensor) -> Conversation:
         yield Message(self._recorder.all_reduce(buffer.mul_(1 / self._recorder.world_size), "gradients"))
-
-    def _layout_of(self, parameters: list[Tensor]) -> Layout:
-        key = tuple(map(id, parameters))
-        layout = self._layouts.get(key)
-        if layout is None:
-            slots = (Slot(self._names[id(each)], each.numel(), shape_in_memory(each)) for each in parameters)
-            layout = self._layouts[key] = Layout(tuple(slots))
-        return layout
 
     def settle(self) -> None:
         """Restore what was kept of parameters whose means DDP has thrown away, since no rank has used them.
@@ -219,6 +257,7 @@ class GradientSync:
     def _begin_step(self) -> None:
         self._waited_s = 0.0
         self._under_way.clear()  # what a backward that failed has left
+        self._non_finite.begin_step()
         self.settle()
         if self._looked:  # before this very backward; what torch counts costs nothing
             self._forget_changed(self._notes.certainly_changed(sorted(self.codec.unapplied)))
@@ -236,17 +275,13 @@ class GradientSync:
         self._scale = scale
 
     def _end_step(self) -> None:
-        spoilt: Tensor | None = None
         while self._under_way:
             bucket = self._under_way.popleft()
             bucket.finish()
-            if bucket.buffer.layout == torch.strided and bucket.buffer.numel():
-                bad = _is_spoilt(bucket.buffer)
-                spoilt = bad if spoilt is None else spoilt | bad.to(spoilt.device)
+            self._non_finite.look(bucket.buffer)
             if bucket.layout is not None and self.codec.unapplied:
                 self._take_notes(bucket.layout, bucket.buffer)
-        if spoilt is not None:
-            self._spoilt = spoilt.long() if self._spoilt is None else self._spoilt + spoilt
+        self._non_finite.end_step()
         self.codec.end_step()
         self._settled = False  # DDP knows only later which means it throws away
 
@@ -259,7 +294,7 @@ class GradientSync:
     @property
     def non_finite_steps(self) -> int:
         """How many steps brought a gradient with NaN or infinity. On CUDA this waits for the device."""
-        return int(self._spoilt) if self._spoilt is not None else 0
+        return self._non_finite.steps
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, by parameter name. Tensors belong to this rank alone."""

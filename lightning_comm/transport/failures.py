@@ -11,7 +11,6 @@ not answered all that time, the thread says so and ends the process, as NCCL's w
 """
 
 import faulthandler
-import json
 import os
 import re
 import threading
@@ -23,17 +22,16 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from lightning_comm.transport.failure_messages import LostConnectionError, PeerFailure, store_text, verdict
+from lightning_comm.transport.roll_call import CALL_S, LAST_ROLL, RollCall
 from lightning_comm.transport.store_client import StoreClient, StoreLostError
 
 _LOOK_S, _SHARE, _LONGEST_S = 0.5, 0.01, 2.0  # between looks; the share of time that they may take; at most
-_CALL_S = 2.0  # for a call to the store of this thread's, and for those of a rank that is about to leave
 _GRACE_S = 4.0  # for answers to a roll: two looks of a rank whose looks are slow
 _LEAVE_S = 3.0  # for the other ranks to leave as well
 _GONE_S = 2.0  # how long a rank goes on whose store is gone: its last message may be on the way
 _OVERDUE_S = 5.0  # beyond the time-out
 
 _STAY_S = 4.0  # for rank 0, which hosts the store, until the others look no more
-_EVERY = 2**62  # the number of a roll that comes after all others
 
 # What gloo and NCCL write; not words that an error of the user's own may hold. Most errors of NCCL are `DistError`.
 _LOST = re.compile(
@@ -87,23 +85,24 @@ class Peers:
         steps_done: Callable[[], int] = lambda: 0,
     ) -> None:
         self.store = StoreClient(store, timeout_s)
-        self.failure: str | None = None  # what was published, once it is known here
-        self._rank, self._others = rank, [each for each in range(world_size) if each != rank]
-        self._namespace, self._timeout_s = namespace, timeout_s
+        self._roll_call = RollCall(self.store, rank, world_size, namespace)
+        self._rank, self._timeout_s = rank, timeout_s
         self._store_on_rank_0, self._steps_done = store_on_rank_0, steps_done
-        self._silent: list[int] = []  # ranks that did not answer, as was published
         self._wait: _Wait | None = None
         self._start: _Wait | None = None  # what is watched as a wait, although it may be none
         self._host_left = False  # whether rank 0, which hosts the store, is through: it may end at any time
         self._asking = False  # whether the thread that trains has waited in vain, and asks why
         self._lost_s: float | None = None  # when the store was seen to be gone
-        self._failed_s = 0.0
-        self._answered = 0  # the last roll that this rank has answered
         self._own_roll, self._called_s = 0, 0.0
         self._heard_s: dict[int, float] = {}  # when each rank has answered during the present wait
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lightning_comm peers", daemon=True)
         self._thread.start()
+
+    @property
+    def failure(self) -> str | None:
+        """What was published of a failure, once it is known here."""
+        return self._roll_call.failure
 
     # ---- called by the thread that trains ------------------------------------------------------------------------
 
@@ -120,7 +119,7 @@ class Peers:
 
         """
         try:
-            self._has("failed", self._timeout_s)
+            self._roll_call.connect(self._timeout_s)
         except StoreLostError as error:
             raise PeerFailure(self._store_text()) from error
         self._wait = self._start = _Wait(where, time.monotonic())
@@ -166,14 +165,14 @@ class Peers:
     def raise_failure(self) -> None:
         """Look whether a failure was published, and raise :class:`PeerFailure` if so."""
         try:
-            self._look_for_failure()
+            self._roll_call.look_for_failure()
         except StoreLostError as error:
             raise PeerFailure(self.failure or self._store_text()) from error
         self.raise_heard()
 
     def report(self, message: str) -> None:
         """Tell the other ranks that this one failed. The first report stays."""
-        self._publish(f"rank {self._rank} failed: {message}", [])
+        self._roll_call.publish(f"rank {self._rank} failed: {message}", [])
 
     def who_failed(self, error: BaseException) -> str:
         """Return, and publish, who is to blame for a lost connection or a wait in vain; takes some seconds."""
@@ -194,14 +193,14 @@ class Peers:
         """
         until_s = time.monotonic() + _LEAVE_S
         try:
-            self._say_left()
-            staying = [rank for rank in self._others if rank not in self._silent]
+            self._roll_call.say_left(self._step())
+            staying = [rank for rank in self._roll_call.others if rank not in self._roll_call.silent]
             while staying and time.monotonic() < until_s:
-                staying = [rank for rank in staying if not self._has(f"left/{rank}")]
+                staying = [rank for rank in staying if not self._roll_call.has_left(rank)]
                 time.sleep(0.02 if staying else 0.0)
         except StoreLostError:
             return False
-        return not staying and not self._silent
+        return not staying and not self._roll_call.silent
 
     def close(self, *, failed: bool = True) -> None:
         """End the threads. Other ranks may go on for a while.
@@ -212,70 +211,46 @@ class Peers:
 
         """
         with suppress(StoreLostError):
-            self._say_left()
+            self._roll_call.say_left(self._step())
             if not failed and self._store_on_rank_0 and self._rank == 0:
                 self._wait_for_last_looks()
         self._closed.set()
-        self._thread.join(2 * _CALL_S)
+        self._thread.join(2 * CALL_S)
         self.store.close(failed=failed)
 
     def _wait_for_last_looks(self) -> None:
-        self.store.set(self._key("news"), "", within_s=_CALL_S)
+        self._roll_call.tell_news()
         until_s = time.monotonic() + _STAY_S
-        while len(self._answers(_EVERY)) < len(self._others) and time.monotonic() < until_s:
+        while len(self._roll_call.answers(LAST_ROLL)) < len(self._roll_call.others) and time.monotonic() < until_s:
             time.sleep(0.02)
 
     # ---- asking --------------------------------------------------------------------------------------------------
 
     def _ask(self, reason: str) -> str:
         until_s = time.monotonic() + _GRACE_S
-        roll = self._call_roll()
+        roll = self._roll_call.call()
         while True:
-            if (failure := self._look_for_failure()) is not None:
+            if (failure := self._roll_call.look_for_failure()) is not None:
                 return failure
-            answers = self._answers(roll)
-            if len(answers) == len(self._others) or time.monotonic() > until_s:
+            answers = self._roll_call.answers(roll)
+            if len(answers) == len(self._roll_call.others) or time.monotonic() > until_s:
                 break
             time.sleep(0.05)
-        silent = [rank for rank in self._others if rank not in answers]
-        return self._publish(verdict(self._rank, silent, {**answers, self._rank: self._status()}, reason), silent)
-
-    def _call_roll(self) -> int:
-        """Ask all ranks to answer; return the number of the roll that they answer to, of this rank or another."""
-        last = self._get("roll", "0")
-        own = str(int(last) + 1)
-        now = self._compare_set("roll", "" if last == "0" else last, own)
-        self.store.set(self._key("news"), "", within_s=_CALL_S)
-        return int(now)
-
-    def _answers(self, roll: int) -> dict[int, dict[str, Any]]:
-        answers = {}
-        for rank in self._others:
-            if left := self._get(f"left/{rank}", ""):
-                answers[rank] = json.loads(left)
-            elif (here := json.loads(self._get(f"here/{rank}", '{"roll": 0}')))["roll"] >= roll:
-                answers[rank] = here
-        return answers
+        silent = [rank for rank in self._roll_call.others if rank not in answers]
+        said = verdict(self._rank, silent, {**answers, self._rank: self._status()}, reason)
+        return self._roll_call.publish(said, silent)
 
     def _status(self) -> dict[str, Any]:
         wait = self._wait
         where = "" if wait is None or wait is self._start else wait.where
-        return {"roll": self._answered, "waits": where or ("a message" if self._asking else ""), "step": self._step()}
+        waits = where or ("a message" if self._asking else "")
+        return {"roll": self._roll_call.answered, "waits": waits, "step": self._step()}
 
     def _step(self) -> int:
         try:
             return self._steps_done()
         except Exception:  # the Trainer may be in the middle of anything
             return -1
-
-    def _publish(self, text: str, silent: list[int]) -> str:
-        """Publish a failure; return the one that stands, which is the first."""
-        stands = self._compare_set("failed", "", json.dumps({"text": text, "silent": silent}))
-        self.store.set(self._key("news"), "", within_s=_CALL_S)
-        return self._keep(stands)
-
-    def _say_left(self) -> None:
-        self.store.set(self._key(f"left/{self._rank}"), json.dumps({"left": True, "step": self._step()}), within_s=1.0)
 
     def _store_text(self) -> str:
         return store_text(self._rank, ended=self.store.connection_lost, on_rank_0=self._store_on_rank_0)
@@ -296,15 +271,15 @@ class Peers:
                 self._check_wait()
 
     def _look(self) -> None:
-        if not self._has("news"):
+        if not self._roll_call.has_news():
             return
         # looked for before a failure is, which rank 0 would have published before it left
-        self._host_left = self._store_on_rank_0 and self._rank != 0 and self._has("left/0")
-        self._look_for_failure()
-        roll = _EVERY if self._host_left else int(self._get("roll", "0"))
-        if roll > self._answered:
-            self._answered = roll
-            self.store.set(self._key(f"here/{self._rank}"), json.dumps(self._status()), within_s=_CALL_S)
+        self._host_left = self._store_on_rank_0 and self._rank != 0 and self._roll_call.has_left(0)
+        self._roll_call.look_for_failure()
+        roll = LAST_ROLL if self._host_left else self._roll_call.last_called()
+        if roll > self._roll_call.answered:
+            self._roll_call.answered = roll
+            self._roll_call.answer(self._status())
 
     def _check_wait(self) -> None:
         """End the process if the thread that trains is in a wait that is overdue, and will not end by itself."""
@@ -313,19 +288,19 @@ class Peers:
             return  # who asks has a deadline of its own
         overdue = self._timeout_s + _OVERDUE_S
         if self.failure is not None:
-            if now - max(wait.since_s, self._failed_s) > overdue:
+            if now - max(wait.since_s, self._roll_call.failed_s) > overdue:
                 self._end(wait, self.failure)
         elif (silent_s := self._lost_s or self.store.silent_since_s) is not None:
             if now - max(wait.since_s, silent_s) > overdue:
                 self._end(wait, self._store_text())
         else:
-            self._heard_s |= dict.fromkeys(self._answers(self._own_roll) if self._own_roll else [], now)
-            last_s = {rank: max(wait.since_s, self._heard_s.get(rank, 0.0)) for rank in self._others}
+            self._heard_s |= dict.fromkeys(self._roll_call.answers(self._own_roll) if self._own_roll else [], now)
+            last_s = {rank: max(wait.since_s, self._heard_s.get(rank, 0.0)) for rank in self._roll_call.others}
             silent = [rank for rank, heard_s in last_s.items() if now - heard_s > overdue]
             if silent and self._own_roll:
                 self._end(wait, verdict(self._rank, silent, {}, ""))
             if now - self._called_s > _LONGEST_S:
-                self._own_roll, self._called_s = self._call_roll(), now
+                self._own_roll, self._called_s = self._roll_call.call(), now
 
     def _end(self, wait: _Wait, text: str) -> None:
         seconds = time.monotonic() - wait.since_s
@@ -333,26 +308,3 @@ class Peers:
         os.write(2, message.encode())
         faulthandler.dump_traceback(file=2)
         os._exit(1)
-
-    # ---- the store -----------------------------------------------------------------------------------------------
-
-    def _look_for_failure(self) -> str | None:
-        return self._keep(self._get("failed", "")) if self.failure is None and self._has("failed") else self.failure
-
-    def _keep(self, published: str) -> str:
-        content = json.loads(published)
-        self._failed_s, self._silent = time.monotonic(), content["silent"]
-        self.failure = text = str(content["text"])
-        return text
-
-    def _key(self, name: str) -> str:
-        return f"{self._namespace}/{name}"
-
-    def _has(self, name: str, within_s: float = _CALL_S) -> bool:
-        return self.store.check([self._key(name)], within_s=within_s)
-
-    def _get(self, name: str, default: str) -> str:
-        return self.store.get(self._key(name), within_s=_CALL_S).decode() if self._has(name) else default
-
-    def _compare_set(self, name: str, expected: str, desired: str) -> str:
-        return self.store.compare_set(self._key(name), expected, desired, within_s=_CALL_S).decode()

@@ -13,19 +13,19 @@ pass a step that another one decided on.
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Literal, TypeVar
 
 import torch.distributed as dist
 
 from lightning_comm.transport.failure_messages import PeerFailure as PeerFailure
-from lightning_comm.transport.failure_messages import store_text
 from lightning_comm.transport.failures import Peers
 from lightning_comm.transport.store_client import KeyValueStore as KeyValueStore
 from lightning_comm.transport.store_client import StoreLostError
 from lightning_comm.transport.store_client import default_store as default_store
+from lightning_comm.transport.store_failures import Failures, StoreFailures
 
 _T = TypeVar("_T")
 Kind = Literal["stop", "terminate", "requeue", "checkpoint", "validate"]
@@ -108,6 +108,9 @@ class Agreement:
         self._patience_s = patience_s
         self._catch_up_limit_s = catch_up_limit_s
         self._peers = peers
+        self._failures: Failures = StoreFailures(store, rank, namespace) if peers is None else peers
+        # with peers another thread looks into the store; without, whoever looks there anyway
+        self._raise_known = self._failures.raise_failure if peers is None else peers.raise_heard
         self._generation = 0  # one for each decision carried out
         self._wanted: list[tuple[Kind, str]] = []
         self._published = False
@@ -144,7 +147,8 @@ class Agreement:
         """
         if self.decision is not None:
             return self.decision
-        self._raise_heard()
+        if self._peers is not None:
+            self._peers.raise_heard()
         now = time.monotonic()
         if not (force or self.urgent) and now < self._next_poll_s:
             return None
@@ -155,7 +159,7 @@ class Agreement:
             return None
         if not self._pause_at:
             self._stride = _stride(position.step_time_s, 2 * self._poll_interval_s)
-            self._pause_at = position.step if self._stride == 1 else self._next_pause(position.step)
+            self._pause_at = position.step if self._stride == 1 else _next_pause(position.step, self._stride)
         if force or position.step >= self._pause_at:
             self._guarded(lambda: self._negotiate(position, state))
         return self.decision
@@ -164,7 +168,8 @@ class Agreement:
         """Like :meth:`poll`, for a rank that waits for the others in a synchronisation and so cannot move anyway."""
         if self.decision is not None:
             return self.decision
-        self._raise_heard()
+        if self._peers is not None:
+            self._peers.raise_heard()
         now = time.monotonic()
         if now < self._next_poll_s:
             return None
@@ -201,21 +206,15 @@ class Agreement:
 
     def report_failure(self, message: str) -> None:
         """Tell the other ranks that this one failed. The first report stays."""
-        if self._peers is not None:
-            self._peers.report(message)
-            return
-        self._store.compare_set(self._key("failed", shared=True), "", f"rank {self._rank} failed: {message}")
-        self._store.set(self._key("news", shared=True), "")
+        self._failures.report(message)
 
     def raise_peer_failure(self) -> None:
         """Raise :class:`PeerFailure` if another rank reported one."""
-        if self._peers is not None:
-            self._peers.raise_failure()
-        else:
-            self._guarded(self._raise_peer_failure)
+        self._failures.raise_failure()
 
-    @contextmanager
-    def first_error_shown(self, where: str = "a synchronisation", *, waits: bool = True) -> Iterator[None]:
+    def first_error_shown(
+        self, where: str = "a synchronisation", *, waits: bool = True
+    ) -> AbstractContextManager[None]:
         """Turn the loss of a connection into the error of the rank that failed, as far as that is known.
 
         Args:
@@ -223,36 +222,14 @@ class Agreement:
             waits: Whether nothing else happens in here than waiting for other ranks.
 
         """
-        if self._peers is not None:
-            with self._peers.first_error_shown(where, waits=waits):
-                yield
-            return
-        try:
-            yield
-        except PeerFailure:
-            raise
-        except RuntimeError:
-            self.raise_peer_failure()
-            raise
-
-    def _raise_heard(self) -> None:
-        if self._peers is not None:
-            self._peers.raise_heard()
-
-    def _raise_peer_failure(self) -> None:
-        if self._peers is not None:
-            self._peers.raise_heard()
-            return
-        key = self._key("failed", shared=True)
-        if self._store.check([key]):
-            raise PeerFailure(self._store.get(key).decode())
+        return self._failures.first_error_shown(where, waits=waits)
 
     def _open_state(self) -> str | None:
         """Return the state of the current request; post one's own if there is none."""
         news = self._key("news", shared=True)
         if not self._wanted and not self._store.check([news]):
             return None  # nobody has asked for anything yet, or failed
-        self._raise_peer_failure()
+        self._raise_known()
         key = self._key("state")
         if self._wanted:
             kind, reason = self._wanted[0]
@@ -265,22 +242,13 @@ class Agreement:
         self._publish(position)
         deadline = time.monotonic() + self._patience_s
         while not self._try_to_decide(state):
-            self._raise_peer_failure()
+            self._raise_known()
             if time.monotonic() > deadline:
                 self._retract()
-                self._pause_at = self._next_pause(position.step)
+                self._pause_at = _next_pause(position.step, self._stride)
                 return
             time.sleep(0.002)
             state = self._store.get(self._key("state")).decode()
-
-    def _next_pause(self, step: int) -> int:
-        """Return the next step at which other ranks pause too: a multiple of a power of two, about half a second away.
-
-        Ranks that a collective of the user's keeps in step see a request at different steps, and whoever paused at once
-        would hold the others up before they have seen it. The stride is fixed when a rank first sees the request, since
-        pauses make later steps look slow.
-        """
-        return (step // self._stride + 1) * self._stride
 
     def _publish(self, position: Position) -> None:
         if not self._published:
@@ -331,8 +299,7 @@ class Agreement:
         except (dist.DistNetworkError, dist.DistStoreError, StoreLostError) as error:
             if self._peers is not None:
                 self._peers.raise_failure()
-                raise PeerFailure(self._peers.who_failed(error)) from error
-            raise PeerFailure(store_text(self._rank, ended=True, on_rank_0=True)) from error
+            raise PeerFailure(self._failures.who_failed(error)) from error
 
 
 def _stride(step_time_s: float, within_s: float) -> int:
@@ -341,6 +308,16 @@ def _stride(step_time_s: float, within_s: float) -> int:
     while 2 * stride * step_time_s <= within_s and stride < 2**20:
         stride *= 2
     return stride
+
+
+def _next_pause(step: int, stride: int) -> int:
+    """Return the next step at which other ranks pause too: a multiple of a power of two, about half a second away.
+
+    Ranks that a collective of the user's keeps in step see a request at different steps, and whoever paused at once
+    would hold the others up before they have seen it. The stride is fixed when a rank first sees the request, since
+    pauses make later steps look slow.
+    """
+    return (step // stride + 1) * stride
 
 
 def meeting_step(positions: list[Position], catch_up_limit_s: float, *, may_stand: bool) -> int | None:

@@ -1,57 +1,87 @@
-"""The callback that the strategy adds to the Trainer, for the moments at which strategies are not called."""
+"""The hook callback: it is called at moments at which Lightning calls no strategy, and hands them on."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 
-class Accompanied(Protocol):
-    """A strategy that is called at these moments."""
-
-    def end_batch(self) -> None:
-        """A training batch is over, and so are its schedulers."""
-
-    def end_epoch(self) -> None:
-        """A training epoch is over."""
-
-    def begin_evaluation(self) -> None:
-        """Validation begins."""
-
-    def finish(self) -> None:
-        """Training is over."""
-
-    def report_failure(self, exception: BaseException) -> None:
-        """This rank has failed."""
+def _nothing() -> None:
+    """Do nothing."""
 
 
-class Companion(Callback):
-    """Calls the strategy first of all callbacks: after a batch's learning-rate schedulers, before any checkpoint.
+@dataclass(frozen=True)
+class FitHooks:
+    """What one ``fit`` does at these moments, on every rank and before any other callback.
 
-    Added by the strategy in ``connect`` at the head of the Trainer's callbacks. It has no state of its own.
+    Args:
+        end_batch: A training batch is over, and so are its schedulers.
+        end_epoch: A training epoch is over.
+        begin_evaluation: Validation begins, also a sanity check, or an evaluation after the fit.
+        finish: Training is over.
+        note_failure: This rank has failed; before the others are told. Nothing may be sent.
+
     """
 
-    def __init__(self, strategy: Accompanied) -> None:
-        self._strategy = strategy
+    end_batch: Callable[[], None] = _nothing
+    end_epoch: Callable[[], None] = _nothing
+    begin_evaluation: Callable[[], None] = _nothing
+    finish: Callable[[], None] = _nothing
+    note_failure: Callable[[], None] = _nothing
+
+
+class Hooked(Protocol):
+    """What the hook callback calls."""
+
+    @property
+    def hooks(self) -> FitHooks:
+        """Those of the ``fit`` under way, or of the last one."""
+
+    def report_failure(self, exception: BaseException) -> None:
+        """Tell the others that this rank ends by an exception."""
+
+
+class HookCallback(Callback):
+    """Calls the hooks first of all callbacks: after a batch's learning-rate schedulers, before any checkpoint.
+
+    Added in the strategy's ``connect`` at the head of the Trainer's callbacks. It has no state of its own.
+
+    Args:
+        hooked: Is called.
+
+    """
+
+    def __init__(self, hooked: Hooked) -> None:
+        self._hooked = hooked
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._strategy.end_batch()
+        self._hooked.hooks.end_batch()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._strategy.end_epoch()
+        self._hooked.hooks.end_epoch()
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._strategy.begin_evaluation()
+        self._hooked.hooks.begin_evaluation()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._strategy.finish()
+        self._hooked.hooks.finish()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._strategy.report_failure(exception)
+        self._hooked.report_failure(exception)
+
+
+def is_accompanied(trainer: Trainer) -> bool:
+    """Whether the hook callback is there: not in a trial run of a learning-rate finder.
+
+    That sets callbacks aside, and undoes all that it did.
+    """
+    return any(isinstance(callback, HookCallback) for callback in getattr(trainer, "callbacks", []))

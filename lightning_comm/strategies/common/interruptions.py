@@ -130,6 +130,10 @@ class Interruptions:
         """Leave Lightning's objects as they were."""
         self.patches.undo()
 
+    def note_met(self) -> None:
+        """Note that all ranks meet in a collective of Lightning's or of the user's."""
+        self.met = True
+
     def begin_batch(self) -> None:
         """Forget that ranks met, and what was agreed for a batch; called before every one."""
         self.met = self._save_now = self._validate_now = False
@@ -158,7 +162,7 @@ class Interruptions:
             self._save_before_termination(step)
             internals.raise_sigterm_after_this_batch(self._trainer)
         else:
-            self._requeue(int(decision.reason.rsplit(" ", 1)[-1]), None)
+            self._requeue(internals.requeue_signal(self._trainer.strategy), None)
 
     def _ask_for_validation(self) -> None:
         """Ask all ranks to validate, once, when the time has come on the clock of rank 0."""

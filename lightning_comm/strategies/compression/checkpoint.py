@@ -1,25 +1,89 @@
 """Checkpoints of compressed gradients: what all ranks share in the main file, what is a rank's own beside it."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.core.plain_settings import difference, plain, shown
 from lightning_comm.strategies.checkpoints import removal, sets
 from lightning_comm.strategies.checkpoints.entry import WRITTEN_ALONE, Save, says_incomplete
-from lightning_comm.strategies.checkpoints.problems import first_problem
-from lightning_comm.strategies.compression import mask_state as mask_files
-from lightning_comm.strategies.local_update.checkpoint import unusable
+from lightning_comm.strategies.checkpoints.strategy_entry import StrategyEntry
+from lightning_comm.strategies.common.checks import leave_out_other_model
+from lightning_comm.strategies.common.support import RunSupport
+from lightning_comm.strategies.compression.checks import WHERE
+from lightning_comm.strategies.sparse_mask import checkpoint as mask_checkpoint
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.ddp_hook import GradientSync
 from lightning_comm.transport.recording import Recorder
 
-KEY = "lightning_comm.compression"
-VERSION = 1
-_WHERE = "CompressedDDPStrategy"
+ENTRY = StrategyEntry("lightning_comm.compression", version=1)
+
+
+class Saved(NamedTuple):
+    """What of a run a checkpoint keeps.
+
+    Args:
+        sync: Has the state; ``None`` before a ``fit``.
+        compression: Its settings.
+        fitted: The model of the last ``fit``.
+        recorder: Sends and records.
+
+    """
+
+    sync: GradientSync | None
+    compression: Compression
+    fitted: LightningModule | None
+    recorder: Recorder
+
+
+def save(
+    strategy: ParallelStrategy,
+    support: RunSupport,
+    state: Saved,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+    by_lightning: Callable[[dict[str, Any], _PATH], None],
+) -> None:
+    """Save the model with what each rank has kept, or what this rank has after a failure.
+
+    Args:
+        strategy: The strategy.
+        support: Whether ranks can meet.
+        state: What is kept.
+        checkpoint: What Lightning has collected.
+        filepath: Of the main file.
+        by_lightning: Lightning's way to write it.
+
+    """
+    fitted = state.fitted is not None and state.fitted is strategy.lightning_module  # now, or before an evaluation
+    saved, shown = Save(str(filepath)), support.failures.first_error_shown
+    if state.sync is not None and fitted and "optimizer_states" in checkpoint:
+        with shown("a checkpoint", waits=False):
+            saved = write(
+                strategy,
+                state.sync,
+                state.compression,
+                checkpoint,
+                filepath,
+                state.recorder,
+                support.from_rank_0,
+                interrupted=support.interrupted,
+            )
+    elif support.interrupted:
+        saved = Save(sets.incomplete_path(strategy, WHERE, filepath))
+    elif state.fitted is not None and not fitted:
+        leave_out_other_model(WHERE, checkpoint, filepath)
+    if state.sync is None or not fitted or support.interrupted:
+        by_lightning(checkpoint, saved.path)
+    else:
+        with shown("a checkpoint", waits=False):
+            sets.write_main(strategy, state.recorder, WHERE, saved, partial(by_lightning, checkpoint, saved.path))
 
 
 def write(
@@ -51,26 +115,26 @@ def write(
     """
     token, incomplete = "", sync.codec.is_local and interrupted
     if incomplete:
-        save = Save(sets.incomplete_path(strategy, _WHERE, filepath))
+        save = Save(sets.incomplete_path(strategy, WHERE, filepath))
     elif sync.codec.is_local:
         save = sets.begin(strategy, filepath, from_rank_0)
         token = save.id
-        sets.write_own(strategy, recorder, _WHERE, save, {"sync": sync.state_dict()})
+        sets.write_own(strategy, recorder, WHERE, save, {"sync": sync.state_dict()})
     else:
         save = Save(str(filepath))
-    checkpoint[KEY] = {
-        "version": VERSION,
-        "token": token,
-        "world_size": strategy.world_size,
-        "compression": repr(compression),
-        "sync": None if sync.codec.is_local else sync.state_dict(),
-        "masks": mask_files.mask_state(sync.codec, compression),
-    }
+    ENTRY.put(
+        checkpoint,
+        token=token,
+        world_size=strategy.world_size,
+        compression=plain(compression),
+        sync=None if sync.codec.is_local else sync.state_dict(),
+        masks=mask_checkpoint.mask_state(sync.codec, compression),
+    )
     save.write(checkpoint, incomplete=incomplete)
     return save
 
 
-def load(
+def load_own(
     strategy: ParallelStrategy,
     compression: Compression,
     checkpoint: dict[str, Any],
@@ -86,24 +150,30 @@ def load(
         compression: Its settings.
         checkpoint: What was read from the main file.
         filepath: Of the main file.
-        ledger: Where messages are written down.
+        ledger: Where messages are recorded.
 
     """
-    shared = checkpoint.get(KEY)
-    if shared is not None and shared["compression"] == repr(compression) and shared["sync"] is not None:
+    shared, saved = ENTRY.of(checkpoint), mask_checkpoint.masks_in(checkpoint)
+    mask_checkpoint.warn_of_uncompared(WHERE, filepath, saved, compression)
+    same = shared is not None and difference(shared["compression"], compression) is None
+    if shared is not None and same and shared["sync"] is not None:
         return dict(shared["sync"])
-    saved = mask_files.masks_in(checkpoint)
-    mask_files.warn_of_dense(_WHERE, filepath, saved, compression)
+    mask_checkpoint.warn_of_dense(WHERE, filepath, saved, compression)
     if not compression.keeps_state:
         return None
     fresh = GradientSync(compression.codec(Context(Recorder(CommLedger()), "gradients")), Recorder(CommLedger()), ())
-    masks_kept = mask_files.take_up(fresh.codec, compression, saved)
+    masks_kept = mask_checkpoint.take_up(fresh.codec, compression, saved)
     if masks_kept and not fresh.codec.is_local:
         return fresh.state_dict()  # the masks are all there is
-    own, problem = _own_state(strategy, compression, checkpoint, filepath)
-    found = first_problem(strategy, Recorder(ledger), problem, "checkpoint_files")
-    if found is None:
-        return own
+
+    def why_not(entry: dict[str, Any]) -> str | None:
+        if (found := difference(entry["compression"], compression)) is not None:
+            return f"it was written under {shown(entry['compression'])}: {found}"
+        return WRITTEN_ALONE if says_incomplete(checkpoint) else None
+
+    own, reason = ENTRY.read_own(strategy, Recorder(ledger), checkpoint, filepath, why_not, "checkpoint_files")
+    if own is not None:
+        return dict(own["sync"])
     if masks_kept:
         left = "weights, optimizer state and masks in the file, with nothing else kept"
     elif saved is not None:
@@ -111,23 +181,8 @@ def load(
     else:
         left = "weights and optimizer state in the file, with nothing kept"
     rank_zero_warn(
-        f"{_WHERE}: `ckpt_path`={str(filepath)!r} cannot bring back what {compression!r} had kept on each rank: "
-        f"{found[1]}. Training goes on from the {left}. For an exact continuation resume with the same compression and "
+        f"{WHERE}: `ckpt_path`={str(filepath)!r} cannot bring back what {compression!r} had kept on each rank: "
+        f"{reason}. Training goes on from the {left}. For an exact continuation resume with the same compression and "
         f"number of ranks, and keep the folder {removal.folder(filepath)!r} with the file."
     )
     return fresh.state_dict() if masks_kept else None
-
-
-def _own_state(
-    strategy: ParallelStrategy, compression: Compression, checkpoint: dict[str, Any], filepath: _PATH
-) -> tuple[dict[str, Any] | None, str | None]:
-    shared = checkpoint.get(KEY)
-    reason = unusable(shared, strategy.world_size)
-    if shared is None or reason is not None:
-        return None, reason
-    if shared["compression"] != repr(compression):
-        return None, f"it was written under {shared['compression']}"
-    if says_incomplete(checkpoint):
-        return None, WRITTEN_ALONE
-    own, problem = sets.read_own(strategy, filepath, shared["token"])
-    return None if own is None else own["sync"], problem

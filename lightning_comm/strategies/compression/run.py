@@ -67,7 +67,7 @@ class CompressionRun:
         self._trainer = trainer
         self._module = module
         self._recorder = recorder
-        self._agreement = agreement
+        self.agreement = agreement
         self._where = where
         self._beside = beside
         self._wanted: list[tuple[Kind, str]] = []
@@ -106,7 +106,7 @@ class CompressionRun:
             "batches": int(batches) if math.isfinite(batches) else -1,
             "confirms": self._may_leave_unseen(internals.training_loaders(self._trainer)),
         }
-        with self._agreement.first_error_shown():
+        with self.agreement.first_error_shown():
             rows = gather_json(mine, self._recorder, self._module.device, "control")
         self.refused = True
         control.check_same_batches([control.ControlRow(batches=row["batches"]) for row in rows], self._where)
@@ -187,9 +187,9 @@ class CompressionRun:
                 if is_up:
                     tensor[number].fill_(1)
             self._recorder.step = self._trainer.global_step
-            with self._agreement.first_error_shown():
+            with self.agreement.first_error_shown():
                 pending = self._recorder.all_reduce(tensor, "control", dist.ReduceOp.MAX)
-                _wait(pending, self._agreement, tensor.device)
+                _wait(pending, self.agreement, tensor.device)
                 flags = self._read(tensor)
         wanted, stop, *places = map(bool, flags)
         if sum(places) > 1:
@@ -213,7 +213,7 @@ class CompressionRun:
 
     def _decide(self) -> None:
         mine, self._wanted = self._wanted, []
-        with self._agreement.first_error_shown():
+        with self.agreement.first_error_shown():
             rows = gather_json(mine, self._recorder, self._module.device, "control")
         for kind, reason in {kind: reason for row in reversed(rows) for kind, reason in row}.items():
             decision = Decision(kind, reason, self._trainer.global_step)
@@ -231,7 +231,7 @@ class CompressionRun:
 
     def _refuse_unequal_epochs(self, place: int) -> None:
         row = [internals.batches_of_epoch(self._trainer), place != _TRAINS_ON]
-        with self._agreement.first_error_shown():
+        with self.agreement.first_error_shown():
             rows = gather_json(row, self._recorder, self._module.device, "control")
         over = [rank for rank, (_, is_over) in enumerate(rows) if is_over]
         batches = {rank: rows[rank][0] for rank in over}

@@ -1,72 +1,51 @@
 """DDP whose gradients travel compressed: a thin shell around torch's hook and a codec.
 
-Longer than other files, since Lightning wants all of it in one subclass: a third are arguments and what they mean, the
-rest are hooks of a few lines each.
+Longer than other files, since Lightning wants all of it in one subclass: what each method does beside Lightning's own
+work is asked of the hook, of the run and of what all strategies share (:mod:`lightning_comm.strategies.common`).
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
-from lightning_comm.core.arguments import is_number
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.errors import refuse
-from lightning_comm.lightning_internals import (
-    close_finished_epoch,
-    load_skipped_loader_states,
-    sees_to_infinities,
-    unused_by_all_ranks,
-)
-from lightning_comm.strategies.checkpoints import sets
-from lightning_comm.strategies.checkpoints.entry import Save
-from lightning_comm.strategies.checkpoints.loading import load_together
-from lightning_comm.strategies.common import checks, model_checks
-from lightning_comm.strategies.common.base import PeerAwareStrategy
-from lightning_comm.strategies.common.checks import check_twin_callbacks, replica_problems
-from lightning_comm.strategies.common.hooks import Companion
-from lightning_comm.strategies.common.interruptions import Interruptions
-from lightning_comm.strategies.common.loss_scale import loss_scale
-from lightning_comm.strategies.common.plateau import PlateauMonitors
+from lightning_comm.lightning_internals import load_skipped_loader_states, unused_by_all_ranks
+from lightning_comm.strategies.checkpoints.whole_files import with_default
+from lightning_comm.strategies.common import model_checks
+from lightning_comm.strategies.common.checks import replica_problems
+from lightning_comm.strategies.common.hooks import FitHooks, is_accompanied
+from lightning_comm.strategies.common.launching import LaunchingArguments, launching_arguments
 from lightning_comm.strategies.common.run_length import restore_accumulation
-from lightning_comm.strategies.compression import checkpoint as compression_files
-from lightning_comm.strategies.compression import start_line as compression_line
+from lightning_comm.strategies.common.support import RunSupport
+from lightning_comm.strategies.compression import checks
+from lightning_comm.strategies.compression.applied_steps import AppliedSteps, may_throw_away
+from lightning_comm.strategies.compression.checkpoint import Saved, load_own, save
+from lightning_comm.strategies.compression.checks import WHERE
 from lightning_comm.strategies.compression.loss_scale_cache import KnownScale
 from lightning_comm.strategies.compression.run import CompressionRun, Unread
-from lightning_comm.strategies.compression.sparse_mask import PrunedWeights, optimizer_problems
+from lightning_comm.strategies.compression.start_line import plan_of
+from lightning_comm.strategies.sparse_mask.pruned_weights import PrunedWeights, optimizer_problems
 from lightning_comm.transport.compression.base import Compression, Context
 from lightning_comm.transport.compression.names import compression_of
-from lightning_comm.transport.compression.no_sync import NoSync
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.ddp_hook import GradientSync
 from lightning_comm.transport.recording import Recorder
-from lightning_comm.transport.stop_protocol import Agreement, default_store
-
-_WHERE = "CompressedDDPStrategy"
-_fits = itertools.count()  # the same on all ranks, which make the same calls
-_BEFORE_STEP = ("backward", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping")
 
 
-class CompressedDDPStrategy(PeerAwareStrategy):
+class CompressedDDPStrategy(DDPStrategy):
     """Train as under ``ddp``, and send gradients compressed.
 
     Torch's DistributedDataParallel goes on cutting gradients into buckets and handing them over while the backward
@@ -88,14 +67,8 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         gradient_as_bucket_view: As in DDP.
         static_graph: As in DDP; not together with gradient accumulation, where torch 2.15 fails.
         ddp_comm_hook: Refused: a bucket has one hook, and ``compression`` takes its place.
-        accelerator: As in Lightning's ``DDPStrategy``, like the arguments that follow.
-        parallel_devices: As there.
-        cluster_environment: As there.
-        checkpoint_io: As there.
-        precision_plugin: As there.
-        process_group_backend: As there.
-        timeout: As there.
-        start_method: As there.
+        launching: As in Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout``, ``start_method`` and the
+            others of :class:`LaunchingArguments`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -104,25 +77,20 @@ class CompressedDDPStrategy(PeerAwareStrategy):
     Note:
         *Communication.* What the compression sends, once a bucket and step; :attr:`ledger` has every message. Buffers
         are broadcast by DDP as ever and are not compressed. At the end of every batch ranks meet in an all-reduce of 5
-        bytes, in place of the broadcast with which Lightning begins a batch; a second one before the forward where a
-        rank may leave its epoch unseen: under the module's ``on_train_batch_start``, or a stream or a sampler with a
-        ``__len__`` of its own.
+        bytes, in place of the broadcast with which Lightning begins a batch.
 
         *Stops.* What one rank asks for, by SIGTERM, SLURM's signal, ``should_stop``, ``max_time`` or a checkpoint by
         the clock, all ranks do after the same batch.
 
         *Resume.* What a method keeps on each rank (residuals) is saved in a folder beside the checkpoint, by the names
-        of parameters. On 2 ranks a resumed run repeats the one that was never stopped bit for bit; on 3 and more, the
-        order of sums in an all-reduce follows DDP's buckets, which start over.
+        of parameters. On 2 ranks a resumed run repeats the one that was never stopped bit for bit.
 
         *Non-finite gradients.* Show on all ranks alike, are counted (:attr:`non_finite_steps`), and leave kept
         residuals as they were.
 
         *Memory.* What the compression keeps; and a second residual as large as the model, from a backward until the
-        optimizer has stepped, where averaged gradients may be thrown away: under ``find_unused_parameters`` or
-        ``static_graph``, a gradient scaler, manual optimization, or code of your own between a backward and the
-        optimizer's step: the module's ``optimizer_step``, ``backward`` or ``configure_gradient_clipping``, or
-        ``on_after_backward`` or ``on_before_optimizer_step`` of the module or a callback.
+        optimizer has stepped, where averaged gradients may be thrown away. The card ``docs/techniques/compression.md``
+        says where that is.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -132,7 +100,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
 
     """
 
-    def __init__(  # noqa: PLR0913  (the last eight are Lightning's)
+    def __init__(
         self,
         compression: Compression | str | list[Compression | str],
         *,
@@ -142,49 +110,40 @@ class CompressedDDPStrategy(PeerAwareStrategy):
         gradient_as_bucket_view: bool = False,
         static_graph: bool = False,
         ddp_comm_hook: Any = None,
-        accelerator: Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
-        process_group_backend: str | None = None,
-        timeout: timedelta = timedelta(minutes=30),
-        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        **launching: Unpack[LaunchingArguments],
     ) -> None:
-        refuse(_WHERE, _setting_problems(compression, bucket_cap_mb, ddp_comm_hook))
-        self.compression = compression_of(compression, _WHERE)
+        refuse(WHERE, checks.setting_problems(compression, bucket_cap_mb, ddp_comm_hook))
+        self._compression = compression_of(compression, WHERE)
         self._seed = seed
         super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            start_method=start_method,
+            **launching_arguments(WHERE, launching),
             find_unused_parameters=find_unused_parameters,
             gradient_as_bucket_view=gradient_as_bucket_view,
             static_graph=static_graph,
             bucket_cap_mb=bucket_cap_mb,
         )
+        self._support = RunSupport(self, WHERE)
+        self._fitted: LightningModule | None = None  # the model of the last fit
         self._ledger = CommLedger()
+        self._forget_fit()
+
+    def _forget_fit(self) -> None:
+        self._run: CompressionRun | None = None
         self._sync: GradientSync | None = None
+        self._pruned: PrunedWeights | None = None
+        self._steps: AppliedSteps | None = None
         self._recorder: Recorder | None = None
         self._resume: dict[str, Any] | None = None
-        self._trainer: Trainer | None = None
-        self._pruned: PrunedWeights | None = None
-        self._fitted: LightningModule | None = None  # the model of the last fit
-        self._run: CompressionRun | None = None
-        self._failures: Agreement | None = None  # of the fit or evaluation under way
         self._warned = False
-        self._stepping: Optimizer | None = None  # the one that `optimizer_step` sees to
-        self._has_stepped = False  # whether its own `step` has been called meanwhile
-        self._steps_watched: RemovableHandle | None = None
-        self._known_scale: KnownScale | None = None
+
+    # ---- what can be seen and asked (:mod:`lightning_comm.contract`) -------------------------------------------------
 
     @property
-    @override
+    def compression(self) -> Compression:
+        """What is sent of the gradients, and how."""
+        return self._compression
+
+    @property
     def ledger(self) -> CommLedger:
         """Every message of the last or current ``fit``, on this rank, but DDP's own of buffers."""
         return self._ledger
@@ -229,7 +188,7 @@ class CompressedDDPStrategy(PeerAwareStrategy):
 
         """
         pruned = self._masks_of_run("install_masks")
-        with self._own_changes(), self._first_error_shown("a comparison of masks"):
+        with self._own_changes(), self._support.failures.first_error_shown("a comparison of masks"):
             pruned.install(masks)
 
     def request_dense(self, n_steps: int) -> None:
@@ -250,165 +209,129 @@ class CompressedDDPStrategy(PeerAwareStrategy):
     def _masks_of_run(self, name: str) -> PrunedWeights:
         if self._pruned is None:
             raise RuntimeError(
-                f"{_WHERE}: `{name}` is for a fit with a SparseMask, and there is none under way with "
+                f"{WHERE}: `{name}` is for a fit with a SparseMask, and there is none under way with "
                 f"{self.compression!r}. Call it from a callback, such as in `on_train_batch_end`."
             )
         return self._pruned
 
+    def refuse_in_set_up(self, where: str, problems: Iterable[str]) -> None:
+        """Note what a callback refuses in its ``setup``, to raise it with what the strategy refuses."""
+        self._support.set_up.refuse_in_set_up(where, problems)
+
+    # ---- set-up ------------------------------------------------------------------------------------------------------
+
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
-        self._trainer = model.trainer
-        callbacks: list[Any] = getattr(model.trainer, "callbacks", [])
-        check_twin_callbacks(callbacks, _WHERE)
-        callbacks[:] = [Companion(self), *(each for each in callbacks if not isinstance(each, Companion))]
-        if model.trainer.state.fn == TrainerFn.FITTING:
-            self._sync = self._pruned = self._resume = self._run = None  # those of an earlier fit
-            self._ledger = CommLedger()
-
-    @property
-    @override
-    def _agreement(self) -> Agreement | None:
-        return self._failures
-
-    @override
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        # already here, since a rank may fail while it sets the model up
-        namespace = f"lightning_comm/compressed/{next(_fits)}"
-        store = default_store() if self._peers is None else self._peers.store
-        self._failures = Agreement(store, self.global_rank, self.world_size, namespace, peers=self._peers)
+        if self._support.connect(model.trainer):
+            self._forget_fit()
+            self._ledger = CommLedger()  # here, since a checkpoint is loaded before the set-up
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        if trainer.state.fn != TrainerFn.FITTING:
-            super().setup(trainer)
+        support, module = self._support, self.lightning_module
+        if not support.is_fit:
+            support.set_up.evaluation(trainer, super().setup)
             return
-        module = self.lightning_module
         assert module is not None
-        assert self._failures is not None
-        self._warned = False
         self._fitted = module
-        with self._refusals(_WHERE) as refusals:
-            refusals.add(_trainer_problems(trainer, bool(self._ddp_kwargs["static_graph"])))
+        with support.set_up.refusals() as refusals:
+            refusals.add(checks.trainer_problems(trainer, bool(self._ddp_kwargs["static_graph"])))
             refusals.add(replica_problems(module))
             refusals.add(model_checks.trained_problems(module))
-            self._set_up(trainer, refusals)
+            support.set_up.fit(trainer, refusals, super().setup)
             if module.automatic_optimization:
-                refusals.add(_optimizer_problems(module, self.optimizers))
+                refusals.add(checks.optimizer_problems(module, self.optimizers))
             if self._pruned is not None:
                 refusals.add(optimizer_problems(self.optimizers))
-        _warn_at_start(self.compression, self.world_size)
-        self._run = CompressionRun(trainer, module, Recorder(self._ledger), self._failures, _WHERE, self._beside())
-        self._interruptions = Interruptions(trainer, self._run, self._any_rank, _WHERE)
-        self._interruptions.install_signal_handlers()
-
-    @override
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        trainer, run = self._trainer, self._run
-        assert trainer is not None
-        assert run is not None
-        assert self._interruptions is not None
-        load_skipped_loader_states(trainer)
-        restore_accumulation(trainer)
-        pruned = self._pruned is not None and self._pruned.is_due(trainer.global_step)  # which has a line of its own
-        if self.world_size > 1 and not pruned:
-            plan = compression_line.plan_of(self.compression, trainer.lightning_module, self.world_size)
-            rank_zero_info(f"{_WHERE}: {plan}")
-        if self._pruned is not None:
-            with self._own_changes(), self._first_error_shown("a comparison of masks", waits=False):
-                self._pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored
-                self._pruned.before_step(trainer.global_step)
-        if not any(isinstance(callback, Companion) for callback in getattr(trainer, "callbacks", [])):
-            return  # a trial run of a learning-rate finder, which sets callbacks aside and undoes all that it did
-        run.check_start(float(trainer.num_training_batches))
-        self._interruptions.install(in_step=run)
-        assert self._failures is not None
-        patches, recorder = self._interruptions.patches, Recorder(self._ledger)
-        PlateauMonitors(trainer, patches, recorder, self._failures, self.root_device, _WHERE)
-        run.settle()
-
-    @override
-    def begin_evaluation(self) -> None:
-        if self._run is not None and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            self._run.validated()
-
-    @override
-    def report_failure(self, exception: BaseException) -> None:
-        if self._run is not None and self._run.refused:
-            self._refuse_together()
-        super().report_failure(exception)
-
-    @override
-    def on_train_end(self) -> None:
-        super().on_train_end()
-        if self._pruned is not None:
-            self._pruned.finish()
-
-    @override
-    def teardown(self) -> None:
-        self._watch_steps(False)
-        if self._interruptions is not None:
-            self._interruptions.undo()
-            self._interruptions = None
-        super().teardown()
+        checks.warn_at_start(self.compression, self.world_size)
+        agreement = support.failures.agreement()
+        self._run = run = CompressionRun(trainer, module, Recorder(self._ledger), agreement, WHERE, self._beside())
+        support.begin_fit(trainer, run)
+        support.hooks = FitHooks(begin_evaluation=self._begin_evaluation, note_failure=self._note_failure)
 
     @override
     def configure_ddp(self) -> None:
-        super().configure_ddp()
+        self._support.set_up.wrap_in_ddp(super().configure_ddp)
         module = self.lightning_module
-        assert isinstance(self.model, DistributedDataParallel)
+        if not isinstance(self.model, DistributedDataParallel):
+            return  # refused when the set-up ends, with what else there is
         assert module is not None
         self._recorder = Recorder(self._ledger, beside_compute=True)
-        self._known_scale = KnownScale(self.precision_plugin)
-        context = Context(self._recorder, "gradients", self._seed, revocable=self._may_throw_away(module))
-        codec = self.compression.codec(context)
+        self._steps = AppliedSteps(KnownScale(self.precision_plugin))
+        revocable = may_throw_away(module, self.precision_plugin, self._ddp_kwargs)
+        codec = self.compression.codec(Context(self._recorder, "gradients", self._seed, revocable=revocable))
         unused = unused_by_all_ranks(self.model)
-        self._sync = GradientSync(codec, self._recorder, module.named_parameters(), self._loss_scale, unused)
-        self._watch_steps(context.revocable)
+        self._sync = GradientSync(codec, self._recorder, module.named_parameters(), self._steps.loss_scale, unused)
+        self._steps.begin(self._sync, watch=revocable)
         if self._resume is not None:
             self._sync.load_state_dict(self._resume)
             self._resume = None
         self.model.register_comm_hook(None, self._sync.hook)
-        self._pruned = None
         if isinstance(self.compression, SparseMask) and isinstance(codec, SparseMaskCodec):
             self._pruned = PrunedWeights(module, codec, self.compression, Recorder(self._ledger))
 
+    def _beside(self) -> list[Unread]:
+        """Return what has numbers to read in each step."""
+        keeps = self._sync is not None and self._sync.codec.is_local
+        wanted = (self._pruned, self._steps.scale if self._steps is not None and keeps else None)
+        return [each for each in wanted if each is not None]
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        trainer, run, interruptions = self._support.trainer, self._run, self._support.interruptions
+        assert trainer is not None
+        assert run is not None
+        assert interruptions is not None
+        load_skipped_loader_states(trainer)
+        restore_accumulation(trainer)
+        pruned = self._pruned is not None and self._pruned.is_due(trainer.global_step)  # which has a line of its own
+        if self.world_size > 1 and not pruned:
+            rank_zero_info(f"{WHERE}: {plan_of(self.compression, trainer.lightning_module, self.world_size)}")
+        if self._pruned is not None:
+            with self._own_changes(), self._support.failures.first_error_shown("a comparison of masks", waits=False):
+                self._pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored
+                self._pruned.before_step(trainer.global_step)
+        if not is_accompanied(trainer):
+            return
+        run.check_start(float(trainer.num_training_batches))
+        interruptions.install(in_step=run)
+        self._support.watch_plateaus(Recorder(self._ledger), run.agreement)
+        run.settle()
+
+    def _begin_evaluation(self) -> None:
+        if self._run is not None and self._support.is_fit:
+            self._run.validated()
+
+    def _note_failure(self) -> None:
+        if self._run is not None and self._run.refused:
+            self._support.failures.refuse_together()
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self._recorder is not None and self._trainer is not None:
-            # here too: under manual optimization the backward, and its messages, come before the optimizer's step
-            self._recorder.step = self._trainer.global_step
+        step = self._begin_step()
         if self._run is not None:
             self._run.begin_step()
-        with self._first_error_shown("a training step under DDP", waits=False):
-            if self._pruned is not None and self._trainer is not None:
+        with self._support.failures.first_error_shown("a training step under DDP", waits=False):
+            if self._pruned is not None and step is not None:
                 with self._own_changes():
-                    self._pruned.before_step(self._trainer.global_step)
+                    self._pruned.before_step(step)
             return super().training_step(*args, **kwargs)
+
+    def _begin_step(self) -> int | None:
+        """Record messages under the present step: under manual optimization they come before the optimizer's step."""
+        step = None if self._support.trainer is None else self._support.trainer.global_step
+        if self._recorder is not None and step is not None:
+            self._recorder.step = step
+        return step
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        with self._first_error_shown("a validation step under DDP", waits=False):
+        with self._support.failures.first_error_shown("a validation step under DDP", waits=False):
             return super().validation_step(*args, **kwargs)
-
-    @override
-    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with self._first_error_shown("a backward under DDP", waits=False):
-            return super().backward(closure_loss, *args, **kwargs)
-
-    def _may_throw_away(self, module: LightningModule) -> bool:
-        """Whether an averaged gradient may be thrown away: by DDP, by a gradient scaler, or by the user's own code."""
-        callbacks: list[Callback] = getattr(module.trainer, "callbacks")  # noqa: B009  (mypy does not see it)
-        return (
-            bool(self._ddp_kwargs["find_unused_parameters"] or self._ddp_kwargs["static_graph"])
-            or loss_scale(self.precision_plugin) is not None
-            or not module.automatic_optimization
-            or is_overridden("optimizer_step", module)
-            or any(map(_has_own_hook, [module, *callbacks]))
-        )
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
@@ -417,197 +340,122 @@ class CompressedDDPStrategy(PeerAwareStrategy):
             self._sync.take_back_cleared()
 
     @override
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with self._support.failures.first_error_shown("a backward under DDP", waits=False):
+            return super().backward(closure_loss, *args, **kwargs)
+
+    @override
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
         if self._sync is not None:
             self._sync.end_backward()
 
-    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Take note of a step of any optimizer, except the one that :meth:`optimizer_step` is about to judge."""
-        if optimizer is self._stepping:
-            self._has_stepped = True
-        elif self._sync is not None:
-            self._sync.stepped(_parameters_of(optimizer))
-
-    def _has_skipped(self, optimizer: Optimizer, scale: float) -> bool:
-        """Whether a gradient scaler has skipped a step; it lowers its scale there, and only there.
-
-        The scale is read only where it may have: on CUDA that waits for the device.
-        """
-        return (not self._has_stepped or sees_to_infinities(optimizer)) and self._loss_scale() < scale
-
-    def _beside(self) -> list[Unread]:
-        """Return what has numbers to read in each step."""
-        keeps = self._sync is not None and self._sync.codec.is_local
-        wanted = (self._pruned, self._known_scale if keeps else None)
-        return [each for each in wanted if each is not None]
-
-    def _watch_steps(self, watch: bool) -> None:
-        if self._steps_watched is not None:
-            self._steps_watched.remove()
-        self._steps_watched = register_optimizer_step_post_hook(self._stepped) if watch else None
-
     def _own_changes(self) -> AbstractContextManager[None]:
         return self._sync.own_changes() if self._sync is not None else nullcontext()
 
-    def _loss_scale(self) -> float:
-        return (self._known_scale() if self._known_scale is not None else None) or 1.0
-
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        if self._recorder is not None and self._trainer is not None:
-            self._recorder.step = self._trainer.global_step
-        keeps = self._sync is not None and self._sync.codec.is_local  # for others nothing depends on the scale
-        scale = self._loss_scale() if keeps else 1.0
-        self._stepping, self._has_stepped = optimizer, False
-        try:
-            with self._first_error_shown("a step under DDP", waits=False):
-                output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        finally:
-            self._stepping = None
-        if self._sync is not None and keeps and self._sync.codec.unapplied:
-            told = self._sync.thrown_away if self._has_skipped(optimizer, scale) else self._sync.stepped
-            told(_parameters_of(optimizer))
+        self._begin_step()
+        judged = self._steps.judged(optimizer) if self._steps is not None else nullcontext()
+        with judged, self._support.failures.first_error_shown("a step under DDP", waits=False):
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self._pruned is not None:
             with self._own_changes():
                 self._pruned.keep_at_zero()
         if not self._warned and self.root_device.type == "cpu" and self.non_finite_steps:
             self._warned = True
-            rank_zero_warn(
-                f"{_WHERE}: the gradient of optimizer step {self._recorder.step if self._recorder else 0} is not "
-                "finite (NaN or infinity), alike on all ranks. Later ones are counted in `strategy.non_finite_steps` "
-                "without a word. A lower learning rate, gradient clipping or bf16 instead of fp16 may help."
-                f"{self._pruned.suspects() if self._pruned is not None else ''}"
-            )
+            suspects = self._pruned.suspects() if self._pruned is not None else ""
+            checks.warn_of_non_finite(self._recorder.step if self._recorder else 0, suspects)
         return output
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self._pruned is not None:
+            self._pruned.finish()
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        sync, trainer = self._sync, self._trainer
-        fitted = self._fitted is not None and self._fitted is self.lightning_module  # now, or before an evaluation
-        save = Save(str(filepath))
-        if sync is not None and trainer is not None and fitted and "optimizer_states" in checkpoint:
-            with self._first_error_shown("a checkpoint", waits=False):
-                save = compression_files.write(
-                    self,
-                    sync,
-                    self.compression,
-                    checkpoint,
-                    filepath,
-                    self._own_recorder(),
-                    self._from_rank_0,
-                    interrupted=trainer.interrupted,
-                )
-        elif trainer is not None and trainer.interrupted:
-            save = Save(sets.incomplete_path(self, _WHERE, filepath))
-        elif self._fitted is not None and not fitted:
-            checks.leave_out_other_model(_WHERE, checkpoint, filepath)
-        write = partial(super().save_checkpoint, checkpoint, save.path, storage_options)
-        if sync is None or trainer is None or not fitted or trainer.interrupted:
-            write()
-        else:
-            with self._first_error_shown("a checkpoint", waits=False):
-                sets.write_main(self, self._own_recorder(), _WHERE, save, write)
+        by_lightning = partial(super().save_checkpoint, storage_options=storage_options)
+        state = Saved(self._sync, self.compression, self._fitted, self._support.own_recorder())
+        save(self, self._support, state, checkpoint, filepath, by_lightning)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         load = partial(super().load_checkpoint, weights_only=weights_only)
-        checkpoint_path, checkpoint = load_together(
-            self,
-            _WHERE,
-            checkpoint_path,
-            load,
-            self._refuse_together,
-            in_set_up=self._sync is None,
-            ledger=self._ledger,
-        )
-        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            state = compression_files.load(self, self.compression, checkpoint, checkpoint_path, self._ledger)
+        loaded = self._support.load_checkpoint(checkpoint_path, load, in_set_up=self._sync is None)
+        if self._support.is_fit:
+            state = load_own(self, self.compression, loaded.checkpoint, loaded.path, self._ledger)
             if self._sync is None:
                 self._resume = state  # taken up at set-up
-                close_finished_epoch(checkpoint.get("loops"))
             elif state is not None:
                 self._sync.load_state_dict(state)  # a tuner within `fit` puts back what its trial run has changed
-        return checkpoint
+        return loaded.checkpoint
+
+    # ---- Lightning's methods, each with what all strategies of ours do around it -------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._support.begin_run()
+
+    @override
+    def setup_distributed(self) -> None:
+        self._support.set_up.join_ranks(super().setup_distributed)
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        self._support.set_up.optimizers(partial(super().setup_optimizers, trainer))
+
+    @override
+    def teardown(self) -> None:
+        self._support.tear_down(self._leave_fit, super().teardown)
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        self._support.collectives.barrier(partial(super().barrier, *args, **kwargs))
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return self._support.collectives.broadcast(partial(super().broadcast, obj, src), obj)
+
+    @override
+    def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
+        return self._support.collectives.reduce(partial(super().reduce, tensor, group, reduce_op), tensor)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return self._support.collectives.decide(partial(super().reduce_boolean_decision, decision, all))
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        return self._support.collectives.gather(partial(super().all_gather, tensor, group, sync_grads), tensor)
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        self._checkpoint_io = with_default(self._checkpoint_io)
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    @override
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        self._support.remove_checkpoint(filepath, partial(super().remove_checkpoint, filepath))
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def _leave_fit(self) -> None:
+        if self._steps is not None:
+            self._steps.end()
 
     @override
     def __getstate__(self) -> dict[str, Any]:
         # for start methods that pickle: what exists before processes start, without a run's handles
-        return {
-            **super().__getstate__(),
-            "_run": None,
-            "_failures": None,
-            "_interruptions": None,
-            "_sync": None,
-            "_fitted": None,
-            "_recorder": None,
-            "_resume": None,
-            "_trainer": None,
-            "_pruned": None,
-            "_stepping": None,
-            "_steps_watched": None,
-            "_known_scale": None,
-        }
-
-
-def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    return [each for group in optimizer.param_groups for each in group["params"]]
-
-
-def _has_own_hook(owner: object) -> bool:
-    """Whether code of the user's own runs between a backward and the optimizer's step, where it may clear gradients."""
-    hooks = (getattr(owner, name, None) for name in _BEFORE_STEP)
-    modules = (getattr(hook, "__module__", None) or "" for hook in hooks if hook is not None)
-    return any(module.partition(".")[0] not in ("lightning", "lightning_comm") for module in modules)
-
-
-def _setting_problems(compression: Any, bucket_cap_mb: object, ddp_comm_hook: object) -> Iterator[str]:
-    if ddp_comm_hook is not None:
-        yield (
-            "`ddp_comm_hook` cannot be used, since a bucket of gradients has one hook and `compression` takes its "
-            f"place; got {ddp_comm_hook!r}. Say what to send by `compression`, such as 'bf16' or 'powersgd', or use "
-            "Lightning's DDPStrategy with your hook."
-        )
-    try:
-        compression_of(compression, _WHERE)
-    except ValueError as error:
-        yield str(error).removeprefix(f"{_WHERE}: ")
-    if bucket_cap_mb is not None and not (is_number(bucket_cap_mb) and bucket_cap_mb > 0):
-        yield (
-            f"`bucket_cap_mb` is a size in MB, so it must be a number > 0; got {bucket_cap_mb!r}. Leave it out for "
-            "torch's default."
-        )
-
-
-def _trainer_problems(trainer: Trainer, static_graph: bool) -> Iterator[str]:
-    """Yield what of the Trainer cannot work together with DDP's settings."""
-    if static_graph and trainer.accumulate_grad_batches > 1:
-        yield (
-            f"`static_graph=True` does not go with `accumulate_grad_batches`="
-            f"{trainer.accumulate_grad_batches}: torch's DDP fails in the first window, or no longer averages "
-            "gradients. Leave out one of the two."
-        )
-
-
-def _optimizer_problems(module: LightningModule, optimizers: list[Optimizer]) -> Iterator[str]:
-    """Yield that automatic optimization has nothing to step; where None was returned, Lightning steps a stand-in."""
-    if not optimizers:
-        yield model_checks.no_optimizer(module, "automatic optimization has none to step")
-    yield from model_checks.trained_problems(module, optimizers)
-
-
-def _warn_at_start(compression: Compression, world_size: int) -> None:
-    """Say what will run but probably not as meant."""
-    if isinstance(compression, NoSync):
-        rank_zero_warn(
-            f"{_WHERE}: NoSync averages nothing, so every rank trains a model of its own. Use it to see how fast a "
-            "step would be without communication, never for a model that you keep."
-        )
-    if world_size == 1:
-        rank_zero_warn(
-            f"{_WHERE}: one process only, so there is nothing to send; what the compression rounds or leaves out is "
-            "lost for nothing. Give the Trainer `devices=2` or more."
-        )
+        handles = ("_run", "_sync", "_pruned", "_steps", "_recorder", "_resume", "_fitted")
+        return {**super().__getstate__(), **dict.fromkeys(handles)}

@@ -6,23 +6,29 @@ random state, its place in the data and its schedulers.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_comm.lightning_internals import close_finished_epoch
 from lightning_comm.ondevice.cyclic.stages import Stage
 from lightning_comm.ondevice.random_state import random_state
+from lightning_comm.strategies.checkpoints import sets
 from lightning_comm.strategies.checkpoints.entry import Save
+from lightning_comm.strategies.checkpoints.strategy_entry import StrategyEntry
+from lightning_comm.strategies.common.checks import leave_out_other_model
+from lightning_comm.strategies.common.support import RunSupport
 from lightning_comm.strategies.cyclic.refusals import WHERE
 from lightning_comm.strategies.cyclic.run import CyclicRun
 from lightning_comm.transport.plain_data import NotPlainError, gather_states, pack
 
-KEY = "lightning_comm.cyclic"
-VERSION = 1
+ENTRY = StrategyEntry("lightning_comm.cyclic", version=1)
 _RANK_KEYS = ("lr_schedulers", "loops")  # what Lightning restores and what may differ between ranks
 
 
@@ -86,15 +92,15 @@ def write(run: CyclicRun, checkpoint: dict[str, Any]) -> None:
             own, run.recorder, run.module.device, "checkpoint", f"{WHERE}: what a rank adds to a checkpoint"
         ):
             ranks[rank] = state
-    checkpoint[KEY] = {
-        "version": VERSION,
-        "world_size": run.recorder.world_size,
-        "stages": [[list(stage.modules), list(stage.parameters)] for stage in run.stages],
-        "previous_norm": run.previous_norm(),
-        "steps_done": run.steps_done,
-        "run_began_at": run.run_began_at,
-        "ranks": ranks,
-    }
+    ENTRY.put(
+        checkpoint,
+        world_size=run.recorder.world_size,
+        stages=[[list(stage.modules), list(stage.parameters)] for stage in run.stages],
+        previous_norm=run.previous_norm(),
+        steps_done=run.steps_done,
+        run_began_at=run.run_began_at,
+        ranks=ranks,
+    )
 
 
 def _leave_out_objects(state: dict[str, Any], rank: int) -> None:
@@ -108,9 +114,62 @@ def _leave_out_objects(state: dict[str, Any], rank: int) -> None:
         del state["lr_schedulers"]
 
 
+def write_together(
+    strategy: ParallelStrategy,
+    run: CyclicRun,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+    by_lightning: Callable[[dict[str, Any], _PATH], None],
+) -> None:
+    """Write a checkpoint with what an exact continuation needs; every rank calls this, after a flush.
+
+    Args:
+        strategy: The strategy.
+        run: The run.
+        checkpoint: What Lightning has collected.
+        filepath: Of the file.
+        by_lightning: Lightning's way to write it.
+
+    """
+    if "optimizer_states" in checkpoint:  # not with `save_weights_only`
+        write(run, checkpoint)
+    save = Save(str(filepath))
+    save.write(checkpoint)
+    with run.agreement.first_error_shown("a checkpoint", waits=False):  # rank 0 writes in there
+        sets.write_main(strategy, run.recorder, WHERE, save, partial(by_lightning, checkpoint, filepath))
+
+
+def write_alone(
+    strategy: ParallelStrategy,
+    support: RunSupport,
+    run: CyclicRun | None,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+    by_lightning: Callable[[dict[str, Any], _PATH], None],
+) -> None:
+    """Write what rank 0 has, where ranks cannot be brought together: after a failure, or of another model.
+
+    Args:
+        strategy: The strategy.
+        support: Whether a rank has failed.
+        run: That of the last ``fit``, if there was one.
+        checkpoint: What Lightning has collected.
+        filepath: Of the file.
+        by_lightning: Lightning's way to write it.
+
+    """
+    if support.interrupted or (run is not None and run.failed):
+        filepath = sets.incomplete_path(strategy, WHERE, filepath)
+        if run is not None and support.has_fitted(run) and run.stages:
+            mark_incomplete(checkpoint, filepath)
+    elif run is not None and run.module is not strategy.lightning_module:
+        leave_out_other_model(WHERE, checkpoint, filepath)
+    by_lightning(checkpoint, filepath)
+
+
 def mark_incomplete(checkpoint: dict[str, Any], filepath: object) -> None:
     """Say in a checkpoint, and to people, that it was written when ranks could not meet any more."""
-    checkpoint[KEY] = {"version": VERSION, "incomplete": True}
+    ENTRY.put(checkpoint, incomplete=True)
     Save(str(filepath)).write(checkpoint, incomplete=True)
     rank_zero_warn(
         f"{WHERE}: {str(filepath)!r} is written after an error, when ranks cannot meet any more: its weights are those "
@@ -119,10 +178,9 @@ def mark_incomplete(checkpoint: dict[str, Any], filepath: object) -> None:
     )
 
 
-def load(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: int) -> CyclicResume:
+def load_own(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: int) -> CyclicResume:
     """Put this rank's own state into a checkpoint that was read; return what the run takes up from it."""
-    saved: dict[str, Any] = checkpoint.get(KEY, {})
-    reason = None
+    saved = ENTRY.of(checkpoint) or {}
     if saved.get("incomplete"):
         rank_zero_warn(
             f"{WHERE}: `ckpt_path`={str(filepath)!r} was written after an error, when ranks could not meet any more. "
@@ -130,12 +188,7 @@ def load(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: in
             "momenta start anew. Give an earlier checkpoint if there is one."
         )
         return CyclicResume()
-    if not saved:
-        reason = "another strategy wrote it, or a Trainer that had not trained this model"
-    elif saved["version"] != VERSION:
-        reason = f"its format is {saved['version']!r}, and this version reads {VERSION}"
-    elif saved["world_size"] != world_size:
-        reason = f"it was written by {saved['world_size']} ranks, and there are {world_size} now"
+    reason = ENTRY.unusable(saved or None, world_size)
     if reason is not None:
         optimizer = "its optimizer state" if checkpoint.get("optimizer_states") else "no optimizer state, having none,"
         rank_zero_warn(
@@ -143,7 +196,7 @@ def load(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: in
             f"in the schedule, but the run will not repeat the one that wrote it bit for bit: {reason}. The model "
             "is cut into stages anew."
         )
-        norm = saved["previous_norm"] if saved.get("version") == VERSION else None
+        norm = saved["previous_norm"] if saved.get("version") == ENTRY.version else None
         return CyclicResume(
             previous_norm=norm, run_began_at=saved.get("run_began_at", 0), steps_done=saved.get("steps_done")
         )

@@ -542,3 +542,13 @@ def warn_of_memory(settings: CyclicSettings, devices_here: int, on_cuda: bool) -
             "memory of their own each, none of them needs less. It costs what a barrier a step costs; leave it out "
             "unless ranks share a memory."
         )
+
+
+def warn_at_start(
+    trainer: Trainer, module: LightningModule, settings: CyclicSettings, world_size: int, *, on_cuda: bool
+) -> None:
+    """Say what will run, but probably not as meant."""
+    warn_of_one_process(world_size)
+    warn_of_gradient_hooks(trainer, module)
+    warn_of_finetuning(trainer)
+    warn_of_memory(settings, world_size, on_cuda)

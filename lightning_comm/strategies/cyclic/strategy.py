@@ -1,70 +1,53 @@
 """Cyclic Data Parallelism as a Lightning strategy: a thin shell that sets up, asks `core` and calls `transport`.
 
-Longer than other files, since Lightning wants all of it in one subclass: a third are arguments and what they mean, the
-rest are hooks of a few lines each.
+Longer than other files, since Lightning wants all of it in one subclass: what each method does beside Lightning's own
+work is asked of the run, of its hooks and of what all strategies share (:mod:`lightning_comm.strategies.common`).
 """
 
-import itertools
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
-from lightning_comm import lightning_internals
 from lightning_comm.core.cyclic.schedule import CyclicSchedule, Rule
 from lightning_comm.core.ledger import CommLedger
+from lightning_comm.lightning_internals import is_own_closure, load_skipped_loader_states
 from lightning_comm.ondevice.cyclic.update import ClipBy
-from lightning_comm.ondevice.model_tensors import fingerprint
 from lightning_comm.ondevice.optimizer.step_messages import FirstSteps
-from lightning_comm.ondevice.random_state import set_random_state
-from lightning_comm.strategies.checkpoints import sets
-from lightning_comm.strategies.checkpoints.entry import Save
-from lightning_comm.strategies.checkpoints.loading import load_together
-from lightning_comm.strategies.common import checks
-from lightning_comm.strategies.common import rank_status as control
-from lightning_comm.strategies.common.base import PeerAwareStrategy
-from lightning_comm.strategies.common.hooks import Companion
-from lightning_comm.strategies.common.interruptions import Interruptions
-from lightning_comm.strategies.common.model_checks import lazy_names
-from lightning_comm.strategies.common.plateau import PlateauMonitors
-from lightning_comm.strategies.common.unregistered import UnregisteredState
-from lightning_comm.strategies.cyclic import (
-    checkpoint as cyclic_files,
+from lightning_comm.strategies.checkpoints.whole_files import with_default
+from lightning_comm.strategies.common.hooks import is_accompanied
+from lightning_comm.strategies.common.launching import LaunchingArguments, launching_arguments
+from lightning_comm.strategies.common.support import RunSupport, restore_random_state
+from lightning_comm.strategies.cyclic import clipping, refusals
+from lightning_comm.strategies.cyclic.checkpoint import (
+    CyclicResume,
+    gathered_state,
+    load_own,
+    write_alone,
+    write_together,
 )
-from lightning_comm.strategies.cyclic import (
-    clipping as cyclic_clipping,
-)
-from lightning_comm.strategies.cyclic import (
-    refusals as cyclic_checks,
-)
-from lightning_comm.strategies.cyclic.averages import WeightAverages
-from lightning_comm.strategies.cyclic.checkpoint import CyclicResume
+from lightning_comm.strategies.cyclic.hooks import CyclicHooks
 from lightning_comm.strategies.cyclic.refusals import WHERE, CyclicSettings
-from lightning_comm.strategies.cyclic.run import RUN_END, CyclicRun
-from lightning_comm.transport.averaging import broadcast_
+from lightning_comm.strategies.cyclic.run import CyclicRun
 from lightning_comm.transport.backends import backend_of
 from lightning_comm.transport.cyclic.requests import Requests
 from lightning_comm.transport.plain_data import broadcast_json
-from lightning_comm.transport.recording import Pending, Recorder
-from lightning_comm.transport.stop_protocol import Agreement, default_store
+from lightning_comm.transport.recording import Recorder
 
 _BUCKET_BYTES = 2**25  # of the broadcast at the start
-_fits = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
 
 
-class CyclicStrategy(PeerAwareStrategy):
+class CyclicStrategy(DDPStrategy):
     """Let ranks take turns: gradients and new parameters travel round a ring, stage by stage, beside compute.
 
     The model is cut into *stages* in the order in which its modules run. As soon as backward has passed a stage, its
@@ -95,15 +78,9 @@ class CyclicStrategy(PeerAwareStrategy):
             ``"stage"``: each stage's gradient is clipped by its own; ``"previous_norm"``: by the norm of the whole
             gradient of the step before, and in the first step by stage. ``None`` takes ``"stage"`` for ``clip_norm``,
             and is refused where the Trainer clips by norm. ``gradient_clip_algorithm="value"`` needs no choice.
-        accelerator: As in Lightning's ``DDPStrategy``, and so are the arguments below.
-        parallel_devices: Set by the Trainer.
-        cluster_environment: Where ranks and addresses come from.
-        checkpoint_io: How files are written.
-        precision_plugin: Set by the Trainer.
-        process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if left out. With ``"gloo"`` messages of
-            CUDA devices go through pinned memory of the host.
-        timeout: How long a rank waits for the others; when the job starts, ten minutes at least.
-        start_method: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+        launching: As in Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout``, ``start_method`` and the
+            others of :class:`LaunchingArguments`. With ``"gloo"`` messages of CUDA devices go through pinned memory of
+            the host.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -112,23 +89,16 @@ class CyclicStrategy(PeerAwareStrategy):
     Note:
         *Communication.* For each stage and step the gradient goes from rank to rank in N - 1 messages, and so does the
         new version: 2 (N - 1) / N of the model a rank and step, as in a ring all-reduce, from neighbour to neighbour.
-        Each message has 64 bytes of notes, by which ranks agree on stops and hear of losses that are not finite.
 
-        *Flush.* Before validation, checkpoints and the end of training all ranks take up the newest version of
-        everything, and average buffers (BatchNorm) and what has changed of parameters that no stage has (a teacher).
-        The step after a flush computes with it everywhere, so where flushes fall is a part of the run.
+        *Flush.* Before validation, checkpoints and the end of training all ranks take the newest version of everything,
+        and average buffers (BatchNorm). The step after a flush computes with it everywhere, so where flushes fall is a
+        part of the run.
 
         *Gradients.* Are handed over during backward, so ``on_after_backward`` and ``on_before_optimizer_step`` find
-        none; under manual optimization they are when the optimizer's ``step`` is called, and this rank's own before.
-        Hooks of parameters see those of this rank.
-
-        *Averages of weights.* Before one of Lightning's callbacks takes the weights into its average, all ranks flush.
-
-        *Weights between steps* are those that this rank computed with. If something else than the optimizer changes
-        them, or changes the optimizer's state, the run ends with an error that names it.
+        none; under manual optimization they are when the optimizer's ``step`` is called.
 
         *Memory.* Optimizer state of the owned stages only, 1/N; a copy of these stages; and up to two versions of
-        other stages that wait to be taken up. Gradients live until their stage is sent.
+        other stages that wait to be used. The card ``docs/techniques/cyclic.md`` has the details.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -142,7 +112,7 @@ class CyclicStrategy(PeerAwareStrategy):
 
     """
 
-    def __init__(  # noqa: PLR0913  (the last eight are Lightning's)
+    def __init__(
         self,
         rule: Rule = "v2",
         *,
@@ -152,42 +122,26 @@ class CyclicStrategy(PeerAwareStrategy):
         stagger: Literal["none", "step"] = "none",
         clip_norm: float | None = None,
         clip_by: ClipBy | None = None,
-        accelerator: Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
-        process_group_backend: str | None = None,
-        timeout: timedelta = timedelta(minutes=30),
-        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        **launching: Unpack[LaunchingArguments],
     ) -> None:
-        super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            start_method=start_method,
-        )
-        self.settings = cyclic_checks.checked(
+        super().__init__(**launching_arguments(WHERE, launching))
+        self.settings = refusals.checked(
             CyclicSettings(rule, lag, warmup_sync_steps, stages, stagger, clip_norm, clip_by)
         )
+        self._support = RunSupport(self, WHERE)
+        self._forget_fit()
+
+    def _forget_fit(self) -> None:
         self._ledger = CommLedger()
         self._run: CyclicRun | None = None
+        self._hooks: CyclicHooks | None = None
         self._resume: CyclicResume | None = None
-        self._logs_checked = 0
         self._warned_of_gradients = False
-        self._unregistered: UnregisteredState | None = None
         self._first_steps = FirstSteps(WHERE)
-        self._patches = lightning_internals.Patches()
-        self._averages = WeightAverages()
 
     # ---- what can be seen ----------------------------------------------------------------------------------------
 
     @property
-    @override
     def ledger(self) -> CommLedger:
         """Every message of the last or current run that this rank sent, and how long compute waited for others."""
         return self._ledger
@@ -213,124 +167,97 @@ class CyclicStrategy(PeerAwareStrategy):
         optimizer = self._run.optimizer if self._run is not None else None
         return optimizer.state_bytes() if optimizer is not None else 0
 
+    def refuse_in_set_up(self, where: str, problems: Iterable[str]) -> None:
+        """Note what a callback refuses in its ``setup``, to raise it with what the strategy refuses."""
+        self._support.set_up.refuse_in_set_up(where, problems)
+
     # ---- set-up --------------------------------------------------------------------------------------------------
 
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
-        callbacks: list[Any] = getattr(model.trainer, "callbacks", [])
-        checks.check_twin_callbacks(callbacks, WHERE)
-        callbacks[:] = [Companion(self), *(each for each in callbacks if not isinstance(each, Companion))]
-        if model.trainer.state.fn == TrainerFn.FITTING:
-            self._run = self._resume = None
-            self._ledger = CommLedger()
-            self._logs_checked = 0
-            self._warned_of_gradients = False
-            self._unregistered = None
-            self._first_steps = FirstSteps(WHERE)
+        if self._support.connect(model.trainer):
+            self._forget_fit()
         elif self._run is not None:
             self._run.keep_random_state()  # an evaluation draws from the generators
 
-    @property
-    @override
-    def _agreement(self) -> Agreement | None:
-        return self._run.agreement if self._run is not None else None
-
     @override
     def setup(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        if trainer.state.fn != TrainerFn.FITTING:
-            super().setup(trainer)
+        support, module = self._support, self.lightning_module
+        if not support.is_fit:
+            support.set_up.evaluation(trainer, super().setup)
             return
-        module = self.lightning_module
         assert module is not None
-        with self._refusals(WHERE) as refusals:
-            refusals.add(cyclic_checks.rank_problems(self.settings, self.world_size))
+        with support.set_up.refusals() as found:
+            found.add(refusals.rank_problems(self.settings, self.world_size))
             device = self.root_device
-            refusals.add(cyclic_checks.backend_problems(backend_of(device), device.type, self.world_size, os.environ))
-            refusals.add(cyclic_checks.trainer_problems(trainer, self._layer_sync is not None))
-            refusals.add(cyclic_clipping.problems(self.settings, trainer, module))
-            refusals.add(cyclic_checks.module_problems(module))
-            self._set_up(trainer, refusals)
-            refusals.add(cyclic_checks.optimizer_problems(module, self.optimizers))
-        self._meet_before_groups()
-        optimizer = self.optimizers[0]
-        cyclic_checks.warn_of_one_process(self.world_size)
-        cyclic_checks.warn_of_gradient_hooks(trainer, module)
-        cyclic_checks.warn_of_finetuning(trainer)
-        cyclic_checks.warn_of_memory(self.settings, self.world_size, self.root_device.type == "cuda")
-        namespace = f"lightning_comm/cyclic/{next(_fits)}"
-        store = default_store() if self._peers is None else self._peers.store
-        agreement = Agreement(
-            store, self.global_rank, self.world_size, namespace, poll_interval_s=1.0, peers=self._peers
-        )
-        self._run = CyclicRun(
+            found.add(refusals.backend_problems(backend_of(device), device.type, self.world_size, os.environ))
+            found.add(refusals.trainer_problems(trainer, self._layer_sync is not None))
+            found.add(clipping.problems(self.settings, trainer, module))
+            found.add(refusals.module_problems(module))
+            support.set_up.fit(trainer, found, super().setup)
+            found.add(refusals.optimizer_problems(module, self.optimizers))
+        support.meet_before_groups(super().barrier)
+        refusals.warn_at_start(trainer, module, self.settings, self.world_size, on_cuda=device.type == "cuda")
+        failures, collectives = support.failures, support.collectives
+        agreement = failures.agreement(poll_interval_s=1.0)
+        store, namespace = failures.store_of_run()
+        self._run = run = CyclicRun(
             trainer,
             module,
-            optimizer,
+            self.optimizers[0],
             self.settings,
             self._ledger,
             agreement,
             Requests(store, self.global_rank, namespace),
-            lambda names: self._together(
+            lambda names: collectives.together(
                 lambda: broadcast_json(names, Recorder(self._ledger), self.root_device, "control"), names, "the cut"
             ),
-            self._timeout or timedelta(minutes=30),
-            self._epoch_ends(agreement, store, namespace, WHERE),
+            timedelta(seconds=failures.timeout_s),
+            failures.epoch_ends(agreement),
         )
-        self._interruptions = Interruptions(trainer, self._run, self._any_rank, WHERE)
-        self._interruptions.install_signal_handlers()
+        collectives.compare_places = self._compare_places
+        self._hooks = CyclicHooks(trainer, run, support.begin_fit(trainer, run))
+        support.hooks = self._hooks.hooks
+
+    def _compare_places(self, purpose: str) -> None:
+        if self._run is not None and not self._support.interrupted:
+            self._run.compare_places(purpose)
 
     @override
     def configure_ddp(self) -> None:
-        if lazy_names(self.lightning_module):
-            return  # refused when the set-up ends, with what else there is
-        assert self.model is not None
-        recorder = Recorder(self._ledger)
-        named = [*self.model.named_parameters(), *self.model.named_buffers()]
-        row = control.ControlRow(layout=fingerprint(named))
-        with self._first_error_shown("the set-up"):
-            rows = control.exchange(row, recorder, self.root_device, Pending.wait)
-        control.check_same_model(rows, WHERE)
-        with self._first_error_shown("the set-up"), torch.no_grad():
-            broadcast_([tensor for _, tensor in named], recorder, "start", _BUCKET_BYTES)
+        self._support.set_up.share_model(Recorder(self._ledger), _BUCKET_BYTES)
 
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
-        run, trainer = self._run, self._trainer
+        run, trainer, interruptions = self._run, self._support.trainer, self._support.interruptions
         assert run is not None
         assert trainer is not None
-        assert self._interruptions is not None
-        if not any(isinstance(callback, Companion) for callback in getattr(trainer, "callbacks", [])):
-            # a trial run of a learning-rate finder, which sets callbacks aside and undoes all that it did
-            cyclic_checks.check_trial(run.active, run.steps_done)
+        assert interruptions is not None
+        assert self._hooks is not None
+        if not is_accompanied(trainer):
+            refusals.check_trial(run.active, run.steps_done)
             return
-        lightning_internals.load_skipped_loader_states(trainer)
+        load_skipped_loader_states(trainer)
         run.check_start(float(trainer.num_training_batches))
         resume, self._resume = self._resume or CyclicResume(run_began_at=trainer.global_step), None
         steps_done = trainer.global_step if resume.steps_done is None else resume.steps_done
         run.start(steps_done, resume.stages, resume.previous_norm, resume.run_began_at)
-        self._averages = WeightAverages()
-        self._unregistered = UnregisteredState(WHERE, trainer, run.module)
         if resume.ledger is not None:
             self._ledger.load_state_dict(resume.ledger)
-        self._interruptions.install()
-        self._interruptions.before_validation(self.begin_evaluation)
-        PlateauMonitors(trainer, self._interruptions.patches, run.recorder, run.agreement, self.root_device, WHERE)
-        lightning_internals.clip_what_is_there(trainer, self._patches)
-        lightning_internals.before_weight_averages(trainer, self._patches, self._before_average)
+        interruptions.install()
+        self._hooks.begin_training()
+        self._support.watch_plateaus(run.recorder, run.agreement)
         if resume.random is not None:
-            set_random_state(resume.random)  # last, since what comes before may draw from the generators
-            if resume.epoch_is_over:
-                lightning_internals.begin_loaders_again(trainer)
+            restore_random_state(trainer, resume.random, epoch_is_over=resume.epoch_is_over)
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self._interruptions is not None and self._run is not None and self._run.active:
-            self._interruptions.begin_batch()
+        if self._support.interruptions is not None and self._run is not None and self._run.active:
+            self._support.interruptions.begin_batch()
             self._run.begin_batch(batch_idx + 1)
 
     @override
@@ -341,8 +268,8 @@ class CyclicStrategy(PeerAwareStrategy):
         try:
             return super().training_step(*args, **kwargs)
         except Exception as error:
-            if self._run.active and cyclic_checks.is_of_whole_graph(error):
-                raise cyclic_checks.compiled_whole_graph(error) from error
+            if self._run.active and refusals.is_of_whole_graph(error):
+                raise refusals.compiled_whole_graph(error) from error
             raise
         finally:
             self._run.end_forward()
@@ -359,7 +286,7 @@ class CyclicStrategy(PeerAwareStrategy):
             return super().backward(closure_loss, *args, **kwargs)
         except RuntimeError as error:
             if self._run is not None and self._run.active and "modified by an inplace operation" in str(error):
-                raise cyclic_checks.used_before_its_module(error) from error
+                raise refusals.used_before_its_module(error) from error
             raise
 
     @override
@@ -373,13 +300,13 @@ class CyclicStrategy(PeerAwareStrategy):
         run = self._run
         if run is None:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
-        at_once = lightning_internals.is_own_closure(closure)
+        at_once = is_own_closure(closure)
         if not at_once and run.active and not self._warned_of_gradients and self.lightning_module is not None:
             self._warned_of_gradients = True
-            cyclic_checks.warn_of_own_gradients(self.lightning_module)
+            refusals.warn_of_own_gradients(self.lightning_module)
         run.step_is_due(getattr(optimizer, "_optimizer", optimizer), at_once=at_once)
         # the closure hands all gradients over, so that the optimizer itself finds nothing to step on
-        closure = cyclic_checks.once(run.complete(closure), optimizer)
+        closure = refusals.once(run.complete(closure), optimizer)
         try:
             with self._first_steps.watch(optimizer):
                 output = super().optimizer_step(optimizer, closure, model, **kwargs)
@@ -389,155 +316,107 @@ class CyclicStrategy(PeerAwareStrategy):
         run.count_step()
         return output
 
-    def end_batch(self) -> None:
-        """Called by the companion after every training batch and its schedulers, before any other callback."""
-        assert self._run is not None
-        assert self._trainer is not None
-        logged = lightning_internals.number_of_logged_metrics(self._trainer)
-        if logged > self._logs_checked:
-            self._logs_checked = logged
-            checks.warn_of_per_step_sync(self._trainer, WHERE)
-        self._run.end_batch()
-        if self._run.active and self._trainer.is_last_batch:
-            self._run.end_epoch()  # here, since it ends with a validation
-        if self._unregistered is not None and self._unregistered.is_new:
-            self._unregistered.look()
-
-    def end_epoch(self) -> None:
-        """Called by the companion at the end of a training epoch."""
-        assert self._run is not None
-        assert self._trainer is not None
-        if self._run.active:
-            self._run.end_epoch()  # where the last batch was not known to be the last
-
-    # ---- meeting -------------------------------------------------------------------------------------------------
-
-    def begin_evaluation(self) -> None:
-        """Called by the companion when validation starts: all ranks take up the newest parameters."""
-        run, trainer = self._run, self._trainer
-        if run is None or trainer is None or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
-            return
-        if self._interruptions is not None:
-            self._interruptions.remember_random_state()
-            self._interruptions.met |= not run.flushed
-        self._flush(run, "a validation")
-
-    def finish(self) -> None:
-        """Called by the companion when training ends, before any other callback."""
-        if self._run is not None:
-            self._flush(self._run, RUN_END)
-            self._run.finish()
-
-    def _before_average(self, callback: Callback) -> None:
-        """Take up the newest parameters for an average of weights, of one version and the same on all ranks."""
-        run = self._run
-        if run is not None and run.active:
-            self._averages.count(callback, run.steps_done)
-            with self._averages.explained(callback, run.steps_done):
-                self._flush(run, f"an update of the average of {type(callback).__name__}")
-
-    def _flush(self, run: CyclicRun, purpose: str) -> None:
-        if run.active:
-            newest = run.flushed
-            run.flush(purpose)
-            if self._unregistered is not None and not newest:
-                self._unregistered.look()
-
-    @override
-    def _compare_places(self, purpose: str) -> None:
-        if self._run is not None and self._trainer is not None and not self._trainer.interrupted:
-            self._run.compare_places(purpose)
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def _can_meet(self) -> bool:
         """Whether ranks can be brought together for a checkpoint: in the last ``fit`` of this model, or after it."""
-        run, trainer = self._run, self._trainer
-        return (
-            run is not None
-            and trainer is not None
-            and self._has_fitted(run)
-            and not (trainer.interrupted or run.failed)
-        )
+        run, support = self._run, self._support
+        return run is not None and support.has_fitted(run) and not (support.interrupted or run.failed)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         # here, where all ranks come for a checkpoint
-        if self._run is not None and self._can_meet():
-            self._flush(self._run, "a checkpoint")
+        if self._hooks is not None and self._can_meet():
+            self._hooks.flush("a checkpoint")
         return super().lightning_module_state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        run = self._run
-        if run is None or not self._can_meet():
+        if self._run is None or not self._can_meet():
             return super().optimizer_state(optimizer)
-        return cyclic_files.gathered_state(run, getattr(optimizer, "_optimizer", optimizer))
+        return gathered_state(self._run, getattr(optimizer, "_optimizer", optimizer))
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        run, trainer = self._run, self._trainer
-        meets = run is not None and self._can_meet()
-        if meets and run is not None and "optimizer_states" in checkpoint:
-            cyclic_files.write(run, checkpoint)
-        elif not meets and trainer is not None and (trainer.interrupted or (run is not None and run.failed)):
-            filepath = sets.incomplete_path(self, WHERE, filepath)
-            if run is not None and self._has_fitted(run) and run.stages:
-                cyclic_files.mark_incomplete(checkpoint, filepath)
-        elif run is not None and run.module is not self.lightning_module:
-            checks.leave_out_other_model(WHERE, checkpoint, filepath)
-        if not meets or run is None:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
-        save = Save(str(filepath))
-        save.write(checkpoint)
-        write = partial(super().save_checkpoint, checkpoint, filepath, storage_options)
-        with run.agreement.first_error_shown("a checkpoint", waits=False):  # rank 0 writes in there
-            sets.write_main(self, run.recorder, WHERE, save, write)
-
-    @override
-    def report_failure(self, exception: BaseException) -> None:
-        super().report_failure(exception)
-        if self._run is not None:
-            self._run.failed = True
+        by_lightning = partial(super().save_checkpoint, storage_options=storage_options)
+        if self._run is not None and self._can_meet():
+            write_together(self, self._run, checkpoint, filepath, by_lightning)
+        else:
+            write_alone(self, self._support, self._run, checkpoint, filepath, by_lightning)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         load = partial(super().load_checkpoint, weights_only=weights_only)
-        checkpoint_path, checkpoint = load_together(
-            self,
-            WHERE,
-            checkpoint_path,
-            load,
-            self._refuse_together,
-            in_set_up=self._run is None,
-            ledger=self._ledger,
-        )
-        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._run is not None:
-            return checkpoint  # not for `fit`, or a tuner within it puts back what it has changed
-        self._resume = cyclic_files.load(checkpoint, checkpoint_path, self.global_rank, self.world_size)
-        return checkpoint
+        loaded = self._support.load_checkpoint(checkpoint_path, load, in_set_up=self._run is None)
+        if loaded.begins_fit:
+            self._resume = load_own(loaded.checkpoint, loaded.path, self.global_rank, self.world_size)
+        return loaded.checkpoint
+
+    # ---- Lightning's methods, each with what all strategies of ours do around it -------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._support.begin_run()
+
+    @override
+    def setup_distributed(self) -> None:
+        self._support.set_up.join_ranks(super().setup_distributed)
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        self._support.set_up.optimizers(partial(super().setup_optimizers, trainer))
 
     @override
     def teardown(self) -> None:
-        self._patches.undo()
-        if self._interruptions is not None:
-            self._interruptions.undo()
-            self._interruptions = None
+        self._support.tear_down(self._leave_fit, super().teardown)
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        self._support.collectives.barrier(partial(super().barrier, *args, **kwargs))
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return self._support.collectives.broadcast(partial(super().broadcast, obj, src), obj)
+
+    @override
+    def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
+        return self._support.collectives.reduce(partial(super().reduce, tensor, group, reduce_op), tensor)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return self._support.collectives.decide(partial(super().reduce_boolean_decision, decision, all))
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        return self._support.collectives.gather(partial(super().all_gather, tensor, group, sync_grads), tensor)
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        self._checkpoint_io = with_default(self._checkpoint_io)
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    @override
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        self._support.remove_checkpoint(filepath, partial(super().remove_checkpoint, filepath))
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    def _leave_fit(self) -> None:
+        if self._hooks is not None:
+            self._hooks.undo()
         if self._run is not None and self._run.active:
             self._run.abandon()
         elif self._run is not None and dist.is_initialized():
             self._run.leave()
-        super().teardown()
 
     @override
     def __getstate__(self) -> dict[str, Any]:
         # for start methods that pickle: what exists before processes start, without a run's handles
-        return {
-            **super().__getstate__(),
-            "_run": None,
-            "_interruptions": None,
-            "_trainer": None,
-            "_resume": None,
-            "_unregistered": None,
-            "_patches": lightning_internals.Patches(),
-        }
+        return {**super().__getstate__(), "_run": None, "_hooks": None, "_resume": None}

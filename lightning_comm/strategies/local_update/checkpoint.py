@@ -8,6 +8,7 @@ another save is never mistaken for this one's.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,17 +23,18 @@ from lightning_comm.lightning_internals import close_finished_epoch
 from lightning_comm.ondevice.random_state import random_state
 from lightning_comm.strategies.checkpoints import removal, sets
 from lightning_comm.strategies.checkpoints.entry import WRITTEN_ALONE, Save, says_incomplete
-from lightning_comm.strategies.checkpoints.problems import first_problem
+from lightning_comm.strategies.checkpoints.strategy_entry import StrategyEntry
 from lightning_comm.strategies.checkpoints.whole_files import is_plain
-from lightning_comm.strategies.compression import mask_state
+from lightning_comm.strategies.common.checks import leave_out_other_model
+from lightning_comm.strategies.common.support import RunSupport
 from lightning_comm.strategies.local_update.run import LocalUpdateRun
 from lightning_comm.strategies.local_update.run_state import state_of
+from lightning_comm.strategies.sparse_mask import checkpoint as mask_checkpoint
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.recording import Recorder
 from lightning_comm.transport.temporary_average import TemporaryAverage
 
-KEY = "lightning_comm.local_update"
-VERSION = 1
+ENTRY = StrategyEntry("lightning_comm.local_update", version=1)
 WHERE = "LocalUpdateStrategy"
 
 # What Lightning restores from the checkpoint and what differs between ranks. The precision plugin's state has the
@@ -56,25 +58,28 @@ class Resume:
     masks: dict[str, Any] | None = None
 
 
-def shared_state(run: LocalUpdateRun, token: str, *, complete: bool, averaged: bool) -> dict[str, Any]:
-    """Return the strategy's entry of the main file.
+def put_shared_state(
+    run: LocalUpdateRun, checkpoint: dict[str, Any], token: str, *, complete: bool, averaged: bool
+) -> None:
+    """Put the strategy's entry into the main file.
 
     Args:
         run: The run.
+        checkpoint: Takes the entry.
         token: That of the rank files of the same save; empty without them.
         complete: Whether there are rank files.
         averaged: Whether the file's weights are the average over the ranks.
 
     """
-    return {
-        "version": VERSION,
-        "token": token,
-        "world_size": run.recorder.members.size,
-        "complete": complete,
-        "averaged": averaged,
-        "masks": mask_state.mask_state(run.model.codec, run.settings.averaging.method),
-        "run": state_of(run),
-    }
+    ENTRY.put(
+        checkpoint,
+        token=token,
+        world_size=run.recorder.members.size,
+        complete=complete,
+        averaged=averaged,
+        masks=mask_checkpoint.mask_state(run.model.codec, run.settings.averaging.method),
+        run=state_of(run),
+    )
 
 
 def own_state(run: LocalUpdateRun, lightning_state: dict[str, Any]) -> dict[str, Any]:
@@ -119,14 +124,84 @@ def write(
         own = own_state(run, {key: checkpoint[key] for key in keys if key in checkpoint})
         sets.write_own(strategy, run.recorder, WHERE, save, own)
         checkpoint["optimizer_states"] = run.mid_round.average_optimizer_states(checkpoint["optimizer_states"])
-    checkpoint[KEY] = shared_state(run, save.id, complete=complete, averaged=True)
+    put_shared_state(run, checkpoint, save.id, complete=complete, averaged=True)
     save.write(checkpoint)
     return save
 
 
+def saves_rounds(support: RunSupport, run: LocalUpdateRun | None) -> bool:
+    """Whether ranks run under the strategy's rounds, or did in the last ``fit``; not in a tuner's trial run."""
+    return support.has_fitted(run) and run is not None and run.active
+
+
+def can_meet(support: RunSupport, run: LocalUpdateRun | None) -> bool:
+    """Whether the ranks of such a run can be brought together: none has failed."""
+    return saves_rounds(support, run) and not (support.interrupted or (run is not None and run.failed))
+
+
+def save(
+    strategy: ParallelStrategy,
+    support: RunSupport,
+    run: LocalUpdateRun | None,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+    by_lightning: Callable[[dict[str, Any], _PATH], None],
+) -> None:
+    """Save what there is: averaged weights with the files of all ranks, or what this rank has after a failure.
+
+    Args:
+        strategy: The strategy.
+        support: Whether ranks can meet.
+        run: That of the last ``fit``, if there was one.
+        checkpoint: What Lightning has collected.
+        filepath: Of the main file.
+        by_lightning: Lightning's way to write it.
+
+    """
+    if run is not None and can_meet(support, run):
+        write_together(strategy, run, checkpoint, filepath, support.from_rank_0, by_lightning)
+        return
+    if support.interrupted or (run is not None and run.failed):
+        filepath = sets.incomplete_path(strategy, WHERE, filepath)
+        if run is not None and saves_rounds(support, run):
+            mark_incomplete(run, checkpoint, filepath)
+    if run is not None and run.module is not strategy.lightning_module:
+        leave_out_other_model(WHERE, checkpoint, filepath)
+    by_lightning(checkpoint, filepath)
+
+
+def write_together(
+    strategy: ParallelStrategy,
+    run: LocalUpdateRun,
+    checkpoint: dict[str, Any],
+    filepath: _PATH,
+    from_rank_0: Callable[[Any], Any],
+    by_lightning: Callable[[dict[str, Any], _PATH], None],
+) -> None:
+    """Write a checkpoint with the files of all ranks; every rank calls this.
+
+    Args:
+        strategy: The strategy.
+        run: The run.
+        checkpoint: What Lightning has collected, with averaged weights.
+        filepath: Of the main file.
+        from_rank_0: Gives all ranks what rank 0 has.
+        by_lightning: Lightning's way to write it.
+
+    """
+    try:
+        with run.agreement.first_error_shown("a checkpoint", waits=False):  # rank 0 writes in there
+            save = write(strategy, run, checkpoint, filepath, from_rank_0)
+            if strategy.is_global_zero:
+                checkpoint = kept_from_change(checkpoint, run.mid_round.weights, strategy.checkpoint_io)
+            sets.write_main(strategy, run.recorder, WHERE, save, partial(by_lightning, checkpoint, save.path))
+    finally:
+        run.mid_round.leave_checkpoint()
+
+
 def mark_incomplete(run: LocalUpdateRun, checkpoint: dict[str, Any], filepath: _PATH) -> None:
     """Say in a checkpoint, and to people, that it was written when ranks could not meet any more."""
-    checkpoint[KEY] = shared_state(run, "", complete=False, averaged=not run.rounds.apart)
+    put_shared_state(run, checkpoint, "", complete=False, averaged=not run.rounds.apart)
     Save(str(filepath)).write(checkpoint, incomplete=True)
     weights = "those of rank 0 alone, in the middle of a round" if run.rounds.apart else "averaged, as ranks last met"
     rank_zero_warn(
@@ -166,18 +241,7 @@ def kept_from_change(checkpoint: dict[str, Any], weights: TemporaryAverage, io: 
     return checkpoint
 
 
-def unusable(shared: dict[str, Any] | None, world_size: int) -> str | None:
-    """Return why rank files need not be looked for, or ``None`` if they should be there."""
-    if shared is None:
-        return "another strategy wrote it, or a Trainer that had not trained this model"
-    if shared.get("version") != VERSION:
-        return f"its format is {shared.get('version')!r}, and this version reads {VERSION}"
-    if shared["world_size"] != world_size:
-        return f"it was written by {shared['world_size']} ranks, and there are {world_size} now"
-    return None
-
-
-def load(
+def load_own(
     strategy: ParallelStrategy,
     recorder: Recorder,
     checkpoint: dict[str, Any],
@@ -194,15 +258,21 @@ def load(
         method: The compression of the run, for the message: whether masks are kept.
 
     """
-    shared, masks = checkpoint.get(KEY), mask_state.masks_in(checkpoint)
-    own, problem = _read(strategy, checkpoint, filepath)
-    found = first_problem(strategy, recorder, problem)
-    if found is not None or own is None:
+    shared, masks = ENTRY.of(checkpoint), mask_checkpoint.masks_in(checkpoint)
+
+    def why_not(entry: dict[str, Any]) -> str | None:
+        if entry["complete"]:
+            return None
+        alone = says_incomplete(checkpoint) or not entry["averaged"]
+        return WRITTEN_ALONE if alone else "it was saved with `save_weights_only=True`"
+
+    own, reason = ENTRY.read_own(strategy, recorder, checkpoint, filepath, why_not)
+    if own is None:
         _warn_new_round(
             filepath,
-            "" if found is None else found[1],
+            reason or "",
             averaged=shared is None or shared["averaged"],
-            masks=mask_state.fits(masks, method),
+            masks=mask_checkpoint.fits(masks, method),
             optimizer=bool(checkpoint.get("optimizer_states")),
         )
         return Resume(shared, None, masks)
@@ -216,20 +286,6 @@ def saved_alpha(resume: Resume | None) -> float | None:
     shared = resume.shared if resume is not None else None
     alpha = shared["run"]["period"]["alpha"] if shared is not None else None
     return alpha if isinstance(alpha, float) else None
-
-
-def _read(
-    strategy: ParallelStrategy, checkpoint: dict[str, Any], filepath: _PATH
-) -> tuple[dict[str, Any] | None, str | None]:
-    """Return this rank's file if it belongs to the checkpoint, and otherwise why it cannot be used."""
-    shared = checkpoint.get(KEY)
-    reason = unusable(shared, strategy.world_size)
-    if shared is None or reason is not None:
-        return None, reason
-    if not shared["complete"]:
-        alone = says_incomplete(checkpoint) or not shared["averaged"]
-        return None, WRITTEN_ALONE if alone else "it was saved with `save_weights_only=True`"
-    return sets.read_own(strategy, filepath, shared["token"])
 
 
 def _warn_new_round(filepath: _PATH, reason: str, averaged: bool, masks: bool, optimizer: bool) -> None:

@@ -24,7 +24,6 @@ from lightning_comm.ondevice.random_state import random_state
 from lightning_comm.strategies.common import rank_status
 from lightning_comm.strategies.common.rank_status import ControlRow
 from lightning_comm.strategies.common.run_length import may_differ
-from lightning_comm.strategies.compression.sparse_mask import PrunedWeights
 from lightning_comm.strategies.local_update.meeting import Meeting, Parts
 from lightning_comm.strategies.local_update.mid_round import MidRoundAverage
 from lightning_comm.strategies.local_update.round_log import RoundLog
@@ -33,6 +32,7 @@ from lightning_comm.strategies.local_update.sample_weights import SampleWeights
 from lightning_comm.strategies.local_update.settings import Settings
 from lightning_comm.strategies.local_update.step_counter import StepCounter
 from lightning_comm.strategies.local_update.training import LightningTraining
+from lightning_comm.strategies.sparse_mask.pruned_weights import PrunedWeights
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.epoch_ends import EpochEnds

@@ -5,8 +5,8 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_comm.ondevice.optimizer.state import optimizer_tensors
-from lightning_comm.strategies.compression import mask_state
 from lightning_comm.strategies.local_update.run import LocalUpdateRun
+from lightning_comm.strategies.sparse_mask import checkpoint as mask_checkpoint
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 
 
@@ -66,9 +66,10 @@ def restore(
     _restore_rounds(run, shared, own)
     codec, method = run.model.codec, run.settings.averaging.method
     if not isinstance(codec, SparseMaskCodec) or not codec.masks:
-        mask_state.take_up(codec, method, masks)
-        mask_state.warn_of_other_masks("LocalUpdateStrategy", None, masks, method)
-        mask_state.warn_of_dense("LocalUpdateStrategy", None, masks, method)
+        mask_checkpoint.take_up(codec, method, masks)
+        mask_checkpoint.warn_of_other_masks("LocalUpdateStrategy", None, masks, method)
+        mask_checkpoint.warn_of_uncompared("LocalUpdateStrategy", None, masks, method)
+        mask_checkpoint.warn_of_dense("LocalUpdateStrategy", None, masks, method)
 
 
 def _restore_rounds(run: LocalUpdateRun, shared: dict[str, Any] | None, own: dict[str, Any] | None) -> None:

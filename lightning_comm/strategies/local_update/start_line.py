@@ -18,7 +18,7 @@ from lightning_comm.core.local_update.traffic import LocalUpdateTraffic
 from lightning_comm.core.quantities import data_size, percent
 from lightning_comm.strategies.common.planned_rates import ScheduleUnknown, planned_rates
 from lightning_comm.strategies.common.run_length import may_differ
-from lightning_comm.strategies.compression.start_line import all_reduced_bytes, compressed_bytes
+from lightning_comm.strategies.common.sent_bytes import all_reduced_bytes, compressed_bytes
 from lightning_comm.strategies.local_update.calendar import TooLong, averages_in_mid_round, not_foreseen
 from lightning_comm.strategies.local_update.period_setup import shortest_period
 from lightning_comm.strategies.local_update.run import LocalUpdateRun

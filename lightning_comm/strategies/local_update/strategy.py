@@ -1,90 +1,57 @@
 """Local updates as a Lightning strategy: a thin shell that sets up, asks `core` and calls `transport`.
 
-Longer than other files, since Lightning wants all of it in one subclass: a third are arguments and what they mean, the
-rest are hooks of a few lines each.
+Longer than other files, since Lightning wants all of it in one subclass: what each method does beside Lightning's own
+work is asked of the run, of its hooks and of what all strategies share (:mod:`lightning_comm.strategies.common`).
 """
 
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
-from lightning_comm import lightning_internals
 from lightning_comm.contract import RoundInForce, RoundRule
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update.periods import PeriodRule
-from lightning_comm.ondevice.model_tensors import fingerprint
 from lightning_comm.ondevice.optimizer.step_messages import FirstSteps
-from lightning_comm.ondevice.random_state import set_random_state
-from lightning_comm.ondevice.sparse_gradients import fault_of_ddp
-from lightning_comm.strategies.checkpoints import sets
-from lightning_comm.strategies.checkpoints.loading import load_together
-from lightning_comm.strategies.common import checks, model_checks
-from lightning_comm.strategies.common import rank_status as control
-from lightning_comm.strategies.common.base import PeerAwareStrategy
-from lightning_comm.strategies.common.hooks import Companion
-from lightning_comm.strategies.common.interruptions import Interruptions
-from lightning_comm.strategies.common.plateau import PlateauMonitors
-from lightning_comm.strategies.common.run_length import restore_accumulation, total_steps
-from lightning_comm.strategies.common.unregistered import UnregisteredState
-from lightning_comm.strategies.compression import sparse_mask
-from lightning_comm.strategies.local_update import (
-    checkpoint as rank_files,
-)
-from lightning_comm.strategies.local_update import (
-    period_setup as auto_period,
-)
-from lightning_comm.strategies.local_update import (
-    run_state,
-)
-from lightning_comm.strategies.local_update import (
-    start_line as local_update_line,
-)
+from lightning_comm.strategies.checkpoints.whole_files import with_default
+from lightning_comm.strategies.common.hooks import is_accompanied
+from lightning_comm.strategies.common.launching import LaunchingArguments, launching_arguments
+from lightning_comm.strategies.common.support import RunSupport, restore_random_state
+from lightning_comm.strategies.local_update import checks, set_up
+from lightning_comm.strategies.local_update.checkpoint import WHERE, Resume, can_meet, load_own, save
 from lightning_comm.strategies.local_update.group_numbers import GroupNumbers
+from lightning_comm.strategies.local_update.hooks import LocalUpdateHooks
 from lightning_comm.strategies.local_update.run import LocalUpdateRun
 from lightning_comm.strategies.local_update.sample_weights import SampleWeights
 from lightning_comm.strategies.local_update.settings import Round, Settings
-from lightning_comm.transport.averaging import Averaging, broadcast_
+from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.backends import backend_of
-from lightning_comm.transport.compression.sparse_mask import SparseMask
-from lightning_comm.transport.recording import Pending, Recorder, another_group, hang_up
-from lightning_comm.transport.stop_protocol import Agreement, default_store
-
-_T = TypeVar("_T")
-_fits = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
+from lightning_comm.transport.recording import Recorder, another_group, hang_up
 
 
-class LocalUpdateStrategy(PeerAwareStrategy):
+class LocalUpdateStrategy(DDPStrategy):
     """Train ranks apart, and average their parameters once a round.
 
-    No gradient is sent. Every rank takes optimizer steps on its own data; when a round is over, the parameters are
+    Every rank takes optimizer steps on its own data, and sends no gradient; when a round is over, the parameters are
     averaged in place. How long a round is, a :class:`PeriodRule` says: a constant period is Local SGD, and
     :class:`QuadraticPeriod` is QSR, whose rounds grow as the learning rate falls.
 
-    Registered as ``local_sgd`` (period 8), ``post_local_sgd`` (gradients for the first half of the run, then period 8)
-    and ``qsr``, each also with ``_spawn``, ``_fork`` and ``_notebook`` for the way processes are started.
+    Registered as ``local_sgd``, ``post_local_sgd`` (gradients for the first half of the run) and ``qsr``, each also
+    with ``_spawn``, ``_fork`` and ``_notebook`` for the way processes are started.
 
     Args:
         period: How long rounds are, in optimizer steps.
         gradient_steps: Until then gradients are averaged by DDP at every step, exactly as under ``ddp``. A number of
-            steps of the counted optimizer, or a float from 0.0 to 1.0: a share of the steps that the run takes. A run
-            is one ``fit`` with those that resume it by ``ckpt_path``; any other ``fit``, also of the same Trainer,
-            counts from its own start. Under manual optimization the length of a run is not known, so give a number.
+            steps of the counted optimizer, or a float from 0.0 to 1.0: a share of the steps that the run takes.
         warmup_steps: How long rounds keep the rule's shortest period: a number of optimizer steps, or ``"auto"``: the
             first round, and as long as rounds start at ever higher learning rates.
         optimizer_state: ``"local"``: every rank keeps its momenta, as the authors of QSR do; ``"average"``: they are
@@ -97,44 +64,25 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         counted_optimizer: Under manual optimization with several optimizers, the index of the one whose steps count.
             All parameters are averaged, whichever optimizer they belong to.
         find_unused_parameters: For DDP in the gradient phase.
-        accelerator: As in Lightning's ``DDPStrategy``, and so are the arguments below.
-        parallel_devices: Set by the Trainer.
-        cluster_environment: Where ranks and addresses come from.
-        checkpoint_io: How files are written.
-        precision_plugin: Set by the Trainer.
-        process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if left out. Where something that is
-            averaged lies on the CPU and the model on a GPU: ``"cpu:gloo,cuda:nccl"``.
-        timeout: How long a rank waits for the others in a synchronisation. Ranks of unequal speed drift apart within a
-            round, so long rounds may want more than the default half hour. When the job starts, ten minutes at least.
-        start_method: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+        launching: As in Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout``, ``start_method`` and the
+            others of :class:`LaunchingArguments`. Long rounds may want a longer ``timeout`` than half an hour, since
+            ranks of unequal speed drift apart in time.
 
     Raises:
         ValueError: If an argument is out of range.
 
     Note:
-        *Communication.* In a round: none. At its end one all-reduce for each bucket of parameters, then of buffers and
-        of optimizer state where these are averaged, and one row of 8 numbers from each rank. Mid-round validation and
+        *Communication.* In a round: none. At its end one all-reduce for each bucket of parameters, of buffers and of
+        optimizer state where these are averaged, and one row of 8 numbers from each rank. Mid-round validation and
         checkpoints average as well, recorded as ``"evaluation"`` and ``"checkpoint"``.
 
-        *Weights.* All ranks count equally, unless a callback asks with :meth:`weigh_by_samples` that each counts for
-        its share of the samples that all trained on since the last synchronisation. Then rows have 9 numbers, and
-        before the average for a checkpoint, or at an end of unknown length, there is one more row. Where the length of
-        an epoch is not sure, or the module steps by itself, ranks tell each other through the store of the process
-        group which batch they begin and where an epoch ends; that is no collective and not in the ledger.
-
         *Memory.* Three buckets of scratch, which are kept. A second copy of the averaged tensors exists only while
-        averaged weights are evaluated or saved in the middle of a round; where a ``CheckpointIO`` that is not
-        Lightning's own writes the file, rank 0 has a third copy of those that are saved, until it is written.
+        averaged weights are evaluated or saved in the middle of a round.
 
-        *Resuming* is exact, on CPU bit for bit; in a gradient phase on 2 ranks. On 3 and more the first step after a
-        resume there may differ by rounding, since DDP fills its first buckets in another order than later ones.
+        *Resuming* is exact, on CPU bit for bit; in a gradient phase on 2 ranks.
 
-        *What is set meanwhile stays.* Parameters and buffers that the module, a callback or an optimizer sets while
-        averaged weights are in place, as a threshold or restored weights at the end of a validation, keep their new
-        values; all others get this rank's own back. To see that the model is read twice a validation in mid-round, and
-        once more for a full checkpoint.
-
-        *Where to look.* ``strategy.ledger`` has every message, ``strategy.history`` every synchronisation.
+        *Where to look.* ``strategy.ledger`` has every message, ``strategy.history`` every synchronisation. The card
+        ``docs/techniques/local_update.md`` has the details.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -143,13 +91,12 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         >>> trainer = Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False)
 
     References:
-        X. Gu et al. `A Quadratic Synchronization Rule for Distributed Deep Learning
-        <https://arxiv.org/abs/2310.14423>`_. ICLR 2024.
-        T. Lin et al. `Don't Use Large Mini-Batches, Use Local SGD <https://arxiv.org/abs/1808.07217>`_. ICLR 2020.
+        X. Gu et al., `arXiv:2310.14423 <https://arxiv.org/abs/2310.14423>`_ (QSR). T. Lin et al.,
+        `arXiv:1808.07217 <https://arxiv.org/abs/1808.07217>`_ (post-local SGD).
 
     """
 
-    def __init__(  # noqa: PLR0913  (the last eight are Lightning's)
+    def __init__(  # noqa: PLR0913  (each is a setting of its own)
         self,
         period: PeriodRule,
         *,
@@ -161,26 +108,9 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         averaging: Averaging | None = None,
         counted_optimizer: int = 0,
         find_unused_parameters: bool = False,
-        accelerator: Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
-        process_group_backend: str | None = None,
-        timeout: timedelta = timedelta(minutes=30),
-        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        **launching: Unpack[LaunchingArguments],
     ) -> None:
-        super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
-            start_method=start_method,
-            find_unused_parameters=find_unused_parameters,
-        )
+        super().__init__(**launching_arguments(WHERE, launching), find_unused_parameters=find_unused_parameters)
         self.settings = checks.checked(
             Settings(
                 period=period,
@@ -193,18 +123,22 @@ class LocalUpdateStrategy(PeerAwareStrategy):
                 counted_optimizer=counted_optimizer,
             )
         )
+        self._support = RunSupport(self, WHERE)
+        self._group: dist.ProcessGroup | None = None
+        self._forget_fit()
+
+    def _forget_fit(self) -> None:
         self._ledger = CommLedger()
         self._samples = SampleWeights()
         self._run: LocalUpdateRun | None = None
-        self._resume: rank_files.Resume | None = None
-        self._logs_checked = 0
-        self._group: dist.ProcessGroup | None = None
-        self._unregistered: UnregisteredState | None = None
-        self._first_steps = FirstSteps("LocalUpdateStrategy")
-        self._group_numbers = GroupNumbers("LocalUpdateStrategy")
+        self._hooks: LocalUpdateHooks | None = None
+        self._resume: Resume | None = None
+        self._first_steps = FirstSteps(WHERE)
+        self._group_numbers = GroupNumbers(WHERE)
+
+    # ---- what can be seen and asked (:mod:`lightning_comm.contract`) -------------------------------------------------
 
     @property
-    @override
     def ledger(self) -> CommLedger:
         """Every message of the last or current run, on this rank."""
         return self._ledger
@@ -229,142 +163,97 @@ class LocalUpdateStrategy(PeerAwareStrategy):
     @property
     def round_in_force(self) -> RoundInForce:
         """The round that this rank is in."""
-        if self._run is None:
-            return RoundInForce(0, None)
-        clock = self._run.clock
-        return RoundInForce(clock.round_ends_at - clock.round_started_at if clock.in_round else 0, clock.total_steps)
+        return self._run.round_in_force if self._run is not None and self._run.active else RoundInForce(0, None)
 
     @property
     def round_rule(self) -> RoundRule:
-        """By what rounds are planned; from ``on_train_start`` on."""
-        assert self._run is not None
-        return RoundRule(self._run.settings.period, self._run.settings.warmup_steps)
+        """By what its rounds are planned; the coefficient is known from ``on_train_start`` on."""
+        settings = self.settings if self._run is None else self._run.settings
+        return RoundRule(settings.period, settings.warmup_steps)
 
     @property
     def gradient_phase_steps(self) -> int:
-        """Optimizer steps at the start of the run at which gradients are averaged, as in plain DDP."""
-        return self._run.gradient_steps if self._run is not None else 0
+        """Optimizer steps at the start of the run at which gradients are averaged; 0 before training starts."""
+        run = self._run
+        return max(0, run.gradient_phase_steps) if run is not None and run.active else 0
 
     def shorten_gradient_phase(self, steps: int) -> None:
-        """Let rounds begin after so many steps, from ``on_train_start`` on: for trials of a few steps."""
-        assert self._run is not None
-        self._run.gradient_steps = steps
+        """Let rounds begin after so many steps of the run, if that is sooner; in a batch, before its step."""
+        set_up.shorten_gradient_phase(self._run, steps)
 
     def weigh_by_samples(self) -> None:
-        """Let each rank count for its share of the samples of a round, in all that is averaged in this ``fit``.
-
-        For callbacks, in ``setup`` for ``fit``, on all ranks.
-        """
+        """Let each rank count for its share of the samples of a round; in ``setup`` for ``fit``, on all ranks."""
         self._samples.begin()
 
     def count_samples(self, samples: int) -> None:
-        """Count the samples that this rank trains on in the batch that has begun; 0 for one that keeps it in step.
-
-        For callbacks, at every training batch before its end.
-
-        Raises:
-            ValueError: If that is not a whole number >= 0.
-
-        """
+        """Count the samples of the batch that has begun; 0 for one that only keeps this rank in step."""
         self._samples.count(samples)
 
     def take_into_average(self, tensors: Iterable[Tensor]) -> None:
-        """Let buffers or parameters that were renewed for a validation be taken out with the average that it sees.
-
-        For callbacks, within a validation. Without this, what is set while an average is in place stays.
-        """
+        """Let buffers or parameters that were renewed in a validation be taken out with the average that it sees."""
         if self._run is not None:
             self._run.mid_round.weights.take_in(tensors)
+
+    def refuse_in_set_up(self, where: str, problems: Iterable[str]) -> None:
+        """Note what a callback refuses in its ``setup``, to raise it with what the strategy refuses."""
+        self._support.set_up.refuse_in_set_up(where, problems)
+
+    # ---- set-up ------------------------------------------------------------------------------------------------------
 
     @override
     def connect(self, model: LightningModule) -> None:
         super().connect(model)
-        callbacks: list[Any] = getattr(model.trainer, "callbacks", [])
-        checks.check_twin_callbacks(callbacks, "LocalUpdateStrategy")
-        callbacks[:] = [
-            Companion(self),
-            *(callback for callback in callbacks if not isinstance(callback, Companion)),
-        ]
-        if model.trainer.state.fn == TrainerFn.FITTING:
-            self._run = self._resume = None
-            self._ledger = CommLedger()
-            self._samples = SampleWeights()
-            self._logs_checked = 0
-            self._unregistered = None
-            self._first_steps = FirstSteps("LocalUpdateStrategy")
-            self._group_numbers = GroupNumbers("LocalUpdateStrategy")
+        if self._support.connect(model.trainer):
+            self._forget_fit()
         elif self._run is not None:
             self._run.keep_random_state()  # an evaluation draws from the generators
 
-    @property
-    @override
-    def _agreement(self) -> Agreement | None:
-        return self._run.agreement if self._run is not None else None
-
     @override
     def setup(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        if trainer.state.fn != TrainerFn.FITTING:
-            super().setup(trainer)
+        support, module = self._support, self.lightning_module
+        if not support.is_fit:
+            support.set_up.evaluation(trainer, super().setup)
             return
-        module = self.lightning_module
         assert module is not None
-        with self._refusals("LocalUpdateStrategy") as refusals:
-            refusals.add(checks.trainer_problems(trainer, self._layer_sync is not None))
-            refusals.add(checks.module_problems(module))
-            if self.settings.starts_with_gradients:
-                refusals.add(model_checks.trained_problems(module))
-            refusals.add(checks.length_problems(trainer, module, self.settings))
-            self._set_up(trainer, refusals)
-            refusals.add(checks.device_problems(trainer, module))
-            refusals.add(checks.optimizer_problems(module, self.optimizers, self.settings))
+        with support.set_up.refusals() as refusals:
+            sync_batchnorm = self._layer_sync is not None
             refusals.add(
-                auto_period.period_problems(self.optimizers, self.settings, rank_files.saved_alpha(self._resume))
+                set_up.problems_of_trainer_and_model(trainer, module, self.settings, sync_batchnorm=sync_batchnorm)
             )
-            if isinstance(self.settings.averaging.method, SparseMask):
-                refusals.add(sparse_mask.optimizer_problems(self.optimizers))
-        if self.settings.starts_with_gradients and (fault := fault_of_ddp(module, self.world_size)) is not None:
-            rank_zero_warn(f"LocalUpdateStrategy, in its gradient phase: {fault}")
-        store = default_store() if self._peers is None else self._peers.store
-        namespace = f"lightning_comm/{next(_fits)}"
-        agreement = Agreement(store, self.global_rank, self.world_size, namespace, peers=self._peers)
-        ends = self._epoch_ends(agreement, store, namespace, "LocalUpdateStrategy")
+            support.set_up.fit(trainer, refusals, super().setup)
+            refusals.add(set_up.problems_of_optimizers(trainer, self.optimizers, self.settings, self._resume))
+        set_up.warn_of_gradients(module, self.settings, self.world_size)
+        agreement = support.failures.agreement()
         recorder, background = Recorder(self._ledger), None
         if self.settings.averaging.overlap_steps:
-            self._meet_before_groups()
-            with self._first_error_shown("the set-up of a process group"):
+            support.meet_before_groups(super().barrier)
+            with support.failures.first_error_shown("the set-up of a process group"):
                 self._group = another_group(self._timeout)
             background = Recorder(self._ledger, self._group, beside_compute=True, hold=True)
-        self._run = LocalUpdateRun(
+        self._run = run = LocalUpdateRun(
             trainer,
             module,
             lambda: self.optimizers,
             self.settings,
             recorder,
             agreement,
-            ends,
+            support.failures.epoch_ends(agreement),
             self._unwrap_ddp,
             self._samples,
             background,
         )
-        self._interruptions = Interruptions(trainer, self._run, self._any_rank, "LocalUpdateStrategy")
-        self._interruptions.install_signal_handlers()
+        support.collectives.compare_places = run.compare_places
+        support.collectives.before = run.overlapped.make_way
+        self._hooks = LocalUpdateHooks(trainer, run, support.begin_fit(trainer, run))
+        support.hooks = self._hooks.hooks
 
     @override
     def configure_ddp(self) -> None:
-        if self.settings.starts_with_gradients or model_checks.lazy_names(self.lightning_module):
-            super().configure_ddp()  # DDP compares the models and gives all ranks the weights of rank 0
-            return
-        assert self.model is not None
-        recorder = Recorder(self._ledger)
-        named = [*self.model.named_parameters(), *self.model.named_buffers()]
-        row = control.ControlRow(layout=fingerprint(named))
-        with self._first_error_shown("the set-up"):
-            rows = control.exchange(row, recorder, self.root_device, Pending.wait)
-        control.check_same_model(rows, "LocalUpdateStrategy")
-        with self._first_error_shown("the set-up"), torch.no_grad():
+        if self.settings.starts_with_gradients:
+            self._support.set_up.wrap_in_ddp(super().configure_ddp)
+        else:
             bucket_bytes = self.settings.averaging.bucket_bytes_under(backend_of(self.root_device))
-            broadcast_([tensor for _, tensor in named], recorder, "start", bucket_bytes)
+            self._support.set_up.share_model(Recorder(self._ledger), bucket_bytes)
 
     def _unwrap_ddp(self) -> None:
         """End the gradient phase. Dropping the wrapper frees its buckets and takes its hooks off the parameters."""
@@ -373,51 +262,32 @@ class LocalUpdateStrategy(PeerAwareStrategy):
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
-        run, trainer = self._run, self._trainer
+        run, trainer, interruptions = self._run, self._support.trainer, self._support.interruptions
         assert run is not None
         assert trainer is not None
-        assert self._interruptions is not None
-        if not any(isinstance(callback, Companion) for callback in getattr(trainer, "callbacks", [])):
-            return  # a trial run of a learning-rate finder, which sets callbacks aside and undoes all that it did
-        lightning_internals.load_skipped_loader_states(trainer)
-        restore_accumulation(trainer)
-        run.check_start(float(trainer.num_training_batches))
-        resume = self._resume or rank_files.Resume(None, None)
-        run_state.begin_count(run, resumed=self._resume is not None, shared=resume.shared)
-        total = total_steps(trainer, run.clock.steps_done)
-        length = None if total is None else total - run.began_at
-        alpha = rank_files.saved_alpha(self._resume)
-        run.set_period(auto_period.resolved_period(trainer, run.settings, length, alpha), total)
-        automatic = trainer.lightning_module.automatic_optimization
-        run.gradient_steps = run.began_at + checks.gradient_steps(run.settings, length, automatic=automatic)
-        checks.warn_at_start(trainer, run.settings, length, self.world_size)
-        self._unregistered = UnregisteredState("LocalUpdateStrategy", trainer, trainer.lightning_module)
-        run.model.begin_round()
-        own = resume.own
-        run_state.restore(run, resume.shared, own, resume.masks)
-        if run.pruned is not None:
-            run.pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored
-            run.recorder.step = run.clock.steps_done
+        assert interruptions is not None
+        assert self._hooks is not None
+        if not is_accompanied(trainer):
+            return
+        self._hooks.begin_training()
+        resume, self._resume = self._resume, None
+        set_up.begin_run(trainer, run, resume)
         if self.settings.starts_with_gradients and not run.in_gradient_phase:
             self._unwrap_ddp()
-        if self.world_size > 1:
-            rank_zero_info(f"LocalUpdateStrategy: {local_update_line.plan_of(trainer, run)}")
-        self._interruptions.install(after_save=run.mid_round.leave_checkpoint)
-        patches = self._interruptions.patches
-        PlateauMonitors(
-            trainer,
-            patches,
-            run.recorder,
-            run.agreement,
-            self.root_device,
-            "LocalUpdateStrategy",
-            run.overlapped.make_way,
-        )
-        self._resume = None
-        if own is not None:
-            set_random_state(own["random"])  # last, since what comes before may draw from the generators
-            if own["epoch_is_over"]:
-                lightning_internals.begin_loaders_again(trainer)
+        set_up.say_plan(trainer, run)
+        interruptions.install(after_save=run.mid_round.leave_checkpoint)
+        self._support.watch_plateaus(run.recorder, run.agreement, run.overlapped.make_way)
+        if resume is not None and resume.own is not None:
+            restore_random_state(trainer, resume.own["random"], epoch_is_over=resume.own["epoch_is_over"])
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # behind all callbacks and the module, so that a learning rate set there counts for the round that begins
+        if self._run is not None and self._support.interruptions is not None and self._run.active:
+            self._support.interruptions.begin_batch()
+            self._run.begin_batch(batch_idx + 1)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -452,141 +322,93 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         return output
 
     @override
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # behind all callbacks and the module, so that a learning rate set there counts for the round that begins
-        if self._run is not None and self._interruptions is not None and self._run.active:
-            self._interruptions.begin_batch()
-            self._run.begin_batch(batch_idx + 1)
-
-    def end_batch(self) -> None:
-        """Called by the companion after every training batch and its schedulers, before any other callback."""
-        assert self._run is not None
-        assert self._trainer is not None
-        logged = lightning_internals.number_of_logged_metrics(self._trainer)
-        if logged > self._logs_checked:
-            self._logs_checked = logged
-            checks.warn_of_per_step_sync(self._trainer, "LocalUpdateStrategy")
-        rounds = self._run.rounds.done
-        self._run.end_batch()
-        if self._run.active and self._trainer.is_last_batch:
-            self._run.end_epoch()  # here, since it ends with a validation
-        if self._unregistered is not None and (self._run.rounds.done > rounds or self._unregistered.is_new):
-            self._unregistered.look()
-
-    def end_epoch(self) -> None:
-        """Called by the companion at the end of a training epoch."""
-        assert self._run is not None
-        assert self._trainer is not None
-        if self._run.active:
-            self._run.end_epoch()  # where the last batch was not known to be the last
-        checks.warn_of_uncounted_steps(self._run.clock.steps_done)
-        if self._trainer.num_training_batches == float("inf"):
-            self._run.meet_at_epoch_end()
-
-    def finish(self) -> None:
-        """Called by the companion when training ends, before any other callback."""
-        if self._run is not None:
-            self._run.finish()
-
-    def begin_evaluation(self) -> None:
-        """Called by the companion when validation starts: puts averaged weights in place."""
-        run, trainer = self._run, self._trainer
-        if run is None or trainer is None or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
-            return
-        if self._interruptions is not None:
-            self._interruptions.remember_random_state()
-            self._interruptions.met |= run.rounds.apart and run.settings.evaluate_weights == "average"
-        run.compare_places("a validation")
-        if run.settings.evaluate_weights == "average":
-            run.mid_round.enter_evaluation()
-
-    @override
     def on_validation_end(self) -> None:
         # after all callbacks, so that a checkpoint saved at the end of validation finds the averaged weights in place
         super().on_validation_end()
         if self._run is not None:
             self._run.mid_round.weights.leave()
 
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         # here, where all ranks come for a checkpoint; the average stays in place until the file is written, so that
         # whatever the module and the hooks of a save make of the weights is made of averaged ones
-        run, trainer = self._run, self._trainer
-        if run is not None and trainer is not None and self._is_fitting() and not (trainer.interrupted or run.failed):
-            run.mid_round.enter_checkpoint()
+        if self._run is not None and can_meet(self._support, self._run):
+            self._run.mid_round.enter_checkpoint()
         return super().lightning_module_state_dict()
 
     @override
-    def _compare_places(self, purpose: str) -> None:
-        if self._run is not None:
-            self._run.compare_places(purpose)
-
-    @override
-    def _together(self, collective: Callable[[], _T], alone: _T, where: str) -> _T:
-        if self._run is not None and not (self._run.failed or self._run.trainer.interrupted):
-            self._run.overlapped.make_way()
-        return super()._together(collective, alone, where)
-
-    def _is_fitting(self) -> bool:
-        """Whether ranks run under the strategy's rounds, or did in the last ``fit``; not in a tuner's trial run."""
-        run = self._run
-        return self._has_fitted(run) and run is not None and run.active
-
-    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        run, trainer = self._run, self._trainer
-        failed = trainer is not None and (trainer.interrupted or (run is not None and run.failed))
-        if failed:  # and no collective would end
-            filepath = sets.incomplete_path(self, rank_files.WHERE, filepath)
-            if run is not None and self._is_fitting():
-                rank_files.mark_incomplete(run, checkpoint, filepath)
-        if run is None or trainer is None or failed or not self._is_fitting():
-            if run is not None and run.module is not self.lightning_module:
-                checks.leave_out_other_model("LocalUpdateStrategy", checkpoint, filepath)
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
-        try:
-            with run.agreement.first_error_shown("a checkpoint", waits=False):  # rank 0 writes in there
-                save = rank_files.write(self, run, checkpoint, filepath, self._from_rank_0)
-                if self.is_global_zero:
-                    checkpoint = rank_files.kept_from_change(checkpoint, run.mid_round.weights, self.checkpoint_io)
-                write = partial(super().save_checkpoint, checkpoint, save.path, storage_options)
-                sets.write_main(self, run.recorder, rank_files.WHERE, save, write)
-        finally:
-            run.mid_round.leave_checkpoint()
-
-    @override
-    def report_failure(self, exception: BaseException) -> None:
-        if self._run is not None:
-            self._run.mid_round.weights.leave()
-        super().report_failure(exception)
-        if self._run is not None:
-            self._run.failed = True
+        by_lightning = partial(super().save_checkpoint, storage_options=storage_options)
+        save(self, self._support, self._run, checkpoint, filepath, by_lightning)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         load = partial(super().load_checkpoint, weights_only=weights_only)
-        checkpoint_path, checkpoint = load_together(
-            self,
-            rank_files.WHERE,
-            checkpoint_path,
-            load,
-            self._refuse_together,
-            in_set_up=self._run is None,
-            ledger=self._ledger,
-        )
-        trainer = self.lightning_module.trainer if self.lightning_module is not None else None
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING or self._run is not None:
-            return checkpoint  # not for `fit`, or a tuner within it puts back what it has changed
-        recorder, method = Recorder(self._ledger), self.settings.averaging.method
-        self._resume = rank_files.load(self, recorder, checkpoint, checkpoint_path, method)
-        return checkpoint
+        loaded = self._support.load_checkpoint(checkpoint_path, load, in_set_up=self._run is None)
+        if loaded.begins_fit:
+            recorder, method = Recorder(self._ledger), self.settings.averaging.method
+            self._resume = load_own(self, recorder, loaded.checkpoint, loaded.path, method)
+        return loaded.checkpoint
+
+    # ---- Lightning's methods, each with what all strategies of ours do around it -------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._support.begin_run()
+
+    @override
+    def setup_distributed(self) -> None:
+        self._support.set_up.join_ranks(super().setup_distributed)
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        self._support.set_up.optimizers(partial(super().setup_optimizers, trainer))
 
     @override
     def teardown(self) -> None:
-        if self._interruptions is not None:
-            self._interruptions.undo()
-            self._interruptions = None
+        self._support.tear_down(self._leave_fit, super().teardown)
+
+    @override
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        self._support.collectives.barrier(partial(super().barrier, *args, **kwargs))
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return self._support.collectives.broadcast(partial(super().broadcast, obj, src), obj)
+
+    @override
+    def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
+        return self._support.collectives.reduce(partial(super().reduce, tensor, group, reduce_op), tensor)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return self._support.collectives.decide(partial(super().reduce_boolean_decision, decision, all))
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        return self._support.collectives.gather(partial(super().all_gather, tensor, group, sync_grads), tensor)
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        self._checkpoint_io = with_default(self._checkpoint_io)
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    @override
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        self._support.remove_checkpoint(filepath, partial(super().remove_checkpoint, filepath))
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def _leave_fit(self) -> None:
         if self._run is not None:
             self._run.mid_round.weights.leave()
         quiet = self._run is None or self._run.overlapped.is_quiet(timeout_s=0.0)
@@ -597,17 +419,8 @@ class LocalUpdateStrategy(PeerAwareStrategy):
         if self._group is not None and dist.is_initialized() and quiet:
             dist.destroy_process_group(self._group)
         self._group = None
-        super().teardown()
 
     @override
     def __getstate__(self) -> dict[str, Any]:
         # for start methods that pickle: what exists before processes start, without a run's handles
-        return {
-            **super().__getstate__(),
-            "_run": None,
-            "_interruptions": None,
-            "_trainer": None,
-            "_resume": None,
-            "_group": None,
-            "_unregistered": None,
-        }
+        return {**super().__getstate__(), "_run": None, "_hooks": None, "_resume": None, "_group": None}

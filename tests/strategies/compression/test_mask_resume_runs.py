@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support.processes import launch
 from support.shared_ranks import SharedRanks
 from support.training import Regression, loader, network, own_file, trainer, weights
 
@@ -62,12 +63,16 @@ def fit(kind, compression, ranks, rank, steps, **kwargs):
     return module.net[0].weight.detach() != 0, weights(module), said
 
 
-def _again(rank, kind, folder, first, second, damaged=False):
+def _again(rank, kind, folder, first, second, damaged=False, change=None):
     before, *_ = fit(kind, first(), 2, rank, 8, save=folder)
     torch.distributed.barrier()
     path = Path(folder) / "step=6.ckpt"
     if damaged and rank == 1:
         own_file(path, 1).write_bytes(b"no checkpoint")
+    if change is not None and rank == 0:
+        content = torch.load(path, weights_only=True)
+        change(content)
+        torch.save(content, path)
     torch.distributed.barrier()
     after, final, said = fit(kind, second(), 2, rank, 12, ckpt_path=str(path))
     return torch.equal(before, FIRST), torch.equal(after, FIRST), int(after.sum()), final, said
@@ -133,6 +138,49 @@ def test_another_pruning_chooses_anew_and_says_so(of_two, kind):
     assert answers[1][4] == []
 
 
+def function_of(remainder):
+    """A function of the same name with another constant in its code."""
+    names = {"torch": torch, "__name__": "script"}
+    source = f"def choose(module):\n    return {{'net.0.weight': torch.arange(35).view(7, 5) % 3 == {remainder}}}\n"
+    exec(source, names)
+    return SparseMask(MaskFunction(names["choose"]))
+
+
+def first_function():
+    return function_of(0)
+
+
+def second_function():
+    return function_of(1)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "local"])
+def test_a_function_with_another_body_chooses_anew_and_the_warning_names_it(tmp_path, kind):
+    answers = launch(_again, kind, str(tmp_path), first_function, second_function, world_size=2)
+    assert [answer[:2] for answer in answers] == [(True, False)] * 2
+    words = ("`ckpt_path`" if kind == "ddp" else "`pruning`", "script.choose", "whose code is another one now")
+    assert [word for word in words if not any(word in text for text in answers[0][4])] == [], answers[0][4]
+
+
+def as_an_earlier_version_wrote(content):
+    for key in ("lightning_comm.compression", "lightning_comm.local_update"):
+        entry = content.get(key, {})
+        if "compression" in entry:
+            entry["compression"] = repr(first_function())
+        if entry:
+            entry["masks"]["pruning"] = repr(first_function().pruning)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "local"])
+def test_masks_of_an_earlier_version_are_kept_and_what_cannot_be_compared_is_said(tmp_path, kind):
+    args = (str(tmp_path), first_function, second_function, False, as_an_earlier_version_wrote)
+    answers = launch(_again, kind, *args, world_size=2)
+    assert [answer[:2] for answer in answers] == [(True, True)] * 2
+    words = ("cannot be told", "earlier version", "script.choose", "another setting")
+    assert sum(all(word in text for word in words) for text in answers[0][4]) == 1
+    assert answers[1][4] == []
+
+
 def bf16():
     return Cast("bf16")
 
@@ -152,7 +200,7 @@ DENSE = [("ddp", bf16), ("ddp", int8), ("local", bf16), ("local", nothing)]
 def test_a_pruned_model_does_not_become_dense_without_a_word(of_two, kind, second):
     answers = of_two[kind, second.__name__]
     assert {answer[2] for answer in answers} == {35}
-    assert sum("becomes dense" in text and "MaskFunction()" in text for text in answers[0][4]) == 1
+    assert sum("becomes dense" in text and "MaskFunction(" in text for text in answers[0][4]) == 1
     assert answers[1][4] == []
 
 

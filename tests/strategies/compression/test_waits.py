@@ -113,7 +113,7 @@ def _scaled(rank):
         leave()
         residuals = strategy._sync.codec.state_dict()["residuals"].values()
         finite = all(bool(row.isfinite().all()) for row in residuals)
-        return batches, strategy._loss_scale(), finite
+        return batches, strategy._steps.loss_scale(), finite
 
 
 def test_a_loss_scale_is_read_at_the_meeting_and_by_itself_only_where_a_step_was_skipped():

@@ -22,9 +22,9 @@ from support.processes import free_port, launch, outcomes
 from support.shared_ranks import SharedRanks
 from support.training import Regression, Samples, loader, local_update, own_file, trainer, weights
 
-import lightning_comm.strategies.local_update.strategy as local_update_module
 from lightning_comm import FixedPeriod
 from lightning_comm.data.resumable import ResumableLoader
+from lightning_comm.strategies.common import failures
 
 
 class Paced(Regression):
@@ -267,7 +267,7 @@ class Trace(Callback):
 
 
 def _stand(rank, world_size, folder, mode):
-    local_update_module.Agreement = functools.partial(local_update_module.Agreement, catch_up_limit_s=0.3)
+    failures.Agreement = functools.partial(failures.Agreement, catch_up_limit_s=0.3)
     module, trace = Paced((0.001, 0.012)[rank]), Trace()
     stop = At(150 if mode == "stopped" else -1, terminate if rank == 0 else nothing)
     save = ModelCheckpoint(folder, filename=mode)

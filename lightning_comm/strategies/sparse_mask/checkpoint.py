@@ -8,6 +8,7 @@ from typing import Any
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_comm.core.plain_settings import difference, not_compared, plain, shown
 from lightning_comm.transport.compression.base import Codec, Compression
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
@@ -17,7 +18,7 @@ def mask_state(codec: Codec | None, settings: Compression | None) -> dict[str, A
     """Return the masks of a run for the main file, with what they were chosen by; ``None`` without any."""
     if not isinstance(codec, SparseMaskCodec) or not isinstance(settings, SparseMask) or not codec.masks:
         return None
-    return {**codec.mask_state(), "pruning": repr(settings.pruning), "reckoned": _reckoned(settings)}
+    return {**codec.mask_state(), "pruning": plain(settings.pruning), "reckoned": _reckoned(settings)}
 
 
 def masks_in(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
@@ -30,7 +31,9 @@ def masks_in(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
 
 def fits(saved: dict[str, Any] | None, settings: Compression | None) -> bool:
     """Return whether a run goes on with the masks of a checkpoint: if the same setting chooses them."""
-    return saved is not None and isinstance(settings, SparseMask) and saved["pruning"] == repr(settings.pruning)
+    if saved is None or not isinstance(settings, SparseMask):
+        return False
+    return difference(saved["pruning"], settings.pruning) is None
 
 
 def take_up(codec: Codec | None, settings: Compression | None, saved: dict[str, Any] | None) -> bool:
@@ -39,7 +42,7 @@ def take_up(codec: Codec | None, settings: Compression | None, saved: dict[str, 
         return False
     if not fits(saved, settings):
         return False
-    measured = settings.dense_above == "auto" and saved["reckoned"] == _reckoned(settings)
+    measured = settings.dense_above == "auto" and _is_reckoned_alike(saved["reckoned"], settings)
     codec.load_mask_state(saved if measured else {**saved, "dense_above": codec.dense_above})
     return True
 
@@ -49,7 +52,7 @@ def warn_of_dense(where: str, filepath: _PATH | None, saved: dict[str, Any] | No
     if saved is None or isinstance(settings, SparseMask):
         return
     rank_zero_warn(
-        f"{where}: {_named(filepath)} was written with the masks of {saved['pruning']}, and there are none with "
+        f"{where}: {_named(filepath)} was written with the masks of {shown(saved['pruning'])}, and there are none with "
         f"{settings!r}, so weights that were pruned are trained again and the model becomes dense. Give "
         "`compression=[SparseMask(…), …]` with the same `pruning` to keep them at zero."
     )
@@ -57,17 +60,35 @@ def warn_of_dense(where: str, filepath: _PATH | None, saved: dict[str, Any] | No
 
 def warn_of_other_masks(where: str, filepath: _PATH | None, saved: dict[str, Any] | None, settings: object) -> None:
     """Say that masks are chosen anew, where another setting chooses them now."""
-    if saved is None or not isinstance(settings, SparseMask) or fits(saved, settings):
+    if saved is None or not isinstance(settings, SparseMask):
         return
-    rank_zero_warn(
-        f"{where}: {_named(filepath)} has the masks of {saved['pruning']}, and `pruning` is {settings.pruning!r} now, "
-        "so masks are chosen anew and pruned weights may come back. Resume with the same `pruning` to keep them."
-    )
+    if (found := difference(saved["pruning"], settings.pruning)) is not None:
+        rank_zero_warn(
+            f"{where}: {_named(filepath)} has the masks of {shown(saved['pruning'])}, and `pruning` is another one "
+            f"now: {found}. So masks are chosen anew and pruned weights may come back. Resume with the same `pruning` "
+            "to keep them."
+        )
+
+
+def warn_of_uncompared(where: str, filepath: _PATH | None, saved: dict[str, Any] | None, settings: object) -> None:
+    """Say that masks are kept although it cannot be told whether the same setting chooses them now."""
+    if saved is None or not isinstance(settings, SparseMask) or not fits(saved, settings):
+        return
+    if (found := not_compared(saved["pruning"], settings.pruning)) is not None:
+        rank_zero_warn(
+            f"{where}: {_named(filepath)} has masks, which are kept, and whether the same `pruning` would choose them "
+            f"now cannot be told: {found}. To have them chosen anew, resume with another setting."
+        )
 
 
 def _named(filepath: _PATH | None) -> str:
     return "the checkpoint" if filepath is None else f"`ckpt_path`={str(filepath)!r}"
 
 
+def _is_reckoned_alike(saved: list[Any], settings: SparseMask) -> bool:
+    dense_above, link, then = saved
+    return [dense_above, link] == [settings.dense_above, settings.link] and difference(then, settings.then) is None
+
+
 def _reckoned(settings: SparseMask) -> list[Any]:
-    return [settings.dense_above, settings.link, repr(settings.then)]
+    return [settings.dense_above, settings.link, plain(settings.then)]

@@ -23,14 +23,53 @@ from lightning_comm.core.costs import LinkProfile
 from lightning_comm.lightning_internals import weight_average_of
 from lightning_comm.ondevice.packing import ROW_BYTES, packing_times
 from lightning_comm.ondevice.pruning import Masks, Moment, checked_masks
-from lightning_comm.ondevice.pruning.base import warn_of
+from lightning_comm.ondevice.pruning.base import Pruning, warn_of
 from lightning_comm.strategies.common.run_length import steps_to_come
+from lightning_comm.strategies.common.sent_bytes import handed_over_bytes
 from lightning_comm.strategies.common.training_samples import training_samples
-from lightning_comm.strategies.compression.start_line import handed_over_bytes, share_pruned
+from lightning_comm.strategies.sparse_mask.start_line import share_pruned
 from lightning_comm.transport.compression.mask_agreement import agree, check_agreement, raise_problem_of_rank_0
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
 from lightning_comm.transport.recording import Recorder
+
+
+class _OwnMasks:
+    """The masks of a model that masks itself, compared with those that are installed.
+
+    Args:
+        module: The model.
+        pruning: Reads them.
+        installed: Returns those that are installed.
+
+    """
+
+    def __init__(self, module: LightningModule, pruning: Pruning, installed: Callable[[], Masks]) -> None:
+        self._module, self._pruning, self._installed = module, pruning, installed
+        self._watched: list[tuple[Tensor, int]] = []  # mask buffers as they were compared, each with its version
+        self._differs: bool | Tensor = False  # what the comparison has found; a tensor is not read on the host
+
+    def have_changed(self) -> bool | Tensor:
+        """Whether a mask in the model is another than the one installed; bits are compared only where they may be.
+
+        A comparison of bits is returned as a tensor on the model's device, since the host would wait for it there.
+        """
+        buffers = [buffer for name, buffer in self._module.named_buffers() if name.endswith("_mask")]
+        if len(buffers) != len(self._watched) or any(
+            now is not then or now._version != version
+            for now, (then, version) in zip(buffers, self._watched, strict=True)
+        ):  # also if written anew with the same bits, as DDP does before each forward
+            self._differs = _differs(self._pruning.present(self._module), self._installed())
+            self._watched = [(buffer, buffer._version) for buffer in buffers]
+        return self._differs
+
+    def compare_anew(self) -> None:
+        """Compare the bits once when next asked: a resumed run has the model's masks and the installed ones."""
+        self._watched = []
+
+    def read(self) -> Masks:
+        """Return the masks, on any rank; what there is to say, rank 0 said at first."""
+        return self._pruning.masks(self._module, Moment(warn=lambda names, message: None))
 
 
 class PrunedWeights:
@@ -58,13 +97,12 @@ class PrunedWeights:
         self._pruned: list[tuple[Tensor, Tensor]] = []  # a parameter, and True where it is zero
         self._trainer: Trainer | None = None
         self._optimizers: list[Optimizer] = []
-        self._watched: list[tuple[Tensor, int]] = []  # mask buffers as they were compared, each with its version
-        self._differs: bool | Tensor = False  # what the comparison has found; a tensor is not read on the host
+        self._own_masks = _OwnMasks(module, settings.pruning, lambda: codec.masks)
         self._said: set[tuple[str, str]] = set()  # which parameters have been warned of, and of what
         self.dense_steps = 0  # that something changed for
         self.before_change: Callable[[], None] = lambda: None
         if settings.pruning.is_watched:
-            codec.watch(self._masks_changed)
+            codec.watch(self._own_masks.have_changed)
 
     def start(self, trainer: Trainer, optimizers: Iterable[Optimizer]) -> None:
         """Begin a run, with the masks of the one that is resumed.
@@ -97,7 +135,7 @@ class PrunedWeights:
         """
         if self._codec.masks and self._codec.take_flag():
             self._recorder.step = step
-            self._install_own(self._read_masks)
+            self._install_own(self._own_masks.read)
             self._codec.request_dense(1)
             self.dense_steps += 1
             if self.dense_steps == 1:
@@ -167,37 +205,16 @@ class PrunedWeights:
         assert masks is not None
         self._install(masks)
 
-    def _masks_changed(self) -> bool | Tensor:
-        """Whether a mask in the model is another than the one installed; bits are compared only where they may be.
-
-        A comparison of bits is returned as a tensor on the model's device, since the host would wait for it there.
-        """
-        buffers = self._mask_buffers()
-        if len(buffers) != len(self._watched) or any(
-            now is not then or now._version != version
-            for now, (then, version) in zip(buffers, self._watched, strict=True)
-        ):  # also if written anew with the same bits, as DDP does before each forward
-            self._differs = _differs(self._settings.pruning.present(self._module), self._codec.masks)
-            self._watched = [(buffer, buffer._version) for buffer in buffers]
-        return self._differs
-
-    def _read_masks(self) -> Masks:
-        """Return the masks of a model that masks itself, on any rank; what there is to say, rank 0 said at first."""
-        return self._settings.pruning.masks(self._module, Moment(warn=lambda names, message: None))
-
     def _warn(self, names: Iterable[str], message: str) -> None:
         """Warn of parameters, on the rank that chooses masks, of each once in a run."""
         new = [name for name in names if (name, message) not in self._said]
         self._said.update((name, message) for name in new)
         warn_of(new, message)
 
-    def _mask_buffers(self) -> list[Tensor]:
-        return [buffer for name, buffer in self._module.named_buffers() if name.endswith("_mask")]
-
     def _install(self, masks: Masks) -> None:
         parameters = dict(self._module.named_parameters())
         masks = {name: mask.to(parameters[name].device) for name, mask in masks.items()}
-        self._watched = []  # the bits are compared once: a resumed run has the model's masks and the installed ones
+        self._own_masks.compare_anew()
         self._codec.install(masks, parameters.items())
         self._pruned = [(parameters[name], ~mask) for name, mask in masks.items()]
         self.keep_at_zero()
@@ -266,7 +283,7 @@ class PrunedWeights:
 
         Where the model's masks have changed since, they wait for the new ones, which may keep them.
         """
-        changed = self._settings.pruning.is_watched and self._masks_changed()
+        changed = self._settings.pruning.is_watched and self._own_masks.have_changed()
         if changed is True:
             return
         if self._codec.was_dense:
