@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lightning_comm.core.cyclic.schedule import MESSAGE_KINDS, CyclicSchedule, Message, MessageKind
+from lightning_comm.core.cyclic.schedule import TRANSFER_KINDS, CyclicSchedule, Transfer, TransferKind
 from lightning_comm.core.cyclic.stagger import token_boundary
 
 
@@ -39,14 +39,14 @@ class ScheduleProof:
 
     Args:
         events: How many events were put in order.
-        messages: How many messages were matched.
+        transfers: How many were matched.
         critical_path_slots: The longest chain of stage passes of which each waits for the one before it: how many slots
             the steps take where messages and updates take no time.
 
     """
 
     events: int
-    messages: int
+    transfers: int
     critical_path_slots: int
 
 
@@ -57,12 +57,12 @@ def check_schedule(
     *,
     stagger: bool = False,
     forward_share: float = 1 / 3,
-    messages: Callable[[int], Iterable[Message]] | None = None,
+    transfers: Callable[[int], Iterable[Transfer]] | None = None,
     order: Callable[[int], Sequence[int]] | None = None,
 ) -> ScheduleProof:
     """Prove that the steps of a schedule can be carried out, or say what stands against it.
 
-    Checked are: the messages sent, those received and the table of messages are the same, in the same order at both
+    Checked are: the transfers sent, those received and the table of transfers are the same, in the same order at both
     ends; every version is there before it is read, and none is older than the rule allows; no wait leads back to
     itself, even if a send waits until its receiver is there; each sum holds every worker's gradient once.
 
@@ -73,7 +73,7 @@ def check_schedule(
         stagger: Whether a worker begins a step only after the one before it has come so far in it as
             :func:`~lightning_comm.core.cyclic.stagger.token_boundary` says, and the first one after the last.
         forward_share: For the stagger, the part of a step's time that its forward takes.
-        messages: The table of a step's messages, if not the schedule's own.
+        transfers: The table of a step, if not the schedule's own.
         order: The stages in the order in which a worker handles messages, if not the schedule's own.
 
     Raises:
@@ -85,7 +85,7 @@ def check_schedule(
 
     Example:
         >>> check_schedule(CyclicSchedule(workers=3, stages=6), steps=4)
-        ScheduleProof(events=600, messages=96, critical_path_slots=48)
+        ScheduleProof(events=600, transfers=96, critical_path_slots=48)
 
     """
     if steps < 1:
@@ -100,7 +100,7 @@ def check_schedule(
     own_order = schedule.order()
     orders = [tuple(order(worker) if order else own_order) for worker in range(schedule.workers)]
     case = _Case(schedule, steps, frozenset(flush_after), token_after, orders)
-    count = _match_messages(case, messages or schedule.messages)
+    count = _match_transfers(case, transfers or schedule.transfers)
     _check_versions(case)
     waits = _Waits(case).of_all()
     slots = _put_in_order(waits)
@@ -130,27 +130,27 @@ class _Case:
                     yield worker, stage, step
 
 
-# ---- messages --------------------------------------------------------------------------------------------------------
+# ---- transfers -------------------------------------------------------------------------------------------------------
 
 
-def _match_messages(case: _Case, table: Callable[[int], Iterable[Message]]) -> int:
-    """Check that table, senders and receivers agree; return how many messages there are."""
+def _match_transfers(case: _Case, table: Callable[[int], Iterable[Transfer]]) -> int:
+    """Check that table, senders and receivers agree; return how many transfers there are."""
     schedule, count = case.schedule, 0
     for worker, order in enumerate(case.orders):
         if sorted(order) != list(range(schedule.stages)):
             raise ScheduleError(f"worker {worker} handles stages {order}; it must be each of {schedule.stages} once.")
     for step in range(case.steps):
         listed = Counter(table(step))
-        for kind in MESSAGE_KINDS:
+        for kind in TRANSFER_KINDS:
             for source in range(schedule.workers):
                 target = schedule.after(source)
                 sent = [
-                    Message(kind, source, target, stage, step)
+                    Transfer(kind, source, target, stage, step)
                     for stage in case.orders[source]
                     if schedule.sends(source, stage, kind)
                 ]
                 received = [
-                    Message(kind, source, target, stage, step)
+                    Transfer(kind, source, target, stage, step)
                     for stage in case.orders[target]
                     if schedule.receives(target, stage, kind)
                 ]
@@ -161,8 +161,8 @@ def _match_messages(case: _Case, table: Callable[[int], Iterable[Message]]) -> i
     return count
 
 
-def _match_channel(sent: list[Message], received: list[Message], listed: Counter[Message]) -> None:
-    """Compare both ends of a channel in one step, and take its messages off the list."""
+def _match_channel(sent: list[Transfer], received: list[Transfer], listed: Counter[Transfer]) -> None:
+    """Compare both ends of a channel in one step, and take its transfers off the list."""
     if lost := Counter(sent) - Counter(received):
         raise ScheduleError(f"{next(iter(lost))} is sent and never received.")
     if lost := Counter(received) - Counter(sent):
@@ -173,10 +173,10 @@ def _match_channel(sent: list[Message], received: list[Message], listed: Counter
                 f"{first} is sent where worker {first.target} waits for stage {second.stage}: both ends of a channel "
                 "must handle the stages in the same order."
             )
-    for message in sent:
-        if not listed[message]:
-            raise ScheduleError(f"{message} is sent, and is not in the table.")
-        listed[message] -= 1
+    for transfer in sent:
+        if not listed[transfer]:
+            raise ScheduleError(f"{transfer} is sent, and is not in the table.")
+        listed[transfer] -= 1
 
 
 # ---- versions --------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class _Waits:
     def of_all(self) -> dict[Event, list[Event]]:
         for worker in range(self.case.schedule.workers):
             self._compute(worker)
-            for kind in MESSAGE_KINDS:
+            for kind in TRANSFER_KINDS:
                 self._pass_on(worker, kind)
         everything = list(self.waits)
         for point in self.case.flush_after:
@@ -241,7 +241,7 @@ class _Waits:
             waits.append(_stage_pass(schedule, giver, step if worker else step - 1, token_after - 1))
         return waits
 
-    def _pass_on(self, worker: int, kind: MessageKind) -> None:
+    def _pass_on(self, worker: int, kind: TransferKind) -> None:
         """The events of a thread that receives, adds or keeps, and sends on, a stage after the other."""
         schedule = self.case.schedule
         held = "gradient added" if kind == "gradient" else "parameters held"
@@ -260,7 +260,7 @@ class _Waits:
                     self.waits[sent].append(ready._replace(worker=schedule.after(worker)))
                 before = sent
 
-    def _sources(self, worker: int, kind: MessageKind, stage: int, step: int) -> list[Event]:
+    def _sources(self, worker: int, kind: TransferKind, stage: int, step: int) -> list[Event]:
         """Return what a worker itself contributes: its gradient, or the new version if it owns the stage."""
         if kind == "gradient":
             return [Event("backward", worker, stage, step)]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Rule = Literal["v1", "v2"]
-MessageKind = Literal["gradient", "parameters"]
-MESSAGE_KINDS: tuple[MessageKind, ...] = ("gradient", "parameters")
+TransferKind = Literal["gradient", "parameters"]
+TRANSFER_KINDS: tuple[TransferKind, ...] = ("gradient", "parameters")
 RULES: tuple[Rule, ...] = ("v1", "v2")
 
 
@@ -26,8 +26,8 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
-    """One message between neighbours on the ring.
+class Transfer:
+    """One planned message between neighbours on the ring; `transport.cyclic.messages` has those that travel.
 
     Args:
         kind: ``"gradient"``: the sum of the gradients of a step so far; ``"parameters"``: a new version.
@@ -38,7 +38,7 @@ class Message:
 
     """
 
-    kind: MessageKind
+    kind: TransferKind
     source: int
     target: int
     stage: int
@@ -177,31 +177,31 @@ class CyclicSchedule:
         *others, owner = self.path(stage)
         return (owner, *others)
 
-    def sends(self, worker: int, stage: int, kind: MessageKind) -> bool:
+    def sends(self, worker: int, stage: int, kind: TransferKind) -> bool:
         """Whether a worker passes a stage's gradient, or its new version, on to the next one."""
         way = self.path(stage) if kind == "gradient" else self.way_back(stage)
         return worker != way[-1]
 
-    def receives(self, worker: int, stage: int, kind: MessageKind) -> bool:
+    def receives(self, worker: int, stage: int, kind: TransferKind) -> bool:
         """Whether a worker gets a stage's gradient, or its new version, from the one before it."""
         return self.sends((worker - 1) % self.workers, stage, kind)
 
     def order(self) -> tuple[int, ...]:
-        """Return the stages in the order in which every worker handles their messages: as backward finishes them."""
+        """Return the stages in the order in which every worker handles their transfers: as backward finishes them."""
         return tuple(reversed(range(self.stages)))
 
-    def messages(self, step: int) -> Iterator[Message]:
-        """Yield all messages of a step, a stage after the other along its path: gradients, then parameters."""
+    def transfers(self, step: int) -> Iterator[Transfer]:
+        """Yield all transfers of a step, a stage after the other along its path: gradients, then parameters."""
         for stage in self.order():
             for source, target in itertools.pairwise(self.path(stage)):
-                yield Message("gradient", source, target, stage, step)
+                yield Transfer("gradient", source, target, stage, step)
             for source, target in itertools.pairwise(self.way_back(stage)):
-                yield Message("parameters", source, target, stage, step)
+                yield Transfer("parameters", source, target, stage, step)
 
-    def needed_slot(self, source: int, kind: MessageKind, stage: int, step: int) -> int:
-        """Return the slot of the forward that needs a message first: where several wait for a link, it goes first.
+    def needed_slot(self, source: int, kind: TransferKind, stage: int, step: int) -> int:
+        """Return the slot of the forward that needs a transfer first: where several wait for a link, it goes first.
 
-        That is the earliest among the workers that the new version reaches through this message. It is never before
+        That is the earliest among the workers that the new version reaches through this transfer. It is never before
         step ``step + 1`` begins, so what a worker waits for in step ``step - 1`` or earlier is always more urgent.
 
         Args:

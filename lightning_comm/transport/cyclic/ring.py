@@ -56,7 +56,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_comm.core.cyclic.schedule import CyclicSchedule, MessageKind
+from lightning_comm.core.cyclic.schedule import CyclicSchedule, TransferKind
 from lightning_comm.transport.cyclic.messages import Mark, Message, Numbers, StageLayout
 from lightning_comm.transport.cyclic.send_queue import UrgentFirst
 from lightning_comm.transport.recording import Recorder, leave_behind
@@ -119,7 +119,7 @@ class CyclicRing:
     ) -> None:
         self._schedule, self._layouts, self._update, self._device = schedule, layouts, update, device
         self._rank = gradients.rank
-        self._recorders: dict[MessageKind, Recorder] = {"gradient": gradients, "parameters": parameters}
+        self._recorders: dict[TransferKind, Recorder] = {"gradient": gradients, "parameters": parameters}
         # On gloo a sender waits until it was told that it may send, by a small message that waits behind bulk traffic:
         # so what a step will bring is asked for at once.
         self._ask_at_once = in_any_order
@@ -129,7 +129,7 @@ class CyclicRing:
         self._link = UrgentFirst(schedule, parameters, tag=2 * schedule.stages) if urgent_first else None
         # Memory to use again, for each kind of lane. What a lane waits for there was sent in an earlier step by a lane
         # of this kind; with one pool for both, two ranks could wait for each other to receive.
-        self._free: dict[MessageKind, list[deque[Message]]] = {
+        self._free: dict[TransferKind, list[deque[Message]]] = {
             kind: [deque() for _ in layouts] for kind in self._recorders
         }
         self._own: list[SimpleQueue[Gradients | None]] = [SimpleQueue() for _ in layouts]
@@ -183,7 +183,7 @@ class CyclicRing:
 
     def release(self, stage: int, version: int) -> None:
         """Give back the memory of a version that has been taken up, and of older ones."""
-        receives_it: MessageKind = "gradient" if self._schedule.owner(stage) == self._rank else "parameters"
+        receives_it: TransferKind = "gradient" if self._schedule.owner(stage) == self._rank else "parameters"
         with self._changed:
             arrived = self._arrived[stage]
             for old in [each for each in arrived if each <= version]:
@@ -315,7 +315,7 @@ class CyclicRing:
         elif not self._ask_at_once:
             raise _ClosedError
 
-    def _receive(self, kind: MessageKind, step: int, stages: Sequence[int]) -> Iterator[Message]:
+    def _receive(self, kind: TransferKind, step: int, stages: Sequence[int]) -> Iterator[Message]:
         """Ask for the messages of these stages in a step; yield each when it has arrived."""
         schedule, before = self._schedule, (self._rank - 1) % self._schedule.workers
         to_come = [stage for stage in stages if schedule.receives(self._rank, stage, kind)]
@@ -336,7 +336,7 @@ class CyclicRing:
 
         return arrivals()
 
-    def _send(self, kind: MessageKind, step: int, stage: int, message: Message) -> None:
+    def _send(self, kind: TransferKind, step: int, stage: int, message: Message) -> None:
         payload_bytes = self._layouts[stage].payload_bytes
         purpose = "gradients" if kind == "gradient" else "parameters"
 
@@ -355,10 +355,10 @@ class CyclicRing:
         else:
             message.sending = self._link.send(kind, stage, step, self._layouts[stage].message_bytes, send)
 
-    def _tag(self, kind: MessageKind, stage: int) -> int:
+    def _tag(self, kind: TransferKind, stage: int) -> int:
         return stage if kind == "gradient" else self._schedule.stages + stage
 
-    def _empty(self, kind: MessageKind, stage: int) -> Message:
+    def _empty(self, kind: TransferKind, stage: int) -> Message:
         """Return memory for a message of a stage: that of an old one, once it has left."""
         free = self._free[kind][stage]
         try:

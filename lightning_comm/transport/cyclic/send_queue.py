@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_comm.core.cyclic.schedule import MESSAGE_KINDS, CyclicSchedule, MessageKind
+from lightning_comm.core.cyclic.schedule import TRANSFER_KINDS, CyclicSchedule, TransferKind
 from lightning_comm.transport.cyclic.messages import Departure
 from lightning_comm.transport.recording import Recorder
 
@@ -47,7 +47,7 @@ class UrgentFirst:
         rank, workers = recorder.rank, schedule.workers
         self._after, self._before = schedule.after(rank), (rank - 1) % workers
         self._in_step = sum(
-            schedule.sends(rank, stage, kind) for stage in range(schedule.stages) for kind in MESSAGE_KINDS
+            schedule.sends(rank, stage, kind) for stage in range(schedule.stages) for kind in TRANSFER_KINDS
         )
         self._lock = threading.Lock()
         self._count = itertools.count()
@@ -63,7 +63,7 @@ class UrgentFirst:
             self._asked.append((word, self._recorder.receive(word, self._after, tag=self._tag)))
 
     def send(
-        self, kind: MessageKind, stage: int, step: int, message_bytes: int, send: Callable[[], dist.Work]
+        self, kind: TransferKind, stage: int, step: int, message_bytes: int, send: Callable[[], dist.Work]
     ) -> Departure:
         """Send a message when its turn comes; it must be kept until then."""
         urgency = self._schedule.needed_slot(self._recorder.rank, kind, stage, step)
@@ -73,7 +73,7 @@ class UrgentFirst:
             self._let_go()
         return departure
 
-    def arrived(self, kind: MessageKind, stage: int, step: int) -> None:
+    def arrived(self, kind: TransferKind, stage: int, step: int) -> None:
         """Tell the rank before this one that a message of it is here."""
         word = torch.tensor([self._name(kind, stage, step)])
         work = self._recorder.send(word, self._before, "control", word.nbytes, tag=self._tag, step=step)
@@ -112,5 +112,5 @@ class UrgentFirst:
             or next_one.urgency < min(each.urgency for each in others)
         )
 
-    def _name(self, kind: MessageKind, stage: int, step: int) -> int:
+    def _name(self, kind: TransferKind, stage: int, step: int) -> int:
         return 2 * (step * self._schedule.stages + stage) + (kind == "gradient")

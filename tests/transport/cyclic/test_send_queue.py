@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from support.processes import start_ranks
 
-from lightning_comm.core.cyclic.schedule import MESSAGE_KINDS, CyclicSchedule
+from lightning_comm.core.cyclic.schedule import TRANSFER_KINDS, CyclicSchedule
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.cyclic.send_queue import UrgentFirst
 from lightning_comm.transport.recording import Recorder, another_group
@@ -103,7 +103,7 @@ def _between_ranks(rank, world_size):
         words.start()
         departures, receiving = [], []
         for stage in range(world_size):
-            for kind in MESSAGE_KINDS:
+            for kind in TRANSFER_KINDS:
                 tag = 2 * stage + (kind == "gradient")
                 if schedule.receives(rank, stage, kind):
                     memory = torch.empty(LARGE, dtype=torch.uint8)
@@ -122,7 +122,7 @@ def _between_ranks(rank, world_size):
         words.join()
     link.close()
     recorder.write_held()
-    received = 3 * sum(schedule.receives(rank, stage, kind) for stage in range(world_size) for kind in MESSAGE_KINDS)
+    received = 3 * sum(schedule.receives(rank, stage, kind) for stage in range(world_size) for kind in TRANSFER_KINDS)
     assert ledger.payload_bytes("control") == 8 * received
 
 
