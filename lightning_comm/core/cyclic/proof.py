@@ -1,8 +1,14 @@
-"""A proof, for given numbers of workers and stages, that a cyclic schedule can be carried out.
+"""A proof, for given numbers of workers and stages, that a cyclic schedule can be carried out in order.
 
 A worker has three threads of control. One computes. One handles the sums of gradients, one the new versions of the
 parameters, each a stage after the other in a fixed order; messages between two workers are received in the order in
 which they were sent. Every event waits for others, and as long as these waits have no cycle, no worker waits for ever.
+That is how the ring works on NCCL. :mod:`lightning_comm.core.cyclic.link_proof` is about gloo, where each stage has
+threads of its own and what waits for a link is sent in the order of urgency, through a window.
+
+**Send windows.** Here a send waits until its receiver asks for that very message. A channel that takes in ``w`` messages,
+and lets the next one wait until the receiver has taken one, waits for less: message ``k`` for the taking of message
+``k - w``, and the receiver takes that before it asks for ``k``. So what is proven holds for every window ``w >= 1``.
 """
 
 import graphlib
@@ -62,14 +68,15 @@ def check_schedule(
 ) -> ScheduleProof:
     """Prove that the steps of a schedule can be carried out, or say what stands against it.
 
+    It is carried out in order, as NCCL does it; :func:`~lightning_comm.core.cyclic.link_proof.check_links` is for gloo.
     Checked are: the transfers sent, those received and the table of transfers are the same, in the same order at both
     ends; every version is there before it is read, and none is older than the rule allows; no wait leads back to
-    itself, even if a send waits until its receiver is there; each sum holds every worker's gradient once.
+    itself, even if a send waits until its receiver asks for it, so whatever the send window; each sum holds every worker's gradient once.
 
     Args:
         schedule: The rules.
         steps: How many steps. The waits of a step reach back by two steps at most, so that 4 show all there are.
-        flush_after: After how many steps all workers meet and take up the newest version of everything.
+        flush_after: After how many steps all workers meet and use the newest version of everything.
         stagger: Whether a worker begins a step only after the one before it has come so far in it as
             :func:`~lightning_comm.core.cyclic.stagger.token_boundary` says, and the first one after the last.
         forward_share: For the stagger, the part of a step's time that its forward takes.
@@ -103,7 +110,7 @@ def check_schedule(
     count = _match_transfers(case, transfers or schedule.transfers)
     _check_versions(case)
     waits = _Waits(case).of_all()
-    slots = _put_in_order(waits)
+    slots = put_in_order(waits)
     _check_sums(case)
     return ScheduleProof(len(waits), count, slots)
 
@@ -222,7 +229,7 @@ class _Waits:
         schedule, before = self.case.schedule, None
         for step in range(self.case.steps):
             for number in range(2 * schedule.stages):
-                event = _stage_pass(schedule, worker, step, number)
+                event = stage_pass(schedule, worker, step, number)
                 waits = [before] if before else []
                 if number == 0:
                     waits += self._begin(worker, step)
@@ -238,7 +245,7 @@ class _Waits:
         waits = [Event("flush", -1, -1, step - 1)] if step in self.case.flush_after else []
         if token_after is not None and (worker or step):
             giver = (worker - 1) % schedule.workers
-            waits.append(_stage_pass(schedule, giver, step if worker else step - 1, token_after - 1))
+            waits.append(stage_pass(schedule, giver, step if worker else step - 1, token_after - 1))
         return waits
 
     def _pass_on(self, worker: int, kind: TransferKind) -> None:
@@ -273,14 +280,14 @@ class _Waits:
         return [update]
 
 
-def _stage_pass(schedule: CyclicSchedule, worker: int, step: int, number: int) -> Event:
+def stage_pass(schedule: CyclicSchedule, worker: int, step: int, number: int) -> Event:
     """Return the event that is a worker's so-manieth pass of a step, from 0."""
     if number < schedule.stages:
         return Event("forward", worker, number, step)
     return Event("backward", worker, 2 * schedule.stages - 1 - number, step)
 
 
-def _put_in_order(waits: dict[Event, list[Event]]) -> int:
+def put_in_order(waits: dict[Event, list[Event]]) -> int:
     """Return the length of the longest chain of stage passes; raise if events wait in a circle."""
     ends: dict[Event, int] = {}
     try:

@@ -226,6 +226,36 @@ class CyclicSchedule:
             for each in targets
         )
 
+    def urgency(self, source: int, kind: TransferKind, stage: int, step: int, flushed_at: int = 0) -> tuple[int, int]:
+        """Return what orders the transfers that wait for a link: the smaller goes first.
+
+        A worker that has not passed a flush asks for nothing of the steps behind it, so all from before it goes first.
+        While all steps use the newest parameters no worker is behind another, and slots count no delay.
+
+        Args:
+            source: The worker that sends it.
+            kind: What it holds.
+            stage: Of which stage.
+            step: The step whose gradient it is, or of which the new version is made.
+            flushed_at: As in :meth:`version`.
+
+        """
+        if step + 1 < self.warmup_sync_steps:
+            return flushed_at, (step + 1) * 2 * self.stages + stage
+        return flushed_at, self.needed_slot(source, kind, stage, step)
+
+    def number(self, kind: TransferKind, stage: int, step: int) -> int:
+        """Return a whole number that names a transfer among all that a worker sends."""
+        return 2 * (step * self.stages + stage) + (kind == "parameters")
+
+    @property
+    def sends_urgent_first(self) -> bool:
+        """Whether what waits for a link is put in order, where the backend allows it.
+
+        With two workers no quiet way is left for acknowledgements, and under ``"v1"`` nothing is urgent.
+        """
+        return self.workers > 2 and self.rule == "v2"
+
     def sent_bytes(self, worker: int, stage_bytes: list[int]) -> int:
         """Return the payload that a worker sends in a step: gradients of a step, and the versions made of them.
 

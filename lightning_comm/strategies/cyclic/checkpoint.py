@@ -17,8 +17,8 @@ from lightning_comm.lightning_internals import close_finished_epoch
 from lightning_comm.ondevice.cyclic.stages import Stage
 from lightning_comm.ondevice.random_state import random_state
 from lightning_comm.strategies.checkpoints.entry import Save
-from lightning_comm.strategies.cyclic.refusals import WHERE
 from lightning_comm.strategies.cyclic.run import CyclicRun
+from lightning_comm.strategies.cyclic.settings import WHERE
 from lightning_comm.transport.plain_data import NotPlainError, gather_states, pack
 
 KEY = "lightning_comm.cyclic"

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_comm.errors import refuse
 from lightning_comm.ondevice.cyclic.update import Clipping
-from lightning_comm.strategies.cyclic.refusals import WHERE, CyclicSettings
+from lightning_comm.strategies.cyclic.settings import WHERE, CyclicSettings
 
 
 def clipping_of(settings: CyclicSettings, trainer: Trainer, module: LightningModule, *, changed: bool) -> Clipping:

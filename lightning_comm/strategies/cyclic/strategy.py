@@ -48,10 +48,11 @@ from lightning_comm.strategies.cyclic import (
 from lightning_comm.strategies.cyclic import (
     refusals as cyclic_checks,
 )
+from lightning_comm.strategies.cyclic import step_errors
 from lightning_comm.strategies.cyclic.averages import WeightAverages
 from lightning_comm.strategies.cyclic.checkpoint import CyclicResume
-from lightning_comm.strategies.cyclic.refusals import WHERE, CyclicSettings
 from lightning_comm.strategies.cyclic.run import RUN_END, CyclicRun
+from lightning_comm.strategies.cyclic.settings import WHERE, CyclicSettings, checked, rank_problems
 from lightning_comm.transport.averaging import broadcast_
 from lightning_comm.transport.backends import backend_of
 from lightning_comm.transport.cyclic.requests import Requests
@@ -171,9 +172,7 @@ class CyclicStrategy(PeerAwareStrategy):
             timeout=timeout,
             start_method=start_method,
         )
-        self.settings = cyclic_checks.checked(
-            CyclicSettings(rule, lag, warmup_sync_steps, stages, stagger, clip_norm, clip_by)
-        )
+        self.settings = checked(CyclicSettings(rule, lag, warmup_sync_steps, stages, stagger, clip_norm, clip_by))
         self._ledger = CommLedger()
         self._run: CyclicRun | None = None
         self._resume: CyclicResume | None = None
@@ -244,7 +243,7 @@ class CyclicStrategy(PeerAwareStrategy):
         module = self.lightning_module
         assert module is not None
         with self._refusals(WHERE) as refusals:
-            refusals.add(cyclic_checks.rank_problems(self.settings, self.world_size))
+            refusals.add(rank_problems(self.settings, self.world_size))
             device = self.root_device
             refusals.add(cyclic_checks.backend_problems(backend_of(device), device.type, self.world_size, os.environ))
             refusals.add(cyclic_checks.trainer_problems(trainer, self._layer_sync is not None))
@@ -338,21 +337,21 @@ class CyclicStrategy(PeerAwareStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._run is None:
             return super().training_step(*args, **kwargs)
-        self._run.begin_forward()
+        self._run.steps.begin_forward()
         try:
             return super().training_step(*args, **kwargs)
         except Exception as error:
-            if self._run.active and cyclic_checks.is_of_whole_graph(error):
-                raise cyclic_checks.compiled_whole_graph(error) from error
+            if self._run.active and step_errors.is_of_whole_graph(error):
+                raise step_errors.compiled_whole_graph(error) from error
             raise
         finally:
-            self._run.end_forward()
+            self._run.steps.end_forward()
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
         super().pre_backward(closure_loss)
         if self._run is not None:
-            self._run.begin_backward(closure_loss)
+            self._run.steps.begin_backward(closure_loss)
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -360,14 +359,14 @@ class CyclicStrategy(PeerAwareStrategy):
             return super().backward(closure_loss, *args, **kwargs)
         except RuntimeError as error:
             if self._run is not None and self._run.active and "modified by an inplace operation" in str(error):
-                raise cyclic_checks.used_before_its_module(error) from error
+                raise step_errors.used_before_its_module(error) from error
             raise
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
         if self._run is not None:
-            self._run.end_backward()
+            self._run.steps.end_backward()
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
@@ -377,17 +376,17 @@ class CyclicStrategy(PeerAwareStrategy):
         at_once = lightning_internals.is_own_closure(closure)
         if not at_once and run.active and not self._warned_of_gradients and self.lightning_module is not None:
             self._warned_of_gradients = True
-            cyclic_checks.warn_of_own_gradients(self.lightning_module)
-        run.step_is_due(getattr(optimizer, "_optimizer", optimizer), at_once=at_once)
+            step_errors.warn_of_own_gradients(self.lightning_module)
+        run.steps.step_is_due(getattr(optimizer, "_optimizer", optimizer), at_once=at_once)
         # the closure hands all gradients over, so that the optimizer itself finds nothing to step on
-        closure = cyclic_checks.once(run.complete(closure), optimizer)
+        closure = step_errors.once(run.steps.complete(closure), optimizer)
         try:
             with self._first_steps.watch(optimizer):
                 output = super().optimizer_step(optimizer, closure, model, **kwargs)
         except BaseException:
-            run.step_failed()
+            run.steps.step_failed()
             raise
-        run.count_step()
+        run.steps.count_step()
         return output
 
     def end_batch(self) -> None:

@@ -50,8 +50,7 @@ class Mark:
 class Departure:
     """A message that leaves when its turn comes; :meth:`wait` blocks until it has arrived."""
 
-    def __init__(self, urgency: int, message_bytes: int, send: Callable[[], dist.Work]) -> None:
-        self.urgency, self.message_bytes = urgency, message_bytes
+    def __init__(self, send: Callable[[], dist.Work]) -> None:
         self._send, self._arrived = send, threading.Event()
         self._work: dist.Work | None = None
 

@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,44 @@ from lightning_comm.transport.recording import leave_behind
 
 _LISTEN_S = 1.0
 _END_S = 5.0  # how long the thread may take to end once nothing holds it any more
+
+
+class Turns(Protocol):
+    """When ranks begin their batches."""
+
+    def begin_batch(self) -> None:
+        """Wait for this rank's turn to begin a batch."""
+
+    def reach(self, passes: int) -> None:
+        """Note that so many passes of a stage, forward or backward, are done in this batch."""
+
+    def end_batch(self) -> None:
+        """Note that a batch is over, however it ended."""
+
+    def close(self) -> None:
+        """End, where the run has ended as it should."""
+
+    def abandon(self) -> None:
+        """End, where it has not."""
+
+
+class NoTurns:
+    """Ranks that begin when they can."""
+
+    def begin_batch(self) -> None:
+        """Wait for nobody."""
+
+    def reach(self, passes: int) -> None:
+        """Tell nobody."""
+
+    def end_batch(self) -> None:
+        """Tell nobody."""
+
+    def close(self) -> None:
+        """End nothing."""
+
+    def abandon(self) -> None:
+        """End nothing."""
 
 
 class Stagger:
@@ -36,6 +75,7 @@ class Stagger:
         self._group, self._listen = group, listen
         self._rank, self._workers = dist.get_rank(group), schedule.workers
         self._boundary = token_boundary(schedule.workers, schedule.stages)
+        self._passes = 2 * schedule.stages
         self._batches = 0  # begun
         self._passed_on = True
         self._expected: SimpleQueue[bool] = SimpleQueue()
@@ -59,6 +99,10 @@ class Stagger:
             work = dist.isend(token, (self._rank + 1) % self._workers, self._group)
             assert work is not None
             self._sent.append((work, token))  # a message must be kept until it has left
+
+    def end_batch(self) -> None:
+        """Let the next rank begin, also where this one's batch ended in an error that the module has caught."""
+        self.reach(self._passes)
 
     def close(self) -> None:
         """Take the last token off the wire, and end."""

@@ -12,8 +12,8 @@ from support.mock_cuda import MockCuda, mock_cuda
 from support.processes import start_ranks
 from support.training import Regression, loader, trainer
 
-from lightning_comm.strategies.cyclic import run as cyclic_run
 from lightning_comm.strategies.cyclic import strategy as strategy_file
+from lightning_comm.transport.cyclic import groups
 
 STEPS, STAGES, VALIDATED_EVERY = 6, 6, 3
 ONE_A_HOST = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "here"}
@@ -80,7 +80,7 @@ def _both(rank, world_size, optimizer, settings, nccl):
         stack.enter_context(mock.patch.object(MockCuda, "work", _sends_read))
         stack.enter_context(mock.patch.dict(os.environ, environment))
         if nccl:  # messages that a stream follows, in order; carried by gloo all the same
-            for file in (strategy_file, cyclic_run):
+            for file in (strategy_file, groups):
                 stack.enter_context(mock.patch.object(file, "backend_of", return_value="nccl"))
         there = _fit(rank, optimizer, settings, accelerator="gpu", devices=[0], num_nodes=world_size)
     assert there == on_host

@@ -17,15 +17,15 @@ LARGE = 2**20
 
 
 class ByHand:
-    """A recorder whose words arrive when the test says so."""
+    """A recorder whose acknowledgements arrive when the test says so."""
 
     def __init__(self, rank=0):
-        self.rank, self.words = rank, []
+        self.rank, self.expected = rank, []
 
-    def receive(self, word, source, *, tag):
-        assert source == 1, "the words are of the next rank"
+    def receive(self, number, source, *, tag):
+        assert source == 1, "acknowledgements are of the next rank"
         arrived = threading.Event()
-        self.words.append((word, arrived))
+        self.expected.append((number, arrived))
         return arrived
 
     def wait_for(self, arrived, source):
@@ -42,7 +42,7 @@ def _link(schedule):
     recorder, sent = ByHand(), []
     link = UrgentFirst(schedule, recorder, tag=0)
     link.begin_step()
-    threading.Thread(target=link.handle_words, args=(0,), daemon=True).start()
+    threading.Thread(target=link.handle_acknowledgements, args=(0,), daemon=True).start()
 
     def send(kind, stage, step, message_bytes=LARGE):
         def start():
@@ -51,24 +51,24 @@ def _link(schedule):
 
         return link.send(kind, stage, step, message_bytes, start)
 
-    def word(kind, stage, step, departure):
-        """Let the word come that a message has arrived, and be handled."""
-        into, arrived = recorder.words.pop(0)
-        into.fill_(link._name(kind, stage, step))
+    def acknowledge(kind, stage, step, departure):
+        """Let the acknowledgement of a message come, and be handled."""
+        into, arrived = recorder.expected.pop(0)
+        into.fill_(CyclicSchedule(4, 12).number(kind, stage, step))
         arrived.set()
         assert departure._arrived.wait(10)
 
-    return send, word, sent
+    return send, acknowledge, sent
 
 
 def test_two_large_messages_go_at_once_and_then_the_most_urgent():
-    send, word, sent = _link(CyclicSchedule(workers=4, stages=12, rule="v1"))
+    send, acknowledge, sent = _link(CyclicSchedule(workers=4, stages=12, rule="v1"))
     first = send("gradient", 1, 0)
     for stage in (2, 9, 7, 5, 8):
         send("gradient", stage, 0)
     assert sent == [("gradient", 1, 0), ("gradient", 2, 0)]
     assert not first.is_over()
-    word("gradient", 1, 0, first)
+    acknowledge("gradient", 1, 0, first)
     assert first.is_over()
     assert sent[2:] == [("gradient", 5, 0)]  # under v1 lower stages are needed earlier
 
@@ -99,8 +99,8 @@ def _between_ranks(rank, world_size):
     link = UrgentFirst(schedule, recorder, tag=99)
     for step in range(3):
         link.begin_step()
-        words = threading.Thread(target=link.handle_words, args=(step,))
-        words.start()
+        acknowledgements = threading.Thread(target=link.handle_acknowledgements, args=(step,))
+        acknowledgements.start()
         departures, receiving = [], []
         for stage in range(world_size):
             for kind in TRANSFER_KINDS:
@@ -116,15 +116,15 @@ def _between_ranks(rank, world_size):
         for kind, stage, memory, work in receiving:
             work.wait()
             assert bool((memory == 10 * step + 2 * stage + (kind == "gradient")).all())
-            link.arrived(kind, stage, step)
+            link.acknowledge(kind, stage, step)
         for departure in departures:
             departure.wait()
-        words.join()
+        acknowledgements.join()
     link.close()
     recorder.write_held()
     received = 3 * sum(schedule.receives(rank, stage, kind) for stage in range(world_size) for kind in TRANSFER_KINDS)
     assert ledger.payload_bytes("control") == 8 * received
 
 
-def test_between_ranks_all_arrive_and_a_word_comes_back_for_each():
+def test_between_ranks_all_arrive_and_each_is_acknowledged():
     start_ranks(_between_ranks, 4, world_size=4, timeout_s=60)
