@@ -2,9 +2,10 @@
 
 That is how the ring works on gloo. On each worker every stage has two lanes, one for sums and one for new versions, and
 compute. A lane asks for the message of a step once this worker has begun the step and the lane is done with the step
-before. What a worker sends waits for the one link to the next worker: :class:`~lightning_comm.core.cyclic.send_window.SendWindow`
-lets a message go if fewer than ``w`` are on their way, or if it is more urgent than all of these. A message is on its
-way until the receiver has asked for it, taken it, and said so.
+before. What a worker sends waits for its one link to the next worker, on which
+:class:`~lightning_comm.core.cyclic.send_window.SendWindow` lets a message go if fewer than ``w`` are on their way, or
+if it is more urgent than all of these. A message is on its way until the receiver has asked for it, taken it, and
+acknowledged it.
 
 What may go depends on what happens to be on the way, so waits are no fixed graph. But let every link send strictly in
 the order of urgency, each message after the one before it was taken. If *these* waits have no cycle, then no window

@@ -6,9 +6,9 @@ which they were sent. Every event waits for others, and as long as these waits h
 That is how the ring works on NCCL. :mod:`lightning_comm.core.cyclic.link_proof` is about gloo, where each stage has
 threads of its own and what waits for a link is sent in the order of urgency, through a window.
 
-**Send windows.** Here a send waits until its receiver asks for that very message. A channel that takes in ``w`` messages,
-and lets the next one wait until the receiver has taken one, waits for less: message ``k`` for the taking of message
-``k - w``, and the receiver takes that before it asks for ``k``. So what is proven holds for every window ``w >= 1``.
+**Send windows.** Here a send waits until its receiver asks for that very message. A channel that takes in ``w``
+messages, and lets the next one wait until the receiver has taken one, waits for less: message ``k`` for the taking of
+message ``k - w``, and the receiver takes that before it asks for ``k``. So what is proven holds for every ``w >= 1``.
 """
 
 import graphlib
@@ -62,6 +62,7 @@ def check_schedule(
     flush_after: Collection[int] = (),
     *,
     stagger: bool = False,
+    asked_late: bool = False,
     forward_share: float = 1 / 3,
     transfers: Callable[[int], Iterable[Transfer]] | None = None,
     order: Callable[[int], Sequence[int]] | None = None,
@@ -71,7 +72,8 @@ def check_schedule(
     It is carried out in order, as NCCL does it; :func:`~lightning_comm.core.cyclic.link_proof.check_links` is for gloo.
     Checked are: the transfers sent, those received and the table of transfers are the same, in the same order at both
     ends; every version is there before it is read, and none is older than the rule allows; no wait leads back to
-    itself, even if a send waits until its receiver asks for it, so whatever the send window; each sum holds every worker's gradient once.
+    itself, even if a send waits until its receiver asks for it, so whatever the send window; each sum holds every
+    worker's gradient once.
 
     Args:
         schedule: The rules.
@@ -79,6 +81,8 @@ def check_schedule(
         flush_after: After how many steps all workers meet and use the newest version of everything.
         stagger: Whether a worker begins a step only after the one before it has come so far in it as
             :func:`~lightning_comm.core.cyclic.stagger.token_boundary` says, and the first one after the last.
+        asked_late: Whether a worker asks for a message only when its own gradient of the stage is there, or on its way,
+            as on NCCL, where a receive occupies the device.
         forward_share: For the stagger, the part of a step's time that its forward takes.
         transfers: The table of a step, if not the schedule's own.
         order: The stages in the order in which a worker handles messages, if not the schedule's own.
@@ -106,7 +110,7 @@ def check_schedule(
     token_after = token_boundary(schedule.workers, schedule.stages, forward_share) if stagger else None
     own_order = schedule.order()
     orders = [tuple(order(worker) if order else own_order) for worker in range(schedule.workers)]
-    case = _Case(schedule, steps, frozenset(flush_after), token_after, orders)
+    case = _Case(schedule, steps, frozenset(flush_after), token_after, asked_late, orders)
     count = _match_transfers(case, transfers or schedule.transfers)
     _check_versions(case)
     waits = _Waits(case).of_all()
@@ -121,6 +125,7 @@ class _Case:
     steps: int
     flush_after: frozenset[int]
     token_after: int | None
+    asked_late: bool
     orders: list[tuple[int, ...]]  # by worker
 
     def version(self, worker: int, stage: int, step: int) -> int:
@@ -259,6 +264,9 @@ class _Waits:
                     Event(what, worker, stage, step) for what in (f"{kind} awaited", held, f"{kind} sent")
                 )
                 self.waits[ready] = [before] if before else []
+                if self.case.asked_late and schedule.receives(worker, stage, kind):
+                    own = "backward" if kind == "gradient" else "gradient sent"
+                    self.waits[ready].append(Event(own, worker, stage, step))
                 self.waits[done] = [ready, *self._sources(worker, kind, stage, step)]
                 if schedule.receives(worker, stage, kind):
                     self.waits[done].append(done._replace(worker=(worker - 1) % schedule.workers))

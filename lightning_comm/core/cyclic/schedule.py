@@ -230,7 +230,7 @@ class CyclicSchedule:
         """Return what orders the transfers that wait for a link: the smaller goes first.
 
         A worker that has not passed a flush asks for nothing of the steps behind it, so all from before it goes first.
-        While all steps use the newest parameters no worker is behind another, and slots count no delay.
+        While all workers use the newest version, or all the one before, none is behind another: slots count no delay.
 
         Args:
             source: The worker that sends it.
@@ -240,7 +240,7 @@ class CyclicSchedule:
             flushed_at: As in :meth:`version`.
 
         """
-        if step + 1 < self.warmup_sync_steps:
+        if step + 1 < self.warmup_sync_steps or self.lag == self.workers:
             return flushed_at, (step + 1) * 2 * self.stages + stage
         return flushed_at, self.needed_slot(source, kind, stage, step)
 

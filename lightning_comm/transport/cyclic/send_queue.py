@@ -28,7 +28,6 @@ class UrgentFirst:
         schedule: Who sends what to whom, and how urgent it is.
         recorder: Sends and records the acknowledgements.
         tag: Of the acknowledgements.
-        window: Says which may go.
 
     Attributes:
         flushed_at: Steps done at the last flush. What is sent from now on waits behind all from before it: a rank that
@@ -50,7 +49,7 @@ class UrgentFirst:
             schedule.sends(rank, stage, kind) for stage in range(schedule.stages) for kind in TRANSFER_KINDS
         )
         self._lock = threading.Lock()
-        self._window = window or SendWindow()
+        self._window = SendWindow()
         self._departures: dict[int, Departure] = {}  # those that wait or are on their way, by number
         self._expected: deque[tuple[Tensor, dist.Work]] = deque()  # acknowledgements of the rank after this one
         self._given: deque[tuple[Tensor, dist.Work]] = deque()  # acknowledgements to the rank before this one

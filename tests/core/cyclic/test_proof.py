@@ -29,6 +29,13 @@ def test_every_lag_can_be_carried_out(workers):
         check_schedule(CyclicSchedule(workers, workers, lag=lag), steps=5, flush_after=(2,), stagger=True)
 
 
+@pytest.mark.parametrize("workers", range(2, 5))
+def test_messages_can_wait_until_a_worker_has_its_own_gradient(workers):
+    for rule in RULES:
+        for flush_after in [(), (2,)]:
+            check_schedule(CyclicSchedule(workers, 2 * workers, **rule), 4, flush_after=flush_after, asked_late=True)
+
+
 @pytest.mark.parametrize("rule", ["v1", "v2"])
 @pytest.mark.parametrize(("workers", "stages"), GRID)
 def test_workers_that_take_turns_are_late_once_at_the_start_and_never_again(workers, stages, rule):
