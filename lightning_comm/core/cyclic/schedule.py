@@ -147,7 +147,7 @@ class CyclicSchedule:
             worker: Which.
             stage: Of which stage.
             step: The optimizer step, from 0.
-            flushed_at: How many steps had been done when all workers last took up the newest version of everything.
+            flushed_at: How many steps had been done when all workers last had the newest version of everything.
 
         """
         if step < self.warmup_sync_steps or self.is_fresh(worker, stage):

@@ -44,7 +44,7 @@ class WeightAverages:
 
     @contextmanager
     def explained(self, callback: Callback, step: int) -> Iterator[None]:
-        """Say why ranks have come apart, if they do so in an update of an average, whichever of them says so first."""
+        """Say why ranks disagree, if they do so in an update of an average, whichever of them says so first."""
         try:
             yield
         except (ValueError, PeerFailure) as error:

@@ -120,7 +120,7 @@ def mark_incomplete(checkpoint: dict[str, Any], filepath: object) -> None:
 
 
 def load(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: int) -> CyclicResume:
-    """Put this rank's own state into a checkpoint that was read; return what the run takes up from it."""
+    """Put this rank's own state into a checkpoint that was read; return what the run goes on from."""
     saved: dict[str, Any] = checkpoint.get(KEY, {})
     reason = None
     if saved.get("incomplete"):
@@ -139,7 +139,7 @@ def load(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: in
     if reason is not None:
         optimizer = "its optimizer state" if checkpoint.get("optimizer_states") else "no optimizer state, having none,"
         rank_zero_warn(
-            f"{WHERE}: `ckpt_path`={str(filepath)!r} is taken up with its weights, {optimizer} and its place "
+            f"{WHERE}: `ckpt_path`={str(filepath)!r} is restored with its weights, {optimizer} and its place "
             f"in the schedule, but the run will not repeat the one that wrote it bit for bit: {reason}. The model "
             "is cut into stages anew."
         )

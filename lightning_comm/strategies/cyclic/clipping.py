@@ -1,4 +1,4 @@
-"""Which limits of the gradient hold under Cyclic Data Parallelism: the Trainer's, or the strategy's own."""
+"""Limits of the gradient under Cyclic Data Parallelism: the Trainer's, or the strategy's own."""
 
 import math
 from collections.abc import Iterator

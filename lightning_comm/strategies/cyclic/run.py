@@ -203,7 +203,7 @@ class CyclicRun:
         self._ends.wait(self._fit.listen)
 
     def compare_places(self, purpose: str) -> None:
-        """Compare where ranks are, before they meet in messages that do not tell; only where they may come apart."""
+        """Compare where ranks are, before they meet in messages that do not show it; only where they may disagree."""
         if self.active:
             self._ends.meet(purpose, self.steps_done, self._fit.listen)
 

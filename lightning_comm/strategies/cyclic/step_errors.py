@@ -60,7 +60,7 @@ def saved_within_step(step: int) -> RuntimeError:
     """Return the error of a save or a validation while what a forward has computed waits for its backward."""
     return RuntimeError(
         f"{WHERE}: in optimizer step {step} a checkpoint or a validation came between forward and backward, as in "
-        "`on_before_backward`. All ranks take up the newest parameters for it, and the backward needs those of the "
+        "`on_before_backward`. All ranks flush for it, to the newest parameters, and the backward needs those of the "
         "forward. Save in `on_train_batch_end`, when the step is done."
     )
 
