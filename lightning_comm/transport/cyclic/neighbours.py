@@ -43,7 +43,8 @@ class Neighbours:
         self._schedule, self._layouts, self._device = schedule, layouts, device
         self._rank = gradients.rank
         self._recorders: dict[TransferKind, Recorder] = {"gradient": gradients, "parameters": parameters}
-        # On gloo a sender waits until the receiver has asked, by a small message that waits behind bulk traffic: so what a step will bring is asked for at once.
+        # On gloo a sender waits until the receiver has asked, by a small message that waits behind bulk traffic: so
+        # what a step will bring is asked for at once.
         self._ask_at_once = in_any_order
         self._through_host = in_any_order and device.type != "cpu"
         urgent_first = in_any_order and schedule.sends_urgent_first

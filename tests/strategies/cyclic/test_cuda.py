@@ -108,6 +108,6 @@ def test_a_fit_on_a_device_is_that_of_the_host_and_backward_never_waits(world_si
         # of the ring, compute waits for notes: after a step for those of two steps before, and at each flush for two
         ring = Counter(each.where.split(":")[0].split("/")[-1] for each in waits if each.thread == "MainThread")
         assert ring["messages.py"] == (STEPS - 2) + 2 * STEPS // VALIDATED_EVERY
-        assert ring["cyclic.py"] == 1
+        assert ring["ring.py"] == 1
         lanes = [each for each in waits if each.thread.startswith("lightning_comm")]
         assert (lanes == []) == nccl  # what goes through the host is waited for by lanes, and nothing else is

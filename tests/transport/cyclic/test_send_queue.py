@@ -23,13 +23,13 @@ class ByHand:
         self.rank, self.expected = rank, []
 
     def receive(self, number, source, *, tag):
-        assert source == 1, "acknowledgements are of the next rank"
+        assert source == self.rank + 1, "acknowledgements are of the next rank"
         arrived = threading.Event()
         self.expected.append((number, arrived))
         return arrived
 
     def wait_for(self, arrived, source):
-        assert source == 1
+        assert source == self.rank + 1
         arrived.wait()  # in a daemon thread
 
 
@@ -38,8 +38,8 @@ class Sent:
         pass
 
 
-def _link(schedule):
-    recorder, sent = ByHand(), []
+def _link(schedule, rank=0):
+    recorder, sent = ByHand(rank), []
     link = UrgentFirst(schedule, recorder, tag=0)
     link.begin_step()
     threading.Thread(target=link.handle_acknowledgements, args=(0,), daemon=True).start()
@@ -58,11 +58,11 @@ def _link(schedule):
         arrived.set()
         assert departure._arrived.wait(10)
 
-    return send, acknowledge, sent
+    return send, acknowledge, sent, link
 
 
 def test_two_large_messages_go_at_once_and_then_the_most_urgent():
-    send, acknowledge, sent = _link(CyclicSchedule(workers=4, stages=12, rule="v1"))
+    send, acknowledge, sent, _ = _link(CyclicSchedule(workers=4, stages=12, rule="v1"))
     first = send("gradient", 1, 0)
     for stage in (2, 9, 7, 5, 8):
         send("gradient", stage, 0)
@@ -74,7 +74,7 @@ def test_two_large_messages_go_at_once_and_then_the_most_urgent():
 
 
 def test_small_messages_do_not_wait():
-    send, _, sent = _link(CyclicSchedule(workers=4, stages=12))
+    send, _, sent, _ = _link(CyclicSchedule(workers=4, stages=12))
     for stage in reversed(range(6)):
         send("gradient", stage, 0, message_bytes=1000)
     assert len(sent) == 6
@@ -82,7 +82,7 @@ def test_small_messages_do_not_wait():
 
 def test_what_is_more_urgent_than_all_on_the_way_passes():
     """Otherwise two messages to a rank that does not take them yet could hold up the one for which it waits itself."""
-    send, _, sent = _link(CyclicSchedule(workers=4, stages=12))
+    send, _, sent, _ = _link(CyclicSchedule(workers=4, stages=12))
     for stage in (3, 4, 5):
         send("gradient", stage, 1)
     assert len(sent) == 2
@@ -90,6 +90,21 @@ def test_what_is_more_urgent_than_all_on_the_way_passes():
     assert sent[2:] == [("parameters", 11, 0)]
     send("gradient", 6, 1)
     assert len(sent) == 3
+
+
+def test_what_is_sent_behind_a_flush_waits_for_all_from_before_it():
+    """A rank that waits for the newest version at a flush asks for nothing of the next step."""
+    schedule = CyclicSchedule(workers=4, stages=12)
+    assert schedule.urgency(1, "gradient", 11, 1) < schedule.urgency(1, "parameters", 0, 0)  # without the flush
+    send, acknowledge, sent, link = _link(schedule, rank=1)
+    first = send("parameters", 9, 0)
+    send("parameters", 10, 0)
+    send("parameters", 0, 0)
+    link.flushed_at = 1
+    send("gradient", 11, 1)
+    assert len(sent) == 2
+    acknowledge("parameters", 9, 0, first)
+    assert sent[2:] == [("parameters", 0, 0)]
 
 
 def _between_ranks(rank, world_size):
