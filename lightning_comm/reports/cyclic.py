@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lightning_comm.core.cyclic.schedule import CyclicSchedule, Message
+from lightning_comm.core.cyclic.schedule import CyclicSchedule, Transfer
 from lightning_comm.reports.svg import cannot_draw, new_figure, to_svg
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def schedule_figure(schedule: CyclicSchedule, slots: int | None = None, *, messa
         for slot in range(count):
             _cell(axes, schedule, worker, slot, font)
     if messages:
-        for message in schedule.messages(0):
+        for message in schedule.transfers(0):
             _arrow(axes, schedule, message, count)
     axes.set_xlim(0, count)
     axes.set_ylim(schedule.workers - 0.5, -0.5)
@@ -75,7 +75,7 @@ def _cell(axes: "Axes", schedule: CyclicSchedule, worker: int, slot: int, font: 
         line.set_gid(f"stale-{name}")
 
 
-def _arrow(axes: "Axes", schedule: CyclicSchedule, message: Message, count: int) -> None:
+def _arrow(axes: "Axes", schedule: CyclicSchedule, message: Transfer, count: int) -> None:
     begin, end = _times(schedule, message)
     if end > count:
         return
@@ -95,7 +95,7 @@ def _arrow(axes: "Axes", schedule: CyclicSchedule, message: Message, count: int)
     )
 
 
-def _times(schedule: CyclicSchedule, message: Message) -> tuple[int, int]:
+def _times(schedule: CyclicSchedule, message: Transfer) -> tuple[int, int]:
     """Return from when to when a message may travel."""
     path, hop = schedule.path(message.stage), schedule.delay_slots
     ends = [

@@ -36,7 +36,7 @@ def test_the_figure_holds_each_turn_once_and_strikes_those_that_are_one_update_o
 
 def test_messages_of_the_first_step_are_drawn_on_request_and_only_within_the_figure():
     schedule = CyclicSchedule(3, 3)
-    wanted = {f"{m.kind}-{m.source}-{m.target}-stage-{m.stage}" for m in schedule.messages(0)}
+    wanted = {f"{m.kind}-{m.source}-{m.target}-stage-{m.stage}" for m in schedule.transfers(0)}
     assert wanted <= names(schedule_figure(schedule, slots=30, messages=True))
     assert not wanted & names(schedule_figure(schedule, slots=30))
     assert not wanted & names(schedule_figure(schedule, slots=4, messages=True))
@@ -50,7 +50,7 @@ def test_a_sum_travels_after_the_backwards_it_holds_and_parameters_are_there_whe
         for slot in range(12 * stages):
             if (turn := schedule.turn(worker, slot)) is not None:
                 begins[worker, turn.stage, turn.step, turn.forward] = slot
-    for message in schedule.messages(1):
+    for message in schedule.transfers(1):
         leaves, arrives = cyclic_report._times(schedule, message)
         assert leaves <= arrives
         if message.kind == "gradient":

@@ -1,4 +1,4 @@
-"""How a model's modules, in the order in which they run, are grouped into the stages of Cyclic Data Parallelism."""
+"""Cuts of a model, whose modules run in some order, into the stages of Cyclic Data Parallelism."""
 
 import math
 from collections.abc import Sequence

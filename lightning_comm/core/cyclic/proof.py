@@ -1,8 +1,14 @@
-"""A proof, for given numbers of workers and stages, that a cyclic schedule can be carried out.
+"""A proof, for given numbers of workers and stages, that a cyclic schedule can be carried out in order.
 
 A worker has three threads of control. One computes. One handles the sums of gradients, one the new versions of the
 parameters, each a stage after the other in a fixed order; messages between two workers are received in the order in
 which they were sent. Every event waits for others, and as long as these waits have no cycle, no worker waits for ever.
+That is how the ring works on NCCL. :mod:`lightning_comm.core.cyclic.link_proof` is about gloo, where each stage has
+threads of its own and what waits for a link is sent in the order of urgency, through a window.
+
+**Send windows.** Here a send waits until its receiver asks for that very message. A channel that takes in ``w``
+messages, and lets the next one wait until the receiver has taken one, waits for less: message ``k`` for the taking of
+message ``k - w``, and the receiver takes that before it asks for ``k``. So what is proven holds for every ``w >= 1``.
 """
 
 import graphlib
@@ -11,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lightning_comm.core.cyclic.schedule import MESSAGE_KINDS, CyclicSchedule, Message, MessageKind
+from lightning_comm.core.cyclic.schedule import TRANSFER_KINDS, CyclicSchedule, Transfer, TransferKind
 from lightning_comm.core.cyclic.stagger import token_boundary
 
 
@@ -39,14 +45,14 @@ class ScheduleProof:
 
     Args:
         events: How many events were put in order.
-        messages: How many messages were matched.
+        transfers: How many were matched.
         critical_path_slots: The longest chain of stage passes of which each waits for the one before it: how many slots
             the steps take where messages and updates take no time.
 
     """
 
     events: int
-    messages: int
+    transfers: int
     critical_path_slots: int
 
 
@@ -56,24 +62,29 @@ def check_schedule(
     flush_after: Collection[int] = (),
     *,
     stagger: bool = False,
+    asked_late: bool = False,
     forward_share: float = 1 / 3,
-    messages: Callable[[int], Iterable[Message]] | None = None,
+    transfers: Callable[[int], Iterable[Transfer]] | None = None,
     order: Callable[[int], Sequence[int]] | None = None,
 ) -> ScheduleProof:
     """Prove that the steps of a schedule can be carried out, or say what stands against it.
 
-    Checked are: the messages sent, those received and the table of messages are the same, in the same order at both
+    It is carried out in order, as NCCL does it; :func:`~lightning_comm.core.cyclic.link_proof.check_links` is for gloo.
+    Checked are: the transfers sent, those received and the table of transfers are the same, in the same order at both
     ends; every version is there before it is read, and none is older than the rule allows; no wait leads back to
-    itself, even if a send waits until its receiver is there; each sum holds every worker's gradient once.
+    itself, even if a send waits until its receiver asks for it, so whatever the send window; each sum holds every
+    worker's gradient once.
 
     Args:
         schedule: The rules.
         steps: How many steps. The waits of a step reach back by two steps at most, so that 4 show all there are.
-        flush_after: After how many steps all workers meet and take up the newest version of everything.
+        flush_after: After how many steps all workers meet and use the newest version of everything.
         stagger: Whether a worker begins a step only after the one before it has come so far in it as
             :func:`~lightning_comm.core.cyclic.stagger.token_boundary` says, and the first one after the last.
+        asked_late: Whether a worker asks for a message only when its own gradient of the stage is there, or on its way,
+            as on NCCL, where a receive occupies the device.
         forward_share: For the stagger, the part of a step's time that its forward takes.
-        messages: The table of a step's messages, if not the schedule's own.
+        transfers: The table of a step, if not the schedule's own.
         order: The stages in the order in which a worker handles messages, if not the schedule's own.
 
     Raises:
@@ -85,7 +96,7 @@ def check_schedule(
 
     Example:
         >>> check_schedule(CyclicSchedule(workers=3, stages=6), steps=4)
-        ScheduleProof(events=600, messages=96, critical_path_slots=48)
+        ScheduleProof(events=600, transfers=96, critical_path_slots=48)
 
     """
     if steps < 1:
@@ -99,11 +110,11 @@ def check_schedule(
     token_after = token_boundary(schedule.workers, schedule.stages, forward_share) if stagger else None
     own_order = schedule.order()
     orders = [tuple(order(worker) if order else own_order) for worker in range(schedule.workers)]
-    case = _Case(schedule, steps, frozenset(flush_after), token_after, orders)
-    count = _match_messages(case, messages or schedule.messages)
+    case = _Case(schedule, steps, frozenset(flush_after), token_after, asked_late, orders)
+    count = _match_transfers(case, transfers or schedule.transfers)
     _check_versions(case)
     waits = _Waits(case).of_all()
-    slots = _put_in_order(waits)
+    slots = put_in_order(waits)
     _check_sums(case)
     return ScheduleProof(len(waits), count, slots)
 
@@ -114,6 +125,7 @@ class _Case:
     steps: int
     flush_after: frozenset[int]
     token_after: int | None
+    asked_late: bool
     orders: list[tuple[int, ...]]  # by worker
 
     def version(self, worker: int, stage: int, step: int) -> int:
@@ -130,27 +142,27 @@ class _Case:
                     yield worker, stage, step
 
 
-# ---- messages --------------------------------------------------------------------------------------------------------
+# ---- transfers -------------------------------------------------------------------------------------------------------
 
 
-def _match_messages(case: _Case, table: Callable[[int], Iterable[Message]]) -> int:
-    """Check that table, senders and receivers agree; return how many messages there are."""
+def _match_transfers(case: _Case, table: Callable[[int], Iterable[Transfer]]) -> int:
+    """Check that table, senders and receivers agree; return how many transfers there are."""
     schedule, count = case.schedule, 0
     for worker, order in enumerate(case.orders):
         if sorted(order) != list(range(schedule.stages)):
             raise ScheduleError(f"worker {worker} handles stages {order}; it must be each of {schedule.stages} once.")
     for step in range(case.steps):
         listed = Counter(table(step))
-        for kind in MESSAGE_KINDS:
+        for kind in TRANSFER_KINDS:
             for source in range(schedule.workers):
                 target = schedule.after(source)
                 sent = [
-                    Message(kind, source, target, stage, step)
+                    Transfer(kind, source, target, stage, step)
                     for stage in case.orders[source]
                     if schedule.sends(source, stage, kind)
                 ]
                 received = [
-                    Message(kind, source, target, stage, step)
+                    Transfer(kind, source, target, stage, step)
                     for stage in case.orders[target]
                     if schedule.receives(target, stage, kind)
                 ]
@@ -161,8 +173,8 @@ def _match_messages(case: _Case, table: Callable[[int], Iterable[Message]]) -> i
     return count
 
 
-def _match_channel(sent: list[Message], received: list[Message], listed: Counter[Message]) -> None:
-    """Compare both ends of a channel in one step, and take its messages off the list."""
+def _match_channel(sent: list[Transfer], received: list[Transfer], listed: Counter[Transfer]) -> None:
+    """Compare both ends of a channel in one step, and take its transfers off the list."""
     if lost := Counter(sent) - Counter(received):
         raise ScheduleError(f"{next(iter(lost))} is sent and never received.")
     if lost := Counter(received) - Counter(sent):
@@ -173,10 +185,10 @@ def _match_channel(sent: list[Message], received: list[Message], listed: Counter
                 f"{first} is sent where worker {first.target} waits for stage {second.stage}: both ends of a channel "
                 "must handle the stages in the same order."
             )
-    for message in sent:
-        if not listed[message]:
-            raise ScheduleError(f"{message} is sent, and is not in the table.")
-        listed[message] -= 1
+    for transfer in sent:
+        if not listed[transfer]:
+            raise ScheduleError(f"{transfer} is sent, and is not in the table.")
+        listed[transfer] -= 1
 
 
 # ---- versions --------------------------------------------------------------------------------------------------------
@@ -211,7 +223,7 @@ class _Waits:
     def of_all(self) -> dict[Event, list[Event]]:
         for worker in range(self.case.schedule.workers):
             self._compute(worker)
-            for kind in MESSAGE_KINDS:
+            for kind in TRANSFER_KINDS:
                 self._pass_on(worker, kind)
         everything = list(self.waits)
         for point in self.case.flush_after:
@@ -222,7 +234,7 @@ class _Waits:
         schedule, before = self.case.schedule, None
         for step in range(self.case.steps):
             for number in range(2 * schedule.stages):
-                event = _stage_pass(schedule, worker, step, number)
+                event = stage_pass(schedule, worker, step, number)
                 waits = [before] if before else []
                 if number == 0:
                     waits += self._begin(worker, step)
@@ -238,10 +250,10 @@ class _Waits:
         waits = [Event("flush", -1, -1, step - 1)] if step in self.case.flush_after else []
         if token_after is not None and (worker or step):
             giver = (worker - 1) % schedule.workers
-            waits.append(_stage_pass(schedule, giver, step if worker else step - 1, token_after - 1))
+            waits.append(stage_pass(schedule, giver, step if worker else step - 1, token_after - 1))
         return waits
 
-    def _pass_on(self, worker: int, kind: MessageKind) -> None:
+    def _pass_on(self, worker: int, kind: TransferKind) -> None:
         """The events of a thread that receives, adds or keeps, and sends on, a stage after the other."""
         schedule = self.case.schedule
         held = "gradient added" if kind == "gradient" else "parameters held"
@@ -252,6 +264,9 @@ class _Waits:
                     Event(what, worker, stage, step) for what in (f"{kind} awaited", held, f"{kind} sent")
                 )
                 self.waits[ready] = [before] if before else []
+                if self.case.asked_late and schedule.receives(worker, stage, kind):
+                    own = "backward" if kind == "gradient" else "gradient sent"
+                    self.waits[ready].append(Event(own, worker, stage, step))
                 self.waits[done] = [ready, *self._sources(worker, kind, stage, step)]
                 if schedule.receives(worker, stage, kind):
                     self.waits[done].append(done._replace(worker=(worker - 1) % schedule.workers))
@@ -260,7 +275,7 @@ class _Waits:
                     self.waits[sent].append(ready._replace(worker=schedule.after(worker)))
                 before = sent
 
-    def _sources(self, worker: int, kind: MessageKind, stage: int, step: int) -> list[Event]:
+    def _sources(self, worker: int, kind: TransferKind, stage: int, step: int) -> list[Event]:
         """Return what a worker itself contributes: its gradient, or the new version if it owns the stage."""
         if kind == "gradient":
             return [Event("backward", worker, stage, step)]
@@ -273,14 +288,14 @@ class _Waits:
         return [update]
 
 
-def _stage_pass(schedule: CyclicSchedule, worker: int, step: int, number: int) -> Event:
+def stage_pass(schedule: CyclicSchedule, worker: int, step: int, number: int) -> Event:
     """Return the event that is a worker's so-manieth pass of a step, from 0."""
     if number < schedule.stages:
         return Event("forward", worker, number, step)
     return Event("backward", worker, 2 * schedule.stages - 1 - number, step)
 
 
-def _put_in_order(waits: dict[Event, list[Event]]) -> int:
+def put_in_order(waits: dict[Event, list[Event]]) -> int:
     """Return the length of the longest chain of stage passes; raise if events wait in a circle."""
     ends: dict[Event, int] = {}
     try:

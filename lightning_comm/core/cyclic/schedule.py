@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Rule = Literal["v1", "v2"]
-MessageKind = Literal["gradient", "parameters"]
-MESSAGE_KINDS: tuple[MessageKind, ...] = ("gradient", "parameters")
+TransferKind = Literal["gradient", "parameters"]
+TRANSFER_KINDS: tuple[TransferKind, ...] = ("gradient", "parameters")
 RULES: tuple[Rule, ...] = ("v1", "v2")
 
 
@@ -26,8 +26,8 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
-    """One message between neighbours on the ring.
+class Transfer:
+    """One planned message between neighbours on the ring; `transport.cyclic.messages` has those that travel.
 
     Args:
         kind: ``"gradient"``: the sum of the gradients of a step so far; ``"parameters"``: a new version.
@@ -38,7 +38,7 @@ class Message:
 
     """
 
-    kind: MessageKind
+    kind: TransferKind
     source: int
     target: int
     stage: int
@@ -147,7 +147,7 @@ class CyclicSchedule:
             worker: Which.
             stage: Of which stage.
             step: The optimizer step, from 0.
-            flushed_at: How many steps had been done when all workers last took up the newest version of everything.
+            flushed_at: How many steps had been done when all workers last had the newest version of everything.
 
         """
         if step < self.warmup_sync_steps or self.is_fresh(worker, stage):
@@ -177,31 +177,31 @@ class CyclicSchedule:
         *others, owner = self.path(stage)
         return (owner, *others)
 
-    def sends(self, worker: int, stage: int, kind: MessageKind) -> bool:
+    def sends(self, worker: int, stage: int, kind: TransferKind) -> bool:
         """Whether a worker passes a stage's gradient, or its new version, on to the next one."""
         way = self.path(stage) if kind == "gradient" else self.way_back(stage)
         return worker != way[-1]
 
-    def receives(self, worker: int, stage: int, kind: MessageKind) -> bool:
+    def receives(self, worker: int, stage: int, kind: TransferKind) -> bool:
         """Whether a worker gets a stage's gradient, or its new version, from the one before it."""
         return self.sends((worker - 1) % self.workers, stage, kind)
 
     def order(self) -> tuple[int, ...]:
-        """Return the stages in the order in which every worker handles their messages: as backward finishes them."""
+        """Return the stages in the order in which every worker handles their transfers: as backward finishes them."""
         return tuple(reversed(range(self.stages)))
 
-    def messages(self, step: int) -> Iterator[Message]:
-        """Yield all messages of a step, a stage after the other along its path: gradients, then parameters."""
+    def transfers(self, step: int) -> Iterator[Transfer]:
+        """Yield all transfers of a step, a stage after the other along its path: gradients, then parameters."""
         for stage in self.order():
             for source, target in itertools.pairwise(self.path(stage)):
-                yield Message("gradient", source, target, stage, step)
+                yield Transfer("gradient", source, target, stage, step)
             for source, target in itertools.pairwise(self.way_back(stage)):
-                yield Message("parameters", source, target, stage, step)
+                yield Transfer("parameters", source, target, stage, step)
 
-    def needed_slot(self, source: int, kind: MessageKind, stage: int, step: int) -> int:
-        """Return the slot of the forward that needs a message first: where several wait for a link, it goes first.
+    def needed_slot(self, source: int, kind: TransferKind, stage: int, step: int) -> int:
+        """Return the slot of the forward that needs a transfer first: where several wait for a link, it goes first.
 
-        That is the earliest among the workers that the new version reaches through this message. It is never before
+        That is the earliest among the workers that the new version reaches through this transfer. It is never before
         step ``step + 1`` begins, so what a worker waits for in step ``step - 1`` or earlier is always more urgent.
 
         Args:
@@ -225,6 +225,36 @@ class CyclicSchedule:
             + stage
             for each in targets
         )
+
+    def urgency(self, source: int, kind: TransferKind, stage: int, step: int, flushed_at: int = 0) -> tuple[int, int]:
+        """Return what orders the transfers that wait for a link: the smaller goes first.
+
+        A worker that has not passed a flush asks for nothing of the steps behind it, so all from before it goes first.
+        While all workers use the newest version, or all the one before, none is behind another: slots count no delay.
+
+        Args:
+            source: The worker that sends it.
+            kind: What it holds.
+            stage: Of which stage.
+            step: The step whose gradient it is, or of which the new version is made.
+            flushed_at: As in :meth:`version`.
+
+        """
+        if step + 1 < self.warmup_sync_steps or self.lag == self.workers:
+            return flushed_at, (step + 1) * 2 * self.stages + stage
+        return flushed_at, self.needed_slot(source, kind, stage, step)
+
+    def number(self, kind: TransferKind, stage: int, step: int) -> int:
+        """Return a whole number that names a transfer among all that a worker sends."""
+        return 2 * (step * self.stages + stage) + (kind == "parameters")
+
+    @property
+    def sends_urgent_first(self) -> bool:
+        """Whether what waits for a link is put in order, where the backend allows it.
+
+        With two workers no quiet way is left for acknowledgements, and under ``"v1"`` nothing is urgent.
+        """
+        return self.workers > 2 and self.rule == "v2"
 
     def sent_bytes(self, worker: int, stage_bytes: list[int]) -> int:
         """Return the payload that a worker sends in a step: gradients of a step, and the versions made of them.

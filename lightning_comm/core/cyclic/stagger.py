@@ -1,4 +1,4 @@
-"""When a worker lets the next one begin, so that the workers stay apart by an equal part of a batch."""
+"""The point of a batch at which a worker lets the next one begin, so that workers follow each other evenly."""
 
 import math
 

@@ -29,7 +29,7 @@ class DelayedRun:
 
     Args:
         losses: For each optimizer step the losses of the workers, each at the parameters that this worker used.
-        flushes: After how many steps all workers took up the newest version of everything; the last is the end.
+        flushes: After how many steps all workers had the newest version of everything; the last is the end.
         left_over: How many micro-batches at the end were too few for a step, and not used.
 
     """
@@ -49,7 +49,7 @@ class DelayedRun:
         return [sum(step) / len(step) for step in self.losses]
 
 
-def simulate_delay(  # noqa: PLR0913  (one flat list: the words of the strategy, and those of any training loop)
+def simulate_delay(  # noqa: PLR0913  (one flat list: the arguments of the strategy, and those of any training loop)
     network: nn.Module,
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
@@ -87,7 +87,7 @@ def simulate_delay(  # noqa: PLR0913  (one flat list: the words of the strategy,
             A warm-up as long as the run is plain data parallelism.
         lag: So many workers later the newest parameters count as fresh.
         warmup_sync_steps: So many steps at first all use the newest parameters.
-        flush_after: After these numbers of steps all workers take up the newest parameters, as the strategy does
+        flush_after: After these numbers of steps all workers use the newest parameters, as the strategy does
             before a validation or a checkpoint. A trajectory depends on them.
         scheduler: A learning-rate scheduler of torch, stepped after each optimizer step.
         on_step: Called after each optimizer step with the number of steps done. The network then holds the newest
@@ -247,7 +247,7 @@ class _Simulation:
             losses.append(value)
             gradients.append(gradient)
         for stage in range(self._schedule.stages):
-            self._take_up(stage, step)
+            self._use(stage, step)
         settings = settings_of(self._optimizer)
         for stage in self._schedule.order():
             path = self._schedule.path(stage) if self.in_ring_order else range(self._schedule.workers)
@@ -263,7 +263,7 @@ class _Simulation:
     ) -> tuple[Tensor, list[list[Tensor | None]]]:
         """Compute a worker's gradient, by stage, at the parameters and with the buffers that it has."""
         for stage in range(self._schedule.stages):
-            self._take_up(stage, self._schedule.version(worker, stage, step, self._flushed_at))
+            self._use(stage, self._schedule.version(worker, stage, step, self._flushed_at))
         _write(self._live, self._buffers[worker])
         value = loss(self._network, micro_batch)
         value.backward()  # type: ignore[no-untyped-call]
@@ -273,7 +273,7 @@ class _Simulation:
             parameter.grad = None
         return value.detach(), gradients
 
-    def _take_up(self, stage: int, version: int) -> None:
+    def _use(self, stage: int, version: int) -> None:
         begin, end = self._places[stage : stage + 2]
         _write(self._parameters[stage], self._versions[version][begin:end])
 

@@ -26,8 +26,8 @@ class _Passed:
 
 
 @dataclass
-class _Lane:
-    """One worker's micro-batch on its way."""
+class _InFlight:
+    """A worker's micro-batch between its first forward and its last backward."""
 
     micro_batch: Any = None
     loss: Loss | None = None
@@ -125,7 +125,7 @@ class CyclicEngine:
         self._order = order
         # the newest version shares its memory with the parameters; an update moves these to a copy first
         self._versions: list[dict[int, dict[str, Tensor]]] = [{0: _leaves(named)} for named in self._named]
-        self._lanes = [_Lane() for _ in range(self.workers)]
+        self._in_flight = [_InFlight() for _ in range(self.workers)]
         self._arrived: list[list[list[Tensor | None]]] = [[] for _ in self._stages]
         self._losses: dict[int, list[Tensor]] = {}
         self._settings: list[dict[str, Any]] = []  # of the optimizer's groups, for the step whose update has begun
@@ -229,40 +229,40 @@ class CyclicEngine:
                         continue
                     if turn.stage == 0:
                         micro_batch, loss = waiting.pop(worker)
-                        self._lanes[worker] = _Lane(micro_batch, loss, _first(micro_batch))
+                        self._in_flight[worker] = _InFlight(micro_batch, loss, _first(micro_batch))
                     self._forward(worker, turn)
         self._slot += count
         return ended
 
     def _forward(self, worker: int, turn: Turn) -> None:
-        lane, stage = self._lanes[worker], turn.stage
+        in_flight, stage = self._in_flight[worker], turn.stage
         step = self._filled_at + turn.step
         version = self.schedule.version(worker, stage, step, self._flushed_at)
         assert version in self._versions[stage], (
             f"worker {worker} needs version {version} of stage {stage}; there are {sorted(self._versions[stage])}"
         )
         leaves = self._versions[stage][version]
-        into = _cut(lane.value, needs_gradient=stage > 0)
-        argument = into if isinstance(lane.value, tuple) else into[0]
+        into = _cut(in_flight.value, needs_gradient=stage > 0)
+        argument = into if isinstance(in_flight.value, tuple) else into[0]
         swapped = {place: leaves[name] for place, name in self._places[stage].items()}
         value = torch.func.functional_call(self._stages[stage], swapped, (argument,), tie_weights=False)
         if stage == len(self._stages) - 1:
-            assert lane.loss is not None
-            value = lane.loss(value, lane.micro_batch)
-            lane.gradients = (torch.ones_like(value),)
+            assert in_flight.loss is not None
+            value = in_flight.loss(value, in_flight.micro_batch)
+            in_flight.gradients = (torch.ones_like(value),)
             self._losses.setdefault(step, []).append(value.detach())
-        lane.value = value
-        lane.passed[stage] = _Passed(into, value if isinstance(value, tuple) else (value,), leaves)
+        in_flight.value = value
+        in_flight.passed[stage] = _Passed(into, value if isinstance(value, tuple) else (value,), leaves)
         if stage == len(self._stages) - 1:
-            lane.value = ()
+            in_flight.value = ()
 
     def _backward(self, worker: int, turn: Turn) -> list[tuple[float, ...]]:
-        lane, stage = self._lanes[worker], turn.stage
-        passed = lane.passed.pop(stage)
+        in_flight, stage = self._in_flight[worker], turn.stage
+        passed = in_flight.passed.pop(stage)
         inputs = [each for each in passed.into if each.requires_grad]
         roots = [
             (out, gradient)
-            for out, gradient in zip(passed.out, lane.gradients, strict=True)
+            for out, gradient in zip(passed.out, in_flight.gradients, strict=True)
             if out.requires_grad and gradient is not None
         ]
         wanted = [*inputs, *passed.leaves.values()]
@@ -271,7 +271,7 @@ class CyclicEngine:
             outs, gradients = zip(*roots, strict=True)
             found = torch.autograd.grad(outs, wanted, gradients, allow_unused=True)
         below = iter(found[: len(inputs)])
-        lane.gradients = tuple(next(below) if each.requires_grad else None for each in passed.into)
+        in_flight.gradients = tuple(next(below) if each.requires_grad else None for each in passed.into)
         self._arrived[stage].append(list(found[len(inputs) :]))
         if worker < self.workers - 1:
             return []

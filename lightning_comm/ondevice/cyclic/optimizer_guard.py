@@ -1,4 +1,4 @@
-"""What is changed on an optimizer between two steps, and does not reach the stages' own copies of it."""
+"""Changes of an optimizer between two steps that do not reach the stages' own copies of it."""
 
 from collections import defaultdict
 from typing import Any

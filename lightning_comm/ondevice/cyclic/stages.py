@@ -1,4 +1,4 @@
-"""Where a model is cut into stages: modules in the order in which they run, with how much work each is."""
+"""Stages of a model: modules in the order in which they run, cut by how much work each is."""
 
 import sys
 from collections import defaultdict

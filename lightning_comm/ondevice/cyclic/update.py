@@ -1,4 +1,4 @@
-"""What all forms of Cyclic Data Parallelism on one device share: stages of names, and the update of one stage."""
+"""Stages of names and the update of one stage, which all forms of Cyclic Data Parallelism share."""
 
 import inspect
 import math

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_comm.strategies.cyclic.refusals import WHERE
+from lightning_comm.strategies.cyclic.settings import WHERE
 from lightning_comm.transport.epoch_ends import is_of_other_calls
 from lightning_comm.transport.stop_protocol import PeerFailure
 
@@ -44,7 +44,7 @@ class WeightAverages:
 
     @contextmanager
     def explained(self, callback: Callback, step: int) -> Iterator[None]:
-        """Say why ranks have come apart, if they do so in an update of an average, whichever of them says so first."""
+        """Say why ranks disagree, if they do so in an update of an average, whichever of them says so first."""
         try:
             yield
         except (ValueError, PeerFailure) as error:

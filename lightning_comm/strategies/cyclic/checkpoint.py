@@ -24,8 +24,8 @@ from lightning_comm.strategies.checkpoints.entry import Save
 from lightning_comm.strategies.checkpoints.strategy_entry import StrategyEntry
 from lightning_comm.strategies.common.checks import leave_out_other_model
 from lightning_comm.strategies.common.support import RunSupport
-from lightning_comm.strategies.cyclic.refusals import WHERE
 from lightning_comm.strategies.cyclic.run import CyclicRun
+from lightning_comm.strategies.cyclic.settings import WHERE
 from lightning_comm.transport.plain_data import NotPlainError, gather_states, pack
 
 ENTRY = StrategyEntry("lightning_comm.cyclic", version=1)
@@ -179,7 +179,7 @@ def mark_incomplete(checkpoint: dict[str, Any], filepath: object) -> None:
 
 
 def load_own(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: int) -> CyclicResume:
-    """Put this rank's own state into a checkpoint that was read; return what the run takes up from it."""
+    """Put this rank's own state into a checkpoint that was read; return what the run goes on from."""
     saved = ENTRY.of(checkpoint) or {}
     if saved.get("incomplete"):
         rank_zero_warn(
@@ -192,7 +192,7 @@ def load_own(checkpoint: dict[str, Any], filepath: object, rank: int, world_size
     if reason is not None:
         optimizer = "its optimizer state" if checkpoint.get("optimizer_states") else "no optimizer state, having none,"
         rank_zero_warn(
-            f"{WHERE}: `ckpt_path`={str(filepath)!r} is taken up with its weights, {optimizer} and its place "
+            f"{WHERE}: `ckpt_path`={str(filepath)!r} is restored with its weights, {optimizer} and its place "
             f"in the schedule, but the run will not repeat the one that wrote it bit for bit: {reason}. The model "
             "is cut into stages anew."
         )

@@ -1,4 +1,4 @@
-"""Which limits of the gradient hold under Cyclic Data Parallelism: the Trainer's, or the strategy's own."""
+"""Limits of the gradient under Cyclic Data Parallelism: the Trainer's, or the strategy's own."""
 
 import math
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_comm.errors import refuse
 from lightning_comm.ondevice.cyclic.update import Clipping
-from lightning_comm.strategies.cyclic.refusals import WHERE, CyclicSettings
+from lightning_comm.strategies.cyclic.settings import WHERE, CyclicSettings
 
 
 def clipping_of(settings: CyclicSettings, trainer: Trainer, module: LightningModule, *, changed: bool) -> Clipping:

@@ -1,11 +1,14 @@
-"""Where the model of a run is cut into stages, the same on all ranks."""
+"""The cut of a model into stages, by its first forward and the same on all ranks."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch.nn import Parameter
+
 from lightning_comm.core.cyclic.cuts import default_stages
-from lightning_comm.ondevice.cyclic.stages import Stage, Unit, cut, cut_at
-from lightning_comm.strategies.cyclic.refusals import WHERE, CyclicSettings
+from lightning_comm.ondevice.cyclic.stages import ForwardTrace, Stage, Unit, cut, cut_at
+from lightning_comm.strategies.cyclic.fit import Fit
+from lightning_comm.strategies.cyclic.settings import WHERE, CyclicSettings
 
 
 def agreed_stages(
@@ -53,3 +56,41 @@ def _stages(units: Sequence[Unit], settings: CyclicSettings, workers: int) -> li
             f"number of ranks, {workers}, that is not above {len(units)}."
         )
     return cut(units, count)
+
+
+class ModelCutter:
+    """Watches the first forward of a run, by which the model is cut.
+
+    Args:
+        fit: What all parts of the run share.
+        broadcast: Gives all ranks an object of rank 0's.
+
+    """
+
+    def __init__(self, fit: Fit, broadcast: Callable[[Any], Any]) -> None:
+        self._fit = fit
+        self._broadcast = broadcast
+        self._trace: ForwardTrace | None = None
+
+    def watch(self, trained: Sequence[Parameter]) -> None:
+        """Trace the forward that begins now, whose modules callbacks may have called before, in another order.
+
+        Args:
+            trained: The parameters that are to be cut into stages.
+
+        """
+        self.close()  # of a forward without a backward, whose error the module may have caught
+        self._trace = ForwardTrace(self._fit.module, trained)
+
+    def stages(self) -> list[Stage] | None:
+        """Return the stages of the forward that was traced, the same on all ranks; ``None`` if none was."""
+        if self._trace is None:
+            return None
+        trace, self._trace = self._trace, None
+        recorder = self._fit.recorder
+        return agreed_stages(trace.units(), self._fit.settings, recorder.rank, recorder.world_size, self._broadcast)
+
+    def close(self) -> None:
+        """Take the hooks of a trace away."""
+        if self._trace is not None:
+            self._trace.units()

@@ -14,8 +14,8 @@ from lightning_comm.strategies.common.hooks import FitHooks
 from lightning_comm.strategies.common.interruptions import Interruptions
 from lightning_comm.strategies.common.unregistered import UnregisteredState
 from lightning_comm.strategies.cyclic.averages import WeightAverages
-from lightning_comm.strategies.cyclic.refusals import WHERE
 from lightning_comm.strategies.cyclic.run import RUN_END, CyclicRun
+from lightning_comm.strategies.cyclic.settings import WHERE
 
 
 class CyclicHooks:

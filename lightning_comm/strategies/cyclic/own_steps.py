@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_comm.ondevice.content import content, differ
-from lightning_comm.strategies.cyclic.refusals import WHERE
+from lightning_comm.strategies.cyclic.settings import WHERE
 
 
 class OwnSteps:

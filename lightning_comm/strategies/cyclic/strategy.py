@@ -28,7 +28,7 @@ from lightning_comm.strategies.checkpoints.whole_files import with_default
 from lightning_comm.strategies.common.hooks import is_accompanied
 from lightning_comm.strategies.common.launching import LaunchingArguments, launching_arguments
 from lightning_comm.strategies.common.support import RunSupport, restore_random_state
-from lightning_comm.strategies.cyclic import clipping, refusals
+from lightning_comm.strategies.cyclic import clipping, refusals, step_errors
 from lightning_comm.strategies.cyclic.checkpoint import (
     CyclicResume,
     gathered_state,
@@ -37,8 +37,8 @@ from lightning_comm.strategies.cyclic.checkpoint import (
     write_together,
 )
 from lightning_comm.strategies.cyclic.hooks import CyclicHooks
-from lightning_comm.strategies.cyclic.refusals import WHERE, CyclicSettings
 from lightning_comm.strategies.cyclic.run import CyclicRun
+from lightning_comm.strategies.cyclic.settings import WHERE, CyclicSettings, checked, rank_problems
 from lightning_comm.transport.backends import backend_of
 from lightning_comm.transport.cyclic.requests import Requests
 from lightning_comm.transport.plain_data import broadcast_json
@@ -125,9 +125,7 @@ class CyclicStrategy(DDPStrategy):
         **launching: Unpack[LaunchingArguments],
     ) -> None:
         super().__init__(**launching_arguments(WHERE, launching))
-        self.settings = refusals.checked(
-            CyclicSettings(rule, lag, warmup_sync_steps, stages, stagger, clip_norm, clip_by)
-        )
+        self.settings = checked(CyclicSettings(rule, lag, warmup_sync_steps, stages, stagger, clip_norm, clip_by))
         self._support = RunSupport(self, WHERE)
         self._forget_fit()
 
@@ -189,7 +187,7 @@ class CyclicStrategy(DDPStrategy):
             return
         assert module is not None
         with support.set_up.refusals() as found:
-            found.add(refusals.rank_problems(self.settings, self.world_size))
+            found.add(rank_problems(self.settings, self.world_size))
             device = self.root_device
             found.add(refusals.backend_problems(backend_of(device), device.type, self.world_size, os.environ))
             found.add(refusals.trainer_problems(trainer, self._layer_sync is not None))
@@ -264,21 +262,21 @@ class CyclicStrategy(DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._run is None:
             return super().training_step(*args, **kwargs)
-        self._run.begin_forward()
+        self._run.steps.begin_forward()
         try:
             return super().training_step(*args, **kwargs)
         except Exception as error:
-            if self._run.active and refusals.is_of_whole_graph(error):
-                raise refusals.compiled_whole_graph(error) from error
+            if self._run.active and step_errors.is_of_whole_graph(error):
+                raise step_errors.compiled_whole_graph(error) from error
             raise
         finally:
-            self._run.end_forward()
+            self._run.steps.end_forward()
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
         super().pre_backward(closure_loss)
         if self._run is not None:
-            self._run.begin_backward(closure_loss)
+            self._run.steps.begin_backward(closure_loss)
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -286,14 +284,14 @@ class CyclicStrategy(DDPStrategy):
             return super().backward(closure_loss, *args, **kwargs)
         except RuntimeError as error:
             if self._run is not None and self._run.active and "modified by an inplace operation" in str(error):
-                raise refusals.used_before_its_module(error) from error
+                raise step_errors.used_before_its_module(error) from error
             raise
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
         if self._run is not None:
-            self._run.end_backward()
+            self._run.steps.end_backward()
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
@@ -303,17 +301,17 @@ class CyclicStrategy(DDPStrategy):
         at_once = is_own_closure(closure)
         if not at_once and run.active and not self._warned_of_gradients and self.lightning_module is not None:
             self._warned_of_gradients = True
-            refusals.warn_of_own_gradients(self.lightning_module)
-        run.step_is_due(getattr(optimizer, "_optimizer", optimizer), at_once=at_once)
+            step_errors.warn_of_own_gradients(self.lightning_module)
+        run.steps.step_is_due(getattr(optimizer, "_optimizer", optimizer), at_once=at_once)
         # the closure hands all gradients over, so that the optimizer itself finds nothing to step on
-        closure = refusals.once(run.complete(closure), optimizer)
+        closure = step_errors.once(run.steps.complete(closure), optimizer)
         try:
             with self._first_steps.watch(optimizer):
                 output = super().optimizer_step(optimizer, closure, model, **kwargs)
         except BaseException:
-            run.step_failed()
+            run.steps.step_failed()
             raise
-        run.count_step()
+        run.steps.count_step()
         return output
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------

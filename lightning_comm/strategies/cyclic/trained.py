@@ -1,4 +1,4 @@
-"""Whether the stages are still those of the parameters that are trained, and the error where they are not."""
+"""The parameters that are trained: whether the stages are still theirs, and the error where they are not."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from lightning_comm.ondevice.cyclic.stages import Stage
-from lightning_comm.strategies.cyclic import refusals as cyclic_checks
+from lightning_comm.strategies.cyclic import step_errors
 
 
 def names_of(module: nn.Module, trained: Sequence[Parameter]) -> list[str]:
@@ -31,14 +31,14 @@ def check(stages: Sequence[Stage], module: nn.Module, trained: Sequence[Paramete
         raise others(stages, module, trained, step)
     live = {id(each) for each in module.parameters()}
     if old := [f"number {number} of the optimizer" for number, each in enumerate(trained) if id(each) not in live]:
-        raise cyclic_checks.replaced_parameters(step, old)
+        raise step_errors.replaced_parameters(step, old)
 
 
 def others(stages: Sequence[Stage], module: nn.Module, trained: Sequence[Parameter], step: int) -> RuntimeError:
     """Return the error of parameters that began, or ceased, to be trained since the model was cut."""
     before, now = [name for stage in stages for name in stage.parameters], names_of(module, trained)
     frozen, new = [each for each in before if each not in now], [each for each in now if each not in before]
-    return cyclic_checks.other_parameters(step, len(before), len(trained), frozen, new)
+    return step_errors.other_parameters(step, len(before), len(trained), frozen, new)
 
 
 def without_gradient(parameters: Mapping[str, Parameter], module: nn.Module, step: int) -> RuntimeError | None:
@@ -46,7 +46,7 @@ def without_gradient(parameters: Mapping[str, Parameter], module: nn.Module, ste
     without = {name: each for name, each in parameters.items() if each.grad is None}
     live = {id(each) for each in module.parameters()}
     if replaced := [name for name, each in without.items() if id(each) not in live]:
-        return cyclic_checks.replaced_parameters(step, replaced)
+        return step_errors.replaced_parameters(step, replaced)
     if all(each.requires_grad for each in without.values()):
-        return cyclic_checks.without_gradient(step, list(without))
+        return step_errors.without_gradient(step, list(without))
     return None

@@ -1,4 +1,4 @@
-"""Buffers of ranks that run apart become equal again."""
+"""Average of buffers, which differ between ranks until all meet."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""What travels on the ring of Cyclic Data Parallelism: the tensors of a stage, and notes, in one piece of memory.
+"""Messages on the ring of Cyclic Data Parallelism: the tensors of a stage, and notes, in one piece of memory.
 
 Gloo has no sending and receiving of CUDA memory. There a message has a second piece of memory, pinned on the host, that
 is sent and received in its place, and the lanes copy between the two (:meth:`Message.to_wire`, :meth:`from_wire`).
@@ -16,7 +16,7 @@ NOTES_BYTES = 8 * NOTES
 
 
 class Mark:
-    """A point in the work of a device, which work elsewhere on it can be told to follow; nothing on a processor.
+    """A point in the work of a device, which work elsewhere on it can be made to follow; nothing on a processor.
 
     Args:
         device: Which; the point is set in the stream that this thread has there.
@@ -50,8 +50,7 @@ class Mark:
 class Departure:
     """A message that leaves when its turn comes; :meth:`wait` blocks until it has arrived."""
 
-    def __init__(self, urgency: int, message_bytes: int, send: Callable[[], dist.Work]) -> None:
-        self.urgency, self.message_bytes = urgency, message_bytes
+    def __init__(self, send: Callable[[], dist.Work]) -> None:
         self._send, self._arrived = send, threading.Event()
         self._work: dist.Work | None = None
 

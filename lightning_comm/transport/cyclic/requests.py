@@ -1,4 +1,4 @@
-"""How ranks agree on a stop, or a save, under Cyclic Data Parallelism: requests travel with the gradients."""
+"""Requests of ranks for a stop, or a save, under Cyclic Data Parallelism: they travel with the gradients."""
 
 from typing import get_args
 

@@ -6,14 +6,15 @@ Every rank has *lanes*, threads beside the one that computes, so that nothing of
   rank before, and passes it on; at the stage's owner it updates the stage. Divided before it is added, as under DDP, so
   that gradients near the limit of their type have a mean;
 - a parameter lane takes the stage's new version from the rank before, or from its own update, passes it on, and keeps
-  it until compute takes it up.
+  it until compute uses it.
 
 On gloo each stage has two lanes of its own, and messages are told apart by tags: a stage whose gradient is late holds
 no other one up, and under rule v2 what is needed first is sent first (see
 :mod:`~lightning_comm.transport.cyclic.send_queue`); both count on a link that is always busy. Memory of a CUDA device
 goes through the host there: lanes wait for the copies, and compute for nothing. NCCL carries out what it is asked for
 in order, so there one lane for gradients and one for parameters handle all stages in the order in which backward
-finishes them, the same on all ranks. :mod:`lightning_comm.core.cyclic.proof` shows that nobody waits in a circle.
+finishes them, the same on all ranks. :mod:`lightning_comm.core.cyclic.link_proof` shows for the one and
+:mod:`lightning_comm.core.cyclic.proof` for the other that nobody waits in a circle, whatever the send window.
 
 **Order under NCCL.** All that a group sends and receives is one queue on each rank: where the group was made with a
 ``device_id``, as Lightning does, it has one communicator and one stream. Number the messages of a group by step, by the
@@ -42,27 +43,20 @@ Only lanes wait on the host. What they wait for has been given to the device bef
 on the device yet, so these waits end, whatever other ranks do.
 """
 
-import itertools
-import threading
-import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lightning_comm.core.cyclic.schedule import CyclicSchedule, MessageKind
+from lightning_comm.core.cyclic.schedule import CyclicSchedule, TransferKind
+from lightning_comm.transport.cyclic.lanes import ClosedError, Lanes
 from lightning_comm.transport.cyclic.messages import Mark, Message, Numbers, StageLayout
-from lightning_comm.transport.cyclic.send_queue import UrgentFirst
-from lightning_comm.transport.recording import Recorder, leave_behind
-
-_END_S = 5.0  # how long lanes may take to end once nothing holds them any more
-_LISTEN_S = 1.0  # how often somebody who waits looks whether a rank has failed; a look takes up to 70 ms on a slow link
+from lightning_comm.transport.cyclic.neighbours import Neighbours
+from lightning_comm.transport.recording import Recorder
 
 Update = Callable[[int, int, Message], None]
 
@@ -73,10 +67,6 @@ class Gradients(NamedTuple):
     parts: Sequence[Tensor]
     notes: Tensor
     ready: Mark
-
-
-class _ClosedError(Exception):
-    """Ends a lane."""
 
 
 class CyclicRing:
@@ -98,7 +88,7 @@ class CyclicRing:
         version, over all N ranks, each with 64 bytes of notes that are counted as ``"control"``. On gloo, under
         rule v2 with three ranks and more, 8 bytes come back for each.
 
-        *Memory.* Up to two versions of each stage that wait to be taken up, and what waits for the link. On a CUDA
+        *Memory.* Up to two versions of each stage that wait to be used, and what waits for the link. On a CUDA
         device with gloo each of these messages has as much pinned memory of the host, which is used again with it.
 
         *Host.* On a CUDA device compute waits in :meth:`take` and :meth:`notes` for lanes, and in :meth:`notes` for the
@@ -117,51 +107,35 @@ class CyclicRing:
         *,
         in_any_order: bool = True,
     ) -> None:
+        self.stages = schedule.stages
         self._schedule, self._layouts, self._update, self._device = schedule, layouts, update, device
         self._rank = gradients.rank
-        self._recorders: dict[MessageKind, Recorder] = {"gradient": gradients, "parameters": parameters}
-        # On gloo a sender waits until it was told that it may send, by a small message that waits behind bulk traffic:
-        # so what a step will bring is asked for at once.
-        self._ask_at_once = in_any_order
-        # with two ranks there is no quiet way back, and under v1 nothing is urgent
-        self._through_host = in_any_order and device.type != "cpu"
-        urgent_first = in_any_order and schedule.workers > 2 and schedule.rule == "v2"
-        self._link = UrgentFirst(schedule, parameters, tag=2 * schedule.stages) if urgent_first else None
-        # Memory to use again, for each kind of lane. What a lane waits for there was sent in an earlier step by a lane
-        # of this kind; with one pool for both, two ranks could wait for each other to receive.
-        self._free: dict[MessageKind, list[deque[Message]]] = {
-            kind: [deque() for _ in layouts] for kind in self._recorders
-        }
+        self._in_any_order = in_any_order
+        self._lanes = Lanes(device)
+        self._neighbours = Neighbours(schedule, layouts, gradients, parameters, device, in_any_order=in_any_order)
         self._own: list[SimpleQueue[Gradients | None]] = [SimpleQueue() for _ in layouts]
         self._updated: list[SimpleQueue[Message | None]] = [SimpleQueue() for _ in layouts]
         self._passed_on: list[SimpleQueue[Mark | None]] = [SimpleQueue() for _ in layouts]  # where order is kept
         self._arrived: list[dict[int, Message]] = [{} for _ in layouts]
         self._notes: dict[int, dict[int, Numbers]] = defaultdict(dict)  # by version and stage
-        self._changed = threading.Condition()
-        self._error: BaseException | None = None
-        self._closed = False
         self._left_out: int | None = None
-        self._lanes: list[threading.Thread] = []
-        self._steps: list[SimpleQueue[int | None]] = []  # by lane
-        for stages in [[stage] for stage in schedule.order()] if in_any_order else [list(schedule.order())]:
-            self._start(partial(self._gradients, stages), f"gradients of stages {stages}")
-            self._start(partial(self._parameters, stages), f"parameters of stages {stages}")
-        if self._link is not None:
-            self._start(self._link.handle_words, "words of the next rank")
+        for own_stages in [[stage] for stage in schedule.order()] if in_any_order else [list(schedule.order())]:
+            self._lanes.start(partial(self._gradients, own_stages), f"gradients of stages {own_stages}")
+            self._lanes.start(partial(self._parameters, own_stages), f"parameters of stages {own_stages}")
+        if self._neighbours.queue is not None:
+            self._lanes.start(self._neighbours.queue.handle_acknowledgements, "acknowledgements of the next rank")
 
     # ---- called by compute ---------------------------------------------------------------------------------------
 
     def begin_step(self, step: int) -> None:
         """Let the lanes ask for the messages of a step; called on every rank, for each step in turn."""
-        self._raise_error()
-        if self._link is not None:
-            self._link.begin_step()
-        for steps in self._steps:
-            steps.put(step)
+        self._lanes.raise_error()
+        self._neighbours.begin_step()
+        self._lanes.begin_step(step)
 
     def hand_over(self, stage: int, gradients: Sequence[Tensor], notes: Tensor) -> None:
         """Give this rank's gradients of a stage away, once in each step; the lane may write into nothing of them."""
-        self._raise_error()
+        self._lanes.raise_error()
         self._own[stage].put(Gradients(gradients, notes, Mark(self._device)))
 
     def take(self, stage: int, version: int, listen: Callable[[], None]) -> Message:
@@ -176,20 +150,20 @@ class CyclicRing:
             BaseException: What went wrong in a lane.
 
         """
-        self._wait(lambda: version in self._arrived[stage], listen)
+        self._lanes.wait_until(lambda: version in self._arrived[stage], listen)
         message = self._arrived[stage][version]
         message.written.wait()
         return message
 
     def release(self, stage: int, version: int) -> None:
-        """Give back the memory of a version that has been taken up, and of older ones."""
-        receives_it: MessageKind = "gradient" if self._schedule.owner(stage) == self._rank else "parameters"
-        with self._changed:
+        """Give back the memory of a version that is in place, and of older ones."""
+        receives_it: TransferKind = "gradient" if self._schedule.owner(stage) == self._rank else "parameters"
+        with self._lanes.changed:
             arrived = self._arrived[stage]
             for old in [each for each in arrived if each <= version]:
                 message = arrived.pop(old)
                 message.read = Mark(self._device)
-                self._free[receives_it][stage].append(message)
+                self._neighbours.give_back(receives_it, stage, message)
 
     def notes(self, version: int, stages: Sequence[int], listen: Callable[[], None]) -> list[list[float]]:
         """Wait for the notes that came with a version of some stages, and return them."""
@@ -200,9 +174,14 @@ class CyclicRing:
         return torch.stack([numbers.on_device() for numbers in self._numbers(version, stages, listen)])
 
     def _numbers(self, version: int, stages: Sequence[int], listen: Callable[[], None]) -> list[Numbers]:
-        self._wait(lambda: all(stage in self._notes[version] for stage in stages), listen)
-        with self._changed:
+        self._lanes.wait_until(lambda: all(stage in self._notes[version] for stage in stages), listen)
+        with self._lanes.changed:
             return [self._notes[version][stage] for stage in stages]
+
+    def flushed(self, steps_done: int) -> None:
+        """Note that this rank has the newest version of everything, where all ranks wait for it after these steps."""
+        if self._neighbours.queue is not None:
+            self._neighbours.queue.flushed_at = steps_done
 
     def leave_out(self, step: int, listen: Callable[[], None]) -> list[list[float]]:
         """Let a step that has begun pass without an update, where it never comes; on all ranks, as the last one.
@@ -223,40 +202,40 @@ class CyclicRing:
         return self.notes(step + 1, range(len(self._layouts)), listen)
 
     def close(self) -> None:
-        """End the lanes and wait for what they have sent; only where all ranks have taken up the last version."""
-        self._stop()  # behind all that is under way
-        for lane in self._lanes:
-            lane.join()
-        self._raise_error()
-        for message in itertools.chain(*itertools.chain(*self._free.values())):
-            message.sent()
-        if self._link is not None:
-            self._link.close()
+        """End the lanes and wait for what they have sent; only where all ranks have the last version."""
+        self._end()  # behind all that is under way
+        self._lanes.join()
+        self._neighbours.close()
         if self._device.type == "cuda":  # memory of lanes is about to be given back that compute may still read
             torch.cuda.synchronize(self._device)
 
     def abandon(self) -> None:
         """End the lanes where another rank is gone, or this one is about to go, once the group has been hung up."""
-        self._stop()
-        if self._schedule.workers == 1:
-            return
-        until_s = time.monotonic() + _END_S
-        for lane in self._lanes:
-            lane.join(max(0.0, until_s - time.monotonic()))
-            leave_behind(lane)
+        self._end()
+        if self._schedule.workers > 1:
+            self._lanes.leave_behind()
+
+    def _end(self) -> None:
+        self._lanes.close()
+        for own in self._own:
+            own.put(None)
+        for updated in self._updated:
+            updated.put(None)
+        for passed_on in self._passed_on:
+            passed_on.put(None)
 
     # ---- the lanes -----------------------------------------------------------------------------------------------
 
     def _gradients(self, stages: Sequence[int], step: int) -> None:
         schedule, rank = self._schedule, self._rank
-        incoming = self._receive("gradient", step, stages)
+        incoming = self._neighbours.receive("gradient", step, stages)
         for stage in stages:
             receives = schedule.receives(rank, stage, "gradient")
             # where it is asked for already, its arrival is noted at once, so that the next one may be sent
-            arrived = next(incoming) if receives and self._ask_at_once else None
+            arrived = next(incoming) if receives and self._in_any_order else None
             own = self._own[stage].get()
             if own is None:
-                raise _ClosedError
+                raise ClosedError
             own.ready.wait()
             if receives:
                 message = arrived or next(incoming)
@@ -264,16 +243,16 @@ class CyclicRing:
                 for part, gradient in zip(message.parts, own.parts, strict=True):
                     part.add_(gradient / schedule.workers)
             else:
-                message = self._empty("gradient", stage)
+                message = self._neighbours.empty("gradient", stage)
                 message.notes.copy_(own.notes)
                 for part, gradient in zip(message.parts, own.parts, strict=True):
                     torch.div(gradient, schedule.workers, out=part)
             own.ready.keep_for_this_stream([*own.parts, own.notes])
             if schedule.sends(rank, stage, "gradient"):
                 message.to_wire()
-                self._send("gradient", step, stage, message)
-                self._free["gradient"][stage].append(message)
-                if not self._ask_at_once:
+                self._neighbours.send("gradient", step, stage, message)
+                self._neighbours.give_back("gradient", stage, message)
+                if not self._in_any_order:
                     self._passed_on[stage].put(own.ready)
                 continue
             if step != self._left_out:
@@ -283,12 +262,12 @@ class CyclicRing:
 
     def _parameters(self, stages: Sequence[int], step: int) -> None:
         schedule, rank = self._schedule, self._rank
-        incoming = self._receive("parameters", step, stages)
+        incoming = self._neighbours.receive("parameters", step, stages)
         for stage in stages:
             if schedule.owner(stage) == rank:
                 updated = self._updated[stage].get()
                 if updated is None:
-                    raise _ClosedError
+                    raise ClosedError
                 message = updated
                 message.written.wait()
                 if schedule.sends(rank, stage, "parameters"):
@@ -297,131 +276,20 @@ class CyclicRing:
                 self._keep_order(stage)
                 message = next(incoming)
             if schedule.sends(rank, stage, "parameters"):
-                self._send("parameters", step, stage, message)
+                self._neighbours.send("parameters", step, stage, message)
             notes = Numbers(message.notes)
             message.written = Mark(self._device)
-            with self._changed:
+            with self._lanes.changed:
                 self._arrived[stage][step + 1] = message
                 self._notes[step + 1][stage] = notes
                 for old in [version for version in self._notes if version < step - 2]:
                     del self._notes[old]
-                self._changed.notify_all()
+                self._lanes.changed.notify_all()
 
     def _keep_order(self, stage: int) -> None:
         """Wait with a version until this rank's gradient is on its way, where a receive holds the device."""
-        ready = self._passed_on[stage].get() if not self._ask_at_once else None
+        ready = self._passed_on[stage].get() if not self._in_any_order else None
         if ready is not None:
             ready.wait()
-        elif not self._ask_at_once:
-            raise _ClosedError
-
-    def _receive(self, kind: MessageKind, step: int, stages: Sequence[int]) -> Iterator[Message]:
-        """Ask for the messages of these stages in a step; yield each when it has arrived."""
-        schedule, before = self._schedule, (self._rank - 1) % self._schedule.workers
-        to_come = [stage for stage in stages if schedule.receives(self._rank, stage, kind)]
-
-        def ask(stage: int) -> tuple[int, Message, dist.Work]:
-            message = self._empty(kind, stage)
-            return stage, message, self._recorders[kind].receive(message.wire, before, tag=self._tag(kind, stage))
-
-        asked = list(map(ask, to_come)) if self._ask_at_once else map(ask, to_come)
-
-        def arrivals() -> Iterator[Message]:
-            for stage, message, work in asked:
-                self._recorders[kind].wait_for(work, before)
-                if self._link is not None:
-                    self._link.arrived(kind, stage, step)
-                message.from_wire()
-                yield message
-
-        return arrivals()
-
-    def _send(self, kind: MessageKind, step: int, stage: int, message: Message) -> None:
-        payload_bytes = self._layouts[stage].payload_bytes
-        purpose = "gradients" if kind == "gradient" else "parameters"
-
-        def send() -> dist.Work:
-            return self._recorders[kind].send(
-                message.wire,
-                self._schedule.after(self._rank),
-                purpose,
-                payload_bytes,
-                tag=self._tag(kind, stage),
-                step=step,
-            )
-
-        if self._link is None:
-            message.sending = send()
-        else:
-            message.sending = self._link.send(kind, stage, step, self._layouts[stage].message_bytes, send)
-
-    def _tag(self, kind: MessageKind, stage: int) -> int:
-        return stage if kind == "gradient" else self._schedule.stages + stage
-
-    def _empty(self, kind: MessageKind, stage: int) -> Message:
-        """Return memory for a message of a stage: that of an old one, once it has left."""
-        free = self._free[kind][stage]
-        try:
-            message = free.popleft()
-        except IndexError:
-            return self._new(stage)
-        if self._link is not None and not message.has_left():
-            # nobody waits for it: what lets it go may itself wait for what this rank is to receive
-            free.append(message)
-            return self._new(stage)
-        message.use_again()
-        return message
-
-    def _new(self, stage: int) -> Message:
-        return Message(self._layouts[stage], self._device, through_host=self._through_host)
-
-    # ---- threads -------------------------------------------------------------------------------------------------
-
-    def _start(self, handle: Callable[[int], None], what: str) -> None:
-        steps: SimpleQueue[int | None] = SimpleQueue()
-        # a daemon, so that a message whose other end is gone does not keep the process alive
-        lane = threading.Thread(target=self._run, args=(steps, handle), name=f"lightning_comm {what}", daemon=True)
-        self._steps.append(steps)
-        self._lanes.append(lane)
-        lane.start()
-
-    def _run(self, steps: "SimpleQueue[int | None]", handle: Callable[[int], None]) -> None:
-        on_cuda = self._device.type == "cuda"
-        try:
-            stream = torch.cuda.Stream(self._device) if on_cuda else None  # type: ignore[no-untyped-call]
-            with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else nullcontext():
-                while (step := steps.get()) is not None:
-                    handle(step)
-        except _ClosedError:
-            return
-        except BaseException as error:  # raised where compute looks for it
-            with self._changed:
-                self._error = self._error or error
-                self._changed.notify_all()
-
-    def _wait(self, condition: Callable[[], bool], listen: Callable[[], None]) -> None:
-        while True:
-            with self._changed:
-                if self._changed.wait_for(lambda: self._error or self._closed or condition(), timeout=_LISTEN_S):
-                    break
-            listen()
-        self._raise_error()
-        if self._closed and not condition():
-            raise _ClosedError
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _stop(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        for steps in self._steps:
-            steps.put(None)
-        for own in self._own:
-            own.put(None)
-        for updated in self._updated:
-            updated.put(None)
-        for passed_on in self._passed_on:
-            passed_on.put(None)
+        elif not self._in_any_order:
+            raise ClosedError

@@ -45,7 +45,7 @@ class StageOptimizer:
 
         *Streams.* Copies and restored state are written on the stream of whoever makes this, and updated on that of a
         lane. A lane's first update of a stage follows its own gradient's mark, which was set later. What reads the
-        state for a checkpoint follows the mark of the version that came of its last update, which it has taken up.
+        state for a checkpoint follows the mark of the version that came of its last update, which it has used.
 
     """
 

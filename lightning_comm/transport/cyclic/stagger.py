@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,44 @@ from lightning_comm.transport.recording import Recorder, leave_behind
 
 _LISTEN_S = 1.0
 _END_S = 5.0  # how long the thread may take to end once nothing holds it any more
+
+
+class Turns(Protocol):
+    """When ranks begin their batches."""
+
+    def begin_batch(self, step: int) -> None:
+        """Wait for this rank's turn to begin a batch, after so many optimizer steps."""
+
+    def reach(self, passes: int) -> None:
+        """Note that so many passes of a stage, forward or backward, are done in this batch."""
+
+    def end_batch(self) -> None:
+        """Note that a batch is over, however it ended."""
+
+    def close(self) -> None:
+        """End, where the run has ended as it should."""
+
+    def abandon(self) -> None:
+        """End, where it has not."""
+
+
+class NoTurns:
+    """Ranks that begin when they can."""
+
+    def begin_batch(self, step: int) -> None:
+        """Wait for nobody."""
+
+    def reach(self, passes: int) -> None:
+        """Tell nobody."""
+
+    def end_batch(self) -> None:
+        """Tell nobody."""
+
+    def close(self) -> None:
+        """End nothing."""
+
+    def abandon(self) -> None:
+        """End nothing."""
 
 
 class Stagger:
@@ -37,6 +76,7 @@ class Stagger:
         self._recorder, self._listen = recorder, listen
         self._rank, self._workers = recorder.rank, schedule.workers
         self._boundary = token_boundary(schedule.workers, schedule.stages)
+        self._passes = 2 * schedule.stages
         self._batches = 0  # begun
         self._passed_on = True
         self._expected: SimpleQueue[bool] = SimpleQueue()
@@ -62,9 +102,9 @@ class Stagger:
             work = self._recorder.send(token, target, "stagger", token.nbytes, tag=0, step=self._recorder.step)
             self._sent.append((work, token))  # a message must be kept until it has left
 
-    def end_batch(self, passes: int) -> None:
-        """Pass the token on, if this batch has not done so, and write down what was sent in it."""
-        self.reach(passes)
+    def end_batch(self) -> None:
+        """Let the next rank begin, also where this one's batch ended in an error that the module has caught."""
+        self.reach(self._passes)
         self._recorder.write_held()
 
     def close(self) -> None:

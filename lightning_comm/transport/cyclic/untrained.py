@@ -46,10 +46,10 @@ class UntrainedParameters:
         rows, pending = recorder.all_gather(moved.to(torch.uint8), "control")
         pending.wait()
         anywhere = [name for name, each in zip(parameters, rows.amax(0).tolist(), strict=True) if each]
-        apart = nn.Module()
+        moved_only = nn.Module()
         for number, name in enumerate(anywhere):
-            apart.register_buffer(str(number), parameters[name])
-        average_buffers(apart, recorder)
+            moved_only.register_buffer(str(number), parameters[name])
+        average_buffers(moved_only, recorder)
         self._noted |= {name: content(parameters[name]) for name in anywhere}
 
     def _parameters(self) -> dict[str, Tensor]:

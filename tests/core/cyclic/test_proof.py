@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lightning_comm.core.cyclic.proof import ScheduleError, check_schedule
-from lightning_comm.core.cyclic.schedule import CyclicSchedule, Message
+from lightning_comm.core.cyclic.schedule import CyclicSchedule, Transfer
 
 GRID = [(n, s) for n in range(1, 7) for s in ([n // 2] * (n % 2 == 0) + [n, 2 * n, 3 * n])]
 FLUSHES = [(), (1,), (2, 3), (1, 2, 3, 4)]
@@ -21,7 +21,7 @@ def test_every_schedule_can_be_carried_out_without_losing_a_message(workers, sta
         schedule, flush_after = CyclicSchedule(workers, stages, **RULES[rule]), FLUSHES[flush]
         for stagger in (False, True):
             proof = check_schedule(schedule, steps=4, flush_after=flush_after, stagger=stagger)
-            assert proof.messages == 4 * 2 * (workers - 1) * stages
+            assert proof.transfers == 4 * 2 * (workers - 1) * stages
             # Two passes, and three events for each of gradient and parameters, by worker; an update by stage.
             assert proof.events == 4 * stages * (workers * (2 + 3 + 3) + 1) + len(flush_after)
 
@@ -30,6 +30,13 @@ def test_every_schedule_can_be_carried_out_without_losing_a_message(workers, sta
 def test_every_lag_can_be_carried_out(workers):
     for lag in range(workers + 1):
         check_schedule(CyclicSchedule(workers, workers, lag=lag), steps=5, flush_after=(2,), stagger=True)
+
+
+@pytest.mark.parametrize("workers", range(2, 5))
+def test_messages_can_wait_until_a_worker_has_its_own_gradient(workers):
+    for rule in RULES:
+        for flush_after in [(), (2,)]:
+            check_schedule(CyclicSchedule(workers, 2 * workers, **rule), 4, flush_after=flush_after, asked_late=True)
 
 
 @pytest.mark.parametrize("rule", ["v1", "v2"])
@@ -56,23 +63,23 @@ def test_each_flush_costs_workers_that_take_turns_one_more_start(workers):
 @pytest.mark.parametrize("left_out", range(12))
 def test_a_table_without_one_of_its_messages_is_refused(left_out):
     schedule = CyclicSchedule(3, 3)
-    table = list(schedule.messages(0))
+    table = list(schedule.transfers(0))
     assert len(table) == 12
 
-    def messages(step):
-        return [each for number, each in enumerate(schedule.messages(step)) if (step, number) != (1, left_out)]
+    def transfers(step):
+        return [each for number, each in enumerate(schedule.transfers(step)) if (step, number) != (1, left_out)]
 
-    lost = list(schedule.messages(1))[left_out]
+    lost = list(schedule.transfers(1))[left_out]
     with pytest.raises(ScheduleError, match="not in the table") as caught:
-        check_schedule(schedule, messages=messages)
+        check_schedule(schedule, transfers=transfers)
     assert str(lost) in str(caught.value)
 
 
 def test_a_table_with_a_message_twice_or_between_workers_that_are_no_neighbours_is_refused():
     schedule = CyclicSchedule(4, 4)
-    for extra in (next(schedule.messages(0)), Message("gradient", 0, 2, 1, 0)):
+    for extra in (next(schedule.transfers(0)), Transfer("gradient", 0, 2, 1, 0)):
         with pytest.raises(ScheduleError, match="no worker sends it") as caught:
-            check_schedule(schedule, messages=lambda step, extra=extra: [*schedule.messages(step), extra])
+            check_schedule(schedule, transfers=lambda step, extra=extra: [*schedule.transfers(step), extra])
         assert str(extra) in str(caught.value)
 
 
@@ -107,10 +114,10 @@ class NextOneOwns(CyclicSchedule):
     def sends(self, worker, stage, kind):
         return kind == "gradient" or super().sends(worker, stage, kind)
 
-    def messages(self, step):
-        yield from super().messages(step)
+    def transfers(self, step):
+        yield from super().transfers(step)
         for stage in range(self.stages):
-            yield Message("gradient", self.owner(stage), self.after(self.owner(stage)), stage, step)
+            yield Transfer("gradient", self.owner(stage), self.after(self.owner(stage)), stage, step)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
@@ -152,8 +159,8 @@ class Short(CyclicSchedule):
         first = worker == (self.owner(stage) if kind == "parameters" else self.after(self.owner(stage)))
         return super().sends(worker, stage, kind) and not (first and kind == self.kind)
 
-    def messages(self, step):
-        return [each for each in super().messages(step) if self.sends(each.source, each.stage, each.kind)]
+    def transfers(self, step):
+        return [each for each in super().transfers(step) if self.sends(each.source, each.stage, each.kind)]
 
 
 class ShortSum(Short):

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from lightning_comm.core.cyclic.schedule import CyclicSchedule, Message
+from lightning_comm.core.cyclic.schedule import CyclicSchedule, Transfer
 
 GRID = [(n, s) for n in range(1, 9) for s in ([n // 2] * (n % 2 == 0) + [n, 2 * n, 3 * n])]
 
@@ -116,8 +116,8 @@ def test_workers_send_2_n_minus_1_nths_of_the_model_and_the_table_says_the_same(
     sent = [schedule.sent_bytes(worker, sizes) for worker in range(workers)]
     assert Fraction(sum(sent), workers) == Fraction(2 * (workers - 1), workers) * sum(sizes)
     by_source = Counter()
-    for message in schedule.messages(3):
-        by_source[message.source] += sizes[message.stage]
+    for transfer in schedule.transfers(3):
+        by_source[transfer.source] += sizes[transfer.stage]
     assert sent == [by_source[worker] for worker in range(workers)]
     if stages >= workers:  # with equal stages each worker sends as much as the others
         assert {schedule.sent_bytes(i, [10] * stages) for i in range(workers)} == {
@@ -133,8 +133,8 @@ def test_a_sum_passes_every_worker_once_and_ends_where_the_new_version_begins(wo
         assert (sorted(path), path[-1]) == (list(range(workers)), owner)
         ways = {"gradient": list(path), "parameters": [owner, *path[:-1]]}
         for kind, way in ways.items():
-            expected = [Message(kind, a, (a + 1) % workers, stage, 2) for a in way[:-1]]
-            assert [m for m in schedule.messages(2) if (m.kind, m.stage) == (kind, stage)] == expected
+            expected = [Transfer(kind, a, (a + 1) % workers, stage, 2) for a in way[:-1]]
+            assert [m for m in schedule.transfers(2) if (m.kind, m.stage) == (kind, stage)] == expected
             assert {i for i in range(workers) if schedule.sends(i, stage, kind)} == set(way[:-1])
             assert {i for i in range(workers) if schedule.receives(i, stage, kind)} == set(way[1:])
     assert sorted(stage for worker in range(workers) for stage in schedule.owned(worker)) == list(range(stages))
@@ -199,22 +199,22 @@ def test_a_bad_argument_is_named_with_its_value_and_a_way_out(kwargs, must_say):
 @pytest.mark.parametrize(("workers", "stages"), [pair for pair in GRID if pair[0] > 1])
 def test_a_message_is_needed_when_the_first_worker_that_it_reaches_computes_with_its_version(workers, stages, rule):
     schedule = CyclicSchedule(workers, stages, rule)
-    for message in schedule.messages(step=3):
-        reached, at = [], message.target
-        if message.kind == "gradient":
+    for transfer in schedule.transfers(step=3):
+        reached, at = [], transfer.target
+        if transfer.kind == "gradient":
             reached = list(range(workers))
-        while message.kind == "parameters":
+        while transfer.kind == "parameters":
             reached.append(at)
-            if not schedule.sends(at, message.stage, "parameters"):
+            if not schedule.sends(at, transfer.stage, "parameters"):
                 break
             at = schedule.after(at)
         forwards = [
-            slot_of(schedule, worker, message.stage, step, True)
+            slot_of(schedule, worker, transfer.stage, step, True)
             for worker in reached
             for step in (4, 5)
-            if schedule.version(worker, message.stage, step) == 4
+            if schedule.version(worker, transfer.stage, step) == 4
         ]
-        assert schedule.needed_slot(message.source, message.kind, message.stage, 3) == min(forwards)
+        assert schedule.needed_slot(transfer.source, transfer.kind, transfer.stage, 3) == min(forwards)
 
 
 @pytest.mark.parametrize("warmup_sync_steps", [0, 2, 3, 100])
@@ -225,10 +225,10 @@ def test_what_a_worker_waits_for_is_more_urgent_than_what_it_cannot_take_yet(wor
     schedule = CyclicSchedule(workers, stages, rule, warmup_sync_steps=warmup_sync_steps)
     urgency, by_stage = {}, defaultdict(list)
     for step in range(-1, 5):
-        for each in schedule.messages(step):
+        for each in schedule.transfers(step):
             urgency[each] = schedule.needed_slot(each.source, each.kind, each.stage, step)
             by_stage[each.stage, step].append(each)
-    cannot_be_taken = min(urgency[each] for each in schedule.messages(4))
+    cannot_be_taken = min(urgency[each] for each in schedule.transfers(4))
     for stage in range(stages):
         order = schedule.way_back(stage)
         for worker in range(workers):

@@ -16,7 +16,8 @@ from torch import nn
 from lightning_comm import AdaptivePartition, CyclicStrategy
 from lightning_comm.errors import refuse
 from lightning_comm.strategies.cyclic import strategy as strategy_file
-from lightning_comm.strategies.cyclic.refusals import WHERE, backend_problems, optimizer_problems
+from lightning_comm.strategies.cyclic.refusals import backend_problems, optimizer_problems
+from lightning_comm.strategies.cyclic.settings import WHERE
 
 pytestmark = pytest.mark.filterwarnings("ignore:CyclicStrategy. one process only")
 

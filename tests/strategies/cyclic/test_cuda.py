@@ -12,8 +12,8 @@ from support.mock_cuda import MockCuda, mock_cuda
 from support.processes import start_ranks
 from support.training import Regression, loader, trainer
 
-from lightning_comm.strategies.cyclic import run as cyclic_run
 from lightning_comm.strategies.cyclic import strategy as strategy_file
+from lightning_comm.transport.cyclic import groups
 
 STEPS, STAGES, VALIDATED_EVERY = 6, 6, 3
 ONE_A_HOST = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "here"}
@@ -80,7 +80,7 @@ def _both(rank, world_size, optimizer, settings, nccl):
         stack.enter_context(mock.patch.object(MockCuda, "work", _sends_read))
         stack.enter_context(mock.patch.dict(os.environ, environment))
         if nccl:  # messages that a stream follows, in order; carried by gloo all the same
-            for file in (strategy_file, cyclic_run):
+            for file in (strategy_file, groups):
                 stack.enter_context(mock.patch.object(file, "backend_of", return_value="nccl"))
         there = _fit(rank, optimizer, settings, accelerator="gpu", devices=[0], num_nodes=world_size)
     assert there == on_host
@@ -107,7 +107,7 @@ def test_a_fit_on_a_device_is_that_of_the_host_and_backward_never_waits(world_si
         assert [each for each in waits if each.in_backward] == []
         # of the ring, compute waits for notes: after a step for those of two steps before, and at each flush for two
         ring = Counter(each.where.split(":")[0].split("/")[-1] for each in waits if each.thread == "MainThread")
-        assert ring["cyclic_messages.py"] == (STEPS - 2) + 2 * STEPS // VALIDATED_EVERY
-        assert ring["cyclic.py"] == 1
+        assert ring["messages.py"] == (STEPS - 2) + 2 * STEPS // VALIDATED_EVERY
+        assert ring["ring.py"] == 1
         lanes = [each for each in waits if each.thread.startswith("lightning_comm")]
         assert (lanes == []) == nccl  # what goes through the host is waited for by lanes, and nothing else is

@@ -12,8 +12,9 @@ from support.training import Regression, loader, trainer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import lightning_comm.strategies.cyclic.run as cyclic_run
-from lightning_comm.transport.cyclic import send_queue as cyclic_link
+from lightning_comm.core.cyclic.send_window import SendWindow
+from lightning_comm.strategies.cyclic import cut_model
+from lightning_comm.transport.cyclic import send_queue
 
 STEPS = 6
 GRID = [(n, k * n, rule) for n in (2, 3, 4) for k in (1, 2, 3) for rule in ("v1", "v2")]
@@ -200,13 +201,13 @@ def test_models_and_settings_agree_with_the_reference(world_size, names):
 
 
 def _in_order(rank, world_size, cases):
-    ring = cyclic_run.CyclicRing
-    cyclic_run.CyclicRing = lambda *args, **kwargs: ring(*args, **{**kwargs, "in_any_order": False})
+    ring = cut_model.CyclicRing
+    cut_model.CyclicRing = lambda *args, **kwargs: ring(*args, **{**kwargs, "in_any_order": False})
     return _cases(rank, world_size, cases)
 
 
 def _one_at_a_time(rank, world_size, cases):
-    cyclic_link._AT_ONCE, cyclic_link._AT_ONCE_BYTES = 1, 0
+    send_queue.SendWindow = functools.partial(SendWindow, messages=1, small_bytes=0)
     return _cases(rank, world_size, cases)
 
 

@@ -15,7 +15,8 @@ from torch import nn
 from lightning_comm.data.resumable import ResumableLoader
 from lightning_comm.errors import refuse
 from lightning_comm.ondevice.cyclic.update import mean_gradients
-from lightning_comm.strategies.cyclic.refusals import WHERE, module_problems
+from lightning_comm.strategies.cyclic.refusals import module_problems
+from lightning_comm.strategies.cyclic.settings import WHERE
 
 pytestmark = pytest.mark.filterwarnings("ignore:CyclicStrategy. one process only")
 

@@ -261,7 +261,7 @@ def test_a_trial_of_the_delay_and_the_engine_wait_once_a_step(clip_by):
         losses, parameters = run("cpu", train)
         with mock_cuda() as device:
             losses_there, there = run("cuda", train)
-            waits = [each.kind for each in device.waits if each.own and "optimizer_trial" not in each.where]
+            waits = [each.kind for each in device.waits if each.own and "optimizer/trial" not in each.where]
         assert waits == ["tolist"] * 3  # of 3 steps
         assert losses_there == losses
         assert all(torch.equal(one, other) for one, other in zip(there, parameters, strict=True))
@@ -277,7 +277,7 @@ def _many_untrained(rank):
             net[5].weight.add_(rank + 1.0)
         with device.counting() as waits:
             untrained.bring_together(recorder)
-        by_bytes = [each.kind for each in waits if "cyclic_untrained" in each.where]
+        by_bytes = [each.kind for each in waits if "cyclic/untrained" in each.where]
         torch.cuda.synchronize()
         return by_bytes, [each.detach().cpu().tolist() for each in net[5].parameters()]
 

@@ -1,5 +1,7 @@
 """Sums travel round the ring in the order of the path, owners update, and new versions reach every rank."""
 
+import functools
+import itertools
 import time
 from datetime import timedelta
 
@@ -9,8 +11,9 @@ import torch.distributed as dist
 from support.processes import start_ranks
 
 from lightning_comm.core.cyclic.schedule import CyclicSchedule
+from lightning_comm.core.cyclic.send_window import SendWindow
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.transport.cyclic import send_queue as cyclic_link
+from lightning_comm.transport.cyclic import send_queue
 from lightning_comm.transport.cyclic.messages import NOTES, StageLayout
 from lightning_comm.transport.cyclic.ring import CyclicRing
 from lightning_comm.transport.recording import Recorder, another_group
@@ -56,6 +59,7 @@ def _ring(rank, world_size, stages, in_any_order, late, fault=False):
             message = ring.take(stage, step + 1, lambda: None)
             assert torch.equal(message.parts[0], version(schedule, stage, step)), (rank, stage, step)
             ring.release(stage, step + 1)
+        ring.flushed(step + 1)
         rows = ring.notes(step + 1, range(stages), lambda: None)
         assert all(row[:2] == [world_size, sum(range(world_size))] for row in rows)
     ring.close()
@@ -74,7 +78,7 @@ def test_every_version_is_the_owners_update_of_the_mean(world_size, stages, late
 
 
 def _one_at_a_time(rank, world_size, stages, at_once, late):
-    cyclic_link._AT_ONCE, cyclic_link._AT_ONCE_BYTES = at_once, 0
+    send_queue.SendWindow = functools.partial(SendWindow, at_once, small_bytes=0)
     _ring(rank, world_size, stages, True, late)
 
 
@@ -123,3 +127,51 @@ def _alone(rank):
 
 def test_what_goes_wrong_in_a_lane_is_raised_where_compute_waits():
     start_ranks(_alone, world_size=1)
+
+
+def _slow_link_at_a_flush(rank, world_size):
+    """Rank 1's link to the next is slow, until that rank's next step has begun: two messages are not acknowledged."""
+    schedule, held, released = CyclicSchedule(world_size, 12), [], []
+    slow = {schedule.number("parameters", stage, 0) for stage in (9, 10)}
+    arrived = SendWindow.arrived
+
+    def arrived_late(window, number):
+        if rank == 1 and number in slow and not released:
+            held.append(number)
+        else:
+            arrived(window, number)
+
+    SendWindow.arrived = arrived_late
+    ledger = CommLedger()
+    lanes = [Recorder(ledger, another_group(timedelta(seconds=20)), hold=True) for _ in range(2)]
+    large = torch.ones(2**15)
+    ring = CyclicRing(schedule, [StageLayout([large])] * 12, lambda *_: None, *lanes, torch.device("cpu"))
+    for step in range(2):
+        ring.begin_step(step)
+        for stage in schedule.order():
+            ring.hand_over(stage, [large], torch.zeros(NOTES, dtype=torch.float64))
+        if step == 1 and rank == 1:
+            released.append(True)
+            assert len(held) == 2, "without a link that is full this shows nothing"
+            queue = ring._neighbours.queue
+            while not queue._departures.keys() >= {schedule.number("gradient", stage, 1) for stage in (9, 10, 11)}:
+                time.sleep(0.01)
+            with queue._lock:
+                for number in held:
+                    arrived(queue._window, number)
+                queue._let_go()
+        waited = itertools.count()
+
+        def listen(waited=waited):
+            assert next(waited) < 15, f"rank {rank} waits for good"
+
+        for stage in range(12):
+            ring.take(stage, step + 1, listen)
+            ring.release(stage, step + 1)
+        ring.flushed(step + 1)
+    ring.close()
+
+
+def test_a_flush_ends_where_the_link_to_the_next_rank_is_slow():
+    """Gradients of the next step are more urgent than old versions, for which a rank still in the flush waits."""
+    start_ranks(_slow_link_at_a_flush, 4, world_size=4, timeout_s=60)

@@ -1,0 +1,66 @@
+"""The send window of a link: which of the messages that wait for it may be given to the socket."""
+
+import heapq
+
+Urgency = tuple[int, ...]
+
+MESSAGES = 2  # one travels while the acknowledgement of the one before it comes back
+SMALL_BYTES = 2**17  # small messages: as many as this holds
+
+
+class SendWindow:
+    """Lets the messages of a link go, the most urgent first, no more than a few at a time.
+
+    A message may go if fewer than ``messages`` are on their way, or if those that are hold little together with it, or
+    if it is more urgent than all of them. Without the last of these ranks could wait in a circle: a message may be on
+    its way to a rank that does not receive it yet, since it waits itself for one that is behind it.
+    :func:`lightning_comm.core.cyclic.link_proof.check_links` shows for which urgencies it is enough.
+
+    Args:
+        messages: How many may be on their way at a time; at least 1.
+        small_bytes: More, as long as all of them hold no more than this.
+
+    Note:
+        *Communication.* None.
+
+    Example:
+        >>> window = SendWindow(messages=1, small_bytes=0)
+        >>> for name, urgency in enumerate([(3,), (5,), (4,)]):
+        ...     window.add(name, urgency, message_bytes=100)
+        >>> window.let_go(), window.let_go()
+        ([0], [])
+        >>> window.arrived(0)
+        >>> window.let_go()
+        [2]
+
+    """
+
+    def __init__(self, messages: int = MESSAGES, small_bytes: int = SMALL_BYTES) -> None:
+        self._messages, self._small_bytes = messages, small_bytes
+        self._waiting: list[tuple[Urgency, int, int]] = []  # a heap: urgency, name, bytes
+        self._on_the_way: dict[int, tuple[Urgency, int]] = {}  # by name
+
+    def add(self, name: int, urgency: Urgency, message_bytes: int) -> None:
+        """Let a message wait; what has the smaller urgency goes first, and of equal ones that with the smaller name."""
+        heapq.heappush(self._waiting, (urgency, name, message_bytes))
+
+    def let_go(self) -> list[int]:
+        """Return the names of the messages that go now, in this order."""
+        gone = []
+        while self._waiting and self._may_go(*self._waiting[0]):
+            urgency, name, message_bytes = heapq.heappop(self._waiting)
+            self._on_the_way[name] = urgency, message_bytes
+            gone.append(name)
+        return gone
+
+    def arrived(self, name: int) -> None:
+        """Note that a message has been acknowledged."""
+        del self._on_the_way[name]
+
+    def _may_go(self, urgency: Urgency, name: int, message_bytes: int) -> bool:
+        on_the_way = self._on_the_way
+        return (
+            len(on_the_way) < self._messages
+            or message_bytes + sum(size for _, size in on_the_way.values()) <= self._small_bytes
+            or (urgency, name) < min((each, other) for other, (each, _) in on_the_way.items())
+        )

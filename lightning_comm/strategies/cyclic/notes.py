@@ -1,0 +1,161 @@
+"""What ranks note of each optimizer step, and what they read, two steps later, in the sum of all notes."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_comm.ondevice.cyclic.update import Number, whole_norm
+from lightning_comm.strategies.cyclic import step_errors
+from lightning_comm.strategies.cyclic.fit import Fit
+from lightning_comm.strategies.cyclic.settings import WHERE
+from lightning_comm.transport.cyclic.requests import BATCH, RATE, Requests, check_finite
+from lightning_comm.transport.cyclic.ring import CyclicRing
+from lightning_comm.transport.cyclic.stage_optimizer import SQUARED_NORM
+from lightning_comm.transport.epoch_ends import EpochEnds
+from lightning_comm.transport.stop_protocol import Decision
+
+_READ = 0  # the stage whose notes all ranks read
+
+
+class StepNotes:
+    """Says for this rank in which batch it takes a step, at which rates and with which losses; hears what all say.
+
+    Notes travel with the gradients and come back with the new versions, so ranks compare themselves, and agree on
+    requests, without a message of its own.
+
+    Args:
+        fit: What all parts of the run share.
+        requests: What ranks ask for.
+        ends: Tells other ranks of an error that all of them end with.
+
+    Attributes:
+        batch: The number of the batch of this ``fit``.
+        saved_norm: Of the whole gradient of the step before the first one; ``None`` where it is not known.
+        ring: Brings the notes of others; set once the model is cut.
+
+    """
+
+    def __init__(self, fit: Fit, requests: Requests, ends: EpochEnds) -> None:
+        self.batch = 0
+        self.saved_norm: float | None = None
+        self.ring: CyclicRing | None = None
+        self._fit, self._progress = fit, fit.progress
+        self._requests = requests
+        self._ends = ends
+
+        self._decided: list[Decision] = []
+        self._batch_of: dict[int, int] = {}  # by step
+        self._rate_of: dict[int, Number] = {}  # by step, the sum over the groups
+        self._non_finite: Tensor | None = None
+        self._warned_of_rates = False
+
+    # ---- written -------------------------------------------------------------------------------------------------
+
+    def note_loss(self, loss: Tensor, *, first: bool) -> None:
+        """Note on the device whether a loss is finite.
+
+        Args:
+            loss: Before its backward.
+            first: Whether what was computed before has been cleared, so that it reaches no parameter.
+
+        """
+        bad = (~torch.isfinite(loss.detach()).all()).to(torch.float64)
+        self._non_finite = bad if first or self._non_finite is None else torch.maximum(self._non_finite, bad)
+
+    def note_rate(self, rate: Number) -> None:
+        """Note the sum of the learning rates that count for the step under way."""
+        self._rate_of[self._progress.steps_done] = rate
+
+    def of_stage(self, stage: int) -> Tensor:
+        """Return this rank's notes of the step under way, to travel with the gradients of a stage."""
+        step = self._progress.steps_done
+        self._batch_of[step] = self.batch
+        return self._requests.notes(
+            step,
+            self._non_finite,
+            self._fit.module.device,
+            asking=stage == _READ,
+            batch=self.batch,
+            rate=self._rate_of[step],
+        )
+
+    def end_step(self) -> None:
+        """Forget the losses of the step that is over."""
+        self._non_finite = None
+
+    # ---- read ----------------------------------------------------------------------------------------------------
+
+    def read(self) -> None:
+        """Read what ranks have noted two steps ago, once after each step."""
+        version = self._progress.steps_done - 2  # the newest that every rank has, whatever it computes with
+        if version > self._progress.began_at:
+            step, notes = version - 1, self._notes_of(version)
+            self._check_finite(step, notes)
+            self._check_batch(step, notes)
+            self._compare_rates(step, notes)
+            del self._batch_of[step]
+            self._decided += self._requests.decided(step, notes, self._progress.steps_done)
+
+    def newest(self) -> dict[int, list[float]]:
+        """Return the notes of the last two steps, which have not been read yet, by step; in a flush."""
+        done = self._progress.steps_done
+        return {step: self._notes_of(step + 1) for step in (done - 2, done - 1) if step >= self._progress.began_at}
+
+    def check(self, notes: dict[int, list[float]]) -> None:
+        """Refuse to go on where a loss was not finite, or ranks have taken a step in different batches."""
+        for step, each in notes.items():
+            self._check_finite(step, each)  # every rank's own error, not that of the first to find it
+            self._check_batch(step, each)
+
+    def check_left_out(self) -> None:
+        """Let a step that was announced pass without an update, and refuse if another rank has taken it."""
+        assert self.ring is not None
+        step = self._progress.steps_done
+        self._batch_of[step] = 0
+        with self._fit.agreement.first_error_shown():
+            notes = self.ring.leave_out(step, self._fit.agreement.listen)
+        self._check_batch(step, notes[_READ])
+
+    def take_decided(self) -> list[Decision]:
+        """Return what ranks have agreed on since this was asked last."""
+        decided, self._decided = self._decided, []
+        return decided
+
+    def norm_before(self, step: int) -> Number | None:
+        """Return the norm of the whole gradient of the step before a step; ``None`` where it is not known."""
+        if step == self._progress.began_at or self.ring is None:
+            return self.saved_norm
+        # asked for in a lane, which need not hear of failures: compute does
+        stages = range(self.ring.stages)
+        if self._fit.module.device.type == "cuda":
+            return whole_norm(list(self.ring.notes_on_device(step, stages, lambda: None)[:, SQUARED_NORM]))
+        return whole_norm([row[SQUARED_NORM] for row in self.ring.notes(step, stages, lambda: None)])
+
+    def _notes_of(self, version: int) -> list[float]:
+        assert self.ring is not None
+        return self.ring.notes(version, [_READ], self._fit.agreement.listen)[0]
+
+    def _check_finite(self, step: int, notes: list[float]) -> None:
+        try:
+            check_finite(step, notes, WHERE)
+        except RuntimeError:
+            self._fit.meet()  # whoever left at once would take along what others wait for
+            raise
+
+    def _check_batch(self, step: int, notes: list[float]) -> None:
+        """Refuse ranks that take a step in different batches, since one of them has left a step out."""
+        own, workers = self._batch_of[step], self._fit.recorder.world_size
+        others = notes[BATCH] - own
+        if others != own * (workers - 1):
+            raise self._ends.told(step_errors.different_batches(step, own, others, workers))
+
+    def _compare_rates(self, step: int, notes: list[float]) -> None:
+        """Say that learning rates differ between ranks, where each would use its own for the stages that it owns."""
+        workers = self._fit.recorder.world_size
+        own = float(self._rate_of.pop(step))
+        others = (notes[RATE] - own) / max(1, workers - 1)
+        differ = workers > 1 and not math.isclose(own, others, rel_tol=1e-9)
+        if differ and not self._warned_of_rates:
+            self._warned_of_rates = True
+            step_errors.warn_of_different_rates(step, own, others)

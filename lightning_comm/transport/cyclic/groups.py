@@ -1,0 +1,66 @@
+"""The process groups of a ring, with what records the messages that go through each."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from lightning_comm.core.ledger import CommLedger
+from lightning_comm.transport.backends import backend_of
+from lightning_comm.transport.recording import Recorder, another_group, hang_up
+from lightning_comm.transport.stop_protocol import Agreement
+
+_WHERE = "the set-up of a process group"
+
+
+class RingGroups:
+    """Groups in which the messages of a ring keep no order with those of Lightning.
+
+    Where tags tell messages apart, gradients and parameters share a group, since two connections would get in each
+    other's way on a link. Otherwise each kind has its own, so that they keep no order with each other either.
+
+    Args:
+        ledger: Where messages are written down.
+        device: Of the rank.
+        agreement: Tells of failures.
+        timeout: How long messages wait for other ranks.
+        staggered: Whether ranks pass a token round that says whose turn it is.
+
+    Attributes:
+        tagged: Whether the backend tells messages apart by their tags, as gloo does and NCCL does not.
+        gradients: Sends and records sums of gradients.
+        parameters: Sends and records new versions.
+        tokens: Sends and records the tokens, in a group on the hosts' processors; ``None`` without them.
+
+    """
+
+    def __init__(
+        self, ledger: CommLedger, device: torch.device, agreement: Agreement, timeout: timedelta, *, staggered: bool
+    ) -> None:
+        self.tagged = backend_of(device) == "gloo"
+        with agreement.first_error_shown(_WHERE):
+            self._groups = [another_group(timeout) for _ in range(1 if self.tagged else 2)]
+        self.gradients = Recorder(ledger, self._groups[0], hold=True)
+        self.parameters = Recorder(ledger, self._groups[-1], hold=True)
+        with agreement.first_error_shown(_WHERE):
+            if staggered:
+                self._groups.append(another_group(timeout, "gloo"))
+        # held back, since backward passes the token on in a thread of its own
+        self.tokens = Recorder(ledger, self._groups[-1], hold=True) if staggered else None
+
+    def write_held(self) -> None:
+        """Write down what has been sent meanwhile; by the thread that trains, to which the ledger belongs."""
+        self.gradients.write_held()
+        self.parameters.write_held()
+
+    def leave(self) -> None:
+        """Leave the groups of a run that has ended as it should."""
+        for group in self._groups:
+            dist.destroy_process_group(group)
+        self._groups, self.tokens = [], None
+
+    def hang_up(self) -> None:
+        """Let every wait for another rank end, where the run has not ended as it should."""
+        if dist.is_initialized():
+            for group in self._groups:
+                hang_up(group)
