@@ -112,7 +112,9 @@ def test_no_class_has_more_than_twenty_methods_of_its_own():
     assert len(MANY_METHODS) <= 3
 
 
-LONG_FILES = {}  # path in the package: why it has more than 400 lines
+# path in the package: why it has more than 400 lines
+_SHELL = "a class that Lightning wants whole: its docstring, and 64 lines that hand Lightning's methods on"
+LONG_FILES = {f"strategies/{stem}/strategy.py": _SHELL for stem in ("compression", "cyclic", "local_update")}
 
 
 def test_no_file_has_more_than_four_hundred_lines():
@@ -122,6 +124,7 @@ def test_no_file_has_more_than_four_hundred_lines():
         if (lines := path.read_text().count("\n")) > 400
     }
     assert set(found) == set(LONG_FILES), found
+    assert len(LONG_FILES) <= 3
 
 
 def test_ondevice_sends_nothing():

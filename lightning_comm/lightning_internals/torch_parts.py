@@ -41,19 +41,19 @@ INTERNALS = (
     ),
     Internal("torch", "_foreach_add_", "many small tensors in one call", elsewhere=("transport/",)),
     Internal("torch", "_foreach_sub_", "the same", elsewhere=("transport/",)),
-    Internal("torch", "_foreach_copy_", "the same", elsewhere=("transport/",)),
+    Internal("torch", "_foreach_copy_", "the same", elsewhere=("ondevice/",)),
     Internal("torch", "_foreach_norm", "the same", elsewhere=("ondevice/", "transport/")),
     Internal(
         "torch.distributed.distributed_c10d._World",
         "pg_map",
         "which process groups there are, to leave them all",
-        elsewhere=("transport/recording.py",),
+        elsewhere=("transport/group_ends.py",),
     ),
     Internal(
         "torch.distributed.distributed_c10d",
         "_world",
         "the same",
-        elsewhere=("transport/recording.py",),
+        elsewhere=("transport/group_ends.py",),
     ),
     Internal(
         "torch.distributed.distributed_c10d",

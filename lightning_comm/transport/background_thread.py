@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import torch
 
-from lightning_comm.transport.recording import leave_behind
+from lightning_comm.transport.group_ends import leave_behind
 
 
 class BackgroundThread:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from lightning_comm.transport.recording import leave_behind, note_exit_status
+from lightning_comm.transport.group_ends import leave_behind, note_exit_status
 
 _PREFIX_STORE, _TCP_STORE = distributed_c10d.PrefixStore, cast(Any, dist).TCPStore
 

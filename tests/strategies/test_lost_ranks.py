@@ -13,7 +13,7 @@ from support.faults import Fault, Job, fates
 from support.training import Regression, loader, trainer
 
 import lightning_comm.transport.failures as peers
-import lightning_comm.transport.recording as recording
+import lightning_comm.transport.group_ends as group_ends
 from lightning_comm import Averaging, CyclicStrategy, FixedPeriod, LocalUpdateStrategy
 
 TIMEOUT_S = 6.0  # where it has to run out
@@ -202,7 +202,7 @@ def evaluate(rank):
         def test_step(self, batch, batch_idx):
             time.sleep(0.6 * rank)
 
-    atexit.register(recording._end_without_shutting_down)  # jobs begin without what was registered before
+    atexit.register(group_ends._end_without_shutting_down)  # jobs begin without what was registered before
     peers._STAY_S = LONG_S  # of this process alone
     strategy = LocalUpdateStrategy(FixedPeriod(10), timeout=timedelta(seconds=LONG_S))
     trainer(strategy, 2).test(Slow(), loader(3 if rank else 1, rank), verbose=False)

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from support.faults import Fault, Job, fates, vanish
 from support.processes import start_ranks
 
-from lightning_comm.transport import recording
+from lightning_comm.transport import group_ends
 from lightning_comm.transport.backends import backend_of
-from lightning_comm.transport.recording import another_group, hang_up, leave_group_at_exit
+from lightning_comm.transport.group_ends import hang_up, leave_group_at_exit
+from lightning_comm.transport.recording import another_group
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -41,8 +42,8 @@ class Nccl:
 
 @pytest.fixture
 def nccl_groups(monkeypatch):
-    monkeypatch.setattr(recording, "backend_of", lambda device, group=None: "nccl")
-    monkeypatch.setattr(recording, "_left_behind", {})
+    monkeypatch.setattr(group_ends, "backend_of", lambda device, group=None: "nccl")
+    monkeypatch.setattr(group_ends, "_left_behind", {})
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [])
 
 
@@ -50,15 +51,15 @@ def test_hanging_up_ends_what_nccl_has_under_way(nccl_groups):
     for group in (Nccl(), Nccl(fault=RuntimeError("aborted before"))):
         hang_up(group)
         assert group.aborts == 1
-        assert not any(thread.is_alive() for thread in recording._left_behind)
+        assert not any(thread.is_alive() for thread in group_ends._left_behind)
 
 
 def test_an_abort_that_does_not_end_is_left_behind(nccl_groups, monkeypatch):
-    monkeypatch.setattr(recording, "_ABORT_S", 0.1)
+    monkeypatch.setattr(group_ends, "_ABORT_S", 0.1)
     group, began = Nccl(stuck=True), time.monotonic()
     hang_up(group)
     assert time.monotonic() - began < 5
-    (thread,) = recording._left_behind
+    (thread,) = group_ends._left_behind
     assert thread.is_alive()
     group.lets.set()
     thread.join(10)
@@ -67,11 +68,11 @@ def test_an_abort_that_does_not_end_is_left_behind(nccl_groups, monkeypatch):
 @pytest.mark.parametrize("failed", [True, False])
 def test_groups_are_aborted_before_they_are_left_after_a_failure_alone(nccl_groups, monkeypatch, failed):
     done, groups = [], [Nccl(), Nccl()]
-    monkeypatch.setattr(recording, "_noting", [True] if failed else [])
+    monkeypatch.setattr(group_ends, "_noting", [True] if failed else [])
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append([each.aborts for each in groups]))
-    monkeypatch.setattr(recording.distributed_c10d, "_world", SimpleNamespace(pg_map=dict.fromkeys(groups)))
-    recording._leave_group()
+    monkeypatch.setattr(group_ends.distributed_c10d, "_world", SimpleNamespace(pg_map=dict.fromkeys(groups)))
+    group_ends._leave_group()
     assert done == [[int(failed)] * 2]
 
 

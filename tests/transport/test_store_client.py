@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from lightning_comm.transport import recording
+from lightning_comm.transport import group_ends
 from lightning_comm.transport.store_client import StoreClient, StoreLostError, connect_without_clone
 
 
@@ -84,26 +84,26 @@ def test_a_call_that_was_given_up_early_does_not_keep_others_from_an_answer():
 
 @pytest.mark.parametrize("failed", [False, True])
 def test_a_call_that_never_ends_is_left_behind_with_whether_the_run_has_failed(failed, monkeypatch):
-    monkeypatch.setattr(recording, "_left_behind", {})
-    monkeypatch.setattr(recording, "_noting", [True])  # `sys.exit` stays as it is
+    monkeypatch.setattr(group_ends, "_left_behind", {})
+    monkeypatch.setattr(group_ends, "_noting", [True])  # `sys.exit` stays as it is
     store = Stuck()
     client = StoreClient(store, 0.1)
     with pytest.raises(StoreLostError):
         client.check(["a"])
     client.close(failed=failed)
-    assert list(recording._left_behind.values()) == [failed]
+    assert list(group_ends._left_behind.values()) == [failed]
     store.lets.set()
 
 
 def _ends(status, uncaught, failed):
-    recording.note_exit_status()
-    recording.leave_behind(threading.main_thread(), failed=failed)
+    group_ends.note_exit_status()
+    group_ends.leave_behind(threading.main_thread(), failed=failed)
     if status is not None:
         with pytest.raises(SystemExit):
             sys.exit(status)
     if uncaught:
         sys.last_value = ValueError()
-    recording._end_without_shutting_down()
+    group_ends._end_without_shutting_down()
 
 
 @pytest.mark.parametrize(

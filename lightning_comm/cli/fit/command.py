@@ -17,7 +17,7 @@ from lightning_comm.callbacks import EmulatedDevice
 from lightning_comm.cli.fit.user_modules import Parser, search_beside_configs
 from lightning_comm.lab.cluster import LAB_VARIABLE
 from lightning_comm.lab.device.settings import SPEED_VARIABLE
-from lightning_comm.transport.recording import leave_group_at_exit
+from lightning_comm.transport.group_ends import leave_group_at_exit
 
 
 def fit(args: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ from lightning_comm.core.judgement import FEWEST_REPEATS
 from lightning_comm.lab.cluster import Lab, LabError
 from lightning_comm.planning.pilot.costs import BASELINE, LIMIT, Trial, timed_steps
 from lightning_comm.planning.pilot.length import counted
-from lightning_comm.transport.recording import leave_group_at_exit
+from lightning_comm.transport.group_ends import leave_group_at_exit
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,7 +43,7 @@ from lightning_comm.planning.pilot.length import ended_early, fit_to_run
 from lightning_comm.planning.projection import round_ends
 from lightning_comm.strategies import LocalUpdateStrategy
 from lightning_comm.transport.failure_messages import PeerFailure
-from lightning_comm.transport.recording import leave_group_at_exit
+from lightning_comm.transport.group_ends import leave_group_at_exit
 
 EVENT = "@pilot "
 _LEFT_OUT = (

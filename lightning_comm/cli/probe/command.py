@@ -33,7 +33,8 @@ from lightning_comm.instruments.clocks import device_of_group, gather_json, json
 from lightning_comm.instruments.nccl_log import ways_taken
 from lightning_comm.instruments.probe import device_of_messages, probe_link
 from lightning_comm.reports.link import describe_link
-from lightning_comm.transport.recording import Recorder, leave_group_at_exit
+from lightning_comm.transport.group_ends import leave_group_at_exit
+from lightning_comm.transport.recording import Recorder
 from lightning_comm.transport.start import all_ranks_started
 
 _PATIENCE_S = 120  # beyond the budget, for a rank that died

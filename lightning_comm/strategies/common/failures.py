@@ -13,7 +13,8 @@ from lightning_comm.lightning_internals import timeout_of
 from lightning_comm.strategies.common import earlier_failures
 from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.failures import Peers, is_lost_connection
-from lightning_comm.transport.recording import hang_up, has_unfinished_messages, note_exit_status
+from lightning_comm.transport.group_ends import hang_up, note_exit_status
+from lightning_comm.transport.recording import has_unfinished_messages
 from lightning_comm.transport.stop_protocol import Agreement, PeerFailure, default_store
 from lightning_comm.transport.store_client import StoreLostError
 

@@ -31,8 +31,9 @@ from lightning_comm.strategies.common.hooks import FitHooks, HookCallback
 from lightning_comm.strategies.common.interruptions import Interruptions, Stoppable
 from lightning_comm.strategies.common.plateau import PlateauMonitors
 from lightning_comm.strategies.common.set_up import RunSetUp
+from lightning_comm.transport.group_ends import leave_group_at_exit
 from lightning_comm.transport.plain_data import broadcast_json
-from lightning_comm.transport.recording import Recorder, leave_group_at_exit
+from lightning_comm.transport.recording import Recorder
 from lightning_comm.transport.stop_protocol import Agreement
 
 

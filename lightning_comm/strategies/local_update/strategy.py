@@ -35,7 +35,8 @@ from lightning_comm.strategies.local_update.sample_weights import SampleWeights
 from lightning_comm.strategies.local_update.settings import Round, Settings
 from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.backends import backend_of
-from lightning_comm.transport.recording import Recorder, another_group, hang_up
+from lightning_comm.transport.group_ends import hang_up
+from lightning_comm.transport.recording import Recorder, another_group
 
 
 class LocalUpdateStrategy(DDPStrategy):

@@ -7,7 +7,8 @@ import torch.distributed as dist
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.backends import backend_of
-from lightning_comm.transport.recording import Recorder, another_group, hang_up
+from lightning_comm.transport.group_ends import hang_up
+from lightning_comm.transport.recording import Recorder, another_group
 from lightning_comm.transport.stop_protocol import Agreement
 
 _WHERE = "the set-up of a process group"

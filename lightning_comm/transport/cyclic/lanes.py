@@ -8,7 +8,7 @@ from queue import SimpleQueue
 
 import torch
 
-from lightning_comm.transport.recording import leave_behind
+from lightning_comm.transport.group_ends import leave_behind
 
 _END_S = 5.0  # how long lanes may take to end once nothing holds them any more
 _LISTEN_S = 1.0  # how often somebody who waits looks whether a rank has failed; a look takes up to 70 ms on a slow link

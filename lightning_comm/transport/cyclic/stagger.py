@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from lightning_comm.core.cyclic.schedule import CyclicSchedule
 from lightning_comm.core.cyclic.stagger import token_boundary
-from lightning_comm.transport.recording import Recorder, leave_behind
+from lightning_comm.transport.group_ends import leave_behind
+from lightning_comm.transport.recording import Recorder
 
 _LISTEN_S = 1.0
 _END_S = 5.0  # how long the thread may take to end once nothing holds it any more
