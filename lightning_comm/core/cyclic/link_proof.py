@@ -57,7 +57,7 @@ def check_links(
 
     Example:
         >>> check_links(CyclicSchedule(workers=3, stages=3), steps=4)
-        444
+        336
 
     """
     waits = _Waits(schedule, steps, frozenset(flush_after), asked_late, previous_norm).of_all()
