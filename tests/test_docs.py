@@ -1,5 +1,6 @@
 """Documentation that can rot is executed: code blocks, links, and the parts that each technique must have."""
 
+import ast
 import doctest
 import importlib
 import json
@@ -59,6 +60,28 @@ def test_every_relative_link_leads_to_a_file(path):
 def test_each_card_says_what_a_reader_looks_for(path):
     front = yaml.safe_load(path.read_text().split("---")[1])
     assert {"name", "stem", "source", "needs", "composes_with", "does_not_compose_with"} <= set(front)
+
+
+def names_defined(body, within=""):
+    """Functions, classes and values that statements define, those in a class behind its name and a dot."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield within + node.name
+            yield from names_defined(node.body, f"{within}{node.name}.") if isinstance(node, ast.ClassDef) else ()
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (within + target.id for target in targets if isinstance(target, ast.Name))
+
+
+def test_every_file_and_name_in_the_architecture_is_there_and_no_other_file_is_meant():
+    page = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
+    files = [path for folder in ("lightning_comm", "tests") for path in ROOT.glob(f"{folder}/**/*.py")]
+    wrong = []
+    for path, name in set(re.findall(r"`([\w/]+\.py)(?::([\w.]+))?`", page)):
+        found = [file for file in files if f"/{page_id(file)}".endswith(f"/{path}")]
+        if len(found) != 1 or (name and name not in names_defined(ast.parse(found[0].read_text()).body)):
+            wrong.append((path, name, [page_id(file) for file in found]))
+    assert wrong == []
 
 
 IMPORT = re.compile(r"from (lightning_comm[\w.]*) import (?:\(([^)]*)\)|([\w, ]+))")
