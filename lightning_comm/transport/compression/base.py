@@ -2,7 +2,7 @@
 
 A codec works on a *flat bucket*: one row of entries, laid out as :class:`Layout` says. It replaces the entries by the
 mean over the ranks of what each of them sent, and it talks while it does so: :meth:`Codec.mean` is a generator that
-starts a message, yields it, and is resumed when the message has arrived. Whoever runs it (:mod:`.conversations`)
+starts a message, yields it, and is resumed when the message has arrived. Whoever runs it (:mod:`.concurrent`)
 decides *when* it is resumed, always in an order that is the same on all ranks, and never from a callback of another
 message, where gloo aborts as soon as two buckets are on their way.
 
