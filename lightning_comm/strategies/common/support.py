@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_comm.contract import MessagesRecorded
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.lightning_internals import (
     begin_loaders_again,
     close_finished_epoch,
@@ -148,10 +149,14 @@ class RunSupport:
 
     # ---- messages of its own -------------------------------------------------------------------------------------
 
+    @property
+    def _ledger(self) -> CommLedger:
+        assert isinstance(self._strategy, MessagesRecorded)
+        return self._strategy.ledger
+
     def own_recorder(self) -> Recorder:
         """Return what sends and records the few messages that are no step's."""
-        assert isinstance(self._strategy, MessagesRecorded)
-        recorder = Recorder(self._strategy.ledger)
+        recorder = Recorder(self._ledger)
         recorder.step = 0 if self.trainer is None else self.trainer.global_step
         return recorder
 
@@ -257,7 +262,7 @@ class RunSupport:
             load,
             self.failures.refuse_together,
             in_set_up=in_set_up,
-            ledger=self.own_recorder().ledger,
+            ledger=self._ledger,
         )
         return Loaded(path, checkpoint, begins_fit)
 

@@ -32,14 +32,12 @@ class Saved(NamedTuple):
         sync: Has the state; ``None`` before a ``fit``.
         compression: Its settings.
         fitted: The model of the last ``fit``.
-        recorder: Sends and records.
 
     """
 
     sync: GradientSync | None
     compression: Compression
     fitted: LightningModule | None
-    recorder: Recorder
 
 
 def save(
@@ -71,7 +69,7 @@ def save(
                 state.compression,
                 checkpoint,
                 filepath,
-                state.recorder,
+                support.own_recorder(),
                 support.from_rank_0,
                 interrupted=support.interrupted,
             )
@@ -83,7 +81,8 @@ def save(
         by_lightning(checkpoint, saved.path)
     else:
         with shown("a checkpoint", waits=False):
-            sets.write_main(strategy, state.recorder, WHERE, saved, partial(by_lightning, checkpoint, saved.path))
+            write_whole = partial(by_lightning, checkpoint, saved.path)
+            sets.write_main(strategy, support.own_recorder(), WHERE, saved, write_whole)
 
 
 def write(

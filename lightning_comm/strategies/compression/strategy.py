@@ -379,7 +379,7 @@ class CompressedDDPStrategy(DDPStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         by_lightning = partial(super().save_checkpoint, storage_options=storage_options)
-        state = Saved(self._sync, self.compression, self._fitted, self._support.own_recorder())
+        state = Saved(self._sync, self.compression, self._fitted)
         save(self, self._support, state, checkpoint, filepath, by_lightning)
 
     @override

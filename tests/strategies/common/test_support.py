@@ -80,6 +80,17 @@ def test_the_folder_of_a_sharded_checkpoint_is_refused_by_each(tmp_path):
         assert [word for word in words if word not in text] == []
 
 
+@each_strategy
+def test_the_process_that_has_spawned_the_ranks_and_is_none_saves_and_loads_without_a_process_group(tmp_path, name):
+    assert not torch.distributed.is_initialized()
+    module = Regression()
+    runner = module.trainer = trainer(STRATEGIES[name](start_method="spawn"), 1)
+    runner.strategy.connect(module)
+    runner.save_checkpoint(tmp_path / "after.ckpt")
+    loaded = runner.strategy.load_checkpoint(tmp_path / "after.ckpt")
+    assert torch.equal(loaded["state_dict"]["net.0.weight"], module.net[0].weight)
+
+
 class Looks(Callback):
     """Notes which callback is first."""
 
