@@ -3,7 +3,7 @@
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_comm import lightning_internals as internals
+from lightning_comm import lightning_internals
 
 
 class PartitionLogs:
@@ -28,7 +28,9 @@ class PartitionLogs:
 
     def log(self) -> None:
         """Hand the loggers the newest window, where Lightning logs the metrics of a batch, and at the same step."""
-        step = internals.logged_step(self._trainer) if self._metrics and self._trainer.is_global_zero else None
+        step = (
+            lightning_internals.logged_step(self._trainer) if self._metrics and self._trainer.is_global_zero else None
+        )
         if step is None:
             return
         metrics, self._metrics = self._metrics, {}
@@ -37,11 +39,11 @@ class PartitionLogs:
 
     def warn_of_plain_means(self) -> None:
         """Say which values are logged as the plain mean over ranks, whenever there are new ones."""
-        number = internals.number_of_logged_metrics(self._trainer)
+        number = lightning_internals.number_of_logged_metrics(self._trainer)
         if number <= self._number_checked:
             return
         self._number_checked = number
-        logged = internals.logged_metrics(self._trainer)
+        logged = lightning_internals.logged_metrics(self._trainer)
         names = sorted({each.name for each in logged if each.synchronised and each.on_step and not each.is_metric})
         if names and self._trainer.world_size > 1:
             rank_zero_warn(

@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_comm import lightning_internals as internals
+from lightning_comm import lightning_internals
 from lightning_comm.callbacks.adaptive_partition import agreement, checks
 from lightning_comm.callbacks.adaptive_partition.files import PartitionFiles
 from lightning_comm.callbacks.adaptive_partition.gradients import GradientScaling
@@ -106,7 +106,7 @@ class PartitionSession:
             self._windows = PartitionWindows(settings, start, self._record, self._timer, MemoryRoom(device, sharers))
         has_messages = self._timer is not None or _have_samplers(self._loaders)
         self._messages = PartitionMessages(
-            internals.timeout_of(trainer.strategy), ledger, needed=trainer.world_size > 1 and has_messages
+            lightning_internals.timeout_of(trainer.strategy), ledger, needed=trainer.world_size > 1 and has_messages
         )
         self._compared_epoch = -1
         self._rounds_seen = 0
@@ -124,7 +124,7 @@ class PartitionSession:
         trainer, settings, loaders = self._trainer, self._settings, self._loaders
         with_norm = checks.has_batch_norm(module)
         start = chosen_start(settings, loaders, trainer.world_size, with_norm)
-        internals.load_skipped_loader_states(trainer)
+        lightning_internals.load_skipped_loader_states(trainer)
         if settings.replay is not None:
             journal = agreement.journal_of_rank_0(trainer, settings.replay, self._ledger)
             start = replayed_start(start, journal, settings.replay)

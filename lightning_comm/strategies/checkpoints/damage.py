@@ -14,7 +14,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
 
 from lightning_comm.strategies.checkpoints.entry import is_incomplete
-from lightning_comm.strategies.checkpoints.problems import told
+from lightning_comm.strategies.checkpoints.problems import one_line
 from lightning_comm.strategies.checkpoints.whole_files import is_local, local_path
 
 ZIP = b"PK\x03\x04"
@@ -34,7 +34,7 @@ def damage(path: _PATH) -> str | None:
         with get_filesystem(path).open(str(path), "rb") as file:
             return _damage_of(file)
     except OSError as error:
-        return f"it cannot be read ({told(error)})"
+        return f"it cannot be read ({one_line(error)})"
 
 
 def _damage_of(file: IO[bytes]) -> str | None:
@@ -56,7 +56,7 @@ def _damage_of(file: IO[bytes]) -> str | None:
     except zipfile.BadZipFile as error:
         return f"it is cut off or overwritten ({size} bytes; {error})"
     except Exception as error:  # whatever a damaged directory makes of the reader
-        return f"it is damaged ({size} bytes; {told(error)})"
+        return f"it is damaged ({size} bytes; {one_line(error)})"
     return None if bad is None else f"it is damaged ({size} bytes; the record {bad!r} does not match its checksum)"
 
 

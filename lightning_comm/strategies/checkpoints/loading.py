@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.strategies.checkpoints.damage import ZIP, damage, newest_whole
-from lightning_comm.strategies.checkpoints.problems import CheckpointError, first_problem, told
+from lightning_comm.strategies.checkpoints.problems import CheckpointError, first_problem, one_line
 from lightning_comm.strategies.checkpoints.whole_files import has_torch_files, is_local, local_path
 from lightning_comm.transport.recording import Recorder
 
@@ -85,7 +85,7 @@ def load_together(
     except Exception as error:
         failure = error
     if for_all:
-        problem = None if failure is None else told(failure)
+        problem = None if failure is None else one_line(failure)
         found = first_problem(strategy, Recorder(ledger), problem, "checkpoint_files")
         if found is not None and failure is None:
             rank, text = found
@@ -121,7 +121,7 @@ def _load(
                 if file.read(len(ZIP)) == ZIP and not any(name in str(error) for name in _READER):
                     raise
             size = files.size(str(path))
-            problem = f"it is damaged, or no file of `torch.save` ({size} bytes; {told(error)})"
+            problem = f"it is damaged, or no file of `torch.save` ({size} bytes; {one_line(error)})"
     raise CheckpointError(f"{where}: `ckpt_path`={str(path)!r} cannot be loaded: {problem}. {_way_out(path)}")
 
 
@@ -136,7 +136,7 @@ def _load_by_other(where: str, path: _PATH, load: Callable[[_PATH], dict[str, An
         if problem is None:
             raise
         raise CheckpointError(
-            f"{where}: `ckpt_path`={str(path)!r} cannot be loaded ({told(error)}): {problem}. {_way_out(path)}"
+            f"{where}: `ckpt_path`={str(path)!r} cannot be loaded ({one_line(error)}): {problem}. {_way_out(path)}"
         ) from error
 
 

@@ -12,7 +12,7 @@ class CheckpointError(OSError):
     """A checkpoint that could not be written or read, on all ranks alike; it says where, why and the way out."""
 
 
-def told(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Return an error as one line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"

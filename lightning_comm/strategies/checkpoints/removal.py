@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 
 from lightning_comm.core.whole_files import PARTIAL
 from lightning_comm.lightning_internals import after_writes, last_names, point_to, writer_in_background
-from lightning_comm.strategies.checkpoints.problems import told
+from lightning_comm.strategies.checkpoints.problems import one_line
 from lightning_comm.strategies.checkpoints.whole_files import has_torch_files, is_local, local_path
 
 _RANK_FILE = re.compile(r"rank\d+\.pt")
@@ -164,7 +164,7 @@ def _tried(strategy: ParallelStrategy, path: _PATH, remove_it: Callable[[], None
     except Exception as error:
         warnings.warn(
             f"{type(strategy).__name__}: {str(path)!r} was to be removed, since a newer checkpoint is there, and could "
-            f"not be: {told(error)}. It stays, and the run goes on. Remove it by hand, or let `remove_checkpoint` of "
+            f"not be: {one_line(error)}. It stays, and the run goes on. Remove it by hand, or let `remove_checkpoint` of "
             f"{type(strategy.checkpoint_io).__name__} be allowed to.",
             stacklevel=2,
         )

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_comm.lightning_internals import inner_io, wait_for_writes, writer_in_background
 from lightning_comm.strategies.checkpoints.damage import damage
 from lightning_comm.strategies.checkpoints.entry import Save, is_incomplete
-from lightning_comm.strategies.checkpoints.problems import CheckpointError, first_problem, told
+from lightning_comm.strategies.checkpoints.problems import CheckpointError, first_problem, one_line
 from lightning_comm.strategies.checkpoints.removal import (
     entries,
     folder,
@@ -126,7 +126,7 @@ def _raise_together(
     strategy: ParallelStrategy, recorder: Recorder, where: str, save: Save, failure: Exception | None, *, discard: bool
 ) -> None:
     """Raise on all ranks if one has failed; where the main file will not come, remove this rank's own."""
-    found = first_problem(strategy, recorder, None if failure is None else told(failure))
+    found = first_problem(strategy, recorder, None if failure is None else one_line(failure))
     if found is None:
         return
     if discard:
@@ -179,7 +179,7 @@ def _read(strategy: ParallelStrategy, path: str, save_id: str) -> tuple[dict[str
         with torch.serialization.safe_globals(_numpy_types()):
             state = io.load_checkpoint(path, weights_only=True)
     except Exception as error:  # a file that is damaged on one rank: the others wait for word of it
-        text = f"{path} cannot be read ({told(error)})"
+        text = f"{path} cannot be read ({one_line(error)})"
         if "weights_only" in str(error) or "Weights only" in str(error):
             text += (
                 "; it holds more than plain values and tensors, put there by a loader or a scheduler of yours, whose "

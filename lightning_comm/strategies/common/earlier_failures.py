@@ -19,7 +19,7 @@ def note(text: str) -> None:
         _noted[:] = [(weakref.ref(group), text)]
 
 
-def tell(store: StoreClient) -> None:
+def mark_group_broken(store: StoreClient) -> None:
     """Tell the other ranks that the default group is of no more use; before connections are closed, if they are."""
     with suppress(StoreLostError):  # without the store no run can begin anyway
         store.set(_KEY, "", within_s=_CALL_S)

@@ -122,7 +122,7 @@ class RunFailures:
     def close_group(self) -> None:
         """Hang up on the other ranks, which may wait for messages of this one."""
         if self._peers is not None:
-            earlier_failures.tell(self._peers.store)
+            earlier_failures.mark_group_broken(self._peers.store)
         if dist.is_initialized():
             hang_up(None)
 
@@ -161,7 +161,7 @@ class RunFailures:
                 peers.report(f"{type(exception).__name__}: {exception}")
         earlier_failures.note(peers.failure or f"{type(exception).__name__}: {exception}")
         if broken:
-            earlier_failures.tell(peers.store)  # before the others can see that this rank has left
+            earlier_failures.mark_group_broken(peers.store)  # before the others can see that this rank has left
         if not peers.part():
             self.close_group()
 

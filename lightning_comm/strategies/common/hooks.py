@@ -79,7 +79,7 @@ class HookCallback(Callback):
         self._hooked.report_failure(exception)
 
 
-def is_accompanied(trainer: Trainer) -> bool:
+def has_hook_callback(trainer: Trainer) -> bool:
     """Whether the hook callback is there: not in a trial run of a learning-rate finder.
 
     That sets callbacks aside, and undoes all that it did.

@@ -18,7 +18,7 @@ SEEN = ("moved", "parameters", "buffers", "weight_averages", "optimizer_state")
 NOT_LOOKED: dict[str, bool | Tensor] = dict.fromkeys(SEEN[1:], True)
 
 
-class ControlRow(NamedTuple):
+class RankStatus(NamedTuple):
     """What one rank says; sent as float64, which holds counts and 48-bit fingerprints exactly.
 
     Args:
@@ -29,7 +29,7 @@ class ControlRow(NamedTuple):
         loss_scale: That of a gradient scaler; 0 without one.
         urgent: Whether this rank knows of a request that is not settled; in the row at the start, whether its batches
             or steps may come out different from what it has announced.
-        stands: Whether ranks stop where they stand, so that nothing is averaged now.
+        stops_apart: Whether ranks stop at different steps, each where it is, so that nothing is averaged now.
         batches: Training batches in an epoch; -1 where that is not known.
         samples: That this rank has trained on since the last synchronisation; ``None``, on all ranks, where averages
             are not weighted by it, and then it is not sent.
@@ -43,21 +43,21 @@ class ControlRow(NamedTuple):
     layout: float = 0
     loss_scale: float = 0.0
     urgent: float = False
-    stands: float = False
+    stops_apart: float = False
     batches: float = -1
     samples: float | None = None
     seen: int = 0
 
 
 def exchange(
-    row: ControlRow,
+    row: RankStatus,
     recorder: Recorder,
     device: torch.device,
     wait: Callable[[Pending], None],
     *,
     loss_scale: Tensor | None = None,
     found: Mapping[str, bool | Tensor] | None = None,
-) -> list[ControlRow]:
+) -> list[RankStatus]:
     """Send this rank's row and return those of all ranks, in order of rank.
 
     Args:
@@ -90,23 +90,23 @@ def exchange(
     return [_received(dict(zip(fields, values, strict=False))) for values in rows.tolist()]
 
 
-def _received(numbers: dict[str, float]) -> ControlRow:
+def _received(numbers: dict[str, float]) -> RankStatus:
     flags = int(numbers.pop("urgent"))
-    return ControlRow(**numbers, urgent=flags & 1, seen=flags >> 1)
+    return RankStatus(**numbers, urgent=flags & 1, seen=flags >> 1)
 
 
-def seen(rows: list[ControlRow]) -> set[str]:
+def seen(rows: list[RankStatus]) -> set[str]:
     """Return what any rank has seen.
 
     Example:
-        >>> sorted(seen([ControlRow(seen=1), ControlRow(seen=4)]))
+        >>> sorted(seen([RankStatus(seen=1), RankStatus(seen=4)]))
         ['buffers', 'moved']
 
     """
     return {name for k, name in enumerate(SEEN) if any(int(row.seen) >> k & 1 for row in rows)}
 
 
-def moderate(rows: list[ControlRow]) -> set[str]:
+def moderate(rows: list[RankStatus]) -> set[str]:
     """Return the purposes of averages for which no rank has seen an entry that may be large.
 
     Where a frozen parameter has changed, which then is averaged too, that is not known of parameters.
@@ -115,7 +115,7 @@ def moderate(rows: list[ControlRow]) -> set[str]:
     return set(SEEN[1:]) - found - ({"parameters"} if "moved" in found else set())
 
 
-def check_same_work(rows: list[ControlRow]) -> None:
+def check_same_work(rows: list[RankStatus]) -> None:
     """Refuse ranks that meet after different steps, or that would average different tensors.
 
     Raises:
@@ -138,7 +138,7 @@ def check_same_work(rows: list[ControlRow]) -> None:
         )
 
 
-def check_same_model(rows: list[ControlRow], where: str) -> None:
+def check_same_model(rows: list[RankStatus], where: str) -> None:
     """Refuse ranks that have built different models.
 
     Raises:
@@ -153,7 +153,7 @@ def check_same_model(rows: list[ControlRow], where: str) -> None:
         )
 
 
-def check_same_batches(rows: list[ControlRow], where: str) -> None:
+def check_same_batches(rows: list[RankStatus], where: str) -> None:
     """Refuse ranks with different numbers of training batches.
 
     Raises:

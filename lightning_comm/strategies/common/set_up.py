@@ -121,7 +121,7 @@ class RunSetUp:
         if model is None or lazy_names(self._strategy.lightning_module):
             return  # refused when the set-up ends, with what else there is
         named = [*model.named_parameters(), *model.named_buffers()]
-        row = rank_status.ControlRow(layout=fingerprint(named))
+        row = rank_status.RankStatus(layout=fingerprint(named))
         with self._failures.first_error_shown("the set-up"):
             rows = rank_status.exchange(row, recorder, self._strategy.root_device, Pending.wait)
         rank_status.check_same_model(rows, self._where)

@@ -18,8 +18,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_comm import lightning_internals as internals
-from lightning_comm.strategies.common import rank_status as control
+from lightning_comm import lightning_internals
+from lightning_comm.strategies.common import rank_status
+from lightning_comm.strategies.common.rank_status import RankStatus
 from lightning_comm.transport.epoch_ends import same_batches
 from lightning_comm.transport.plain_data import gather_json
 from lightning_comm.transport.recording import Pending, Recorder
@@ -104,12 +105,12 @@ class CompressionRun:
         """
         mine = {
             "batches": int(batches) if math.isfinite(batches) else -1,
-            "confirms": self._may_leave_unseen(internals.training_loaders(self._trainer)),
+            "confirms": self._may_leave_unseen(lightning_internals.training_loaders(self._trainer)),
         }
         with self.agreement.first_error_shown():
             rows = gather_json(mine, self._recorder, self._module.device, "control")
         self.refused = True
-        control.check_same_batches([control.ControlRow(batches=row["batches"]) for row in rows], self._where)
+        rank_status.check_same_batches([RankStatus(batches=row["batches"]) for row in rows], self._where)
         self.refused = False
         self._confirms = any(row["confirms"] for row in rows)
 
@@ -120,7 +121,7 @@ class CompressionRun:
         # Lightning reads a stream ahead only without a limit; and in its last batch gradients are averaged, also where
         # others accumulate them
         trainer = self._trainer
-        seen_late = internals.accumulates(trainer) or math.isfinite(trainer.num_training_batches)
+        seen_late = lightning_internals.accumulates(trainer) or math.isfinite(trainer.num_training_batches)
         return seen_late and any(_length(each) is None for each in loaders)
 
     def settle(self) -> None:
@@ -135,7 +136,7 @@ class CompressionRun:
             *Communication.* None, unless :meth:`check_start` found that this may be; then that of a meeting.
 
         """
-        batch = internals.batches_begun(self._trainer)
+        batch = lightning_internals.batches_begun(self._trainer)
         if self._confirms and batch != self._confirmed:  # not for every closure of an optimizer that wants several
             self._confirmed = batch
             self._meet(self._place())
@@ -169,7 +170,7 @@ class CompressionRun:
         self._carry_out()
 
     def _place(self) -> int:
-        return _AT_LAST_BATCH if internals.is_last_batch(self._trainer) else _TRAINS_ON
+        return _AT_LAST_BATCH if lightning_internals.is_last_batch(self._trainer) else _TRAINS_ON
 
     def _meet(self, place: int) -> None:
         """Tell the other ranks where this one is and whether it has a request; learn the same of them.
@@ -230,7 +231,7 @@ class CompressionRun:
                 raise SIGTERMException
 
     def _refuse_unequal_epochs(self, place: int) -> None:
-        row = [internals.batches_of_epoch(self._trainer), place != _TRAINS_ON]
+        row = [lightning_internals.batches_of_epoch(self._trainer), place != _TRAINS_ON]
         with self.agreement.first_error_shown():
             rows = gather_json(row, self._recorder, self._module.device, "control")
         over = [rank for rank, (_, is_over) in enumerate(rows) if is_over]

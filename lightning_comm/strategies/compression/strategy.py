@@ -25,7 +25,7 @@ from lightning_comm.lightning_internals import load_skipped_loader_states, unuse
 from lightning_comm.strategies.checkpoints.whole_files import with_default
 from lightning_comm.strategies.common import model_checks
 from lightning_comm.strategies.common.checks import replica_problems
-from lightning_comm.strategies.common.hooks import FitHooks, is_accompanied
+from lightning_comm.strategies.common.hooks import FitHooks, has_hook_callback
 from lightning_comm.strategies.common.launching import LaunchingArguments, launching_arguments
 from lightning_comm.strategies.common.run_length import restore_accumulation
 from lightning_comm.strategies.common.support import RunSupport
@@ -293,7 +293,7 @@ class CompressedDDPStrategy(DDPStrategy):
             with self._own_changes(), self._support.failures.first_error_shown("a comparison of masks", waits=False):
                 self._pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored
                 self._pruned.before_step(trainer.global_step)
-        if not is_accompanied(trainer):
+        if not has_hook_callback(trainer):
             return
         run.check_start(float(trainer.num_training_batches))
         interruptions.install(in_step=run)

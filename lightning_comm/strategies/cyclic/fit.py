@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_comm.strategies.common import rank_status
-from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.strategies.common.rank_status import RankStatus
 from lightning_comm.strategies.cyclic.settings import CyclicSettings
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.stop_protocol import Agreement
@@ -55,7 +55,7 @@ class Fit:
     def meet(self) -> None:
         """Wait for all ranks, where the same notes have brought them to the same place."""
         with self.agreement.first_error_shown():
-            rank_status.exchange(ControlRow(), self.recorder, self.module.device, Pending.wait)
+            rank_status.exchange(RankStatus(), self.recorder, self.module.device, Pending.wait)
 
     def listen(self) -> bool:
         """Raise what was heard of the failure of another rank; for waits, which go on while this is false."""

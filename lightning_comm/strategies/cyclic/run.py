@@ -19,7 +19,7 @@ from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.cyclic.stages import Stage
 from lightning_comm.ondevice.random_state import random_state
 from lightning_comm.strategies.common import rank_status
-from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.strategies.common.rank_status import RankStatus
 from lightning_comm.strategies.common.run_length import may_differ
 from lightning_comm.strategies.cyclic import step_errors, trained
 from lightning_comm.strategies.cyclic.averages import averages_by_own_rule
@@ -159,7 +159,7 @@ class CyclicRun:
     def check_start(self, batches: float) -> None:
         """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
         urgent = may_differ(self.trainer) or averages_by_own_rule(self.trainer)
-        row = ControlRow(batches=batches if math.isfinite(batches) else -1, urgent=urgent)
+        row = RankStatus(batches=batches if math.isfinite(batches) else -1, urgent=urgent)
         with self.agreement.first_error_shown():
             rows = rank_status.exchange(row, self.recorder, self.module.device, Pending.wait)
             rank_status.check_same_batches(rows, WHERE)

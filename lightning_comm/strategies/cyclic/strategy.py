@@ -25,7 +25,7 @@ from lightning_comm.lightning_internals import is_own_closure, load_skipped_load
 from lightning_comm.ondevice.cyclic.update import ClipBy
 from lightning_comm.ondevice.optimizer.step_messages import FirstSteps
 from lightning_comm.strategies.checkpoints.whole_files import with_default
-from lightning_comm.strategies.common.hooks import is_accompanied
+from lightning_comm.strategies.common.hooks import has_hook_callback
 from lightning_comm.strategies.common.launching import LaunchingArguments, launching_arguments
 from lightning_comm.strategies.common.support import RunSupport, restore_random_state
 from lightning_comm.strategies.cyclic import clipping, refusals, step_errors
@@ -234,7 +234,7 @@ class CyclicStrategy(DDPStrategy):
         assert trainer is not None
         assert interruptions is not None
         assert self._hooks is not None
-        if not is_accompanied(trainer):
+        if not has_hook_callback(trainer):
             refusals.check_trial(run.active, run.steps_done)
             return
         load_skipped_loader_states(trainer)

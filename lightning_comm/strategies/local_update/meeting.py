@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_comm.core.local_update.clock import RoundClock
 from lightning_comm.ondevice.device_clock import DeviceClock
 from lightning_comm.strategies.common import rank_status
-from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.strategies.common.rank_status import RankStatus
 from lightning_comm.strategies.local_update.sample_weights import SampleWeights
 from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.model_average import ModelAverage
@@ -110,13 +110,13 @@ class Meeting:
         self._warned_of_rates = False
 
     def meet(
-        self, *, decide: bool = False, stand: bool = False, answering: bool = False, averages: bool = True
-    ) -> list[ControlRow]:
+        self, *, decide: bool = False, stops_apart: bool = False, answering: bool = False, averages: bool = True
+    ) -> list[RankStatus]:
         """Exchange one status row a rank; return all of them.
 
         Args:
             decide: Whether rank 0 chooses the length of the next round.
-            stand: Whether to say that ranks stop where they stand.
+            stops_apart: Whether to tell the others that ranks stop at different steps, each where it is.
             answering: Whether this rank agrees to requests while it waits. Only at the end of a step, where it can
                 still carry them out at that step.
             averages: Whether an average may follow, for which tensors are looked at: what is averaged is read once.
@@ -130,13 +130,13 @@ class Meeting:
                 steps = self._clock.decide(self._training.learning_rate())
             except ValueError as caught:
                 error, steps = caught, rank_status.FAILED
-        row = ControlRow(
+        row = RankStatus(
             next_steps=steps,
             lr=self._training.learning_rate(),
             steps_done=self._clock.steps_done,
             layout=self._model.tensors.layout(self._training.averaged_state()),
             urgent=self._agreement.urgent,
-            stands=stand,
+            stops_apart=stops_apart,
             samples=self._samples.sent,
         )
         wait = self._wait_answering if answering else self._wait
@@ -149,7 +149,7 @@ class Meeting:
             raise PeerFailure("rank 0 could not choose the next period; its own message says why")
         return rows
 
-    def exchange(self, row: ControlRow) -> list[ControlRow]:
+    def exchange(self, row: RankStatus) -> list[RankStatus]:
         """Exchange a row of another content, of which nothing is known before."""
         return rank_status.exchange(row, self._recorder, self._device, Pending.wait)
 
@@ -158,7 +158,7 @@ class Meeting:
         state = self._training.averaged_state()
         return self._model.tensors.look(state, overlapped.corrections, sending=overlapped.is_sending)
 
-    def check(self, rows: list[ControlRow]) -> None:
+    def check(self, rows: list[RankStatus]) -> None:
         """Refuse ranks that would not average the same, and learn what has changed that is averaged then too.
 
         Raises:
@@ -171,7 +171,7 @@ class Meeting:
             self._warned_of_rates = True
             self._training.warn(warning)
 
-    def weight(self, rows: list[ControlRow]) -> float | None:
+    def weight(self, rows: list[RankStatus]) -> float | None:
         """Return what this rank counts for in an average now; ``None`` if all count equally."""
         return self._samples.weight_of(self._recorder.members, rows)
 
@@ -182,7 +182,7 @@ class Meeting:
         return self._samples.exchange(self._recorder, self._device, self._wait)
 
     def answer(self) -> bool:
-        """Answer requests while this rank waits, and hear of failures; return whether ranks stop where they stand."""
+        """Answer requests while this rank waits, and hear of failures; return whether each rank stops where it is."""
         decision = self._agreement.poll_while_blocked(self._training.position)
         return decision is not None and decision.at_step is None
 
@@ -207,7 +207,7 @@ class Meeting:
         pending.wait()
 
 
-def _different_rates(rows: list[ControlRow]) -> str | None:
+def _different_rates(rows: list[RankStatus]) -> str | None:
     """Return what to say of learning rates that differ between ranks; ``None`` if they do not."""
     lrs = [row.lr for row in rows]
     if max(lrs) - min(lrs) <= 1e-9 * abs(max(lrs)):

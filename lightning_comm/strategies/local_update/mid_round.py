@@ -52,7 +52,7 @@ class MidRoundAverage:
             return
         with self._agreement.first_error_shown():
             rows = self._meeting.meet()
-            if self._rounds.standing:
+            if self._rounds.stopped_apart:
                 self._model.agree_on_moved()
             else:
                 self._meeting.check(rows)

@@ -22,7 +22,7 @@ from typing import Protocol
 from lightning_comm.ondevice.device_clock import Moment
 from lightning_comm.ondevice.flat import Drift
 from lightning_comm.strategies.common import rank_status
-from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.strategies.common.rank_status import RankStatus
 from lightning_comm.strategies.local_update.meeting import Meeting, Parts
 from lightning_comm.transport.overlapped_average import EndedRound
 
@@ -49,7 +49,7 @@ class Rounds:
     Attributes:
         done: How often ranks have synchronised since the run was started or resumed.
         apart: Whether ranks may differ: not from an average in full until the next batch.
-        standing: Whether ranks have stopped at different steps.
+        stopped_apart: Whether ranks have stopped at different steps.
         lr: The learning rate at the first step of the round.
         pruned: Keeps pruned weights at zero; ``None`` where nothing is pruned.
 
@@ -72,7 +72,7 @@ class Rounds:
         self._overlaps = overlaps
         self.pruned: Pruned | None = None
         self.done = 0
-        self.apart = self.standing = False
+        self.apart = self.stopped_apart = False
         self.lr = 0.0
 
     def open(self) -> None:
@@ -113,8 +113,8 @@ class Rounds:
             decide = self._training.goes_on and not self._run_is_over()
             rows = self._meeting.meet(decide=decide, answering=answering)
             met = self._device_clock.mark()
-            if any(row.stands for row in rows):
-                self.stand()
+            if any(row.stops_apart for row in rows):
+                self.stop_apart()
                 return
             self._meeting.check(rows)
             weight = self._meeting.weight(rows)
@@ -142,9 +142,9 @@ class Rounds:
         self._note(drift, started, started, averaged)
         self._end(weight)
 
-    def stand(self) -> None:
+    def stop_apart(self) -> None:
         """Leave the round open: ranks stop at different steps and only their copies are averaged."""
-        self.standing = self.apart = True
+        self.stopped_apart = self.apart = True
         self._ends.count_anew()
 
     def keep_pruned_at_zero(self) -> None:
@@ -152,7 +152,7 @@ class Rounds:
         if self.pruned is not None:
             self.pruned.keep_at_zero()
 
-    def _begin(self, rows: list[ControlRow]) -> None:
+    def _begin(self, rows: list[RankStatus]) -> None:
         self.lr = rows[0].lr
         self.clock.begin(int(rows[0].next_steps), lr=self.lr)
         self._overlapped.begin_round(self.clock.steps_done, int(rows[0].next_steps))
@@ -174,14 +174,14 @@ class Rounds:
         drift = self._model.average(weight, moderate, in_full=in_full)
         state = self._training.averaged_state()
         self._model.average_optimizer_state(state, weight, moderate="optimizer_state" in moderate)
-        self.apart, self.standing = self._model.compresses and not in_full, False
+        self.apart, self.stopped_apart = self._model.compresses and not in_full, False
         averaged = self._device_clock.mark()
         return drift.read(), averaged  # which is where the host waits for a device
 
     def _depart(self, wait_s: float, weight: float | None, moderate: Set[str]) -> None:
         ended = EndedRound(self.clock.steps_done, self.clock.steps_into_round, self.lr, wait_s)
         self._overlapped.depart(partial(self._model.depart, weight, moderate), ended)
-        self.apart, self.standing = True, False
+        self.apart, self.stopped_apart = True, False
 
     def _note(self, drift: Drift, started: Moment, met: Moment, averaged: Moment) -> None:
         clock, seconds = self.clock, self._device_clock.seconds

@@ -22,7 +22,7 @@ from lightning_comm.ondevice.device_clock import DeviceClock
 from lightning_comm.ondevice.model_tensors import ModelTensors
 from lightning_comm.ondevice.random_state import random_state
 from lightning_comm.strategies.common import rank_status
-from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.strategies.common.rank_status import RankStatus
 from lightning_comm.strategies.common.run_length import may_differ
 from lightning_comm.strategies.local_update.meeting import Meeting, Parts
 from lightning_comm.strategies.local_update.mid_round import MidRoundAverage
@@ -174,7 +174,7 @@ class LocalUpdateRun:
 
     def check_start(self, batches: float) -> None:
         """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
-        row = ControlRow(
+        row = RankStatus(
             batches=batches if math.isfinite(batches) else -1,
             steps_done=self.trainer.global_step,
             urgent=may_differ(self.trainer),
@@ -234,7 +234,7 @@ class LocalUpdateRun:
             self.rounds.synchronise()
         else:
             self.rounds.go_on()
-        self._carry_out_if_due(self.agreement.poll(self._training.position, force=self.rounds.standing))
+        self._carry_out_if_due(self.agreement.poll(self._training.position, force=self.rounds.stopped_apart))
         self.steps.begin()
 
     def end_epoch(self) -> None:
@@ -248,13 +248,13 @@ class LocalUpdateRun:
         self._carry_out_if_due(self.agreement.decision)
 
     def _note_end(self, steps: int) -> None:
-        if not self.rounds.standing:  # ranks that stop where they stand have agreed to
+        if not self.rounds.stopped_apart:  # where ranks have not agreed to stop at different steps
             self.ends.end_epoch(self.trainer.current_epoch, self.clock.steps_done + steps)
 
     def compare_places(self, purpose: str) -> None:
         """Compare where ranks are, before they meet in messages that do not tell; only where they may come apart."""
         trains = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.interrupted
-        if self.active and trains and not self.rounds.standing:
+        if self.active and trains and not self.rounds.stopped_apart:
             with self.agreement.first_error_shown():
                 self.ends.meet(purpose, self.clock.steps_done, self._meeting.listen)
 
@@ -278,9 +278,9 @@ class LocalUpdateRun:
             return
         rounds = self.rounds
         if decision.at_step is None:
-            if not rounds.standing:
-                self._meeting.meet(stand=True)
-                rounds.stand()
+            if not rounds.stopped_apart:
+                self._meeting.meet(stops_apart=True)
+                rounds.stop_apart()
         elif decision.kind not in ("checkpoint", "validate") and rounds.apart and not self.in_gradient_phase:
             rounds.synchronise(in_full=True)
         self.agreement.settled()

@@ -8,7 +8,7 @@ import torch
 from lightning_comm.core.arguments import is_whole
 from lightning_comm.ondevice.share import Share
 from lightning_comm.strategies.common import rank_status
-from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.strategies.common.rank_status import RankStatus
 from lightning_comm.transport.members import Members
 from lightning_comm.transport.recording import Pending, Recorder
 
@@ -65,7 +65,7 @@ class SampleWeights:
         """What the others must know: the samples since the last synchronisation; ``None`` if nothing is weighted."""
         return float(self._round) if self.active else None
 
-    def weight_of(self, members: Members, rows: list[ControlRow]) -> float | None:
+    def weight_of(self, members: Members, rows: list[RankStatus]) -> float | None:
         """Return what this rank counts for in a mean, from the rows of all; ``None`` if all count equally.
 
         Where nobody has trained since the last synchronisation, it is as it was there, so that an average right behind
@@ -82,7 +82,7 @@ class SampleWeights:
         """Return what this rank counts for, from rows that all ranks send here if anything is weighted."""
         if not self.active:
             return None
-        rows = rank_status.exchange(ControlRow(samples=self.sent), recorder, device, wait)
+        rows = rank_status.exchange(RankStatus(samples=self.sent), recorder, device, wait)
         return self.weight_of(recorder.members, rows)
 
     def begin_round(self, weight: float | None) -> None:

@@ -23,7 +23,7 @@ from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update.periods import PeriodRule
 from lightning_comm.ondevice.optimizer.step_messages import FirstSteps
 from lightning_comm.strategies.checkpoints.whole_files import with_default
-from lightning_comm.strategies.common.hooks import is_accompanied
+from lightning_comm.strategies.common.hooks import has_hook_callback
 from lightning_comm.strategies.common.launching import LaunchingArguments, launching_arguments
 from lightning_comm.strategies.common.support import RunSupport, restore_random_state
 from lightning_comm.strategies.local_update import checks, set_up
@@ -268,7 +268,7 @@ class LocalUpdateStrategy(DDPStrategy):
         assert trainer is not None
         assert interruptions is not None
         assert self._hooks is not None
-        if not is_accompanied(trainer):
+        if not has_hook_callback(trainer):
             return
         self._hooks.begin_training()
         resume, self._resume = self._resume, None
