@@ -57,7 +57,7 @@ _CYCLIC: dict[str, tuple[Rule, str]] = {
 
 
 class TwinTrainerError:
-    """Stands in for our strategies in the registry of ``pytorch_lightning``, and says what to import instead."""
+    """The error under our names in the registry of ``pytorch_lightning``, which says what to import instead."""
 
     def __init__(self, **_: Any) -> NoReturn:
         raise ImportError(

@@ -1,8 +1,8 @@
 """Damage of checkpoint files: cut off, overwritten, a bit that has flipped; found before anything is loaded.
 
-Files of ``torch.save`` are zip archives with a checksum (CRC-32) of every record, which ``torch.load`` does not look
-at. What lies between the records is checked by the readers of archives, torch's own and Python's, but for one bit: a
-record that is marked as a folder is handed over by torch with memory that nobody has written to.
+Files of ``torch.save`` are zip archives with a checksum (CRC-32) of every record, which ``torch.load`` does not check.
+What lies between the records is checked by the readers of archives, torch's and Python's, except for one bit: for a
+record that is marked as a folder torch returns uninitialised memory.
 """
 
 import os
@@ -55,7 +55,7 @@ def _damage_of(file: IO[bytes]) -> str | None:
         raise
     except zipfile.BadZipFile as error:
         return f"it is cut off or overwritten ({size} bytes; {error})"
-    except Exception as error:  # whatever a damaged directory makes of the reader
+    except Exception as error:  # a damaged directory may cause any error in the reader
         return f"it is damaged ({size} bytes; {one_line(error)})"
     return None if bad is None else f"it is damaged ({size} bytes; the record {bad!r} does not match its checksum)"
 

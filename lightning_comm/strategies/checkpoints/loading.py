@@ -1,4 +1,4 @@
-"""Loading the main file of a checkpoint on all ranks: whole, or refused by all of them, with a reason and a way out."""
+"""The loading of a checkpoint's main file on all ranks: whole, or refused by all of them, with reason and way out."""
 
 import os
 import re
@@ -25,9 +25,9 @@ _READER = ("PytorchStreamReader", "inline_container")  # in errors of torch's re
 
 
 def skip_unfinished(where: str, path: _PATH) -> _PATH:
-    """Return the path of a checkpoint, or for SLURM's that was never finished, of the one before.
+    """Return the path of a checkpoint; for one of SLURM's that was never finished, that of the one before.
 
-    Lightning takes up the highest number that it finds in any name, and a job that is killed while it saves for its
+    Lightning resumes from the highest number that it finds in any name, and a job that is killed while it saves for its
     requeue leaves names without a main file.
     """
     match = _OF_SLURM.fullmatch(os.path.basename(str(path)))
@@ -60,9 +60,9 @@ def load_together(
         where: Its name, for messages.
         path: The file.
         load: Lightning's way to load it.
-        refused: Called before the error that all ranks raise alike, which so is no failure of one of them.
+        refused: Called before an error that all ranks raise alike, so that it does not count as a failure of one.
         in_set_up: For ``fit``: whether this is before its set-up, where Lightning loads on all ranks.
-        ledger: Where messages are written down.
+        ledger: Where messages are recorded.
 
     Returns:
         The path of the file that was loaded, and its content.

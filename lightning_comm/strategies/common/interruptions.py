@@ -1,8 +1,8 @@
 """Stops and saves that one rank asks for.
 
-Plain Lightning settles these with a broadcast on every batch, or leaves them to each rank. Here they become requests. A
-run whose ranks are apart agrees on them without a collective (:mod:`lightning_comm.transport.stop_protocol`), and one
-whose ranks are in step by a message at the end of every batch (:mod:`lightning_comm.strategies.compression.run`).
+Plain Lightning decides these by a broadcast on every batch, or leaves them to each rank. Here they become requests.
+Ranks that train apart agree on them without a collective (:mod:`lightning_comm.transport.stop_protocol`), ranks in step
+by a message at the end of every batch (:mod:`lightning_comm.strategies.compression.run`).
 """
 
 import os
@@ -20,7 +20,7 @@ from lightning_comm.transport.stop_protocol import Decision, Kind
 
 
 class Stoppable(Protocol):
-    """What is needed of a run whose ranks agree on requests."""
+    """A run whose ranks agree on requests."""
 
     on_decision: Callable[[Decision], None]
 
@@ -37,16 +37,16 @@ class Stoppable(Protocol):
 
 
 class InStep(Protocol):
-    """A run whose ranks settle their requests when they meet: at the end of every batch, and around every epoch."""
+    """A run whose ranks agree on requests in a message: at the end of every batch, and around every epoch."""
 
     def after_batch(self, end_of_batch: Callable[[], None]) -> None:
-        """Meet at the end of a batch, which the argument ends."""
+        """Meet at the end of a batch; the argument is Lightning's end of it."""
 
     def around_epoch_start(self, start: Callable[[], None]) -> None:
-        """Meet at the start of an epoch, which the argument starts."""
+        """Meet at the start of an epoch; the argument is Lightning's start of it."""
 
     def around_epoch_end(self, end: Callable[[], None]) -> None:
-        """Meet at the end of an epoch, which the argument ends."""
+        """Meet at the end of an epoch; the argument is Lightning's end of it."""
 
 
 class Interruptions:
@@ -55,7 +55,7 @@ class Interruptions:
     Args:
         trainer: The Trainer.
         run: Where steps are counted.
-        any_rank: Whether any rank says yes; a collective, used only where ranks have just met in another one.
+        any_rank: Whether this is true on any rank; a collective, used only right after another one.
         where: The strategy, for messages.
 
     """
@@ -85,7 +85,7 @@ class Interruptions:
 
         Args:
             after_save: Called after every ``Trainer.save_checkpoint``, also where a hook made it fail.
-            in_step: Where ranks meet that are in step; ``None`` where they run apart.
+            in_step: The run, if its ranks are in step; ``None`` where they train apart.
 
         """
         trainer, patches = self._trainer, self.patches
@@ -98,7 +98,7 @@ class Interruptions:
         else:
             lightning_internals.wrap_loop_ends(trainer, patches, self._after_batch, self._around_epoch)
             lightning_internals.wrap_skipped_validation(trainer, patches, _without_drawing)
-            self.met = True  # all ranks start together, so a stop asked for in `on_train_start` is settled now
+            self.met = True  # all ranks start together, so they agree now on a stop that was requested in `on_train_start`
             self._settle_stop()
         lightning_internals.replace_timed_validation(trainer, patches, agreed=lambda: self._validate_now)
         for callback in getattr(trainer, "callbacks", []):
@@ -180,7 +180,7 @@ class Interruptions:
         end_of_batch()
         validated, self._validated = self._validated, None
         if validated is not None and before is not None:
-            # Validation draws random numbers, if only to start its loader. Training goes on as if it had not been.
+            # Validation draws random numbers, if only to start its loader. Training goes on as without it.
             set_random_state(validated | {"torch": before})
         self._ask_for_validation()
         self._settle_stop()
@@ -197,7 +197,7 @@ class Interruptions:
             return
         self._stop_is_agreed = False
         if self.met:
-            # All ranks have just been in some collective, validation or a checkpoint, so they can settle it here.
+            # All ranks have just been in a collective, validation or a checkpoint, so they can agree here.
             self._trainer.should_stop = self._stop_is_agreed = self._any_rank(self._trainer.should_stop)
             self.met = False
         elif self._trainer.should_stop:

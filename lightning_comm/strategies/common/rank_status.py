@@ -1,4 +1,4 @@
-"""The few numbers that ranks exchange when they meet, and what is read from them."""
+"""The rank status: the few numbers that ranks exchange when they meet, and what follows from them."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -14,25 +14,25 @@ UNDECIDED, FAILED = 0, -1  # in place of a number of steps
 
 # what a rank knows of its tensors, each a power of two in `seen`; also the purposes of averages
 SEEN = ("moved", "parameters", "buffers", "weight_averages", "optimizer_state")
-# what a rank says that has not looked, since no average follows: of entries, that any may be large
+# from a rank that has not looked, since no average follows: any entry may be large
 NOT_LOOKED: dict[str, bool | Tensor] = dict.fromkeys(SEEN[1:], True)
 
 
 class RankStatus(NamedTuple):
-    """What one rank says; sent as float64, which holds counts and 48-bit fingerprints exactly.
+    """The status of one rank, sent as a row of float64, which holds counts and 48-bit fingerprints exactly.
 
     Args:
-        next_steps: Length of the round to come, which counts on rank 0; or `UNDECIDED`, or `FAILED`.
+        next_steps: Length of the next round, of which rank 0's is used; or `UNDECIDED`, or `FAILED`.
         lr: Learning rate of the first step of that round.
         steps_done: Optimizer steps done.
         layout: Fingerprint of the tensors that this rank would average.
         loss_scale: That of a gradient scaler; 0 without one.
-        urgent: Whether this rank knows of a request that is not settled; in the row at the start, whether its batches
-            or steps may come out different from what it has announced.
+        urgent: Whether this rank knows of a request that is still open; in the row at the start, whether its batches or
+            steps may differ from what it has announced.
         stops_apart: Whether ranks stop at different steps, each where it is, so that nothing is averaged now.
         batches: Training batches in an epoch; -1 where that is not known.
-        samples: That this rank has trained on since the last synchronisation; ``None``, on all ranks, where averages
-            are not weighted by it, and then it is not sent.
+        samples: Samples that this rank has trained on since the last synchronisation; ``None``, on all ranks, where
+            averages are not weighted by them, and then they are not sent.
         seen: What :meth:`ModelTensors.look` has found on that rank, as a sum of powers of two, by place in `SEEN`.
 
     """
@@ -58,10 +58,10 @@ def exchange(
     loss_scale: Tensor | None = None,
     found: Mapping[str, bool | Tensor] | None = None,
 ) -> list[RankStatus]:
-    """Send this rank's row and return those of all ranks, in order of rank.
+    """Send this rank's status and return that of all ranks, in order of rank.
 
     Args:
-        row: What this rank says.
+        row: The status of this rank.
         recorder: Sends and records.
         device: Where the backend wants its messages.
         wait: Waits for the rows of the others.
@@ -75,7 +75,7 @@ def exchange(
 
     """
     sent = row._replace(urgent=float(bool(row.urgent)))._asdict()
-    del sent["seen"]  # it has room in the flag beside it
+    del sent["seen"]  # sent in the same number as `urgent`
     numbers = [number for number in sent.values() if number is not None]
     own = uploaded(torch.tensor(numbers, dtype=torch.float64), device)
     fields = list(sent)
@@ -96,7 +96,7 @@ def _received(numbers: dict[str, float]) -> RankStatus:
 
 
 def seen(rows: list[RankStatus]) -> set[str]:
-    """Return what any rank has seen.
+    """Return what at least one rank has seen.
 
     Example:
         >>> sorted(seen([RankStatus(seen=1), RankStatus(seen=4)]))
@@ -109,7 +109,7 @@ def seen(rows: list[RankStatus]) -> set[str]:
 def moderate(rows: list[RankStatus]) -> set[str]:
     """Return the purposes of averages for which no rank has seen an entry that may be large.
 
-    Where a frozen parameter has changed, which then is averaged too, that is not known of parameters.
+    It is not known of parameters where a frozen one has changed, which then is averaged too.
     """
     found = seen(rows)
     return set(SEEN[1:]) - found - ({"parameters"} if "moved" in found else set())
