@@ -89,7 +89,7 @@ def resumed_epoch() -> ResumedEpoch | None:
             return None
         if kind == "_FitLoop" and caller is not None:
             done = caller.epoch_loop.batch_progress.current.ready
-            resumes = caller.restarting and done > 0 and asked and not begun  # not `asked`: a hook reads the loader for itself
+            resumes = caller.restarting and done > 0 and asked and not begun  # else a hook reads it
             return ResumedEpoch(done, bool(caller._combined_loader_states_to_load)) if resumes else None
     return None
 

@@ -100,5 +100,5 @@ def scale_on_device(scaler: Any) -> Tensor | None:
 
 
 def sees_to_infinities(optimizer: Optimizer) -> bool:
-    """Whether an optimizer skips steps with infinite gradients itself, on the device, so that a scaler always calls it."""
+    """Whether an optimizer skips steps with infinite gradients itself, on the device: a scaler always calls it."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

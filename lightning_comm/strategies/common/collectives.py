@@ -1,4 +1,4 @@
-"""Lightning's own collectives: ranks compare where they are before, hear of failures within, and after one skip them."""
+"""Lightning's own collectives: ranks compare where they are before them, and skip them once a rank has failed."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -61,7 +61,7 @@ class LightningCollectives:
         return self.together(by_lightning, own, "a gathering")
 
     def together(self, collective: Callable[[], _T], alone: _T, where: str) -> _T:
-        """Run a collective, and note that all ranks meet in it; once a rank has failed it would not end, and is skipped.
+        """Run a collective, and note that all ranks meet in it; skip it once a rank has failed, since it would not end.
 
         Args:
             collective: The collective.

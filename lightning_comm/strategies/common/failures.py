@@ -140,8 +140,8 @@ class RunFailures:
         """Tell the others that this rank ends by an exception, without a collective.
 
         A rank that has lost a connection did not fail: its error is changed to name the rank that did. Then this rank
-        waits a few seconds for the others to hear of it and to leave as well. Some may wait in a collective for this rank,
-        whose process may live on, as in a notebook: so connections to those that stay are closed.
+        waits a few seconds for the others to hear of it and to leave as well. Those that do not leave may wait for it
+        in a collective, and its process may live on, as in a notebook: so their connections are closed.
         """
         peers = self._peers
         if peers is None:

@@ -98,7 +98,7 @@ class Interruptions:
         else:
             lightning_internals.wrap_loop_ends(trainer, patches, self._after_batch, self._around_epoch)
             lightning_internals.wrap_skipped_validation(trainer, patches, _without_drawing)
-            self.met = True  # all ranks start together, so they agree now on a stop that was requested in `on_train_start`
+            self.met = True  # all ranks start together, so they agree now on a stop asked for in `on_train_start`
             self._settle_stop()
         lightning_internals.replace_timed_validation(trainer, patches, agreed=lambda: self._validate_now)
         for callback in getattr(trainer, "callbacks", []):

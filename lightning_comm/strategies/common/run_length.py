@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_comm.lightning_internals import place_in_run, training_loaders
 
-_TRUSTED = ("torch", "lightning", "pytorch_lightning", "lightning_comm")  # whose loaders and samplers have the length that they announce
+_TRUSTED = ("torch", "lightning", "pytorch_lightning", "lightning_comm")  # loaders and samplers keep their length
 
 
 def steps_to_come(trainer: Trainer) -> int | None:

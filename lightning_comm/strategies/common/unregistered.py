@@ -36,9 +36,9 @@ _Found = dict[str, list[Tensor]]  # by the name of an attribute of the module, o
 class UnregisteredState:
     """Warns once of each attribute with tensors that change, and that are neither parameters nor buffers.
 
-    Copies of modules, and tensors of the shape of a parameter, are compared wherever they are found. Others only if they
-    exist when training starts, keep their shape, and are not in a list: a centre is so, and the outputs that steps leave
-    behind are not. Metrics of torchmetrics synchronise themselves.
+    Copies of modules, and tensors of the shape of a parameter, are compared wherever they are found. Others are
+    compared only if they exist when training starts, keep their shape, and are not in a list. That includes a centre,
+    and excludes outputs that steps leave behind. Metrics of torchmetrics synchronise themselves.
 
     Args:
         where: Who asks, for the message.
