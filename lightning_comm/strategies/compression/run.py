@@ -176,8 +176,8 @@ class CompressionRun:
         """Tell the other ranks where this one is and whether it has a request; learn the same of them.
 
         Note:
-            *Communication.* An all-reduce of 5 bytes, recorded as ``"control"``; more if there is a request. On CUDA the
-            host waits for the device here, once a step.
+            *Communication.* An all-reduce of 5 bytes, recorded as ``"control"``; more if there is a request. On CUDA
+            the host waits for the device here, once a step.
 
         """
         flags = [bool(self._wanted), bool(self._trainer.should_stop), *(place == each for each in range(3))]

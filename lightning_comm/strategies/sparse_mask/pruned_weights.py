@@ -4,9 +4,9 @@ The optimizer's state and averages of the weights are set to zero once, at each 
 since some optimizers mix entries.
 
 Order of messages, on every rank alike: before the forward of a step at which the schedule prunes, the masks (two small
-messages and one for each masked parameter) and a comparison of 8 bytes; none in the steps between. Where the model masks
-itself (:class:`ModulePruning`), two bytes with the last bucket of each step. If they show that a mask has changed on any
-rank, a comparison of 8 bytes before the next forward, and the gradients of that step are sent in full.
+messages and one for each masked parameter) and a comparison of 8 bytes; none in the steps between. Where the model
+masks itself (:class:`ModulePruning`), two bytes with the last bucket of each step. If they show that a mask has changed
+on any rank, a comparison of 8 bytes before the next forward, and the gradients of that step are sent in full.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -257,7 +257,7 @@ class PrunedWeights:
         return masked
 
     def _break_even(self) -> float:
-        """Return the share above which buckets are sent dense, from rank 0's measurement of packing and its link file."""
+        """Return the share above which buckets are sent dense, by rank 0's measurement of packing and its link file."""
         device, share, problem = self._module.device, torch.zeros(1, dtype=torch.float64), None
         if self._recorder.rank == 0:
             try:
@@ -281,7 +281,8 @@ class PrunedWeights:
     def keep_at_zero(self) -> None:
         """Set pruned weights to zero, since an optimizer that mixes entries may have moved them.
 
-        Where the model's own masks have changed since, this waits for the new ones, which may keep those weights.
+        Where the model's own masks have changed since, nothing is set to zero until the new ones are installed, which
+        may keep those weights.
         """
         changed = self._settings.pruning.is_watched and self._own_masks.have_changed()
         if changed is True:
