@@ -22,7 +22,7 @@ from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 
-# What callbacks and the pilot may ask of which strategy. mypy compares: a method that is renamed fails here.
+# The protocols of each strategy, for callbacks and the pilot. mypy compares: a method that is renamed fails here.
 REFUSED_TOGETHER: tuple[type[TakesRefusals], ...] = (LocalUpdateStrategy, CompressedDDPStrategy, CyclicStrategy)
 SAMPLES_WEIGHED: tuple[type[SamplesWeighed], ...] = (LocalUpdateStrategy,)
 AVERAGES_TAKEN_OUT: tuple[type[AveragesTakenOut], ...] = (LocalUpdateStrategy,)

@@ -46,6 +46,6 @@ def says_incomplete(checkpoint: dict[str, Any]) -> bool:
 
 def is_incomplete(path: str) -> bool:
     """Return whether a local file was written after a failure; False where it cannot be read."""
-    with suppress(Exception):  # such a file is left as it is, by whoever asks
+    with suppress(Exception):  # callers leave such a file as it is
         return says_incomplete(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
     return False

@@ -116,7 +116,7 @@ def check_twin_callbacks(callbacks: list[Any], where: str) -> None:
 
 
 def leave_out_other_model(where: str, checkpoint: dict[str, Any], filepath: object) -> None:
-    """Leave the optimizers of the last ``fit`` out of a checkpoint that is of another model, and say so.
+    """Leave the optimizers of the last ``fit`` out of a checkpoint of another model, and warn of it.
 
     Lightning keeps them when another model is evaluated, and would save them with its weights.
     """

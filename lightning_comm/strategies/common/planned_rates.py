@@ -24,11 +24,11 @@ _PLAIN = (int, float, complex, str, bool, type(None), torch.Tensor)
 
 
 class ScheduleUnknown(Exception):
-    """The learning rates of the run cannot be known before it; the message says why."""
+    """The error of learning rates that cannot be known before the run; its message has the reason."""
 
 
 def planned_rates(trainer: Trainer, module: LightningModule, counted: int, steps: int) -> list[float]:
-    """Return the learning rate of each of so many steps to come: the largest over the groups of an optimizer.
+    """Return the learning rates of the next steps, for each the largest over the groups of an optimizer.
 
     Copies of the schedulers are evaluated, over an optimizer of their own, and only those that certainly have no side
     effects: torch's own, with functions that compute from numbers alone. So the run does not change.
@@ -113,7 +113,7 @@ def _check_held(where: str, value: object, optimizers: Mapping[int, object]) -> 
 
 
 def rates_of(trainer: Trainer, optimizer: Optimizer, configs: Sequence[LRSchedulerConfig], steps: int) -> list[float]:
-    """Return the learning rate of each of so many steps to come, and use the schedulers up.
+    """Return the learning rates of the next steps; the schedulers are used up.
 
     Lightning's own order of calls is followed, so a scheduler moves after as many batches or epochs as it would.
     """

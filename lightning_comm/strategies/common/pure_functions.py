@@ -155,7 +155,7 @@ def _problems_of_code(
             top = names.get(each.argval, getattr(builtins, each.argval, None))
             yield from _held(code.co_name, "reads", {each.argval: top}, seen)
         elif each.opname == "LOAD_DEREF":
-            top = closure.get(each.argval)  # what it holds has been looked at
+            top = closure.get(each.argval)  # what it holds has been checked
         elif each.opname == "STORE_DEREF" and each.argval in code.co_freevars:
             yield f"{code.co_name} changes `{each.argval}`"
         elif not each.opname.startswith(_INSTRUCTIONS) or each.opname.startswith(_LEFT_OUT):

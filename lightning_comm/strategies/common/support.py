@@ -48,7 +48,7 @@ class Loaded(NamedTuple):
     """A main file that was loaded.
 
     Args:
-        path: Of the file, which may be another one than was asked for.
+        path: Of the file, which may differ from the one requested.
         checkpoint: Its content.
         begins_fit: Whether a ``fit`` goes on from it, before its set-up; not for a tuner within ``fit``, which restores
             what it has changed.

@@ -24,10 +24,10 @@ def training_samples(trainer: Trainer, count: int, where: str) -> Iterator[tuple
     Args:
         trainer: Has the loader.
         count: How many samples; all, if there are fewer.
-        where: Who asks, for the message.
+        where: The caller, for the message.
 
     Raises:
-        ValueError: If the data cannot be asked for single samples.
+        ValueError: If single samples of the data cannot be read.
 
     Note:
         *Communication.* None. One rank may ask alone.
@@ -50,7 +50,7 @@ def training_samples(trainer: Trainer, count: int, where: str) -> Iterator[tuple
 
 
 def _indexed(loader: Any, where: str) -> tuple[Any, bool]:
-    """Return a dataset that can be asked for samples by their index, and whether it takes a list of these at once.
+    """Return a dataset that returns samples by their index, and whether it takes a list of indices at once.
 
     Raises:
         ValueError: If there is none.

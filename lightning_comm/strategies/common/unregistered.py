@@ -41,8 +41,8 @@ class UnregisteredState:
     and excludes outputs that steps leave behind. Metrics of torchmetrics synchronise themselves.
 
     Args:
-        where: Who asks, for the message.
-        trainer: Whose callbacks are looked at.
+        where: The strategy, for the message.
+        trainer: The Trainer, whose callbacks are checked.
         module: The model.
 
     Note:
@@ -58,11 +58,11 @@ class UnregisteredState:
 
     @property
     def is_new(self) -> bool:
-        """Whether to look at the end of a batch already, where ranks may be brought together much later."""
+        """Whether to look already at the end of a batch, since ranks may meet much later."""
         return self._looks_left > 0
 
     def look(self) -> None:
-        """Look for what has changed since the last look; where ranks have been brought together."""
+        """Look for what has changed since the last look; called where ranks have met."""
         if not self._noted and not self.is_new:
             return
         self._looks_left -= 1

@@ -91,7 +91,7 @@ class CompressionRun:
             self._wanted.append((kind, f"rank {self._recorder.rank}: {reason}"))
 
     def validated(self) -> None:
-        """Note that ranks validate, after which one of them may ask for a stop."""
+        """Note that ranks validate, after which one of them may request a stop."""
         self._validated = True
 
     # ---- where ranks meet ----------------------------------------------------------------------------------------

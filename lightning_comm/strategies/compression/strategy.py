@@ -68,7 +68,7 @@ class CompressedDDPStrategy(DDPStrategy):
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: At set-up, if the Trainer asks for what cannot work together.
+        MisconfigurationException: At set-up, if settings of the Trainer cannot work together with it.
 
     Note:
         *Communication.* What the compression sends, for each bucket and step. DDP broadcasts buffers, uncompressed. At
@@ -121,7 +121,7 @@ class CompressedDDPStrategy(DDPStrategy):
         self._resume: dict[str, Any] | None = None
         self._warned = False
 
-    # ---- what can be seen and asked (:mod:`lightning_comm.contract`) -------------------------------------------------
+    # ---- for users and callbacks (:mod:`lightning_comm.contract`) ----------------------------------------------------
 
     @property
     def compression(self) -> Compression:
@@ -276,7 +276,7 @@ class CompressedDDPStrategy(DDPStrategy):
             rank_zero_info(f"{WHERE}: {plan_of(self.compression, trainer.lightning_module, self.world_size)}")
         if self._pruned is not None:
             with self._own_changes(), self._support.failures.first_error_shown("a comparison of masks", waits=False):
-                self._pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored
+                self._pruned.start(trainer, self.optimizers)  # here, after optimizer states were restored
                 self._pruned.before_step(trainer.global_step)
         if not has_hook_callback(trainer):
             return

@@ -32,7 +32,7 @@ def clipping_of(settings: CyclicSettings, trainer: Trainer, module: LightningMod
 
 
 def problems(settings: CyclicSettings, trainer: Trainer, module: LightningModule) -> Iterator[str]:
-    """Yield why gradients cannot be clipped as the Trainer and the strategy say."""
+    """Yield why gradients cannot be clipped as Trainer and strategy require."""
     limit = trainer.gradient_clip_val
     if limit is not None and math.isnan(limit):
         yield f"`Trainer(gradient_clip_val={limit!r})` is no limit. Give a number > 0, or None, which does not clip."

@@ -55,14 +55,14 @@ class StepSettings:
             step_errors.warn_of_late_rate(self._fit.progress.steps_done)
 
     def _rate(self) -> Number:
-        """Return the sum of the learning rates; on the device if one of them is there, so that the host does not wait."""
+        """Return the sum of the learning rates; on a device if one of them is there, so that the host need not wait."""
         rates = [group.get("lr", 0.0) for group in self._user_optimizer.param_groups]
         there = [rate.detach().to(torch.float64) for rate in rates if isinstance(rate, Tensor) and rate.is_cuda]
         here = sum(float(rate) for rate in rates if not (isinstance(rate, Tensor) and rate.is_cuda))
         return torch.stack(there).sum() + here if there else here
 
     def _rates(self) -> list[object]:
-        """Return a value that changes when a learning rate does; of tensors the count of writes, which needs no wait."""
+        """Return a value that changes when a learning rate does; of a tensor the count of writes: it needs no wait."""
         rates = [group.get("lr", 0.0) for group in self._user_optimizer.param_groups]
         return [(id(rate), rate._version) if isinstance(rate, Tensor) else rate for rate in rates]
 

@@ -21,8 +21,8 @@ _READ = 0  # the stage whose notes all ranks read
 class StepNotes:
     """The notes of this rank on a step (its batch, learning rates and losses), and those of all ranks.
 
-    Notes travel with the gradients and return with the new versions, so ranks compare themselves, and agree on requests,
-    without a message of their own.
+    Notes travel with the gradients and return with the new versions, so ranks compare themselves, and agree on
+    requests, without a message of their own.
 
     Args:
         fit: What all parts of the run share.
@@ -88,7 +88,7 @@ class StepNotes:
 
     def read(self) -> None:
         """Read what ranks have noted two steps ago, once after each step."""
-        version = self._progress.steps_done - 2  # the newest notes that every rank has, whichever version it computes with
+        version = self._progress.steps_done - 2  # the newest that every rank has, whichever version it uses
         if version > self._progress.began_at:
             step, notes = version - 1, self._notes_of(version)
             self._check_finite(step, notes)

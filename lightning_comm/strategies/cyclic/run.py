@@ -194,7 +194,7 @@ class CyclicRun:
         self._notes.read()
         for decision in self._notes.take_decided():
             if decision.kind in ("terminate", "requeue"):
-                self._fit.meet()  # rank 0, if it ended at once, would close the store, in which others still read the reason
+                self._fit.meet()  # else rank 0 may close the store, in which others still read the reason
             self.on_decision(decision)
 
     def end_epoch(self) -> None:

@@ -30,7 +30,7 @@ class CyclicSteps:
 
     Under automatic optimization Lightning's hooks open and close a step. Under manual optimization a batch may have
     several steps or none, forwards and backwards may come in any order, and the module may catch an error: therefore
-    there are so many attributes.
+    all of these attributes.
 
     Args:
         fit: What all parts of the run share.

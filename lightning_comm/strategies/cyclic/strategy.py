@@ -122,7 +122,7 @@ class CyclicStrategy(DDPStrategy):
         self._warned_of_gradients = False
         self._first_steps = FirstSteps(WHERE)
 
-    # ---- what can be seen ----------------------------------------------------------------------------------------
+    # ---- for users and callbacks ----------------------------------------------------------------------------------
 
     @property
     def ledger(self) -> CommLedger:
@@ -302,7 +302,7 @@ class CyclicStrategy(DDPStrategy):
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def _can_meet(self) -> bool:
-        """Whether ranks can be brought together for a checkpoint: in the last ``fit`` of this model, or after it."""
+        """Whether ranks can meet for a checkpoint: in the last ``fit`` of this model, or after it."""
         run, support = self._run, self._support
         return run is not None and support.has_fitted(run) and not (support.interrupted or run.failed)
 

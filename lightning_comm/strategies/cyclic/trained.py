@@ -24,7 +24,7 @@ def check(stages: Sequence[Stage], module: nn.Module, trained: Sequence[Paramete
     """Refuse new stages that do not have the parameters trained on this rank, now and when the forward began.
 
     Raises:
-        RuntimeError: If they are not.
+        RuntimeError: If they do not.
 
     """
     if not are_of(stages, module, trained):

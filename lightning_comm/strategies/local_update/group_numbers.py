@@ -16,7 +16,7 @@ class GroupNumbers:
     Whole numbers count steps, which all ranks take alike.
 
     Args:
-        where: Who asks, for the message.
+        where: The strategy, for the message.
 
     """
 

@@ -68,7 +68,7 @@ class Parts:
         overlapped: The average in the background.
         samples: The weight of this rank.
         recorder: Sends and records, to the members of the rounds.
-        agreement: How single ranks ask for a stop.
+        agreement: The agreement of ranks on stops.
         ends: Compares where ranks end their epochs.
         device_clock: Takes times.
         device: Where the backend wants its messages.
@@ -116,7 +116,7 @@ class Meeting:
 
         Args:
             decide: Whether rank 0 chooses the length of the next round.
-            stops_apart: Whether to tell the others that ranks stop at different steps, each where it is.
+            stops_apart: Whether to announce that ranks stop at different steps, each where it is.
             answering: Whether this rank agrees to requests while it waits. Only at the end of a step, where it can
                 still carry them out at that step.
             averages: Whether an average may follow; then the tensors to average are read once, to inspect them.

@@ -51,7 +51,7 @@ class LocalUpdateRun:
         optimizers: Returns the optimizers of the strategy.
         settings: What the user chose.
         recorder: Sends and records.
-        agreement: How single ranks ask for a stop.
+        agreement: The agreement of ranks on stops.
         ends: Compares where ranks end their epochs.
         leave_gradient_phase: Takes the DDP wrapper off the model.
         samples: The weight of this rank in averages.
@@ -131,7 +131,7 @@ class LocalUpdateRun:
         self.random_state: dict[str, Any] | None = None
         self._leave_gradient_phase = leave_gradient_phase
 
-    # ---- what others ask ---------------------------------------------------------------------------------------------
+    # ---- for other parts ---------------------------------------------------------------------------------------------
 
     @property
     def steps_done(self) -> int:

@@ -126,7 +126,7 @@ class LocalUpdateStrategy(DDPStrategy):
         self._first_steps = FirstSteps(WHERE)
         self._group_numbers = GroupNumbers(WHERE)
 
-    # ---- what can be seen and asked (:mod:`lightning_comm.contract`) -------------------------------------------------
+    # ---- for users and callbacks (:mod:`lightning_comm.contract`) ----------------------------------------------------
 
     @property
     def ledger(self) -> CommLedger:
@@ -274,7 +274,7 @@ class LocalUpdateStrategy(DDPStrategy):
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # behind all callbacks and the module, so that a learning rate set there counts for the round that begins
+        # after all callbacks and the module, so that a learning rate set there counts for the round that begins
         if self._run is not None and self._support.interruptions is not None and self._run.active:
             self._support.interruptions.begin_batch()
             self._run.begin_batch(batch_idx + 1)
