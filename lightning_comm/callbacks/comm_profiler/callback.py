@@ -138,7 +138,7 @@ class CommProfiler(Callback):
 
     @property
     def ledger(self) -> CommLedger:
-        """Every message of the profiler itself on this rank, before and after training in the last or current ``fit``."""
+        """Every message of the profiler itself on this rank, around training, in the last or current ``fit``."""
         return self._ledger
 
     # ---- the one place where failures end ------------------------------------------------------------------------
