@@ -1,9 +1,9 @@
 """Protocols by which callbacks, the pilot and strategies talk.
 
-A callback asks ``isinstance(trainer.strategy, SamplesWeighed)`` and then calls what the protocol names. So mypy sees
-each use, and a method that is renamed breaks the build (:mod:`lightning_comm.strategies.registration` says which
-strategy implements which protocol); a name in a string would not. Strategies and callbacks never import each other;
-both import this file.
+A callback asks ``isinstance(trainer.strategy, SamplesWeighed)`` and then calls the methods of the protocol. Unlike with
+names in strings, mypy sees each use, and a renamed method breaks the build. Which strategy implements which protocol is
+listed in :mod:`lightning_comm.strategies.registration`. Strategies and callbacks never import each other; both import
+this file.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,15 +22,15 @@ class MessagesRecorded(Protocol):
 
     @property
     def ledger(self) -> CommLedger:
-        """What this rank has sent in the last or current ``fit``."""
+        """Every message that this rank has sent in the last or current ``fit``."""
 
 
 @runtime_checkable
 class SamplesWeighed(Protocol):
-    """A strategy whose averages of parameters can count each rank by the samples that it has trained on."""
+    """A strategy whose averages of parameters can weight each rank by the samples that it has trained on."""
 
     def weigh_by_samples(self) -> None:
-        """Let each rank count for its share of the samples of a round; in ``setup`` for ``fit``, on all ranks."""
+        """Weight each rank by its share of the samples of a round; call it in ``setup`` for ``fit``, on all ranks."""
 
     def count_samples(self, samples: int) -> None:
         """Count the samples of the batch that has begun; 0 for one that only keeps this rank in step."""
@@ -38,7 +38,7 @@ class SamplesWeighed(Protocol):
 
 @runtime_checkable
 class GradientsAnnounced(Protocol):
-    """A strategy that tells when this rank's gradients are ready, before it waits for those of others."""
+    """A strategy that announces when this rank's gradients are ready, before it waits for those of others."""
 
     def when_gradients_are_ready(self, call: Callable[[float], None]) -> None:
         """Call a function after each backward, with the seconds of it that were spent on messages.
@@ -49,7 +49,7 @@ class GradientsAnnounced(Protocol):
 
 @runtime_checkable
 class GradientsCompressed(Protocol):
-    """A strategy that averages gradients at every step as a compression sends them, which may be not at all."""
+    """A strategy that averages gradients at every step, as far as its compression sends them."""
 
     @property
     def compression(self) -> Compression:
@@ -58,14 +58,14 @@ class GradientsCompressed(Protocol):
 
 @runtime_checkable
 class AveragesTakenOut(Protocol):
-    """A strategy that puts averages in the place of weights for a validation, and takes them out again."""
+    """A strategy that puts averaged weights in place for a validation, and restores each rank's own after it."""
 
     def take_into_average(self, tensors: Iterable[Tensor]) -> None:
-        """Let buffers or parameters that were renewed in a validation be taken out with the average that it sees."""
+        """Count these tensors, which a validation has renewed, as part of the average, which is removed after it."""
 
 
 class RoundRule(NamedTuple):
-    """By what the rounds of a run are planned, once the run is known.
+    """The rule by which the rounds of a run are planned, once the run is known.
 
     Args:
         period: The rule, with every coefficient resolved.
@@ -93,7 +93,7 @@ class RoundInForce(NamedTuple):
 
 @runtime_checkable
 class SynchronisesInRounds(Protocol):
-    """A strategy whose ranks train by themselves for a round of several steps, and then synchronise.
+    """A strategy whose ranks train apart for a round of several steps, and then synchronise.
 
     Its properties can be read at any time, also outside of a ``fit``: ``isinstance`` reads them.
     """
@@ -112,14 +112,14 @@ class SynchronisesInRounds(Protocol):
 
     @property
     def round_rule(self) -> RoundRule:
-        """By what its rounds are planned; from ``on_train_start`` on."""
+        """The rule by which its rounds are planned; from ``on_train_start`` on."""
 
     @property
     def gradient_phase_steps(self) -> int:
         """Optimizer steps at the start of the run at which gradients are averaged; 0 before training starts."""
 
     def shorten_gradient_phase(self, steps: int) -> None:
-        """Let rounds begin after so many steps of the run, if that is sooner; from the first batch on, before its step.
+        """Let rounds begin after this many steps of the run, if that is sooner.
 
-        For trials of a few steps, on all ranks alike.
+        For trials of a few steps, on all ranks alike; from the first batch on, before its step.
         """

@@ -48,7 +48,7 @@ from lightning_comm import (
 BUCKETS = 30
 BLOCKS = [3, 4, 6, 3]  # of a ResNet-50
 CYCLIC_MOST = 1  # the notes of a step that is over
-OVERLAP_MOST = 3  # the control row and the buffers' drift where an average departs, its own drift where it lands
+OVERLAP_MOST = 3  # the rank status and the buffers' drift where an average departs, its own drift where it lands
 PERIOD = 3
 SYNCHRONISES, BETWEEN = 5, 4  # batches, by number: the last of the second round, and one within it
 STEPS = 7  # so that a batch follows

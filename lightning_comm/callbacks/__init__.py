@@ -1,4 +1,4 @@
-"""Callbacks for runs with communication-efficient strategies."""
+"""Callbacks for runs with the strategies of this package, or with plain DDP."""
 
 from lightning_comm.callbacks.adaptive_partition.callback import AdaptivePartition
 from lightning_comm.callbacks.batch_norm import BatchNormReestimation

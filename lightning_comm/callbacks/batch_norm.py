@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics, brought up to date with averaged weights before these are evaluated."""
+"""BatchNorm's running statistics, re-estimated for averaged weights before these are evaluated."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -90,7 +90,7 @@ class BatchNormReestimation(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # behind the hook callback of the strategy, which is first in the list, so averaged weights are in place
+        # after the hook callback of the strategy, which is first in the list, so averaged weights are in place
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._reestimate(trainer, pl_module)
 
@@ -122,7 +122,7 @@ class BatchNormReestimation(Callback):
 
 
 def _average_over_batches(trainer: Trainer, norms: list[_BatchNorm], seen: int, ledger: CommLedger) -> None:
-    """Replace the statistics by their mean over all batches of all ranks, of which this rank has seen so many."""
+    """Replace the statistics by their mean over all batches of all ranks; ``seen`` is this rank's number of batches."""
     statistics = [each for norm in norms for each in (norm.running_mean, norm.running_var) if each is not None]
     flat = torch.cat([each.flatten().double() for each in statistics]) * seen
     counted = torch.cat([flat, flat.new_tensor([float(seen)])])
@@ -130,7 +130,7 @@ def _average_over_batches(trainer: Trainer, norms: list[_BatchNorm], seen: int, 
     if trainer.world_size > 1:
         recorder = Recorder(ledger)
         recorder.step = trainer.global_step
-        recorder.note("barrier", "batch_norm_statistics", 0)  # in which Lightning's reduction meets first
+        recorder.note("barrier", "batch_norm_statistics", 0)  # before Lightning's reduction
         total = recorder.sent_by_others("all_reduce", "batch_norm_statistics", counted.nbytes, add_up)
     else:
         total = add_up()

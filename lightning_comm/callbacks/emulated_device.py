@@ -1,4 +1,4 @@
-"""An emulated device for a rank, which trains as fast as a stated device, whatever it really runs on."""
+"""An emulated device for a rank, which trains as fast as a device of a stated speed, whatever it runs on."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +42,7 @@ class EmulatedDevice(Callback):
     Raises:
         ValueError: If an argument is out of range; at set-up, if the model is compiled or a list of speeds has not one
             for each rank; when training starts, if the model is not on the CPU.
-        MisconfigurationException: In training, if the number of samples cannot be seen in a batch.
+        MisconfigurationException: In training, if the number of samples of a batch cannot be found.
 
     Note:
         *Communication.* None.
@@ -80,7 +80,7 @@ class EmulatedDevice(Callback):
         self._end_watch: Callable[[], None] = _nothing
 
     def summary(self) -> str:
-        """Say that the device is emulated, how fast it is, and whether the last run kept its pace."""
+        """Return a text: that the device is emulated, how fast it is, and whether the last run kept its pace."""
         if self.pacer is not None:
             return self.pacer.summary()
         speeds = [1.0 if speed is None else speed for speed in _each(self.speed)]
@@ -160,7 +160,7 @@ class EmulatedDevice(Callback):
 
 
 def _nothing() -> None:
-    """In place of what ends watching, where nobody watches."""
+    """Do nothing: there is no watch to end."""
 
 
 def _each(speed: float | tuple[float, ...] | None) -> tuple[float | None, ...]:

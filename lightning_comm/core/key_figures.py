@@ -26,7 +26,7 @@ BESIDE_TRAINING = (  # which no step has asked for, and which count in none
 
 
 def of_technique(purpose: str) -> bool:
-    """Whether messages of this purpose in a step are the technique's own: gradients, parameters, control rows, ….
+    """Whether messages of this purpose in a step are the technique's own: gradients, parameters, rank status, ….
 
     It is asked of messages in steps only, so not of those of ``BESIDE_TRAINING``.
     """
@@ -54,7 +54,7 @@ class StepFigures:
         lightning_s: Seconds in collectives of Lightning itself. Not in ``comm_s``.
         other_s: Seconds in collectives of metrics and of the user's own code. Not in ``comm_s``.
         timed: Whether all times are known. Bytes always are.
-        met: Whether ranks met in a control row, so that waiting was measured and need not be inferred.
+        met: Whether ranks met in an exchange of rank status, so that waiting was measured and need not be inferred.
 
     """
 

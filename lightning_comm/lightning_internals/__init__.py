@@ -1,8 +1,8 @@
-"""Every private part of Lightning and of torch that this package touches, by theme.
+"""The private parts of Lightning and of torch that this package touches, by theme.
 
-Lightning offers no public way to leave out the collectives that it issues on each batch. What we do instead is to
-replace a few methods on the *instances* of one run, and to put them back when the run ends. ``INTERNALS`` lists each
-name with the reason; a test looks each of them up, so a release that removes one fails by that name.
+Lightning offers no public way to leave out the collectives that it issues on each batch. Instead a few methods are
+replaced on the *instances* of one run, and restored when the run ends. ``INTERNALS`` lists each name with the reason; a
+test looks each of them up, so with a release that removes one it fails by that name.
 """
 
 from lightning_comm.lightning_internals import (

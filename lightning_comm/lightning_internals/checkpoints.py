@@ -63,7 +63,7 @@ def replace_timed_checkpoint(
             callback._last_time_checked = float("-inf")
             original(*args, **kwargs)
             return
-        # A copy of the callback's own test, on this rank's clock and without the broadcast of its answer.
+        # The callback's own test, copied, on this rank's clock and without the broadcast of the result.
         now, last = time.monotonic(), callback._last_time_checked
         if last is not None and now - last >= interval.total_seconds():
             on_time()
@@ -74,8 +74,8 @@ def replace_timed_checkpoint(
 def replace_links(trainer: Trainer, patches: Patches) -> None:
     """Let ``ModelCheckpoint(save_last="link")`` point to a whole checkpoint at any time.
 
-    Lightning takes the link away before it makes the new one, also to a file that is still to be written in the
-    background, or that was written after a rank had failed.
+    Lightning removes the link before it makes the new one. The new one may also point to a file that is still to be
+    written in the background, or that was written after a rank had failed.
     """
     for callback in getattr(trainer, "callbacks", []):
         if isinstance(callback, ModelCheckpoint):
@@ -98,7 +98,7 @@ def _replace_link(trainer: Trainer, callback: ModelCheckpoint, patches: Patches)
 
 
 def last_names(strategy: Strategy) -> tuple[str, ...]:
-    """Return how names of the newest checkpoint begin (``save_last``), with all callbacks that save."""
+    """Return how the names of the newest checkpoint (``save_last``) begin, for all callbacks that save."""
     module = strategy.lightning_module
     callbacks = getattr(module.trainer, "callbacks", []) if module is not None else []
     names = (each.CHECKPOINT_NAME_LAST for each in callbacks if isinstance(each, ModelCheckpoint))
@@ -114,7 +114,7 @@ def point_to(filepath: str, linkpath: str) -> None:
         os.remove(partial)
     try:
         os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), partial)
-    except OSError:  # Windows wants a right for it
+    except OSError:  # Windows requires a permission for it
         shutil.copy(filepath, partial)
     os.replace(partial, linkpath)
 
@@ -126,7 +126,7 @@ class SavePlan(NamedTuple):
         every_n_steps: After so many of the Trainer's steps, or 0.
         every_n_epochs: At the end of so many epochs, or 0.
         at_epoch_end: Whether that is the end of training in the epoch; otherwise that of its validation.
-        by_the_clock: Whether it saves when some time is over.
+        by_the_clock: Whether it saves after some time.
         files: How many.
 
     """
@@ -173,9 +173,10 @@ def writer_in_background(io: CheckpointIO | None) -> AsyncCheckpointIO | None:
 
 
 def after_writes(io: AsyncCheckpointIO, call: Callable[[], None]) -> None:
-    """Call a function once all that waits is written, in the thread that writes; not if something could not be.
+    """Call a function in the thread that writes, once all that waits is written; not if a write has failed.
 
-    An error of the function is a warning: as an error of that thread, the next save would take it for one of writing.
+    An error of the function becomes a warning, since the next save would take an error of that thread for one of
+    writing.
     """
 
     def when_written() -> None:
@@ -194,7 +195,7 @@ def after_writes(io: AsyncCheckpointIO, call: Callable[[], None]) -> None:
 
 
 def wait_for_writes(io: AsyncCheckpointIO) -> BaseException | None:
-    """Wait until all that waits is written; return the error of what could not be."""
+    """Wait until all that waits is written; return the error if a write has failed."""
     if io._executor is not None:
         io._executor.submit(lambda: None).result()
     return io._error

@@ -43,7 +43,7 @@ def given_training_loaders(trainer: Trainer) -> list[Any]:
 
 
 def wrapped_sampler(sampler: object) -> object:
-    """Return the user's sampler in one that Lightning has put around it, to give each rank its part; or as it is."""
+    """Return the user's sampler, without the one that Lightning may have put around it to give each rank its part."""
     if not isinstance(sampler, DistributedSamplerWrapper):
         return sampler
     within: Any = sampler.dataset
@@ -51,7 +51,7 @@ def wrapped_sampler(sampler: object) -> object:
 
 
 def begin_loaders_again(trainer: Trainer) -> None:
-    """Begin the pass through the training data again, where no loader has a state that this would use up.
+    """Begin the pass through the training data again, unless a loader has a state that this would consume.
 
     A loader of torch draws from the random state when a pass begins. Lightning begins the first pass before the state
     can be restored.
@@ -71,13 +71,13 @@ def load_skipped_loader_states(trainer: Trainer) -> None:
     pending = bool(fit_loop._combined_loader_states_to_load)
     fit_loop._load_combined_loader_states()
     if pending and fit_loop._data_fetcher is not None:
-        iter(fit_loop._data_fetcher)  # many loaders take up their state as a pass begins, and one has begun already
+        iter(fit_loop._data_fetcher)  # many loaders restore their state as a pass begins, and one has begun already
 
 
 def resumed_epoch() -> ResumedEpoch | None:
     """Return where a Trainer resumes an epoch, if it is now asking for the first batch of training after that.
 
-    For loaders, which are not told of their Trainer: it is found among the callers.
+    For loaders, which do not know their Trainer: it is found among the callers.
     """
     asked = begun = False
     for frame, _ in traceback.walk_stack(None):
@@ -89,7 +89,7 @@ def resumed_epoch() -> ResumedEpoch | None:
             return None
         if kind == "_FitLoop" and caller is not None:
             done = caller.epoch_loop.batch_progress.current.ready
-            resumes = caller.restarting and done > 0 and asked and not begun  # not asked: by a hook, for itself
+            resumes = caller.restarting and done > 0 and asked and not begun  # else a hook reads it
             return ResumedEpoch(done, bool(caller._combined_loader_states_to_load)) if resumes else None
     return None
 

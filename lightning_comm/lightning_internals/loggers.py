@@ -23,8 +23,8 @@ def logged_step(trainer: Trainer) -> int | None:
     """Return the step at which Lightning is about to log the metrics of this batch; ``None`` if it does not log them.
 
     For ``on_train_batch_end`` alone: before it, the metrics are not complete, and after it the step may have been
-    logged. It counts batches that step, whatever the number of optimizers, from 0; a module that logs a metric of the
-    name ``"step"`` puts what is logged with it there instead.
+    logged. The step counts batches that step, whatever the number of optimizers, from 0; where a module logs a metric
+    named ``"step"``, Lightning uses its value instead.
     """
     loop, module = trainer.fit_loop.epoch_loop, trainer.lightning_module
     if module.automatic_optimization and loop._should_accumulate():
@@ -40,7 +40,7 @@ def logged_step(trainer: Trainer) -> int | None:
 class LoggedMetric:
     """One value that the user logs: its name, and whether and when it is reduced over the ranks.
 
-    A value of torchmetrics (``is_metric``) reduces itself, by what it has counted.
+    A metric of torchmetrics (``is_metric``) reduces itself, by its own counts.
     """
 
     name: str

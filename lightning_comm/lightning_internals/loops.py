@@ -64,14 +64,14 @@ def wrap_loop_ends(
     around_epoch: Callable[[Callable[[], None]], None],
     around_epoch_end: Callable[[Callable[[], None]], None] | None = None,
 ) -> None:
-    """Hand the end of every batch (where validation runs) and both ends of every epoch to functions that call it.
+    """Wrap the end of every batch (where validation runs), and start and end of every epoch, in functions.
 
     Args:
         trainer: The Trainer.
         patches: Where the originals are kept.
-        after_batch: For the end of every batch.
-        around_epoch: For both ends of every epoch.
-        around_epoch_end: For its end, if that is another one.
+        after_batch: Wraps the end of every batch; it calls the original.
+        around_epoch: Likewise for start and end of every epoch.
+        around_epoch_end: Likewise for its end, if that is a different one.
 
     """
 
@@ -90,7 +90,7 @@ def wrap_loop_ends(
 
 
 def wrap_skipped_validation(trainer: Trainer, patches: Patches, around: Callable[[Callable[[], None]], None]) -> None:
-    """Hand the moment at which a resumed run skips a validation to a function that calls the original."""
+    """Wrap the place at which a resumed run skips a validation in a function, which calls the original."""
     loop = trainer.fit_loop.epoch_loop.val_loop
 
     def skip() -> None:
@@ -100,7 +100,7 @@ def wrap_skipped_validation(trainer: Trainer, patches: Patches, around: Callable
 
 
 def before_validation(trainer: Trainer, patches: Patches, call: Callable[[], None]) -> None:
-    """Call a function before a validation within ``fit``, when the module has not yet been told that it evaluates."""
+    """Call a function before a validation within ``fit``, while the module is still in training mode."""
 
     def start() -> None:
         call()
@@ -110,7 +110,7 @@ def before_validation(trainer: Trainer, patches: Patches, call: Callable[[], Non
 
 
 def end_after_this_step(trainer: Trainer) -> None:
-    """Let training end as if ``max_steps`` were reached, which until now kept the value that schedules rest on."""
+    """End training as if ``max_steps`` were reached; until now it kept its value, on which schedules depend."""
     trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
 
 
@@ -121,7 +121,7 @@ def replace_timed_validation(trainer: Trainer, patches: Patches, agreed: Callabl
         return
 
     def should_check(data_fetcher: Any) -> bool:
-        # the test itself is Lightning's, which has more reasons to validate; it is told that the time is up, or not
+        # the test stays Lightning's, which has more reasons to validate; only its clock is replaced
         last, timed._last_val_time = timed._last_val_time, float("-inf") if agreed() else float("inf")
         try:
             return original(data_fetcher)
@@ -143,7 +143,7 @@ def validation_is_due(trainer: Trainer) -> bool:
 def replace_monitor_value(
     trainer: Trainer, patches: Patches, agreed: Callable[[str, Callable[[str], Any]], Any]
 ) -> None:
-    """Hand the value that a scheduler watches to a function, with its name and what reads this rank's own."""
+    """Replace the value that a scheduler watches by a function of its name and of this rank's own value."""
 
     def monitor_value(name: str) -> Any:
         return agreed(name, original)
@@ -154,7 +154,7 @@ def replace_monitor_value(
 def place_in_run(trainer: Trainer) -> tuple[int, int]:
     """Return how many epochs are over when training starts, and how many batches of the one after them.
 
-    The second is 0 but where a run is resumed in the middle of an epoch.
+    The second is 0 unless a run is resumed in the middle of an epoch.
     """
     fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     progress: Any = fit_loop.epoch_progress.current

@@ -64,7 +64,7 @@ def requeue_signal(strategy: Strategy) -> int:
 
 
 def _say_sigterm(trainer: Trainer, signum: int) -> None:
-    """Say what Lightning's own handler says first, where users and their tools look for it."""
+    """Log the first message of Lightning's own handler, which users and their tools look for."""
     signal_connector.log.info(rank_prefixed_message(f"Received SIGTERM: {signum}", trainer.local_rank))
 
 
@@ -103,7 +103,7 @@ def _time_is_up(timer: Timer) -> str:
 
 
 def say_time_is_up(trainer: Trainer, reason: str) -> None:
-    """Say what Lightning says where a :class:`Timer` ends a run, if that is the reason for which all ranks stop."""
+    """Log Lightning's message about a :class:`Timer` that ends a run, if that is why all ranks stop."""
     for callback in getattr(trainer, "callbacks", []):
         if isinstance(callback, Timer) and callback._verbose and reason.endswith(_time_is_up(callback)):
             elapsed = timedelta(seconds=int(callback.time_elapsed(RunningStage.TRAINING)))

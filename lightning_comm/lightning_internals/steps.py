@@ -32,7 +32,7 @@ INTERNALS = (
 
 
 def clip_what_is_there(trainer: Trainer, patches: Patches) -> None:
-    """Leave Lightning's own clipping out where an optimizer has no gradients, at which torch fails by value."""
+    """Leave out Lightning's clipping where an optimizer has no gradients: torch's clipping by value fails there."""
     precision = trainer.precision_plugin
 
     def clip(optimizer: Any, *args: Any, **kwargs: Any) -> None:
@@ -43,7 +43,7 @@ def clip_what_is_there(trainer: Trainer, patches: Patches) -> None:
 
 
 def is_without_optimizer(error: KeyError) -> bool:
-    """Whether an error is Lightning's word for a dictionary of ``configure_optimizers`` that has no optimizer."""
+    """Whether an error is Lightning's own for a dictionary of ``configure_optimizers`` that has no optimizer."""
     places = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
     return error.args == ("optimizer",) and places[-1] is optimizer_parsing._configure_optimizers.__code__
 
@@ -60,6 +60,6 @@ def model_averaging_period(strategy: Strategy) -> int | None:
 
 
 def timeout_of(strategy: Strategy) -> timedelta:
-    """Return how long messages of a strategy wait for other ranks."""
+    """Return the time-out of a strategy's messages."""
     timeout = getattr(strategy, "_timeout", None)
     return timeout if isinstance(timeout, timedelta) else timedelta(minutes=30)

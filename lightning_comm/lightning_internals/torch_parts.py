@@ -70,14 +70,14 @@ INTERNALS = (
 
 
 def averages_without_a_hook(model: object) -> bool:
-    """Whether DDP makes the means of gradients by itself, and not a hook that somebody has registered."""
+    """Whether DDP averages gradients itself, and not a communication hook that was registered."""
     return isinstance(model, DistributedDataParallel) and not model._comm_hooks
 
 
 def unused_by_all_ranks(model: DistributedDataParallel) -> Callable[[], list[Parameter]]:
-    """Return a function that tells which parameters no rank has used in the last backward that was synchronised.
+    """Return a function that returns the parameters that no rank has used in the last synchronised backward.
 
-    Call this when the model has just been wrapped: DDP numbers the parameters that are trained then.
+    Call this right after the model was wrapped, when DDP numbers the parameters that are trained.
 
     Note:
         *Communication.* None: DDP's reducer has counted over all ranks. On CUDA the function waits for the device.
@@ -87,7 +87,7 @@ def unused_by_all_ranks(model: DistributedDataParallel) -> Callable[[], list[Par
 
     def unused() -> list[Parameter]:
         used: Tensor | None = cast(Any, model.reducer)._get_local_used_map()
-        if used is None:  # DDP was not told that there may be any
+        if used is None:  # DDP does not look for unused parameters
             return []
         return [each for each, ranks in zip(parameters, used.tolist(), strict=True) if ranks == 0]
 
@@ -100,5 +100,5 @@ def scale_on_device(scaler: Any) -> Tensor | None:
 
 
 def sees_to_infinities(optimizer: Optimizer) -> bool:
-    """Whether an optimizer is called by a gradient scaler in any case, and skips a step by itself, on the device."""
+    """Whether an optimizer skips steps with infinite gradients itself, on the device: a scaler always calls it."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

@@ -29,7 +29,7 @@ def weight_average_of(callback: Callback) -> Module | None:
 
 
 def before_weight_averages(trainer: Trainer, patches: Patches, call: Callable[[Callback], None]) -> None:
-    """Call a function before a callback takes the weights into an average of its own, or puts that in their place."""
+    """Call a function before a callback adds the weights to its average, or puts the average in their place."""
     for callback in getattr(trainer, "callbacks", []):
         model = weight_average_of(callback)
         if model is not None:

@@ -1,4 +1,4 @@
-"""Strategies: thin Lightning shells that set up, ask `core` and call `transport`."""
+"""Strategies: shells that Lightning calls, and the runs that do their work by `core` and `transport`."""
 
 from lightning_comm.strategies.compression.strategy import CompressedDDPStrategy
 from lightning_comm.strategies.cyclic.strategy import CyclicStrategy

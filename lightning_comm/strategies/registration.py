@@ -22,7 +22,7 @@ from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 
-# What callbacks and the pilot may ask of which strategy. mypy compares: a method that is renamed fails here.
+# The protocols of each strategy, for callbacks and the pilot. mypy compares: a method that is renamed fails here.
 REFUSED_TOGETHER: tuple[type[TakesRefusals], ...] = (LocalUpdateStrategy, CompressedDDPStrategy, CyclicStrategy)
 SAMPLES_WEIGHED: tuple[type[SamplesWeighed], ...] = (LocalUpdateStrategy,)
 AVERAGES_TAKEN_OUT: tuple[type[AveragesTakenOut], ...] = (LocalUpdateStrategy,)
@@ -57,7 +57,7 @@ _CYCLIC: dict[str, tuple[Rule, str]] = {
 
 
 class TwinTrainerError:
-    """Stands in for our strategies in the registry of ``pytorch_lightning``, and says what to import instead."""
+    """The error under our names in the registry of ``pytorch_lightning``, which says what to import instead."""
 
     def __init__(self, **_: Any) -> NoReturn:
         raise ImportError(

@@ -326,7 +326,7 @@ def test_a_strategy_serves_several_runs_and_leaves_nothing_behind():
         assert again == [22, 26, 30, 34, 36]
         assert later == sums  # the ledger is that of the second run
         assert plain_steps == 3
-        assert callbacks == answers[0][5] == 2  # the companion is not added twice
+        assert callbacks == answers[0][5] == 2  # the hook callback is not added twice
         assert np.isfinite(loss)
 
 

@@ -69,7 +69,7 @@ def test_the_interface_counts_the_wire_bytes_of_the_ledger(world_size):
         pytest.skip(f"no network namespace can be made here: {answers}")
     assert len(answers) == world_size
     parameters = 4 * (5 * 600 + 600 + 600 * 900 + 900 + 900 + 1)
-    assert answers[0][2] == pytest.approx(3 * parameters, rel=1e-3)  # three synchronisations, and small control rows
+    assert answers[0][2] == pytest.approx(3 * parameters, rel=1e-3)  # three synchronisations, and the small rank status
     total = sum(wire for _, wire, _ in answers)
     assert total == pytest.approx(3 * parameters * 2 * (world_size - 1), rel=1e-3)
     for counted, _, _ in answers:

@@ -1,6 +1,6 @@
 """Agreement of all ranks before training: the same loaders and settings, and the journal to replay.
 
-Every rank makes these calls in the same order. What is wrong on one rank is refused by all of them alike.
+Every rank makes these calls in the same order. A problem of one rank is refused by all of them alike.
 """
 
 from typing import Any
@@ -22,10 +22,10 @@ _WHERE = "AdaptivePartition"
 
 
 def given_loader_problems(trainer: Trainer, ledger: CommLedger) -> list[str]:
-    """Return what is wrong with loaders that ``fit`` was handed; those that a module makes are looked at later.
+    """Return the problems of loaders that ``fit`` was given; those that a module makes are checked later.
 
     Note:
-        *Communication.* What each rank has found, so that all refuse it alike, recorded as ``"set_up"``.
+        *Communication.* The problems that each rank has found, so that all refuse them alike, recorded as ``"set_up"``.
 
     """
     given = given_training_loaders(trainer)
@@ -42,7 +42,7 @@ def agreed_loaders(
         The loaders, and how many ranks compute on this rank's GPU, itself included; on the CPU all of them.
 
     Raises:
-        MisconfigurationException: On all ranks, if the data of one is something else.
+        MisconfigurationException: On all ranks, if one has training data of another kind.
         ValueError: On all ranks, if their loaders differ in what decides about samples, or the callback's settings.
 
     Note:
@@ -78,7 +78,7 @@ def agreed_loaders(
 
 
 def journal_of_rank_0(trainer: Trainer, path: str, ledger: CommLedger) -> PartitionJournal:
-    """Return the journal that rank 0 reads. Other hosts may lack the file, so all ranks are sent it.
+    """Return the journal that rank 0 reads. Other hosts may lack the file, so it is sent to all ranks.
 
     Raises:
         ValueError: On all ranks alike, if rank 0 cannot read it.
@@ -92,7 +92,7 @@ def journal_of_rank_0(trainer: Trainer, path: str, ledger: CommLedger) -> Partit
     if trainer.is_global_zero:
         try:
             content = PartitionJournal.load(path).to_dict()
-        except Exception as error:  # whatever it is, the others wait for the answer
+        except Exception as error:  # any error: the others wait for the result
             problem = str(error)
     content, problem = json_from_rank_0((content, problem), trainer.strategy.root_device, ledger, "set_up")
     if problem:

@@ -1,4 +1,4 @@
-"""The callback that gives each rank a share of the global batch by its speed: it hands Lightning's hooks on."""
+"""The callback that gives each rank a share of the global batch by its speed: it passes hooks to a session."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ class AdaptivePartition(Callback):
 
     Args:
         mode: ``"balance"`` measures each rank and moves shares while training runs; ``"observe"`` measures, moves
-            nothing, and says which rank is slow and what balancing would gain; ``"fixed"`` only splits.
+            nothing, and reports which rank is slow and what balancing would gain; ``"fixed"`` only splits.
         shares: Ratios by rank, such as ``[1, 3]``: the split at the start, and with ``"fixed"`` for the whole run. Left
             out, ranks start alike.
         batch_sizes: The same in samples by rank, such as ``[16, 48]``; they sum to the global batch.
@@ -108,7 +108,7 @@ class AdaptivePartition(Callback):
 
     @property
     def weight(self) -> float:
-        """What this rank's loss counts in the present batch: its samples, times ranks, over those of the step.
+        """The weight of this rank's loss in the present batch: its samples, times ranks, over those of the step.
 
         The plain mean over the ranks of ``weight * value`` is the mean of ``value`` over the samples of the step.
         """
@@ -134,19 +134,19 @@ class AdaptivePartition(Callback):
 
     @property
     def journal(self) -> PartitionJournal | None:
-        """What happened in the last or current ``fit``: shares, and the times of all ranks."""
+        """The journal of the last or current ``fit``: shares, and the times of all ranks."""
         return self._session.journal() if self._session is not None else None
 
     @property
     def run_folder(self) -> Path | None:
-        """Where rank 0 writes the journal and the page of the last or current ``fit``."""
+        """The folder in which rank 0 writes the journal and the page of the last or current ``fit``."""
         return self._session.folder if self._session is not None else None
 
     # ---- Lightning's hooks -------------------------------------------------------------------------------------------
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._loaded = None  # what a checkpoint held that was read to validate or test
+        self._loaded = None  # the state of a checkpoint that was read to validate or test
         if stage != "fit":
             return
         self._session, self._ledger = None, CommLedger()
@@ -208,7 +208,7 @@ class AdaptivePartition(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the shares, what is known of speeds, and what was measured; loaders save where they stand."""
+        """Return the shares, what is known of speeds, and what was measured; loaders save their own place."""
         return self._session.state_dict() if self._session is not None else {}
 
     @override

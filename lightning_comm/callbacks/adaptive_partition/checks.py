@@ -1,4 +1,4 @@
-"""Checks of what a partitioned run cannot work with: strategies, loaders and orders of samples."""
+"""Checks for strategies, loaders and orders of samples with which a partitioned run cannot work."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +19,7 @@ _WHERE = "AdaptivePartition"
 
 
 def set_up_problems(trainer: Trainer, module: LightningModule, settings: PartitionSettings) -> Iterator[str]:
-    """Yield what of a set-up shares cannot work with, as far as that is known without the data."""
+    """Yield what cannot work together with shares, as far as that is known without the data."""
     yield from _strategy_problems(trainer)
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         yield (
@@ -60,7 +60,7 @@ def has_batch_norm(module: LightningModule) -> bool:
 
 
 def loaders_of(trainer: Trainer) -> list[Any]:
-    """Return the loaders of the training data, whatever they are."""
+    """Return the loaders of the training data, of any kind."""
     return list(_leaves(trainer.train_dataloader))
 
 
@@ -100,7 +100,7 @@ def _leaves(loaders: Any) -> Iterator[Any]:
 
 
 def loader_problem(loaders: list[Any]) -> str | None:
-    """Return what is wrong with the loaders of the training data, if something is."""
+    """Return the problem of the loaders of the training data, if there is one."""
     for loader in loaders:
         if not isinstance(loader, PartitionedLoader):
             return _not_partitioned(loader)

@@ -16,10 +16,10 @@ _SAVE_EVERY_S = 10.0
 
 
 class PartitionFiles:
-    """Writes ``journal.json`` and ``partition.html`` on rank 0. A disk that is full ends no training.
+    """Writes ``journal.json`` and ``partition.html`` on rank 0. A full disk does not end training.
 
     Args:
-        above: Where each run makes a folder of its own.
+        above: The folder in which each run makes its own.
         writes: Whether this rank writes.
 
     """
@@ -38,7 +38,7 @@ class PartitionFiles:
 
     @property
     def is_due(self) -> bool:
-        """Whether the journal was written some time ago, so that it is to be written again."""
+        """Whether it is time to write the journal again."""
         return self._writes and time.monotonic() - self._saved_s > _SAVE_EVERY_S
 
     def save(self, journal: PartitionJournal) -> None:
@@ -52,7 +52,7 @@ class PartitionFiles:
             self._give_up(error)
 
     def finish(self, journal: PartitionJournal) -> None:
-        """Write all, and say what was seen and where it is."""
+        """Write both files, and log the results and where the files are."""
         if not self._writes:
             return
         self.save(journal)

@@ -1,13 +1,13 @@
-"""The loggers of a partitioned run: what they are told of a window, and a warning of values logged as plain means."""
+"""The logs of a partitioned run: the metrics of each window, and a warning of values logged as plain means."""
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_comm import lightning_internals as internals
+from lightning_comm import lightning_internals
 
 
 class PartitionLogs:
-    """Hands the Trainer's loggers the newest window, and looks at what else they are given.
+    """Logs the newest window to the Trainer's loggers, and checks what else is logged.
 
     Args:
         trainer: The Trainer.
@@ -23,12 +23,14 @@ class PartitionLogs:
         self._number_checked = 0
 
     def put(self, metrics: dict[str, float]) -> None:
-        """Keep what there is to log of a window, until the next time that Lightning logs."""
+        """Keep the metrics of a window until Lightning logs the next time."""
         self._metrics = metrics
 
     def log(self) -> None:
-        """Hand the loggers the newest window, where Lightning logs the metrics of a batch, and at the same step."""
-        step = internals.logged_step(self._trainer) if self._metrics and self._trainer.is_global_zero else None
+        """Log the newest window when Lightning logs the metrics of a batch, and at the same step."""
+        step = (
+            lightning_internals.logged_step(self._trainer) if self._metrics and self._trainer.is_global_zero else None
+        )
         if step is None:
             return
         metrics, self._metrics = self._metrics, {}
@@ -36,12 +38,12 @@ class PartitionLogs:
             logger.log_metrics(metrics, step=step)
 
     def warn_of_plain_means(self) -> None:
-        """Say which values are logged as the plain mean over ranks, whenever there are new ones."""
-        number = internals.number_of_logged_metrics(self._trainer)
+        """Warn of values that are logged as the plain mean over ranks, whenever there are new ones."""
+        number = lightning_internals.number_of_logged_metrics(self._trainer)
         if number <= self._number_checked:
             return
         self._number_checked = number
-        logged = internals.logged_metrics(self._trainer)
+        logged = lightning_internals.logged_metrics(self._trainer)
         names = sorted({each.name for each in logged if each.synchronised and each.on_step and not each.is_metric})
         if names and self._trainer.world_size > 1:
             rank_zero_warn(

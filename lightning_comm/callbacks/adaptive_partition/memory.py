@@ -1,4 +1,4 @@
-"""The room in a rank's GPU: how many samples fit, from what batches of other sizes have needed there."""
+"""The free memory of a rank's GPU: how many samples fit, estimated from batches of other sizes."""
 
 import socket
 
@@ -8,7 +8,7 @@ from lightning_comm.core.adaptive_partition.balancing import memory_cap
 
 
 def card_of(device: torch.device) -> str | None:
-    """Return what tells a GPU from all others, so that ranks know with whom they share one; ``None`` on the CPU."""
+    """Return the identity of a GPU, by which ranks know with whom they share it; ``None`` on the CPU."""
     if device.type != "cuda":
         return None
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
@@ -16,11 +16,11 @@ def card_of(device: torch.device) -> str | None:
 
 
 class MemoryRoom:
-    """The most samples that the memory of a rank's GPU has room for, as far as that is known.
+    """The most samples that fit into the memory of a rank's GPU, as far as that is known.
 
-    What other processes hold is not free, whoever they are: other ranks, too. Ranks on one card share what is free in
-    equal parts, since all of them may grow at once. What the allocator keeps beyond what tensors need, because it is in
-    pieces or was needed before, is taken to be needed again.
+    Memory that other processes hold is not free, and these include other ranks. Ranks on one card share the free memory
+    in equal parts, since all of them may grow at once. What the allocator keeps beyond what tensors need, because it is
+    fragmented or was needed before, counts as needed again.
 
     Args:
         device: Where the model computes.
@@ -37,7 +37,7 @@ class MemoryRoom:
         self._peaks: dict[int, int] = {}  # bytes of tensors, at each size that was the largest so far
 
     def cap(self, own: int) -> int | None:
-        """Return the most samples that there is room for, at least ``own``, the present ones; ``None`` on the CPU."""
+        """Return the most samples that fit, at least ``own``, the present ones; ``None`` on the CPU."""
         device = self._device
         if device.type != "cuda":
             return None

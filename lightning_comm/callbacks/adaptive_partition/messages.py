@@ -13,12 +13,12 @@ _NO_ORDER = -1  # in place of a fingerprint, from a rank whose sampler has faile
 
 
 class PartitionMessages:
-    """Gathers from all ranks what each has to say, in a gloo group of its own; alone, a rank hears only itself.
+    """Gathers values from all ranks, in a gloo group of its own; a single rank gets its own value.
 
     Args:
         timeout: How long a rank waits for the others; ``None`` for torch's own.
         ledger: Where messages are recorded, as ``"set_up"`` and ``"partition"``.
-        needed: Whether there are other ranks, and something to tell them; the same on all of them.
+        needed: Whether there are other ranks, and something to send; the same on all of them.
 
     Note:
         *Communication.* A barrier and the making of a group, if there will be messages; 48 bytes a rank for a window, 8
@@ -63,7 +63,7 @@ class PartitionMessages:
         return [None if each == _NO_ORDER else each for each in found]
 
     def close(self) -> None:
-        """Give the group back; every rank does so, when training has ended."""
+        """Destroy the group; every rank does so when training has ended."""
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = self._recorder = None

@@ -1,4 +1,4 @@
-"""The meter of one rank: its times in a window of batches that are alike, after new shares have settled."""
+"""The meter of one rank: its times in a window of batches with equal shares, after the first ones with new shares."""
 
 import math
 import statistics
@@ -12,15 +12,15 @@ _SETTLE_STEPS = 2  # left out after a change: memory is allocated anew, kernels 
 
 
 class RankTimes(NamedTuple):
-    """What a rank tells the others of a window, as float64.
+    """The times of one rank in a window, sent as float64.
 
     Args:
         busy_s: Median seconds until the last local gradient; NaN if nothing was measured.
-        fetch_s: Median seconds in which it waited for data; on CUDA those in which the device stood still for it.
+        fetch_s: Median seconds in which it waited for data; on CUDA, in which the device was idle for it.
         step_s: Median seconds from one batch to the next.
         epoch: Of the first batch that no loader of this rank has passed yet, from which a change may hold.
         batch: The number of that batch in its epoch.
-        cap: The most samples that its memory has room for; -1 where that is not known or not looked at.
+        cap: The most samples that fit into its memory; -1 where that is not known or not checked.
 
     """
 
@@ -35,7 +35,7 @@ class RankTimes(NamedTuple):
 class PartitionMeter:
     """Measures batches, and keeps those of the present window.
 
-    Which batches count depends on places and shares alone, so all ranks count alike, however their times are.
+    Which batches count depends on places and shares alone, so it is the same on all ranks, whatever their times.
 
     Args:
         timer: Measures a batch.
@@ -59,7 +59,7 @@ class PartitionMeter:
         self._steps: list[tuple[Moment, Moment]] = []
 
     def begin(self, sizes: tuple[int, ...], *, full: bool, started_s: float, fetch_s: float) -> None:
-        """Begin a batch of so many samples by rank, which is a full one or a last one of another size."""
+        """Begin a batch with these numbers of samples by rank: a full batch, or a last one of another size."""
         last = self._began if self._counts else None
         if full and sizes != self._sizes:
             last = None
@@ -89,11 +89,11 @@ class PartitionMeter:
         self._busy_s, self._fetch_s, self._steps = [], [], []
 
     def times(self, place: Place, cap: int | None) -> RankTimes:
-        """Return what there is to tell of the window.
+        """Return the times of the window.
 
         Args:
             place: The first batch that no loader of this rank has passed yet.
-            cap: The most samples that its memory has room for.
+            cap: The most samples that fit into its memory.
 
         """
         for busy in self._timer.take():

@@ -1,4 +1,4 @@
-"""The record of a partitioned run while it goes on: its windows, and why shares were moved."""
+"""The record of a partitioned run: its windows, and why shares were moved."""
 
 import time
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class PartitionRecord:
     """Collects what becomes the journal; equal on all ranks but for the seconds since the start.
 
     Args:
-        run: What a replay must agree with.
+        run: The properties of the run that a replay must share.
         mode: That of the callback.
         plan: Has the changes.
         why: What each comes from, by place.
@@ -45,7 +45,7 @@ class PartitionRecord:
     def add_window(
         self, place: Place, sizes: tuple[int, ...], ranks: list[RankTimes], step_s: float, forecast: Forecast | None
     ) -> None:
-        """Note what the ranks have told each other."""
+        """Note the times that ranks have exchanged."""
         if len(self._windows) >= _MOST_WINDOWS:
             self._windows = self._windows[::2]
         self._windows.append(
@@ -63,7 +63,7 @@ class PartitionRecord:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Return what loggers are told of the last window."""
+        """Return the metrics of the last window, for loggers."""
         window = self._windows[-1]
         busy = [seconds or 0.0 for seconds in window.busy_s]
         slowest = max(busy)
@@ -80,11 +80,11 @@ class PartitionRecord:
         return metrics
 
     def journal(self) -> PartitionJournal:
-        """Return all of it."""
+        """Return the whole journal."""
         changes = [Change(*each.place, each.sizes, self.why.get(each.place, "")) for each in self._plan.changes]
         return PartitionJournal(self.run, self._mode, tuple(changes), tuple(self._windows))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from, in plain types."""
+        """Return the state that a resumed run restores, in plain types."""
         why = [(*place, why) for place, why in self.why.items()]
         return {"windows": self.journal().to_dict()["windows"][-_KEPT_WINDOWS:], "why": why}

@@ -1,16 +1,19 @@
-"""The session of one ``fit`` with a partitioned global batch, between Lightning's hooks and what they set in motion.
+"""The session of one ``fit`` with a partitioned global batch, between Lightning's hooks and the parts that do the work.
 
-It alone talks to the strategy, the loaders and, through its messages, to other ranks. What it holds (windows, record,
-files, gradients) knows neither them nor the Trainer and calls nothing back. The one value that all of them share is the
-plan: windows change it, and loaders read it when they hand out a batch.
+It alone talks to the strategy, the loaders and, through its messages, to other ranks. Its parts (windows, record,
+files, gradients) know neither them nor the Trainer, and call nothing back. The one value that all of them share is the
+plan: windows change it, and loaders read it when they yield a batch.
 
-Order of messages, on every rank alike. In ``setup`` what is wrong with loaders that ``fit`` was handed. When training
-starts one gathering of the loaders' settings, and with ``replay`` the journal from rank 0. With a sampler of the user's
-a fingerprint of the order with the first batch of each epoch. Every ``window_steps`` batches of unchanged shares one
-row from each rank, in ``on_train_batch_end``, where under DDP all ranks have just met in the all-reduce of gradients;
-under local updates right after a synchronisation. All ranks feed the same rows to the same arithmetic, so no decision
-needs a message. A change holds from the first batch that no rank's loader has passed to its workers yet; until it does,
-nothing is exchanged.
+Order of messages, on every rank alike:
+
+1. In ``setup`` the problems of loaders that ``fit`` was given.
+2. When training starts the loaders' settings, and with ``replay`` the journal from rank 0.
+3. With a sampler of the user's own a fingerprint of the order, with the first batch of each epoch.
+4. Every ``window_steps`` batches of unchanged shares one row from each rank, in ``on_train_batch_end``: under DDP all
+   ranks have just met in the all-reduce of gradients; under local updates right after a synchronisation.
+
+All ranks feed the same rows to the same arithmetic, so no decision needs a message. A change holds from the first batch
+that no rank's loader has passed to its workers yet; until then nothing is exchanged.
 """
 
 from pathlib import Path
@@ -20,7 +23,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_comm import lightning_internals as internals
+from lightning_comm import lightning_internals
 from lightning_comm.callbacks.adaptive_partition import agreement, checks
 from lightning_comm.callbacks.adaptive_partition.files import PartitionFiles
 from lightning_comm.callbacks.adaptive_partition.gradients import GradientScaling
@@ -50,10 +53,10 @@ _DEFAULT_FOLDER = "adaptive_partition"
 
 
 def prepare_fit(trainer: Trainer, module: LightningModule, settings: PartitionSettings, ledger: CommLedger) -> None:
-    """Refuse what shares cannot work with, and let the strategy weigh averages by samples; before a session can be.
+    """Refuse what cannot work together with shares, and let the strategy weight averages by samples.
 
     Note:
-        *Communication.* What each rank has found wrong with loaders that ``fit`` was handed.
+        *Communication.* The problems of loaders that ``fit`` was given, from each rank.
 
     """
     problems = [*checks.set_up_problems(trainer, module, settings), *agreement.given_loader_problems(trainer, ledger)]
@@ -69,7 +72,7 @@ class PartitionSession:
         trainer: The Trainer, when training starts.
         module: The model.
         settings: What the user chose.
-        loaded: What a checkpoint kept.
+        loaded: The state from a checkpoint.
         ledger: Where messages are recorded.
 
     Note:
@@ -106,7 +109,7 @@ class PartitionSession:
             self._windows = PartitionWindows(settings, start, self._record, self._timer, MemoryRoom(device, sharers))
         has_messages = self._timer is not None or _have_samplers(self._loaders)
         self._messages = PartitionMessages(
-            internals.timeout_of(trainer.strategy), ledger, needed=trainer.world_size > 1 and has_messages
+            lightning_internals.timeout_of(trainer.strategy), ledger, needed=trainer.world_size > 1 and has_messages
         )
         self._compared_epoch = -1
         self._rounds_seen = 0
@@ -115,16 +118,16 @@ class PartitionSession:
         self._place = Place(0, 0)
         self._let_loaders_follow()
         if self._timer is not None:
-            self._timer.listen()  # last, since what fails before it would leave it on
+            self._timer.listen()  # last, since it would stay on after a failure of the others
 
     # ---- the start ---------------------------------------------------------------------------------------------------
 
     def _start(self, module: LightningModule, loaded: dict[str, Any] | None) -> StartOfRun:
-        """Return the plan that the run begins with, and what is known of an earlier part of it."""
+        """Return the plan that the run begins with, and the state of an earlier part of it."""
         trainer, settings, loaders = self._trainer, self._settings, self._loaders
         with_norm = checks.has_batch_norm(module)
         start = chosen_start(settings, loaders, trainer.world_size, with_norm)
-        internals.load_skipped_loader_states(trainer)
+        lightning_internals.load_skipped_loader_states(trainer)
         if settings.replay is not None:
             journal = agreement.journal_of_rank_0(trainer, settings.replay, self._ledger)
             start = replayed_start(start, journal, settings.replay)
@@ -160,14 +163,14 @@ class PartitionSession:
         self._compare_orders(self._trainer.current_epoch)
 
     def _compare_orders(self, epoch: int) -> None:
-        """Compare what samplers of the user's draw on the ranks; one that fails on a rank fails on all."""
+        """Compare the orders that the user's samplers draw on the ranks; one that fails on a rank fails on all."""
         self._compared_epoch = epoch
         if not self._messages.needed or not _have_samplers(self._loaders):
             return
         own, failure = None, None
         try:
             own = sum(loader.order_fingerprint() for loader in self._loaders) % 2**48
-        except Exception as error:  # whatever it is, the others wait for the answer
+        except Exception as error:  # any error: the others wait for the result
             failure = error
         fingerprints = self._messages.gather_fingerprints(own)
         if failure is not None:
@@ -177,7 +180,7 @@ class PartitionSession:
     # ---- a batch -----------------------------------------------------------------------------------------------------
 
     def begin_batch(self) -> None:
-        """Take note of whose samples a batch has, before it is trained on."""
+        """Note the share of each rank in a batch, before it is trained on."""
         slices = [loader.latest for loader in self._loaders if loader.latest is not None]
         if not slices:
             return
@@ -193,7 +196,7 @@ class PartitionSession:
         self._gradients.begin_batch()
 
     def before_backward(self, loss: Tensor) -> None:
-        """Let the gradient of a loss count by the samples that it is the mean of; its value stays as it is."""
+        """Weight the gradient of a loss by the samples that it is the mean of; its value does not change."""
         self._gradients.before_backward(loss, self._gradient_factor())
         if self._timer is not None:
             self._timer.before_backward(loss)
@@ -227,7 +230,7 @@ class PartitionSession:
         if self._windows is not None:
             self._windows.leave_training()
 
-    # ---- what the strategy says --------------------------------------------------------------------------------------
+    # ---- questions to the strategy -----------------------------------------------------------------------------------
 
     def _averages_gradients(self) -> bool:
         strategy = self._trainer.strategy
@@ -249,15 +252,15 @@ class PartitionSession:
 
     @property
     def folder(self) -> Path | None:
-        """Where rank 0 writes the journal and the page."""
+        """The folder in which rank 0 writes the journal and the page."""
         return self._files.folder
 
     def journal(self) -> PartitionJournal:
-        """Return what has happened so far."""
+        """Return the journal so far."""
         return self._record.journal()
 
     def finish(self) -> None:
-        """Write the journal and the page, and say what was seen."""
+        """Write the journal and the page, and log the results."""
         if self._timer is not None:
             self._timer.close()
         self._files.finish(self._record.journal())
@@ -270,7 +273,7 @@ class PartitionSession:
         self._files.save(self._record.journal())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from; alike on all ranks, in plain types."""
+        """Return the state that a resumed run restores; alike on all ranks, in plain types."""
         balancer = self._windows.state_dict() if self._windows is not None else None
         return state_of(self._record.run, self.plan, balancer, self._record.state_dict())
 

@@ -17,7 +17,7 @@ _WHERE = "AdaptivePartition"
 
 @dataclass(frozen=True)
 class PartitionSettings:
-    """See :class:`AdaptivePartition`."""
+    """The arguments of :class:`AdaptivePartition`, which explains them."""
 
     mode: Literal["balance", "observe", "fixed"]
     shares: tuple[float, ...] | None
@@ -64,7 +64,7 @@ class PartitionSettings:
             )
 
     def shared(self) -> dict[str, Any]:
-        """Return what must be the same on all ranks, as JSON carries it; files concern rank 0 alone."""
+        """Return the settings that must be the same on all ranks, in types of JSON; files concern rank 0 alone."""
         plain: dict[str, Any] = json.loads(
             json.dumps({**asdict(self), "folder": None, "replay": self.replay is not None})
         )
@@ -156,7 +156,7 @@ class PartitionSettings:
 
 
 def plain(value: Any) -> Any:
-    """Return numbers and sequences of them, also numpy's, as numbers and tuples of Python; others as they are."""
+    """Return numbers and sequences of them, also numpy's, as numbers and tuples of Python; other values unchanged."""
     if isinstance(value, Number) and hasattr(value, "item"):
         return value.item()
     if isinstance(value, (str, dict, set)) or not isinstance(value, Iterable):

@@ -1,4 +1,4 @@
-"""The start of a partitioned run: its plan and bounds, as chosen, as replayed, or as a stopped run left them."""
+"""The start of a partitioned run: its plan and bounds, as chosen, replayed, or restored from a stopped run."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,16 +17,16 @@ _STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class StartOfRun:
-    """What a partitioned run begins with, the same on all ranks.
+    """The state that a partitioned run begins with, the same on all ranks.
 
     Args:
-        run: What a journal must agree with.
+        run: The properties of the run that a journal must share.
         lo: The least that each rank takes.
         hi: The most.
         plan: Which shares hold from where.
-        why: What the changes in it come from, by place.
-        windows: What was measured before a resume.
-        balancer: What is known of the ranks' speeds, if they are the ranks of before.
+        why: The reasons for the changes in it, by place.
+        windows: The windows before a resume.
+        balancer: What is known of the ranks' speeds, if the ranks are the same as before.
         replays: Whether the plan is that of an earlier run.
 
     """
@@ -105,13 +105,13 @@ def replayed_start(start: StartOfRun, journal: PartitionJournal, path: str) -> S
 
 
 def resumed_start(start: StartOfRun, saved: dict[str, Any], place: Place, *, fixed: bool) -> StartOfRun:
-    """Return the start of a run that goes on from a checkpoint.
+    """Return the start of a run that resumes from a checkpoint.
 
     Args:
         start: The one that was chosen.
-        saved: What the checkpoint kept.
+        saved: The state from the checkpoint.
         place: The first batch whose shares are still open.
-        fixed: Whether the shares that were chosen hold, whatever they were before.
+        fixed: Whether the chosen shares hold, whatever they were before.
 
     """
     if saved.get("version") != _STATE_VERSION:
@@ -151,7 +151,7 @@ def resumed_start(start: StartOfRun, saved: dict[str, Any], place: Place, *, fix
 def state_of(
     run: dict[str, Any], plan: PartitionPlan, balancer: dict[str, Any] | None, record: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what :func:`resumed_start` goes on from; alike on all ranks, in plain types."""
+    """Return the state that :func:`resumed_start` restores; alike on all ranks, in plain types."""
     return {
         "version": _STATE_VERSION,
         "run": dict(run),
@@ -162,7 +162,7 @@ def state_of(
 
 
 def warn_of_single_samples(loaders: list[PartitionedLoader], ranks: int) -> None:
-    """Say that a last batch leaves a rank one sample, or a dummy, which BatchNorm may refuse in the middle of a run."""
+    """Warn if a last batch leaves a rank one sample, or a dummy, which BatchNorm may refuse in the middle of a run."""
     for loader in loaders:
         left = int(loader.settings["samples"]) % int(loader.settings["global_batch_size"])
         if loader.settings["tail"] == "keep" and 0 < left < 2 * ranks:

@@ -1,6 +1,6 @@
-"""Windows of a partitioned run: what ranks measured in one, what the balancer makes of it, and the plan that follows.
+"""Windows of a partitioned run: the times of ranks in each, the balancer's decision, and the plan that follows.
 
-All ranks hand in the same times and do the same arithmetic, so no decision needs a message.
+All ranks use the same times and the same arithmetic, so no decision needs a message.
 """
 
 import math
@@ -27,8 +27,8 @@ class PartitionWindows:
 
     Args:
         settings: What the user chose.
-        start: What the run begins with; its plan is the one that loaders follow.
-        record: Where each window is noted.
+        start: The state at the start; its plan is the one that loaders follow.
+        record: Notes each window.
         timer: Measures the batches of this rank.
         memory: Knows how many samples fit on this rank's GPU.
 
@@ -78,15 +78,15 @@ class PartitionWindows:
         self._meter.leave_training()
 
     def is_over(self, place: Place) -> bool:
-        """Whether the window that the batch at a place is in has enough batches, and no change is still to come.
+        """Whether the window of the batch at a place has enough batches, and no decided change is still to come.
 
-        The same on all ranks: a change that was decided holds for them all before times are compared again.
+        The same on all ranks: a change that was decided holds on all of them before times are compared again.
         """
         change_is_to_come = not self._replays and self._plan.changes[-1].place > place
         return not change_is_to_come and self._meter.batches >= self._window_steps
 
     def own_times(self, place: Place, dispatched: Place, rank: int) -> RankTimes:
-        """Return what this rank has to tell of the window, and begin another one.
+        """Return this rank's times of the window, and begin another one.
 
         Args:
             place: The batch that ends the window.
@@ -106,7 +106,7 @@ class PartitionWindows:
 
         """
         if any(math.isnan(times.busy_s) for times in ranks):
-            return False  # a rank has nothing to compare with: no backward, or a device that is far behind
+            return False  # a rank has no times to compare: no backward, or a device that is far behind
         sizes = self._plan.sizes_at(place)
         step_s = max(times.busy_s if math.isnan(times.step_s) else times.step_s for times in ranks)
         caps = [None if times.cap < 0 else int(times.cap) for times in ranks]
@@ -117,7 +117,7 @@ class PartitionWindows:
         self._warn_of_hidden_waits()
         proposal = self._balancer.propose() if self._moves else None
         if proposal is not None and forecast is not None and proposal != sizes:
-            # from where no rank's loader has handed a list to its workers yet
+            # the first batch that no rank's loader has passed to its workers yet
             self._move(max(Place(int(times.epoch), int(times.batch)) for times in ranks), proposal, forecast)
         return True
 

@@ -1,4 +1,4 @@
-"""The callback that measures the key figures of a run: it hands Lightning's hooks to a session."""
+"""The callback that measures the key figures of a run: it passes Lightning's hooks to a session."""
 
 import functools
 import logging
@@ -58,7 +58,7 @@ def _never_ends_training(hook: _Hook) -> _Hook:
 
 
 class CommProfiler(Callback):
-    """Measure what a run sends, how long that takes, and how much of it training stands still for.
+    """Measure what a run sends, how long that takes, and how long training waits for it.
 
     Works with plain ``ddp``, with every strategy of this package, and with one process, on CPU and CUDA. Nothing about
     the run changes. After ``fit``, :attr:`figures` has the key figures of the run, the same on all ranks, and
@@ -90,8 +90,8 @@ class CommProfiler(Callback):
 
         *Cost.* Below 1 % of a step of 50 ms. *Memory.* About 1 MB.
 
-        *Faults.* Where the profiler fails (the disk is full, a private name of torch is gone), it says so once, stops
-        measuring on that rank, and training goes on.
+        *Faults.* Where the profiler fails (a full disk, a private name of torch that was removed), it warns once and
+        stops measuring on that rank; training goes on.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -138,7 +138,7 @@ class CommProfiler(Callback):
 
     @property
     def ledger(self) -> CommLedger:
-        """What the profiler itself sent, before and after the training of the last or current ``fit``, on this rank."""
+        """Every message of the profiler itself on this rank, around training, in the last or current ``fit``."""
         return self._ledger
 
     # ---- the one place where failures end ------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class CommProfiler(Callback):
     def _safely(self, body: Callable[[], None]) -> None:
         try:
             body()
-        except Exception as error:  # whatever it is, training is worth more than its profile
+        except Exception as error:  # any error: training matters more than its profile
             self._stop(error)
 
     def _stop(self, error: Exception) -> None:
@@ -194,7 +194,7 @@ class CommProfiler(Callback):
         folder = Path(self.folder or Path(trainer.default_root_dir) / _DEFAULT_FOLDER)
         clock, number = [], next_run_number(folder)
         if has_several_ranks():
-            # every rank comes here, whatever its disk is like: what can fail on one alone comes afterwards
+            # every rank comes here, also one without a disk: what can fail on one alone comes afterwards
             self._group = group_on_the_host(timeout_of(trainer.strategy))
             clock = [compare_clocks(self._ledger, self._group)]
             number = number_from_rank_0(number, self._ledger, self._group)
@@ -272,7 +272,7 @@ class CommProfiler(Callback):
             self._session.leave_training()
 
     def _log(self, trainer: Trainer) -> None:
-        """Hand the loggers the means of the steps since the last time, where Lightning logs the metrics of a batch."""
+        """Log the means of the steps since the last time, when Lightning logs the metrics of a batch."""
         step = logged_step(trainer) if trainer.is_global_zero else None
         metrics = {} if step is None else self._interval.take()
         for logger in trainer.loggers if metrics else []:
@@ -298,7 +298,7 @@ class CommProfiler(Callback):
         self._safely(lambda: self._conclude(trainer, [RankProfile.from_dict(row) for row in rows if row is not None]))
 
     def _own_row(self) -> dict[str, Any] | None:
-        """Return what this rank has to say, in plain types: what was measured, or that it was not, or nothing."""
+        """Return this rank's row, in plain types: its figures, or that there are none, or nothing."""
         if self._session is not None:
             self._safely(self._session.finish)
         if self._session is not None:
@@ -329,7 +329,7 @@ class CommProfiler(Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        """End measuring without a message to other ranks, who may not be there any more. What is in the file stays."""
+        """End measuring without a message to other ranks, which may have ended. What was written to the file stays."""
         session, self._session = self._session, None
         if session is not None:
             session.end_measuring()
@@ -342,7 +342,7 @@ def _write_page(path: Path, profile: Profile) -> None:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         with suppress(OSError):
-            path.unlink(missing_ok=True)  # a part of a page shows nothing
+            path.unlink(missing_ok=True)  # an incomplete page shows nothing
         _log.warning(
             f"CommProfiler: the page {path} cannot be written: {error}. Where there is room, "
             f"`lightning_comm.reports.profile.page.profile_page(load_profile({str(path.parent)!r}))` returns it, from "

@@ -1,4 +1,4 @@
-"""Steps that are over for the host, kept until the device is done with them and their times are known."""
+"""Steps that have ended on the host, kept until the device has done them and their times are known."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from lightning_comm.transport.recording import MarkedRecord
 
 @dataclass
 class _Step:
-    """A step that is over for the host."""
+    """A step that has ended on the host."""
 
     frame: StepFrame
     began: Moment
@@ -22,7 +22,7 @@ class _Step:
 
 
 class DeviceSteps:
-    """Puts the device's times in place of the host's, step by step in their order, without waiting for the device.
+    """Replaces the host's times by the device's, step by step in their order, without waiting for the device.
 
     Args:
         clock: That of the device.
@@ -55,7 +55,7 @@ class DeviceSteps:
         if not self._clock.on_cuda:
             return record
         if not isinstance(record, MarkedRecord) or record.ended is None:
-            return replace(record, duration_s=0.0, hidden_s=0.0)  # the host's, which says nothing of the device's
+            return replace(record, duration_s=0.0, hidden_s=0.0)  # a time of the host, which is none of the device
         ended_s = self._clock.at_s(record.ended)
         if record.began is None:
             return replace(record, start_s=ended_s - record.duration_s)
@@ -65,7 +65,7 @@ class DeviceSteps:
 
 
 def _moments(step: _Step) -> list[Moment]:
-    """Return all moments that a step is measured by."""
+    """Return all moments by which a step is measured."""
     marked = [record for record in step.records if isinstance(record, MarkedRecord)]
     of_records: list[Any] = [mark for each in marked for mark in (each.began, each.waited, each.ended)]
     return [step.began, step.ended, *(mark for mark in of_records if mark is not None)]

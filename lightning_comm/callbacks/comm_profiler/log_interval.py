@@ -5,7 +5,7 @@ from lightning_comm.core.rank_profile import Sums
 
 
 class LogInterval:
-    """Adds up steps, and gives their means under the names that loggers show."""
+    """Adds up steps, and returns their means under the names that loggers show."""
 
     def __init__(self) -> None:
         self._sums = Sums()

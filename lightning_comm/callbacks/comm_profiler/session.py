@@ -1,11 +1,11 @@
-"""The session of one ``fit`` under `CommProfiler`: it frames steps, puts messages into them, keeps and writes figures.
+"""The session of one ``fit`` under `CommProfiler`: it measures steps and their messages, keeps and writes figures.
 
-On a GPU the host is ahead of the device, so what frames steps and messages there are moments of the device, and a step
-is measured once the device is done with it, some steps later; nobody waits for it. Which step a message belongs to is
-what the host says. On the CPU a step is measured when it ends.
+On a GPU the host is ahead of the device, so steps and messages there begin and end at moments of the device, and a step
+is measured once the device has done it, some steps later, without a wait. The host decides to which step a message
+belongs. On the CPU a step is measured when it ends.
 
-It knows neither hooks nor the Trainer. Whatever it does to the process (functions wrapped, DDP asked for times, a file
-held open) is undone by :meth:`Session.end_measuring`.
+It knows neither hooks nor the Trainer. All that it does to the process (functions wrapped, DDP's timing switched on, a
+file held open) is undone by :meth:`Session.end_measuring`.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class Session:
         file: Where they are written, or ``None``.
         timeline_steps: How many steps are kept to be drawn.
         steps_done: Returns the optimizer steps done.
-        safely: Calls what it is given, and lets no exception of it into training.
+        safely: Calls a function, and keeps its exceptions out of training.
         clock: That of the device.
 
     Note:
@@ -53,7 +53,7 @@ class Session:
         clock: DeviceClock,
     ) -> None:
         self.profile = profile
-        self.dense_bytes = 0  # of one backward that communicates; whoever knows the parameters sets it
+        self.dense_bytes = 0  # of one backward that communicates; set by the caller, who knows the parameters
         self.automatic = True  # optimization, so a batch without an optimizer step accumulates; set along with it
         self._new: list[StepFigures] = []
         self._file = file
@@ -74,7 +74,7 @@ class Session:
     # ---- begin and end -------------------------------------------------------------------------------------------
 
     def begin_measuring(self) -> None:
-        """Start to listen to what is sent."""
+        """Begin to record what is sent."""
         start = self._clock.mark()
         self._clock.wait_for(start)  # the one place where both clocks are compared, before training
         self._clock.at_s(start)
@@ -84,7 +84,7 @@ class Session:
         )
 
     def end_measuring(self) -> None:
-        """Undo whatever was done to the process, but for the file."""
+        """Undo all that was done to the process, except for the file."""
         self._watcher.remove()
         self._end_observing()
         if self._timing is not None:
@@ -92,7 +92,7 @@ class Session:
             self._timing = None
 
     def close_file(self) -> None:
-        """Write what is left and close the file of a run that came to its end."""
+        """Write the rest and close the file, at the regular end of a run."""
         if self._file is not None:
             if not self._drawn.are_chosen:
                 self._file.timeline(self.profile.timeline)
@@ -105,7 +105,7 @@ class Session:
         if self._file is not None:
             self._file.abandon()
 
-    # ---- what Lightning's hooks say ------------------------------------------------------------------------------
+    # ---- called by Lightning's hooks -----------------------------------------------------------------------------
 
     def begin_step(self, model: Module | None) -> None:
         """A training batch begins; the one before it is over."""
@@ -134,7 +134,7 @@ class Session:
             record = CommRecord(
                 "all_reduce", "gradients", time_of.payload_bytes, sent, self._steps_done(), *time_of[:3]
             )
-            # DDP's times are the device's, but for the start: its all-reduces are over where the stream goes on
+            # DDP's times are the device's, except for the start: its all-reduces are over where the stream goes on
             ended = self._mark() if self._clock.on_cuda and time_of.duration_s > 0 else None
             self._records_append(record if ended is None else MarkedRecord.of(record, None, None, ended))
 
@@ -147,7 +147,7 @@ class Session:
         self._close_step(self._batch_ended)
 
     def finish(self) -> None:
-        """Training has ended: take in what is left, and undo what was done to the process."""
+        """End the session: measure the remaining steps, and undo what was done to the process."""
         self.leave_training()
         self._put_beside()
         self._unmeasured.wait()
@@ -171,7 +171,7 @@ class Session:
         self._records.append(record)
 
     def _mark(self) -> Moment | None:
-        """Mark a moment of a message, in whichever thread it is, and let no failure into who sends it."""
+        """Mark a moment of a message, in whichever thread it is, and keep failures away from the sender."""
         marks: list[Moment] = []
         self._safely(lambda: marks.append(self._clock.mark()))
         return marks[0] if marks else None
@@ -194,7 +194,7 @@ class Session:
             self._measure_what_is_over()
 
     def _measure_what_is_over(self) -> None:
-        """Measure steps in their order, up to the first one that the device is not done with."""
+        """Measure steps in their order, up to the first that the device has not done."""
         for frame, within in self._unmeasured.take():
             step = measure_step(frame, within)
             self.profile.add_step(step)

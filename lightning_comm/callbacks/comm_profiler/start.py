@@ -31,7 +31,7 @@ def next_run_number(folder: Path) -> int:
 
 
 def header_of(trainer: Trainer, warmup_steps: int, link_bytes_per_s: float | None) -> dict[str, Any]:
-    """Return what the file of this rank begins with: who measures, where and in which run."""
+    """Return the head of this rank's file: which rank measures, where and in which run."""
     return {
         "rank": trainer.global_rank,
         "world_size": trainer.world_size,
@@ -53,7 +53,7 @@ def header_of(trainer: Trainer, warmup_steps: int, link_bytes_per_s: float | Non
 
 
 def probed_bytes_per_s(path: str, trainer: Trainer, ledger: CommLedger) -> tuple[float, str]:
-    """Return what rank 0 reads, and what is wrong with it.
+    """Return the bandwidth that rank 0 reads, or its problem.
 
     Other hosts may lack the file, so all ranks learn of it, and all refuse it alike.
     """
@@ -61,7 +61,7 @@ def probed_bytes_per_s(path: str, trainer: Trainer, ledger: CommLedger) -> tuple
     if trainer.is_global_zero:
         try:
             bytes_per_s = LinkProfile.load(path).bytes_per_s
-        except Exception as error:  # whatever it is, the others wait for the answer
+        except Exception as error:  # any error: the others wait for the result
             problem = f"got {path!r}: {error}"
     bytes_per_s, problem = json_from_rank_0((bytes_per_s, problem), trainer.strategy.root_device, ledger)
     if problem:

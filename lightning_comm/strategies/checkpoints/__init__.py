@@ -1,4 +1,4 @@
-"""Files that ranks write for a checkpoint: whole or not at all, as a set with one id, and looked through when read.
+"""Files that ranks write for a checkpoint: whole or not at all, as a set with one id, and checked when they are read.
 
-Nothing here knows one of our strategies: what they put into the files is theirs.
+Nothing here knows a strategy of this package: each decides itself what it puts into the files.
 """

@@ -1,8 +1,8 @@
 """Damage of checkpoint files: cut off, overwritten, a bit that has flipped; found before anything is loaded.
 
-Files of ``torch.save`` are zip archives with a checksum (CRC-32) of every record, which ``torch.load`` does not look
-at. What lies between the records is checked by the readers of archives, torch's own and Python's, but for one bit: a
-record that is marked as a folder is handed over by torch with memory that nobody has written to.
+Files of ``torch.save`` are zip archives with a checksum (CRC-32) of every record, which ``torch.load`` does not check.
+What lies between the records is checked by the readers of archives, torch's and Python's, except for one bit: for a
+record that is marked as a folder torch returns uninitialised memory.
 """
 
 import os
@@ -14,7 +14,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
 
 from lightning_comm.strategies.checkpoints.entry import is_incomplete
-from lightning_comm.strategies.checkpoints.problems import told
+from lightning_comm.strategies.checkpoints.problems import one_line
 from lightning_comm.strategies.checkpoints.whole_files import is_local, local_path
 
 ZIP = b"PK\x03\x04"
@@ -34,7 +34,7 @@ def damage(path: _PATH) -> str | None:
         with get_filesystem(path).open(str(path), "rb") as file:
             return _damage_of(file)
     except OSError as error:
-        return f"it cannot be read ({told(error)})"
+        return f"it cannot be read ({one_line(error)})"
 
 
 def _damage_of(file: IO[bytes]) -> str | None:
@@ -55,8 +55,8 @@ def _damage_of(file: IO[bytes]) -> str | None:
         raise
     except zipfile.BadZipFile as error:
         return f"it is cut off or overwritten ({size} bytes; {error})"
-    except Exception as error:  # whatever a damaged directory makes of the reader
-        return f"it is damaged ({size} bytes; {told(error)})"
+    except Exception as error:  # a damaged directory may cause any error in the reader
+        return f"it is damaged ({size} bytes; {one_line(error)})"
     return None if bad is None else f"it is damaged ({size} bytes; the record {bad!r} does not match its checksum)"
 
 

@@ -1,4 +1,4 @@
-"""What the main file of a checkpoint says about the save that wrote it."""
+"""The entry of a checkpoint's main file about the save that wrote it."""
 
 import secrets
 from contextlib import suppress
@@ -45,7 +45,7 @@ def says_incomplete(checkpoint: dict[str, Any]) -> bool:
 
 
 def is_incomplete(path: str) -> bool:
-    """Return whether a local file says that of itself; False where it cannot be read."""
-    with suppress(Exception):  # such a file is left as it is, by whoever asks
+    """Return whether a local file was written after a failure; False where it cannot be read."""
+    with suppress(Exception):  # callers leave such a file as it is
         return says_incomplete(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
     return False

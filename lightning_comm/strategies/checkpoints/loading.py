@@ -1,4 +1,4 @@
-"""Loading the main file of a checkpoint on all ranks: whole, or refused by all of them, with a reason and a way out."""
+"""The loading of a checkpoint's main file on all ranks: whole, or refused by all of them, with reason and way out."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.strategies.checkpoints.damage import ZIP, damage, newest_whole
-from lightning_comm.strategies.checkpoints.problems import CheckpointError, first_problem, told
+from lightning_comm.strategies.checkpoints.problems import CheckpointError, first_problem, one_line
 from lightning_comm.strategies.checkpoints.whole_files import has_torch_files, is_local, local_path
 from lightning_comm.transport.recording import Recorder
 
@@ -25,9 +25,9 @@ _READER = ("PytorchStreamReader", "inline_container")  # in errors of torch's re
 
 
 def skip_unfinished(where: str, path: _PATH) -> _PATH:
-    """Return the path of a checkpoint, or for SLURM's that was never finished, of the one before.
+    """Return the path of a checkpoint; for one of SLURM's that was never finished, that of the one before.
 
-    Lightning takes up the highest number that it finds in any name, and a job that is killed while it saves for its
+    Lightning resumes from the highest number that it finds in any name, and a job that is killed while it saves for its
     requeue leaves names without a main file.
     """
     match = _OF_SLURM.fullmatch(os.path.basename(str(path)))
@@ -60,9 +60,9 @@ def load_together(
         where: Its name, for messages.
         path: The file.
         load: Lightning's way to load it.
-        refused: Called before the error that all ranks raise alike, which so is no failure of one of them.
+        refused: Called before an error that all ranks raise alike, so that it does not count as a failure of one.
         in_set_up: For ``fit``: whether this is before its set-up, where Lightning loads on all ranks.
-        ledger: Where messages are written down.
+        ledger: Where messages are recorded.
 
     Returns:
         The path of the file that was loaded, and its content.
@@ -85,7 +85,7 @@ def load_together(
     except Exception as error:
         failure = error
     if for_all:
-        problem = None if failure is None else told(failure)
+        problem = None if failure is None else one_line(failure)
         found = first_problem(strategy, Recorder(ledger), problem, "checkpoint_files")
         if found is not None and failure is None:
             rank, text = found
@@ -121,7 +121,7 @@ def _load(
                 if file.read(len(ZIP)) == ZIP and not any(name in str(error) for name in _READER):
                     raise
             size = files.size(str(path))
-            problem = f"it is damaged, or no file of `torch.save` ({size} bytes; {told(error)})"
+            problem = f"it is damaged, or no file of `torch.save` ({size} bytes; {one_line(error)})"
     raise CheckpointError(f"{where}: `ckpt_path`={str(path)!r} cannot be loaded: {problem}. {_way_out(path)}")
 
 
@@ -136,7 +136,7 @@ def _load_by_other(where: str, path: _PATH, load: Callable[[_PATH], dict[str, An
         if problem is None:
             raise
         raise CheckpointError(
-            f"{where}: `ckpt_path`={str(path)!r} cannot be loaded ({told(error)}): {problem}. {_way_out(path)}"
+            f"{where}: `ckpt_path`={str(path)!r} cannot be loaded ({one_line(error)}): {problem}. {_way_out(path)}"
         ) from error
 
 

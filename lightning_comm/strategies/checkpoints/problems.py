@@ -1,4 +1,4 @@
-"""Problems with files that one rank has and all must hear of, before anybody goes on or gives up."""
+"""Problems of one rank with files, of which all ranks learn before any of them goes on or gives up."""
 
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
@@ -12,7 +12,7 @@ class CheckpointError(OSError):
     """A checkpoint that could not be written or read, on all ranks alike; it says where, why and the way out."""
 
 
-def told(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Return an error as one line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
@@ -21,7 +21,7 @@ def told(error: BaseException) -> str:
 def first_problem(
     strategy: ParallelStrategy, recorder: Recorder, problem: str | None, purpose: str = "control"
 ) -> tuple[int, str] | None:
-    """Return, on all ranks, the first rank that has a problem, and which; every rank calls this.
+    """Return, on all ranks, the first rank that has a problem, and its problem; every rank calls this.
 
     Note:
         *Communication.* A byte of each rank; and where one has a problem, 1500 more.

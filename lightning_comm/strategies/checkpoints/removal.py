@@ -1,6 +1,6 @@
-"""Removing checkpoints and the files of ranks: once what takes their place is written, and so that no link breaks.
+"""The removal of checkpoints and of rank files: once their replacement is written, and without breaking links.
 
-A removal that fails ends no run: what stays costs room and nothing else, and a warning says which file it is and why.
+A removal that fails does not end the run: a file that stays only costs space, and a warning names it and the reason.
 """
 
 import os
@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 
 from lightning_comm.core.whole_files import PARTIAL
 from lightning_comm.lightning_internals import after_writes, last_names, point_to, writer_in_background
-from lightning_comm.strategies.checkpoints.problems import told
+from lightning_comm.strategies.checkpoints.problems import one_line
 from lightning_comm.strategies.checkpoints.whole_files import has_torch_files, is_local, local_path
 
 _RANK_FILE = re.compile(r"rank\d+\.pt")
@@ -29,9 +29,10 @@ class Notes:
 
     Args:
         newest: The last main file.
-        saves: On rank 0, the folders of rank files, oldest first: a ``CheckpointIO`` may keep them out of sight.
-        removed: What rank 0 has removed since the last save, after it waited in a background writer, for hosts with
-            disks of their own.
+        saves: On rank 0, the folders of rank files, oldest first: a ``CheckpointIO`` may keep them where they cannot be
+            listed.
+        removed: Removals of rank 0 since the last save that had to wait for a background writer; hosts with disks of
+            their own repeat them.
 
     """
 
@@ -41,7 +42,7 @@ class Notes:
 
 
 def notes_of(strategy: ParallelStrategy) -> Notes:
-    """Return the notes of a strategy, which it has from its first save on."""
+    """Return the notes of a strategy, made at its first save."""
     notes: Notes = vars(strategy).setdefault("_notes_of_saves", Notes())
     return notes
 
@@ -52,10 +53,10 @@ def folder(filepath: _PATH) -> str:
 
 
 def remove(strategy: ParallelStrategy, filepath: _PATH, remove_main: Callable[[], None]) -> None:
-    """Remove a checkpoint: the main file, then the rank files; once what is to take its place is written.
+    """Remove a checkpoint, once its replacement is written: the main file, then the rank files.
 
-    Called on all ranks. Files of ranks go once for each host; on a shared disk the first one does it. A link to the
-    checkpoint (``save_last="link"``) points to the newest one before: Lightning moves it only after the removal.
+    Called on all ranks. Each host removes the rank files; on a shared disk the first one does. Before that, a link to
+    the checkpoint (``save_last="link"``) is pointed to the newest one: Lightning moves it only after the removal.
 
     Args:
         strategy: The strategy.
@@ -76,12 +77,12 @@ def remove(strategy: ParallelStrategy, filepath: _PATH, remove_main: Callable[[]
 
 
 def when_written(strategy: ParallelStrategy, paths: list[str], before: Callable[[], bool] = lambda: True) -> None:
-    """Remove files of ranks once all that waits in a background writer is written; on hosts without, after word of it.
+    """Remove rank files; after the background writer, if there is one: then other hosts learn of it at the next save.
 
     Args:
         strategy: The strategy.
         paths: What :func:`entries` has found.
-        before: Removes what has to go first, and returns whether it did.
+        before: Removes what must be removed first, and returns whether it could.
 
     """
     background = writer_in_background(strategy.checkpoint_io)
@@ -133,7 +134,7 @@ def remove_if_empty(*folders: str) -> None:
 
 
 def _parts(strategy: ParallelStrategy, path: str) -> list[str]:
-    """Return what the ``CheckpointIO`` is given to remove: what it has written, unless it is known to take folders."""
+    """Return the paths for ``CheckpointIO`` to remove: files, or the folder if it is known to remove folders."""
     if has_torch_files(strategy.checkpoint_io):
         return [path] if get_filesystem(path).exists(path) else []
     if (own := _RANK_FILE.match(os.path.basename(path))) is not None:  # before files had ids in their path
@@ -156,7 +157,7 @@ def _names(path: str) -> list[str]:
 
 
 def _tried(strategy: ParallelStrategy, path: _PATH, remove_it: Callable[[], None]) -> bool:
-    """Remove something, or say why it stays; return whether it is gone."""
+    """Remove a path, or warn why it stays; return whether it is gone."""
     try:
         remove_it()
     except FileNotFoundError:  # another host was faster
@@ -164,8 +165,8 @@ def _tried(strategy: ParallelStrategy, path: _PATH, remove_it: Callable[[], None
     except Exception as error:
         warnings.warn(
             f"{type(strategy).__name__}: {str(path)!r} was to be removed, since a newer checkpoint is there, and could "
-            f"not be: {told(error)}. It stays, and the run goes on. Remove it by hand, or let `remove_checkpoint` of "
-            f"{type(strategy.checkpoint_io).__name__} be allowed to.",
+            f"not be: {one_line(error)}. It stays, and the run goes on. Remove it by hand, or let "
+            f"`remove_checkpoint` of {type(strategy.checkpoint_io).__name__} be allowed to.",
             stacklevel=2,
         )
         return False

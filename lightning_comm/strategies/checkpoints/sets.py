@@ -1,8 +1,8 @@
 """Sets of files: a main file that every rank reads, and each rank's own beside it, all with the id of their save.
 
 The rank files of ``<checkpoint>`` are in ``<checkpoint>.ranks/<id>/rank<r>.pt``. A save writes those first, then the
-main file with the same id, by a rename, and removes the rank files of the save before only after that. So whatever
-ends a process, and whenever, one whole set is there.
+main file with the same id, by a rename, and only then removes the rank files of the save before. So one whole set is
+there at any time, whenever a process ends.
 """
 
 import os
@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_comm.lightning_internals import inner_io, wait_for_writes, writer_in_background
 from lightning_comm.strategies.checkpoints.damage import damage
 from lightning_comm.strategies.checkpoints.entry import Save, is_incomplete
-from lightning_comm.strategies.checkpoints.problems import CheckpointError, first_problem, told
+from lightning_comm.strategies.checkpoints.problems import CheckpointError, first_problem, one_line
 from lightning_comm.strategies.checkpoints.removal import (
     entries,
     folder,
@@ -43,7 +43,7 @@ def rank_path(filepath: _PATH, save_id: str, rank: int) -> str:
 
 
 def begin(strategy: ParallelStrategy, filepath: _PATH, from_rank_0: Callable[[Any], Any]) -> Save:
-    """Return a new save, the same on all ranks: the path of rank 0 may hold the step, which differs apart.
+    """Return a new save, the same on all ranks: with the path of rank 0, since a path may contain this rank's step.
 
     Args:
         strategy: The strategy.
@@ -64,7 +64,7 @@ def begin(strategy: ParallelStrategy, filepath: _PATH, from_rank_0: Callable[[An
 
 
 def write_own(strategy: ParallelStrategy, recorder: Recorder, where: str, save: Save, content: dict[str, Any]) -> None:
-    """Write this rank's file, and see that all ranks have written theirs; every rank calls this.
+    """Write this rank's file, and check that all ranks have written theirs; every rank calls this.
 
     Args:
         strategy: The strategy.
@@ -93,7 +93,7 @@ def write_own(strategy: ParallelStrategy, recorder: Recorder, where: str, save: 
 def write_main(
     strategy: ParallelStrategy, recorder: Recorder, where: str, save: Save, write: Callable[[], None]
 ) -> None:
-    """Write the main file, then remove what the save before has left under the same name; every rank calls this.
+    """Write the main file, then remove the rank files of the save before under this name; every rank calls this.
 
     Args:
         strategy: The strategy.
@@ -118,15 +118,15 @@ def write_main(
     if strategy.local_rank == 0:
         others = [each for each in entries(strategy, save.path) if os.path.basename(each.rstrip("/")) != save.id]
         if writer_in_background(strategy.checkpoint_io) is None and not is_plain(strategy.checkpoint_io):
-            others = _older(others)[:-1]  # the main file may be written later than it seems, in ways we do not know
+            others = _older(others)[:-1]  # an unknown writer may return before the main file is written
         when_written(strategy, others)
 
 
 def _raise_together(
     strategy: ParallelStrategy, recorder: Recorder, where: str, save: Save, failure: Exception | None, *, discard: bool
 ) -> None:
-    """Raise on all ranks if one has failed; where the main file will not come, remove this rank's own."""
-    found = first_problem(strategy, recorder, None if failure is None else told(failure))
+    """Raise on all ranks if one has failed; if there will be no main file, remove this rank's own."""
+    found = first_problem(strategy, recorder, None if failure is None else one_line(failure))
     if found is None:
         return
     if discard:
@@ -141,7 +141,7 @@ def _raise_together(
 
 def _discard_own(strategy: ParallelStrategy, save: Save) -> None:
     own, io = rank_path(save.path, save.id, strategy.global_rank), _foreground(strategy.checkpoint_io)[0]
-    with suppress(Exception):  # it may not be there; what is told is why the save has failed
+    with suppress(Exception):  # it may not be there, and the error to show is that of the save
         if has_torch_files(io):
             get_filesystem(own).rm(own)
         else:
@@ -178,8 +178,8 @@ def _read(strategy: ParallelStrategy, path: str, save_id: str) -> tuple[dict[str
     try:
         with torch.serialization.safe_globals(_numpy_types()):
             state = io.load_checkpoint(path, weights_only=True)
-    except Exception as error:  # a file that is damaged on one rank: the others wait for word of it
-        text = f"{path} cannot be read ({told(error)})"
+    except Exception as error:  # a file that is damaged on one rank: the others wait for its result
+        text = f"{path} cannot be read ({one_line(error)})"
         if "weights_only" in str(error) or "Weights only" in str(error):
             text += (
                 "; it holds more than plain values and tensors, put there by a loader or a scheduler of yours, whose "
@@ -194,7 +194,7 @@ def _read(strategy: ParallelStrategy, path: str, save_id: str) -> tuple[dict[str
 
 
 def _numpy_types() -> list[Any]:
-    """Return what stands for numbers and arrays of numpy in a file; they are plain, and states of loaders have them."""
+    """Return what numpy's numbers and arrays need to be loaded; they are plain, and states of loaders hold them."""
     scalar, array = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
     types = {type(np.dtype(each)) for each in "?bhilqBHILQefdFD"}
     old = [(scalar, "numpy.core.multiarray.scalar"), (array, "numpy.core.multiarray._reconstruct")]  # numpy 1
@@ -202,9 +202,9 @@ def _numpy_types() -> list[Any]:
 
 
 def incomplete_path(strategy: ParallelStrategy, where: str, filepath: _PATH) -> str:
-    """Return where a checkpoint goes that is written after a failure, by rank 0 alone; and say so.
+    """Return the path for a checkpoint that rank 0 writes alone, after a failure; warn where it differs.
 
-    It never takes the place of a complete one: beside that, under a name that ``ckpt_path="last"`` does not look for.
+    It never replaces a complete one: it goes beside it, under a name that ``ckpt_path="last"`` does not look for.
     """
     path, background = str(filepath), writer_in_background(strategy.checkpoint_io)
     if background is not None and strategy.is_global_zero:
@@ -228,14 +228,14 @@ def incomplete_path(strategy: ParallelStrategy, where: str, filepath: _PATH) -> 
 
 
 def _foreground(io: CheckpointIO) -> tuple[CheckpointIO, Any]:
-    """Return what writes before it returns, and the background writer that has to be waited for nevertheless."""
+    """Return the ``CheckpointIO`` that writes before it returns, and the background writer, which may still write."""
     while io is writer_in_background(io) and (inner := inner_io(io)) is not None:
         io = inner
     return io, writer_in_background(io)
 
 
 def _older(paths: list[str]) -> list[str]:
-    """Return paths in the order in which they were written, as far as the file system tells."""
+    """Return paths in the order in which they were written, as far as the file system knows."""
 
     def written(path: str) -> float:
         with suppress(Exception):  # file systems have names of their own for it, or none

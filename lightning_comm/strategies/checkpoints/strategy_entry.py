@@ -1,4 +1,4 @@
-"""What a strategy keeps in a checkpoint: an entry in the main file, and each rank's own file beside it."""
+"""The state of a strategy in a checkpoint: an entry in the main file, and each rank's own file beside it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ class StrategyEntry:
             recorder: Sends and records.
             checkpoint: What was read from the main file.
             filepath: Of the main file.
-            why_not: Returns why files are not to be looked for, by the entry; ``None`` if they should be there.
+            why_not: Returns why there are no rank files, from the entry; ``None`` if they should be there.
             purpose: Of the messages.
 
         Note:

@@ -1,7 +1,7 @@
 """Checkpoint files that are there whole or not at all, whatever ends the process that writes them.
 
-Lightning's own way writes to the folder for temporary files, and moves the file from there: where that is another disk,
-the move is a copy, and a process that is killed within it leaves half a file under the final name.
+Lightning writes to the folder for temporary files, and moves the file from there. If that is another disk, the move is
+a copy, and a process that is killed during the copy leaves half a file under the final name.
 """
 
 import os
@@ -21,9 +21,9 @@ from lightning_comm.lightning_internals import give_inner_io, inner_io, is_wrapp
 class WholeFileIO(TorchCheckpointIO):
     """Lightning's way to write checkpoints, with files on a local disk that appear whole or not at all.
 
-    A file is written beside its place, under a name that ends in ``.partial``, brought to the disk, and renamed. What a
-    killed run leaves of it is overwritten by the next save of the same path. Remote paths (``s3://…``) are written as
-    Lightning does: object stores show an object whole or not at all.
+    A file is written in the same folder, under a name that ends in ``.partial``, flushed to the disk, and renamed. A
+    partial file of a killed run is overwritten by the next save of the same path. Remote paths (``s3://…``) are written
+    as Lightning does: object stores show an object whole or not at all.
     """
 
     @override
@@ -45,7 +45,7 @@ def local_path(path: _PATH) -> str:
 
 
 class _Watched:
-    """A file that remembers why it could not be written, which torch tells in words of its own."""
+    """A file that keeps the error of a failed write, which torch replaces by a less clear one."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -53,7 +53,7 @@ class _Watched:
 
     def write(self, data: Any) -> int:
         if self.error is not None:
-            return memoryview(data).nbytes  # torch writes on as it closes its archive, and says so on the screen
+            return memoryview(data).nbytes  # torch goes on writing as it closes its archive, and prints its errors
         try:
             return self._file.write(data)
         except OSError as error:
@@ -75,7 +75,7 @@ def _save(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
 
 
 def with_default(io: CheckpointIO | None) -> CheckpointIO:
-    """Return what a strategy writes with: what the user gave, or else, also within what wraps another, our own."""
+    """Return the user's ``CheckpointIO``, or ours if there is none, also within one that wraps another."""
     if io is None:
         return WholeFileIO()
     if is_wrapping_io(io):
@@ -91,8 +91,8 @@ def is_plain(io: CheckpointIO) -> bool:
 def has_torch_files(io: CheckpointIO) -> bool:
     """Return whether files are those of ``torch.save``, under the paths that the ``CheckpointIO`` is given.
 
-    Then the file system can be asked about them. Another ``CheckpointIO`` may keep them anywhere, in any form, also one
-    that is derived from Lightning's.
+    Only then can the file system be asked about them: another ``CheckpointIO``, also one derived from Lightning's, may
+    keep them anywhere, in any form.
     """
     while type(io) is AsyncCheckpointIO and (inner := inner_io(io)) is not None:
         io = inner

@@ -1,1 +1,1 @@
-"""What the strategies share."""
+"""The parts that all strategies share."""

@@ -28,7 +28,7 @@ COMMUNICATING = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "Distribute
 
 
 def module_problems(module: LightningModule) -> Iterator[str]:
-    """Yield why replicas of a model cannot be averaged, or that it communicates in its forward."""
+    """Yield why replicas of a model cannot be averaged, and whether it communicates in its forward."""
     for name, part in module.named_modules():
         if isinstance(part, nn.SyncBatchNorm):
             yield (
@@ -40,7 +40,7 @@ def module_problems(module: LightningModule) -> Iterator[str]:
 
 
 def device_problems(trainer: Trainer, module: LightningModule) -> Iterator[str]:
-    """Yield what would be averaged and lies where the process group does not send from; once the model is in place."""
+    """Yield tensors to average on devices that the process group cannot send from; once the model is in place."""
     models: list[tuple[str, nn.Module | None]] = [("", module)]
     models += [(" of a weight average", weight_average_of(each)) for each in getattr(trainer, "callbacks", [])]
     named = [
@@ -53,7 +53,7 @@ def device_problems(trainer: Trainer, module: LightningModule) -> Iterator[str]:
 
 
 def replica_problems(module: LightningModule) -> Iterator[str]:
-    """Yield what of a model is not whole on each rank, or synchronises itself."""
+    """Yield parts of a model that are not whole on each rank, or that synchronise themselves."""
     yield from lazy_problems(module)
     for name, part in module.named_modules():
         if isinstance(part, DistributedDataParallel) or type(part).__name__ in _WRAPPERS:
@@ -76,11 +76,11 @@ def replica_problems(module: LightningModule) -> Iterator[str]:
 
 
 def trainer_problems(trainer: Trainer, sync_batchnorm: bool, *, one_version: bool = False) -> Iterator[str]:
-    """Yield settings and callbacks of the Trainer that communicate, or decide, on each rank by itself.
+    """Yield settings and callbacks of the Trainer that communicate, or that decide on each rank separately.
 
     Args:
         trainer: The Trainer.
-        sync_batchnorm: Whether the Trainer makes BatchNorm talk to all ranks.
+        sync_batchnorm: Whether the Trainer synchronises BatchNorm over all ranks.
         one_version: Whether callbacks that average weights find the same ones on all ranks.
 
     """
@@ -116,12 +116,12 @@ def check_twin_callbacks(callbacks: list[Any], where: str) -> None:
 
 
 def leave_out_other_model(where: str, checkpoint: dict[str, Any], filepath: object) -> None:
-    """Leave the optimizers of the last ``fit`` out of a checkpoint that is of another model, and say so.
+    """Leave the optimizers of the last ``fit`` out of a checkpoint of another model, and warn of it.
 
     Lightning keeps them when another model is evaluated, and would save them with its weights.
     """
     if "optimizer_states" not in checkpoint:
-        return  # weights alone were asked for
+        return  # a save of weights only
     checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
     rank_zero_warn(
         f"{where}: {str(filepath)!r} has the weights of the model that was evaluated last, and neither optimizer state "
@@ -131,7 +131,7 @@ def leave_out_other_model(where: str, checkpoint: dict[str, Any], filepath: obje
 
 
 def warn_of_per_step_sync(trainer: Trainer, where: str) -> None:
-    """Name what is logged with a collective on every step, which keeps ranks in step with each other."""
+    """Warn of values that are logged with a collective on every step, which makes ranks wait for each other."""
     names = sorted({metric.name for metric in logged_metrics(trainer) if metric.synchronised and metric.on_step})
     if names:
         rank_zero_warn(

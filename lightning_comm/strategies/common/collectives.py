@@ -1,4 +1,4 @@
-"""Lightning's own collectives, in which all ranks meet: compared before, watched, left out once a rank has failed."""
+"""Lightning's own collectives: ranks compare where they are before them, and skip them once a rank has failed."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,15 +12,15 @@ _T = TypeVar("_T")
 
 
 class LightningCollectives:
-    """What a strategy does around the collectives that Lightning and users call on it.
+    """The wrapper of a strategy around the collectives that Lightning and users call on it.
 
     Args:
         failures: Names the rank that fails while others wait.
 
     Attributes:
-        trainer: Tells whether a rank has failed; ``None`` before a run.
-        compare_places: Refuses ranks that have come apart, where that can be, before messages that do not tell.
-        before: Called before a message, where that is not to meet with others of this rank.
+        trainer: Knows whether a rank has failed; ``None`` before a run.
+        compare_places: Refuses ranks that are at different places, before messages that would not show it.
+        before: Called before a message, where it must not run beside others of this rank.
         note_met: Called where all ranks meet.
 
     """
@@ -32,7 +32,7 @@ class LightningCollectives:
         self.forget_fit()
 
     def forget_fit(self) -> None:
-        """Do no longer what the last ``fit`` has asked for."""
+        """Drop the functions of the last ``fit``."""
         self.compare_places: Callable[[str], None] = _compare_nothing
         self.before: Callable[[], None] = _nothing
 
@@ -61,12 +61,12 @@ class LightningCollectives:
         return self.together(by_lightning, own, "a gathering")
 
     def together(self, collective: Callable[[], _T], alone: _T, where: str) -> _T:
-        """Note that all ranks meet in a collective; once a rank has failed, when none would end, do without.
+        """Run a collective, and note that all ranks meet in it; skip it once a rank has failed, since it would not end.
 
         Args:
             collective: The collective.
-            alone: What this rank has by itself, which is then taken for its outcome.
-            where: What is waited for, in words.
+            alone: The result if it is skipped: this rank's own value.
+            where: The name of the collective, for messages.
 
         """
         interrupted = self.trainer is not None and self.trainer.interrupted

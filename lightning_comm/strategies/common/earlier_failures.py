@@ -1,4 +1,4 @@
-"""A run that has failed may leave its process group unusable: a later one in the same process says so."""
+"""Failed runs of the same process: they may have left its process group unusable, and a later run is refused then."""
 
 import weakref
 from contextlib import suppress
@@ -13,14 +13,14 @@ _noted: list[tuple["weakref.ref[dist.ProcessGroup]", str]] = []  # the group in 
 
 
 def note(text: str) -> None:
-    """Note that a run has failed in the default group; what was noted of the same group stays."""
+    """Note that a run has failed in the default group; the first failure in a group is kept."""
     group = dist.group.WORLD
     if group is not None and not (_noted and _noted[0][0]() is group):
         _noted[:] = [(weakref.ref(group), text)]
 
 
-def tell(store: StoreClient) -> None:
-    """Tell the other ranks that the default group is of no more use; before connections are closed, if they are."""
+def mark_group_broken(store: StoreClient) -> None:
+    """Tell the other ranks that the default group cannot be used any more; before connections are closed."""
     with suppress(StoreLostError):  # without the store no run can begin anyway
         store.set(_KEY, "", within_s=_CALL_S)
 
@@ -33,7 +33,7 @@ def refuse_broken_group(store: StoreClient, where: str) -> None:
         where: The strategy, for the message.
 
     Raises:
-        RuntimeError: On all ranks whose earlier run in this group has failed, if one of them has told so.
+        RuntimeError: On all ranks whose earlier run in this group has failed, if one has marked the group as broken.
 
     """
     if _noted and _noted[0][0]() is dist.group.WORLD and store.check([_KEY], within_s=_CALL_S):

@@ -1,4 +1,4 @@
-"""Failures of ranks in a run: what watches the others, what is reported to them, and how a lost connection is named."""
+"""Failures of ranks in a run: the watch over other ranks, the report to them, and errors that name the failed rank."""
 
 import itertools
 import os
@@ -18,11 +18,11 @@ from lightning_comm.transport.recording import has_unfinished_messages
 from lightning_comm.transport.stop_protocol import Agreement, PeerFailure, default_store
 from lightning_comm.transport.store_client import StoreLostError
 
-_runs = itertools.count()  # tells the keys of one run in the store from those of the next; equal on all ranks
+_runs = itertools.count()  # separates the keys of one run in the store from those of the next; equal on all ranks
 
 
 class RunFailures:
-    """How this rank hears of failures of others in a run, and tells them of its own: a ``fit``, or another.
+    """Hears of failures of other ranks in a run (a ``fit`` or another), and reports this rank's own.
 
     Args:
         strategy: Has the ranks and the time-out.
@@ -48,7 +48,7 @@ class RunFailures:
             RuntimeError: If an earlier run has left the process group unusable.
 
         """
-        self._end()  # of a run that was left without its teardown
+        self._end()  # of a run without a teardown
         self._run_failed = self._refused = False
         self._namespace = f"lightning_comm/{next(_runs)}"
         if self._strategy.world_size > 1:
@@ -65,7 +65,7 @@ class RunFailures:
             earlier_failures.refuse_broken_group(self._peers.store, self._where)
 
     def end_start(self) -> None:
-        """Watch from the strategy's own set-up on only what is told to be a wait."""
+        """Watch from now on only in waits that are announced, since the strategy's own set-up begins."""
         if self._peers is not None:
             self._peers.end_start()
 
@@ -79,19 +79,19 @@ class RunFailures:
             peers.close(failed=failed)
 
     def note_failed(self) -> None:
-        """Note that the run has failed on this rank, so that nobody waits for it when it ends."""
+        """Note that the run has failed on this rank, so that no rank waits for it at the end."""
         self._run_failed = True
 
     def first_error_shown(self, where: str, *, waits: bool = True) -> AbstractContextManager[None]:
-        """Turn the loss of a connection into an error that names the rank that failed, in a wait."""
+        """Turn the loss of a connection during a wait into an error that names the rank that failed."""
         return nullcontext() if self._peers is None else self._peers.first_error_shown(where, waits=waits)
 
     def refuse_together(self) -> None:
-        """Note that all ranks raise the same error now: none of them failed, and nobody waits for another."""
+        """Note that all ranks raise the same error now: none of them has failed, and none waits for another."""
         self._refused = True
 
     def agreement(self, **timing: float) -> Agreement:
-        """Return what ranks of this run agree on stops by, which hears of failures as this does.
+        """Return the agreement on stops of this run, which hears of failures as this does.
 
         Args:
             timing: As in :class:`Agreement`.
@@ -106,7 +106,7 @@ class RunFailures:
         return default_store() if self._peers is None else self._peers.store, self._namespace
 
     def epoch_ends(self, agreement: Agreement) -> EpochEnds:
-        """Return what compares where ranks end their epochs."""
+        """Return the comparison of where ranks end their epochs."""
         store, namespace = self.store_of_run()
         return EpochEnds(
             store,
@@ -120,9 +120,9 @@ class RunFailures:
         )
 
     def close_group(self) -> None:
-        """Hang up on the other ranks, which may wait for messages of this one."""
+        """Close the connections to the other ranks, which may wait for messages of this one."""
         if self._peers is not None:
-            earlier_failures.tell(self._peers.store)
+            earlier_failures.mark_group_broken(self._peers.store)
         if dist.is_initialized():
             hang_up(None)
 
@@ -132,16 +132,16 @@ class RunFailures:
         return timeout_of(self._strategy).total_seconds()
 
     def part(self) -> None:
-        """Leave together with the others, as all ranks have agreed; rank 0 may host the store."""
+        """Wait for the others before leaving, as all ranks have agreed: rank 0 may host the store."""
         if self._peers is not None:
             self._peers.part()
 
     def report(self, exception: BaseException) -> None:
         """Tell the others that this rank ends by an exception, without a collective.
 
-        A rank that has lost a connection did not fail: its error is made to say who did. Then this rank waits a few
-        seconds for the others to hear of it and to leave as well. Some may be in a collective that it would take part
-        in, and it may live on, as in a notebook: so those that stay are hung up on.
+        A rank that has lost a connection did not fail: its error is changed to name the rank that did. Then this rank
+        waits a few seconds for the others to hear of it and to leave as well. Those that do not leave may wait for it
+        in a collective, and its process may live on, as in a notebook: so their connections are closed.
         """
         peers = self._peers
         if peers is None:
@@ -157,11 +157,11 @@ class RunFailures:
         if is_lost_connection(exception):
             exception.args = (f"{peers.who_failed(exception)} ({exception})",)
         elif not isinstance(exception, PeerFailure):
-            with suppress(StoreLostError):  # the store is gone with rank 0, and then everybody knows
+            with suppress(StoreLostError):  # the store is gone with rank 0, which all ranks notice
                 peers.report(f"{type(exception).__name__}: {exception}")
         earlier_failures.note(peers.failure or f"{type(exception).__name__}: {exception}")
         if broken:
-            earlier_failures.tell(peers.store)  # before the others can see that this rank has left
+            earlier_failures.mark_group_broken(peers.store)  # before the others can see that this rank has left
         if not peers.part():
             self.close_group()
 

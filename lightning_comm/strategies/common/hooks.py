@@ -1,4 +1,4 @@
-"""The hook callback: it is called at moments at which Lightning calls no strategy, and hands them on."""
+"""The hook callback, by which strategies run code at moments at which Lightning calls no strategy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class FitHooks:
         end_epoch: A training epoch is over.
         begin_evaluation: Validation begins, also a sanity check, or an evaluation after the fit.
         finish: Training is over.
-        note_failure: This rank has failed; before the others are told. Nothing may be sent.
+        note_failure: This rank has failed; called before it is reported. Nothing may be sent.
 
     """
 
@@ -33,7 +33,7 @@ class FitHooks:
 
 
 class Hooked(Protocol):
-    """What the hook callback calls."""
+    """The holder of the hooks, which the hook callback calls."""
 
     @property
     def hooks(self) -> FitHooks:
@@ -49,7 +49,7 @@ class HookCallback(Callback):
     Added in the strategy's ``connect`` at the head of the Trainer's callbacks. It has no state of its own.
 
     Args:
-        hooked: Is called.
+        hooked: The holder of the hooks.
 
     """
 
@@ -79,9 +79,9 @@ class HookCallback(Callback):
         self._hooked.report_failure(exception)
 
 
-def is_accompanied(trainer: Trainer) -> bool:
-    """Whether the hook callback is there: not in a trial run of a learning-rate finder.
+def has_hook_callback(trainer: Trainer) -> bool:
+    """Whether the Trainer has the hook callback: not in a trial run of a learning-rate finder.
 
-    That sets callbacks aside, and undoes all that it did.
+    The finder removes callbacks for its trial, and restores what the trial has changed.
     """
     return any(isinstance(callback, HookCallback) for callback in getattr(trainer, "callbacks", []))

@@ -1,8 +1,8 @@
 """Stops and saves that one rank asks for.
 
-Plain Lightning settles these with a broadcast on every batch, or leaves them to each rank. Here they become requests. A
-run whose ranks are apart agrees on them without a collective (:mod:`lightning_comm.transport.stop_protocol`), and one
-whose ranks are in step by a message at the end of every batch (:mod:`lightning_comm.strategies.compression.run`).
+Plain Lightning decides these by a broadcast on every batch, or leaves them to each rank. Here they become requests.
+Ranks that train apart agree on them without a collective (:mod:`lightning_comm.transport.stop_protocol`), ranks in step
+by a message at the end of every batch (:mod:`lightning_comm.strategies.compression.run`).
 """
 
 import os
@@ -14,13 +14,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_comm import lightning_internals as internals
+from lightning_comm import lightning_internals
 from lightning_comm.ondevice.random_state import random_state, set_random_state
 from lightning_comm.transport.stop_protocol import Decision, Kind
 
 
 class Stoppable(Protocol):
-    """What is needed of a run whose ranks agree on requests."""
+    """A run whose ranks agree on requests."""
 
     on_decision: Callable[[Decision], None]
 
@@ -37,16 +37,16 @@ class Stoppable(Protocol):
 
 
 class InStep(Protocol):
-    """A run whose ranks settle their requests when they meet: at the end of every batch, and around every epoch."""
+    """A run whose ranks agree on requests in a message: at the end of every batch, and around every epoch."""
 
     def after_batch(self, end_of_batch: Callable[[], None]) -> None:
-        """Meet at the end of a batch, which the argument ends."""
+        """Meet at the end of a batch; the argument is Lightning's end of it."""
 
     def around_epoch_start(self, start: Callable[[], None]) -> None:
-        """Meet at the start of an epoch, which the argument starts."""
+        """Meet at the start of an epoch; the argument is Lightning's start of it."""
 
     def around_epoch_end(self, end: Callable[[], None]) -> None:
-        """Meet at the end of an epoch, which the argument ends."""
+        """Meet at the end of an epoch; the argument is Lightning's end of it."""
 
 
 class Interruptions:
@@ -55,7 +55,7 @@ class Interruptions:
     Args:
         trainer: The Trainer.
         run: Where steps are counted.
-        any_rank: Whether any rank says yes; a collective, used only where ranks have just met in another one.
+        any_rank: Whether this is true on any rank; a collective, used only right after another one.
         where: The strategy, for messages.
 
     """
@@ -65,7 +65,7 @@ class Interruptions:
         self._run = run
         self._where = where
         self._any_rank = any_rank
-        self.patches = internals.Patches()  # what is replaced in Lightning until the run ends
+        self.patches = lightning_internals.Patches()  # what is replaced in Lightning until the run ends
         self._save_now = self._validate_now = False
         self._validation_asked = False
         self._stop_is_agreed = False
@@ -76,7 +76,7 @@ class Interruptions:
 
     def install_signal_handlers(self) -> None:
         """Replace what Lightning is about to register as signal handlers."""
-        self._requeue = internals.replace_signal_handlers(
+        self._requeue = lightning_internals.replace_signal_handlers(
             self._trainer, self.patches, self._on_sigterm, self._on_requeue
         )
 
@@ -85,27 +85,27 @@ class Interruptions:
 
         Args:
             after_save: Called after every ``Trainer.save_checkpoint``, also where a hook made it fail.
-            in_step: Where ranks meet that are in step; ``None`` where they run apart.
+            in_step: The run, if its ranks are in step; ``None`` where they train apart.
 
         """
         trainer, patches = self._trainer, self.patches
         if after_save is not None:
-            internals.wrap_saves(trainer, patches, after_save)
-        internals.leave_out_sigterm_broadcast(trainer, patches)
-        internals.replace_links(trainer, patches)
+            lightning_internals.wrap_saves(trainer, patches, after_save)
+        lightning_internals.leave_out_sigterm_broadcast(trainer, patches)
+        lightning_internals.replace_links(trainer, patches)
         if in_step is not None:
             self._meet_in_step(in_step)
         else:
-            internals.wrap_loop_ends(trainer, patches, self._after_batch, self._around_epoch)
-            internals.wrap_skipped_validation(trainer, patches, _without_drawing)
-            self.met = True  # all ranks start together, so a stop asked for in `on_train_start` is settled now
+            lightning_internals.wrap_loop_ends(trainer, patches, self._after_batch, self._around_epoch)
+            lightning_internals.wrap_skipped_validation(trainer, patches, _without_drawing)
+            self.met = True  # all ranks start together, so they agree now on a stop asked for in `on_train_start`
             self._settle_stop()
-        internals.replace_timed_validation(trainer, patches, agreed=lambda: self._validate_now)
+        lightning_internals.replace_timed_validation(trainer, patches, agreed=lambda: self._validate_now)
         for callback in getattr(trainer, "callbacks", []):
             if isinstance(callback, Timer):
-                internals.replace_timer_check(callback, patches, lambda why: self._run.request("stop", why))
+                lightning_internals.replace_timer_check(callback, patches, lambda why: self._run.request("stop", why))
             elif isinstance(callback, ModelCheckpoint):
-                internals.replace_timed_checkpoint(
+                lightning_internals.replace_timed_checkpoint(
                     callback,
                     patches,
                     on_time=lambda: self._run.request("checkpoint", "the time for a checkpoint has come"),
@@ -118,13 +118,13 @@ class Interruptions:
             self._ask_for_validation()
             in_step.after_batch(end_of_batch)
 
-        internals.wrap_loop_ends(
+        lightning_internals.wrap_loop_ends(
             self._trainer, self.patches, after_batch, in_step.around_epoch_start, in_step.around_epoch_end
         )
 
     def before_validation(self, call: Callable[[], None]) -> None:
         """Call a function before each validation, until this is undone."""
-        internals.before_validation(self._trainer, self.patches, call)
+        lightning_internals.before_validation(self._trainer, self.patches, call)
 
     def undo(self) -> None:
         """Leave Lightning's objects as they were."""
@@ -153,20 +153,24 @@ class Interruptions:
             return
         where = f"at step {step}" if decision.at_step is not None else "where each rank stands"
         if decision.kind == "stop":
-            internals.say_time_is_up(self._trainer, decision.reason)
+            lightning_internals.say_time_is_up(self._trainer, decision.reason)
         rank_zero_info(f"{self._where}: {decision.reason}; all ranks agreed to {decision.kind} {where}.")
         if decision.kind == "stop":
             self._stop_is_agreed = True
             self._trainer.should_stop = True
         elif decision.kind == "terminate":
             self._save_before_termination(step)
-            internals.raise_sigterm_after_this_batch(self._trainer)
+            lightning_internals.raise_sigterm_after_this_batch(self._trainer)
         else:
-            self._requeue(internals.requeue_signal(self._trainer.strategy), None)
+            self._requeue(lightning_internals.requeue_signal(self._trainer.strategy), None)
 
     def _ask_for_validation(self) -> None:
         """Ask all ranks to validate, once, when the time has come on the clock of rank 0."""
-        if self._trainer.is_global_zero and not self._validation_asked and internals.validation_is_due(self._trainer):
+        if (
+            self._trainer.is_global_zero
+            and not self._validation_asked
+            and lightning_internals.validation_is_due(self._trainer)
+        ):
             self._validation_asked = True
             self._run.request("validate", "the time for a validation has come")
 
@@ -176,7 +180,7 @@ class Interruptions:
         end_of_batch()
         validated, self._validated = self._validated, None
         if validated is not None and before is not None:
-            # Validation draws random numbers, if only to start its loader. Training goes on as if it had not been.
+            # Validation draws random numbers, if only to start its loader. Training goes on as without it.
             set_random_state(validated | {"torch": before})
         self._ask_for_validation()
         self._settle_stop()
@@ -193,7 +197,7 @@ class Interruptions:
             return
         self._stop_is_agreed = False
         if self.met:
-            # All ranks have just been in some collective, validation or a checkpoint, so they can settle it here.
+            # All ranks have just been in a collective, validation or a checkpoint, so they can agree here.
             self._trainer.should_stop = self._stop_is_agreed = self._any_rank(self._trainer.should_stop)
             self.met = False
         elif self._trainer.should_stop:

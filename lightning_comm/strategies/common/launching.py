@@ -1,4 +1,4 @@
-"""Launching arguments: those of Lightning's strategies that each of ours takes and hands on."""
+"""Launching arguments, which each strategy of this package takes and passes on to Lightning's."""
 
 from datetime import timedelta
 from typing import Literal, TypedDict
@@ -12,7 +12,7 @@ _TIMEOUT = timedelta(minutes=30)
 
 
 class LaunchingArguments(TypedDict, total=False):
-    """What every strategy takes beside its own arguments, as Lightning's ``DDPStrategy`` does.
+    """The arguments of Lightning's ``DDPStrategy`` that every strategy takes beside its own.
 
     Args:
         accelerator: Set by the Trainer.

@@ -1,4 +1,4 @@
-"""The factor by which a gradient scaler multiplies the loss under fp16, wherever a strategy must know it."""
+"""The loss scale: the factor by which a gradient scaler multiplies the loss under fp16."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def loss_scale_on(precision_plugin: Any, device: torch.device) -> Tensor | None:
 
 
 def take_smallest_scale(precision_plugin: Any, scales: list[float], own: float) -> None:
-    """Take the smallest loss scale of the ranks, which each adjusts to its own gradients; 0 stands for none.
+    """Set the smallest loss scale of the ranks, each of which adjusts its own to its gradients; 0 is none.
 
     Args:
         precision_plugin: Has the scaler.

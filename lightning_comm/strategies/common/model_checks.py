@@ -32,7 +32,7 @@ def lazy_problems(module: LightningModule) -> Iterator[str]:
 
 
 def trained_problems(module: LightningModule, optimizers: Iterable[Optimizer] = ()) -> Iterator[str]:
-    """Yield that no parameter of a model, nor of optimizers, is trained."""
+    """Yield a problem if no parameter of the model, or of its optimizers, is trained."""
     grouped = (each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"])
     if not any(each.requires_grad for each in (*module.parameters(), *grouped)):
         yield (

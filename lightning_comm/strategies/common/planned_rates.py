@@ -24,14 +24,14 @@ _PLAIN = (int, float, complex, str, bool, type(None), torch.Tensor)
 
 
 class ScheduleUnknown(Exception):
-    """The learning rates of the run cannot be known before it; the message says why."""
+    """The error of learning rates that cannot be known before the run; its message has the reason."""
 
 
 def planned_rates(trainer: Trainer, module: LightningModule, counted: int, steps: int) -> list[float]:
-    """Return the learning rate of each of so many steps to come: the largest over the groups of an optimizer.
+    """Return the learning rates of the next steps, for each the largest over the groups of an optimizer.
 
-    Copies of the schedulers are asked, over an optimizer of their own, and only those that are sure to have no effects:
-    torch's own, with functions that compute from numbers alone. So the run is left as it is.
+    Copies of the schedulers are evaluated, over an optimizer of their own, and only those that certainly have no side
+    effects: torch's own, with functions that compute from numbers alone. So the run does not change.
 
     Args:
         trainer: When training starts, from the beginning or in the middle of a run that is resumed.
@@ -40,8 +40,8 @@ def planned_rates(trainer: Trainer, module: LightningModule, counted: int, steps
         steps: How many optimizer steps are to come.
 
     Raises:
-        ScheduleUnknown: If the rates depend on what training will bring, if it is not sure that asking leaves the run
-            as it is, or if it takes long.
+        ScheduleUnknown: If the rates depend on training itself, if evaluating them might change the run, or if it takes
+            long.
 
     Note:
         *Communication.* None. *Time.* About 10 µs a step, for at most 200,000 steps.
@@ -113,7 +113,7 @@ def _check_held(where: str, value: object, optimizers: Mapping[int, object]) -> 
 
 
 def rates_of(trainer: Trainer, optimizer: Optimizer, configs: Sequence[LRSchedulerConfig], steps: int) -> list[float]:
-    """Return the learning rate of each of so many steps to come, and use the schedulers up.
+    """Return the learning rates of the next steps; the schedulers are used up.
 
     Lightning's own order of calls is followed, so a scheduler moves after as many batches or epochs as it would.
     """
@@ -136,10 +136,10 @@ def _move(configs: Sequence[LRSchedulerConfig], interval: str, count: int) -> No
 
 
 def check_schedulers(trainer: Trainer, module: LightningModule) -> None:
-    """Refuse to know the rates where training decides them.
+    """Refuse schedules whose rates depend on training itself.
 
     Raises:
-        ScheduleUnknown: If it does.
+        ScheduleUnknown: If there is one.
 
     """
     configs = trainer.lr_scheduler_configs

@@ -1,4 +1,4 @@
-"""The value that `ReduceLROnPlateau` watches: the same on all ranks, or else their learning rates would drift apart."""
+"""The value that `ReduceLROnPlateau` watches: made equal on all ranks, whose learning rates would differ otherwise."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from lightning_comm.transport.stop_protocol import Agreement
 
 
 class PlateauMonitors:
-    """Gives the schedulers of all ranks that watch a value the mean over those ranks that have one.
+    """Gives schedulers that watch a value its mean over those ranks that have one.
 
     Equal values stay as they are, to the bit.
 

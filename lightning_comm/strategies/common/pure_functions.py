@@ -1,7 +1,7 @@
-"""A check that a function has no effects and no state, so that it may be called ahead and answers the same later.
+"""A check that a function has no side effects and no state, so that it may be called ahead and returns the same later.
 
-It reads the compiled code and what the function holds, and calls nothing. It is conservative: of a function that it
-cannot read, as of an unknown instruction of a newer Python, it says so, and the function is not called.
+It reads the compiled code and the values that the function refers to, and calls nothing. It is conservative: a function
+that it cannot read, such as one with an unknown instruction of a newer Python, does not pass.
 """
 
 import builtins
@@ -38,9 +38,9 @@ _LEFT_OUT = ("CALL_INTRINSIC", "CALL_FUNCTION_EX")
 
 
 def why_not_pure(function: object) -> str | None:
-    """Return why it is not sure that a function has neither effects nor state, or ``None`` where that is sure.
+    """Return why a function may have side effects or state, or ``None`` if it certainly has neither.
 
-    Sure are plain functions, and `functools.partial` of one, that compute with numbers, strings and tuples of these,
+    Certain are plain functions, and `functools.partial` of one, that compute with numbers, strings and tuples of these,
     call builtins of numbers and functions of the modules `math`, `numpy` and `torch`, or other such functions.
 
     Example:
@@ -57,9 +57,9 @@ _CHANGING = frozenset(("append", "add", "extend", "insert", "pop", "popleft", "r
 
 
 def what_it_changes(function: object) -> str | None:
-    """Return what a call of a function is seen to change or to use up, or ``None``.
+    """Return what a call of a function certainly changes or uses up, or ``None``.
 
-    The other way round than :func:`why_not_pure`: ``None`` does not say that there is nothing.
+    The opposite of :func:`why_not_pure`: ``None`` does not prove that there is nothing.
 
     Example:
         >>> table, factors = [1.0, 0.1], iter([1.0, 0.1])
@@ -155,7 +155,7 @@ def _problems_of_code(
             top = names.get(each.argval, getattr(builtins, each.argval, None))
             yield from _held(code.co_name, "reads", {each.argval: top}, seen)
         elif each.opname == "LOAD_DEREF":
-            top = closure.get(each.argval)  # what it holds has been looked at
+            top = closure.get(each.argval)  # what it holds has been checked
         elif each.opname == "STORE_DEREF" and each.argval in code.co_freevars:
             yield f"{code.co_name} changes `{each.argval}`"
         elif not each.opname.startswith(_INSTRUCTIONS) or each.opname.startswith(_LEFT_OUT):

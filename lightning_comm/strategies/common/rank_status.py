@@ -1,4 +1,4 @@
-"""The few numbers that ranks exchange when they meet, and what is read from them."""
+"""The rank status: the few numbers that ranks exchange when they meet, and what follows from them."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -14,25 +14,25 @@ UNDECIDED, FAILED = 0, -1  # in place of a number of steps
 
 # what a rank knows of its tensors, each a power of two in `seen`; also the purposes of averages
 SEEN = ("moved", "parameters", "buffers", "weight_averages", "optimizer_state")
-# what a rank says that has not looked, since no average follows: of entries, that any may be large
+# from a rank that has not looked, since no average follows: any entry may be large
 NOT_LOOKED: dict[str, bool | Tensor] = dict.fromkeys(SEEN[1:], True)
 
 
-class ControlRow(NamedTuple):
-    """What one rank says; sent as float64, which holds counts and 48-bit fingerprints exactly.
+class RankStatus(NamedTuple):
+    """The status of one rank, sent as a row of float64, which holds counts and 48-bit fingerprints exactly.
 
     Args:
-        next_steps: Length of the round to come, which counts on rank 0; or `UNDECIDED`, or `FAILED`.
+        next_steps: Length of the next round, of which rank 0's is used; or `UNDECIDED`, or `FAILED`.
         lr: Learning rate of the first step of that round.
         steps_done: Optimizer steps done.
         layout: Fingerprint of the tensors that this rank would average.
         loss_scale: That of a gradient scaler; 0 without one.
-        urgent: Whether this rank knows of a request that is not settled; in the row at the start, whether its batches
-            or steps may come out different from what it has announced.
-        stands: Whether ranks stop where they stand, so that nothing is averaged now.
+        urgent: Whether this rank knows of a request that is still open; in the row at the start, whether its batches or
+            steps may differ from what it has announced.
+        stops_apart: Whether ranks stop at different steps, each where it is, so that nothing is averaged now.
         batches: Training batches in an epoch; -1 where that is not known.
-        samples: That this rank has trained on since the last synchronisation; ``None``, on all ranks, where averages
-            are not weighted by it, and then it is not sent.
+        samples: Samples that this rank has trained on since the last synchronisation; ``None``, on all ranks, where
+            averages are not weighted by them, and then they are not sent.
         seen: What :meth:`ModelTensors.look` has found on that rank, as a sum of powers of two, by place in `SEEN`.
 
     """
@@ -43,25 +43,25 @@ class ControlRow(NamedTuple):
     layout: float = 0
     loss_scale: float = 0.0
     urgent: float = False
-    stands: float = False
+    stops_apart: float = False
     batches: float = -1
     samples: float | None = None
     seen: int = 0
 
 
 def exchange(
-    row: ControlRow,
+    row: RankStatus,
     recorder: Recorder,
     device: torch.device,
     wait: Callable[[Pending], None],
     *,
     loss_scale: Tensor | None = None,
     found: Mapping[str, bool | Tensor] | None = None,
-) -> list[ControlRow]:
-    """Send this rank's row and return those of all ranks, in order of rank.
+) -> list[RankStatus]:
+    """Send this rank's status and return that of all ranks, in order of rank.
 
     Args:
-        row: What this rank says.
+        row: The status of this rank.
         recorder: Sends and records.
         device: Where the backend wants its messages.
         wait: Waits for the rows of the others.
@@ -75,7 +75,7 @@ def exchange(
 
     """
     sent = row._replace(urgent=float(bool(row.urgent)))._asdict()
-    del sent["seen"]  # it has room in the flag beside it
+    del sent["seen"]  # sent in the same number as `urgent`
     numbers = [number for number in sent.values() if number is not None]
     own = uploaded(torch.tensor(numbers, dtype=torch.float64), device)
     fields = list(sent)
@@ -90,32 +90,32 @@ def exchange(
     return [_received(dict(zip(fields, values, strict=False))) for values in rows.tolist()]
 
 
-def _received(numbers: dict[str, float]) -> ControlRow:
+def _received(numbers: dict[str, float]) -> RankStatus:
     flags = int(numbers.pop("urgent"))
-    return ControlRow(**numbers, urgent=flags & 1, seen=flags >> 1)
+    return RankStatus(**numbers, urgent=flags & 1, seen=flags >> 1)
 
 
-def seen(rows: list[ControlRow]) -> set[str]:
-    """Return what any rank has seen.
+def seen(rows: list[RankStatus]) -> set[str]:
+    """Return what at least one rank has seen.
 
     Example:
-        >>> sorted(seen([ControlRow(seen=1), ControlRow(seen=4)]))
+        >>> sorted(seen([RankStatus(seen=1), RankStatus(seen=4)]))
         ['buffers', 'moved']
 
     """
     return {name for k, name in enumerate(SEEN) if any(int(row.seen) >> k & 1 for row in rows)}
 
 
-def moderate(rows: list[ControlRow]) -> set[str]:
+def moderate(rows: list[RankStatus]) -> set[str]:
     """Return the purposes of averages for which no rank has seen an entry that may be large.
 
-    Where a frozen parameter has changed, which then is averaged too, that is not known of parameters.
+    It is not known of parameters where a frozen one has changed, which then is averaged too.
     """
     found = seen(rows)
     return set(SEEN[1:]) - found - ({"parameters"} if "moved" in found else set())
 
 
-def check_same_work(rows: list[ControlRow]) -> None:
+def check_same_work(rows: list[RankStatus]) -> None:
     """Refuse ranks that meet after different steps, or that would average different tensors.
 
     Raises:
@@ -138,7 +138,7 @@ def check_same_work(rows: list[ControlRow]) -> None:
         )
 
 
-def check_same_model(rows: list[ControlRow], where: str) -> None:
+def check_same_model(rows: list[RankStatus], where: str) -> None:
     """Refuse ranks that have built different models.
 
     Raises:
@@ -153,7 +153,7 @@ def check_same_model(rows: list[ControlRow], where: str) -> None:
         )
 
 
-def check_same_batches(rows: list[ControlRow], where: str) -> None:
+def check_same_batches(rows: list[RankStatus], where: str) -> None:
     """Refuse ranks with different numbers of training batches.
 
     Raises:

@@ -1,7 +1,7 @@
-"""How many optimizer steps a run takes: counted as it takes them, from where it stands.
+"""The number of optimizer steps of a run, counted from where it is now.
 
 A run is one `fit`, or several that resume each other. Lightning's own estimate counts from the first epoch of the
-Trainer, with the accumulation of the moment, and is no count of any single optimizer under manual optimization.
+Trainer, with the present accumulation, and under manual optimization it does not count a single optimizer's steps.
 """
 
 import math
@@ -16,14 +16,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_comm.lightning_internals import place_in_run, training_loaders
 
-_TRUSTED = ("torch", "lightning", "pytorch_lightning", "lightning_comm")  # whose loaders and samplers tell their length
+_TRUSTED = ("torch", "lightning", "pytorch_lightning", "lightning_comm")  # loaders and samplers keep their length
 
 
 def steps_to_come(trainer: Trainer) -> int | None:
     """Return how many optimizer steps are still to be taken, or ``None`` where that cannot be known before.
 
-    It is the same on all ranks that have as many batches. Under manual optimization the user's code decides how often
-    to step. An early stop, and steps that the module leaves out, nobody knows.
+    It is the same on all ranks with the same number of batches. Under manual optimization the user's code decides how
+    often to step. An early stop, and steps that the module leaves out, cannot be known.
 
     Args:
         trainer: When training starts, or later.
@@ -91,7 +91,7 @@ class Stretch(NamedTuple):
 
     @property
     def ends_epoch(self) -> bool:
-        """Whether the epoch is over with it."""
+        """Whether the epoch ends with it."""
         return self.end == self.batches
 
     def batch(self, number: int) -> Batch:
@@ -109,7 +109,7 @@ class Stretch(NamedTuple):
 
 
 def stretches_to_come(trainer: Trainer, steps: int) -> Iterator[Stretch]:
-    """Yield the batches of so many optimizer steps to come, by epochs, under automatic optimization.
+    """Yield the batches of the next optimizer steps, epoch by epoch, under automatic optimization.
 
     Args:
         trainer: When training starts.
@@ -142,17 +142,17 @@ def _accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationSched
 
 
 def restore_accumulation(trainer: Trainer) -> None:
-    """Go on with the accumulation of an epoch that is resumed in its middle; schedulers set it when an epoch begins."""
+    """Restore the accumulation of an epoch that is resumed in its middle: its scheduler sets it only at the start."""
     epoch, batches_done = place_in_run(trainer)
     if batches_done:
         trainer.accumulate_grad_batches = accumulation(trainer, epoch)
 
 
 def may_differ(trainer: Trainer) -> bool:
-    """Whether ranks may come apart by batches or steps, though as many batches were announced on each.
+    """Whether ranks may differ in batches or steps, though all have announced the same number of batches.
 
-    The length of an epoch is sure where torch's own loader and sampler, or ours, go through a data set that has one.
-    Iterable data ends when it ends, whatever it has announced, and so may a loader or sampler of the user's. With an
+    The length of an epoch is certain where torch's own loader and sampler, or ours, go through a data set that has one.
+    Iterable data, and a loader or sampler of the user's, may end before the length that they announce. With an
     `optimizer_step` of its own, or under manual optimization, the module decides how often it steps.
     """
     module = trainer.lightning_module

@@ -1,4 +1,4 @@
-"""Bytes that a rank sends to average a model, in full and compressed: for the lines that are said at a start."""
+"""Bytes that a rank sends to average a model, in full and compressed, for the log lines at the start of a run."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ _METHODS = {Int8: "int8", NoSync: "no_sync", PowerSGD: "powersgd", Ternary: "ter
 def compressed_bytes(
     compression: Compression, shapes: Sequence[tuple[int, ...]], ranks: int, itemsize: int = 4
 ) -> int | None:
-    """Return the bytes that a rank sends to average entries of these shapes; of a mask the kept entries'.
+    """Return the bytes that a rank sends to average entries of these shapes; under a mask, the kept entries.
 
     Args:
         compression: What sends them.
@@ -41,7 +41,7 @@ def compressed_bytes(
 
 
 def handed_over_bytes(compression: Compression, entries: int, ranks: int) -> int:
-    """Return the bytes that a rank hands over to average so many entries of one row; in full for a user's own."""
+    """Return the payload bytes to average this many entries of one row; in full for a compression of the user's own."""
     made = _parts(compression, [(entries,)], ranks, 4)
     return 4 * entries if made is None else sum(part.payload_bytes for part in made)
 
@@ -70,7 +70,7 @@ def entry_bytes(module: nn.Module) -> int:
 
 
 def share_sent(sent: int | None, full: int, when: str) -> str:
-    """Return a clause that says what is sent, and which share of plain DDP that is; nothing where it is not known."""
+    """Return a clause with the bytes sent and their share of plain DDP's; empty where that is not known."""
     if sent is None or full == 0:
         return ""
     return f": each rank sends {data_size(sent)} {when}, {percent(sent / full)} of the {data_size(full)} under DDP"

@@ -1,4 +1,4 @@
-"""The set-up of a run: ranks that join, what is refused, and a model that is the same on all of them."""
+"""The set-up of a run: ranks join, problems are refused, and the model is made equal on all ranks."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,7 +20,7 @@ from lightning_comm.transport.start import all_ranks_started
 
 
 class RunSetUp:
-    """What a strategy does around Lightning's set-up.
+    """The wrapper of a strategy around Lightning's set-up.
 
     Args:
         strategy: The strategy.
@@ -59,12 +59,12 @@ class RunSetUp:
         self._refused_by_callbacks = [*self._refused_by_callbacks, *((where, problem) for problem in problems)]
 
     def refusals(self) -> Refusals:
-        """Return what raises all refusals of a set-up at once, with those of callbacks."""
+        """Return the context that raises all refusals of a set-up at once, with those of callbacks."""
         found, self._refused_by_callbacks = self._refused_by_callbacks, []
         return Refusals(self._where, found)
 
     def evaluation(self, trainer: Trainer, by_lightning: Callable[[Trainer], None]) -> None:
-        """Let Lightning set up a run that is no ``fit``, of which SIGTERM ends each rank by itself."""
+        """Let Lightning set up a run that is no ``fit``; in it SIGTERM ends each rank separately."""
         self._failures.end_start()
         by_lightning(trainer)
         self._evaluation = Patches()
@@ -73,7 +73,7 @@ class RunSetUp:
     def fit(self, trainer: Trainer, refusals: Refusals, by_lightning: Callable[[Trainer], None]) -> None:
         """Let Lightning set up a ``fit``.
 
-        Where that fails behind a refusal, optimizers are made nevertheless, to be looked at as well.
+        If that fails after a refusal, optimizers are made nevertheless, to check them too.
         """
         self._failures.end_start()
         try:
@@ -121,7 +121,7 @@ class RunSetUp:
         if model is None or lazy_names(self._strategy.lightning_module):
             return  # refused when the set-up ends, with what else there is
         named = [*model.named_parameters(), *model.named_buffers()]
-        row = rank_status.ControlRow(layout=fingerprint(named))
+        row = rank_status.RankStatus(layout=fingerprint(named))
         with self._failures.first_error_shown("the set-up"):
             rows = rank_status.exchange(row, recorder, self._strategy.root_device, Pending.wait)
         rank_status.check_same_model(rows, self._where)

@@ -1,8 +1,7 @@
-"""What every strategy of ours holds: set-up, failures, collectives, stops, and the files that a run resumes from.
+"""The support that each strategy holds: set-up, failures, collectives, stops, and the files that a run resumes from.
 
-Lightning wants its methods on the strategy itself, so each strategy derives from one of Lightning's, and what it does
-there beside Lightning's own work it asks of this object, with Lightning's method as an argument. So one class of ours
-serves strategies over different ones of Lightning's.
+Lightning needs its methods on the strategy itself, so each strategy derives from one of Lightning's. Its methods call
+this object, with Lightning's own method as an argument. So one class serves strategies over different base classes.
 """
 
 from collections.abc import Callable
@@ -39,7 +38,7 @@ from lightning_comm.transport.stop_protocol import Agreement
 
 
 class Run(Protocol):
-    """One ``fit``, as far as checkpoints need to know."""
+    """One ``fit``, as checkpoints see it."""
 
     @property
     def module(self) -> LightningModule:
@@ -50,10 +49,10 @@ class Loaded(NamedTuple):
     """A main file that was loaded.
 
     Args:
-        path: Of the file, which may be another one than was asked for.
+        path: Of the file, which may differ from the one requested.
         checkpoint: Its content.
-        begins_fit: Whether a ``fit`` goes on from it, before its set-up; not for a tuner within ``fit``, which puts
-            back what it has changed.
+        begins_fit: Whether a ``fit`` goes on from it, before its set-up; not for a tuner within ``fit``, which restores
+            what it has changed.
 
     """
 
@@ -63,7 +62,7 @@ class Loaded(NamedTuple):
 
 
 class RunSupport:
-    """What a strategy asks beside Lightning's own work, from its construction on.
+    """The parts of a strategy that do its work beside Lightning's own, from its construction on.
 
     Args:
         strategy: The strategy that holds this.
@@ -72,9 +71,9 @@ class RunSupport:
     Attributes:
         trainer: The Trainer, from ``connect`` on.
         failures: How ranks hear of failures.
-        collectives: What is done around Lightning's collectives.
+        collectives: The wrapper around Lightning's collectives.
         interruptions: The stops of the ``fit`` under way; ``None`` outside of one.
-        set_up: What is done around Lightning's set-up.
+        set_up: The wrapper around Lightning's set-up.
         hooks: What the ``fit`` does where Lightning calls no strategy.
 
     """
@@ -155,13 +154,13 @@ class RunSupport:
         return self._strategy.ledger
 
     def own_recorder(self) -> Recorder:
-        """Return what sends and records the few messages that are no step's."""
+        """Return a recorder for the few messages that belong to no step."""
         recorder = Recorder(self._ledger)
         recorder.step = 0 if self.trainer is None else self.trainer.global_step
         return recorder
 
     def meet_before_groups(self, by_lightning: Callable[[], None]) -> None:
-        """Wait for all ranks before process groups are made: there a failure of another would not be heard."""
+        """Wait for all ranks before process groups are made, during which a failure of another would not be heard."""
 
         def meet() -> None:
             self.own_recorder().sent_by_others("barrier", "set_up", 0, by_lightning)
@@ -169,7 +168,7 @@ class RunSupport:
         self.collectives.together(meet, None, "the set-up")
 
     def from_rank_0(self, value: Any) -> Any:
-        """Return what rank 0 has on all ranks, in plain types, for a save: two broadcasts."""
+        """Return rank 0's value on all ranks, in plain types, for a save: two broadcasts."""
         self.collectives.compare_places("a broadcast")
 
         def send() -> Any:
@@ -178,7 +177,7 @@ class RunSupport:
         return self.collectives.together(send, value, "a broadcast")
 
     def _any_rank(self, vote: bool) -> bool:
-        """Whether any rank says yes: one all-reduce of 8 bytes, where all ranks have just met in another message."""
+        """Whether this is true on any rank: one all-reduce of 8 bytes, right after another message of all ranks."""
         self.collectives.compare_places("a common decision, as before a checkpoint")
         votes = torch.tensor(int(vote), device=self._strategy.root_device)
 
@@ -198,7 +197,7 @@ class RunSupport:
             if self.trainer is None or self.is_fit:
                 self.failures.part()
                 return
-            # an evaluation ends on each rank by itself, since ranks may have different numbers of batches
+            # an evaluation ends on each rank separately, since ranks may have different numbers of batches
             exception = InterruptedError("it was ended by SIGTERM")
         self.failures.report(exception)
 
@@ -226,11 +225,11 @@ class RunSupport:
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def has_fitted(self, run: Run | None) -> bool:
-        """Whether a run of this very model is under way, or is over, and its ranks are still joined."""
+        """Whether a run of this same model is under way, or has ended, and its ranks are still joined."""
         return run is not None and run.module is self._strategy.lightning_module and dist.is_initialized()
 
     def remove_checkpoint(self, filepath: _PATH, by_lightning: Callable[[], None]) -> None:
-        """Remove a checkpoint with the files of its ranks, unless what was to take its place is not complete."""
+        """Remove a checkpoint with the files of its ranks, unless its replacement is incomplete."""
         if not self.interrupted:
             removal.remove(self._strategy, filepath, by_lightning)
 

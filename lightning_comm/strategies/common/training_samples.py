@@ -1,4 +1,4 @@
-"""Samples of a Trainer's training data, for those who need some before a step."""
+"""Samples of a Trainer's training data, for code that needs some before a step."""
 
 import random
 from collections.abc import Iterator
@@ -18,16 +18,16 @@ _BATCH = 32  # where the loader's batches have no fixed size
 def training_samples(trainer: Trainer, count: int, where: str) -> Iterator[tuple[Any, int]]:
     """Yield batches of samples from a fixed permutation of the training data, each with its number of samples.
 
-    They come straight from the dataset, so the loader does not move, and the random state is left as it was. Batches
-    are put together by the loader's ``collate_fn`` and are on the model's device.
+    They come directly from the dataset, so the loader stays where it is, and the random state does not change. Batches
+    are made by the loader's ``collate_fn`` and are on the model's device.
 
     Args:
         trainer: Has the loader.
         count: How many samples; all, if there are fewer.
-        where: Who asks, for the message.
+        where: The caller, for the message.
 
     Raises:
-        ValueError: If the data cannot be asked for single samples.
+        ValueError: If single samples of the data cannot be read.
 
     Note:
         *Communication.* None. One rank may ask alone.
@@ -50,7 +50,7 @@ def training_samples(trainer: Trainer, count: int, where: str) -> Iterator[tuple
 
 
 def _indexed(loader: Any, where: str) -> tuple[Any, bool]:
-    """Return a dataset that can be asked for samples by their index, and whether it takes a list of these at once.
+    """Return a dataset that returns samples by their index, and whether it takes a list of indices at once.
 
     Raises:
         ValueError: If there is none.
@@ -81,7 +81,7 @@ def _indexed(loader: Any, where: str) -> tuple[Any, bool]:
 def _taken_at_once(dataset: Any, chosen: list[int], where: str) -> Any:
     try:
         return dataset[chosen]
-    except Exception as error:  # whatever it is, it is the user's own
+    except Exception as error:  # the user's own code, which may raise anything
         raise ValueError(
             f"{where}: with `batch_size=None` the DataLoader hands the lists of its BatchSampler to "
             f"{type(dataset).__name__}, which cannot take one: {type(error).__name__}: {error}. Give the BatchSampler "

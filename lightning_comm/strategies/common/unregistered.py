@@ -1,7 +1,7 @@
-"""What a module or a callback keeps beside parameters and buffers, and changes itself: nothing brings it together.
+"""Tensors that a module or callback changes and that are neither parameters nor buffers: nothing averages them.
 
-A teacher in a list, a centre that is a plain tensor, a moving average in a callback: each rank would go on with its
-own. They can be seen by their place, and a few of their entries tell whether they change.
+Examples are a teacher in a list, a centre that is a plain tensor, or a moving average in a callback: each rank would go
+on with its own. They are found by where they are kept, and a few of their entries show whether they change.
 """
 
 from collections import deque
@@ -36,13 +36,13 @@ _Found = dict[str, list[Tensor]]  # by the name of an attribute of the module, o
 class UnregisteredState:
     """Warns once of each attribute with tensors that change, and that are neither parameters nor buffers.
 
-    Copies of modules, and tensors of the shape of a parameter, are looked at wherever they are found. Others must be
-    there when training starts, keep their shape, and not be in a list: a centre is so, and what steps leave behind,
-    such as their outputs, is not. Metrics of torchmetrics bring themselves together.
+    Copies of modules, and tensors of the shape of a parameter, are compared wherever they are found. Others are
+    compared only if they exist when training starts, keep their shape, and are not in a list. That includes a centre,
+    and excludes outputs that steps leave behind. Metrics of torchmetrics synchronise themselves.
 
     Args:
-        where: Who asks, for the message.
-        trainer: Whose callbacks are looked at.
+        where: The strategy, for the message.
+        trainer: The Trainer, whose callbacks are checked.
         module: The model.
 
     Note:
@@ -58,11 +58,11 @@ class UnregisteredState:
 
     @property
     def is_new(self) -> bool:
-        """Whether to look at the end of a batch already, where ranks may be brought together much later."""
+        """Whether to look already at the end of a batch, since ranks may meet much later."""
         return self._looks_left > 0
 
     def look(self) -> None:
-        """Look for what has changed since the last look; where ranks have been brought together."""
+        """Look for what has changed since the last look; called where ranks have met."""
         if not self._noted and not self.is_new:
             return
         self._looks_left -= 1
@@ -98,7 +98,7 @@ class UnregisteredState:
         for callback in getattr(self._trainer, "callbacks", []):
             for name, value in {} if _is_foreign(callback) else vars(callback).items():
                 if isinstance(value, nn.Module) and value is weight_average_of(callback):
-                    continue  # which strategies see to
+                    continue  # handled by strategies
                 for tensor, place in _within(value, "attribute", _DEPTH, seen):
                     yield f"`{name}` of the callback {type(callback).__name__}", tensor, place
 

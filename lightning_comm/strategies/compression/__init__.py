@@ -1,1 +1,1 @@
-"""Compressed gradients as a Lightning strategy."""
+"""The Lightning strategy of compressed gradients."""

@@ -1,7 +1,7 @@
 """Steps of optimizers with averaged gradients: taken, skipped by a gradient scaler, or never taken.
 
-What a compression keeps of a gradient (its residual) counts only where an optimizer has stepped with the mean; where
-the mean is thrown away, the residual of before comes back.
+The new residual of a compression is kept only if an optimizer has stepped with the mean; if the mean is discarded, the
+residual from before is restored.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ _BEFORE_STEP = ("backward", "on_after_backward", "on_before_optimizer_step", "co
 
 
 class AppliedSteps:
-    """Tells a hook with which of its means optimizers have stepped.
+    """The steps of optimizers, reported to the communication hook: with which of its means they have stepped.
 
     Args:
         scale: The loss scale of the run.
@@ -35,20 +35,20 @@ class AppliedSteps:
     def __init__(self, scale: KnownScale) -> None:
         self.scale = scale
         self._sync: GradientSync | None = None
-        self._stepping: Optimizer | None = None  # the one that `judged` sees to
+        self._stepping: Optimizer | None = None  # the one that `judged` handles
         self._has_stepped = False  # whether its own `step` has been called meanwhile
         self._watch: RemovableHandle | None = None
 
     def loss_scale(self) -> float:
-        """Return the factor by which gradients are scaled at the moment."""
+        """Return the present factor of the gradients."""
         return self.scale() or 1.0
 
     def begin(self, sync: GradientSync, *, watch: bool) -> None:
-        """Begin to tell a hook.
+        """Begin to report to a hook.
 
         Args:
             sync: The hook.
-            watch: Whether means may be thrown away, so that steps of all optimizers are watched.
+            watch: Whether means may be discarded, so that steps of all optimizers are watched.
 
         """
         self.end()
@@ -64,7 +64,7 @@ class AppliedSteps:
 
     @contextmanager
     def judged(self, optimizer: Optimizer) -> Iterator[None]:
-        """Tell the hook, behind the step of an optimizer that Lightning takes, whether it was taken."""
+        """Report to the hook, after an optimizer step of Lightning's, whether it was taken or skipped."""
         sync = self._sync
         keeps = sync is not None and sync.codec.is_local  # for others nothing depends on the scale
         scale = self.loss_scale() if keeps else 1.0
@@ -74,26 +74,26 @@ class AppliedSteps:
         finally:
             self._stepping = None
         if sync is not None and keeps and sync.codec.unapplied:
-            told = sync.thrown_away if self._has_skipped(optimizer, scale) else sync.stepped
-            told(_parameters_of(optimizer))
+            report = sync.thrown_away if self._has_skipped(optimizer, scale) else sync.stepped
+            report(_parameters_of(optimizer))
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Take note of a step of any optimizer, except the one that :meth:`judged` is about to judge."""
+        """Report a step of any optimizer, except the one that :meth:`judged` handles."""
         if optimizer is self._stepping:
             self._has_stepped = True
         elif self._sync is not None:
             self._sync.stepped(_parameters_of(optimizer))
 
     def _has_skipped(self, optimizer: Optimizer, scale: float) -> bool:
-        """Whether a gradient scaler has skipped a step; it lowers its scale there, and only there.
+        """Whether a gradient scaler has skipped a step: then, and only then, it lowers its scale.
 
-        The scale is read only where it may have: on CUDA that waits for the device.
+        The scale is read only if it may have: on CUDA that is a wait for the device.
         """
         return (not self._has_stepped or sees_to_infinities(optimizer)) and self.loss_scale() < scale
 
 
 def may_throw_away(module: LightningModule, precision_plugin: Precision, ddp_kwargs: dict[str, Any]) -> bool:
-    """Whether an averaged gradient may be thrown away: by DDP, by a gradient scaler, or by the user's own code."""
+    """Whether an averaged gradient may be discarded: by DDP, by a gradient scaler, or by the user's own code."""
     callbacks: list[object] = getattr(module.trainer, "callbacks")  # noqa: B009  (mypy does not see it)
     return (
         bool(ddp_kwargs["find_unused_parameters"] or ddp_kwargs["static_graph"])

@@ -1,4 +1,4 @@
-"""Checkpoints of compressed gradients: what all ranks share in the main file, what is a rank's own beside it."""
+"""Checkpoints of compressed gradients: shared state in the main file, each rank's own in a file beside it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +26,7 @@ ENTRY = StrategyEntry("lightning_comm.compression", version=1)
 
 
 class Saved(NamedTuple):
-    """What of a run a checkpoint keeps.
+    """The parts of a run that a checkpoint keeps.
 
     Args:
         sync: Has the state; ``None`` before a ``fit``.
@@ -48,12 +48,12 @@ def save(
     filepath: _PATH,
     by_lightning: Callable[[dict[str, Any], _PATH], None],
 ) -> None:
-    """Save the model with what each rank has kept, or what this rank has after a failure.
+    """Save the model with the residuals of each rank, or after a failure what this rank has.
 
     Args:
         strategy: The strategy.
         support: Whether ranks can meet.
-        state: What is kept.
+        state: The parts to keep.
         checkpoint: What Lightning has collected.
         filepath: Of the main file.
         by_lightning: Lightning's way to write it.
@@ -105,8 +105,8 @@ def write(
         checkpoint: Takes the entry.
         filepath: Of the main file.
         recorder: Sends and records.
-        from_rank_0: Gives all ranks what rank 0 has.
-        interrupted: Whether a rank failed, which then writes nothing of its own.
+        from_rank_0: Gives all ranks rank 0's value.
+        interrupted: Whether a rank failed; then no rank files are written.
 
     Returns:
         The save, whose main file is still to be written.
@@ -140,9 +140,9 @@ def load_own(
     filepath: _PATH,
     ledger: CommLedger,
 ) -> dict[str, Any] | None:
-    """Return what this rank goes on from, or ``None``, on all ranks alike, if a method starts afresh.
+    """Return the state that this rank resumes from, or ``None``, on all ranks alike, if a method starts anew.
 
-    Masks are taken from the main file where what else was kept cannot be had.
+    Without usable rank files, masks are restored from the main file.
 
     Args:
         strategy: The strategy; every rank calls this.
@@ -161,9 +161,9 @@ def load_own(
     if not compression.keeps_state:
         return None
     fresh = GradientSync(compression.codec(Context(Recorder(CommLedger()), "gradients")), Recorder(CommLedger()), ())
-    masks_kept = mask_checkpoint.take_up(fresh.codec, compression, saved)
+    masks_kept = mask_checkpoint.restore_masks(fresh.codec, compression, saved)
     if masks_kept and not fresh.codec.is_local:
-        return fresh.state_dict()  # the masks are all there is
+        return fresh.state_dict()  # there is no state but the masks
 
     def why_not(entry: dict[str, Any]) -> str | None:
         if (found := difference(entry["compression"], compression)) is not None:

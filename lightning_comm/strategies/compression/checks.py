@@ -39,7 +39,7 @@ def setting_problems(compression: Any, bucket_cap_mb: object, ddp_comm_hook: obj
 
 
 def trainer_problems(trainer: Trainer, static_graph: bool) -> Iterator[str]:
-    """Yield what of the Trainer cannot work together with DDP's settings."""
+    """Yield settings of the Trainer that cannot work together with DDP's."""
     if static_graph and trainer.accumulate_grad_batches > 1:
         yield (
             f"`static_graph=True` does not go with `accumulate_grad_batches`="
@@ -49,14 +49,14 @@ def trainer_problems(trainer: Trainer, static_graph: bool) -> Iterator[str]:
 
 
 def optimizer_problems(module: LightningModule, optimizers: list[Optimizer]) -> Iterator[str]:
-    """Yield that automatic optimization has nothing to step; where None was returned, Lightning steps a stand-in."""
+    """Yield a problem if automatic optimization has no optimizer; for None, Lightning has one without parameters."""
     if not optimizers:
         yield model_checks.no_optimizer(module, "automatic optimization has none to step")
     yield from model_checks.trained_problems(module, optimizers)
 
 
 def warn_at_start(compression: Compression, world_size: int) -> None:
-    """Say what will run but probably not as meant."""
+    """Warn of settings that will run, but probably not as intended."""
     if isinstance(compression, NoSync):
         rank_zero_warn(
             f"{WHERE}: NoSync averages nothing, so every rank trains a model of its own. Use it to see how fast a "
@@ -70,7 +70,7 @@ def warn_at_start(compression: Compression, world_size: int) -> None:
 
 
 def warn_of_non_finite(step: int, suspects: str) -> None:
-    """Say that a gradient is not finite.
+    """Warn that a gradient is not finite.
 
     Args:
         step: Of the optimizer.

@@ -1,4 +1,4 @@
-"""The loss scale of a run as the host last read it: kept residuals are measured in it, and each read waits for CUDA."""
+"""The loss scale of a run, as the host last read it: residuals are scaled by it, and on CUDA each read is a wait."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +32,7 @@ class KnownScale:
         return self._scale
 
     def unread(self) -> Tensor | None:
-        """Return the scale where it may be another than the one last read, for whoever reads it with other numbers."""
+        """Return the scale if it may have changed since it was read, to be read together with other numbers."""
         tensor = self._on_device()
         if tensor is None or self._read_from is None:
             return tensor
@@ -40,7 +40,7 @@ class KnownScale:
         return None if tensor is earlier and tensor._version == version else tensor
 
     def note_read(self, values: Sequence[float]) -> None:
-        """Take note of what :meth:`unread` has returned, once it has been read."""
+        """Keep the value that :meth:`unread` has returned, once it has been read."""
         tensor = self._on_device()
         assert tensor is not None
         (self._scale,), self._read_from = values, (tensor, tensor._version)

@@ -1,8 +1,8 @@
-"""Requests, and the ends of epochs, of one ``fit`` whose ranks are in step: settled by one small message a batch.
+"""One ``fit`` whose ranks are in step: they agree on requests, and on ends of epochs, by one small message a batch.
 
-Lightning broadcasts from rank 0 on every batch whether that rank has received SIGTERM, and leaves all else to each
-rank. In place of that broadcast all ranks reduce what they have: a request, a stop, the end of an epoch. So all of them
-do the same after the same batch, whichever rank it came from, and one whose data are over sooner leaves nobody waiting.
+Lightning broadcasts on every batch whether rank 0 has received SIGTERM, and leaves all else to each rank. In place of
+that broadcast all ranks reduce their status: a request, a stop, the end of an epoch. So all of them do the same after
+the same batch, whichever rank has asked for it, and if the data of one ends sooner no other rank is left waiting.
 """
 
 import math
@@ -18,8 +18,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_comm import lightning_internals as internals
-from lightning_comm.strategies.common import rank_status as control
+from lightning_comm import lightning_internals
+from lightning_comm.strategies.common import rank_status
+from lightning_comm.strategies.common.rank_status import RankStatus
 from lightning_comm.transport.epoch_ends import same_batches
 from lightning_comm.transport.plain_data import gather_json
 from lightning_comm.transport.recording import Pending, Recorder
@@ -30,17 +31,17 @@ _PAUSE_S = 0.0001
 
 
 class Unread(Protocol):
-    """What has numbers on the device that the host will want to know."""
+    """An object with numbers on the device that the host is to read later."""
 
     def unread(self) -> Tensor | None:
         """Return the numbers, of which float32 holds each; ``None`` if they have been read."""
 
     def note_read(self, values: Sequence[float]) -> None:
-        """Take note of what :meth:`unread` has returned, once it has been read."""
+        """Keep the numbers that :meth:`unread` has returned, once they have been read."""
 
 
 class CompressionRun:
-    """What ranks that average their gradients ask of each other beside them.
+    """The agreement of ranks that average gradients: requests, stops and ends of epochs.
 
     Args:
         trainer: The Trainer.
@@ -48,8 +49,8 @@ class CompressionRun:
         recorder: Sends and records.
         agreement: How ranks hear of failures.
         where: The strategy, for messages.
-        beside: What else has numbers to read in each step, which are read with those of a meeting: on CUDA each reading
-            by itself would make the host wait for the device.
+        beside: Objects with further numbers to read in each step. They are read together with those of a meeting, since
+            on CUDA each separate read is a wait for the device.
 
     """
 
@@ -63,7 +64,7 @@ class CompressionRun:
         beside: Sequence[Unread] = (),
     ) -> None:
         self.on_decision: Callable[[Decision], None] = lambda decision: None
-        self.refused = False  # whether all ranks have found alike that they cannot go on
+        self.refused = False  # whether all ranks raise the same error now, so that none has failed alone
         self._trainer = trainer
         self._module = module
         self._recorder = recorder
@@ -74,7 +75,7 @@ class CompressionRun:
         self._decided: list[Decision] = []  # to be carried out between two batches
         self._validated = False  # whether ranks have validated since they met
         self._epoch_is_over = True
-        self._confirmed = 0  # the last batch of the run that all ranks have said they take
+        self._confirmed = 0  # the last batch of the run that all ranks have announced
         self._confirms = False  # whether each batch is confirmed by all ranks before its forward
 
     # ---- requests ------------------------------------------------------------------------------------------------
@@ -85,12 +86,12 @@ class CompressionRun:
         return self._trainer.global_step
 
     def request(self, kind: Kind, reason: str) -> None:
-        """Ask for something that all ranks are to do; also from a signal handler, since nothing is sent here."""
+        """Request something that all ranks are to do; also from a signal handler, since nothing is sent here."""
         if all(kind != wanted for wanted, _ in self._wanted):
             self._wanted.append((kind, f"rank {self._recorder.rank}: {reason}"))
 
     def validated(self) -> None:
-        """Note that ranks validate, after which one of them may ask for a stop."""
+        """Note that ranks validate, after which one of them may request a stop."""
         self._validated = True
 
     # ---- where ranks meet ----------------------------------------------------------------------------------------
@@ -104,12 +105,12 @@ class CompressionRun:
         """
         mine = {
             "batches": int(batches) if math.isfinite(batches) else -1,
-            "confirms": self._may_leave_unseen(internals.training_loaders(self._trainer)),
+            "confirms": self._may_leave_unseen(lightning_internals.training_loaders(self._trainer)),
         }
         with self.agreement.first_error_shown():
             rows = gather_json(mine, self._recorder, self._module.device, "control")
         self.refused = True
-        control.check_same_batches([control.ControlRow(batches=row["batches"]) for row in rows], self._where)
+        rank_status.check_same_batches([RankStatus(batches=row["batches"]) for row in rows], self._where)
         self.refused = False
         self._confirms = any(row["confirms"] for row in rows)
 
@@ -120,28 +121,28 @@ class CompressionRun:
         # Lightning reads a stream ahead only without a limit; and in its last batch gradients are averaged, also where
         # others accumulate them
         trainer = self._trainer
-        seen_late = internals.accumulates(trainer) or math.isfinite(trainer.num_training_batches)
+        seen_late = lightning_internals.accumulates(trainer) or math.isfinite(trainer.num_training_batches)
         return seen_late and any(_length(each) is None for each in loaders)
 
     def settle(self) -> None:
-        """Settle what ranks have asked for where all of them stand between two batches."""
+        """Agree on requests where all ranks are between two batches."""
         self._meet(_TRAINS_ON)
         self._carry_out()
 
     def begin_step(self) -> None:
-        """Let all ranks say that they take this batch, where one may have left its epoch without a word.
+        """Let all ranks announce that they train on this batch, if one may have left its epoch without a message.
 
         Note:
             *Communication.* None, unless :meth:`check_start` found that this may be; then that of a meeting.
 
         """
-        batch = internals.batches_begun(self._trainer)
-        if self._confirms and batch != self._confirmed:  # not for every closure of an optimizer that wants several
+        batch = lightning_internals.batches_begun(self._trainer)
+        if self._confirms and batch != self._confirmed:  # once a batch, also for an optimizer with several closures
             self._confirmed = batch
             self._meet(self._place())
 
     def after_batch(self, end_of_batch: Callable[[], None]) -> None:
-        """Settle what ranks have asked for at the end of a batch, before it validates; carry it out afterwards."""
+        """Agree on requests at the end of a batch, before a validation; carry them out afterwards."""
         place = self._place()
         self._validated = False
         self._meet(place)
@@ -149,11 +150,11 @@ class CompressionRun:
         end_of_batch()
         if self._validated:
             self._meet(place)
-        if not last:  # else when the epoch is over, as a checkpoint of it should say
+        if not last:  # else when the epoch is over, so that a checkpoint shows that it is
             self._carry_out()
 
     def around_epoch_start(self, start: Callable[[], None]) -> None:
-        """Settle what ranks ask for in the hooks at the start of an epoch."""
+        """Agree on requests from the hooks at the start of an epoch."""
         start()
         if getattr(self._trainer, "reload_dataloaders_every_n_epochs", 0):
             self.check_start(float(self._trainer.num_training_batches))
@@ -161,7 +162,7 @@ class CompressionRun:
         self.settle()
 
     def around_epoch_end(self, end: Callable[[], None]) -> None:
-        """Settle what ranks ask for in the hooks at the end of an epoch."""
+        """Agree on requests from the hooks at the end of an epoch."""
         if self._confirms and not self._epoch_is_over:
             self._meet(_LEFT)
         end()
@@ -169,14 +170,14 @@ class CompressionRun:
         self._carry_out()
 
     def _place(self) -> int:
-        return _AT_LAST_BATCH if internals.is_last_batch(self._trainer) else _TRAINS_ON
+        return _AT_LAST_BATCH if lightning_internals.is_last_batch(self._trainer) else _TRAINS_ON
 
     def _meet(self, place: int) -> None:
         """Tell the other ranks where this one is and whether it has a request; learn the same of them.
 
         Note:
-            *Communication.* An all-reduce of 5 bytes, recorded as ``"control"``; more once somebody asks for something.
-            On CUDA this is where a step waits for the device, once.
+            *Communication.* An all-reduce of 5 bytes, recorded as ``"control"``; more if there is a request. On CUDA
+            the host waits for the device here, once a step.
 
         """
         flags = [bool(self._wanted), bool(self._trainer.should_stop), *(place == each for each in range(3))]
@@ -200,7 +201,7 @@ class CompressionRun:
             self._trainer.should_stop = True
 
     def _read(self, flags: Tensor) -> list[bool]:
-        """Return what ranks have said, and let others know what there was to read for them."""
+        """Return what ranks have sent, and pass on the further numbers that were read with it."""
         found = [(each, tensor.reshape(-1)) for each in self._beside if (tensor := each.unread()) is not None]
         if not found:
             return flags.tolist()
@@ -230,7 +231,7 @@ class CompressionRun:
                 raise SIGTERMException
 
     def _refuse_unequal_epochs(self, place: int) -> None:
-        row = [internals.batches_of_epoch(self._trainer), place != _TRAINS_ON]
+        row = [lightning_internals.batches_of_epoch(self._trainer), place != _TRAINS_ON]
         with self.agreement.first_error_shown():
             rows = gather_json(row, self._recorder, self._module.device, "control")
         over = [rank for rank, (_, is_over) in enumerate(rows) if is_over]
@@ -245,7 +246,7 @@ class CompressionRun:
 
 
 def _wait(pending: Pending, agreement: Agreement, device: torch.device) -> None:
-    """Wait for a message; a rank that fails closes its connections of a CPU backend, and elsewhere is heard of here."""
+    """Wait for a message: on a CPU backend a failed rank closes its connections, elsewhere its report is read here."""
     while device.type != "cpu" and not pending.done():
         agreement.listen()
         time.sleep(_PAUSE_S)
@@ -260,7 +261,7 @@ def _length(loader: Any) -> int | None:
 
 
 def _may_be_shorter(loader: Any) -> bool:
-    """Whether a loader may yield less than it says: a stream, or a sampler of the user's, with a ``__len__``."""
+    """Whether a loader may yield less than its length: a stream, or a sampler of the user's, with a ``__len__``."""
     if _length(loader) is None:
         return False
     if not isinstance(loader, DataLoader):

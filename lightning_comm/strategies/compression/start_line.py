@@ -1,4 +1,4 @@
-"""One line at the start of a run that says what a compression leaves of the gradients."""
+"""One line at the start of a run: the bytes that a compression sends of the gradients."""
 
 from torch import nn
 

@@ -1,7 +1,7 @@
-"""DDP whose gradients travel compressed: a thin shell around torch's hook and a codec.
+"""The Lightning strategy of compressed gradients: a shell around DDP, with a communication hook and a codec.
 
-Longer than other files, since Lightning wants all of it in one subclass: what each method does beside Lightning's own
-work is asked of the hook, of the run and of what all strategies share (:mod:`lightning_comm.strategies.common`).
+Longer than other files, since Lightning needs all of it in one subclass. The work is done by the communication hook, by
+the run and by what all strategies share (:mod:`lightning_comm.strategies.common`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +25,7 @@ from lightning_comm.lightning_internals import load_skipped_loader_states, unuse
 from lightning_comm.strategies.checkpoints.whole_files import with_default
 from lightning_comm.strategies.common import model_checks
 from lightning_comm.strategies.common.checks import replica_problems
-from lightning_comm.strategies.common.hooks import FitHooks, is_accompanied
+from lightning_comm.strategies.common.hooks import FitHooks, has_hook_callback
 from lightning_comm.strategies.common.launching import LaunchingArguments, launching_arguments
 from lightning_comm.strategies.common.run_length import restore_accumulation
 from lightning_comm.strategies.common.support import RunSupport
@@ -48,49 +48,34 @@ from lightning_comm.transport.recording import Recorder
 class CompressedDDPStrategy(DDPStrategy):
     """Train as under ``ddp``, and send gradients compressed.
 
-    Torch's DistributedDataParallel goes on cutting gradients into buckets and handing them over while the backward
-    runs; what of a bucket is sent, and how, the compression says. The hook is registered on every device (Lightning's
-    own ``ddp_comm_hook`` is left out without a word on all but CUDA).
-
+    DDP cuts gradients into buckets during the backward, as ever; the compression decides what is sent of each bucket.
     Registered as ``ddp_bf16``, ``ddp_fp16``, ``ddp_int8``, ``ddp_powersgd``, ``ddp_topk``, ``ddp_sparse_mask`` and
-    ``pactrain`` (a mask, then bf16), each also with ``_spawn``, ``_fork`` and ``_notebook`` for the way processes are
-    started.
+    ``pactrain`` (a mask, then bf16). The card ``docs/techniques/compression.md`` has the details: which one to choose,
+    stops, resuming, and gradients that are not finite.
 
     Args:
-        compression: What to send: a :class:`Compression`, such as ``Cast("bf16")``, or its word: ``"bf16"``,
-            ``"fp16"``, ``"int8"``, ``"powersgd"``, ``"topk"``, ``"ternary"``, ``"sparse_mask"``, ``"no_sync"``; or a
-            list of a mask and one more, ``[SparseMask(…), Cast("bf16")]``.
-        seed: Where methods that round at random start from.
+        compression: A :class:`Compression`, such as ``Cast("bf16")``, or its name: ``"bf16"``, ``"fp16"``, ``"int8"``,
+            ``"powersgd"``, ``"topk"``, ``"ternary"``, ``"sparse_mask"``, ``"no_sync"``; or a list of a mask and one
+            more, ``[SparseMask(…), Cast("bf16")]``.
+        seed: The seed of methods that round at random.
         bucket_cap_mb: Size of DDP's buckets in MB; torch's default if left out. On slow networks small buckets, 0.5 to
-            1, often win.
+            1, are often faster.
         find_unused_parameters: As in DDP.
         gradient_as_bucket_view: As in DDP.
-        static_graph: As in DDP; not together with gradient accumulation, where torch 2.15 fails.
+        static_graph: As in DDP; not together with gradient accumulation.
         ddp_comm_hook: Refused: a bucket has one hook, and ``compression`` takes its place.
-        launching: As in Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout``, ``start_method`` and the
-            others of :class:`LaunchingArguments`.
+        launching: :class:`LaunchingArguments`, as in Lightning's ``DDPStrategy``.
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: At set-up, if the Trainer asks for what cannot work together.
+        MisconfigurationException: At set-up, if settings of the Trainer cannot work together with it.
 
     Note:
-        *Communication.* What the compression sends, once a bucket and step; :attr:`ledger` has every message. Buffers
-        are broadcast by DDP as ever and are not compressed. At the end of every batch ranks meet in an all-reduce of 5
-        bytes, in place of the broadcast with which Lightning begins a batch.
+        *Communication.* What the compression sends, for each bucket and step. DDP broadcasts buffers, uncompressed. At
+        the end of every batch an all-reduce of 5 bytes, in place of Lightning's broadcast at its beginning.
 
-        *Stops.* What one rank asks for, by SIGTERM, SLURM's signal, ``should_stop``, ``max_time`` or a checkpoint by
-        the clock, all ranks do after the same batch.
-
-        *Resume.* What a method keeps on each rank (residuals) is saved in a folder beside the checkpoint, by the names
-        of parameters. On 2 ranks a resumed run repeats the one that was never stopped bit for bit.
-
-        *Non-finite gradients.* Show on all ranks alike, are counted (:attr:`non_finite_steps`), and leave kept
-        residuals as they were.
-
-        *Memory.* What the compression keeps; and a second residual as large as the model, from a backward until the
-        optimizer has stepped, where averaged gradients may be thrown away. The card ``docs/techniques/compression.md``
-        says where that is.
+        *Memory.* What the compression keeps. Where averaged gradients may be discarded, also a second residual as large
+        as the model, from a backward until the optimizer has stepped.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -136,7 +121,7 @@ class CompressedDDPStrategy(DDPStrategy):
         self._resume: dict[str, Any] | None = None
         self._warned = False
 
-    # ---- what can be seen and asked (:mod:`lightning_comm.contract`) -------------------------------------------------
+    # ---- for users and callbacks (:mod:`lightning_comm.contract`) ----------------------------------------------------
 
     @property
     def compression(self) -> Compression:
@@ -162,10 +147,10 @@ class CompressedDDPStrategy(DDPStrategy):
         return self._pruned.dense_steps if self._pruned is not None else 0
 
     def when_gradients_are_ready(self, call: Callable[[float], None]) -> None:
-        """Let a function be called when this rank's gradients of a backward are ready, before it waits for others.
+        """Call a function after each backward when this rank's gradients are ready, before it waits for other ranks.
 
-        It is given the seconds of that backward that were spent on messages. For callbacks that measure how fast ranks
-        are; from ``on_train_start`` on, until the fit ends.
+        The function receives the seconds of that backward that were spent on messages. For callbacks that measure how
+        fast ranks are; from ``on_train_start`` on, until the fit ends.
         """
         if self._sync is not None:
             self._sync.on_last_bucket = call
@@ -173,7 +158,7 @@ class CompressedDDPStrategy(DDPStrategy):
     def install_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Use other masks from the next step on, for methods that let masks grow.
 
-        Weights and the optimizer's state are set to zero where they are pruned; what comes back starts at zero.
+        Weights and the optimizer's state are set to zero where they are pruned. Weights that come back start at zero.
 
         Args:
             masks: Tensors of ``bool`` by parameter name, True where a weight is kept, the same on all ranks. Call this
@@ -291,9 +276,9 @@ class CompressedDDPStrategy(DDPStrategy):
             rank_zero_info(f"{WHERE}: {plan_of(self.compression, trainer.lightning_module, self.world_size)}")
         if self._pruned is not None:
             with self._own_changes(), self._support.failures.first_error_shown("a comparison of masks", waits=False):
-                self._pruned.start(trainer, self.optimizers)  # here, since optimizer states have been restored
+                self._pruned.start(trainer, self.optimizers)  # here, after optimizer states were restored
                 self._pruned.before_step(trainer.global_step)
-        if not is_accompanied(trainer):
+        if not has_hook_callback(trainer):
             return
         run.check_start(float(trainer.num_training_batches))
         interruptions.install(in_step=run)
@@ -389,7 +374,7 @@ class CompressedDDPStrategy(DDPStrategy):
         if self._support.is_fit:
             state = load_own(self, self.compression, loaded.checkpoint, loaded.path, self._ledger)
             if self._sync is None:
-                self._resume = state  # taken up at set-up
+                self._resume = state  # restored at set-up
             elif state is not None:
                 self._sync.load_state_dict(state)  # a tuner within `fit` puts back what its trial run has changed
         return loaded.checkpoint

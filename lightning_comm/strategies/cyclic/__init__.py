@@ -1,1 +1,1 @@
-"""Cyclic Data Parallelism as a Lightning strategy."""
+"""The Lightning strategy of Cyclic Data Parallelism."""

@@ -1,4 +1,4 @@
-"""Callbacks that average weights under Cyclic Data Parallelism: what they take is of one version on all ranks."""
+"""Callbacks that average weights under Cyclic Data Parallelism: they average one version, the same on all ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,24 +11,24 @@ from lightning_comm.strategies.cyclic.settings import WHERE
 from lightning_comm.transport.epoch_ends import is_of_other_calls
 from lightning_comm.transport.stop_protocol import PeerFailure
 
-_SELDOM_STEPS = 10  # from so many steps between two updates on, the flushes cost little
+_SELDOM_STEPS = 10  # with this many steps between two updates, or more, the flushes cost little
 
 
 def averages_by_own_rule(trainer: Trainer) -> bool:
-    """Whether a callback of the user's decides when weights are averaged, which it may do on one rank alone."""
+    """Whether a callback of the user's own decides when weights are averaged, which may differ between ranks."""
     callbacks = (each for each in getattr(trainer, "callbacks", []) if isinstance(each, WeightAveraging))
     return any(type(each).__module__.partition(".")[0] != "lightning" for each in callbacks)
 
 
 class WeightAverages:
-    """Counts the updates of averages, each of which all ranks meet for, and says once that they are frequent."""
+    """Counts the updates of averages, at each of which all ranks meet, and warns once if they are frequent."""
 
     def __init__(self) -> None:
         self._updated_at: dict[int, int] = {}  # the steps done at the last update, by callback
         self._warned = False
 
     def count(self, callback: Callback, step: int) -> None:
-        """Note that a callback is about to take the weights."""
+        """Note that a callback is about to average the weights."""
         before = self._updated_at.get(id(callback))
         self._updated_at[id(callback)] = step
         if before is None or self._warned or not 0 < step - before < _SELDOM_STEPS:
@@ -44,7 +44,7 @@ class WeightAverages:
 
     @contextmanager
     def explained(self, callback: Callback, step: int) -> Iterator[None]:
-        """Say why ranks disagree, if they do so in an update of an average, whichever of them says so first."""
+        """Name the callback in the error of ranks that disagree, if they do so in an update of an average."""
         try:
             yield
         except (ValueError, PeerFailure) as error:

@@ -1,8 +1,8 @@
-"""Checkpoints of Cyclic Data Parallelism: complete and ordinary, with what an exact continuation needs beside.
+"""Checkpoints of Cyclic Data Parallelism: ordinary ones, with additional state for an exact continuation.
 
-Weights are of one version, since ranks flush before, and the optimizer's state is gathered into its ordinary form, so
-any strategy can go on from the file. Under ``lightning_comm.cyclic`` there are the stages and, for each rank, its
-random state, its place in the data and its schedulers.
+Weights are of one version, since ranks flush first, and the optimizer's state is gathered into its ordinary form, so
+any strategy can resume from the file. The entry ``lightning_comm.cyclic`` has the stages and, for each rank, its random
+state, its place in the data and its schedulers.
 """
 
 import warnings
@@ -29,12 +29,12 @@ from lightning_comm.strategies.cyclic.settings import WHERE
 from lightning_comm.transport.plain_data import NotPlainError, gather_states, pack
 
 ENTRY = StrategyEntry("lightning_comm.cyclic", version=1)
-_RANK_KEYS = ("lr_schedulers", "loops")  # what Lightning restores and what may differ between ranks
+_RANK_KEYS = ("lr_schedulers", "loops")  # entries that Lightning restores and that may differ between ranks
 
 
 @dataclass(frozen=True)
 class CyclicResume:
-    """How far a checkpoint can bring a run back.
+    """The state from a checkpoint that a run resumes from.
 
     Args:
         stages: Where the model was cut; empty where it must be cut anew.
@@ -43,8 +43,8 @@ class CyclicResume:
         random: This rank's random state, or ``None``.
         epoch_is_over: Whether it was saved at the end of an epoch.
         run_began_at: The optimizer step at which the run that wrote it began, for steps that count from there.
-        steps_done: The optimizer steps that it had done, which the Trainer does not know where a module leaves some
-            out; ``None`` where the file does not say.
+        steps_done: The optimizer steps that it had done, which the Trainer does not know where a module skips some;
+            ``None`` where the file does not have it.
 
     """
 
@@ -61,7 +61,7 @@ def gathered_state(run: CyclicRun, optimizer: Optimizer) -> dict[str, Any]:
     """Return the optimizer's ``state_dict`` with the state of all ranks on rank 0; every rank calls this.
 
     Note:
-        *Communication.* The state of every rank travels to rank 0.
+        *Communication.* The state of every rank is sent to rank 0.
 
     """
     state = optimizer.state_dict()
@@ -78,7 +78,7 @@ def gathered_state(run: CyclicRun, optimizer: Optimizer) -> dict[str, Any]:
 
 
 def write(run: CyclicRun, checkpoint: dict[str, Any]) -> None:
-    """Put what an exact continuation needs into a checkpoint; every rank calls this."""
+    """Put the state for an exact continuation into a checkpoint; every rank calls this."""
     own: dict[str, Any] = {
         "random": run.random_state or random_state(),
         "epoch_is_over": run.trainer.is_last_batch,
@@ -104,7 +104,7 @@ def write(run: CyclicRun, checkpoint: dict[str, Any]) -> None:
 
 
 def _leave_out_objects(state: dict[str, Any], rank: int) -> None:
-    """Leave schedulers out that hold objects of the user's: a rank that resumes without has those of rank 0."""
+    """Leave out schedulers that hold objects of the user's own: a rank that resumes without them has rank 0's."""
     if rank == 0 or "lr_schedulers" not in state:
         return
     try:
@@ -121,7 +121,7 @@ def write_together(
     filepath: _PATH,
     by_lightning: Callable[[dict[str, Any], _PATH], None],
 ) -> None:
-    """Write a checkpoint with what an exact continuation needs; every rank calls this, after a flush.
+    """Write a checkpoint with the state for an exact continuation; every rank calls this, after a flush.
 
     Args:
         strategy: The strategy.
@@ -147,7 +147,7 @@ def write_alone(
     filepath: _PATH,
     by_lightning: Callable[[dict[str, Any], _PATH], None],
 ) -> None:
-    """Write what rank 0 has, where ranks cannot be brought together: after a failure, or of another model.
+    """Write what rank 0 has, where ranks cannot meet: after a failure, or of another model.
 
     Args:
         strategy: The strategy.
@@ -168,7 +168,7 @@ def write_alone(
 
 
 def mark_incomplete(checkpoint: dict[str, Any], filepath: object) -> None:
-    """Say in a checkpoint, and to people, that it was written when ranks could not meet any more."""
+    """Mark a checkpoint as written when ranks could not meet any more, and warn of it."""
     ENTRY.put(checkpoint, incomplete=True)
     Save(str(filepath)).write(checkpoint, incomplete=True)
     rank_zero_warn(
@@ -179,7 +179,7 @@ def mark_incomplete(checkpoint: dict[str, Any], filepath: object) -> None:
 
 
 def load_own(checkpoint: dict[str, Any], filepath: object, rank: int, world_size: int) -> CyclicResume:
-    """Put this rank's own state into a checkpoint that was read; return what the run goes on from."""
+    """Put this rank's own state into a checkpoint that was read; return the state that the run resumes from."""
     saved = ENTRY.of(checkpoint) or {}
     if saved.get("incomplete"):
         rank_zero_warn(

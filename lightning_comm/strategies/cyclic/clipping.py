@@ -11,7 +11,7 @@ from lightning_comm.strategies.cyclic.settings import WHERE, CyclicSettings
 
 
 def clipping_of(settings: CyclicSettings, trainer: Trainer, module: LightningModule, *, changed: bool) -> Clipping:
-    """Return the limits that hold now.
+    """Return the limits in force.
 
     Args:
         settings: Of the strategy.
@@ -20,7 +20,7 @@ def clipping_of(settings: CyclicSettings, trainer: Trainer, module: LightningMod
         changed: Whether this run has begun with other limits of the Trainer's.
 
     Raises:
-        RefusedSetUp: If they cannot, as where a callback has changed that of the Trainer in the middle of a run.
+        RefusedSetUp: If they cannot work, such as after a callback has changed the Trainer's in the middle of a run.
 
     """
     when = "the Trainer's limit of the gradient was changed in mid-run: " if changed else ""
@@ -32,7 +32,7 @@ def clipping_of(settings: CyclicSettings, trainer: Trainer, module: LightningMod
 
 
 def problems(settings: CyclicSettings, trainer: Trainer, module: LightningModule) -> Iterator[str]:
-    """Yield why gradients cannot be clipped as the Trainer and the strategy say."""
+    """Yield why gradients cannot be clipped as Trainer and strategy require."""
     limit = trainer.gradient_clip_val
     if limit is not None and math.isnan(limit):
         yield f"`Trainer(gradient_clip_val={limit!r})` is no limit. Give a number > 0, or None, which does not clip."
@@ -75,7 +75,7 @@ def _problems_by_value(settings: CyclicSettings, limit: float, module: Lightning
 
 
 def _limit(trainer: Trainer) -> float | None:
-    """Return the Trainer's limit, if it is one; as in Lightning 0 and less clip nothing."""
+    """Return the Trainer's limit, if there is one; as in Lightning, 0 and less are none."""
     limit = trainer.gradient_clip_val
     return limit if limit is not None and 0 < limit < math.inf else None
 

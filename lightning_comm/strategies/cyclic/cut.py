@@ -59,11 +59,11 @@ def _stages(units: Sequence[Unit], settings: CyclicSettings, workers: int) -> li
 
 
 class ModelCutter:
-    """Watches the first forward of a run, by which the model is cut.
+    """The trace of the first forward of a run, by which the model is cut.
 
     Args:
         fit: What all parts of the run share.
-        broadcast: Gives all ranks an object of rank 0's.
+        broadcast: Sends an object of rank 0's to all ranks.
 
     """
 
@@ -73,7 +73,7 @@ class ModelCutter:
         self._trace: ForwardTrace | None = None
 
     def watch(self, trained: Sequence[Parameter]) -> None:
-        """Trace the forward that begins now, whose modules callbacks may have called before, in another order.
+        """Trace the forward that begins now; calls of modules by callbacks before it do not count.
 
         Args:
             trained: The parameters that are to be cut into stages.

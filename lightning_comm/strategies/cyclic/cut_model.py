@@ -1,4 +1,4 @@
-"""A model that is cut into stages, with what trains it: schedule, ring, the stages' optimizer and turns."""
+"""A model that is cut into stages, with schedule, ring, the stages' optimizer and turns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from lightning_comm.transport.cyclic.stagger import NoTurns, Stagger, Turns
 
 @dataclass(frozen=True)
 class CutModel:
-    """What there is once the stages are known.
+    """The parts of a run that exist once the stages are known.
 
     Args:
         stages: Of the model.
@@ -30,8 +30,8 @@ class CutModel:
         schedule: Whose turn it is, and which version each uses.
         ring: Carries gradients and versions.
         optimizer: Updates the stages that this rank owns.
-        settings: What counts for the update of a step.
-        versions: Those that the model holds.
+        settings: The settings for the update of a step.
+        versions: The versions that the model holds.
         hand_over: Of the gradients.
         turns: When ranks begin.
 
@@ -51,7 +51,7 @@ class CutModel:
         """Return in a sentence how the model is cut.
 
         Args:
-            steps_in_step: So many steps from now on use the newest parameters everywhere.
+            steps_in_step: How many steps from now on use the newest parameters everywhere.
 
         """
         counts = [sum(each.numel() for each in parameters) for parameters in self.parameters]
@@ -69,13 +69,13 @@ class CutModel:
 def cut_model(
     fit: Fit, groups: RingGroups, user_optimizer: UserOptimizer, notes: StepNotes, stages: Sequence[Stage]
 ) -> CutModel:
-    """Make what trains these stages.
+    """Make the parts that train these stages.
 
     Args:
         fit: What all parts of the run share.
         groups: For the ring's messages.
         user_optimizer: The user's.
-        notes: What travels with the gradients; from now on they come back through the ring that is made here.
+        notes: The notes that travel with the gradients; from now on they return through the ring that is made here.
         stages: All of them.
 
     Raises:

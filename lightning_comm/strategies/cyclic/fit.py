@@ -1,11 +1,11 @@
-"""One ``fit`` under Cyclic Data Parallelism as all of its parts see it: whom they ask, and how far it is."""
+"""One ``fit`` under Cyclic Data Parallelism, as all of its parts see it: shared objects, and its progress."""
 
 from dataclasses import dataclass, field
 
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_comm.strategies.common import rank_status
-from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.strategies.common.rank_status import RankStatus
 from lightning_comm.strategies.cyclic.settings import CyclicSettings
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.stop_protocol import Agreement
@@ -13,14 +13,14 @@ from lightning_comm.transport.stop_protocol import Agreement
 
 @dataclass
 class Progress:
-    """How far a run is, in optimizer steps of this Trainer, whose count goes on over several fits.
+    """The progress of a run, in optimizer steps of this Trainer, which counts on over several fits.
 
     Args:
         active: Whether it is under way: not before its start, nor in a trial of a learning-rate finder.
         steps_done: Optimizer steps done.
-        began_at: Those that were done when this ``fit`` began.
-        run_began_at: Those when the run began, with this ``fit`` or with the one that it resumes.
-        flushed_at: Those when all ranks last had the newest version of everything.
+        began_at: The count when this ``fit`` began.
+        run_began_at: The count when the run began, with this ``fit`` or with the one that it resumes.
+        flushed_at: The count when all ranks last had the newest version of every stage.
 
     """
 
@@ -33,14 +33,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Fit:
-    """What all parts of one ``fit`` share.
+    """The objects that all parts of one ``fit`` share.
 
     Args:
         trainer: The Trainer.
         module: The model.
         settings: What the user chose.
-        agreement: Tells of failures.
-        recorder: Sends and records what all ranks meet for.
+        agreement: Reports failures of other ranks.
+        recorder: Sends and records messages in which all ranks meet.
         progress: How far it is.
 
     """
@@ -53,11 +53,11 @@ class Fit:
     progress: Progress = field(default_factory=Progress)
 
     def meet(self) -> None:
-        """Wait for all ranks, where the same notes have brought them to the same place."""
+        """Wait for all ranks, which have come to the same place by the same notes."""
         with self.agreement.first_error_shown():
-            rank_status.exchange(ControlRow(), self.recorder, self.module.device, Pending.wait)
+            rank_status.exchange(RankStatus(), self.recorder, self.module.device, Pending.wait)
 
     def listen(self) -> bool:
-        """Raise what was heard of the failure of another rank; for waits, which go on while this is false."""
+        """Raise an error if another rank has failed; return False, so that a wait goes on."""
         self.agreement.listen()
         return False

@@ -1,4 +1,4 @@
-"""The gradients of a step on their way from backward to the ring, with the settings that count for their update."""
+"""The gradients of a step, from backward to the ring, with the settings for their update."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,7 +18,7 @@ from lightning_comm.transport.cyclic.stage_optimizer import StageOptimizer
 
 
 class StepSettings:
-    """What counts for the update of a step: learning rates and the like, and limits of the gradient.
+    """The settings for the update of a step: learning rates and the like, and limits of the gradient.
 
     Args:
         fit: What all parts of the run share.
@@ -31,13 +31,13 @@ class StepSettings:
         self._fit = fit
         self._user_optimizer = user_optimizer
         self._optimizer = optimizer
-        self._limits: tuple[object, object] | None = None  # of the Trainer, as they were looked at last
-        self._clipping = Clipping()  # what they come to
+        self._limits: tuple[object, object] | None = None  # the Trainer's limits at the last check
+        self._clipping = Clipping()  # the resulting limits
         self._rates_then: list[object] = []  # when the settings of the step were noted
         self._warned = False
 
     def note(self) -> Number:
-        """Note them, as late as can be, since the module may change them before; return the sum of the rates."""
+        """Note them, as late as possible, since the module may change them before; return the sum of the rates."""
         trainer = self._fit.trainer
         limits = (trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
         if limits != self._limits:  # at first, and where a callback has changed them
@@ -49,35 +49,35 @@ class StepSettings:
         return self._rate()
 
     def warn_if_late(self) -> None:
-        """Say, once, that a learning rate was changed since the settings of the step were noted."""
+        """Warn, once, that a learning rate was changed after the settings of the step were noted."""
         if not self._warned and self._rates() != self._rates_then:
             self._warned = True
             step_errors.warn_of_late_rate(self._fit.progress.steps_done)
 
     def _rate(self) -> Number:
-        """Return the sum of the learning rates, on the device where one of them is: the host does not wait for it."""
+        """Return the sum of the learning rates; on a device if one of them is there, so that the host need not wait."""
         rates = [group.get("lr", 0.0) for group in self._user_optimizer.param_groups]
         there = [rate.detach().to(torch.float64) for rate in rates if isinstance(rate, Tensor) and rate.is_cuda]
         here = sum(float(rate) for rate in rates if not (isinstance(rate, Tensor) and rate.is_cuda))
         return torch.stack(there).sum() + here if there else here
 
     def _rates(self) -> list[object]:
-        """Return what is another one when a learning rate is; tensors are not read, but how often they were written."""
+        """Return a value that changes when a learning rate does; of a tensor the count of writes: it needs no wait."""
         rates = [group.get("lr", 0.0) for group in self._user_optimizer.param_groups]
         return [(id(rate), rate._version) if isinstance(rate, Tensor) else rate for rate in rates]
 
 
 class HandOver:
-    """Gives the ring the gradients of each stage, once in a step, as soon as they are complete.
+    """Passes the gradients of each stage to the ring, once in a step, as soon as they are complete.
 
     Args:
         fit: What all parts of the run share.
         stages: Of the model.
         parameters: Those of each stage.
         ring: Takes the gradients.
-        settings: What counts for the update.
-        notes: What travels with them.
-        other_parameters: Returns the error of others being trained now.
+        settings: The settings for the update.
+        notes: The notes that travel with them.
+        other_parameters: Returns the error to raise where other parameters are trained now.
 
     """
 
@@ -105,14 +105,14 @@ class HandOver:
         return bool(self._handed)
 
     def announce(self) -> None:
-        """Let the ring ask for the messages of this step, once it is sure to be taken."""
+        """Let the ring ask for the messages of this step, once it will certainly be taken."""
         if not self.announced:
             self.announced = True
             with self._fit.agreement.first_error_shown():
                 self._ring.begin_step(self._fit.progress.steps_done)
 
     def add(self, stage: int, parameter: Tensor) -> None:
-        """Count a gradient that backward has finished; the last one of a stage lets all of them go."""
+        """Count a gradient that backward has finished; with the last one of a stage hand over all of them."""
         if stage in self._handed:
             raise step_errors.late_gradient(stage, self._stages[stage].modules)
         if parameter.is_cuda:
@@ -122,7 +122,7 @@ class HandOver:
             self._hand_over(stage)
 
     def hand_over_rest(self) -> None:
-        """Hand over what has not been, and refuse parameters that had no part in the step."""
+        """Hand over the remaining gradients, and refuse parameters that took no part in the step."""
         for stage in reversed(range(len(self._stages))):
             if stage not in self._handed:
                 self._hand_over(stage)

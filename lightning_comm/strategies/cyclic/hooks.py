@@ -1,4 +1,4 @@
-"""Moments of a ``fit`` under Cyclic Data Parallelism at which Lightning calls no strategy, and the flushes there."""
+"""The hooks of a ``fit`` under Cyclic Data Parallelism, which the hook callback calls, and the flushes there."""
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,7 +19,7 @@ from lightning_comm.strategies.cyclic.settings import WHERE
 
 
 class CyclicHooks:
-    """What one ``fit`` does at these moments.
+    """The hooks of one ``fit``.
 
     Args:
         trainer: The Trainer.
@@ -34,7 +34,7 @@ class CyclicHooks:
         self._interruptions = interruptions
         self._patches = Patches()
         self._averages = WeightAverages()
-        self._logs_checked = 0  # values that were logged when they were last looked at
+        self._logs_checked = 0  # how many values had been logged at the last check
         self._unregistered: UnregisteredState | None = None
         self.hooks = FitHooks(
             self._end_batch, self._end_epoch, self._begin_evaluation, self._finish, self._note_failure
@@ -53,7 +53,7 @@ class CyclicHooks:
         self._patches.undo()
 
     def flush(self, purpose: str) -> None:
-        """Let all ranks take the newest version of everything, where the run goes on."""
+        """Let all ranks use the newest version of every stage, if the run goes on."""
         run = self._run
         if run.active:
             newest = run.flushed
@@ -77,7 +77,7 @@ class CyclicHooks:
             self._run.end_epoch()  # where the last batch was not known to be the last
 
     def _begin_evaluation(self) -> None:
-        """Let all ranks take the newest parameters when validation starts."""
+        """Let all ranks use the newest parameters when validation starts."""
         if self._trainer.state.fn != TrainerFn.FITTING or self._trainer.sanity_checking:
             return
         self._interruptions.remember_random_state()
@@ -92,7 +92,7 @@ class CyclicHooks:
         self._run.failed = True
 
     def _before_average(self, callback: Callback) -> None:
-        """Take the newest parameters for an average of weights, of one version and the same on all ranks."""
+        """Use the newest parameters for an average of weights: one version, the same on all ranks."""
         run = self._run
         if run.active:
             self._averages.count(callback, run.steps_done)

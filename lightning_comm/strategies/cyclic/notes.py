@@ -1,4 +1,4 @@
-"""What ranks note of each optimizer step, and what they read, two steps later, in the sum of all notes."""
+"""The notes of ranks on each optimizer step, and what all read two steps later in the sum of all notes."""
 
 import math
 
@@ -19,20 +19,20 @@ _READ = 0  # the stage whose notes all ranks read
 
 
 class StepNotes:
-    """Says for this rank in which batch it takes a step, at which rates and with which losses; hears what all say.
+    """The notes of this rank on a step (its batch, learning rates and losses), and those of all ranks.
 
-    Notes travel with the gradients and come back with the new versions, so ranks compare themselves, and agree on
-    requests, without a message of its own.
+    Notes travel with the gradients and return with the new versions, so ranks compare themselves, and agree on
+    requests, without a message of their own.
 
     Args:
         fit: What all parts of the run share.
-        requests: What ranks ask for.
-        ends: Tells other ranks of an error that all of them end with.
+        requests: The requests of ranks.
+        ends: Reports an error with which all ranks end.
 
     Attributes:
         batch: The number of the batch of this ``fit``.
-        saved_norm: Of the whole gradient of the step before the first one; ``None`` where it is not known.
-        ring: Brings the notes of others; set once the model is cut.
+        saved_norm: The norm of the whole gradient of the step before the first one; ``None`` where it is not known.
+        ring: Receives the notes of others; set once the model is cut.
 
     """
 
@@ -64,7 +64,7 @@ class StepNotes:
         self._non_finite = bad if first or self._non_finite is None else torch.maximum(self._non_finite, bad)
 
     def note_rate(self, rate: Number) -> None:
-        """Note the sum of the learning rates that count for the step under way."""
+        """Note the sum of the learning rates of the step under way."""
         self._rate_of[self._progress.steps_done] = rate
 
     def of_stage(self, stage: int) -> Tensor:
@@ -88,7 +88,7 @@ class StepNotes:
 
     def read(self) -> None:
         """Read what ranks have noted two steps ago, once after each step."""
-        version = self._progress.steps_done - 2  # the newest that every rank has, whatever it computes with
+        version = self._progress.steps_done - 2  # the newest that every rank has, whichever version it uses
         if version > self._progress.began_at:
             step, notes = version - 1, self._notes_of(version)
             self._check_finite(step, notes)
@@ -103,13 +103,13 @@ class StepNotes:
         return {step: self._notes_of(step + 1) for step in (done - 2, done - 1) if step >= self._progress.began_at}
 
     def check(self, notes: dict[int, list[float]]) -> None:
-        """Refuse to go on where a loss was not finite, or ranks have taken a step in different batches."""
+        """Raise an error if a loss was not finite, or ranks have taken a step in different batches."""
         for step, each in notes.items():
-            self._check_finite(step, each)  # every rank's own error, not that of the first to find it
+            self._check_finite(step, each)  # each rank raises its own error, not that of the first to find it
             self._check_batch(step, each)
 
     def check_left_out(self) -> None:
-        """Let a step that was announced pass without an update, and refuse if another rank has taken it."""
+        """End an announced step without an update, and raise an error if another rank has taken it."""
         assert self.ring is not None
         step = self._progress.steps_done
         self._batch_of[step] = 0
@@ -118,7 +118,7 @@ class StepNotes:
         self._check_batch(step, notes[_READ])
 
     def take_decided(self) -> list[Decision]:
-        """Return what ranks have agreed on since this was asked last."""
+        """Return what ranks have agreed on since the last call."""
         decided, self._decided = self._decided, []
         return decided
 
@@ -126,7 +126,7 @@ class StepNotes:
         """Return the norm of the whole gradient of the step before a step; ``None`` where it is not known."""
         if step == self._progress.began_at or self.ring is None:
             return self.saved_norm
-        # asked for in a lane, which need not hear of failures: compute does
+        # called in a lane, which need not hear of failures: the computing thread does
         stages = range(self.ring.stages)
         if self._fit.module.device.type == "cuda":
             return whole_norm(list(self.ring.notes_on_device(step, stages, lambda: None)[:, SQUARED_NORM]))
@@ -140,18 +140,18 @@ class StepNotes:
         try:
             check_finite(step, notes, WHERE)
         except RuntimeError:
-            self._fit.meet()  # whoever left at once would take along what others wait for
+            self._fit.meet()  # a rank that left at once would close connections on which others wait
             raise
 
     def _check_batch(self, step: int, notes: list[float]) -> None:
-        """Refuse ranks that take a step in different batches, since one of them has left a step out."""
+        """Refuse ranks that take a step in different batches, since one of them has skipped a step."""
         own, workers = self._batch_of[step], self._fit.recorder.world_size
         others = notes[BATCH] - own
         if others != own * (workers - 1):
             raise self._ends.told(step_errors.different_batches(step, own, others, workers))
 
     def _compare_rates(self, step: int, notes: list[float]) -> None:
-        """Say that learning rates differ between ranks, where each would use its own for the stages that it owns."""
+        """Warn if learning rates differ between ranks, since each uses its own for the stages that it owns."""
         workers = self._fit.recorder.world_size
         own = float(self._rate_of.pop(step))
         others = (notes[RATE] - own) / max(1, workers - 1)

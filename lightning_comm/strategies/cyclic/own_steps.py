@@ -1,4 +1,4 @@
-"""Parameters that the module trains itself, though the optimizer of the strategy does not have them: a warning."""
+"""A warning of parameters that the module trains itself, and that the strategy's optimizer does not have."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,9 +13,9 @@ from lightning_comm.strategies.cyclic.settings import WHERE
 
 
 class OwnSteps:
-    """Finds parameters that get a gradient and change, and that no stage has; says so once.
+    """Finds parameters that get a gradient and change, and that no stage has; warns once.
 
-    A teacher that is moved without a gradient is none, nor is a layer that gets one and is not stepped.
+    That excludes a teacher that changes without a gradient, and a layer that gets a gradient and does not change.
 
     Args:
         module: The model.
@@ -47,7 +47,7 @@ class OwnSteps:
         parameters = self._parameters.items()
         written = [name for name, each in parameters if each._version > self._writes.get(name, each._version)]
         self._writes |= {name: self._parameters[name]._version for name in written}
-        # compared, since callbacks exchange weights for a validation, and put them back
+        # compared by content, since callbacks exchange weights for a validation, and restore them
         if not written:
             return
         differences = [differ(self._had[name], content(self._parameters[name])) for name in written]
@@ -58,7 +58,7 @@ class OwnSteps:
             warn(found)
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop looking."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
@@ -66,7 +66,7 @@ class OwnSteps:
 
 
 def warn(names: Sequence[str]) -> None:
-    """Say that each rank trains these by its own gradient."""
+    """Warn that each rank trains these by its own gradient."""
     rank_zero_warn(
         f"{WHERE}: {len(names)} parameter(s) get a gradient and are changed, and no group of the optimizer that "
         f"`configure_optimizers` returns has them: {', '.join(names[:8])}. Each rank changes its own copy by its own "

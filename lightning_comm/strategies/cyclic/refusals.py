@@ -1,4 +1,4 @@
-"""Refusals of Cyclic Data Parallelism before training: of what cannot work together, and warnings of what cannot help.
+"""Refusals of Cyclic Data Parallelism before training, and warnings of settings that bring nothing.
 
 Functions named `..._problems` yield all that they find; :mod:`lightning_comm.errors` makes one error of it. What only a
 step can show is in :mod:`lightning_comm.strategies.cyclic.step_errors`.
@@ -57,7 +57,7 @@ def backend_problems(
 
 
 def warn_of_one_process(world_size: int) -> None:
-    """Say that there is nobody to take turns with."""
+    """Warn that there is no other rank to take turns with."""
     if world_size == 1:
         rank_zero_warn(
             f"{WHERE}: one process only, so there is nobody to take turns with; training goes on as without the "
@@ -67,7 +67,7 @@ def warn_of_one_process(world_size: int) -> None:
 
 
 def trainer_problems(trainer: Trainer, sync_batchnorm: bool) -> Iterator[str]:
-    """Yield settings and callbacks of the Trainer that this cannot honour."""
+    """Yield settings and callbacks of the Trainer that cannot work with this strategy."""
     yield from checks.trainer_problems(trainer, sync_batchnorm, one_version=True)
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         yield (
@@ -94,7 +94,7 @@ def _thaws(callback: BackboneFinetuning, trainer: Trainer) -> bool:
 
 
 def warn_of_finetuning(trainer: Trainer) -> None:
-    """Say what will happen if a callback thaws parameters later, which only the callback knows."""
+    """Warn of what happens if a callback unfreezes parameters later, which only the callback knows."""
     callbacks = [each for each in getattr(trainer, "callbacks", []) if isinstance(each, BaseFinetuning)]
     if names := [type(each).__name__ for each in callbacks if not isinstance(each, BackboneFinetuning)]:
         rank_zero_warn(
@@ -105,7 +105,7 @@ def warn_of_finetuning(trainer: Trainer) -> None:
 
 
 def warn_of_memory(settings: CyclicSettings, devices_here: int, on_cuda: bool) -> None:
-    """Say where turns in time are asked for and bring no memory."""
+    """Warn if a stagger is set where it saves no memory."""
     if settings.stagger == "step" and on_cuda:
         rank_zero_warn(
             f"{WHERE}: `stagger='step'` lowers the sum of activations over the ranks. On {devices_here} devices with a "
@@ -115,7 +115,7 @@ def warn_of_memory(settings: CyclicSettings, devices_here: int, on_cuda: bool) -
 
 
 def check_trial(active: bool, step: int) -> None:
-    """Refuse a trial run in the middle of a run, whose ring and stages know nothing of what it puts back.
+    """Refuse a trial run in the middle of a run: it restores weights, of which ring and stages do not know.
 
     Args:
         active: Whether a run is under way.
@@ -132,7 +132,7 @@ def check_trial(active: bool, step: int) -> None:
 
 
 def module_problems(module: LightningModule) -> Iterator[str]:
-    """Yield why hooks cannot follow a module, or that it communicates in its forward."""
+    """Yield why hooks cannot follow a module, and whether it communicates in its forward."""
     yield from checks.module_problems(module)
     if is_overridden("configure_gradient_clipping", module):
         yield (
@@ -216,7 +216,7 @@ def _one_optimizer_problems(module: LightningModule, optimizer: Optimizer) -> It
 
 
 def warn_of_gradient_hooks(trainer: Trainer, module: LightningModule) -> None:
-    """Say which hooks look for gradients where there are none any more."""
+    """Warn of hooks that look for gradients where there are none any more."""
     callbacks = [each for each in getattr(trainer, "callbacks", []) if not _is_ours(each)]
     hooks: tuple[str, ...] = ("on_before_optimizer_step",)  # by hand, gradients are there until the optimizer steps
     if module.automatic_optimization:
@@ -241,7 +241,7 @@ def warn_of_gradient_hooks(trainer: Trainer, module: LightningModule) -> None:
 def warn_at_start(
     trainer: Trainer, module: LightningModule, settings: CyclicSettings, world_size: int, *, on_cuda: bool
 ) -> None:
-    """Say what will run, but probably not as meant."""
+    """Warn of settings that will run, but probably not as intended."""
     warn_of_one_process(world_size)
     warn_of_gradient_hooks(trainer, module)
     warn_of_finetuning(trainer)

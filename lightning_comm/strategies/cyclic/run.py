@@ -1,7 +1,7 @@
 """One ``fit`` under Cyclic Data Parallelism: how it begins, where all ranks meet in it, and how it ends.
 
-`CyclicStrategy` is the shell that Lightning calls; its hooks and the hook callback call this and :class:`CyclicSteps`.
-Parameters are written by the thread that trains alone, between a stage's backward and its next forward.
+`CyclicStrategy` is the shell that Lightning calls; it and the hook callback call this and :class:`CyclicSteps`. Only
+the thread that trains writes parameters, between a stage's backward and its next forward.
 """
 
 import math
@@ -19,7 +19,7 @@ from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.cyclic.stages import Stage
 from lightning_comm.ondevice.random_state import random_state
 from lightning_comm.strategies.common import rank_status
-from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.strategies.common.rank_status import RankStatus
 from lightning_comm.strategies.common.run_length import may_differ
 from lightning_comm.strategies.cyclic import step_errors, trained
 from lightning_comm.strategies.cyclic.averages import averages_by_own_rule
@@ -51,21 +51,21 @@ class CyclicRun:
         module: The model.
         optimizer: Its optimizer.
         settings: What the user chose.
-        ledger: Where messages are written down.
-        agreement: Tells of failures.
-        requests: What ranks ask for.
-        broadcast: Gives all ranks an object of rank 0's.
+        ledger: Where messages are recorded.
+        agreement: Reports failures of other ranks.
+        requests: The requests of ranks.
+        broadcast: Sends an object of rank 0's to all ranks.
         timeout: How long messages wait for other ranks.
         ends: Compares where ranks end their epochs.
 
     Attributes:
         steps: The optimizer steps, for the hooks around forward, backward and the optimizer.
-        failed: Whether a rank has failed, so that ranks cannot be brought together any more.
-        random_state: The generators as training left them, once something else has begun.
+        failed: Whether a rank has failed, so that ranks cannot meet any more.
+        random_state: The state of the generators at the end of training, once something else has begun.
         run_began_at: The step at which the run began, with this ``fit`` or with the one that it resumes.
         schedule: Which version each rank uses when, once the model is cut.
         stages: Of the model; none before it is cut.
-        optimizer: What updates the stages of this rank, once the model is cut.
+        optimizer: Updates the stages of this rank, once the model is cut.
 
     """
 
@@ -110,7 +110,7 @@ class CyclicRun:
 
     @property
     def active(self) -> bool:
-        """Whether it is under way, and no trial run."""
+        """Whether it is under way, and not a trial run."""
         return self._progress.active
 
     @property
@@ -120,7 +120,7 @@ class CyclicRun:
 
     @property
     def flushed(self) -> bool:
-        """Whether this rank holds the newest version of everything."""
+        """Whether this rank holds the newest version of every stage."""
         return self._progress.flushed_at == self._progress.steps_done
 
     def previous_norm(self) -> float | None:
@@ -133,12 +133,12 @@ class CyclicRun:
     def start(
         self, steps_done: int, stages: Sequence[Stage], previous_norm: float | None, run_began_at: int = 0
     ) -> None:
-        """Begin at a step, with the stages of the run that is resumed, or without: then the first forward is traced.
+        """Begin at a step, with the stages of the run that is resumed; without any, the first forward is traced.
 
         Args:
-            steps_done: Optimizer steps done, in this Trainer's count, which goes on over several fits.
-            stages: Those of the run that is resumed.
-            previous_norm: Of its last gradient.
+            steps_done: Optimizer steps done, counted by this Trainer over several fits.
+            stages: The stages of the run that is resumed.
+            previous_norm: The norm of its last gradient.
             run_began_at: The step at which the run began, with this fit or with the one that it resumes.
 
         """
@@ -159,7 +159,7 @@ class CyclicRun:
     def check_start(self, batches: float) -> None:
         """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
         urgent = may_differ(self.trainer) or averages_by_own_rule(self.trainer)
-        row = ControlRow(batches=batches if math.isfinite(batches) else -1, urgent=urgent)
+        row = RankStatus(batches=batches if math.isfinite(batches) else -1, urgent=urgent)
         with self.agreement.first_error_shown():
             rows = rank_status.exchange(row, self.recorder, self.module.device, Pending.wait)
             rank_status.check_same_batches(rows, WHERE)
@@ -178,7 +178,7 @@ class CyclicRun:
     # ---- batches and epochs --------------------------------------------------------------------------------------
 
     def begin_batch(self, number: int) -> None:
-        """Count a batch of the fit, and say which one of its epoch; called before every one."""
+        """Count a batch of the fit; called before every one, with its number in the epoch."""
         self._notes.batch += 1
         if self._own_steps is not None:
             self._own_steps.look()
@@ -194,34 +194,34 @@ class CyclicRun:
         self._notes.read()
         for decision in self._notes.take_decided():
             if decision.kind in ("terminate", "requeue"):
-                self._fit.meet()  # whoever ends at once takes along the store, in which others still read the reason
+                self._fit.meet()  # else rank 0 may close the store, in which others still read the reason
             self.on_decision(decision)
 
     def end_epoch(self) -> None:
-        """Wait until all ranks have ended the epoch alike, where that is not sure before."""
+        """Wait until all ranks have ended the epoch alike, where that was not certain."""
         self._ends.end_epoch(self.trainer.current_epoch, self.steps_done)
         self._ends.wait(self._fit.listen)
 
     def compare_places(self, purpose: str) -> None:
-        """Compare where ranks are, before they meet in messages that do not show it; only where they may disagree."""
+        """Compare where ranks are, before messages that would not show it; only where they may differ."""
         if self.active:
             self._ends.meet(purpose, self.steps_done, self._fit.listen)
 
     def request(self, kind: Kind, reason: str) -> None:
-        """Ask for something that all ranks are to do at the same step."""
+        """Request something that all ranks are to do at the same step."""
         self._requests.ask(kind, reason)
 
     def keep_random_state(self) -> None:
-        """Note the generators as training has left them, for a checkpoint that is saved after an evaluation."""
+        """Keep the state of the generators at the end of training, for a checkpoint saved after an evaluation."""
         self.random_state = self.random_state or random_state()
 
     # ---- meeting -------------------------------------------------------------------------------------------------
 
     def flush(self, purpose: str) -> None:
-        """Use the newest version of everything, and average what no stage has; on all ranks after the same step.
+        """Use the newest version of every stage, and average what no stage has; on all ranks after the same step.
 
         Args:
-            purpose: For what, in a few words.
+            purpose: The reason, for messages.
 
         """
         self.steps.refuse_torn()
@@ -252,10 +252,10 @@ class CyclicRun:
         """End the run: all ranks hold the newest parameters, and nothing is under way."""
         if self._model is not None:
             self.flush(RUN_END)
-            if self._model.hand_over.announced:  # a step that nobody takes, such as one whose error the module caught
+            if self._model.hand_over.announced:  # a step that no rank takes, such as one whose error the module caught
                 self._notes.check_left_out()
             if self.steps.buffers_moved:
-                self._bring_together()  # forwards without a step behind the last one
+                self._bring_together()  # forwards without a step after the last one
             with self.agreement.first_error_shown():
                 self._model.turns.close()
             self._model.ring.close()
@@ -267,10 +267,10 @@ class CyclicRun:
         self._groups.leave()
 
     def abandon(self) -> None:
-        """Take the hooks away and end the lanes, where the run has not ended as it should."""
+        """Remove the hooks and end the lanes, where the run has not ended as it should."""
         self._end_hooks()
         if self.recorder.world_size > 1:
-            # A thread that wakes up while Python shuts down takes the whole process with it, so none is left waiting.
+            # A thread that wakes up while Python shuts down ends the whole process, so none is left waiting.
             self._groups.hang_up()
         if self._model is not None:
             self._model.ring.abandon()

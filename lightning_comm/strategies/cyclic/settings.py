@@ -1,4 +1,4 @@
-"""Settings of Cyclic Data Parallelism, checked as far as they can be without a model."""
+"""Settings of Cyclic Data Parallelism, checked as far as is possible without a model."""
 
 import math
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def _is_count(value: object, least: int) -> bool:
 
 
 def checked(settings: CyclicSettings) -> CyclicSettings:
-    """Return the settings if each is in range, as far as that can be said without the number of ranks.
+    """Return the settings if each is in range, as far as that is known without the number of ranks.
 
     Raises:
         ValueError: If one is not.

@@ -1,4 +1,4 @@
-"""Errors and warnings of a step under Cyclic Data Parallelism: what only training itself can show."""
+"""Errors and warnings of a step under Cyclic Data Parallelism, which only training itself can show."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ def used_before_its_module(error: RuntimeError) -> RuntimeError:
 
 
 def once(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
-    """Return the closure, and refuse to evaluate it twice in a step: the first time hands the gradients over."""
+    """Return the closure, wrapped to refuse a second evaluation in a step: the first hands the gradients over."""
     calls = itertools.count()
 
     def evaluate() -> Any:
@@ -38,7 +38,7 @@ def once(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
 
 
 def without_backward(step: int, batch: int) -> RuntimeError:
-    """Return the error of a step that finds no gradient: that of the step before has been handed over."""
+    """Return the error of a step without a gradient: that of the step before has been handed over."""
     return RuntimeError(
         f"{WHERE}: the optimizer's `step` was called in batch {batch} of this `fit`, for optimizer step {step}, with "
         "no backward since the step before, whose gradients are handed over and not kept. Compute gradients once for "
@@ -48,7 +48,7 @@ def without_backward(step: int, batch: int) -> RuntimeError:
 
 
 def torn_step(step: int) -> RuntimeError:
-    """Return the error of a step of which one part of the gradients was handed over, and the other never will be."""
+    """Return the error of a step of which only a part of the gradients was handed over."""
     return RuntimeError(
         f"{WHERE}: optimizer step {step} ended in an error that `optimizer_step` has caught, when a part of its "
         "gradients had been sent already, so the step can neither be left out nor repeated. Call `optimizer_closure()` "
@@ -57,7 +57,7 @@ def torn_step(step: int) -> RuntimeError:
 
 
 def saved_within_step(step: int) -> RuntimeError:
-    """Return the error of a save or a validation while what a forward has computed waits for its backward."""
+    """Return the error of a save or a validation between a forward and its backward."""
     return RuntimeError(
         f"{WHERE}: in optimizer step {step} a checkpoint or a validation came between forward and backward, as in "
         "`on_before_backward`. All ranks flush for it, to the newest parameters, and the backward needs those of the "
@@ -90,7 +90,7 @@ def different_batches(step: int, own: int, others: float, world_size: int) -> Ru
 
 
 def warn_of_own_gradients(module: LightningModule) -> None:
-    """Say what the gradients are that the module's own `optimizer_step`, or its manual optimization, finds."""
+    """Warn that a module's own `optimizer_step`, or its manual optimization, finds this rank's own gradients."""
     name = type(module).__name__
     if not module.automatic_optimization:
         rank_zero_warn(
@@ -107,7 +107,7 @@ def warn_of_own_gradients(module: LightningModule) -> None:
 
 
 def warn_of_late_rate(step: int) -> None:
-    """Say that a learning rate was changed when a part of the step's gradients had been sent."""
+    """Warn that a learning rate was changed after a part of the step's gradients had been sent."""
     rank_zero_warn(
         f"{WHERE}: the learning rate was changed during the backward of optimizer step {step} or behind it, as in "
         "`on_after_backward` or `on_before_optimizer_step`, when stages may have been updated already, so it counts "
@@ -116,7 +116,7 @@ def warn_of_late_rate(step: int) -> None:
 
 
 def warn_of_different_rates(step: int, own: float, others: float) -> None:
-    """Say that the stages of each rank are updated with another learning rate."""
+    """Warn that ranks update their stages with different learning rates."""
     rank_zero_warn(
         f"{WHERE}: learning rates differ between ranks at optimizer step {step}: {own:g} on this one, {others:g} in "
         "the others' mean, summed over the parameter groups. Each rank updates the stages that it owns with its own "
@@ -145,7 +145,7 @@ def other_parameters(step: int, before: int, now: int, frozen: Sequence[str], ne
 
 
 def warn_of_another_cut() -> None:
-    """Say that a checkpoint's stages are not those of the model as it is now."""
+    """Warn that a checkpoint's stages do not fit the model as it is now."""
     rank_zero_warn(
         f"{WHERE}: the run that wrote the checkpoint trained other parameters than this one, so the model is cut into "
         "stages anew."
@@ -206,7 +206,7 @@ def compiled_whole_graph(error: Exception) -> RuntimeError:
 
 
 def late_gradient(stage: int, modules: Sequence[str]) -> RuntimeError:
-    """Return the error of a gradient that comes when its stage's have been sent."""
+    """Return the error of a gradient that is computed after those of its stage have been sent."""
     return RuntimeError(
         f"{WHERE}: a gradient of stage {stage} (modules {', '.join(modules)}) came after the stage's gradients had "
         "been sent: there was a second backward in the batch, or a part of the model under reentrant checkpointing "
@@ -215,7 +215,7 @@ def late_gradient(stage: int, modules: Sequence[str]) -> RuntimeError:
 
 
 def without_gradient(step: int, names: Sequence[str]) -> RuntimeError:
-    """Return the error of parameters that had no part in a step."""
+    """Return the error of parameters that took no part in a step."""
     return RuntimeError(
         f"{WHERE}: {len(names)} parameter(s) had no part in the loss of step {step}, so their gradient, which other "
         f"ranks wait for, does not exist: {', '.join(names[:8])}. Use them in every step, or freeze them with "

@@ -1,9 +1,8 @@
 """The optimizer steps of one ``fit`` under Cyclic Data Parallelism, as Lightning's hooks bring them.
 
-:meth:`CyclicSteps.begin_forward` opens a step; at the first call of a stage's modules the version that the schedule
-says is put in place; when the gradients of a stage are ready they are handed to the ring;
-:meth:`CyclicSteps.count_step` closes the step. In the first step of a run the forward is traced instead, and the model
-is cut before its backward.
+:meth:`CyclicSteps.begin_forward` opens a step. At the first call of a stage's modules the version by the schedule is
+put in place. When the gradients of a stage are ready, they are handed to the ring. :meth:`CyclicSteps.count_step`
+closes the step. In the first step of a run the forward is traced instead, and the model is cut before its backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,17 +26,18 @@ from lightning_comm.transport.cyclic.stagger import NoTurns, Turns
 
 
 class CyclicSteps:
-    """The step that is under way: what has been computed of it, and what is refused in the middle of it.
+    """The step under way: what has been computed of it, and what is refused in the middle of it.
 
-    Automatic optimization opens and closes a step by Lightning's hooks. By hand a batch may hold several steps or none,
-    forwards and backwards may come in any order, and the module may catch an error: so much of the state is needed.
+    Under automatic optimization Lightning's hooks open and close a step. Under manual optimization a batch may have
+    several steps or none, forwards and backwards may come in any order, and the module may catch an error: therefore
+    all of these attributes.
 
     Args:
         fit: What all parts of the run share.
         optimizer: The user's.
         notes: What ranks note of each step.
         cutter: Watches the first forward.
-        use_stages: Called with the stages that it has led to; it calls :meth:`use`.
+        use_stages: Called with the stages of the cut; it calls :meth:`use`.
 
     Attributes:
         awaits_backward: Whether what a forward has computed waits for its backward.
@@ -89,7 +89,7 @@ class CyclicSteps:
                 self._handles.append(handle)
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         self._cutter.close()
         for handle in self._handles:
             handle.remove()
@@ -111,7 +111,7 @@ class CyclicSteps:
             self._model.hand_over.add(stage, parameter)
 
     def before_optimizer(self, optimizer: Optimizer, *_: Any) -> None:
-        """Refuse a step of the optimizer that passes by the strategy."""
+        """Refuse a step of the optimizer that bypasses the strategy."""
         # stages have copies of it, which call this as well
         if self._progress.active and optimizer is self._optimizer.optimizer and not self._due:
             raise step_errors.stepped_past(optimizer, self._progress.steps_done, self._notes.batch)
@@ -143,7 +143,7 @@ class CyclicSteps:
             self._enter(0)
 
     def _enter(self, stage: int) -> None:
-        """Put the version in place with which this step computes; at the first call of each step."""
+        """Put in place the version with which this step computes; at the first call in each step."""
         if self._model is None or stage in self._entered:
             return
         self._entered.add(stage)
@@ -164,7 +164,7 @@ class CyclicSteps:
             self._turns.reach(len(self._model.stages))
 
     def end_backward(self) -> None:
-        """Hand over what no hook has, and refuse parameters that had no part in the step."""
+        """Hand over the gradients that no hook has, and refuse parameters that took no part in the step."""
         self._turns.end_batch()
         self.awaits_backward = False
         if self._progress.active and self._at_once and self._model is not None:
@@ -196,7 +196,7 @@ class CyclicSteps:
         self._optimizer.refuse_changed()
 
     def complete(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Return the closure; when it is done, what no hook has is handed over."""
+        """Return the closure, wrapped to hand over, after it, the gradients that no hook has."""
 
         def evaluate() -> Any:
             output = closure()
@@ -212,7 +212,7 @@ class CyclicSteps:
         self._torn = self._model is not None and self._model.hand_over.begun
 
     def count_step(self) -> None:
-        """Close the step; called after what Lightning takes for the optimizer's step."""
+        """Close the step; called after the optimizer's step, as Lightning sees it."""
         self._turns.end_batch()
         if not self._progress.active or not self._due:
             return
@@ -229,7 +229,7 @@ class CyclicSteps:
         self._entered.clear()
         self._notes.end_step()
         if self._manual:
-            self._enter_start()  # its parameters may be used for a further step of this batch, before any module is
+            self._enter_start()  # parameters may be used in a further step of this batch before any module is called
 
     def end_batch(self) -> bool:
         """Close the batch, however it ended; return whether there was a step since the last one."""
@@ -239,7 +239,7 @@ class CyclicSteps:
         return counted
 
     def refuse_torn(self) -> None:
-        """Refuse to go on behind a step of which only a part has been sent."""
+        """Refuse to go on after a step of which only a part has been sent."""
         if self._torn:
             raise step_errors.torn_step(self._progress.steps_done)
 

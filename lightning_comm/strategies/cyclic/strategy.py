@@ -1,7 +1,7 @@
-"""Cyclic Data Parallelism as a Lightning strategy: a thin shell that sets up, asks `core` and calls `transport`.
+"""The Lightning strategy of Cyclic Data Parallelism: a shell that hands Lightning's calls on.
 
-Longer than other files, since Lightning wants all of it in one subclass: what each method does beside Lightning's own
-work is asked of the run, of its hooks and of what all strategies share (:mod:`lightning_comm.strategies.common`).
+Longer than other files, since Lightning needs all of it in one subclass. The work is done by the run, by its hooks and
+by what all strategies share (:mod:`lightning_comm.strategies.common`).
 """
 
 import os
@@ -25,7 +25,7 @@ from lightning_comm.lightning_internals import is_own_closure, load_skipped_load
 from lightning_comm.ondevice.cyclic.update import ClipBy
 from lightning_comm.ondevice.optimizer.step_messages import FirstSteps
 from lightning_comm.strategies.checkpoints.whole_files import with_default
-from lightning_comm.strategies.common.hooks import is_accompanied
+from lightning_comm.strategies.common.hooks import has_hook_callback
 from lightning_comm.strategies.common.launching import LaunchingArguments, launching_arguments
 from lightning_comm.strategies.common.support import RunSupport, restore_random_state
 from lightning_comm.strategies.cyclic import clipping, refusals, step_errors
@@ -50,55 +50,40 @@ _BUCKET_BYTES = 2**25  # of the broadcast at the start
 class CyclicStrategy(DDPStrategy):
     """Let ranks take turns: gradients and new parameters travel round a ring, stage by stage, beside compute.
 
-    The model is cut into *stages* in the order in which its modules run. As soon as backward has passed a stage, its
-    gradient is added to the sum that comes round the ring; at its end the stage's *owner* updates it, and the new
-    version goes on round the ring. No rank waits for all others at the end of a step. Instead some compute with
-    parameters that are one update old: under rule ``"v2"`` a rank uses the newest version where its turn comes late
-    enough for it, (N - 1) / 2N of all stages and ranks are stale, and under ``"v1"`` all are.
-
-    Registered as ``cyclic`` and ``cyclic_v1``, each also with ``_spawn``, ``_fork`` and ``_notebook`` for the way
-    processes are started.
+    The model is cut into *stages* in the order in which its modules run. Once backward has passed a stage, its gradient
+    is added to the sum that travels round a ring of ranks. Then the stage's *owner* updates it, and the new version
+    travels round the ring too. No rank waits for all others at the end of a step; in exchange some stages are computed
+    with parameters that are one update old: all under rule ``"v1"``, (N - 1) / 2N of them under ``"v2"``. Registered as
+    ``cyclic`` and ``cyclic_v1``. The card ``docs/techniques/cyclic.md`` has the details.
 
     Args:
         rule: ``"v2"`` or ``"v1"``, as above.
-        lag: For rule ``"v2"`` with as many stages as ranks: so many ranks more are stale at each stage. 1 takes away
-            the messages without slack, and the number of ranks gives ``"v1"``.
-        warmup_sync_steps: So many optimizer steps at first all compute with the newest parameters, as under DDP. They
-            count from the beginning of the run: a ``fit`` and those that resume it.
-        stages: How many, a multiple of the number of ranks; or the name of the first module of each
-            (:attr:`stages_by_first_module` of an earlier run); ``None`` for three for each rank where the model has as
-            many modules. A number is cut so that stages share the multiply-adds and the bytes about equally, counted in
-            the first forward.
-        stagger: ``"step"``: each rank starts a batch 1/N of its time after the one before it, which lowers the sum of
-            activations where ranks share a memory, and costs about what a barrier costs; ``"none"``: ranks start when
-            they can.
-        clip_norm: The largest norm of a gradient, where the Trainer does not say it; ``None`` leaves it to
-            ``Trainer(gradient_clip_val=...)``.
-        clip_by: By which norm, since that of the whole gradient is not known when the first stages are updated.
-            ``"stage"``: each stage's gradient is clipped by its own; ``"previous_norm"``: by the norm of the whole
-            gradient of the step before, and in the first step by stage. ``None`` takes ``"stage"`` for ``clip_norm``,
-            and is refused where the Trainer clips by norm. ``gradient_clip_algorithm="value"`` needs no choice.
-        launching: As in Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout``, ``start_method`` and the
-            others of :class:`LaunchingArguments`. With ``"gloo"`` messages of CUDA devices go through pinned memory of
-            the host.
+        lag: For ``"v2"`` with as many stages as ranks: this many more ranks are stale at each stage.
+        warmup_sync_steps: The first optimizer steps of the run, in which all stages are computed with the newest
+            parameters, as under DDP.
+        stages: Their number, a multiple of the number of ranks; or the name of the first module of each
+            (:attr:`stages_by_first_module` of an earlier run); ``None``: three a rank, if the model has enough modules.
+        stagger: ``"step"``: each rank starts a batch 1/N of its time after the rank before it, for ranks that share a
+            memory; ``"none"``: ranks start when they can.
+        clip_norm: The largest norm of a gradient, if ``Trainer(gradient_clip_val=...)`` does not set it.
+        clip_by: The norm that is clipped by: ``"stage"``, that of each stage's gradient; ``"previous_norm"``, that of
+            the whole gradient of the step before. Required where the Trainer clips by norm; ``None`` is ``"stage"`` for
+            ``clip_norm``.
+        launching: :class:`LaunchingArguments`, as in Lightning's ``DDPStrategy``.
 
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: At set-up, if the Trainer, the model or the optimizer cannot work with it.
 
     Note:
-        *Communication.* For each stage and step the gradient goes from rank to rank in N - 1 messages, and so does the
-        new version: 2 (N - 1) / N of the model a rank and step, as in a ring all-reduce, from neighbour to neighbour.
+        *Communication.* A rank sends 2 (N - 1) / N of the model in a step, as in a ring all-reduce. Before validation,
+        checkpoints and the end of training all ranks wait for the newest version of every stage (a *flush*), and
+        average buffers.
 
-        *Flush.* Before validation, checkpoints and the end of training all ranks take the newest version of everything,
-        and average buffers (BatchNorm). The step after a flush computes with it everywhere, so where flushes fall is a
-        part of the run.
+        *Gradients* are sent during backward, so ``on_after_backward`` and ``on_before_optimizer_step`` find none.
 
-        *Gradients.* Are handed over during backward, so ``on_after_backward`` and ``on_before_optimizer_step`` find
-        none; under manual optimization they are when the optimizer's ``step`` is called.
-
-        *Memory.* Optimizer state of the owned stages only, 1/N; a copy of these stages; and up to two versions of
-        other stages that wait to be used. The card ``docs/techniques/cyclic.md`` has the details.
+        *Memory.* Optimizer state of the owned stages alone, about 1/N; a copy of these stages; up to two versions of
+        other stages that wait to be used.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -137,7 +122,7 @@ class CyclicStrategy(DDPStrategy):
         self._warned_of_gradients = False
         self._first_steps = FirstSteps(WHERE)
 
-    # ---- what can be seen ----------------------------------------------------------------------------------------
+    # ---- for users and callbacks ----------------------------------------------------------------------------------
 
     @property
     def ledger(self) -> CommLedger:
@@ -234,7 +219,7 @@ class CyclicStrategy(DDPStrategy):
         assert trainer is not None
         assert interruptions is not None
         assert self._hooks is not None
-        if not is_accompanied(trainer):
+        if not has_hook_callback(trainer):
             refusals.check_trial(run.active, run.steps_done)
             return
         load_skipped_loader_states(trainer)
@@ -317,7 +302,7 @@ class CyclicStrategy(DDPStrategy):
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def _can_meet(self) -> bool:
-        """Whether ranks can be brought together for a checkpoint: in the last ``fit`` of this model, or after it."""
+        """Whether ranks can meet for a checkpoint: in the last ``fit`` of this model, or after it."""
         run, support = self._run, self._support
         return run is not None and support.has_fitted(run) and not (support.interrupted or run.failed)
 

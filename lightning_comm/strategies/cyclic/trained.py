@@ -1,4 +1,4 @@
-"""The parameters that are trained: whether the stages are still theirs, and the error where they are not."""
+"""The parameters that are trained: whether the stages still have exactly these, and the error if not."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from lightning_comm.strategies.cyclic import step_errors
 
 
 def names_of(module: nn.Module, trained: Sequence[Parameter]) -> list[str]:
-    """Return the names of the parameters of a module that are trained, in its order."""
+    """Return the names of the trained parameters of a module, in its order."""
     ids = {id(each) for each in trained}
     return [name for name, each in module.named_parameters() if id(each) in ids]
 
@@ -21,10 +21,10 @@ def are_of(stages: Sequence[Stage], module: nn.Module, trained: Sequence[Paramet
 
 
 def check(stages: Sequence[Stage], module: nn.Module, trained: Sequence[Parameter], step: int) -> None:
-    """Refuse new stages that are not of what is trained on this rank, or since the forward has begun.
+    """Refuse new stages that do not have the parameters trained on this rank, now and when the forward began.
 
     Raises:
-        RuntimeError: If they are not.
+        RuntimeError: If they do not.
 
     """
     if not are_of(stages, module, trained):

@@ -1,4 +1,4 @@
-"""The user's optimizer, which steps on nothing itself: the stages are updated by copies of it, on their owners."""
+"""The user's optimizer, which updates nothing itself: copies of it update the stages, on their owners."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from lightning_comm.strategies.cyclic.fit import Fit
 
 
 class UserOptimizer:
-    """Refuses what is done to an optimizer in the middle of a run and does not reach the copies that update stages.
+    """The user's optimizer, and errors for changes to it in the middle of a run that its copies would not see.
 
     Args:
         fit: What all parts of the run share.
@@ -50,12 +50,12 @@ class UserOptimizer:
             self._handle = self.optimizer.register_step_pre_hook(before_step)
 
     def begin_stages(self, stages: Sequence[Stage]) -> None:
-        """Expect it to stay as it is now that its state has been handed to the stages."""
+        """Refuse changes from now on, since its state has been handed to the stages."""
         self._stages = stages
         self._guard = OptimizerGuard(self.optimizer)
 
     def end_step(self) -> None:
-        """Note how its own step has left it."""
+        """Note its state after its own step."""
         if self._guard is not None:
             self._guard.note()
 
@@ -70,7 +70,7 @@ class UserOptimizer:
             raise self.other_parameters()
 
     def refuse_changed(self) -> None:
-        """Refuse what has been changed on it since its own last step."""
+        """Refuse changes to it since its own last step."""
         self.refuse_others()
         if self._guard is not None and (found := self._guard.changed()):
             raise step_errors.changed_optimizer(self.optimizer, self._fit.progress.steps_done, found)
@@ -80,7 +80,7 @@ class UserOptimizer:
         return trained.others(self._stages, self._fit.module, self.trained(), self._fit.progress.steps_done)
 
     def close(self) -> None:
-        """Watch its steps no more."""
+        """Stop watching its steps."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None

@@ -1,4 +1,4 @@
-"""The versions of a model's stages that it holds: put in place as the schedule says, and watched until the next one."""
+"""The versions of a model's stages: put in place by the schedule, and watched for changes until the next one."""
 
 import time
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ _NOTICEABLE_S = 5e-5  # shorter waits are not worth a record
 
 
 class ModelVersions:
-    """Writes new versions into the model's parameters; by the thread that trains, between a backward and a forward.
+    """Writes new versions into the model's parameters, in the thread that trains, between a backward and a forward.
 
     Args:
         fit: What all parts of the run share.
         schedule: Which version is used when.
         stages: Of the model.
         parameters: Those of each stage.
-        ring: Brings the versions.
+        ring: Receives the versions.
 
     """
 
@@ -45,7 +45,7 @@ class ModelVersions:
             self._contents.note(number)
 
     def use_in_step(self, stage: int) -> None:
-        """Put the version in place with which the step under way computes."""
+        """Put in place the version with which the step under way computes."""
         progress = self._fit.progress
         rank = self._fit.recorder.rank
         version = self._schedule.version(rank, stage, progress.steps_done, progress.flushed_at)
@@ -67,7 +67,7 @@ class ModelVersions:
                     self._put_in_place(stage, newest)
 
     def check_unchanged(self, *, wait: bool = False) -> None:
-        """Refuse parameters that somebody else has changed since their version was put in place.
+        """Refuse parameters that were changed by other code since their version was put in place.
 
         Args:
             wait: Whether to wait for the device to compare them.

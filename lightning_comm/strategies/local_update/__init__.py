@@ -1,1 +1,1 @@
-"""Local updates as a Lightning strategy."""
+"""The Lightning strategy of local updates."""

@@ -1,4 +1,4 @@
-"""Validations and checkpoints of a run to come that fall into the middle of a round, counted before it."""
+"""Validations and checkpoints that will fall into the middle of a round, counted before the run."""
 
 from collections.abc import Container, Iterator
 
@@ -13,21 +13,21 @@ _MOST_EVENTS = 200_000  # about a second
 
 
 class TooLong(Exception):
-    """A run has too many validations and checkpoints to look at each before it."""
+    """The error of a run with too many validations and checkpoints to look at each in advance."""
 
 
 def averages_in_mid_round(
     trainer: Trainer, run: LocalUpdateRun, steps: int, apart_from: int, ends: Container[int] | None, *, sure: bool
 ) -> tuple[int, int]:
-    """Return how often ranks have to be averaged for validations, and at most for checkpoints, in mid-round.
+    """Return how often ranks will be averaged for validations, and at most for checkpoints, in mid-round.
 
     Args:
         trainer: When training starts.
         run: Its rounds.
         steps: Optimizer steps to come.
-        apart_from: After how many steps ranks run apart.
-        ends: After which steps ranks synchronise, or ``None`` where that is not sure: then all are counted.
-        sure: Whether the run takes as many steps, and so is averaged after the last of them.
+        apart_from: After how many steps ranks train apart.
+        ends: After which steps ranks synchronise, or ``None`` where that is uncertain: then all are counted.
+        sure: Whether the run certainly takes this many steps, and so is averaged after the last of them.
 
     Raises:
         TooLong: If there are too many to look at each.
@@ -44,7 +44,7 @@ def averages_in_mid_round(
             continue
         validates = _validates(trainer, batch)
         evaluations += validates and averaged
-        shown = validates and averaged  # then the average is in place for what is saved behind a validation
+        shown = validates and averaged  # then the average is still in place for a checkpoint after a validation
         checkpoints += sum(
             plan.files for plan in plans if _saves(plan, batch, trainer.global_step + batch.steps, validates, shown)
         )
@@ -52,7 +52,7 @@ def averages_in_mid_round(
 
 
 def not_foreseen(trainer: Trainer, run: LocalUpdateRun) -> list[str]:
-    """Return what else may average ranks in mid-round and cannot be counted before, in words."""
+    """Return a text of what else may average ranks in mid-round and cannot be counted in advance."""
     averaged = trainer.enable_validation and run.settings.evaluate_weights == "average"
     savers = [each for each in getattr(trainer, "callbacks", []) if isinstance(each, Checkpoint)]
     plans, said = _save_plans(trainer), []
@@ -76,7 +76,7 @@ def _save_plans(trainer: Trainer) -> list[SavePlan]:
 
 
 def _batches_to_look_at(trainer: Trainer, plans: list[SavePlan], steps: int) -> Iterator[Batch]:
-    """Yield the batches behind which there may be a validation or a checkpoint, in their order."""
+    """Yield the batches after which there may be a validation or a checkpoint, in their order."""
     plans = [plan for plan in plans if plan.files and not plan.by_the_clock]
     if not plans and _validation_every(trainer) is None:
         return
@@ -97,7 +97,7 @@ def _validation_every(trainer: Trainer) -> int | None:
 
 
 def _validations(trainer: Trainer, stretch: Stretch) -> range:
-    """Return the numbers of the batches behind which validation may run."""
+    """Return the numbers of the batches after which validation may run."""
     every = _validation_every(trainer)
     if every is None:
         return range(0)
@@ -106,7 +106,7 @@ def _validations(trainer: Trainer, stretch: Stretch) -> range:
 
 
 def _saved_steps(plan: SavePlan, stretch: Stretch, steps_before: int) -> range | list[int]:
-    """Return the numbers of the batches behind which a checkpoint is saved because of its step."""
+    """Return the numbers of the batches after which a checkpoint is saved because of its step."""
     if not plan.every_n_steps:
         return range(0)
     first = steps_before + stretch.steps

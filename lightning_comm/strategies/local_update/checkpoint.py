@@ -1,9 +1,8 @@
-"""Checkpoints in two parts: one file for everybody, and beside it one small folder with each rank's own state.
+"""Checkpoints in two parts: one file for all ranks, and beside it a folder with each rank's own state.
 
-The main file is an ordinary Lightning checkpoint with averaged weights. What only one rank knows (its own weights in
-the middle of a round, its optimizer, its place in the data, its random state) is in a file of its own beside it.
-Both carry the same token, the id of the save (:mod:`lightning_comm.strategies.checkpoints.sets`), so a rank file of
-another save is never mistaken for this one's.
+The main file is an ordinary Lightning checkpoint with averaged weights. The state of a single rank (its own weights in
+the middle of a round, its optimizer, its place in the data, its random state) is in a file of its own. Both have the id
+of the save (:mod:`lightning_comm.strategies.checkpoints.sets`), so a rank file of another save is never used.
 """
 
 from collections.abc import Callable
@@ -37,19 +36,19 @@ from lightning_comm.transport.temporary_average import TemporaryAverage
 ENTRY = StrategyEntry("lightning_comm.local_update", version=1)
 WHERE = "LocalUpdateStrategy"
 
-# What Lightning restores from the checkpoint and what differs between ranks. The precision plugin's state has the
-# plugin's class name for its key, and is added by name.
+# Entries that Lightning restores and that differ between ranks. The state of the precision plugin is added by the name
+# of its class.
 RANK_KEYS = ("optimizer_states", "lr_schedulers", "loops")
 
 
 @dataclass(frozen=True)
 class Resume:
-    """How far a checkpoint can bring a run back.
+    """The state from a checkpoint that a run resumes from.
 
     Args:
         shared: The strategy's entry of the main file, or ``None`` if another strategy wrote it.
         own: This rank's file, or ``None`` if it cannot be used; the same on all ranks.
-        masks: Those in the main file, whichever of our strategies wrote it, or ``None`` without any.
+        masks: The masks in the main file, whichever of our strategies wrote it, or ``None`` without any.
 
     """
 
@@ -83,7 +82,7 @@ def put_shared_state(
 
 
 def own_state(run: LocalUpdateRun, lightning_state: dict[str, Any]) -> dict[str, Any]:
-    """Return what only this rank knows: the content of its file."""
+    """Return the state of this rank alone: the content of its file."""
     weights = run.mid_round.weights
     return {
         "apart": run.rounds.apart,
@@ -111,7 +110,7 @@ def write(
         run: The run.
         checkpoint: Takes the entry.
         filepath: Of the main file.
-        from_rank_0: Gives all ranks what rank 0 has.
+        from_rank_0: Gives all ranks rank 0's value.
 
     Returns:
         The save, whose main file is still to be written.
@@ -130,12 +129,12 @@ def write(
 
 
 def saves_rounds(support: RunSupport, run: LocalUpdateRun | None) -> bool:
-    """Whether ranks run under the strategy's rounds, or did in the last ``fit``; not in a tuner's trial run."""
+    """Whether ranks train in the strategy's rounds, or did in the last ``fit``; not in a tuner's trial run."""
     return support.has_fitted(run) and run is not None and run.active
 
 
 def can_meet(support: RunSupport, run: LocalUpdateRun | None) -> bool:
-    """Whether the ranks of such a run can be brought together: none has failed."""
+    """Whether the ranks of such a run can meet: none has failed."""
     return saves_rounds(support, run) and not (support.interrupted or (run is not None and run.failed))
 
 
@@ -147,7 +146,7 @@ def save(
     filepath: _PATH,
     by_lightning: Callable[[dict[str, Any], _PATH], None],
 ) -> None:
-    """Save what there is: averaged weights with the files of all ranks, or what this rank has after a failure.
+    """Save averaged weights with the files of all ranks, or after a failure what this rank has.
 
     Args:
         strategy: The strategy.
@@ -185,7 +184,7 @@ def write_together(
         run: The run.
         checkpoint: What Lightning has collected, with averaged weights.
         filepath: Of the main file.
-        from_rank_0: Gives all ranks what rank 0 has.
+        from_rank_0: Gives all ranks rank 0's value.
         by_lightning: Lightning's way to write it.
 
     """
@@ -200,7 +199,7 @@ def write_together(
 
 
 def mark_incomplete(run: LocalUpdateRun, checkpoint: dict[str, Any], filepath: _PATH) -> None:
-    """Say in a checkpoint, and to people, that it was written when ranks could not meet any more."""
+    """Mark a checkpoint as written when ranks could not meet any more, and warn of it."""
     put_shared_state(run, checkpoint, "", complete=False, averaged=not run.rounds.apart)
     Save(str(filepath)).write(checkpoint, incomplete=True)
     weights = "those of rank 0 alone, in the middle of a round" if run.rounds.apart else "averaged, as ranks last met"
@@ -212,12 +211,12 @@ def mark_incomplete(run: LocalUpdateRun, checkpoint: dict[str, Any], filepath: _
 
 
 def kept_from_change(checkpoint: dict[str, Any], weights: TemporaryAverage, io: CheckpointIO) -> dict[str, Any]:
-    """Return a checkpoint that stays as it is when ranks have their own weights back.
+    """Return a checkpoint that does not change when each rank's own weights are restored.
 
     Note:
-        *Memory.* Nothing where the file is written before that, as Lightning's own way does. With another
-        ``CheckpointIO``, which may write it later, a copy of the averaged tensors that are saved. Those that share
-        memory (tied weights) share that of the copy.
+        *Memory.* None where the file is written before that, as by Lightning's own ``CheckpointIO``. With another,
+        which may write later, a copy of the averaged tensors that are saved. Tensors that share memory (tied weights)
+        share it in the copy.
 
     """
     changing = weights.storages
@@ -289,7 +288,7 @@ def saved_alpha(resume: Resume | None) -> float | None:
 
 
 def _warn_new_round(filepath: _PATH, reason: str, averaged: bool, masks: bool, optimizer: bool) -> None:
-    """Say that a run goes on from the averaged state, not from where each rank was."""
+    """Warn that a run goes on from the averaged state, not from the state of each rank."""
     weights = "the averaged weights" if averaged else "the weights of the rank that wrote it"
     weights += ", the masks" if masks else ""
     weights += " and the optimizer state in the file" if optimizer else " in the file, which has no optimizer state"

@@ -105,7 +105,7 @@ def optimizer_problems(module: LightningModule, optimizers: list[Optimizer], set
 
 
 def length_problems(trainer: Trainer, module: LightningModule, settings: Settings) -> Iterator[str]:
-    """Yield a share of the run where its length cannot be known, as far as that is seen without the data.
+    """Yield a problem if ``gradient_steps`` is a share of a run of unknown length, as far as is seen without the data.
 
     The rest is refused when training starts, by :func:`gradient_steps`.
     """
@@ -135,7 +135,7 @@ def gradient_steps(settings: Settings, total: int | None, *, automatic: bool = T
     Args:
         settings: What the user chose.
         total: Optimizer steps of the run, from its beginning, if known.
-        automatic: Whether Lightning steps the optimizer, which decides what helps where the length is not known.
+        automatic: Whether Lightning steps the optimizer; the advice for an unknown length depends on it.
 
     """
     if isinstance(settings.gradient_steps, int):
@@ -148,7 +148,7 @@ def gradient_steps(settings: Settings, total: int | None, *, automatic: bool = T
 
 
 def warn_at_start(trainer: Trainer, settings: Settings, total: int | None, world_size: int) -> None:
-    """Say what will run, but probably not as meant."""
+    """Warn of settings that will run, but probably not as intended."""
     rule = settings.period
     grows = type(rule) in (PowerPeriod, QuadraticPeriod) and getattr(rule, "alpha", None) != 0
     if world_size == 1:
@@ -182,7 +182,7 @@ def warn_at_start(trainer: Trainer, settings: Settings, total: int | None, world
 
 
 def warn_of_uncounted_steps(steps_done: int) -> None:
-    """Say that an epoch ended without a step of the counted optimizer, so that nothing is averaged."""
+    """Warn if an epoch ended without a step of the counted optimizer, so that nothing is averaged."""
     if steps_done == 0:
         rank_zero_warn(
             f"{_WHERE}: no step of the counted optimizer was seen in a whole epoch, so ranks are not averaged until "

@@ -1,4 +1,4 @@
-"""Numbers that an optimizer keeps for all parameters together, where states are averaged: they stay local."""
+"""Numbers that an optimizer keeps for a whole group of parameters: they stay local where states are averaged."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ class GroupNumbers:
     Whole numbers count steps, which all ranks take alike.
 
     Args:
-        where: Who asks, for the message.
+        where: The strategy, for the message.
 
     """
 
@@ -26,7 +26,7 @@ class GroupNumbers:
         self._before: Numbers = {}
 
     def noting(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Return the closure; when it is done, the numbers are noted, before the optimizer goes on."""
+        """Return the closure, wrapped so that the numbers are noted after it, before the optimizer steps."""
         self._before = {}
 
         def run() -> Any:
@@ -37,7 +37,7 @@ class GroupNumbers:
         return run
 
     def look(self, optimizer: Optimizer) -> None:
-        """Look for numbers that have changed since; after the step."""
+        """Look for numbers that the step has changed; called after it."""
         before, self._before = self._before, {}
         if not before or not (names := changed(before, _fractions(optimizer))):
             return

@@ -1,4 +1,4 @@
-"""Moments of a ``fit`` under local updates at which Lightning calls no strategy: the hook callback hands them on."""
+"""The hooks of a ``fit`` under local updates, which the hook callback calls."""
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,7 +14,7 @@ from lightning_comm.strategies.local_update.run import LocalUpdateRun
 
 
 class LocalUpdateHooks:
-    """What one ``fit`` does at these moments.
+    """The hooks of one ``fit``.
 
     Args:
         trainer: The Trainer.
@@ -27,12 +27,12 @@ class LocalUpdateHooks:
         self._trainer = trainer
         self._run = run
         self._interruptions = interruptions
-        self._logs_checked = 0  # values that were logged when they were last looked at
+        self._logs_checked = 0  # how many values had been logged at the last check
         self._unregistered: UnregisteredState | None = None
         self.hooks = FitHooks(self._end_batch, self._end_epoch, self._begin_evaluation, run.finish, self._note_failure)
 
     def begin_training(self) -> None:
-        """Look at what the module and callbacks keep beside parameters and buffers."""
+        """Begin to watch tensors that module and callbacks keep beside parameters and buffers."""
         self._unregistered = UnregisteredState(WHERE, self._trainer, self._trainer.lightning_module)
 
     def _end_batch(self) -> None:

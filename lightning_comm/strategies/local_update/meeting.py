@@ -1,6 +1,6 @@
-"""Meetings of ranks: one status row from each, what they say of it, and how a rank waits for the others there.
+"""Meetings of ranks: the exchange of rank status, what follows from it, and how a rank waits for the others.
 
-Knows neither Lightning nor DDP: what it needs of whoever trains is :class:`Training`.
+Knows neither Lightning nor DDP: what it needs of the training loop is in :class:`Training`.
 """
 
 import time
@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_comm.core.local_update.clock import RoundClock
 from lightning_comm.ondevice.device_clock import DeviceClock
 from lightning_comm.strategies.common import rank_status
-from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.strategies.common.rank_status import RankStatus
 from lightning_comm.strategies.local_update.sample_weights import SampleWeights
 from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.model_average import ModelAverage
@@ -22,11 +22,11 @@ from lightning_comm.transport.overlapped_average import OverlappedAverage
 from lightning_comm.transport.recording import Pending, Recorder
 from lightning_comm.transport.stop_protocol import Agreement, PeerFailure, Position
 
-_LOOK_S = 0.0002  # how often a rank that waits looks whether the others are there
+_LOOK_S = 0.0002  # how often a waiting rank looks whether the others have arrived
 
 
 class Training(Protocol):
-    """What rounds ask of whoever trains."""
+    """The training loop, as rounds see it."""
 
     @property
     def goes_on(self) -> bool:
@@ -39,7 +39,7 @@ class Training(Protocol):
         ...
 
     def learning_rate(self) -> float:
-        """Return the rate that the length of a round follows."""
+        """Return the learning rate by which the length of a round is chosen."""
         ...
 
     def averaged_state(self) -> list[Tensor]:
@@ -59,16 +59,16 @@ class Training(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What the rounds of a run are made of.
+    """The parts of which the rounds of a run are made.
 
     Args:
-        training: Whoever trains.
-        clock: Counts steps and says when a round is over.
+        training: The training loop.
+        clock: Counts steps and knows when a round is over.
         model: Averages the model.
         overlapped: The average in the background.
-        samples: What this rank counts for.
+        samples: The weight of this rank.
         recorder: Sends and records, to the members of the rounds.
-        agreement: How single ranks ask for a stop.
+        agreement: The agreement of ranks on stops.
         ends: Compares where ranks end their epochs.
         device_clock: Takes times.
         device: Where the backend wants its messages.
@@ -88,13 +88,13 @@ class Parts:
 
 
 class Meeting:
-    """Where all ranks of a round meet.
+    """The exchange in which all ranks of a round meet.
 
     Args:
         parts: Those of the run.
 
     Note:
-        *Communication.* One row of a few numbers from each rank, of which rank 0's says how long the next round is.
+        *Communication.* The rank status of each rank; that of rank 0 has the length of the next round.
 
     """
 
@@ -110,16 +110,16 @@ class Meeting:
         self._warned_of_rates = False
 
     def meet(
-        self, *, decide: bool = False, stand: bool = False, answering: bool = False, averages: bool = True
-    ) -> list[ControlRow]:
-        """Exchange one status row a rank; return all of them.
+        self, *, decide: bool = False, stops_apart: bool = False, answering: bool = False, averages: bool = True
+    ) -> list[RankStatus]:
+        """Exchange the rank status; return that of all ranks.
 
         Args:
             decide: Whether rank 0 chooses the length of the next round.
-            stand: Whether to say that ranks stop where they stand.
+            stops_apart: Whether to announce that ranks stop at different steps, each where it is.
             answering: Whether this rank agrees to requests while it waits. Only at the end of a step, where it can
                 still carry them out at that step.
-            averages: Whether an average may follow, for which tensors are looked at: what is averaged is read once.
+            averages: Whether an average may follow; then the tensors to average are read once, to inspect them.
 
         """
         self._overlapped.wait()  # on CUDA, two groups that send at once may wait for each other
@@ -130,13 +130,13 @@ class Meeting:
                 steps = self._clock.decide(self._training.learning_rate())
             except ValueError as caught:
                 error, steps = caught, rank_status.FAILED
-        row = ControlRow(
+        row = RankStatus(
             next_steps=steps,
             lr=self._training.learning_rate(),
             steps_done=self._clock.steps_done,
             layout=self._model.tensors.layout(self._training.averaged_state()),
             urgent=self._agreement.urgent,
-            stands=stand,
+            stops_apart=stops_apart,
             samples=self._samples.sent,
         )
         wait = self._wait_answering if answering else self._wait
@@ -149,8 +149,8 @@ class Meeting:
             raise PeerFailure("rank 0 could not choose the next period; its own message says why")
         return rows
 
-    def exchange(self, row: ControlRow) -> list[ControlRow]:
-        """Exchange a row of another content, of which nothing is known before."""
+    def exchange(self, row: RankStatus) -> list[RankStatus]:
+        """Exchange a rank status of other content, without answering requests meanwhile."""
         return rank_status.exchange(row, self._recorder, self._device, Pending.wait)
 
     def _look(self) -> dict[str, bool | Tensor]:
@@ -158,8 +158,8 @@ class Meeting:
         state = self._training.averaged_state()
         return self._model.tensors.look(state, overlapped.corrections, sending=overlapped.is_sending)
 
-    def check(self, rows: list[ControlRow]) -> None:
-        """Refuse ranks that would not average the same, and learn what has changed that is averaged then too.
+    def check(self, rows: list[RankStatus]) -> None:
+        """Refuse ranks that would average different tensors, and agree on frozen parameters that have changed.
 
         Raises:
             RuntimeError: On every rank alike.
@@ -171,18 +171,18 @@ class Meeting:
             self._warned_of_rates = True
             self._training.warn(warning)
 
-    def weight(self, rows: list[ControlRow]) -> float | None:
-        """Return what this rank counts for in an average now; ``None`` if all count equally."""
+    def weight(self, rows: list[RankStatus]) -> float | None:
+        """Return the weight of this rank in an average now; ``None`` if all weights are equal."""
         return self._samples.weight_of(self._recorder.members, rows)
 
     def exchange_weight(self) -> float | None:
-        """Return the same where no meeting has told it: where counts matter, ranks exchange them here."""
+        """Return the same where no meeting came before; if averages are weighted, ranks exchange their counts here."""
         self._overlapped.wait()
         self._model.agree_on_moved()
         return self._samples.exchange(self._recorder, self._device, self._wait)
 
     def answer(self) -> bool:
-        """Answer requests while this rank waits, and hear of failures; return whether ranks stop where they stand."""
+        """Answer requests while this rank waits, and hear of failures; return whether each rank stops where it is."""
         decision = self._agreement.poll_while_blocked(self._training.position)
         return decision is not None and decision.at_step is None
 
@@ -207,8 +207,8 @@ class Meeting:
         pending.wait()
 
 
-def _different_rates(rows: list[ControlRow]) -> str | None:
-    """Return what to say of learning rates that differ between ranks; ``None`` if they do not."""
+def _different_rates(rows: list[RankStatus]) -> str | None:
+    """Return a warning if learning rates differ between ranks; ``None`` if they do not."""
     lrs = [row.lr for row in rows]
     if max(lrs) - min(lrs) <= 1e-9 * abs(max(lrs)):
         return None

@@ -1,4 +1,4 @@
-"""Averaged weights in the middle of a round, for a validation or a checkpoint, and each rank's own behind it."""
+"""Averaged weights in the middle of a round, for a validation or a checkpoint, and each rank's own after it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +14,13 @@ from lightning_comm.transport.temporary_average import TemporaryAverage
 
 
 class MidRoundAverage:
-    """Lets ranks that train apart show and save what they have in common.
+    """The temporary average of ranks that train apart, to evaluate and save.
 
     Args:
-        parts: What the run is made of.
+        parts: The parts of the run.
         meeting: Where ranks meet.
         rounds: Knows whether they are apart.
-        compare_places: Compares where ranks are, before they meet in messages that do not tell.
+        compare_places: Compares where ranks are, before messages that would not show it.
         averages_state: Whether the state of optimizers is averaged too.
 
     Attributes:
@@ -52,28 +52,28 @@ class MidRoundAverage:
             return
         with self._agreement.first_error_shown():
             rows = self._meeting.meet()
-            if self._rounds.standing:
+            if self._rounds.stopped_apart:
                 self._model.agree_on_moved()
             else:
                 self._meeting.check(rows)
             self.weights.enter("evaluation", self._meeting.weight(rows), rank_status.moderate(rows))
 
     def enter_checkpoint(self) -> None:
-        """Put averaged weights in place for a checkpoint, unless they are there anyway."""
+        """Put averaged weights in place for a checkpoint, unless they are in place already."""
         self._compare_places("a checkpoint")
         if not self._rounds.apart or self.weights.purpose is not None:
             return
         with self._agreement.first_error_shown():
-            # only what rank 0 holds is saved
+            # only rank 0's weights are saved
             self.weights.enter("checkpoint", self._meeting.exchange_weight(), broadcast=False)
 
     def leave_checkpoint(self) -> None:
-        """Put each rank's own weights back, if an average is in place for a checkpoint."""
+        """Restore each rank's own weights, if an average is in place for a checkpoint."""
         if self.weights.purpose == "checkpoint":
             self.weights.leave()
 
     def average_optimizer_states(self, states: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return averaged copies of the optimizers' states, if these are averaged and the weights are now.
+        """Return averaged copies of the optimizers' states, if they are averaged and averaged weights are in place.
 
         Note:
             *Memory.* A second copy of the states.

@@ -1,4 +1,4 @@
-"""A period rule in a run: its coefficient by the optimizer and its peak rate, and its shortest period."""
+"""The set-up of a period rule in a run: its coefficient, by optimizer and peak rate, and its shortest period."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,7 +23,7 @@ _ADAM_LIKE = ("Adam", "Adan", "Adopt", "Lamb", "NAdam", "RAdam")  # with these n
 
 
 def period_problems(optimizers: list[Optimizer], settings: Settings, saved_alpha: float | None) -> Iterator[str]:
-    """Yield that no coefficient is known for the optimizer, where it is to be chosen and no resumed run has one."""
+    """Yield a problem if no coefficient is known for the optimizer, and none was given or resumed."""
     period, index = settings.period, settings.counted_optimizer
     if not isinstance(period, QuadraticPeriod) or period.alpha != "auto" or saved_alpha is not None:
         return
@@ -59,11 +59,11 @@ def peak_lr(optimizer: Optimizer, configs: list[LRSchedulerConfig], trainer: Tra
     """Return the highest learning rate that the optimizer will have, over all groups.
 
     Schedulers of torch leave the rate before any scaling in ``initial_lr``, and OneCycleLR its peak in ``max_lr``. A
-    LambdaLR may never reach ``initial_lr``, or go beyond it, so its factors are asked for. A learning-rate finder
-    changes ``lr`` and leaves the others as they were.
+    LambdaLR may never reach ``initial_lr``, or exceed it, so its factors are evaluated. A learning-rate finder changes
+    ``lr`` and leaves the others as they were.
 
     Raises:
-        ValueError: If asking a LambdaLR is seen to change what it answers later, or anything else.
+        ValueError: If evaluating a LambdaLR is seen to change its later results, or anything else.
 
     """
     for config in configs:
@@ -86,12 +86,12 @@ def peak_lr(optimizer: Optimizer, configs: list[LRSchedulerConfig], trainer: Tra
 
 
 def _asked(factor: Callable[[int], float], steps: range) -> Iterator[float]:
-    """Yield the factors of these steps, up to the first that the function has none for; a run may stop before it."""
+    """Yield the factors of these steps, up to the first for which the function fails; a run may stop before it."""
     yield factor(steps[0])
     for step in steps[1:]:
         try:
             yield factor(step)
-        except Exception:  # training raises it, if it comes as far
+        except Exception:  # training raises it, if it gets that far
             return
 
 

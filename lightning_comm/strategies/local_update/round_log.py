@@ -15,11 +15,11 @@ from lightning_comm.transport.overlapped_average import EndedRound
 class RoundLog:
     """The synchronisations of one ``fit``, on this rank.
 
-    Loggers are told of the newest one where Lightning logs the metrics of a batch, and at the same step, so that they
-    stand on one axis. Some loggers drop what comes with a smaller step than the last.
+    Loggers receive the newest one when Lightning logs the metrics of a batch, and at the same step, so that both are on
+    one axis. Some loggers drop values with a smaller step than the last.
 
     Args:
-        trainer: Its loggers are told.
+        trainer: Has the loggers.
         ledger: Where messages are counted.
 
     """

@@ -1,18 +1,22 @@
 """The engine of rounds: opens them, ends them when they are over, and averages what ranks have trained apart.
 
-Knows neither Lightning, nor DDP, nor the default process group: it is given what to average (`ModelAverage`), over whom
-(`Members`, which change between two rounds alone), what each counts for (`SampleWeights`) and whoever trains
-(`Training`).
+Knows neither Lightning, nor DDP, nor the default process group. It is given what to average (`ModelAverage`), over
+which ranks (`Members`, which change only between two rounds), the weight of each (`SampleWeights`) and the training
+loop (`Training`).
 
-Order of messages, on every rank alike. When a round opens: one status row from each rank (a few numbers), of which
-rank 0's says how long the round is. Then optimizer steps without any message. When the round is over: one status row
-from each rank, which checks that all are at the same step and carries the length of the next round; then the averages
-of the parameters, of the buffers, of weight averages and of the optimizer state, as far as they are asked for. Under
-`Averaging(compression=...)` ranks stay apart by what it drops; only where the run ends are they averaged in full. Under
-`Averaging(overlap_steps=...)` the parameters depart there, last of all, on a process group of their own, and land some
-steps later; an evaluation or a checkpoint in between waits for them before it sends anything, and leaves them in
-flight. Where averages are weighted by samples, counts are known from those rows, and an average outside of a meeting,
-as for a checkpoint, has one of its own before it.
+Order of messages, on every rank alike:
+
+1. When a round opens, the rank status of each rank; that of rank 0 has the length of the round.
+2. Optimizer steps without any message.
+3. When the round is over, the rank status again: it checks that all are at the same step, and has the length of the
+   next round.
+4. The averages of parameters, buffers, weight averages and optimizer state, as far as they are averaged.
+
+Under `Averaging(compression=...)` ranks still differ afterwards by what was dropped; only at the end of the run are
+they averaged in full. Under `Averaging(overlap_steps=...)` the average of the parameters is sent last, on a process
+group of its own, and applied some steps later; an evaluation or a checkpoint in between waits for it before it sends
+anything, and does not apply it. Where averages are weighted by samples, the rank status has the counts; an average
+outside of a meeting, as for a checkpoint, is preceded by a message for them.
 """
 
 from collections.abc import Callable, Set
@@ -22,13 +26,13 @@ from typing import Protocol
 from lightning_comm.ondevice.device_clock import Moment
 from lightning_comm.ondevice.flat import Drift
 from lightning_comm.strategies.common import rank_status
-from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.strategies.common.rank_status import RankStatus
 from lightning_comm.strategies.local_update.meeting import Meeting, Parts
 from lightning_comm.transport.overlapped_average import EndedRound
 
 
 class Pruned(Protocol):
-    """What keeps pruned weights at zero, and prunes further ones where all ranks meet."""
+    """Pruned weights: kept at zero, and pruned further where all ranks meet."""
 
     def before_step(self, step: int) -> None:
         """Prune what is due before an optimizer step."""
@@ -41,15 +45,15 @@ class Rounds:
     """The rounds of one run.
 
     Args:
-        parts: What they are made of.
+        parts: The parts of the run.
         meeting: Where ranks meet.
         ended: Called with each round whose average is done, and how far this rank was from it.
         overlaps: Whether averages travel while the next round trains.
 
     Attributes:
         done: How often ranks have synchronised since the run was started or resumed.
-        apart: Whether ranks may differ: not from an average in full until the next batch.
-        standing: Whether ranks have stopped at different steps.
+        apart: Whether ranks may differ; they do not between an average in full and the next batch.
+        stopped_apart: Whether ranks have stopped at different steps.
         lr: The learning rate at the first step of the round.
         pruned: Keeps pruned weights at zero; ``None`` where nothing is pruned.
 
@@ -72,11 +76,11 @@ class Rounds:
         self._overlaps = overlaps
         self.pruned: Pruned | None = None
         self.done = 0
-        self.apart = self.standing = False
+        self.apart = self.stopped_apart = False
         self.lr = 0.0
 
     def open(self) -> None:
-        """Open a round if none is open; before every batch."""
+        """Open a round if none is open; called before every batch."""
         if not self.clock.in_round:
             self._open()
         self._members.begin_round()
@@ -84,7 +88,7 @@ class Rounds:
 
     def _open(self) -> None:
         if self.clock.round_started_at < self.clock.round_ends_at:
-            self.synchronise(answering=False)  # resumed at the end of a round, in front of its synchronisation
+            self.synchronise(answering=False)  # resumed at the end of a round, before its synchronisation
             if self.clock.in_round:
                 return
         if self._run_is_over():
@@ -94,7 +98,7 @@ class Rounds:
         self._begin(rows)
 
     def go_on(self) -> None:
-        """Go on within a round after an optimizer step: land what is due."""
+        """Go on within a round after an optimizer step: apply an average in flight if it is due."""
         self._overlapped.land_if_due(self.clock.steps_done)
         self.keep_pruned_at_zero()
 
@@ -113,8 +117,8 @@ class Rounds:
             decide = self._training.goes_on and not self._run_is_over()
             rows = self._meeting.meet(decide=decide, answering=answering)
             met = self._device_clock.mark()
-            if any(row.stands for row in rows):
-                self.stand()
+            if any(row.stops_apart for row in rows):
+                self.stop_apart()
                 return
             self._meeting.check(rows)
             weight = self._meeting.weight(rows)
@@ -142,22 +146,22 @@ class Rounds:
         self._note(drift, started, started, averaged)
         self._end(weight)
 
-    def stand(self) -> None:
-        """Leave the round open: ranks stop at different steps and only their copies are averaged."""
-        self.standing = self.apart = True
+    def stop_apart(self) -> None:
+        """Leave the round open: ranks stop at different steps, and only copies of their weights are averaged."""
+        self.stopped_apart = self.apart = True
         self._ends.count_anew()
 
     def keep_pruned_at_zero(self) -> None:
-        """Set pruned weights to zero: after an optimizer step, or where an average of before the pruning has landed."""
+        """Set pruned weights to zero: after an optimizer step, or after applying an average sent before the pruning."""
         if self.pruned is not None:
             self.pruned.keep_at_zero()
 
-    def _begin(self, rows: list[ControlRow]) -> None:
+    def _begin(self, rows: list[RankStatus]) -> None:
         self.lr = rows[0].lr
         self.clock.begin(int(rows[0].next_steps), lr=self.lr)
         self._overlapped.begin_round(self.clock.steps_done, int(rows[0].next_steps))
         if self.pruned is not None:
-            self.pruned.before_step(self.clock.steps_done)  # where all ranks have just met
+            self.pruned.before_step(self.clock.steps_done)  # here, where all ranks have just met
         self.keep_pruned_at_zero()
         self._model.begin_round(equal=not self.apart)
 
@@ -168,20 +172,20 @@ class Rounds:
         self.done += 1
 
     def _average(self, weight: float | None, moderate: Set[str], *, in_full: bool) -> tuple[Drift, Moment]:
-        """Average; return how far this rank was from the mean, and when its device has done it."""
+        """Average; return how far this rank was from the mean, and the moment when its device is done."""
         self._overlapped.land()
         self.keep_pruned_at_zero()
         drift = self._model.average(weight, moderate, in_full=in_full)
         state = self._training.averaged_state()
         self._model.average_optimizer_state(state, weight, moderate="optimizer_state" in moderate)
-        self.apart, self.standing = self._model.compresses and not in_full, False
+        self.apart, self.stopped_apart = self._model.compresses and not in_full, False
         averaged = self._device_clock.mark()
-        return drift.read(), averaged  # which is where the host waits for a device
+        return drift.read(), averaged  # here the host waits for a device
 
     def _depart(self, wait_s: float, weight: float | None, moderate: Set[str]) -> None:
         ended = EndedRound(self.clock.steps_done, self.clock.steps_into_round, self.lr, wait_s)
         self._overlapped.depart(partial(self._model.depart, weight, moderate), ended)
-        self.apart, self.standing = True, False
+        self.apart, self.stopped_apart = True, False
 
     def _note(self, drift: Drift, started: Moment, met: Moment, averaged: Moment) -> None:
         clock, seconds = self.clock, self._device_clock.seconds

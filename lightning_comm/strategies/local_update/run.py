@@ -1,8 +1,8 @@
-"""One ``fit`` under local updates: what `LocalUpdateStrategy`, the shell that Lightning calls, tells the rounds.
+"""One ``fit`` under local updates, between `LocalUpdateStrategy`, the shell that Lightning calls, and the rounds.
 
-The engine is in `rounds`, and knows no Lightning; here are the batches and epochs that it is driven by, the phase in
-which DDP still averages gradients, and the stops and saves on which ranks agree. What a checkpoint keeps of it is in
-`run_state`. Longer than other files, since it is where all that a run is made of is put together.
+The engine is in `rounds`, and knows no Lightning. Here are the batches and epochs that drive it, the phase in which DDP
+still averages gradients, and the stops and saves on which ranks agree. The state for a checkpoint is in `run_state`.
+Longer than other files, since all parts of a run are put together here.
 """
 
 import math
@@ -22,7 +22,7 @@ from lightning_comm.ondevice.device_clock import DeviceClock
 from lightning_comm.ondevice.model_tensors import ModelTensors
 from lightning_comm.ondevice.random_state import random_state
 from lightning_comm.strategies.common import rank_status
-from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.strategies.common.rank_status import RankStatus
 from lightning_comm.strategies.common.run_length import may_differ
 from lightning_comm.strategies.local_update.meeting import Meeting, Parts
 from lightning_comm.strategies.local_update.mid_round import MidRoundAverage
@@ -51,11 +51,11 @@ class LocalUpdateRun:
         optimizers: Returns the optimizers of the strategy.
         settings: What the user chose.
         recorder: Sends and records.
-        agreement: How single ranks ask for a stop.
+        agreement: The agreement of ranks on stops.
         ends: Compares where ranks end their epochs.
         leave_gradient_phase: Takes the DDP wrapper off the model.
-        samples: What this rank counts for in averages.
-        background: Sends and records what travels while training goes on.
+        samples: The weight of this rank in averages.
+        background: Sends and records averages while training goes on.
 
     Attributes:
         rounds: The engine.
@@ -63,11 +63,11 @@ class LocalUpdateRun:
         overlapped: The average in the background.
         mid_round: Averaged weights for validations and checkpoints.
         pruned: The masks of a sparse model, if it is one.
-        began_at: What the clock showed when the run began; a second fit of a Trainer goes on counting.
-        gradient_steps: Until when gradients are averaged.
-        active: Whether ranks run under these rounds; not in a trial run, such as that of a learning-rate finder.
-        failed: Whether a rank has failed, so that ranks cannot be brought together any more.
-        random_state: The generators as training left them, once something else has begun.
+        began_at: The step at which the run began, by the clock, which a second fit of a Trainer does not reset.
+        gradient_steps: The step until which DDP averages gradients.
+        active: Whether ranks train in these rounds; not in a trial run, such as that of a learning-rate finder.
+        failed: Whether a rank has failed, so that ranks cannot meet any more.
+        random_state: The state of the generators at the end of training, once something else has begun.
 
     """
 
@@ -123,7 +123,7 @@ class LocalUpdateRun:
         )
         self.pruned = self.rounds.pruned = _pruned_weights(module, self.model, settings, recorder)
         if self.pruned is not None:
-            # its thread reads the masks bucket by bucket, and a rank whose thread is late would read the new ones
+            # the background thread reads masks bucket by bucket: on a slow rank it would read the new ones otherwise
             self.pruned.before_change = self.overlapped.wait
         self.began_at = self.gradient_steps = 0
         self.on_decision: Callable[[Decision], None] = lambda decision: None
@@ -131,7 +131,7 @@ class LocalUpdateRun:
         self.random_state: dict[str, Any] | None = None
         self._leave_gradient_phase = leave_gradient_phase
 
-    # ---- what others ask ---------------------------------------------------------------------------------------------
+    # ---- for other parts ---------------------------------------------------------------------------------------------
 
     @property
     def steps_done(self) -> int:
@@ -156,25 +156,25 @@ class LocalUpdateRun:
         return self.gradient_steps - self.began_at
 
     def shorten_gradient_phase(self, steps: int) -> None:
-        """Let rounds begin after so many steps, if not before: for trials of a few steps; on all ranks alike."""
+        """Let rounds begin after this many steps, if not sooner: for trials of a few steps; on all ranks alike."""
         was_in_gradient_phase = self.in_gradient_phase
         self.gradient_steps = min(self.gradient_steps, self.began_at + steps)
         if was_in_gradient_phase and not self.in_gradient_phase:
             self._leave_gradient_phase()
 
     def request(self, kind: Kind, reason: str) -> None:
-        """Ask for something that all ranks are to do at the same step."""
+        """Request something that all ranks are to do at the same step."""
         self.agreement.request(kind, reason)
 
     def keep_random_state(self) -> None:
-        """Note the generators as training has left them, for a checkpoint that is saved after an evaluation."""
+        """Keep the state of the generators at the end of training, for a checkpoint saved after an evaluation."""
         self.random_state = self.random_state or random_state()
 
     # ---- the start ---------------------------------------------------------------------------------------------------
 
     def check_start(self, batches: float) -> None:
         """Refuse ranks with different numbers of training batches in an epoch; infinity where it is not known."""
-        row = ControlRow(
+        row = RankStatus(
             batches=batches if math.isfinite(batches) else -1,
             steps_done=self.trainer.global_step,
             urgent=may_differ(self.trainer),
@@ -183,11 +183,11 @@ class LocalUpdateRun:
             rows = self._meeting.exchange(row)
             rank_status.check_same_batches(rows, "LocalUpdateStrategy")
         self.ends.needed = any(row.urgent for row in rows)
-        if not self.active:  # in the middle of a run, data has been loaded again
+        if not self.active:  # else data has been loaded again in the middle of a run
             self.began_at = self.clock.steps_done = int(rows[0].steps_done)  # with several optimizers ranks may differ
 
     def set_period(self, rule: PeriodRule, total_steps: int | None) -> None:
-        """Begin to count, with a rule whose coefficient is known and the length of the run, if that is."""
+        """Begin to count, with a rule whose coefficient is known, and with the length of the run, if it is known."""
         self.settings = replace(self.settings, period=rule)
         self.clock.rule, self.clock.total_steps = rule, total_steps
         if isinstance(self.settings.warmup_steps, int):
@@ -199,7 +199,7 @@ class LocalUpdateRun:
     def begin_batch(self, number: int) -> None:
         """Open a round if none is open; called before every batch, with its number in the epoch."""
         self.ends.begin_batch(self.trainer.current_epoch, number)
-        self.mid_round.leave_checkpoint()  # still there where a hook made a checkpoint's content and saved none
+        self.mid_round.leave_checkpoint()  # in place still where a hook made a checkpoint and did not save it
         if not self.in_gradient_phase:
             self.rounds.open()
 
@@ -218,7 +218,7 @@ class LocalUpdateRun:
         steps = self.steps.take()
         self.samples.end_batch(in_round=not self.in_gradient_phase)
         if self.trainer.is_last_batch:
-            self._note_end(steps)  # before messages of this step, which a rank without it will not answer
+            self._note_end(steps)  # before messages of this step, which a rank that has ended sooner would not answer
         if steps == 0:
             return
         self.steps.end(steps)
@@ -234,11 +234,11 @@ class LocalUpdateRun:
             self.rounds.synchronise()
         else:
             self.rounds.go_on()
-        self._carry_out_if_due(self.agreement.poll(self._training.position, force=self.rounds.standing))
+        self._carry_out_if_due(self.agreement.poll(self._training.position, force=self.rounds.stopped_apart))
         self.steps.begin()
 
     def end_epoch(self) -> None:
-        """Wait until all ranks have ended the epoch alike, where that is not sure before; may be called twice."""
+        """Wait until all ranks have ended the epoch alike, where that was not certain; may be called twice."""
         if not self.ends.needed:
             return
         self._note_end(self.steps.count)
@@ -248,13 +248,13 @@ class LocalUpdateRun:
         self._carry_out_if_due(self.agreement.decision)
 
     def _note_end(self, steps: int) -> None:
-        if not self.rounds.standing:  # ranks that stop where they stand have agreed to
+        if not self.rounds.stopped_apart:  # else they have agreed to stop at different steps
             self.ends.end_epoch(self.trainer.current_epoch, self.clock.steps_done + steps)
 
     def compare_places(self, purpose: str) -> None:
-        """Compare where ranks are, before they meet in messages that do not tell; only where they may come apart."""
+        """Compare where ranks are, before messages that would not show it; only where they may differ."""
         trains = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.interrupted
-        if self.active and trains and not self.rounds.standing:
+        if self.active and trains and not self.rounds.stopped_apart:
             with self.agreement.first_error_shown():
                 self.ends.meet(purpose, self.clock.steps_done, self._meeting.listen)
 
@@ -278,9 +278,9 @@ class LocalUpdateRun:
             return
         rounds = self.rounds
         if decision.at_step is None:
-            if not rounds.standing:
-                self._meeting.meet(stand=True)
-                rounds.stand()
+            if not rounds.stopped_apart:
+                self._meeting.meet(stops_apart=True)
+                rounds.stop_apart()
         elif decision.kind not in ("checkpoint", "validate") and rounds.apart and not self.in_gradient_phase:
             rounds.synchronise(in_full=True)
         self.agreement.settled()

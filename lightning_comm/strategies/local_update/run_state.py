@@ -66,7 +66,7 @@ def restore(
     _restore_rounds(run, shared, own)
     codec, method = run.model.codec, run.settings.averaging.method
     if not isinstance(codec, SparseMaskCodec) or not codec.masks:
-        mask_checkpoint.take_up(codec, method, masks)
+        mask_checkpoint.restore_masks(codec, method, masks)
         mask_checkpoint.warn_of_other_masks("LocalUpdateStrategy", None, masks, method)
         mask_checkpoint.warn_of_uncompared("LocalUpdateStrategy", None, masks, method)
         mask_checkpoint.warn_of_dense("LocalUpdateStrategy", None, masks, method)

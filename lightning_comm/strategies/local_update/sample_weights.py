@@ -8,7 +8,7 @@ import torch
 from lightning_comm.core.arguments import is_whole
 from lightning_comm.ondevice.share import Share
 from lightning_comm.strategies.common import rank_status
-from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.strategies.common.rank_status import RankStatus
 from lightning_comm.transport.members import Members
 from lightning_comm.transport.recording import Pending, Recorder
 
@@ -19,8 +19,8 @@ class SampleWeights:
     Without :meth:`begin` averages are equal, and no count is sent or saved.
 
     Note:
-        *Communication.* Counts travel in the status rows of meetings, one number more in each; where an average has
-        no meeting before it, :meth:`exchange` sends a row for them.
+        *Communication.* Counts are sent in the rank status of meetings, as one more number; where an average has no
+        meeting before it, :meth:`exchange` sends them.
 
     Example:
         >>> weights = SampleWeights()
@@ -56,20 +56,20 @@ class SampleWeights:
         self._batch += samples
 
     def end_batch(self, *, in_round: bool = True) -> None:
-        """Add the batch to its round; not where gradients were averaged, so that ranks are equal behind it."""
+        """Add the batch to its round; not where gradients were averaged, since ranks are equal after it."""
         self._round += self._batch if in_round else 0
         self._batch = 0
 
     @property
     def sent(self) -> float | None:
-        """What the others must know: the samples since the last synchronisation; ``None`` if nothing is weighted."""
+        """The samples since the last synchronisation, to send to the others; ``None`` if nothing is weighted."""
         return float(self._round) if self.active else None
 
-    def weight_of(self, members: Members, rows: list[ControlRow]) -> float | None:
-        """Return what this rank counts for in a mean, from the rows of all; ``None`` if all count equally.
+    def weight_of(self, members: Members, rows: list[RankStatus]) -> float | None:
+        """Return the weight of this rank in a mean, from the status of all ranks; ``None`` if all weights are equal.
 
-        Where nobody has trained since the last synchronisation, it is as it was there, so that an average right behind
-        a compressed one has the same mean; before the first one it is equal.
+        Where no rank has trained since the last synchronisation, the weight is that of then, so that an average right
+        after a compressed one has the same mean; before the first one it is equal.
         """
         if not self.active:
             return None
@@ -79,14 +79,14 @@ class SampleWeights:
         return members.share() if self._last is None else self._last
 
     def exchange(self, recorder: Recorder, device: torch.device, wait: Callable[[Pending], None]) -> float | None:
-        """Return what this rank counts for, from rows that all ranks send here if anything is weighted."""
+        """Return the weight of this rank, from counts that all ranks send here if anything is weighted."""
         if not self.active:
             return None
-        rows = rank_status.exchange(ControlRow(samples=self.sent), recorder, device, wait)
+        rows = rank_status.exchange(RankStatus(samples=self.sent), recorder, device, wait)
         return self.weight_of(recorder.members, rows)
 
     def begin_round(self, weight: float | None) -> None:
-        """Count anew, behind a synchronisation in which this rank had that weight."""
+        """Count anew, after a synchronisation in which this rank had this weight."""
         self._round, self._last = 0, weight
 
     def state_dict(self) -> dict[str, Any] | None:
@@ -96,7 +96,7 @@ class SampleWeights:
         return {"samples": self._round, "last_weight": saved} if self.active else None
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Restore what :meth:`state_dict` returned; of a run that did not count, a round from 0 samples on."""
+        """Restore what :meth:`state_dict` returned; ``None`` is from a run that did not count, and starts at 0."""
         if state is not None:
             last = state["last_weight"]
             self._round, self._last = int(state["samples"]), Share(*last) if isinstance(last, list) else last

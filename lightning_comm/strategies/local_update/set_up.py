@@ -22,7 +22,7 @@ from lightning_comm.transport.compression.sparse_mask import SparseMask
 def problems_of_trainer_and_model(
     trainer: Trainer, module: LightningModule, settings: Settings, *, sync_batchnorm: bool
 ) -> Iterator[str]:
-    """Yield what cannot work, as far as that is seen before the model is set up."""
+    """Yield what cannot work, as far as that is known before the model is set up."""
     yield from common_checks.trainer_problems(trainer, sync_batchnorm)
     yield from common_checks.module_problems(module)
     if settings.starts_with_gradients:
@@ -33,7 +33,7 @@ def problems_of_trainer_and_model(
 def problems_of_optimizers(
     trainer: Trainer, optimizers: list[Optimizer], settings: Settings, resume: Resume | None
 ) -> Iterator[str]:
-    """Yield what cannot work of optimizers, and of where the model lies; once both are set up."""
+    """Yield what cannot work with the optimizers and the model's devices; once both are set up."""
     module = trainer.lightning_module
     yield from common_checks.device_problems(trainer, module)
     yield from checks.optimizer_problems(module, optimizers, settings)
@@ -43,7 +43,7 @@ def problems_of_optimizers(
 
 
 def warn_of_gradients(module: LightningModule, settings: Settings, world_size: int) -> None:
-    """Say what DDP does wrongly with gradients of this model, where it averages them at first."""
+    """Warn of gradients of this model that DDP averages wrongly, if there is a gradient phase."""
     if settings.starts_with_gradients and (fault := fault_of_ddp(module, world_size)) is not None:
         rank_zero_warn(f"{WHERE}, in its gradient phase: {fault}")
 
@@ -69,13 +69,13 @@ def begin_run(trainer: Trainer, run: LocalUpdateRun, resumed: Resume | None) -> 
 
 
 def say_plan(trainer: Trainer, run: LocalUpdateRun) -> None:
-    """Say how often ranks will synchronise."""
+    """Log how often ranks will synchronise."""
     if run.recorder.members.size > 1:
         rank_zero_info(f"{WHERE}: {start_line.plan_of(trainer, run)}")
 
 
 def shorten_gradient_phase(run: LocalUpdateRun | None, steps: int) -> None:
-    """Let rounds begin after so many steps of the run, if that is sooner.
+    """Let rounds begin after this many steps of the run, if that is sooner.
 
     For trials of a few steps, on all ranks alike.
 

@@ -1,4 +1,4 @@
-"""Settings that the user chose for a run, and notes of each of its rounds."""
+"""Settings of a run under local updates, and the record of each of its rounds."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -31,13 +31,13 @@ class Round:
     """One synchronisation, as it was.
 
     Args:
-        index: How many there have been, this one included.
+        index: Its number, from 1.
         step: Optimizer steps done; the axis of the loggers, batches that stepped from 0, is another one.
         period_steps: Length of the round that it ended.
         lr: Learning rate at the first step of that round, on rank 0.
         drift: How far this rank was from the mean, as a share of the norm of the mean.
         wait_s: Seconds until all ranks had arrived, from when this rank's device had done the steps of the round.
-        transfer_s: Seconds of the averages, on the device; of those in the background, those that training stood still.
+        transfer_s: Seconds of the averages, on the device; of one in the background, the seconds that training waited.
 
     """
 

@@ -1,6 +1,6 @@
 """One line at the start of a run of local updates: how often ranks will synchronise, and what that sends.
 
-First what is foreseen, then a short clause of what it rests on and of what is not foreseen.
+First the forecast, then a short clause with its assumptions and what it does not count.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -26,19 +26,19 @@ from lightning_comm.transport.compression.sparse_mask import SparseMask
 
 
 class _Rounds(NamedTuple):
-    """Where rounds will end, and why that is not sure, if it is not; then it is as often as can be."""
+    """The steps at which rounds will end; if that is uncertain, why, and the steps are the most that there can be."""
 
     ends: Collection[int]
     unsure: str | None
 
 
 class Foresight(NamedTuple):
-    """What is going to be sent, and how sure that is; where it is not, it is as much as can be.
+    """The forecast of what will be sent, and how certain it is; where it is not, it is the most that there can be.
 
     Args:
         traffic: Averages and bytes.
-        sure_of_steps: Whether the run takes as many steps, unless it is stopped.
-        unsure: Why it is not sure where rounds end, or ``None``.
+        sure_of_steps: Whether the run takes this many steps, unless it is stopped.
+        unsure: Why it is uncertain where rounds end, or ``None``.
 
     """
 
@@ -48,14 +48,14 @@ class Foresight(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether rounds end as it says."""
+        """Whether rounds certainly end as forecast."""
         return self.sure_of_steps and self.unsure is None
 
 
 def plan_of(trainer: Trainer, run: LocalUpdateRun) -> str:
     """Return the line of a run of local updates; when training starts.
 
-    A run never fails by it: where a callback or a rule of the user's own raises what nobody expects, it says so.
+    A run never fails by it: if a callback or a rule of the user's own raises an unexpected error, the line reports it.
     """
     try:
         return _line(trainer, run)
@@ -97,11 +97,11 @@ def _line_of_one_average(trainer: Trainer, run: LocalUpdateRun, why: str) -> str
 
 
 def traffic_to_come(trainer: Trainer, run: LocalUpdateRun) -> Foresight:
-    """Return what is going to be sent, as far as that is known before.
+    """Return the forecast of what will be sent, as far as that is known in advance.
 
-    How often ranks synchronise follows from the period rule and from the learning rates to come, which copies of the
-    schedulers tell. Of checkpoints there may be fewer, where they are chosen by a metric. Not counted: what ranks tell
-    each other about the rounds and masks, buffers of whole numbers, and optimizer state, where that is averaged.
+    How often ranks synchronise follows from the period rule and the learning rates to come, which are computed with
+    copies of the schedulers. There may be fewer checkpoints, where a metric decides. Not counted: rank status, messages
+    about masks, buffers of whole numbers, and optimizer state, where that is averaged.
 
     Args:
         trainer: When training starts; the length of its run must be known.
@@ -138,7 +138,7 @@ def _with_averages(run: LocalUpdateRun) -> str:
 
 def _against_ddp(traffic: LocalUpdateTraffic, *, sure: bool) -> str:
     ddp = data_size(traffic.ddp_bytes)
-    if not sure:  # a share of what as many steps send would be no bound: fewer steps have rounds of their own
+    if not sure:  # a share of what this many steps send would be no bound: fewer steps have other rounds
         return f"where as many steps under DDP send {ddp}"
     share = percent(traffic.wire_bytes / traffic.ddp_bytes) if traffic.ddp_bytes else "none"
     return f"{share} of the {ddp} under DDP"
@@ -150,7 +150,7 @@ def _clause(*said: str) -> str:
 
 
 def _conditions(run: LocalUpdateRun, foreseen: Foresight) -> str:
-    """Return what the number of rounds rests on, where the period follows the learning rate."""
+    """Return the assumptions about the number of rounds, where the period follows the learning rate."""
     if type(run.settings.period) is FixedPeriod or foreseen.traffic.steps == 0:
         return ""
     if foreseen.unsure is None:
@@ -159,7 +159,7 @@ def _conditions(run: LocalUpdateRun, foreseen: Foresight) -> str:
 
 
 def _reservations(trainer: Trainer, run: LocalUpdateRun) -> list[str]:
-    """Return what else the line rests on, and what it does not count."""
+    """Return the other assumptions of the line, and what it does not count."""
     callbacks, method, said = getattr(trainer, "callbacks", []), run.settings.averaging.method, []
     stops = ["`max_time`"] if any(isinstance(each, Timer) for each in callbacks) else []
     stops += ["EarlyStopping"] if any(isinstance(each, EarlyStopping) for each in callbacks) else []
@@ -197,7 +197,7 @@ def _gradient_bytes(run: LocalUpdateRun) -> int:
 
 
 def _averaged_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return what an average hands over: numbers of less than 32 bits are averaged as such of 32."""
+    """Return the payload of an average: numbers of less than 32 bits are averaged in 32 bits."""
     return sum(each.numel() * max(4, each.element_size()) for each in tensors)
 
 
@@ -217,7 +217,7 @@ def _compressed_bytes(run: LocalUpdateRun, parameters: Mapping[str, Tensor]) -> 
 
 
 def _may_send_less(run: LocalUpdateRun) -> bool:
-    """Whether what the compression sends is not known before: with masks, and for a compression of the user's own."""
+    """Whether the compression may send less than is known in advance: a mask, or one of the user's own."""
     method = run.settings.averaging.method
     unknown = method is not None and _compressed_bytes(run, run.model.tensors.averaged()["parameters"]) is None
     return unknown or isinstance(method, SparseMask)
@@ -233,14 +233,14 @@ def _period(run: LocalUpdateRun) -> str:
 
 
 def _rounds(trainer: Trainer, run: LocalUpdateRun, steps: int, gradient_steps: int) -> _Rounds:
-    """Return after which steps ranks synchronise; where that is not sure, as often as can be."""
+    """Return after which steps ranks synchronise; where that is uncertain, the most often that there can be."""
     clock, rule = run.clock.copy(), run.settings.period
     clock.steps_done += gradient_steps
     shortest = shortest_period(rule)
     if type(rule) is FixedPeriod:
         return _Rounds(ends_of_equal_rounds(clock, rule.steps, steps), None)
     try:
-        if shortest is None:  # it may have state, or effects, and is not asked
+        if shortest is None:  # it may have state, or side effects, and is not called
             raise ScheduleUnknown(f"only {type(rule).__name__} itself knows them")
         module, counted = trainer.lightning_module, run.settings.counted_optimizer
         rates = planned_rates(trainer, module, counted, gradient_steps + steps)

@@ -5,24 +5,24 @@ from collections import deque
 from lightning_comm.ondevice.device_clock import DeviceClock, Moment
 
 _KEPT = 0.8  # of the time so far; the latest step has the rest
-_MOST = 4  # times as long as before counts the latest step: a slow one may be a pause of another rank's
+_MOST = 4  # the latest step counts as at most this many times the time so far: it may contain a pause of another rank
 
 
 class StepCounter:
-    """Counts the optimizer steps of a batch, and takes the time of them.
+    """Counts the optimizer steps of a batch, and measures their time.
 
     Args:
         clock: Marks moments of the device's work.
 
     Attributes:
-        seconds: The time of a step of late; 0 as long as none is known.
+        seconds: The recent time of a step; 0 as long as none is known.
 
     """
 
     def __init__(self, clock: DeviceClock) -> None:
         self._clock = clock
         self._began = clock.mark()
-        self._steps: deque[tuple[Moment, Moment, int]] = deque()  # that the device may not have done yet
+        self._steps: deque[tuple[Moment, Moment, int]] = deque()  # steps that the device may not have done yet
         self._count = 0
         self.seconds = 0.0
 
@@ -41,11 +41,11 @@ class StepCounter:
         return count
 
     def begin(self) -> None:
-        """Note that the next step begins now, behind all that ranks do at the end of one."""
+        """Note that the next step begins now, after everything that ranks do at the end of one."""
         self._began = self._clock.mark()
 
     def end(self, count: int) -> None:
-        """Note that so many steps end now, and read the times of those that the device has done."""
+        """Note that this many steps end now, and read the times of those that the device has done."""
         self._steps.append((self._began, self._clock.mark(), count))
         while self._steps and self._clock.has_passed(self._steps[0][1]):
             began, ended, count = self._steps.popleft()

@@ -1,7 +1,7 @@
-"""Local updates as a Lightning strategy: a thin shell that sets up, asks `core` and calls `transport`.
+"""The Lightning strategy of local updates: a shell that hands Lightning's calls on.
 
-Longer than other files, since Lightning wants all of it in one subclass: what each method does beside Lightning's own
-work is asked of the run, of its hooks and of what all strategies share (:mod:`lightning_comm.strategies.common`).
+Longer than other files, since Lightning needs all of it in one subclass. The work is done by the run, by its hooks and
+by what all strategies share (:mod:`lightning_comm.strategies.common`).
 """
 
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update.periods import PeriodRule
 from lightning_comm.ondevice.optimizer.step_messages import FirstSteps
 from lightning_comm.strategies.checkpoints.whole_files import with_default
-from lightning_comm.strategies.common.hooks import is_accompanied
+from lightning_comm.strategies.common.hooks import has_hook_callback
 from lightning_comm.strategies.common.launching import LaunchingArguments, launching_arguments
 from lightning_comm.strategies.common.support import RunSupport, restore_random_state
 from lightning_comm.strategies.local_update import checks, set_up
@@ -42,48 +42,37 @@ from lightning_comm.transport.recording import Recorder, another_group
 class LocalUpdateStrategy(DDPStrategy):
     """Train ranks apart, and average their parameters once a round.
 
-    Every rank takes optimizer steps on its own data, and sends no gradient; when a round is over, the parameters are
-    averaged in place. How long a round is, a :class:`PeriodRule` says: a constant period is Local SGD, and
-    :class:`QuadraticPeriod` is QSR, whose rounds grow as the learning rate falls.
-
-    Registered as ``local_sgd``, ``post_local_sgd`` (gradients for the first half of the run) and ``qsr``, each also
-    with ``_spawn``, ``_fork`` and ``_notebook`` for the way processes are started.
+    Each rank takes optimizer steps with its own gradients. At the end of a round the parameters are averaged in place.
+    A :class:`PeriodRule` gives the length of a round: a constant period is Local SGD, and :class:`QuadraticPeriod` is
+    QSR, whose rounds grow as the learning rate falls. Registered as ``local_sgd``, ``post_local_sgd`` (gradients for
+    the first half of the run) and ``qsr``. The card ``docs/techniques/local_update.md`` has the details.
 
     Args:
-        period: How long rounds are, in optimizer steps.
-        gradient_steps: Until then gradients are averaged by DDP at every step, exactly as under ``ddp``. A number of
-            steps of the counted optimizer, or a float from 0.0 to 1.0: a share of the steps that the run takes.
-        warmup_steps: How long rounds keep the rule's shortest period: a number of optimizer steps, or ``"auto"``: the
-            first round, and as long as rounds start at ever higher learning rates.
-        optimizer_state: ``"local"``: every rank keeps its momenta, as the authors of QSR do; ``"average"``: they are
-            averaged with the parameters.
-        buffers: ``"average"``: floating-point buffers (BatchNorm statistics) are averaged with the parameters and
-            others taken from rank 0; ``"keep"``: every rank keeps its own.
-        evaluate_weights: What validation within ``fit`` sees in the middle of a round: ``"average"``, a temporary
-            average, or ``"local"``, each rank its own weights. Checkpoints always hold averaged weights.
-        averaging: How averages are carried out, in full or compressed; ``None`` for the defaults of :class:`Averaging`.
-        counted_optimizer: Under manual optimization with several optimizers, the index of the one whose steps count.
-            All parameters are averaged, whichever optimizer they belong to.
-        find_unused_parameters: For DDP in the gradient phase.
-        launching: As in Lightning's ``DDPStrategy``: ``process_group_backend``, ``timeout``, ``start_method`` and the
-            others of :class:`LaunchingArguments`. Long rounds may want a longer ``timeout`` than half an hour, since
-            ranks of unequal speed drift apart in time.
+        period: The length of rounds, in optimizer steps.
+        gradient_steps: How long DDP averages gradients at first: steps of the counted optimizer, or a float from 0.0 to
+            1.0, a share of the run.
+        warmup_steps: How many steps rounds keep the rule's shortest period; ``"auto"``: the first round, and as long as
+            each round starts at a higher learning rate than the last.
+        optimizer_state: ``"local"``: each rank keeps its momenta; ``"average"``: they are averaged too.
+        buffers: ``"average"``: floating-point buffers are averaged too, others taken from rank 0; ``"keep"``: each rank
+            keeps its own.
+        evaluate_weights: What a validation in the middle of a round sees: ``"average"``, or ``"local"``, each rank its
+            own weights. Checkpoints always hold averaged weights.
+        averaging: How averages are carried out; ``None``: the defaults of :class:`Averaging`.
+        counted_optimizer: The index of the optimizer whose steps count, under manual optimization.
+        find_unused_parameters: For DDP, while it averages gradients.
+        launching: :class:`LaunchingArguments`, as in Lightning's ``DDPStrategy``. Long rounds may need a ``timeout`` of
+            more than half an hour, since ranks of unequal speed drift apart in time.
 
     Raises:
         ValueError: If an argument is out of range.
 
     Note:
-        *Communication.* In a round: none. At its end one all-reduce for each bucket of parameters, of buffers and of
-        optimizer state where these are averaged, and one row of 8 numbers from each rank. Mid-round validation and
-        checkpoints average as well, recorded as ``"evaluation"`` and ``"checkpoint"``.
+        *Communication.* None within a round. At its end one all-reduce for each bucket of what is averaged, and 8
+        numbers from each rank. Validations and checkpoints in the middle of a round average as well.
 
-        *Memory.* Three buckets of scratch, which are kept. A second copy of the averaged tensors exists only while
-        averaged weights are evaluated or saved in the middle of a round.
-
-        *Resuming* is exact, on CPU bit for bit; in a gradient phase on 2 ranks.
-
-        *Where to look.* ``strategy.ledger`` has every message, ``strategy.history`` every synchronisation. The card
-        ``docs/techniques/local_update.md`` has the details.
+        *Memory.* Three buckets. A second copy of the averaged tensors, while averaged weights are evaluated or saved in
+        the middle of a round.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -137,7 +126,7 @@ class LocalUpdateStrategy(DDPStrategy):
         self._first_steps = FirstSteps(WHERE)
         self._group_numbers = GroupNumbers(WHERE)
 
-    # ---- what can be seen and asked (:mod:`lightning_comm.contract`) -------------------------------------------------
+    # ---- for users and callbacks (:mod:`lightning_comm.contract`) ----------------------------------------------------
 
     @property
     def ledger(self) -> CommLedger:
@@ -168,7 +157,7 @@ class LocalUpdateStrategy(DDPStrategy):
 
     @property
     def round_rule(self) -> RoundRule:
-        """By what its rounds are planned; the coefficient is known from ``on_train_start`` on."""
+        """The rule by which its rounds are planned; the coefficient is known from ``on_train_start`` on."""
         settings = self.settings if self._run is None else self._run.settings
         return RoundRule(settings.period, settings.warmup_steps)
 
@@ -179,11 +168,11 @@ class LocalUpdateStrategy(DDPStrategy):
         return max(0, run.gradient_phase_steps) if run is not None and run.active else 0
 
     def shorten_gradient_phase(self, steps: int) -> None:
-        """Let rounds begin after so many steps of the run, if that is sooner; in a batch, before its step."""
+        """Let rounds begin after this many steps of the run, if that is sooner; in a batch, before its step."""
         set_up.shorten_gradient_phase(self._run, steps)
 
     def weigh_by_samples(self) -> None:
-        """Let each rank count for its share of the samples of a round; in ``setup`` for ``fit``, on all ranks."""
+        """Weight each rank by its share of the samples of a round; call it in ``setup`` for ``fit``, on all ranks."""
         self._samples.begin()
 
     def count_samples(self, samples: int) -> None:
@@ -191,7 +180,7 @@ class LocalUpdateStrategy(DDPStrategy):
         self._samples.count(samples)
 
     def take_into_average(self, tensors: Iterable[Tensor]) -> None:
-        """Let buffers or parameters that were renewed in a validation be taken out with the average that it sees."""
+        """Count these tensors, which a validation has renewed, as part of the average, which is removed after it."""
         if self._run is not None:
             self._run.mid_round.weights.take_in(tensors)
 
@@ -268,7 +257,7 @@ class LocalUpdateStrategy(DDPStrategy):
         assert trainer is not None
         assert interruptions is not None
         assert self._hooks is not None
-        if not is_accompanied(trainer):
+        if not has_hook_callback(trainer):
             return
         self._hooks.begin_training()
         resume, self._resume = self._resume, None
@@ -285,7 +274,7 @@ class LocalUpdateStrategy(DDPStrategy):
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        # behind all callbacks and the module, so that a learning rate set there counts for the round that begins
+        # after all callbacks and the module, so that a learning rate set there counts for the round that begins
         if self._run is not None and self._support.interruptions is not None and self._run.active:
             self._support.interruptions.begin_batch()
             self._run.begin_batch(batch_idx + 1)

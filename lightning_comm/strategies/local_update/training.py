@@ -1,4 +1,4 @@
-"""A Lightning Trainer, its model and its optimizers, as the rounds of a run ask for them."""
+"""A Lightning Trainer with its model and optimizers, as the rounds of a run see them."""
 
 from collections.abc import Callable
 

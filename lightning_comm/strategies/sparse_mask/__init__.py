@@ -1,1 +1,1 @@
-"""Pruned weights under any technique that sends them as a sparse mask does: kept at zero, and in checkpoints."""
+"""Pruned weights, for all techniques that send with a sparse mask: kept at zero, and saved in checkpoints."""

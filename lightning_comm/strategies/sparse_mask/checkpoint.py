@@ -1,6 +1,6 @@
-"""Masks in checkpoints: the same on every rank, so they lie in the file that all ranks read, by parameter name.
+"""Masks in checkpoints: equal on every rank, so they are saved in the file that all ranks read, by parameter name.
 
-So they outlast another number of ranks, damaged rank files, and another way to send what they keep.
+So they can be restored with another number of ranks, without rank files, and under another compression of kept weights.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCod
 
 
 def mask_state(codec: Codec | None, settings: Compression | None) -> dict[str, Any] | None:
-    """Return the masks of a run for the main file, with what they were chosen by; ``None`` without any."""
+    """Return the masks of a run for the main file, with the setting that chose them; ``None`` without any."""
     if not isinstance(codec, SparseMaskCodec) or not isinstance(settings, SparseMask) or not codec.masks:
         return None
     return {**codec.mask_state(), "pruning": plain(settings.pruning), "reckoned": _reckoned(settings)}
@@ -30,14 +30,14 @@ def masks_in(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def fits(saved: dict[str, Any] | None, settings: Compression | None) -> bool:
-    """Return whether a run goes on with the masks of a checkpoint: if the same setting chooses them."""
+    """Return whether a run keeps the masks of a checkpoint: if the same setting chose them."""
     if saved is None or not isinstance(settings, SparseMask):
         return False
     return difference(saved["pruning"], settings.pruning) is None
 
 
-def take_up(codec: Codec | None, settings: Compression | None, saved: dict[str, Any] | None) -> bool:
-    """Go on with the masks of a checkpoint if they were chosen by the same setting; return whether they were."""
+def restore_masks(codec: Codec | None, settings: Compression | None, saved: dict[str, Any] | None) -> bool:
+    """Restore the masks of a checkpoint if the same setting chose them; return whether it did."""
     if saved is None or not isinstance(codec, SparseMaskCodec) or not isinstance(settings, SparseMask):
         return False
     if not fits(saved, settings):
@@ -48,7 +48,7 @@ def take_up(codec: Codec | None, settings: Compression | None, saved: dict[str, 
 
 
 def warn_of_dense(where: str, filepath: _PATH | None, saved: dict[str, Any] | None, settings: object) -> None:
-    """Say that a pruned model goes on dense, where the new settings have no masks."""
+    """Warn that a pruned model goes on dense, where the new settings have no masks."""
     if saved is None or isinstance(settings, SparseMask):
         return
     rank_zero_warn(
@@ -59,7 +59,7 @@ def warn_of_dense(where: str, filepath: _PATH | None, saved: dict[str, Any] | No
 
 
 def warn_of_other_masks(where: str, filepath: _PATH | None, saved: dict[str, Any] | None, settings: object) -> None:
-    """Say that masks are chosen anew, where another setting chooses them now."""
+    """Warn that masks are chosen anew, where another setting chooses them now."""
     if saved is None or not isinstance(settings, SparseMask):
         return
     if (found := difference(saved["pruning"], settings.pruning)) is not None:
@@ -71,7 +71,7 @@ def warn_of_other_masks(where: str, filepath: _PATH | None, saved: dict[str, Any
 
 
 def warn_of_uncompared(where: str, filepath: _PATH | None, saved: dict[str, Any] | None, settings: object) -> None:
-    """Say that masks are kept although it cannot be told whether the same setting chooses them now."""
+    """Warn that masks are kept although it cannot be compared whether the same setting chooses them now."""
     if saved is None or not isinstance(settings, SparseMask) or not fits(saved, settings):
         return
     if (found := not_compared(saved["pruning"], settings.pruning)) is not None:

@@ -1,12 +1,12 @@
-"""Prunes a model when it is time, and keeps pruned weights at zero.
+"""Pruned weights of a run: the model is pruned by its schedule, and pruned weights are kept at zero.
 
-In the optimizer's state and in averages of the weights that is done once, at each pruning; in the weights after every
-step, since some optimizers mix entries.
+The optimizer's state and averages of the weights are set to zero once, at each pruning; the weights after every step,
+since some optimizers mix entries.
 
 Order of messages, on every rank alike: before the forward of a step at which the schedule prunes, the masks (two small
-messages and one for each masked parameter) and a comparison of 8 bytes; in steps between nothing. Where the model masks
-itself (:class:`ModulePruning`), two bytes with the last bucket of each step; if they say that something changed on any
-rank, a comparison of 8 bytes before the next forward, and that step's gradients travel in full.
+messages and one for each masked parameter) and a comparison of 8 bytes; none in the steps between. Where the model
+masks itself (:class:`ModulePruning`), two bytes with the last bucket of each step. If they show that a mask has changed
+on any rank, a comparison of 8 bytes before the next forward, and the gradients of that step are sent in full.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,13 +46,13 @@ class _OwnMasks:
 
     def __init__(self, module: LightningModule, pruning: Pruning, installed: Callable[[], Masks]) -> None:
         self._module, self._pruning, self._installed = module, pruning, installed
-        self._watched: list[tuple[Tensor, int]] = []  # mask buffers as they were compared, each with its version
-        self._differs: bool | Tensor = False  # what the comparison has found; a tensor is not read on the host
+        self._watched: list[tuple[Tensor, int]] = []  # the mask buffers at the last comparison, each with its version
+        self._differs: bool | Tensor = False  # result of the comparison; a tensor is not read by the host
 
     def have_changed(self) -> bool | Tensor:
-        """Whether a mask in the model is another than the one installed; bits are compared only where they may be.
+        """Whether a mask in the model differs from the one installed; bits are compared only where it may differ.
 
-        A comparison of bits is returned as a tensor on the model's device, since the host would wait for it there.
+        A comparison of bits is returned as a tensor on the model's device, since the host would have to wait for it.
         """
         buffers = [buffer for name, buffer in self._module.named_buffers() if name.endswith("_mask")]
         if len(buffers) != len(self._watched) or any(
@@ -64,11 +64,11 @@ class _OwnMasks:
         return self._differs
 
     def compare_anew(self) -> None:
-        """Compare the bits once when next asked: a resumed run has the model's masks and the installed ones."""
+        """Compare the bits at the next call: a resumed run has both the model's masks and the installed ones."""
         self._watched = []
 
     def read(self) -> Masks:
-        """Return the masks, on any rank; what there is to say, rank 0 said at first."""
+        """Return the masks, on any rank, without the warnings, which rank 0 has given already."""
         return self._pruning.masks(self._module, Moment(warn=lambda names, message: None))
 
 
@@ -82,7 +82,7 @@ class PrunedWeights:
         recorder: Sends and records.
 
     Attributes:
-        before_change: Called before masks change, on all ranks alike: what is under way with the old ones must arrive
+        before_change: Called before masks change, on all ranks alike: messages under way with the old ones must arrive
             first.
 
     """
@@ -99,7 +99,7 @@ class PrunedWeights:
         self._optimizers: list[Optimizer] = []
         self._own_masks = _OwnMasks(module, settings.pruning, lambda: codec.masks)
         self._said: set[tuple[str, str]] = set()  # which parameters have been warned of, and of what
-        self.dense_steps = 0  # that something changed for
+        self.dense_steps = 0  # that has been reported as changed
         self.before_change: Callable[[], None] = lambda: None
         if settings.pruning.is_watched:
             codec.watch(self._own_masks.have_changed)
@@ -108,7 +108,7 @@ class PrunedWeights:
         """Begin a run, with the masks of the one that is resumed.
 
         Raises:
-            ValueError: On all ranks, if masks cannot be had or do not fit the model.
+            ValueError: On all ranks, if masks cannot be chosen or do not fit the model.
 
         """
         self._trainer, self._optimizers, self._pruned = trainer, list(optimizers), []
@@ -130,7 +130,7 @@ class PrunedWeights:
         That number is the same for all batches of an accumulation window, so weights are pruned before its first one.
 
         Raises:
-            ValueError: On all ranks, if masks cannot be had or do not fit the model.
+            ValueError: On all ranks, if masks cannot be chosen or do not fit the model.
 
         """
         if self._codec.masks and self._codec.take_flag():
@@ -144,7 +144,7 @@ class PrunedWeights:
                     f"step {step} they are read anew, and what is sent next travels in full. Later times are not said."
                 )
         due, pruned_at = self._settings.schedule.last_due(step), self._codec.pruned_at
-        # what cannot be had bit by bit is chosen once, also where a run is resumed under another schedule
+        # masks that cannot be chosen gradually are chosen once, also where a run is resumed under another schedule
         chosen = pruned_at is not None and not hasattr(self._settings.pruning, "sparsity")
         if due is not None and due != pruned_at and not chosen:
             self._recorder.step = step
@@ -169,7 +169,7 @@ class PrunedWeights:
         self._codec.request_dense(n_steps)
 
     def suspects(self) -> str:
-        """Return a sentence that names masks under which a division by the norm of a row is one by zero."""
+        """Return a sentence that names masks under which dividing by the norm of a row is a division by zero."""
         emptied = [
             name
             for name, mask in self._codec.masks.items()
@@ -183,7 +183,7 @@ class PrunedWeights:
         )
 
     def unread(self) -> Tensor | None:
-        """Return what ranks have said of their masks in the last step, for whoever reads it with other numbers."""
+        """Return what ranks have reported of their masks in the last step, to be read together with other numbers."""
         return self._codec.arrived_flags()
 
     def note_read(self, values: Sequence[float]) -> None:
@@ -199,14 +199,14 @@ class PrunedWeights:
         masks, problem = None, None
         try:
             masks = read()
-        except Exception as error:  # the others wait for word of it
+        except Exception as error:  # the others wait for the result
             problem = str(error) or type(error).__name__
         check_agreement(masks, self._module.device, self._recorder, problem)
         assert masks is not None
         self._install(masks)
 
     def _warn(self, names: Iterable[str], message: str) -> None:
-        """Warn of parameters, on the rank that chooses masks, of each once in a run."""
+        """Warn of parameters, on the rank that chooses masks, once for each in a run."""
         new = [name for name in names if (name, message) not in self._said]
         self._said.update((name, message) for name in new)
         warn_of(new, message)
@@ -237,14 +237,14 @@ class PrunedWeights:
             try:
                 moment = Moment(self._codec.masks, self._samples, self._warn)
                 masks = self._settings.pruning_at(step).masks(self._module, moment)
-            except Exception as error:  # whatever it is, the others wait for word of it
-                problem = str(error) or type(error).__name__  # an empty word would pass for none
+            except Exception as error:  # any error: the others wait for the result
+                problem = str(error) or type(error).__name__  # an empty text would mean no problem
         return agree(masks, problem, self._module, self._recorder)
 
     def masking(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Return the closure of an optimizer step, after which gradients of pruned weights are zero.
+        """Return the closure of an optimizer step, wrapped so that gradients of pruned weights are zero after it.
 
-        For ranks that send no gradients. Before clipping, which so does not see them.
+        For ranks that send no gradients. Clipping comes later, and so does not count them.
         """
 
         def masked() -> Any:
@@ -257,7 +257,7 @@ class PrunedWeights:
         return masked
 
     def _break_even(self) -> float:
-        """Return the share above which buckets go dense, as rank 0 has measured packing and read the link."""
+        """Return the share above which buckets are sent dense, by rank 0's measurement of packing and its link file."""
         device, share, problem = self._module.device, torch.zeros(1, dtype=torch.float64), None
         if self._recorder.rank == 0:
             try:
@@ -266,7 +266,7 @@ class PrunedWeights:
                 row_bytes = handed_over_bytes(self._settings, ROW_BYTES // 4, ranks)  # as `then` sends it
                 send_s = link.time_s("all_reduce", row_bytes, ranks) - link.time_s("all_reduce", 4, ranks)
                 share[0] = break_even_share(packing_times(device), send_s)
-            except (OSError, ValueError) as error:  # the others wait for word of it
+            except (OSError, ValueError) as error:  # the others wait for the result
                 problem = f"SparseMask: `link`={self._settings.link!r} cannot be used. {error}"
         raise_problem_of_rank_0(problem, device, self._recorder)
         share = share.to(device)
@@ -279,9 +279,10 @@ class PrunedWeights:
 
     @torch.no_grad()
     def keep_at_zero(self) -> None:
-        """Set pruned weights to zero, where an optimizer that mixes entries may have moved them.
+        """Set pruned weights to zero, since an optimizer that mixes entries may have moved them.
 
-        Where the model's masks have changed since, they wait for the new ones, which may keep them.
+        Where the model's own masks have changed since, nothing is set to zero until the new ones are installed, which
+        may keep those weights.
         """
         changed = self._settings.pruning.is_watched and self._own_masks.have_changed()
         if changed is True:
@@ -289,12 +290,12 @@ class PrunedWeights:
         if self._codec.was_dense:
             self._clear_states(unless=changed)
         for parameter, pruned in self._pruned:
-            # not read, since the host would wait: if masks have changed, nothing is filled
+            # a tensor is not read, since the host would wait: if masks have changed, nothing is set to zero
             parameter.masked_fill_(pruned if changed is False else pruned & ~changed, 0)
 
 
 def _differs(found: Masks, installed: Masks) -> bool | Tensor:
-    """Return whether masks differ, as a tensor where only their bits can tell."""
+    """Return whether masks differ, as a tensor where their bits must be compared."""
     if not found or found.keys() != installed.keys():
         return True
     if any(mask.shape != installed[name].shape for name, mask in found.items()):
@@ -305,7 +306,7 @@ def _differs(found: Masks, installed: Masks) -> bool | Tensor:
 
 
 def _warn_of_late_steps(trainer: Trainer, schedule: PruningSchedule) -> None:
-    """Say that a schedule goes beyond the end of training, as far as that is known."""
+    """Warn if a schedule goes beyond the end of training, as far as that is known."""
     rest = steps_to_come(trainer)
     if rest is None:
         return
@@ -340,7 +341,7 @@ def optimizer_problems(optimizers: Iterable[Optimizer]) -> Iterator[str]:
 
 @torch.no_grad()
 def _clear_state(optimizer: Optimizer, masks: dict[int, Tensor]) -> None:
-    """Momenta of before the pruning would bring pruned weights back to life."""
+    """Set the state of pruned weights to zero: momenta from before the pruning would change them again."""
     for parameter, state in optimizer.state.items():
         mask = masks.get(id(parameter))
         for value in state.values() if mask is not None else ():
@@ -350,7 +351,7 @@ def _clear_state(optimizer: Optimizer, masks: dict[int, Tensor]) -> None:
 
 @torch.no_grad()
 def _clear_averages(trainer: Trainer | None, masks: Masks) -> None:
-    """Copies that average the weights over time follow them; here they are pruned along."""
+    """Prune weight averages too, which otherwise follow the weights only slowly."""
     for callback in getattr(trainer, "callbacks", []):
         average = weight_average_of(callback)
         for name, parameter in average.named_parameters() if average is not None else ():

@@ -1,4 +1,4 @@
-"""One line that says how many weights are pruned, and what it takes to average the others."""
+"""One log line: how many weights are pruned, and the bytes to average the others."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from lightning_comm.transport.compression.sparse_mask import SparseMask
 
 
 def share_pruned(masks: Mapping[str, Tensor], compression: SparseMask, module: nn.Module, ranks: int) -> str:
-    """Return how many weights are pruned, and what it takes to average the others."""
+    """Return the line: how many weights are pruned, and the bytes to average the others."""
     shapes = {name: tuple(each.shape) for name, each in module.named_parameters() if each.requires_grad}
     kept = {name: (int(masks[name].sum()),) if name in masks else shape for name, shape in shapes.items()}
     weights = sum(each.numel() for each in module.parameters())

@@ -210,7 +210,7 @@ def test_a_run_with_loader_workers_resumes_on_the_right_sample(tmp_path):
 
 def _inspect_files(rank, world_size, folder):
     class Average(Callback):
-        """Behind the companion and in front of the checkpoint: the mean over ranks, by hand."""
+        """After the hook callback and before the checkpoint: the mean over ranks, by hand."""
 
         def on_train_batch_end(self, runner, pl_module, outputs, batch, batch_idx):
             if runner.global_step == 6:

@@ -143,7 +143,7 @@ def test_averaged_momenta_equal_copies_in_one_process(world_size):
 
 
 class _Watch(Callback):
-    """After every batch: how many collectives there have been, and the weights. Runs behind the companion."""
+    """After every batch: how many collectives there have been, and the weights. Runs after the hook callback."""
 
     def __init__(self):
         self.counts, self.weights = [], []

@@ -23,7 +23,7 @@ from lightning_comm.errors import RefusedSetUp
 from lightning_comm.ondevice.model_tensors import ModelTensors
 from lightning_comm.ondevice.share import Share
 from lightning_comm.strategies.common import loss_scale, rank_status
-from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.strategies.common.rank_status import RankStatus
 from lightning_comm.strategies.local_update.rounds import Rounds
 from lightning_comm.transport import backends, recording
 from lightning_comm.transport.model_average import ModelAverage
@@ -141,7 +141,7 @@ def test_where_an_entry_is_infinite_the_host_looks_at_the_buckets_of_its_kind_al
 
 def _rows(rank):
     found = {"moved": torch.tensor(rank == 1), "parameters": False, "buffers": rank == 0, "weight_averages": False}
-    row = ControlRow(next_steps=7, urgent=rank == 0, layout=2.0**48 - 1, samples=3.0 + rank)
+    row = RankStatus(next_steps=7, urgent=rank == 0, layout=2.0**48 - 1, samples=3.0 + rank)
     scale = torch.tensor(2.0**16 * (rank + 1))
     dist.get_backend_config = lambda group=None: "cpu:nccl"
     model = ModelAverage(ModelTensors(nn.Linear(1, 1)), Recorder(recording.CommLedger()), Averaging())
@@ -269,7 +269,7 @@ def _evaluate(rank, background, device, large):
     averages = Model(net, Averaging(1e-4, overlap_steps=2), background=background)
 
     def meet():
-        row = ControlRow(layout=averages.tensors.layout())
+        row = RankStatus(layout=averages.tensors.layout())
         overlapped = averages.overlapped
         found = averages.tensors.look(corrections=overlapped.corrections, sending=overlapped.is_sending)
         rows = rank_status.exchange(row, recorder, torch.device(device), recording.Pending.wait, found=found)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_comm import Averaging, FixedPeriod, LocalUpdateStrategy, TopK
 from lightning_comm.data.resumable import ResumableLoader
 from lightning_comm.ondevice.share import Share
-from lightning_comm.strategies.common.rank_status import ControlRow
+from lightning_comm.strategies.common.rank_status import RankStatus
 from lightning_comm.strategies.local_update.sample_weights import SampleWeights
 
 BATCHES, PERIOD = 14, 4
@@ -437,10 +437,10 @@ def test_weights_are_shares_of_the_samples_and_where_there_are_none_those_of_bef
         return SimpleNamespace(share=lambda counts=None: Share.of([1] * 3 if counts is None else counts, rank))
 
     weights_of = SampleWeights()
-    rows = [ControlRow(samples=3.0), ControlRow(samples=0.0), ControlRow(samples=5.0)]
+    rows = [RankStatus(samples=3.0), RankStatus(samples=0.0), RankStatus(samples=5.0)]
     assert weights_of.weight_of(members(0), rows) is None  # nobody has asked
     weights_of.begin()
-    none = [ControlRow(samples=0.0)] * 3
+    none = [RankStatus(samples=0.0)] * 3
     assert weights_of.weight_of(members(2), none) == 1 / 3
     shares = [weights_of.weight_of(members(rank), rows) for rank in range(3)]
     assert shares == [0.375, 0.0, 0.625]
