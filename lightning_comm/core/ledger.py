@@ -52,7 +52,7 @@ class CommRecord:
         wire_bytes: What this rank sends for it, on average over the ranks (:func:`wire_bytes`).
         step: Optimizer steps done when it started, not a step of the loggers: those count batches.
         start_s: When it started, in seconds on this process's monotonic clock.
-        duration_s: How long it took, in seconds. 0.0 where others time it (gradients, which DDP sends).
+        duration_s: How long it took, in seconds. 0.0 where it is timed elsewhere (gradients, which DDP sends).
         hidden_s: How much of that compute went on beside it. 0.0 where the sender waits until it has arrived.
 
     """
@@ -160,7 +160,7 @@ class CommLedger:
 _SENT: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,  # a ring
     "reduce_scatter": lambda n: (n - 1) / n,
-    "all_gather": lambda n: n - 1,  # each rank's part travels to all others
+    "all_gather": lambda n: n - 1,  # each rank's part is sent to all others
     "all_to_all": lambda n: (n - 1) / n,  # all but the part that stays
     "broadcast": lambda n: (n - 1) / n,  # n-1 copies in all
     "reduce": lambda n: (n - 1) / n,
@@ -176,7 +176,7 @@ def wire_bytes(kind: str, payload_bytes: int, world_size: int) -> int:
     """Return the bytes that one rank sends for a collective, on average over the ranks.
 
     A ring all-reduce sends ``2(n-1)/n`` times its payload from every rank, a reduce-scatter half of that; a broadcast
-    sends its payload ``n-1`` times in all; in an all-gather each rank's part travels to ``n-1`` others.
+    sends its payload ``n-1`` times in all; in an all-gather each rank's part is sent to ``n-1`` others.
 
     Args:
         kind: ``"all_reduce"``, ``"reduce_scatter"``, ``"all_gather"``, ``"all_to_all"``, ``"broadcast"``, ``"reduce"``,

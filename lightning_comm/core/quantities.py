@@ -22,7 +22,7 @@ def data_size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it.
+    """Return a time as people read it.
 
     Example:
         >>> [duration(seconds) for seconds in (0.0123, 5.04, 61, 530, 3000, 8000, 200000)]

@@ -31,7 +31,7 @@ def mixed_seed(*parts: object) -> int:
 
 
 class Draws(torch.Generator):
-    """A generator that each pass seeds anew, and that goes to a spawned process without its state.
+    """A generator that each pass seeds again, and that goes to a spawned process without its state.
 
     Some systems cannot send the state, which torch puts into shared memory.
     """

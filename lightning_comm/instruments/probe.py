@@ -44,9 +44,9 @@ def probe_link(
     Args:
         plan: Sizes, repeats and the budget of time.
         host: The name of the host that this rank is on.
-        node: The number of that host in the job, which tells hosts of one name apart.
+        node: The number of that host in the job, which distinguishes hosts of the same name.
         device: Where the messages are; the CPU by default.
-        transport: What carries the messages, for the profile.
+        transport: The transport of the messages, for the profile.
         environment: Where the figures come from, for the profile.
         ledger: Where messages are written down, as ``"probe"`` and ``"instruments"``.
 

@@ -1,4 +1,4 @@
-"""The process that starts a command on an emulated host and stands for it outside: a signal to one reaches both.
+"""The process that starts a command on an emulated host and represents it outside: a signal to one reaches both.
 
 Run by file path, with the standard library alone, so that it costs milliseconds. ``nsenter`` of util-linux enters
 namespaces as well, but does not pass signals on, leaves the command running when it is killed, and freezes with a

@@ -6,8 +6,9 @@ answers whether anything runs on the host. It ends when its standard input does,
 because the lab was closed or killed; the kernel then kills what still runs on the host and takes its network away. So
 nothing can be left behind, whatever happened to the lab.
 
-Arguments: the number of an open file that tells when the lab's process ends (``pidfd_open``), or -1 for none.
-A child of that process, forked while the lab is open, holds the other end of the standard input too; this one not.
+Arguments: the number of an open file that becomes readable when the lab's process ends (``pidfd_open``), or -1 for
+none. A child of that process, forked while the lab is open, holds the other end of the standard input too; this one
+not.
 """
 
 import os

@@ -1,13 +1,13 @@
 """A codec as the communication hook of torch's DistributedDataParallel.
 
-DDP hands over its buckets one by one, in an order that is the same on all ranks, and while a bucket's messages travel
-the backward goes on. Everything here happens in the hook's body, in that order: nothing is done in a callback, so that
-no message is ever started from a thread of the backend, where two buckets would cross each other. For each bucket in
-turn: its first message is started; then those before it that need what a first message brought get their second one.
-With the last bucket of a backward all that is still under way is waited for, decoded, and handed back.
+DDP hands over its buckets one by one, in an order that is the same on all ranks, and the backward goes on while a
+bucket's messages are under way. Everything here happens in the hook's body, in that order: nothing is done in a
+callback, so that no message is ever started from a thread of the backend, where two buckets would cross each other. For
+each bucket in turn: its first message is started; then those before it that need what a first message brought get their
+second one. With the last bucket of a backward all that is still under way is waited for, decoded, and handed back.
 
-DDP cuts its buckets anew after the first steps. What belongs to a parameter is therefore found by the parameters that
-lie in a bucket, never by the bucket's number.
+DDP rebuilds its buckets after the first steps. The state of a parameter is therefore found by the parameters that lie
+in a bucket, never by the bucket's number.
 """
 
 import time
@@ -32,7 +32,7 @@ class _Bucket:
 
     def __init__(self, conversation: Conversation, buffer: Tensor, layout: Layout | None) -> None:
         self.buffer = buffer
-        self.layout = layout  # None where the bucket travels in full, without the codec
+        self.layout = layout  # None where the bucket is sent in full, without the codec
         self.arrived: torch.futures.Future[Tensor] = torch.futures.Future(
             devices=[buffer.device] if buffer.is_cuda else []
         )
@@ -45,7 +45,7 @@ class _Bucket:
 
 
 class _NonFinite:
-    """Counts steps whose means have NaN or infinity, on the device, for which nothing is waited."""
+    """Counts steps whose means have NaN or infinity, on the device and without a wait for it."""
 
     def __init__(self) -> None:
         self._steps: Tensor | None = None
@@ -108,8 +108,8 @@ class GradientSync:
     Note:
         *Communication.* What the codec sends, once a bucket.
 
-        *On CUDA.* A step makes the host wait for the device nowhere, except as :meth:`settle` and
-        :meth:`take_back_cleared` say, and where ``loss_scale`` does. The hook's body runs in the stream of the
+        *On CUDA.* In a step the host does not wait for the device, except as described in :meth:`settle` and
+        :meth:`take_back_cleared`, and where ``loss_scale`` does. The hook's body runs in the stream of the
         backward, which is where messages are waited for; the future that DDP gets has an event of that stream, for
         which DDP lets the stream wait in which the backward was called.
 
@@ -303,7 +303,7 @@ class GradientSync:
         return {"codec": self.codec.state_dict(), "loss_scale": self._scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         self.codec.load_state_dict(state["codec"])
         self._notes.keep(())
         self._scale = state["loss_scale"]

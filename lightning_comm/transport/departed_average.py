@@ -1,7 +1,7 @@
-"""An average of parameters as they were at the end of a round, which a thread carries out while they train on.
+"""An average of copies of the parameters, made at the end of a round, which a thread carries out while they train on.
 
-What the thread touches, training must not: so it works on copies of the parameters, and the references move here alone
-while an average is on its way.
+Training must not touch what the thread does. So the thread works on copies of the parameters, and while an average is
+in flight only this thread moves the references.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ class DepartedBucket(NamedTuple):
 
 
 class DepartedAverage:
-    """Copies of parameters on their way to corrections of them; made by :meth:`CompressedAverage.depart`.
+    """Copies of parameters, from which :meth:`travel` makes corrections; see :meth:`CompressedAverage.depart`.
 
     Args:
         buckets: The parameters as they were.
@@ -78,7 +78,7 @@ class DepartedAverage:
 
     @property
     def corrections(self) -> list[Tensor]:
-        """What landing moves the parameters by, once all has arrived."""
+        """The changes that landing adds to the parameters, once all has arrived."""
         return [bucket.row for bucket in self._buckets]
 
     @property
@@ -132,7 +132,7 @@ class DepartedAverage:
         return self._references.of(slot.name for slot in bucket.layout.slots)
 
     def arrived(self) -> None:
-        """Write down the messages, and end the codec's step: in the thread that trains, when the other one is done."""
+        """Record the messages, and end the codec's step: called by the thread that trains, when this one is done."""
         self._recorder.write_held()
         self._codec.end_step()
 
@@ -156,7 +156,7 @@ class DepartedAverage:
                 each.write_back()
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Return what a resumed run needs to land, once all has arrived."""
+        """Return the state from which a resumed run can land, once all has arrived."""
         return [
             {
                 "slots": [tuple(slot) for slot in bucket.layout.slots],
@@ -182,6 +182,6 @@ def scaled(row: Tensor, scale: float, moderate: bool) -> Tensor:
 
 
 def drift_from(references: list[Tensor], own_sample: Tensor, mean: Tensor, moderate: bool) -> tuple[Tensor, Tensor]:
-    """Return how far a rank was from the references of now, which have moved by the mean."""
+    """Return how far a rank was from the present references, which have moved by the mean."""
     distance_sq, _ = drift_of(mean.numel(), own_sample, sample(mean), moderate=moderate)
     return distance_sq, squared_norm(references, moderate=moderate)

@@ -8,9 +8,9 @@ from lightning_comm.ondevice.share import Share
 
 
 class Members:
-    """Who takes part in what is sent: the ranks of one process group.
+    """The ranks of one process group, which take part in messages.
 
-    Whoever sends, averages or counts on a group holds the same object and asks it at every call, so a change of the
+    All objects that send, average or count on a group hold the same object and ask it at every call, so a change of the
     members reaches all of them at once. It may change between two rounds alone: within a round, ranks have trained with
     the others of that round in mind.
 
@@ -78,7 +78,7 @@ class Members:
                 f"Members: `group` must be a process group that this rank is in; got one without rank "
                 f"{dist.get_rank()}. Only its members may take part."
             )
-        # the default group is not held: whoever leaves it counts on being the last to let go of it
+        # no reference to the default group is held: leaving it counts on being the last to release it
         whole = dist.group.WORLD if group is None else group
         self.group, self.rank = group, rank
         self.ranks = tuple(dist.get_process_group_ranks(whole))

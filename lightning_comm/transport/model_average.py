@@ -26,7 +26,7 @@ from lightning_comm.transport.recording import Recorder
 
 
 class ModelAverage:
-    """Brings the ranks' copies of a model together.
+    """Averages the ranks' copies of a model.
 
     Args:
         tensors: Which tensors of the model are averaged.
@@ -99,12 +99,12 @@ class ModelAverage:
         """Learn which frozen parameters have changed on any rank since they were averaged; where all ranks meet.
 
         Args:
-            any_moved: Whether one may have on any rank: what :meth:`ModelTensors.look` says of all of them, where ranks
-                have just told each other.
+            any_moved: Whether one may have on any rank: the result of :meth:`ModelTensors.look` over all ranks, where
+                they have just exchanged it.
 
         Note:
             *Communication.* A byte for each frozen parameter in an all-reduce; none without any, and none where ranks
-            have told each other that none has changed.
+            have exchanged that none has changed.
 
             *Cost.* Frozen parameters are read once more.
 
@@ -124,7 +124,7 @@ class ModelAverage:
     def average(
         self, weight: float | None = None, moderate: Set[str] = frozenset(), *, in_full: bool = False
     ) -> DriftSum:
-        """Bring everything together, in place: parameters as far as a compression sends them, and all else in full.
+        """Average everything, in place: parameters as far as a compression sends them, and all else in full.
 
         Args:
             weight: What this rank counts for in the mean.
@@ -152,7 +152,7 @@ class ModelAverage:
 
     @torch.no_grad()
     def depart(self, weight: float | None = None, moderate: Set[str] = frozenset()) -> DepartedAverage:
-        """Average everything but the parameters now, and note these for an average in the background."""
+        """Average everything but the parameters now, and copy these for an average in the background."""
         assert self._compressed is not None
         groups, compressed = self.tensors.averaged(), self.tensors.sent_as_differences()
         rest = _without(groups.pop("parameters"), compressed)
@@ -177,7 +177,7 @@ class ModelAverage:
         """Average everything for another purpose than to go on training from it.
 
         Args:
-            purpose: What the records say.
+            purpose: The purpose of the messages in the ledger.
             parameters: The parameters that are averaged.
             weight: What this rank counts for in the mean.
             moderate: As for all averages.
@@ -263,7 +263,7 @@ class ModelAverage:
                 parameters[name].masked_fill_(~codec.masks[name], 0)
 
     def compression_state(self, in_flight: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """Return what the compression goes on from, with what is in flight; ``None`` without one."""
+        """Return the compression's state, with what is in flight; ``None`` without a compression."""
         return None if self._compressed is None else {"in_flight": in_flight, **self._compressed.state_dict()}
 
     def load_compression_state(self, state: Mapping[str, Any] | None) -> DepartedAverage | None:

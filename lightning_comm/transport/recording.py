@@ -1,4 +1,4 @@
-"""The one place from which messages are sent: each is issued here and written to the ledger."""
+"""The recorder, from which all messages are sent: each is issued here and written to the ledger."""
 
 import threading
 import time
@@ -77,7 +77,7 @@ def mark() -> Any:
 
 @contextmanager
 def counted_elsewhere() -> Iterator[None]:
-    """Tell those who watch the calls of ``torch.distributed`` that messages within this block are already counted."""
+    """Mark the block for observers of ``torch.distributed``: its messages are counted already."""
     _nesting.depth = getattr(_nesting, "depth", 0) + 1
     try:
         yield

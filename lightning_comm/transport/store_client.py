@@ -1,7 +1,7 @@
 """Calls to the process group's store that end at a deadline.
 
 While the process that hosts the store is stopped, or cut off, no call to it returns, whatever time-out the store has.
-So calls are made in a thread, by a client of its own, and whoever waits for one gives it up at the deadline.
+So calls are made in a thread, by a client of its own, and a caller gives up at the deadline.
 """
 
 import os
@@ -78,7 +78,7 @@ class StoreClient:
 
     @property
     def silent_since_s(self) -> float | None:
-        """Since when the store owes an answer, on the monotonic clock; ``None`` where it owes none."""
+        """Since when a call has had no answer, on the monotonic clock; ``None`` where no call is waiting."""
         return self._busy_since_s
 
     @property

@@ -1,4 +1,4 @@
-"""An average that is in the place of a rank's own weights for a while, as for a validation or a checkpoint."""
+"""An average that temporarily replaces a rank's own weights, as for a validation or a checkpoint."""
 
 from collections.abc import Iterable, Mapping, Set
 
@@ -52,7 +52,7 @@ class TemporaryAverage:
         """Average in place and keep this rank's own values aside, until :meth:`leave`.
 
         Args:
-            purpose: What the records say.
+            purpose: The purpose of the messages in the ledger.
             weight: What this rank counts for in the mean.
             moderate: As in :class:`ModelAverage`.
             broadcast: Whether what has no mean is taken from rank 0; not needed where only rank 0 looks.
@@ -69,11 +69,11 @@ class TemporaryAverage:
     def _correct(self, parameters: Mapping[str, Tensor], weight: float | None) -> None:
         """Move parameters by what is in flight, if ranks count for different shares of a mean.
 
-        What is in flight departed under other weights than those of now. An equal mean does not move where it lands.
+        The average in flight was weighted otherwise than this one. An equal mean is not changed by its landing.
         """
         if weight is not None and self._overlapped.corrections:
             self._overlapped.correct_(parameters)
-            self._model.zero_pruned_(parameters)  # some have been pruned since it departed
+            self._model.zero_pruned_(parameters)  # some weights have been pruned since it departed
 
     @torch.no_grad()
     def take_in(self, tensors: Iterable[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The user's own modules, which a config names: where they are looked for, and what is said where one is missing."""
+"""The user's own modules, which a config names: the folders searched for them, and messages on a missing one."""
 
 import argparse
 import difflib
@@ -22,7 +22,7 @@ _configs: list[Path] = []  # of this command, beside which modules are looked fo
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser, which says in one sentence which classes could not be imported, and why."""
+    """Lightning's parser, with one sentence on classes that could not be imported, and why."""
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -68,7 +68,7 @@ def _carry_out(options: Options, own: UserRun, arguments: Sequence[str], results
         else:
             with _ended_by_sigterm(), _hosts(options, own) as hosts:
                 _measure(_job(options, own, arguments), results, hosts, options.timeout_s)
-    except Refused as refused:  # once the rehearsal has shown how long the run is
+    except Refused as refused:  # by the rehearsal, which has shown how long the run is
         print(f"lightning-comm pilot: error: {refused}", file=sys.stderr)
         return 2
     except (WorkerFailed, LabError) as failed:

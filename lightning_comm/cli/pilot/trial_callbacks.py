@@ -1,4 +1,4 @@
-"""Callbacks of a pilot's trials: one rehearses and looks, the other takes the time of a few steps and ends the run."""
+"""Callbacks of a pilot's trials: one for the rehearsal, and one that times a few steps and ends the run."""
 
 import time
 from typing import Any

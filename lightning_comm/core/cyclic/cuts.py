@@ -4,14 +4,14 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-STAGES_PER_WORKER = 3  # more stages are smaller messages, finer overlap; beyond this their latency counts
+STAGES_PER_WORKER = 3  # more stages give smaller messages and finer overlap, but beyond this latency dominates
 
 
 def default_stages(units: int, workers: int, lag: int = 0) -> int:
     """Return how many stages to cut a model into: three for each worker, if it has so many parts to cut between.
 
     Args:
-        units: How many modules with parameters can be told apart.
+        units: How many modules with parameters there are, between which cuts may be.
         workers: N, at least 1.
         lag: The schedule's; above 0 it needs as many stages as workers.
 
@@ -103,7 +103,7 @@ def _most_even(sizes: Sequence[int], parts: int, limit: int) -> list[int]:
     """Return where groups begin that are all within the limit, with the least sum of squares."""
     count = len(sizes)
     squares: list[int | None] = [None] * count + [0]  # of what begins there, in so many groups; None: it cannot be
-    ends: list[list[int]] = []  # for ever more groups: where the first of them ends
+    ends: list[list[int]] = []  # for one, two, ... groups: where the first of them ends
     for _ in range(parts):
         least: list[int | None] = [None] * (count + 1)
         end = [0] * (count + 1)

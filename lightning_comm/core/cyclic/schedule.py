@@ -1,8 +1,8 @@
-"""Cyclic Data Parallelism: whose turn it is, which version of the parameters each uses, and who sends what to whom.
+"""The schedule of Cyclic Data Parallelism: turns, versions of the parameters, and messages between workers.
 
 Numbers only. Workers are ranks, counted from 0; stages are counted from 0 at the input; *version v* of a stage is what
 it holds after ``v`` optimizer steps. The strategy that trains, the reference on one device and the checker
-(:mod:`lightning_comm.core.cyclic.proof`) ask this file.
+(:mod:`lightning_comm.core.cyclic.proof`) use this file.
 """
 
 import itertools
@@ -18,7 +18,7 @@ RULES: tuple[Rule, ...] = ("v1", "v2")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What a worker does in one slot: one stage, forward or backward, of its micro-batch of one step."""
+    """The work of a worker in one slot: one stage, forward or backward, of its micro-batch of one step."""
 
     step: int
     stage: int
@@ -27,7 +27,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One planned message between neighbours on the ring; `transport.cyclic.messages` has those that travel.
+    """One planned message between neighbours on the ring; the messages themselves are in `transport.cyclic.messages`.
 
     Args:
         kind: ``"gradient"``: the sum of the gradients of a step so far; ``"parameters"``: a new version.

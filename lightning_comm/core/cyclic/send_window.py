@@ -4,17 +4,17 @@ import heapq
 
 Urgency = tuple[int, ...]
 
-MESSAGES = 2  # one travels while the acknowledgement of the one before it comes back
-SMALL_BYTES = 2**17  # small messages: as many as this holds
+MESSAGES = 2  # so the link is busy while the acknowledgement of the message before comes back
+SMALL_BYTES = 2**17  # of small messages there may be more, up to this many bytes together
 
 
 class SendWindow:
     """Lets the messages of a link go, the most urgent first, no more than a few at a time.
 
-    A message may go if fewer than ``messages`` are on their way, or if those that are hold little together with it, or
-    if it is more urgent than all of them. Without the last of these ranks could wait in a circle: a message may be on
-    its way to a rank that does not receive it yet, since it waits itself for one that is behind it.
-    :func:`lightning_comm.core.cyclic.link_proof.check_links` shows for which urgencies it is enough.
+    A message may go if fewer than ``messages`` are on their way, or if it and they are small together, or
+    if it is more urgent than all of them. Without the last rule ranks could wait in a circle: a message may be on its
+    way to a rank that does not receive it yet, because that rank waits for a message that is queued behind it.
+    :func:`lightning_comm.core.cyclic.link_proof.check_links` shows for which urgencies this rule suffices.
 
     Args:
         messages: How many may be on their way at a time; at least 1.

@@ -1,4 +1,4 @@
-"""Period rules: how many steps each rank trains by itself before parameters are averaged.
+"""Period rules: the number of local updates of each rank before parameters are averaged.
 
 Standard library only. A learning rate comes in as a number and a period goes out as a number, so the strategy that
 trains, the pilot that plans the rest of a run and the pages that show its rounds ask the same rule.
@@ -43,7 +43,7 @@ class PeriodRule(ABC):
     def warmup_period_steps(self, *, lr: float, step: int) -> int:
         """Return the length of a round that starts while the learning rate is still rising.
 
-        A rule that would misread a small rate in warm-up as one at the end of the run answers here with its floor.
+        A rule that would take a small rate in warm-up for one at the end of the run returns its floor here.
         """
         return self.period_steps(lr=lr, step=step)
 
@@ -146,8 +146,8 @@ class QuadraticPeriod(PeriodRule):
 
     .. math:: H(\eta) = \max\bigl(H_{base},\; \lfloor (\alpha / \eta)^2 \rfloor\bigr)
 
-    optimizer steps, so halving the learning rate quarters how often workers talk. While the quadratic term is small,
-    the floor :math:`H_{base}` holds.
+    optimizer steps, so at half the learning rate ranks synchronise a quarter as often. While the quadratic term is
+    small, the floor :math:`H_{base}` holds.
 
     Args:
         alpha: The learning rate at which the quadratic term equals one step. Same unit as the optimizer's ``lr``; at

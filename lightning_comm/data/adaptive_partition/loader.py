@@ -1,7 +1,7 @@
 """A loader that slices a fixed global batch by shares that may change while training runs.
 
-torch.utils.data only. It is not a ``DataLoader``, so that Lightning leaves it as it is, and owns one. Lightning finds
-``set_epoch``, ``state_dict`` and ``load_state_dict`` on it by itself.
+torch.utils.data only. It is not a ``DataLoader``, so that Lightning leaves it as it is, and owns one. Lightning calls
+its ``set_epoch``, ``state_dict`` and ``load_state_dict``.
 """
 
 import time
@@ -200,7 +200,7 @@ class PartitionedLoader:
         return self._position.settings
 
     def order_fingerprint(self) -> int:
-        """Return 48 bits that tell the order of the present pass from others, to compare ranks."""
+        """Return 48 bits that identify the order of the present pass, to compare ranks."""
         return self._position.order_fingerprint()
 
     def state_dict(self) -> dict[str, int | str]:

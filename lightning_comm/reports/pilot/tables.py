@@ -1,4 +1,4 @@
-"""The tables of a pilot: what was measured, and what the whole run will take."""
+"""The tables of a pilot: the measurements, and the prediction for the whole run."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,12 +1,12 @@
-"""What a compression is: the settings that a user writes, and the codec that works by them during a run.
+"""The interface of a compression: the settings that a user writes, and the codec that applies them during a run.
 
-A codec works on a *flat bucket*: one row of entries, laid out as :class:`Layout` says. It replaces the entries by the
-mean over the ranks of what each of them sent, and it talks while it does so: :meth:`Codec.mean` is a generator that
-starts a message, yields it, and is resumed when the message has arrived. Whoever runs it (:mod:`.conversations`)
+A codec works on a *flat bucket*: one row of entries, laid out as in :class:`Layout`. It replaces the entries by the
+mean over the ranks of what each of them sent. For that it needs one message or several, so :meth:`Codec.mean` is a
+generator: it starts a message, yields it, and is resumed when the message has arrived. Its caller (:mod:`.concurrent`)
 decides *when* it is resumed, always in an order that is the same on all ranks, and never from a callback of another
 message, where gloo aborts as soon as two buckets are on their way.
 
-Nothing that a codec computes may depend on how parameters are cut into buckets, since DDP cuts them anew after its
+Nothing that a codec computes may depend on how parameters are cut into buckets, since DDP rebuilds them after its
 first steps and after a resume. Scales, counts and random numbers belong to a parameter, by its name.
 """
 
@@ -107,7 +107,7 @@ class Context:
 
     Args:
         recorder: Sends and records.
-        purpose: What the records say that the messages were for.
+        purpose: The purpose of the messages in the ledger.
         seed: Random numbers depend on it, on the step, on the rank and on the parameter's name, and on nothing else.
         feedback: Whether what a method drops is kept and added to the next step's entries, where the method needs it.
             Local updates keep it in the weights and have it off.
@@ -135,7 +135,7 @@ class Context:
 
 
 class Codec(ABC):
-    """The working side of a compression, with its state, in one run.
+    """A compression at work in one run, with its state.
 
     Attributes:
         is_local: Whether its state differs between ranks, so that each must save its own.
@@ -154,7 +154,7 @@ class Codec(ABC):
 
     @property
     def world_size(self) -> int:
-        """The number of ranks, asked for anew at each call, since a resumed run may have another."""
+        """The number of ranks, read at each call, since a resumed run may have another."""
         return self.context.recorder.world_size
 
     @abstractmethod
@@ -228,11 +228,11 @@ class Codec(ABC):
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         self.step = int(state["step"])
 
 
 def run_alone(conversation: Conversation) -> None:
-    """Carry a conversation through, waiting for each message; for one bucket at a time."""
+    """Run a codec's generator to its end, waiting for each message; for one bucket at a time."""
     for message in conversation:
         message.pending.wait()

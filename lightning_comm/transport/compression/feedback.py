@@ -94,7 +94,7 @@ class Feedback(Codec):
                 for slots, bucket in self._buckets.items()
                 if moved.isdisjoint(slot.name for slot in slots)
             }
-            self._residuals = {  # what is left of a bucket that was cut anew must not hold on to all of it
+            self._residuals = {  # a part of an old bucket must not keep the memory of all of it
                 name: row if name in moved or self._is_kept(name) else row.clone()
                 for name, row in self._residuals.items()
             }
@@ -150,7 +150,7 @@ class Feedback(Codec):
         for rows in (self._residuals, self._before_last, self._before_first):
             for name, row in rows.items():
                 moved = places.get(name)
-                # -1 finds the zero at the end; a clone, since a row must not hold on to the bucket that it lay in
+                # -1 finds the zero at the end; a clone, so that a row does not keep its old bucket's memory
                 rows[name] = row.clone() if moved is None else torch.cat([row, row.new_zeros(1)])[moved.to(row.device)]
         self._codec.regroup(places)
 

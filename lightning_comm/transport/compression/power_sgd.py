@@ -269,7 +269,7 @@ def _next_bases(bases: Tensor, spare: Tensor, before: Tensor) -> Tensor:
     """Return the directions for the next step.
 
     Where there is nothing to see, as in the second direction of a matrix of rank 1, or in all of one that is orthogonal
-    to those of before, other directions are tried: zeros would stay so for ever. What is not finite is left out.
+    to those of before, other directions are tried: zeros would stay zeros. What is not finite is left out.
     """
     finite = torch.isfinite(bases).flatten(1).all(1)
     return torch.where(finite[:, None, None], orthonormal_rows(bases, spare), before)

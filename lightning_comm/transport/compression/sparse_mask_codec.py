@@ -1,8 +1,8 @@
-"""The working side of a sparse mask: gathers kept entries, lets another codec send them, and puts them back.
+"""The codec of a sparse mask: it gathers kept entries, lets another codec send them, and puts them back.
 
-Before masks are there, and in steps that somebody wanted dense, gradients go in full and exactly. Otherwise everything
-goes through the other codec: gathered; or as the whole bucket, pruned entries being zero, where most of it is kept
-and the codec looks at single entries. One that looks at a whole row, to draw random numbers for it or to keep a
+Before there are masks, and in steps that were requested dense, gradients are sent in full and exactly. Otherwise
+everything goes through the other codec: gathered; or as the whole bucket, pruned entries being zero, where most of it
+is kept and the codec looks at single entries. One that looks at a whole row, to draw random numbers for it or to keep a
 residual of it, is always given the kept entries: which buckets are sent whole depends on how DDP has cut them, and a
 run's results must not.
 """
@@ -67,7 +67,7 @@ class SparseMaskCodec(Codec):
     def take_flag(self) -> bool:
         """Return whether any rank's flag was up since this was last asked; the same on all ranks.
 
-        On CUDA this waits for the device, unless :meth:`note_flags` has been told since the last step.
+        On CUDA this waits for the device, unless :meth:`note_flags` has been called since the last step.
         """
         flags = self.arrived_flags()
         if flags is not None:
@@ -76,7 +76,7 @@ class SparseMaskCodec(Codec):
         return raised
 
     def arrived_flags(self) -> Tensor | None:
-        """Return what ranks have said of their masks, for whoever reads it with other numbers; ``None`` if nothing.
+        """Return the ranks' flags of their masks, to be read together with other numbers; ``None`` if there are none.
 
         Waits for the message, which on CUDA the host does not.
         """
@@ -221,7 +221,7 @@ class SparseMaskCodec(Codec):
         }
 
     def load_mask_state(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`mask_state` returned."""
+        """Restore what :meth:`mask_state` returned."""
         self.masks = {
             name: unpack_bits(bits, torch.Size(shape).numel()).view(shape)
             for name, (shape, bits) in state["masks"].items()

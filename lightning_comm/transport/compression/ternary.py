@@ -1,4 +1,4 @@
-"""One of three values an entry."""
+"""Three values an entry: -1, 0 or 1, times a scale."""
 
 from dataclasses import dataclass
 

@@ -16,9 +16,9 @@ from lightning_comm.transport.compression.rounding import scale_type
 class TopK(Compression):
     """Send the largest entries of each parameter with their indices, and keep the rest for later (error feedback).
 
-    Ranks choose different entries, so nothing can be summed on the way and every rank collects everybody's. What a rank
-    sends therefore grows with the number of ranks: it is less than a dense all-reduce only where ``ratio`` is smaller
-    than one over the number of ranks.
+    Ranks choose different entries, so nothing can be summed on the way and every rank collects those of all. What a
+    rank sends therefore grows with the number of ranks: it is less than a dense all-reduce only where ``ratio`` is
+    smaller than one over the number of ranks.
 
     Args:
         ratio: Share of the entries of a parameter that are sent, above 0 and at most 1; at least one entry is.

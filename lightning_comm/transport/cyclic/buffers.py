@@ -1,4 +1,4 @@
-"""Average of buffers, which differ between ranks until all meet."""
+"""An average of buffers, which differ between ranks until all meet at a flush."""
 
 import torch
 from torch import Tensor, nn

@@ -1,6 +1,6 @@
 """Messages on the ring of Cyclic Data Parallelism: the tensors of a stage, and notes, in one piece of memory.
 
-Gloo has no sending and receiving of CUDA memory. There a message has a second piece of memory, pinned on the host, that
+Gloo cannot send or receive CUDA memory. There a message has a second piece of memory, pinned on the host, that
 is sent and received in its place, and the lanes copy between the two (:meth:`Message.to_wire`, :meth:`from_wire`).
 """
 
@@ -16,7 +16,7 @@ NOTES_BYTES = 8 * NOTES
 
 
 class Mark:
-    """A point in the work of a device, which work elsewhere on it can be made to follow; nothing on a processor.
+    """A point in the work of a device, which work elsewhere on it can be made to follow; on a CPU it does nothing.
 
     Args:
         device: Which; the point is set in the stream that this thread has there.
@@ -26,7 +26,7 @@ class Mark:
     def __init__(self, device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
-            # whoever waits on the host for it sleeps: lanes are many, and must not keep a processor busy each
+            # the host sleeps while it waits: there are many lanes, and each would keep a processor busy
             self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(device))
 

@@ -132,7 +132,7 @@ def _twin_of(optimizer: Optimizer, copies: Mapping[int, Parameter]) -> Optimizer
     """Return an optimizer of the same kind and settings, over the copies alone and without state."""
     twin: Optimizer = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__)
-    twin.__dict__.pop("step", None)  # a learning-rate scheduler has put a counter of its own around the original's
+    twin.__dict__.pop("step", None)  # a learning-rate scheduler has wrapped the original's in a counter
     twin.param_groups = [
         {**group, "params": [copies[id(each)] for each in group["params"] if id(each) in copies]}
         for group in optimizer.param_groups
