@@ -12,7 +12,7 @@ from lightning_comm.core.ledger import CommRecord
 
 LIGHTNING = "lightning"  # what the Trainer itself sends: barriers, reduced logs, flags
 OTHERS = ("metrics", "user")  # torchmetrics, and the user's own calls
-MEETING = "control"  # the rows by which ranks meet: whoever is early waits for the others there
+MEETING = "control"  # the rows by which ranks meet: a rank that is early waits for the others there
 BESIDE_TRAINING = (  # purposes that belong to no step, and count in none
     "set_up",
     "start",
@@ -132,7 +132,7 @@ def measure_step(frame: StepFrame, records: Sequence[CommRecord]) -> StepFigures
 
 
 def exposed_part(record: CommRecord) -> CommRecord:
-    """Return the part of a message beside which nothing was computed: its end, for which somebody waited.
+    """Return the part of a message beside which nothing was computed: its end, for which compute waited.
 
     Example:
         >>> record = CommRecord("all_reduce", "gradients", 8, 8, 0, start_s=1.0, duration_s=0.5, hidden_s=0.375)

@@ -168,7 +168,7 @@ _SENT: dict[str, Callable[[int], float]] = {
     "scatter": lambda n: (n - 1) / n,
     "send": lambda n: 1.0,
     "receive": lambda n: 0.0,  # counted where it is sent
-    "barrier": lambda n: 0.0,  # a few bytes that nobody hands over
+    "barrier": lambda n: 0.0,  # a few bytes of no tensor
 }
 
 

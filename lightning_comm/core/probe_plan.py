@@ -21,7 +21,7 @@ class ProbePlan:
 
     Args:
         sizes: Payload bytes by rising size, each a multiple of 4 (a float32).
-        repeats: Samples of each size; at least 1. Quartiles want 5 and more.
+        repeats: Samples of each size; at least 1. Quartiles need 5 or more.
         seconds: The budget. A size whose samples would not fit is left out, and the greater ones with it.
 
     Raises:

@@ -41,7 +41,7 @@ def duration(seconds: float) -> str:
 
 
 def times_as_fast(ratio: float) -> str:
-    """Return how many times as fast something is, in the one direction in which it is said: above 1 is faster."""
+    """Return how many times as fast something is, always in the same direction: above 1 is faster."""
     return f"{ratio:.2f} times as fast"
 
 

@@ -40,7 +40,7 @@ class ResumedEpoch(NamedTuple):
     state_is_pending: bool
 
 
-# Nothing here knows Lightning, so what finds the Trainer that asks for a batch is put in by the module that does.
+# This module does not import Lightning, so the module that does installs the function that finds the Trainer.
 _finders: list[Callable[[], ResumedEpoch | None]] = []
 
 

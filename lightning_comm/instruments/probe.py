@@ -188,7 +188,7 @@ class _Bench:
         self._agree(one_by_one(smallest))  # opens connections
         began_s = self.elapsed_s
         empty_s = self._agree(one_by_one(smallest))
-        meeting_s = self.elapsed_s - began_s  # of all, once for every way, which takes time as well
+        meeting_s = self.elapsed_s - began_s  # of all ranks, once for each direction: it takes time as well
         rounds = self._plan.repeats * (1 + 1 / STEP) + 2
         share_s = (self._plan.left_s("links", self.elapsed_s) / rounds - 3 * meeting_s) / len(ways)
         if share_s <= 0:

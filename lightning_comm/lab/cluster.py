@@ -22,7 +22,7 @@ __all__ = ["Lab", "LabError", "LabResult", "check_arguments", "unavailable"]
 
 LAB_VARIABLE = "LIGHTNING_COMM_LAB"  # describes the lab to commands on the hosts
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-_PORT = 29500  # on host 0; hosts have networks of their own, so nobody else can have it
+_PORT = 29500  # on host 0; hosts have networks of their own, so no other program uses it
 
 
 class Lab:

@@ -43,7 +43,7 @@ def _tell_all(number: int) -> bool:
 
 
 def _commands(owner: int) -> Iterator[str]:
-    """Yield the lab's commands until there is nobody to give any."""
+    """Yield the lab's commands until there can be no more."""
     poll = select.poll()
     for each in (0, owner):
         if each >= 0:

@@ -158,7 +158,7 @@ class Job:
                     continue
                 try:
                     self._on_line(host, line, is_error)
-                except Exception as error:  # read on all the same: a host whose output nobody reads would stand still
+                except Exception as error:  # read on all the same: a host whose output is not read would block
                     self._error = error
                     self._ends.put((host, _NOT_SHOWN))
 

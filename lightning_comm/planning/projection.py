@@ -1,4 +1,4 @@
-"""The projection of a few measured steps to the whole run: which ones synchronise, and the time and bytes of that.
+"""The projection of a few measured steps to the whole run: which steps synchronise, and the time and bytes of all.
 
 A period that follows the learning rate cannot be judged from sixty steps. What can be measured there is what a step
 and a synchronisation cost; how often the run will synchronise is known from its schedule, because the clock that will

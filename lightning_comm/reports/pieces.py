@@ -99,7 +99,7 @@ def _cell(text: str) -> str:
 
 
 def html_cards(cards: Sequence[tuple[str, str]]) -> str:
-    """Return the few figures that a reader in a hurry wants, each with its label."""
+    """Return the few main figures, each with its label."""
     return "".join(f'<div class="card"><div>{html_text(value)}</div>{html_text(label)}</div>' for value, label in cards)
 
 

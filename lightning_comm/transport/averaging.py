@@ -200,7 +200,7 @@ class FullAverage:
         """Replace every tensor by its mean over the ranks.
 
         Args:
-            tensors: Floating-point or complex tensors, as :meth:`Average.average_` wants them.
+            tensors: Floating-point or complex tensors, as for :meth:`Average.average_`.
             weight: What this rank counts for, as there.
             moderate: Whether all ranks know that no entry is infinite, not a number, or above
                 :data:`~lightning_comm.ondevice.limits.MODERATE`.

@@ -94,7 +94,7 @@ class CompressedAverage:
         """Bring the parameters together, in place.
 
         Args:
-            tensors: Parameters that have a reference, as :meth:`Average.average_` wants them.
+            tensors: Parameters that have a reference, as for :meth:`Average.average_`.
             weight: What this rank counts for, as there.
             moderate: Whether all ranks know that no entry of the parameters and references of any of them is infinite,
                 not a number, or above :data:`~lightning_comm.ondevice.limits.MODERATE_DIFFERENCES`.

@@ -109,7 +109,7 @@ class Peers:
     def begin(self, where: str) -> None:
         """Connect to the store while all ranks are there, and watch this rank as if it waited, until :meth:`end_start`.
 
-        Lightning lets ranks wait without a limit while one of them prepares data, and does not tell the strategy.
+        Lightning lets ranks wait without a limit while one of them prepares data, unknown to the strategy.
 
         Args:
             where: What this rank may wait for until then, for the message.

@@ -43,7 +43,7 @@ class ModelAverage:
 
         *With a compression* trained parameters are brought together by a :class:`CompressedAverage` and ranks are not
         equal afterwards. One that has no reference yet (it was unfrozen since) and one that is no longer trained are
-        averaged in full, once, and the first has a reference from then on. Complex parameters always travel in full,
+        averaged in full, once, and the first has a reference from then on. Complex parameters are always sent in full,
         and so do those that share entries with others in a way that none of them has all.
 
         *Weights.* Averages take what this rank counts for in the mean (``weight``; those of all ranks sum to 1), for
@@ -231,7 +231,7 @@ class ModelAverage:
         Args:
             state: The copies.
             weight: What this rank counts for.
-            device: Where the backend wants its messages.
+            device: The device from which the backend sends.
 
         Returns:
             Whether it was done: not where ranks hold states of different layouts, as before a first step.

@@ -105,7 +105,7 @@ class OverlappedAverage:
 
     @property
     def is_sending(self) -> bool:
-        """Whether a thread may still send, or has ended and nobody has waited for it."""
+        """Whether a thread may still send, or has ended and has not been waited for."""
         return self._thread is not None
 
     def is_quiet(self, timeout_s: float) -> bool:

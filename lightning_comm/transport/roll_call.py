@@ -69,7 +69,7 @@ class RollCall:
     def call(self) -> int:
         """Call the roll; return its number. If another rank calls at the same time, both share one roll."""
         last = self._get("roll", "0")
-        # whoever is too late here learns the number of the other's roll, which also began after this call
+        # a rank that is too late here gets the number of the other's roll, which also began after this call
         own = str(int(last) + 1)
         now = self._compare_set("roll", "" if last == "0" else last, own)
         self.tell_news()

@@ -28,7 +28,7 @@ def all_ranks_started(
 ) -> Iterator[None]:
     """Wait until all ranks have come, then let the process group be made at the same address.
 
-    The store that torch makes for the group at this address is that of this meeting, so nobody waits a second time.
+    The store that torch makes for the group at this address is that of this meeting, so no rank waits a second time.
 
     Args:
         where: What begins, for messages.

@@ -268,8 +268,8 @@ class Agreement:
     def _retract(self) -> None:
         """Retract the position, unless a decision has been made with it."""
         key = self._key("state")
-        # First the position, then the version: whoever reads the new version can no longer read the old position, and
-        # whoever has read that fails to decide, since the version has changed.
+        # First the position, then the version: a rank that reads the new version can no longer read the old
+        # position, and one that has read that fails to decide, since the version has changed.
         self._store.set(self._key(f"position/{self._rank}"), _MOVING)
         state = self._store.get(key).decode()
         while not self._read_decision(state):

@@ -20,7 +20,7 @@ class TemporaryAverage:
     Note:
         *Memory.* A second copy of the averaged tensors in between.
 
-        *Cost.* They are read when the average is in place and once more at the end, to see what somebody sets in
+        *Cost.* They are read when the average is in place and once more at the end, to see what other code sets in
         between: that stays.
 
     """
@@ -83,7 +83,7 @@ class TemporaryAverage:
 
     @torch.no_grad()
     def leave(self) -> None:
-        """Put this rank's own values back, if an average is in place, but for what somebody has set since."""
+        """Put this rank's own values back, if an average is in place, but for what other code has set since."""
         kept, self._kept = self._kept, None
         if kept is not None:
             kept.put_back()
@@ -99,7 +99,7 @@ class TemporaryAverage:
     def own_state(self) -> dict[str, Tensor]:
         """Return what this rank alone holds: its own weights and buffers, also while averaged ones are in place.
 
-        Then it is what :meth:`leave` would leave: new values where somebody has set some.
+        Then it is what :meth:`leave` would leave: new values where other code has set some.
         """
         now = self._model.tensors.state()
         own = now if self._kept is None else self._kept.goes_on_with(now)

@@ -204,7 +204,7 @@ def _measure_in_this_job(job: TrialJob, results: Results) -> None:
 def _listener(
     results: Results, progress: Progress, left: list[tuple[int, str]], current: dict[str, Any]
 ) -> Callable[[dict[str, Any]], None]:
-    """Return what takes in the events of rank 0."""
+    """Return the function that handles the events of rank 0."""
 
     def hear(event: dict[str, Any]) -> None:
         kind = event["event"]

@@ -22,7 +22,7 @@ _LAST_LOSSES = 5  # steps whose mean is the loss after the pilot
 
 
 class Rehearsal(Callback):
-    """Takes two steps that nobody times, and learns what the trials need: batch, model, learning rates of the run."""
+    """Takes two untimed steps, and collects what the trials need: batch, model, learning rates of the run."""
 
     def __init__(self) -> None:
         self.batch_size: int | None = None
@@ -92,7 +92,7 @@ class Watch(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for config in trainer.lr_scheduler_configs:
-            config.strict = False  # a plateau would end the trial for want of the validation that is left out
+            config.strict = False  # a plateau would end the trial because the validation is left out
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

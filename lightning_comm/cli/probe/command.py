@@ -156,7 +156,7 @@ class _PatientAtStart(DDPStrategy):
 
 def _settle(name: str, asked: int | None, found: int | None) -> int | None:
     if asked is not None and found is not None and asked != found:
-        # All would wait for ranks that nobody starts.
+        # All ranks would wait for others that are never started.
         raise ValueError(f"`{name}` must be what the launcher has, {found}; got {asked}. Leave it away.")
     return found if asked is None else asked
 

@@ -80,7 +80,7 @@ def check_schedule(
         steps: How many steps. The waits of a step reach back by two steps at most, so that 4 show all there are.
         flush_after: After how many steps all workers meet and use the newest version of everything.
         stagger: Whether a worker begins a step only after the one before it has come so far in it as
-            :func:`~lightning_comm.core.cyclic.stagger.token_boundary` says, and the first one after the last.
+            :func:`~lightning_comm.core.cyclic.stagger.token_boundary` returns, and the first one after the last.
         asked_late: Whether a worker asks for a message only when its own gradient of the stage is there, or on its way,
             as on NCCL, where a receive occupies the device.
         forward_share: For the stagger, the part of a step's time that its forward takes.

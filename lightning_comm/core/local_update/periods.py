@@ -59,7 +59,7 @@ class FixedPeriod(PeriodRule):
         ValueError: If ``steps`` is not a whole number of at least 1.
 
     Note:
-        *Communication.* None. One rank asks, and the answer travels with the synchronisation.
+        *Communication.* None. One rank asks the rule, and its answer is sent with the synchronisation.
 
     Example:
         >>> FixedPeriod(8).period_steps(lr=0.1, step=0)
@@ -108,7 +108,7 @@ class PowerPeriod(PeriodRule):
         one part in 10\ :sup:`9` below a whole number counts as that number, so the answer here is 9. The authors' code
         takes the plain floor; below 10\ :sup:`9` steps the two differ by at most one.
 
-        *Communication.* None. One rank asks, and the answer travels with the synchronisation.
+        *Communication.* None. One rank asks the rule, and its answer is sent with the synchronisation.
 
     Example:
         >>> PowerPeriod(alpha=0.2, exponent=1.0, h_base=2).period_steps(lr=0.01, step=0)
@@ -166,7 +166,7 @@ class QuadraticPeriod(PeriodRule):
     Note:
         *Rounding.* As in :class:`PowerPeriod`: a square within rounding below a whole number counts as that number.
 
-        *Communication.* None. One rank asks, and the answer travels with the synchronisation.
+        *Communication.* None. One rank asks the rule, and its answer is sent with the synchronisation.
 
     Example:
         >>> rule = QuadraticPeriod(alpha=0.3, h_base=4)

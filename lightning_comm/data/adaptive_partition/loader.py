@@ -145,7 +145,7 @@ class PartitionedLoader:
         batches = iter(self._inner)
         while True:
             self._position.check_alone(begun)
-            if not self._followed:  # whoever follows a plan weighs by it
+            if not self._followed:  # code that follows a plan applies the weights
                 self._latest.warn_if_unread()
             try:
                 batch = next(batches)

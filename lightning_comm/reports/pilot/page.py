@@ -140,7 +140,7 @@ def html_page(results: Mapping[str, Any], advice: Advice, figure: str | None) ->
 
 
 def _facts(summaries: Mapping[str, Summary], advice: Advice, cost_per_hour: float | None) -> str:
-    """Return the few numbers that a reader in a hurry wants."""
+    """Return the few main numbers."""
     base, limit, best = (summaries.get(name) for name in (BASELINE, LIMIT, advice.best or ""))
     facts: list[tuple[str, str]] = []
     for of, name in ((limit, LIMIT_NAME), (best, f"with {advice.best}")):

@@ -141,7 +141,7 @@ class Codec(ABC):
         is_local: Whether its state differs between ranks, so that each must save its own.
         entrywise: Whether what becomes of an entry depends on that entry of the ranks alone, and not on what lies
             beside it in the row.
-        step: How often all parameters have been synchronised; whoever runs the codec counts it up.
+        step: How often all parameters have been synchronised; the owner of the codec counts it up.
 
     """
 

@@ -1,4 +1,4 @@
-"""Error feedback: what a method did not send is added to what it sends next time."""
+"""Error feedback: the part of the entries that was not sent is added to those of the next step."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ class Feedback(Codec):
     mean is not finite keeps the residual that it had, on all ranks, so that one bad step does not spoil all later ones.
 
     A mean may also be thrown away once it has arrived: by DDP, where no rank has used a parameter; by a gradient
-    scaler, which skips a step; by whoever clears a gradient before anything has stepped with it. Then
+    scaler, which skips a step; by code that clears a gradient before an optimizer has stepped with it. Then
     :meth:`take_back` restores the residual of before, or what had been moved out of it would be lost.
 
     Note:

@@ -1,4 +1,4 @@
-"""Eight bits an entry."""
+"""Rounding of entries to eight bits, with one scale a parameter."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ _LARGEST = 127
 class Int8(Compression):
     """Send entries as whole numbers from -127 to 127 and one scale a parameter, rounded stochastically.
 
-    A sum of such numbers has no room in 8 bits, and if each rank collected everybody's (an all-gather) it would send as
-    much as fp32 does from 8 ranks on. So every rank sums one part of the bucket for all: parts are exchanged by an
+    A sum of such numbers has no room in 8 bits, and if each rank collected those of all (an all-gather) it would send
+    as much as fp32 does from 8 ranks on. So every rank sums one part of the bucket for all: parts are exchanged by an
     all-to-all, summed in fp32 and rounded once more, and an all-gather collects the sums. Both roundings are unbiased,
     and what the first one drops is kept on the rank and sent with the next step's gradient (error feedback).
 

@@ -1,4 +1,4 @@
-"""Matrices of low rank."""
+"""PowerSGD: each gradient as a product of two thin matrices, of low rank."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -59,7 +59,7 @@ class SparseMaskCodec(Codec):
 
         Args:
             masks_changed: Asked at the end of each step's last bucket. What only the device knows it returns as a
-                tensor, so that nobody waits for it there.
+                tensor, so that the host does not wait for it.
 
         """
         self._masks_changed = masks_changed
@@ -228,7 +228,7 @@ class SparseMaskCodec(Codec):
         }
         self.pruned_at = state["pruned_at"]
         self.dense_above = state["dense_above"]
-        self._rows, self._counts, self._plans = {}, {}, {}  # whoever goes on installs the masks
+        self._rows, self._counts, self._plans = {}, {}, {}  # the resumed run installs the masks next
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Three values an entry: -1, 0 or 1, times a scale."""
+"""Rounding of entries to three values: -1, 0 or 1, times a scale."""
 
 from dataclasses import dataclass
 

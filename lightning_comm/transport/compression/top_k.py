@@ -1,4 +1,4 @@
-"""The largest entries, and where they are."""
+"""The largest entries of each parameter, with their indices."""
 
 import math
 from dataclasses import dataclass
@@ -83,5 +83,5 @@ class TopKCodec(Codec):
         values.zero_()
         for row in rows:
             bits, places = row.split([row.numel() - indices.numel(), indices.numel()])
-            numbers = bits.clone().view(numbers_type).to(values.dtype)  # a clone, since float64 wants its own alignment
+            numbers = bits.clone().view(numbers_type).to(values.dtype)  # a clone, since float64 needs its own alignment
             values.index_add_(0, places, numbers, alpha=1 / self.world_size)  # divided first, or huge ones overflow

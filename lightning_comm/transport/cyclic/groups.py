@@ -1,4 +1,4 @@
-"""The process groups of a ring, with what records the messages that go through each."""
+"""The process groups of a ring, each with the recorder of its messages."""
 
 from datetime import timedelta
 

@@ -125,7 +125,7 @@ class Message:
         """Put into the memory that is sent what this stream has made of the message; the host waits for it."""
         if self.wire is not self.memory:
             self.wire.copy_(self.memory, non_blocking=True)
-            Mark(self.memory.device).reached()  # whoever sends it reads it at once
+            Mark(self.memory.device).reached()  # the network reads it as soon as it is sent
 
     def from_wire(self) -> None:
         """Let this stream take what has been received into the memory of the device; the host does not wait."""
@@ -154,8 +154,8 @@ class Message:
 class Numbers:
     """The notes of a message as they are now: for the host, when it needs them, and for lanes on the device.
 
-    The host need not wait when this is made, so it may give the device more work before. Whoever reads them two steps
-    later does not wait at all, as a rule.
+    The host need not wait when this is made, so it may give the device more work before. A read two steps later
+    does not wait at all, as a rule.
 
     Args:
         notes: Those of the message, whose memory is used again.

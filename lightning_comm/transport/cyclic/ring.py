@@ -1,4 +1,4 @@
-"""The ring of Cyclic Data Parallelism: gradients and new parameters travel from neighbour to neighbour.
+"""The ring of Cyclic Data Parallelism: gradients and new parameters are passed from neighbour to neighbour.
 
 Every rank has *lanes*, threads beside the one that computes, so that messages do not hold up compute. In each step
 
@@ -117,8 +117,8 @@ class CyclicRing:
         self._neighbours = Neighbours(schedule, layouts, gradients, parameters, device, in_any_order=in_any_order)
         # One queue a stage, from thread to thread; `None` ends the lane that reads it.
         self._own: list[SimpleQueue[Gradients | None]] = [SimpleQueue() for _ in layouts]  # compute to gradient lane
-        self._updated: list[SimpleQueue[Message | None]] = [SimpleQueue() for _ in layouts]  # to parameter lane
-        self._passed_on: list[SimpleQueue[Mark | None]] = [SimpleQueue() for _ in layouts]  # the same, NCCL alone
+        self._updated: list[SimpleQueue[Message | None]] = [SimpleQueue() for _ in layouts]  # gradient to parameters
+        self._passed_on: list[SimpleQueue[Mark | None]] = [SimpleQueue() for _ in layouts]  # likewise; NCCL alone
         self._arrived: list[dict[int, Message]] = [{} for _ in layouts]  # by stage and version, until released
         self._notes: dict[int, dict[int, Numbers]] = defaultdict(dict)  # by version and stage
         self._left_out: int | None = None  # the last step, if it has begun but never comes: no update

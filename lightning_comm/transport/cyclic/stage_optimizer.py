@@ -43,9 +43,10 @@ class StageOptimizer:
         norm of the step before and the factor stay on the device, and go into the notes there. What the user's
         optimizer waits for in its own ``step`` is its own affair.
 
-        *Streams.* Copies and restored state are written on the stream of whoever makes this, and updated on that of a
-        lane. A lane's first update of a stage follows its own gradient's mark, which was set later. What reads the
-        state for a checkpoint follows the mark of the version that came of its last update, which it has used.
+        *Streams.* Copies and restored state are written on the stream of the thread that makes this, and updated on
+        that of a lane. A lane's first update of a stage follows its own gradient's mark, which was set later. What
+        reads the state for a checkpoint follows the mark of the version that came of its last update, which it has
+        used.
 
     """
 

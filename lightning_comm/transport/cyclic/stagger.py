@@ -41,7 +41,7 @@ class NoTurns:
     """Ranks that begin when they can."""
 
     def begin_batch(self, step: int) -> None:
-        """Wait for nobody."""
+        """Do not wait."""
 
     def reach(self, passes: int) -> None:
         """Tell nobody."""
