@@ -140,7 +140,7 @@ class GradientSync:
         self._non_finite = _NonFinite()
 
     def hook(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """Take a bucket; what DDP registers."""
+        """Start the messages of a bucket; the function that is registered with DDP."""
         if isinstance(cast(object, bucket), tuple):  # not what it is annotated as, and DDP wants that annotation
             raise RuntimeError(
                 "CompressedDDPStrategy: the reducer of `torch.compile` (`python_reducer`) hands over single gradients, "
@@ -218,8 +218,8 @@ class GradientSync:
         Called before a backward.
 
         Note:
-            *Communication.* None. On CUDA it waits for the device, once, where a backward has gone before whose means
-            nothing has stepped with.
+            *Communication.* None. On CUDA it waits for the device, once, after a backward with whose means no
+            optimizer has stepped.
 
         """
         self.settle()
@@ -236,7 +236,7 @@ class GradientSync:
 
     @contextmanager
     def own_changes(self) -> Iterator[None]:
-        """Surround changes of parameters that are no steps with their means, such as zeros under a mask."""
+        """Keep the changes of parameters within the block, such as zeros under a mask, from counting as steps."""
         self._find_changed()
         yield
         self._notes.renew()
@@ -247,7 +247,7 @@ class GradientSync:
         return [name for name in names if name in unapplied]
 
     def _find_changed(self) -> None:
-        """Take note of means that no optimizer of torch's has stepped with, but whose parameters have changed since."""
+        """Mark means as applied whose parameters have changed since, without a step of an optimizer of torch's."""
         self._forget_changed(self._notes.changed(sorted(self.codec.unapplied)))
 
     def _forget_changed(self, names: Iterable[str]) -> None:
@@ -264,7 +264,7 @@ class GradientSync:
         else:
             self._find_changed()
         self._looked = False
-        if self.codec.is_local:  # what keeps residuals
+        if self.codec.is_local:  # a codec that keeps residuals
             self._follow_scale()
         self.codec.begin_step()
 
@@ -283,7 +283,7 @@ class GradientSync:
                 self._take_notes(bucket.layout, bucket.buffer)
         self._non_finite.end_step()
         self.codec.end_step()
-        self._settled = False  # DDP knows only later which means it throws away
+        self._settled = False  # only after the backward does DDP know which means it discards
 
     def _take_notes(self, layout: Layout, means: Tensor) -> None:
         unapplied = self.codec.unapplied

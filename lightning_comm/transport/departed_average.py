@@ -95,7 +95,7 @@ class DepartedAverage:
             torch._foreach_sub_(bucket.layout.split(bucket.row), self._references_of(bucket))
             if not self._moderate and is_large(bucket.row):
                 limit_differences_(bucket.row, self._references_of(bucket))
-        samples = [sample(bucket.row) for bucket in self._buckets]
+        samples = [sample(bucket.row) for bucket in self._buckets]  # before the scaling, which is in place
         means = [scaled(bucket.row, self._scale, self._moderate) for bucket in self._buckets]
         talks = [
             Talk(self._codec.mean(mean, bucket.layout, bucket.sent))
@@ -120,9 +120,10 @@ class DepartedAverage:
         if large:
             limit_moved_(references, moves)
         bucket.drifts.add(drift_from(references, own_sample, mean, self._moderate))
-        if self._scale == 0:
+        # The correction is the mean less what this rank sent, in units of its weights.
+        if self._scale == 0:  # nothing was sent, and the row still holds the difference: all of it is taken back
             torch.sub(mean, bucket.row, out=bucket.row)
-        else:
+        else:  # `mean` is the row itself
             bucket.row.sub_(bucket.sent, alpha=1 / self._scale)
         if large:
             limit_(bucket.row, finite)

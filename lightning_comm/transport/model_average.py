@@ -2,7 +2,7 @@
 
 Order of messages: the parameters, then the buffers and the weight averages, then what has no mean and comes from rank
 0. State of optimizers is averaged behind them, on its own. An average that departs sends its parameters last. Longer
-than other files, since every way to average asks the same question: what goes in full, and what is compressed.
+than other files, since every way to average has to decide the same: what is sent in full, and what is compressed.
 """
 
 from collections.abc import Mapping, Set
@@ -35,13 +35,13 @@ class ModelAverage:
         background: Sends parameters while training goes on, on a process group of its own with the same members.
 
     Note:
-        *On CUDA* the host looks at no value here, but where :meth:`ModelTensors.look` has found a large one, or a
-        frozen parameter has changed.
+        *On CUDA* the host reads no value here, so it does not wait for the device, unless :meth:`ModelTensors.look` has
+        found a large value, or a frozen parameter has changed.
 
         *Frozen parameters* that have changed since the last synchronisation are averaged once; those without a mean are
         then taken from rank 0.
 
-        *With a compression* trained parameters are brought together by a :class:`CompressedAverage` and ranks are not
+        *With a compression* trained parameters are averaged by a :class:`CompressedAverage`, and ranks are not
         equal afterwards. One that has no reference yet (it was unfrozen since) and one that is no longer trained are
         averaged in full, once, and the first has a reference from then on. Complex parameters are always sent in full,
         and so do those that share entries with others in a way that none of them has all.
@@ -128,7 +128,7 @@ class ModelAverage:
 
         Args:
             weight: What this rank counts for in the mean.
-            moderate: As for all averages.
+            moderate: As for all averages; see *Large entries*.
             in_full: Whether ranks must be equal afterwards, so that nothing is compressed.
 
         Returns:
@@ -139,10 +139,10 @@ class ModelAverage:
         parameters = groups.pop("parameters")
         compressed = {} if in_full else self.tensors.sent_as_differences()
         rest = _without(parameters, compressed)
-        ways: list[tuple[Average, Mapping[str, Tensor]]] = [(self._full, rest)]
+        methods: list[tuple[Average, Mapping[str, Tensor]]] = [(self._full, rest)]
         if self._compressed is not None and not in_full:
-            ways.insert(0, (self._compressed, compressed))
-        for average, tensors in ways:
+            methods.insert(0, (self._compressed, compressed))
+        for average, tensors in methods:
             drift.extend(average.average_(tensors, weight, moderate="parameters" in moderate))
         if not in_full:
             self._refer_to(rest)
@@ -158,7 +158,7 @@ class ModelAverage:
         rest = _without(groups.pop("parameters"), compressed)
         self._full.average_(rest, weight, moderate="parameters" in moderate)
         self._refer_to(rest)
-        # before the parameters, behind which it would wait on the network
+        # before the parameters depart: behind them these would wait for the link
         self._average_others(groups, None, weight, moderate)
         self.tensors.frozen.note()
         if self._background is not None:
@@ -256,7 +256,7 @@ class ModelAverage:
     # ---- what a compression keeps ------------------------------------------------------------------------------------
 
     def zero_pruned_(self, parameters: Mapping[str, Tensor]) -> None:
-        """Set what has been pruned to zero, where an average has moved it that departed before."""
+        """Set pruned entries to zero, which an average that departed before the pruning has moved."""
         codec, method = self.codec, self._method
         if isinstance(codec, SparseMaskCodec) and isinstance(method, SparseMask) and not method.pruning.is_watched:
             for name in parameters.keys() & codec.masks.keys():

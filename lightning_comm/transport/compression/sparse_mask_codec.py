@@ -2,9 +2,9 @@
 
 Before there are masks, and in steps that were requested dense, gradients are sent in full and exactly. Otherwise
 everything goes through the other codec: gathered; or as the whole bucket, pruned entries being zero, where most of it
-is kept and the codec looks at single entries. One that looks at a whole row, to draw random numbers for it or to keep a
-residual of it, is always given the kept entries: which buckets are sent whole depends on how DDP has cut them, and a
-run's results must not.
+is kept and the codec looks at single entries. A codec that looks at a whole row, to draw random numbers for it or to
+keep a residual of it, is always given the kept entries: which buckets are sent whole depends on how DDP has cut them,
+and a run's results must not depend on that.
 """
 
 from collections.abc import Callable, Iterable, Sequence

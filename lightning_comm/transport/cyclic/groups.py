@@ -21,7 +21,7 @@ class RingGroups:
     the link. Otherwise each kind has its own group, so that the two are not ordered with each other either.
 
     Args:
-        ledger: Where messages are written down.
+        ledger: Where messages are recorded.
         device: Of the rank.
         agreement: Publishes and raises failures.
         timeout: How long messages wait for other ranks.
@@ -50,7 +50,7 @@ class RingGroups:
         self.tokens = Recorder(ledger, self._groups[-1], hold=True) if staggered else None
 
     def write_held(self) -> None:
-        """Write down what has been sent meanwhile; by the thread that trains, to which the ledger belongs."""
+        """Write the records that were kept back; called by the thread that trains, to which the ledger belongs."""
         self.gradients.write_held()
         self.parameters.write_held()
 

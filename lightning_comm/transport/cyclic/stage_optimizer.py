@@ -22,12 +22,12 @@ SQUARED_NORM = 7  # where a stage's squared gradient norm stands in the notes of
 
 
 class StageOptimizer:
-    """Steps the owned stages of an optimizer on copies of their parameters, with the settings of the gradient's step.
+    """Steps the owned stages of an optimizer on copies of their parameters, by the settings of the gradient's step.
 
     The optimizer itself stays as its user made it: its groups hold the module's parameters and are what schedulers
     change, and it steps on nothing, since gradients are handed over before. For each owned stage a twin of it holds
     copies of the parameters, and all the state that there is. Compute reads the module's parameters, and lanes write
-    the copies, each those of its stage, so that none is in another's way.
+    the copies, each those of its stage, so that no lock is needed.
 
     Args:
         optimizer: The user's.
@@ -40,8 +40,8 @@ class StageOptimizer:
         *Memory.* A copy of the owned parameters, beside their optimizer state.
 
         *On a CUDA device* the host waits for nothing in an update, however gradients are clipped: squared norms, the
-        norm of the step before and the factor stay on the device, and go into the notes there. What the user's
-        optimizer waits for in its own ``step`` is its own affair.
+        norm of the step before and the factor stay on the device, and go into the notes there. The user's optimizer may
+        still wait in its own ``step``.
 
         *Streams.* Copies and restored state are written on the stream of the thread that makes this, and updated on
         that of a lane. A lane's first update of a stage follows its own gradient's mark, which was set later. What
