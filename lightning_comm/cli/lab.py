@@ -180,7 +180,7 @@ def _speeds(text: str) -> list[float]:
 
 
 def _no_command(own: list[str], command: list[str], rest: list[str]) -> str:
-    """Return what is wrong with arguments that have no command, or of which the lab's options leave a rest."""
+    """Return what is wrong with arguments that have no command, or more than the lab's options take."""
     if rest and (command or rest[0].startswith("-")):
         return f"unrecognized arguments: {shlex.join(rest)}. The command is what stands behind `--`"
     at = own.index(rest[0]) if rest else len(own)  # where the command begins

@@ -38,7 +38,7 @@ def schedule(kind: str, world_size: int) -> Schedule:
         ValueError: If the kind is unknown or there is no rank.
 
     Note:
-        *Payload* is what one rank hands over: for an all-gather its own part, elsewhere the whole tensor.
+        *Payload* is what one rank passes to the call: for an all-gather its own part, elsewhere the whole tensor.
 
         *Communication.* None.
 

@@ -1,7 +1,8 @@
 """The profile of a link: the measurements of a probe, the cost of any message by them, and their file.
 
 Standard library only. The probe writes a :class:`LinkProfile`; its report, the profiler and ``SparseMask`` read it. The
-formulas behind it, with their sources, are in :mod:`lightning_comm.core.collectives` and can be had from here as well.
+formulas behind it, with their sources, are in :mod:`lightning_comm.core.collectives`, and can be imported from here as
+well.
 """
 
 import json
@@ -143,7 +144,7 @@ class LinkProfile:
 
         Args:
             kind: One of :data:`KINDS`. One that was not measured is taken from the all-reduce's latency and bandwidth.
-            payload_bytes: What one rank hands over.
+            payload_bytes: The bytes that one rank passes to the call.
             world_size: The number of ranks, if it is not the measured one.
 
         Raises:

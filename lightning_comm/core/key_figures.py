@@ -44,7 +44,7 @@ class StepFigures:
             optimizes manually and steps several optimizers.
         start_s: When it began, in seconds on this process's monotonic clock.
         duration_s: Its length in seconds: loading, forward, backward, optimizer, callbacks; without validation.
-        payload_bytes: What this rank handed over, by purpose.
+        payload_bytes: The bytes that this rank passed to collectives, by purpose.
         wire_bytes: What this rank sent for it, on average over the ranks, by purpose.
         dense_bytes: What it would have sent for an all-reduce of all gradients in float32 after each backward, as DDP
             sends them: also after one for some of the parameters only. Backwards that accumulate count for nothing.
@@ -232,7 +232,7 @@ class RunFigures:
         untimed_steps: Steps whose times of communication are not known, and which count in no mean of them.
         bandwidth_bytes_per_s: What the technique sent, by the seconds in which it was sending and not waiting.
         link_bytes_per_s: What a probe measured for a large all-reduce, if there was one.
-        total_payload_bytes: Handed over in all steps, warm-up included, by purpose; mean of ``total_ranks``.
+        total_payload_bytes: Payload of all steps, warm-up included, by purpose; mean of ``total_ranks``.
         total_wire_bytes: Sent in all steps, warm-up included, by purpose; mean of ``total_ranks``.
         beside_wire_bytes: Sent outside of steps (validation, checkpoints), by purpose; mean of ``total_ranks``.
         total_ranks: How many ranks have measured all steps. Fewer than ``world_size`` where the profiler stopped on a

@@ -48,7 +48,7 @@ class CommRecord:
     Args:
         kind: The collective or transfer, one of those of :func:`wire_bytes`.
         purpose: What it was for, one of ``PURPOSES``.
-        payload_bytes: What was handed over on this rank.
+        payload_bytes: The bytes that this rank passed to the call.
         wire_bytes: What this rank sends for it, on average over the ranks (:func:`wire_bytes`).
         step: Optimizer steps done when it started, not a step of the loggers: those count batches.
         start_s: When it started, in seconds on this process's monotonic clock.
@@ -121,7 +121,7 @@ class CommLedger:
         return sum(total.messages for total in self._select(purposes))
 
     def payload_bytes(self, *purposes: str) -> int:
-        """Return the bytes handed over, for the given purposes or for all."""
+        """Return the payload bytes, for the given purposes or for all."""
         return sum(total.payload_bytes for total in self._select(purposes))
 
     def wire_bytes(self, *purposes: str) -> int:
@@ -181,7 +181,7 @@ def wire_bytes(kind: str, payload_bytes: int, world_size: int) -> int:
     Args:
         kind: ``"all_reduce"``, ``"reduce_scatter"``, ``"all_gather"``, ``"all_to_all"``, ``"broadcast"``, ``"reduce"``,
             ``"gather"``, ``"scatter"``, ``"send"``, ``"receive"`` or ``"barrier"``.
-        payload_bytes: What one rank hands over: its whole input. For ``"scatter"`` its own part.
+        payload_bytes: The bytes that one rank passes to the call: its whole input. For ``"scatter"`` its own part.
         world_size: The number of ranks.
 
     Raises:

@@ -21,7 +21,7 @@ class Timing:
     """The times of messages of one size.
 
     Args:
-        payload_bytes: What one rank hands over.
+        payload_bytes: The bytes that one rank passes to the call.
         repeats: How many samples there are.
         median_s: Median, in seconds, of the slowest rank's time.
         lower_s: Lower quartile.

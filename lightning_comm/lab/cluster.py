@@ -161,7 +161,7 @@ class Lab:
 
         Args:
             command: The program and its arguments, the same on every host.
-            timeout_s: After so many seconds all are ended; ``None`` for no limit.
+            timeout_s: Seconds after which all are ended; ``None`` for no limit.
             env: As in :meth:`start`.
             on_line: Called with host, line and whether it came from standard error, while the job runs.
 

@@ -148,7 +148,7 @@ class Average(Protocol):
         Args:
             tensors: The tensors, by name, in an order and of shapes that are the same on all ranks. Storage stays where
                 it is, so optimizers, views and compiled code that hold it go on working.
-            weight: What this rank counts for in the mean; those of all ranks sum to 1, and all are a :class:`Share` or
+            weight: This rank's weight in the mean; those of all ranks sum to 1, and all are a :class:`Share` or
                 none is. ``None`` on all ranks: equally.
             moderate: Whether all ranks know that no entry of any of them is so large that a sum may have no room in its
                 type. Then the host need not look at each bucket, for which it would wait on CUDA. The result is the
@@ -201,7 +201,7 @@ class FullAverage:
 
         Args:
             tensors: Floating-point or complex tensors, as for :meth:`Average.average_`.
-            weight: What this rank counts for, as there.
+            weight: This rank's weight, as there.
             moderate: Whether all ranks know that no entry is infinite, not a number, or above
                 :data:`~lightning_comm.ondevice.limits.MODERATE`.
             purpose: The purpose of the messages in the ledger.

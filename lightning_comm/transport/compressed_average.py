@@ -38,7 +38,7 @@ class CompressedAverage:
     the mean of what was sent, and otherwise by the rounding of that mean (16 bits in ``Cast``, the second rounding of
     ``Int8``), which is the same on all ranks. After a synchronisation ranks are *not* equal, but the references are.
 
-    *Weighted.* Where rank k counts for :math:`w_k` of the mean and not equally, it sends :math:`s = C(a d)` with
+    *Weighted.* Where rank k has the weight :math:`w_k` in the mean, it sends :math:`s = C(a d)` with
     :math:`a = w_k` times the number of ranks, so that :math:`m` is :math:`\sum_k w_k d_k` where nothing is dropped, and
     moves by :math:`m - s/a`; what it keeps is :math:`d - s/a`. Then the weighted mean of the ranks' weights moves by
     :math:`m - \bar s` too. A rank of weight 0 sends zeros, and ends at the reference.
@@ -95,7 +95,7 @@ class CompressedAverage:
 
         Args:
             tensors: Parameters that have a reference, as for :meth:`Average.average_`.
-            weight: What this rank counts for, as there.
+            weight: This rank's weight, as there.
             moderate: Whether all ranks know that no entry of the parameters and references of any of them is infinite,
                 not a number, or above :data:`~lightning_comm.ondevice.limits.MODERATE_DIFFERENCES`.
 
@@ -128,12 +128,12 @@ class CompressedAverage:
 
         Args:
             tensors: Parameters that have a reference, as in :meth:`average_`.
-            weight: What this rank counts for in the mean.
+            weight: This rank's weight in the mean.
             moderate: What all ranks know of the present parameters, as there.
 
         Note:
-            *Memory.* Two rows as large as the parameters, which are kept, and what is on its way; on a rank of weight
-            0 one more meanwhile.
+            *Memory.* Two rows as large as the parameters, which are kept, and the messages under way; on a rank of
+            weight 0 one more row meanwhile.
 
         """
         self._codec.begin_step()
@@ -153,7 +153,7 @@ class CompressedAverage:
         return DepartedAverage(buckets, self.references, self._codec, self._recorder, 1.0, moderate=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, by parameter name, besides what is in flight.
+        """Return what a resumed run needs, by parameter name, besides the average in flight.
 
         The references are the same on all ranks.
         """
@@ -266,7 +266,7 @@ class _Travelling(NamedTuple):
         mean: A copy of it, in which the codec leaves the mean over the ranks.
         sent: What this rank sent, as the others decode it.
         own_sample: A sample of the difference before it was scaled.
-        scale: What this rank counts for in the mean, times the number of ranks.
+        scale: This rank's weight in the mean, times the number of ranks.
         large: Whether an entry of the difference is near the limit of its type.
         moderate: Whether it is known that nothing of this bucket is.
         talk: The codec's messages for this bucket.

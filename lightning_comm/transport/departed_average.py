@@ -46,7 +46,7 @@ class DepartedAverage:
         references: What differences are taken from; they move when the mean has arrived.
         codec: Sends the differences.
         recorder: Records what is sent.
-        scale: What this rank counts for in the mean, times the number of members.
+        scale: This rank's weight in the mean, times the number of members.
         moderate: What all ranks know of the parameters, as in :meth:`CompressedAverage.average_`.
 
     Note:
@@ -169,9 +169,9 @@ class DepartedAverage:
 
 
 def scaled(row: Tensor, scale: float, moderate: bool) -> Tensor:
-    """Return what a rank that counts for so much has to send of a difference, in place where it sends anything.
+    """Return the part of a difference that a rank of this weight sends, in place where it sends anything.
 
-    Where nothing is sent the difference stays in its row, since all of it is taken back at landing.
+    At weight 0 the difference stays in its row, since all of it is taken back at landing.
     """
     if scale == 0:
         return torch.zeros_like(row)

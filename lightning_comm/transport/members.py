@@ -1,4 +1,4 @@
-"""Members of a round: the process group in force, the ranks in it, and what each of them counts for in a mean."""
+"""Members of a round: the process group in force, its ranks, and the weight of each in a mean."""
 
 from collections.abc import Sequence
 
@@ -40,7 +40,7 @@ class Members:
         return len(self.ranks)
 
     def share(self, counts: Sequence[float] | None = None) -> Share:
-        """Return what this rank counts for in a mean.
+        """Return the weight of this rank in a mean.
 
         Args:
             counts: For how much each member counts, in their order; ``None``: all for the same.

@@ -46,8 +46,8 @@ class ModelAverage:
         averaged in full, once, and the first has a reference from then on. Complex parameters are always sent in full,
         and so do those that share entries with others in a way that none of them has all.
 
-        *Weights.* Averages take what this rank counts for in the mean (``weight``; those of all ranks sum to 1), for
-        everything that one call averages; ``None`` on all ranks: equally.
+        *Weights.* An average takes this rank's ``weight`` in the mean, for everything that the call averages; the
+        weights of all ranks sum to 1. ``None`` on all ranks: equal weights.
 
         *Large entries.* ``moderate`` names the purposes of averages for which no rank has found by
         :meth:`ModelTensors.look` that an entry may be large.
@@ -127,7 +127,7 @@ class ModelAverage:
         """Average everything, in place: parameters as far as a compression sends them, and all else in full.
 
         Args:
-            weight: What this rank counts for in the mean.
+            weight: This rank's weight in the mean.
             moderate: As for all averages; see *Large entries*.
             in_full: Whether ranks must be equal afterwards, so that nothing is compressed.
 
@@ -179,7 +179,7 @@ class ModelAverage:
         Args:
             purpose: The purpose of the messages in the ledger.
             parameters: The parameters that are averaged.
-            weight: What this rank counts for in the mean.
+            weight: This rank's weight in the mean.
             moderate: As for all averages.
             broadcast: Whether what has no mean is taken from rank 0; not needed where only rank 0 looks.
 
@@ -230,7 +230,7 @@ class ModelAverage:
 
         Args:
             state: The copies.
-            weight: What this rank counts for.
+            weight: This rank's weight.
             device: The device from which the backend sends.
 
         Returns:

@@ -53,7 +53,7 @@ class TemporaryAverage:
 
         Args:
             purpose: The purpose of the messages in the ledger.
-            weight: What this rank counts for in the mean.
+            weight: This rank's weight in the mean.
             moderate: As in :class:`ModelAverage`.
             broadcast: Whether what has no mean is taken from rank 0; not needed where only rank 0 looks.
 
@@ -67,7 +67,7 @@ class TemporaryAverage:
         self._kept.note()
 
     def _correct(self, parameters: Mapping[str, Tensor], weight: float | None) -> None:
-        """Move parameters by what is in flight, if ranks count for different shares of a mean.
+        """Move parameters by the average in flight, if ranks have different weights.
 
         The average in flight was weighted otherwise than this one. An equal mean is not changed by its landing.
         """

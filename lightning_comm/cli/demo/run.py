@@ -29,7 +29,7 @@ MODEL = "vit_tiny_patch16_224"
 MODEL_ARGS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
 WEIGHT_DECAY = 0.05
 WARMUP_SHARE = 0.1  # of the run
-_VALIDATIONS = 20  # at most about so many points on the curves
+_VALIDATIONS = 20  # about the most points on the curves
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ _SCALE_BYTES = 4
 
 
 class Part(NamedTuple):
-    """One message of a rank: the kind of collective and what it hands over, in bytes."""
+    """One message of a rank: the kind of collective, and the bytes that the rank passes to it."""
 
     kind: str
     payload_bytes: int

@@ -8,7 +8,7 @@ STAGES_PER_WORKER = 3  # more stages give smaller messages and finer overlap, bu
 
 
 def default_stages(units: int, workers: int, lag: int = 0) -> int:
-    """Return how many stages to cut a model into: three for each worker, if it has so many parts to cut between.
+    """Return how many stages to cut a model into: three for each worker, if the model has enough modules.
 
     Args:
         units: How many modules with parameters there are, between which cuts may be.
@@ -39,7 +39,7 @@ def default_stages(units: int, workers: int, lag: int = 0) -> int:
 
 
 def balanced_cuts(costs: Sequence[float], parts: int) -> list[int]:
-    """Return where each of so many contiguous groups begins, such that the greatest sum of costs is smallest.
+    """Return where each of a number of contiguous groups begins, such that the greatest sum of costs is smallest.
 
     Of such cuts it is one with the least sum of squares, since the group that decides the greatest sum would otherwise
     leave all others to chance. The answer is exact. Of several, the one whose list of first indices is

@@ -25,7 +25,7 @@ from lightning_comm.transport.recording import Pending
 
 
 class _Plan(NamedTuple):
-    """How a bucket is sent: where its kept entries are, and what lies in the row that the other codec is given."""
+    """The way a bucket is sent: the places of its kept entries, and the layout of the row for the other codec."""
 
     kept: Tensor
     pruned: Tensor
@@ -97,7 +97,7 @@ class SparseMaskCodec(Codec):
         self._raised |= any(flags)
 
     def _send_flags(self, masks_changed: bool | Tensor) -> None:
-        flags = self.arrived_flags()  # of another backward of the same step: what is up stays so
+        flags = self.arrived_flags()  # of another backward of the same step: flags that are up stay up
         if flags is None:
             flags = torch.zeros(2, dtype=torch.uint8, device=next(iter(self._rows.values())).device)
         for place, found in enumerate((masks_changed, self._outside)):

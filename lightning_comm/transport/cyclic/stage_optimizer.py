@@ -25,9 +25,9 @@ class StageOptimizer:
     """Steps the owned stages of an optimizer on copies of their parameters, by the settings of the gradient's step.
 
     The optimizer itself stays as its user made it: its groups hold the module's parameters and are what schedulers
-    change, and it steps on nothing, since gradients are handed over before. For each owned stage a twin of it holds
-    copies of the parameters, and all the state that there is. Compute reads the module's parameters, and lanes write
-    the copies, each those of its stage, so that no lock is needed.
+    change, and it steps on nothing, since lanes have taken the gradients before. For each owned stage a twin of it
+    holds copies of the parameters, and all the state that there is. Compute reads the module's parameters, and lanes
+    write the copies, each those of its stage, so that no lock is needed.
 
     Args:
         optimizer: The user's.
