@@ -90,7 +90,7 @@ class Ratio:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The ends between which the true ratio lies; ``None`` where there are too few repeats."""
+        """The confidence interval of the true ratio; ``None`` where there are too few repeats."""
         count = len(self.values)
         if count < FEWEST_REPEATS:
             return None

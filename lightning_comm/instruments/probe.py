@@ -107,7 +107,7 @@ def device_of_messages(preferred: torch.device) -> torch.device:
 
 
 def link_ends(hosts: Sequence[str]) -> dict[str, int]:
-    """Return which rank stands for each end of a link: the first one of a host, or each rank where there is one host.
+    """Return the rank at each end of a link: the first one of a host, or each rank where there is one host.
 
     Example:
         >>> link_ends(["a", "a", "b"]), link_ends(["a", "a"])
@@ -323,7 +323,7 @@ def _link(
     """Make a link of round trips with 4 bytes, with a quarter of a size, and with all of it.
 
     The rate is that of the last three quarters, since shapers and buffers let the beginning of a message pass at once.
-    ``None`` stands for a payload that does not show in the time.
+    ``None``: the payload does not show in the time.
     """
     begun_s = quartiles(part)[1]
     if quartiles(full)[1] < 2 * begun_s:

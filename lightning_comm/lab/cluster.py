@@ -41,7 +41,7 @@ class Lab:
 
     Raises:
         ValueError: If an argument is out of range.
-        LabError: If namespaces cannot be had; :func:`unavailable` returns why.
+        LabError: If namespaces cannot be made; :func:`unavailable` returns why.
 
     Note:
         *Environment* of commands on the hosts: what Lightning, torchrun and ``init_process_group`` read

@@ -143,7 +143,7 @@ class CompressedAverage:
 
     def departed_before(self, state: Mapping[str, Any]) -> DepartedAverage:
         """Return what was in flight when :meth:`state_dict` was called; its messages have arrived."""
-        buckets = []  # Landing needs the correction alone, so the same row also stands for what was sent.
+        buckets = []  # Landing needs the correction alone, so the same row takes the place of what was sent.
         for saved in state.get("in_flight", []):
             slots = tuple(Slot(name, numel, tuple(shape)) for name, numel, shape in saved["slots"])
             (reference,) = self.references.of([slots[0].name])

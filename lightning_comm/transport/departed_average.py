@@ -22,7 +22,7 @@ class DepartedBucket(NamedTuple):
     """A bucket in the background.
 
     Args:
-        layout: What lies in it.
+        layout: The layout of its parameters.
         row: The parameters; then, in place, the difference, the mean of what was sent, and at last the correction of
             the parameters.
         sent: What this rank sent.

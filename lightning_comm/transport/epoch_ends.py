@@ -71,7 +71,7 @@ class EpochEnds:
         self._reached: Place | None = None  # where this rank is, until the others are there too
         self._last_epoch = -1  # the last epoch that this rank has ended
         self._counts, self._number = 0, 0  # how often the numbering has restarted; the number of the last place
-        self.needed = False  # whether ranks may come apart by batches or steps; the same on all ranks
+        self.needed = False  # whether ranks may differ in batches or steps; the same on all ranks
 
     def begin_batch(self, epoch: int, number: int) -> None:
         """Publish that this rank begins a batch, counted from 1 in each epoch; called before any message of it."""
@@ -198,7 +198,7 @@ def same_batches(batches: dict[int, int]) -> str:
 def ranks_apart(
     where: str, epoch: int, world_size: int, places: dict[int, Place], further: dict[int, tuple[int, int]]
 ) -> ValueError:
-    """Return the error of ranks that come apart.
+    """Return the error of ranks that are at different places.
 
     Args:
         where: The strategy.

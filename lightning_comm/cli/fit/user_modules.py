@@ -48,7 +48,7 @@ def _named_in_configs() -> list[str]:
 
 
 def search_beside_configs(arguments: Sequence[str]) -> None:
-    """Let modules be imported that lie beside a config, where neither the current folder nor an installation has them.
+    """Let modules beside a config be imported, where neither the current folder nor an installation has them.
 
     Args:
         arguments: Those of ``lightning-comm fit``.

@@ -64,7 +64,7 @@ class Watch(Callback):
     Args:
         steps: Optimizer steps.
         warmup_steps: How many of them are not counted.
-        is_limit: Whether the strategy stands for no communication, and no round will end.
+        is_limit: Whether the strategy is the job without communication, in which no round ends.
 
     Raises:
         Refused: In training, if a round is too long to be measured.

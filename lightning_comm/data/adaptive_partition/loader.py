@@ -112,7 +112,7 @@ class PartitionedLoader:
         """Return a loader with the dataset, sampler, workers and other options of a ``DataLoader``.
 
         Args:
-            loader: A plain one, made for a single process. Its ``generator`` is left aside.
+            loader: A plain one, made for a single process. Its ``generator`` is not used.
             global_batch_size: Samples per step of all ranks together; ``None`` takes the loader's ``batch_size`` times
                 the ranks of the process group.
             seed: Decides the order.

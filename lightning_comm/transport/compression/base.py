@@ -39,7 +39,7 @@ Conversation = Generator[Message, None, None]
 
 
 class Slot(NamedTuple):
-    """Where a parameter lies in a bucket.
+    """The place of a parameter in a bucket.
 
     Args:
         name: The parameter's name in the model, without a wrapper's prefix.
@@ -55,7 +55,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What lies in a flat bucket, one parameter after the other.
+    """The parameters in a flat bucket, one after the other.
 
     Example:
         >>> layout = Layout((Slot("weight", 6, (2, 3)), Slot("bias", 2, (2,))))
@@ -139,8 +139,8 @@ class Codec(ABC):
 
     Attributes:
         is_local: Whether its state differs between ranks, so that each must save its own.
-        entrywise: Whether what becomes of an entry depends on that entry of the ranks alone, and not on what lies
-            beside it in the row.
+        entrywise: Whether the result of an entry depends on that entry of the ranks alone, and not on others in the
+            row.
         step: How often all parameters have been synchronised; the owner of the codec counts it up.
 
     """
@@ -163,7 +163,7 @@ class Codec(ABC):
 
         Args:
             values: The bucket: one row of floating-point entries.
-            layout: What lies in it.
+            layout: The layout of its parameters.
             sent: If given, a row of the same length that takes what this rank sent, as the others decode it.
 
         Yields:
@@ -176,7 +176,7 @@ class Codec(ABC):
 
         Args:
             entries: The bucket; what this rank sent is subtracted from it.
-            layout: What lies in it.
+            layout: The layout of its parameters.
             means: A row of the same length that takes the mean.
 
         Yields:

@@ -37,7 +37,7 @@ class SparseMask(Compression):
         schedule: When the model is pruned. Bit by bit (``end_step``) only where ``pruning`` has a ``sparsity``.
 
     Raises:
-        ValueError: If an argument is out of range, or if masks cannot be had bit by bit.
+        ValueError: If an argument is out of range, or if a gradual schedule meets a ``pruning`` without ``sparsity``.
 
     Note:
         *Communication.* As ``then`` sends the kept entries: in full 4 bytes for each of them, as bf16 2 bytes; of a

@@ -170,7 +170,7 @@ class SparseMaskCodec(Codec):
         return plan
 
     def _kept_in(self, layout: Layout) -> Layout:
-        """Return what lies in the row of the kept entries of a bucket."""
+        """Return the layout of the row of a bucket's kept entries."""
         counts = ((slot.name, self._counts.get(slot.name, slot.numel)) for slot in layout.slots)
         return Layout(tuple(Slot(name, count, (count,)) for name, count in counts if count))
 

@@ -74,7 +74,7 @@ class Departure:
 
 
 class StageLayout:
-    """How the tensors of a stage lie in a message: behind the notes, widest types first, so that nothing is padded.
+    """The layout of a stage's tensors in a message: behind the notes, widest types first, so that nothing is padded.
 
     Args:
         tensors: The parameters of the stage.
@@ -104,7 +104,7 @@ class Message:
     """A message of a stage: ``notes`` (float64) and ``parts`` are views of its ``memory``; ``wire`` is what is sent.
 
     Args:
-        layout: How the stage lies in it.
+        layout: The layout of the stage in it.
         device: Where it is.
         through_host: Whether what is sent lies in pinned memory of the host, as large as the message, and not on the
             device: for backends that cannot send memory of the device.
@@ -170,7 +170,7 @@ class Numbers:
         self._there = Mark(notes.device)
 
     def tolist(self) -> list[float]:
-        """Return them on the host, which waits until the device has got that far."""
+        """Return them on the host, which waits until the device has computed them."""
         self._there.reached()
         numbers: list[float] = self._on_host.tolist()
         return numbers

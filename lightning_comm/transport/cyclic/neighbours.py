@@ -17,8 +17,8 @@ class Neighbours:
     """Receives, sends and records messages of stages, in memory that is used again.
 
     Args:
-        schedule: Who sends what to whom.
-        layouts: How each stage lies in a message.
+        schedule: The order of messages on the ring.
+        layouts: The layout of each stage in a message.
         gradients: Sends and records sums of gradients.
         parameters: Sends and records new versions.
         device: Where the tensors are.

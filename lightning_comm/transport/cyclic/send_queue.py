@@ -39,9 +39,7 @@ class UrgentFirst:
 
     """
 
-    def __init__(
-        self, schedule: CyclicSchedule, recorder: Recorder, tag: int, window: SendWindow | None = None
-    ) -> None:
+    def __init__(self, schedule: CyclicSchedule, recorder: Recorder, tag: int) -> None:
         self.flushed_at = 0
         self._schedule, self._recorder, self._tag = schedule, recorder, tag
         rank, workers = recorder.rank, schedule.workers
