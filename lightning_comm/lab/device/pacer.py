@@ -1,8 +1,8 @@
 """Emulated devices: a module computes as fast as a device of a stated speed, layer by layer.
 
-The real compute runs unchanged, with the same results. Around it a :class:`DevicePacer` sleeps until the moment at which
-the emulated device would have finished the layer. Sleeping leaves the processor to other ranks and to the threads that
-communicate, so several devices can share a few cores and communication overlaps with compute as it would on them.
+The real compute runs unchanged, with the same results. Around it a :class:`DevicePacer` sleeps until the moment at
+which the emulated device would have finished the layer. Sleeping leaves the processor to other ranks and to the threads
+that communicate, so several devices can share a few cores and communication overlaps with compute as it would on them.
 """
 
 import functools
