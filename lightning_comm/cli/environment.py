@@ -1,4 +1,4 @@
-"""The environment of a figure: versions and hardware, which it depends on besides the settings."""
+"""The environment of a measured figure: versions and hardware, on which it depends besides the settings."""
 
 import os
 import platform

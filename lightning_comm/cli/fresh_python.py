@@ -1,4 +1,4 @@
-"""A fresh Python for a module of ours, which searches the user's folder from where the console command does.
+"""A fresh Python process for a module of ours, which adds the user's folder where the console command does.
 
 ``python -m`` searches the current folder from its first line on, so that a ``random.py`` of the user's takes the place
 of Python's own module while torch is loaded. The console command adds the folder once its modules are loaded; a process
@@ -29,7 +29,7 @@ def fresh_python(module: str, *arguments: str) -> list[str]:
 
     Args:
         module: Its full name; the package is taken from where it was taken here.
-        *arguments: What it is told.
+        *arguments: Its arguments.
 
     """
     package = module.partition(".")[0]

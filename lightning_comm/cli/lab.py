@@ -18,7 +18,7 @@ from lightning_comm.core.rates import parse_rate
 from lightning_comm.lab.cluster import Lab, LabError, LabResult, check_arguments, unavailable
 
 _NOT_AVAILABLE, _NOBODY_READS = 1, 128 + signal.SIGPIPE
-_LAST_LINES = 5  # of the host that failed, shown again behind what the others said while they were ended
+_LAST_LINES = 5  # of the host that failed, shown again after what the others printed while they were ended
 _EPILOG = """\
 examples:
   lightning-comm lab --hosts 4 --link 100mbit -- lightning-comm fit --config configs/qsr.yaml
@@ -155,12 +155,12 @@ def _plan_faults(lab: Lab, faults: Sequence[Fault]) -> None:
         began = time.monotonic()
         for fault in sorted(faults, key=lambda fault: fault.after_s):
             time.sleep(max(0.0, began + fault.after_s - time.monotonic()))
-            said = f"{fault.what} {fault.host} {fault.rate}".strip()
-            print(f"lightning-comm lab: {said}, after {fault.after_s:g} s.", file=sys.stderr, flush=True)
+            text = f"{fault.what} {fault.host} {fault.rate}".strip()
+            print(f"lightning-comm lab: {text}, after {fault.after_s:g} s.", file=sys.stderr, flush=True)
             try:
                 fault.happen(lab)
             except (LabError, ValueError) as error:
-                print(f"lightning-comm lab: {said} failed: {error}", file=sys.stderr, flush=True)
+                print(f"lightning-comm lab: {text} failed: {error}", file=sys.stderr, flush=True)
 
     if faults:
         threading.Thread(target=happen, daemon=True).start()
@@ -180,7 +180,7 @@ def _speeds(text: str) -> list[float]:
 
 
 def _no_command(own: list[str], command: list[str], rest: list[str]) -> str:
-    """Return what is wrong with arguments that have no command, or of which the lab's options leave a rest."""
+    """Return what is wrong with arguments that have no command, or more than the lab's options take."""
     if rest and (command or rest[0].startswith("-")):
         return f"unrecognized arguments: {shlex.join(rest)}. The command is what stands behind `--`"
     at = own.index(rest[0]) if rest else len(own)  # where the command begins

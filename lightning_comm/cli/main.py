@@ -1,4 +1,4 @@
-"""The console command ``lightning-comm``: finds the subcommand and hands the rest of the line to it."""
+"""The console command ``lightning-comm``: it finds the subcommand and passes it the other arguments."""
 
 import difflib
 import importlib
@@ -13,7 +13,7 @@ class Command(NamedTuple):
     """A subcommand.
 
     Args:
-        what: What it does, in words.
+        what: A description.
         run: The function that does it, as ``module:name``: imported when it is called, and given the arguments after
             the subcommand's name.
         check: A function that is given them before torch is loaded. It ends the process, or returns its exit code,

@@ -1,4 +1,4 @@
-"""A block in which Lightning makes no remarks: greetings, tips, seeds and devices."""
+"""A block in which Lightning prints no greetings, tips, seeds or devices."""
 
 import logging
 from collections.abc import Iterator

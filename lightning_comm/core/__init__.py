@@ -1,1 +1,1 @@
-"""Numbers only: standard library and numpy, never torch. Strategies, instruments, the pilot and the tests use them."""
+"""Arithmetic: standard library and numpy, never torch. Strategies, instruments, the pilot and the tests use it."""

@@ -10,7 +10,7 @@ def require_steps(where: str, name: str, value: object, meaning: str) -> None:
         where: Whose argument it is, for the message.
         name: Its name.
         value: What was given.
-        meaning: What to do instead, a sentence at the end of the message.
+        meaning: The way out, a sentence at the end of the message.
 
     Raises:
         ValueError: If it is none.

@@ -1,4 +1,4 @@
-"""The time that a message costs: formulas over a latency in seconds and a bandwidth in bytes per second.
+"""The time of a message: formulas over a latency in seconds and a bandwidth in bytes per second.
 
 Standard library only. A message takes its latency, and its bytes divided by the bandwidth; a collective is several of
 them, one after the other.
@@ -21,7 +21,7 @@ KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send")
 
 
 class Schedule(NamedTuple):
-    """How a collective is carried out: its messages, one after the other, and their bytes by those of the payload."""
+    """The steps of a collective: its messages, one after the other, and their bytes as a multiple of the payload."""
 
     messages: int
     wire_share: float
@@ -38,7 +38,7 @@ def schedule(kind: str, world_size: int) -> Schedule:
         ValueError: If the kind is unknown or there is no rank.
 
     Note:
-        *Payload* is what one rank hands over: for an all-gather its own part, elsewhere the whole tensor.
+        *Payload* is what one rank passes to the call: for an all-gather its own part, elsewhere the whole tensor.
 
         *Communication.* None.
 
@@ -117,7 +117,7 @@ def ring_all_gather_s(payload_bytes: float, world_size: int, latency_s: float, b
 
 
 def tree_broadcast_s(payload_bytes: float, world_size: int, latency_s: float, bytes_per_s: float) -> float:
-    """Return the seconds of a broadcast in a binomial tree: the payload travels ``log2(n)`` times, rounded up.
+    """Return the seconds of a broadcast in a binomial tree: the payload is sent ``log2(n)`` times, rounded up.
 
     Example:
         >>> tree_broadcast_s(1_000_000, world_size=5, latency_s=0.5, bytes_per_s=1e6)

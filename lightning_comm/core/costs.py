@@ -1,7 +1,8 @@
-"""The profile of a link: what a probe measured, what any message costs by it, and its file.
+"""The profile of a link: the measurements of a probe, the cost of any message by them, and their file.
 
 Standard library only. The probe writes a :class:`LinkProfile`; its report, the profiler and ``SparseMask`` read it. The
-formulas behind it, with their sources, are in :mod:`lightning_comm.core.collectives` and can be had from here as well.
+formulas behind it, with their sources, are in :mod:`lightning_comm.core.collectives`, and can be imported from here as
+well.
 """
 
 import json
@@ -74,7 +75,7 @@ class HostLink:
 
 @dataclass(frozen=True)
 class LinkProfile:
-    """What a probe measured of the link between the ranks of a job.
+    """Measurements of the link between the ranks of a job, made by a probe.
 
     Args:
         world_size: The number of ranks.
@@ -83,7 +84,7 @@ class LinkProfile:
         transport: What carried the messages, as far as it could be seen.
         hosts: The host of each rank.
         links: Both directions between pairs of hosts; empty if time did not suffice.
-        environment: Versions, command, date and whatever else tells where the figures come from.
+        environment: Where the figures come from: versions, command, date and the like.
 
     Raises:
         ValueError: If there is no all-reduce.
@@ -143,7 +144,7 @@ class LinkProfile:
 
         Args:
             kind: One of :data:`KINDS`. One that was not measured is taken from the all-reduce's latency and bandwidth.
-            payload_bytes: What one rank hands over.
+            payload_bytes: The bytes that one rank passes to the call.
             world_size: The number of ranks, if it is not the measured one.
 
         Raises:

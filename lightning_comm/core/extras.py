@@ -1,4 +1,4 @@
-"""Packages that only a part of this one needs: which are missing, and the command that installs them."""
+"""Packages that only parts of this one need: which are missing, and the command that installs them."""
 
 import importlib.util
 
@@ -8,7 +8,7 @@ _DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where the registry's name is not
 def missing_extras(where: str, *modules: str) -> str | None:
     """Return a sentence that names all modules that are not installed, or ``None`` if they all are.
 
-    Nothing is imported. The command holds whether this package came from a registry or from a checkout.
+    Nothing is imported. The command is right both for a package from a registry and for a checkout.
 
     Args:
         where: What needs them; the sentence begins with it.

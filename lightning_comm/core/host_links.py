@@ -1,4 +1,4 @@
-"""Faults of the links between hosts: one host's is slower than the others', or asymmetric.
+"""Faults of the links between hosts: a link that is slower than the others, or asymmetric.
 
 Standard library only.
 """
@@ -32,11 +32,11 @@ class Finding:
 
 
 def find_faults(links: Sequence[HostLink], factor: float = FACTOR) -> list[Finding]:
-    """Say which hosts' links are asymmetric, or slower than those of the others.
+    """Return the hosts whose links are asymmetric, or slower than those of the others.
 
     A host is credited with the best rate that it reached with any other: a slow neighbour does not count against it.
     The others' rate is the median over the hosts. Two rates differ if they do so by more than ``factor`` and their
-    quartiles do not overlap. Of two hosts alone it cannot be told whose link is slow, only that the directions differ.
+    quartiles do not overlap. With two hosts alone it is unknown whose link is slow, only that the directions differ.
 
     Args:
         links: Both directions of each pair.

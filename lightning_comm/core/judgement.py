@@ -50,12 +50,12 @@ class Spread:
 class Ratio:
     """How many times as fast one thing is as another, from repeats in each of which both were measured.
 
-    What disturbs a whole repeat, a slower machine say, is in both times and leaves their ratio as it is. The ratio of
-    all repeats is the geometric mean, so that it is the inverse of the ratio the other way round. Its interval is
-    Student's, of the logarithms, with one degree of freedom less than there are repeats. It holds the true ratio with
-    the probability :data:`CONFIDENCE` where the logarithms of the ratios are independent and normal, whatever their
-    spread; a single outlier makes it wide, so it errs towards saying nothing. The range of the repeats, which needs no
-    such assumption, would hold the true median with 75 % only in three repeats, and with 94 % in five.
+    A disturbance of a whole repeat, such as a slower machine, is in both times and leaves their ratio as it is. The
+    ratio of all repeats is the geometric mean, so that it is the inverse of the ratio the other way round. Its interval
+    is Student's, of the logarithms, with one degree of freedom less than there are repeats. It holds the true ratio
+    with the probability :data:`CONFIDENCE` where the logarithms of the ratios are independent and normal, whatever
+    their spread; a single outlier makes it wide, so it errs towards no decision. The range of the repeats, which needs
+    no such assumption, would hold the true median with 75 % only in three repeats, and with 94 % in five.
 
     Args:
         values: The ratio in each repeat; above 1 is faster.
@@ -90,7 +90,7 @@ class Ratio:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Between what the true ratio lies; ``None`` where there are too few repeats to say."""
+        """The confidence interval of the true ratio; ``None`` where there are too few repeats."""
         count = len(self.values)
         if count < FEWEST_REPEATS:
             return None

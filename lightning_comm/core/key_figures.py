@@ -10,10 +10,10 @@ from typing import Any
 
 from lightning_comm.core.ledger import CommRecord
 
-LIGHTNING = "lightning"  # what the Trainer sends by itself: barriers, reduced logs, flags
+LIGHTNING = "lightning"  # what the Trainer itself sends: barriers, reduced logs, flags
 OTHERS = ("metrics", "user")  # torchmetrics, and the user's own calls
-MEETING = "control"  # the rows by which ranks meet: whoever is early waits for the others there
-BESIDE_TRAINING = (  # which no step has asked for, and which count in none
+MEETING = "control"  # the rows by which ranks meet: a rank that is early waits for the others there
+BESIDE_TRAINING = (  # purposes that belong to no step, and count in none
     "set_up",
     "start",
     "evaluation",
@@ -44,7 +44,7 @@ class StepFigures:
             optimizes manually and steps several optimizers.
         start_s: When it began, in seconds on this process's monotonic clock.
         duration_s: Its length in seconds: loading, forward, backward, optimizer, callbacks; without validation.
-        payload_bytes: What this rank handed over, by purpose.
+        payload_bytes: The bytes that this rank passed to collectives, by purpose.
         wire_bytes: What this rank sent for it, on average over the ranks, by purpose.
         dense_bytes: What it would have sent for an all-reduce of all gradients in float32 after each backward, as DDP
             sends them: also after one for some of the parameters only. Backwards that accumulate count for nothing.
@@ -81,13 +81,13 @@ class StepFigures:
 
     @property
     def own_s(self) -> float:
-        """Seconds that this rank was busy by itself: everything but exposed communication of any kind."""
+        """Seconds that this rank did its own work: everything but exposed communication of any kind."""
         return max(0.0, self.duration_s - self.exposed_s - self.lightning_s - self.other_s)
 
 
 @dataclass(frozen=True)
 class StepFrame:
-    """What frames a step before its messages are known; see :class:`StepFigures`."""
+    """The fields of a step that are known before its messages are; see :class:`StepFigures`."""
 
     batch: int
     step: int
@@ -132,7 +132,7 @@ def measure_step(frame: StepFrame, records: Sequence[CommRecord]) -> StepFigures
 
 
 def exposed_part(record: CommRecord) -> CommRecord:
-    """Return the part of a message beside which nothing was computed: its end, for which somebody waited.
+    """Return the part of a message beside which nothing was computed: its end, for which compute waited.
 
     Example:
         >>> record = CommRecord("all_reduce", "gradients", 8, 8, 0, start_s=1.0, duration_s=0.5, hidden_s=0.375)
@@ -186,7 +186,7 @@ class RankFigures:
         host: The name of its host.
         steps: How many steps are counted.
         step_s: Seconds a step took.
-        own_s: Seconds of it that the rank was busy by itself.
+        own_s: Seconds of it in which the rank did its own work.
         comm_s: As in :class:`StepFigures`, and so are the next four.
         exposed_s: As above.
         wait_s: As above; under DDP inferred from all ranks together.
@@ -215,7 +215,7 @@ class RankFigures:
 
 @dataclass(frozen=True)
 class RunFigures:
-    """A run, from all ranks together. Times and bytes without a further word are means of one step and rank.
+    """A run, from all ranks together. Times and bytes are means of one step and rank, unless stated otherwise.
 
     Args:
         world_size: The number of ranks.
@@ -232,7 +232,7 @@ class RunFigures:
         untimed_steps: Steps whose times of communication are not known, and which count in no mean of them.
         bandwidth_bytes_per_s: What the technique sent, by the seconds in which it was sending and not waiting.
         link_bytes_per_s: What a probe measured for a large all-reduce, if there was one.
-        total_payload_bytes: Handed over in all steps, warm-up included, by purpose; mean of ``total_ranks``.
+        total_payload_bytes: Payload of all steps, warm-up included, by purpose; mean of ``total_ranks``.
         total_wire_bytes: Sent in all steps, warm-up included, by purpose; mean of ``total_ranks``.
         beside_wire_bytes: Sent outside of steps (validation, checkpoints), by purpose; mean of ``total_ranks``.
         total_ranks: How many ranks have measured all steps. Fewer than ``world_size`` where the profiler stopped on a
@@ -240,9 +240,9 @@ class RunFigures:
         total_steps: All steps, warm-up included.
         total_optimizer_steps: The optimizer steps in them.
         ranks: The figures of each rank.
-        slow_rank: The rank that stands out as slow: by 5 % or more, and step by step. It is busy by itself longer than
-            the others (median) in three quarters of the steps, and of fewer than 36 steps in so many more that chance
-            is left out (three standard deviations; at least 9 steps). ``None`` if there is no such rank.
+        slow_rank: The rank that stands out as slow: by 5 % or more, and step by step. Its own work takes longer than
+            that of the others (median) in three quarters of the steps, and of fewer than 36 steps in so many more that
+            chance is left out (three standard deviations; at least 9 steps). ``None`` if there is no such rank.
         slower_by: By how much, as a share of what the others need for the same step; the median of the steps.
         environment: Versions, backend, device.
 

@@ -48,11 +48,11 @@ class CommRecord:
     Args:
         kind: The collective or transfer, one of those of :func:`wire_bytes`.
         purpose: What it was for, one of ``PURPOSES``.
-        payload_bytes: What was handed over on this rank.
+        payload_bytes: The bytes that this rank passed to the call.
         wire_bytes: What this rank sends for it, on average over the ranks (:func:`wire_bytes`).
         step: Optimizer steps done when it started, not a step of the loggers: those count batches.
         start_s: When it started, in seconds on this process's monotonic clock.
-        duration_s: How long it took, in seconds. 0.0 where others time it (gradients, which DDP sends).
+        duration_s: How long it took, in seconds. 0.0 where it is timed elsewhere (gradients, which DDP sends).
         hidden_s: How much of that compute went on beside it. 0.0 where the sender waits until it has arrived.
 
     """
@@ -121,7 +121,7 @@ class CommLedger:
         return sum(total.messages for total in self._select(purposes))
 
     def payload_bytes(self, *purposes: str) -> int:
-        """Return the bytes handed over, for the given purposes or for all."""
+        """Return the payload bytes, for the given purposes or for all."""
         return sum(total.payload_bytes for total in self._select(purposes))
 
     def wire_bytes(self, *purposes: str) -> int:
@@ -160,7 +160,7 @@ class CommLedger:
 _SENT: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,  # a ring
     "reduce_scatter": lambda n: (n - 1) / n,
-    "all_gather": lambda n: n - 1,  # each rank's part travels to all others
+    "all_gather": lambda n: n - 1,  # each rank's part is sent to all others
     "all_to_all": lambda n: (n - 1) / n,  # all but the part that stays
     "broadcast": lambda n: (n - 1) / n,  # n-1 copies in all
     "reduce": lambda n: (n - 1) / n,
@@ -168,7 +168,7 @@ _SENT: dict[str, Callable[[int], float]] = {
     "scatter": lambda n: (n - 1) / n,
     "send": lambda n: 1.0,
     "receive": lambda n: 0.0,  # counted where it is sent
-    "barrier": lambda n: 0.0,  # a few bytes that nobody hands over
+    "barrier": lambda n: 0.0,  # a few bytes of no tensor
 }
 
 
@@ -176,12 +176,12 @@ def wire_bytes(kind: str, payload_bytes: int, world_size: int) -> int:
     """Return the bytes that one rank sends for a collective, on average over the ranks.
 
     A ring all-reduce sends ``2(n-1)/n`` times its payload from every rank, a reduce-scatter half of that; a broadcast
-    sends its payload ``n-1`` times in all; in an all-gather each rank's part travels to ``n-1`` others.
+    sends its payload ``n-1`` times in all; in an all-gather each rank's part is sent to ``n-1`` others.
 
     Args:
         kind: ``"all_reduce"``, ``"reduce_scatter"``, ``"all_gather"``, ``"all_to_all"``, ``"broadcast"``, ``"reduce"``,
             ``"gather"``, ``"scatter"``, ``"send"``, ``"receive"`` or ``"barrier"``.
-        payload_bytes: What one rank hands over: its whole input. For ``"scatter"`` its own part.
+        payload_bytes: The bytes that one rank passes to the call: its whole input. For ``"scatter"`` its own part.
         world_size: The number of ranks.
 
     Raises:

@@ -18,10 +18,10 @@ _FIT_STEPS = 50  # far more than it takes to settle
 
 @dataclass(frozen=True)
 class Timing:
-    """How long messages of one size took.
+    """The times of messages of one size.
 
     Args:
-        payload_bytes: What one rank hands over.
+        payload_bytes: The bytes that one rank passes to the call.
         repeats: How many samples there are.
         median_s: Median, in seconds, of the slowest rank's time.
         lower_s: Lower quartile.
@@ -156,7 +156,7 @@ class Curve:
     def time_s(self, payload_bytes: float) -> float:
         """Return the seconds for a size: interpolated between measured ones, on logarithmic scales.
 
-        Outside, the fit says how the nearest measured time goes on, so that there is no step where the curve ends.
+        Outside, the nearest measured time is continued with the slope of the fit, so that the curve has no jump there.
         """
         sizes = [point.payload_bytes for point in self.points]
         if self.extrapolates(payload_bytes):

@@ -1,4 +1,4 @@
-"""Settings as plain fields: what a file keeps of them, and how they are compared with those of another run.
+"""Settings as plain fields: their form in a file, and their comparison with those of another run.
 
 A setting is a dictionary of its class and its fields. A function in it is its module and name and a digest of its code:
 of its instructions, constants and names, and of the plain values of its defaults and of what it has closed over. So a
@@ -19,7 +19,7 @@ _MISSING = "nothing"
 
 
 def plain(setting: object) -> Any:
-    """Return a setting as plain data: dictionaries with words for keys, lists, numbers and words.
+    """Return a setting as plain data: dictionaries with texts as keys, lists, numbers and texts.
 
     Example:
         >>> from lightning_comm import TopK
@@ -31,7 +31,7 @@ def plain(setting: object) -> Any:
 
 
 def difference(saved: Any, now: object) -> str | None:
-    """Return the first difference between what :func:`plain` returned and a setting, in words; ``None`` without any.
+    """Return the first difference between what :func:`plain` returned and a setting, as text; ``None`` without any.
 
     Text is taken for what an earlier version has written: the setting as Python prints it, without functions.
 
@@ -47,7 +47,7 @@ def difference(saved: Any, now: object) -> str | None:
 
 
 def not_compared(saved: Any, now: object) -> str | None:
-    """Return what of a setting cannot be compared with what was saved, in words; ``None`` if all of it can.
+    """Return which part of a setting cannot be compared with what was saved, as text; ``None`` if all of it can.
 
     Earlier versions have not written down functions, and one version of Python compiles them otherwise than another.
     """

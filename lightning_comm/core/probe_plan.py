@@ -6,7 +6,7 @@ from math import ceil, isfinite
 
 MIN_BYTES = 4  # one float32, which messages are made of
 MAX_BYTES = 64 * 2**20
-STEP = 4  # each size is so many times the one before
+STEP = 4  # the ratio of a size to the one before
 
 # The share of the budget that is used up when each part has to be done. What one leaves over is the next one's.
 _DONE_BY = {"all_reduce": 0.5, "all_gather": 0.62, "links": 0.9, "send": 1.0}
@@ -21,7 +21,7 @@ class ProbePlan:
 
     Args:
         sizes: Payload bytes by rising size, each a multiple of 4 (a float32).
-        repeats: Samples of each size; at least 1. Quartiles want 5 and more.
+        repeats: Samples of each size; at least 1. Quartiles need 5 or more.
         seconds: The budget. A size whose samples would not fit is left out, and the greater ones with it.
 
     Raises:

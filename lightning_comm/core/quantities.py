@@ -22,7 +22,7 @@ def data_size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it.
+    """Return a time as people read it.
 
     Example:
         >>> [duration(seconds) for seconds in (0.0123, 5.04, 61, 530, 3000, 8000, 200000)]
@@ -41,7 +41,7 @@ def duration(seconds: float) -> str:
 
 
 def times_as_fast(ratio: float) -> str:
-    """Return how many times as fast something is, in the one direction in which it is said: above 1 is faster."""
+    """Return how many times as fast something is, always in the same direction: above 1 is faster."""
     return f"{ratio:.2f} times as fast"
 
 

@@ -1,4 +1,4 @@
-"""The profile of one rank, in bounded memory, and how those of all ranks are put together.
+"""The profile of one rank, in bounded memory, and the figures of a run, made of the profiles of all ranks.
 
 Standard library only. The same code adds up a run while it goes on and one that is read back from files.
 """

@@ -1,4 +1,4 @@
-"""A step as it is drawn: when it computed, sent, waited; and the steps of several ranks on one clock.
+"""The timeline of a step: when it computed, sent, waited; and the steps of several ranks on one clock.
 
 Standard library only.
 """

@@ -17,7 +17,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_whole(path: str, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that whoever looks sees the old one or the new one, whole.
+    """Write a file so that readers see the old one or the new one, whole.
 
     It is written beside its place, brought to the disk, and renamed. What a killed process leaves of it ends in
     ``.partial`` and is overwritten the next time. A device or a pipe, which cannot be replaced, is written as it is.

@@ -31,7 +31,7 @@ def mixed_seed(*parts: object) -> int:
 
 
 class Draws(torch.Generator):
-    """A generator that each pass seeds anew, and that goes to a spawned process without its state.
+    """A generator that each pass seeds again, and that goes to a spawned process without its state.
 
     Some systems cannot send the state, which torch puts into shared memory.
     """
@@ -139,7 +139,7 @@ class GlobalOrder:
         return order.tolist() if isinstance(order, torch.Tensor) else list(order)
 
     def fingerprint(self, epoch: int, passes: int) -> int:
-        """Return 48 bits that differ, as good as surely, where the order of a pass differs."""
+        """Return 48 bits that almost certainly differ where the order of a pass differs."""
         key = self.key(epoch, passes)
         if self._fingerprint is None or self._fingerprint[0] != key:
             order = self._order(key)

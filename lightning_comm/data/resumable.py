@@ -1,7 +1,7 @@
-"""A loader that a stopped run resumes on exactly the next sample.
+"""A loader with which a stopped run continues on exactly the next sample.
 
-torch.utils.data only. Lightning finds ``state_dict`` and ``load_state_dict`` on the loader by itself, saves the state
-with its checkpoints and hands it back when a run is resumed in the middle of an epoch.
+torch.utils.data only. Lightning calls the loader's ``state_dict``, saves the state with its checkpoints, and passes it
+to ``load_state_dict`` when a run is resumed in the middle of an epoch.
 """
 
 import warnings
@@ -40,7 +40,7 @@ class ResumedEpoch(NamedTuple):
     state_is_pending: bool
 
 
-# Nothing here knows Lightning, so what finds the Trainer that asks for a batch is put in by the module that does.
+# This module does not import Lightning, so the module that does installs the function that finds the Trainer.
 _finders: list[Callable[[], ResumedEpoch | None]] = []
 
 
@@ -50,9 +50,9 @@ def find_resumed_epoch_by(finder: Callable[[], ResumedEpoch | None]) -> None:
 
 
 def warn_of_repeated_batches(loader: str, epoch: int) -> None:
-    """Say that a pass begins an epoch again in the middle of which a run is resumed.
+    """Warn that a pass begins an epoch again in the middle of which a run is resumed.
 
-    For a loader that begins a pass and has not been told where to go on.
+    For a loader that begins a pass and has been given no state to go on from.
 
     Args:
         loader: Its class, for the message.
@@ -126,7 +126,7 @@ class ResumableLoader(DataLoader[T_co]):
 
     Note:
         *Exactness.* The samples are those of the run that was never stopped; random augmentation is not, since workers
-        draw their seeds when a pass begins. ``docs/how-to/resume.md`` says where Lightning itself loses the place.
+        draw their seeds when a pass begins. ``docs/how-to/resume.md`` lists where Lightning itself loses the place.
 
         *Communication.* None. The state is the same on all ranks, so that of rank 0 serves them all. *Memory.* The
         order of an epoch, as in ``DistributedSampler``.

@@ -1,7 +1,7 @@
 """The busy time of a rank in a batch: until its own gradients are ready, without messages that wait for others.
 
-A backward under DDP returns at the same moment on all ranks, since it ends with an all-reduce. What tells a slow rank
-from a fast one is when its *last local gradient* is there. Torch's autograd engine calls what is queued during a
+A backward under DDP returns at the same moment on all ranks, since it ends with an all-reduce. A slow rank differs
+from a fast one in when its *last local gradient* is there. Torch's autograd engine calls what is queued during a
 backward when all gradients have been computed, in the order of queueing. DDP queues its wait for the messages when
 the last bucket is full; a hook on the loss runs first of all, so what it queues is called before that wait.
 
@@ -24,7 +24,7 @@ from lightning_comm.ondevice.device_clock import DeviceClock, Moment
 
 
 class Busy(NamedTuple):
-    """What one batch took on this rank.
+    """The busy time of one batch on this rank.
 
     Args:
         key: What the batch was announced by.
@@ -51,10 +51,10 @@ class _Batch:
 class BusyTimer:
     """Measures the busy time of each batch on this rank.
 
-    Messages in the forward (a metric that is reduced on each step, DDP's broadcast of buffers, SyncBatchNorm) let all
-    ranks wait for the slowest, and so look alike. Between :meth:`listen` and :meth:`close` the calls of
-    ``torch.distributed`` are watched, and on the CPU the time in them is left out. On CUDA it cannot be told from
-    compute; :attr:`messages_within` says that there are such messages. Nor can it there for a compression that waits
+    Messages in the forward (a metric that is reduced on each step, DDP's broadcast of buffers, SyncBatchNorm) make all
+    ranks wait for the slowest, and so hide which one that is. Between :meth:`listen` and :meth:`close` the calls of
+    ``torch.distributed`` are watched, and on the CPU the time in them is left out. On CUDA it cannot be
+    separated from compute; :attr:`messages_within` counts such messages. Nor can it there for a compression that waits
     within the backward for messages of earlier buckets.
 
     A batch may have several backward passes, as under manual optimization; the time in which one returns late, because
@@ -98,7 +98,7 @@ class BusyTimer:
         self._watcher.install()
 
     def close(self) -> None:
-        """Stop to watch messages."""
+        """Stop watching messages."""
         self._watcher.remove()
 
     def _heard(self, record: CommRecord) -> None:
@@ -131,8 +131,8 @@ class BusyTimer:
     def gradients_ready(self, waited_s: float = 0.0) -> None:
         """Note that all local gradients of the present backward are there. Of several calls the first counts.
 
-        For those who hear of it earlier than the engine does: a hook of DDP's that waits for messages in its body. The
-        time for which it has done so in this backward is left out; on CUDA not, where it is the host's alone.
+        For callers that know of it earlier than the autograd engine: a hook of DDP's that waits for messages in its
+        body. The time for which it has done so in this backward is left out; on CUDA not, where it is the host's alone.
         """
         if self._batch is not None and self._in_backward:
             self._in_backward = False

@@ -1,4 +1,4 @@
-"""Clocks of ranks compared with rank 0's, and what ranks gather from each other outside of training."""
+"""Clocks of ranks compared with rank 0's, and values that ranks gather from each other outside of training."""
 
 import time
 from datetime import timedelta

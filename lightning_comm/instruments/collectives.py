@@ -1,4 +1,4 @@
-"""A watch on what Python code sends through ``torch.distributed``, which changes nothing of it.
+"""An observer of the messages that Python code sends through ``torch.distributed``; it changes none of them.
 
 For as long as a :class:`Watcher` is on, the functions of ``torch.distributed`` are wrapped; afterwards they are as
 before. A call is counted once: what our own `Recorder` sends is recorded there, and a function that calls another of
@@ -72,7 +72,7 @@ _LOOKED_THROUGH = ("torch", "contextlib", "functools")
 class Watcher:
     """Reports each call of a collective as a record.
 
-    Several may be on at once; each hears of every call.
+    Several may be on at once; each is passed every call.
 
     Args:
         report: Called with each record.
@@ -95,20 +95,20 @@ class Watcher:
         safely: Callable[[Callable[[], None]], None],
         mark: Callable[[], Any] | None = None,
     ) -> None:
-        self.in_backward = False  # set by whoever is told; calls in there are a hook's, whatever thread makes them
+        self.in_backward = False  # set by the owner; calls during it are a hook's, whatever thread makes them
         self._report = report
         self._step = step
         self._safely = safely
         self.mark: Callable[[], Any] = mark or _no_mark
 
     def install(self) -> None:
-        """Begin to listen; the first one to do so wraps the functions."""
+        """Begin to observe; the first watcher to do so wraps the functions."""
         if not _WRAPPERS.listeners:
             _WRAPPERS.put_on()
         _WRAPPERS.listeners.append(self)
 
     def remove(self) -> None:
-        """Stop to listen; the last one to do so puts the functions back."""
+        """Stop observing; the last watcher to do so restores the functions."""
         if self in _WRAPPERS.listeners:
             _WRAPPERS.listeners.remove(self)
             if not _WRAPPERS.listeners:
@@ -159,7 +159,7 @@ def _no_mark() -> None:
 
 
 class _Wrappers:
-    """The functions of ``torch.distributed`` while somebody listens."""
+    """The functions of ``torch.distributed`` while there is a watcher."""
 
     def __init__(self) -> None:
         self.listeners: list[Watcher] = []
@@ -176,7 +176,7 @@ class _Wrappers:
         self._replace(dist, COALESCED, self._wrapped_coalesced(getattr(dist, COALESCED)))
 
     def take_off(self) -> None:
-        """Put the functions back, but for those that somebody else has wrapped since."""
+        """Restore the functions, but for those that others have wrapped since."""
         while self._replaced:
             owner, name, original, wrapper = self._replaced.pop()
             if getattr(owner, name) is wrapper:

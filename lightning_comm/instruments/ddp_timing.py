@@ -6,7 +6,7 @@ each of them up, so a release of torch that removes one fails by that name.
 
 The reducer counts an *iteration* for each forward through the wrapper. Under manual optimization Lightning prepares the
 reducer again for every backward, so an iteration may have several that communicate, and only the moment at which the
-first all-reduce began tells a new one from that before. Accumulation under ``no_sync`` communicates nothing.
+first all-reduce began shows that there is a new one. Accumulation under ``no_sync`` communicates nothing.
 
 The numbers are set when the next forward begins, so on CPU they are asked for as soon as the backward is over. On CUDA
 that would make the host wait for the device; there they are read one iteration late, of every tenth iteration, and only

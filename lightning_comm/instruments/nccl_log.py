@@ -1,4 +1,4 @@
-"""NCCL's log of the way it takes. Needs no root: NCCL writes it where ``NCCL_DEBUG`` is ``INFO``.
+"""NCCL's log of the transports it uses. Needs no root: NCCL writes it where ``NCCL_DEBUG`` is ``INFO``.
 
 The form of the lines was taken from logs in public reports. No GPU was at hand, so nothing of this has been run against
 NCCL itself.

@@ -44,9 +44,9 @@ def probe_link(
     Args:
         plan: Sizes, repeats and the budget of time.
         host: The name of the host that this rank is on.
-        node: The number of that host in the job, which tells hosts of one name apart.
+        node: The number of that host in the job, which distinguishes hosts of the same name.
         device: Where the messages are; the CPU by default.
-        transport: What carries the messages, for the profile.
+        transport: The transport of the messages, for the profile.
         environment: Where the figures come from, for the profile.
         ledger: Where messages are written down, as ``"probe"`` and ``"instruments"``.
 
@@ -107,7 +107,7 @@ def device_of_messages(preferred: torch.device) -> torch.device:
 
 
 def link_ends(hosts: Sequence[str]) -> dict[str, int]:
-    """Return which rank stands for each end of a link: the first one of a host, or each rank where there is one host.
+    """Return the rank at each end of a link: the first one of a host, or each rank where there is one host.
 
     Example:
         >>> link_ends(["a", "a", "b"]), link_ends(["a", "a"])
@@ -188,7 +188,7 @@ class _Bench:
         self._agree(one_by_one(smallest))  # opens connections
         began_s = self.elapsed_s
         empty_s = self._agree(one_by_one(smallest))
-        meeting_s = self.elapsed_s - began_s  # of all, once for every way, which takes time as well
+        meeting_s = self.elapsed_s - began_s  # of all ranks, once for each direction: it takes time as well
         rounds = self._plan.repeats * (1 + 1 / STEP) + 2
         share_s = (self._plan.left_s("links", self.elapsed_s) / rounds - 3 * meeting_s) / len(ways)
         if share_s <= 0:
@@ -323,7 +323,7 @@ def _link(
     """Make a link of round trips with 4 bytes, with a quarter of a size, and with all of it.
 
     The rate is that of the last three quarters, since shapers and buffers let the beginning of a message pass at once.
-    ``None`` stands for a payload that does not show in the time.
+    ``None``: the payload does not show in the time.
     """
     begun_s = quartiles(part)[1]
     if quartiles(full)[1] < 2 * begun_s:

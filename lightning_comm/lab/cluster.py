@@ -20,9 +20,9 @@ from lightning_comm.lab.network import HostNetwork, host_address
 
 __all__ = ["Lab", "LabError", "LabResult", "check_arguments", "unavailable"]
 
-LAB_VARIABLE = "LIGHTNING_COMM_LAB"  # says to commands on the hosts that they are in a lab, and in which
+LAB_VARIABLE = "LIGHTNING_COMM_LAB"  # describes the lab to commands on the hosts
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-_PORT = 29500  # on host 0; hosts have networks of their own, so nobody else can have it
+_PORT = 29500  # on host 0; hosts have networks of their own, so no other program uses it
 
 
 class Lab:
@@ -41,7 +41,7 @@ class Lab:
 
     Raises:
         ValueError: If an argument is out of range.
-        LabError: If namespaces cannot be had; :func:`unavailable` says why.
+        LabError: If namespaces cannot be made; :func:`unavailable` returns why.
 
     Note:
         *Environment* of commands on the hosts: what Lightning, torchrun and ``init_process_group`` read
@@ -76,7 +76,7 @@ class Lab:
         self.links = [link] * hosts if isinstance(link, str) else list(link)
         self.speeds = None if speeds is None else list(speeds)
         self.devices_per_host = devices_per_host
-        self._taken = Path(gettempdir()) / f"lightning-comm-lab-{token_hex(8)}"  # made by who takes a speed
+        self._taken = Path(gettempdir()) / f"lightning-comm-lab-{token_hex(8)}"  # made by who reads a speed
         self._processes: list[list[subprocess.Popen[Any]]] = [[] for _ in self.links]
         self._network = HostNetwork(self.links)
 
@@ -110,7 +110,7 @@ class Lab:
             variables[f"PET_{name}"] = variables[name]  # what torchrun reads for its options
         variables["PET_NPROC_PER_NODE"] = str(self.devices_per_host)
         if self.devices_per_host == 1:
-            # with more, a launcher on the host sets them; LOCAL_RANK would tell Lightning that somebody else has
+            # with more, a launcher on the host sets them: where LOCAL_RANK is set, Lightning starts no processes
             variables |= {"RANK": str(host), "LOCAL_RANK": "0", "WORLD_SIZE": str(self.hosts), "LOCAL_WORLD_SIZE": "1"}
         if self.speeds is not None:
             variables |= {SPEED_VARIABLE: f"{self.speeds[host]:g}", SPEED_TAKEN_VARIABLE: str(self._taken)}
@@ -118,7 +118,7 @@ class Lab:
 
     @property
     def speeds_taken(self) -> bool:
-        """Whether a process on a host has taken an emulated device's speed from the lab, so that it goes by it."""
+        """Whether a process on a host has read an emulated device's speed from the lab, and so uses it."""
         return self._taken.exists()
 
     def start(
@@ -161,7 +161,7 @@ class Lab:
 
         Args:
             command: The program and its arguments, the same on every host.
-            timeout_s: After so many seconds all are ended; ``None`` for no limit.
+            timeout_s: Seconds after which all are ended; ``None`` for no limit.
             env: As in :meth:`start`.
             on_line: Called with host, line and whether it came from standard error, while the job runs.
 
@@ -176,7 +176,7 @@ class Lab:
         namespace = self._network.hosts[host]
         for command, patience_s in (("terminate", grace_s), ("kill", 5.0)):
             namespace.tell(command)
-            namespace.tell("resume")  # what is stopped could not hear it
+            namespace.tell("resume")  # a stopped process would not act on the signal
             deadline = time.monotonic() + patience_s
             while (runs := namespace.tell("look")) and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -200,11 +200,11 @@ class Lab:
         self.links[host] = rate if down is None else f"{rate} up, {down} down"
 
     def cut(self, host: int) -> None:
-        """Pull the host's cable out of the switch."""
+        """Cut the host's link to the switch, as a cable that is pulled out."""
         self._network.plug(host, into_switch=False)
 
     def restore(self, host: int) -> None:
-        """Put the host's cable back."""
+        """Restore the host's link."""
         self._network.plug(host, into_switch=True)
 
     def stop(self, host: int) -> None:

@@ -1,4 +1,4 @@
-"""The process that starts a command on an emulated host and stands for it outside: a signal to one reaches both.
+"""The process that starts a command on an emulated host and represents it outside: a signal to one reaches both.
 
 Run by file path, with the standard library alone, so that it costs milliseconds. ``nsenter`` of util-linux enters
 namespaces as well, but does not pass signals on, leaves the command running when it is killed, and freezes with a
@@ -29,7 +29,7 @@ def _enter(libc: ctypes.CDLL, pid: str, name: str) -> None:
 
 def _become(libc: ctypes.CDLL, command: list[str], started: int) -> int:
     """Run the command in place of this process; return an exit code where that cannot be done."""
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # when the one that stands for it is killed
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # when the process that represents it outside is killed
     os.close(started)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)  # Python ignores them, and an ignored signal stays so

@@ -6,8 +6,9 @@ answers whether anything runs on the host. It ends when its standard input does,
 because the lab was closed or killed; the kernel then kills what still runs on the host and takes its network away. So
 nothing can be left behind, whatever happened to the lab.
 
-Arguments: the number of an open file that tells when the lab's process ends (``pidfd_open``), or -1 for none.
-A child of that process, forked while the lab is open, holds the other end of the standard input too; this one not.
+Arguments: the number of an open file that becomes readable when the lab's process ends (``pidfd_open``), or -1 for
+none. A child of that process, forked while the lab is open, holds the other end of the standard input too; this one
+not.
 """
 
 import os
@@ -42,7 +43,7 @@ def _tell_all(number: int) -> bool:
 
 
 def _commands(owner: int) -> Iterator[str]:
-    """Yield the lab's commands until there is nobody to give any."""
+    """Yield the lab's commands until there can be no more."""
     poll = select.poll()
     for each in (0, owner):
         if each >= 0:

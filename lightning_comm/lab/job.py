@@ -26,7 +26,7 @@ class LabResult:
         returncode: 0, or how the first host that failed ended: its exit code, 128 plus the number of a signal, or 124
             when time was up.
         host: The first host that failed; ``None`` where all went well, or time was up.
-        why: That in words; empty where all went well.
+        why: That as text; empty where all went well.
         output: What each host printed, standard error included, in the order in which it came; the last 100,000 lines.
 
     """
@@ -158,7 +158,7 @@ class Job:
                     continue
                 try:
                     self._on_line(host, line, is_error)
-                except Exception as error:  # read on all the same: a host whose output nobody reads would stand still
+                except Exception as error:  # read on all the same: a host whose output is not read would block
                     self._error = error
                     self._ends.put((host, _NOT_SHOWN))
 

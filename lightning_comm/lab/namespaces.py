@@ -31,7 +31,7 @@ _LATE_S, _LEAST_LATE_BYTES = 0.00025, 16 * 1024  # what a timer that fires late 
 
 
 def unavailable() -> str | None:
-    """Return one line that says why hosts cannot be emulated here, or ``None`` if they can be."""
+    """Return in one line why hosts cannot be emulated here, or ``None`` if they can be."""
     try:
         with Namespace() as switch:
             switch.run("ip", "link", "add", "br0", "type", "bridge")
@@ -43,7 +43,7 @@ def unavailable() -> str | None:
 
 
 class LabError(RuntimeError):
-    """Something about the emulated hosts went wrong; the message says what."""
+    """An error of the emulated hosts; the message names the cause."""
 
 
 class Namespace:
@@ -83,11 +83,11 @@ class Namespace:
             if owner >= 0:
                 os.close(owner)
         assert self._process.stdout is not None
-        said = self._process.stdout.readline().strip()
-        if not said.isdigit():
+        line = self._process.stdout.readline().strip()
+        if not line.isdigit():
             _, error = self._process.communicate()
             raise LabError(permissions.why_not(error))
-        self.pid = int(said)
+        self.pid = int(line)
 
     def enter(self, *, network: bool = True) -> list[str]:
         """Return the options that put a short command into this network, or only among its users."""
@@ -237,7 +237,7 @@ def start(host: Namespace, command: Sequence[str], **popen: Any) -> "subprocess.
 
 
 def _own_pidfd() -> int:
-    """Return an open file that tells when this process ends, or -1 where the kernel is too old (before 5.3)."""
+    """Return a file that becomes readable when this process ends, or -1 where the kernel is too old (before 5.3)."""
     try:
         return os.pidfd_open(os.getpid())
     except OSError:

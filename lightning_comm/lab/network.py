@@ -18,7 +18,7 @@ class HostNetwork:
         rates: The rate of each host's link, one for each.
 
     Raises:
-        LabError: If namespaces cannot be had.
+        LabError: If namespaces cannot be made.
 
     """
 

@@ -51,7 +51,7 @@ def missing() -> str | None:
 
 
 def may_administer() -> bool:
-    """Whether this process may make namespaces and links by itself, as root may outside of most containers."""
+    """Whether this process may make namespaces and links on its own, as root may outside of most containers."""
     if lacking():
         return False
     return (
@@ -67,26 +67,26 @@ def lacking() -> list[str]:
 
 
 def why_not(error: str) -> str:
-    """Return one line that says why namespaces could not be made, and what helps.
+    """Return in one line why namespaces could not be made, and what helps.
 
     Args:
-        error: What ``unshare`` said.
+        error: The output of ``unshare``.
 
     """
-    said = "; ".join(error.splitlines()).strip("; ") or "unshare ended without a message"
-    if "failed to execute" in said or "unrecognized option" in said:
-        return f"the lab could not start a host: {said}. It needs a Python that everyone may execute, and util-linux"
+    text = "; ".join(error.splitlines()).strip("; ") or "unshare ended without a message"
+    if "failed to execute" in text or "unrecognized option" in text:
+        return f"the lab could not start a host: {text}. It needs a Python that everyone may execute, and util-linux"
     first = "the lab needs network namespaces, and may not make them"
     if os.geteuid() == 0 and (names := lacking()):
         return (
-            f"{first} ({said}): this is root without {' and '.join(names)}, as in a container. Start it with "
+            f"{first} ({text}): this is root without {' and '.join(names)}, as in a container. Start it with "
             f"`docker run {_flags(names)}`; in Kubernetes, list them under `securityContext.capabilities.add`"
         )
     if switch := _switch():
         name, value = switch
-        return f"{first} ({said}): {name} keeps users from it. Run it as root, or let `sysctl -w {name}={value}` be set"
+        return f"{first} ({text}): {name} keeps users from it. Run it as root, or let `sysctl -w {name}={value}` be set"
     return (
-        f"{first} ({said}): it needs root, or a kernel that lets users make namespaces; in a container, root and "
+        f"{first} ({text}): it needs root, or a kernel that lets users make namespaces; in a container, root and "
         f"`docker run {_flags(_CAPABILITIES)}`"
     )
 
@@ -106,8 +106,8 @@ def _switch() -> tuple[str, str] | None:
 
 def what_failed(command: tuple[str, ...], error: str) -> str:
     """Return one line about a command in a namespace that failed, and what helps where that is known."""
-    said = f"{' '.join(command)}: {'; '.join(error.splitlines())}"
+    text = f"{' '.join(command)}: {'; '.join(error.splitlines())}"
     module = next((module for name, module in _MODULES.items() if name in command), None)
     if module is not None and any(text in error for text in _NO_MODULE):
-        return f"{said}. The kernel lacks its module {module}; as root of the machine, `modprobe {module}` loads it"
-    return said
+        return f"{text}. The kernel lacks its module {module}; as root of the machine, `modprobe {module}` loads it"
+    return text

@@ -1,4 +1,4 @@
-"""The projection of a few measured steps to the whole run: which ones synchronise, and the time and bytes of that.
+"""The projection of a few measured steps to the whole run: which steps synchronise, and the time and bytes of all.
 
 A period that follows the learning rate cannot be judged from sixty steps. What can be measured there is what a step
 and a synchronisation cost; how often the run will synchronise is known from its schedule, because the clock that will
@@ -15,7 +15,7 @@ from lightning_comm.core.local_update.periods import PeriodRule
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a whole run does, in optimizer steps.
+    """The plan of a whole run, in optimizer steps.
 
     Args:
         total_steps: Optimizer steps of the run; at least 1.
@@ -52,7 +52,7 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What one step and one synchronisation cost on one rank, as measured.
+    """The cost of one step and of one synchronisation on one rank, as measured.
 
     Args:
         step_s: Seconds of a step within a round.
@@ -74,7 +74,7 @@ class StepCosts:
 
 @dataclass(frozen=True)
 class Projection:
-    """What a whole run will take.
+    """The predicted time and bytes of a whole run.
 
     Args:
         seconds: Time of all steps and synchronisations; without validation, checkpoints and start-up.

@@ -1,1 +1,1 @@
-"""Pages, tables, figures and sentences, made of what is on disk or was measured."""
+"""Pages, tables, figures and sentences, made from files of a run or from measurements."""

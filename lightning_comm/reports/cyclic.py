@@ -1,4 +1,4 @@
-"""The figure of a cyclic schedule: whose turn it is at which stage, slot by slot. It needs matplotlib."""
+"""The figure of a cyclic schedule: the stage of each worker, slot by slot. It needs matplotlib."""
 
 from typing import TYPE_CHECKING
 
@@ -96,7 +96,7 @@ def _arrow(axes: "Axes", schedule: CyclicSchedule, message: Transfer, count: int
 
 
 def _times(schedule: CyclicSchedule, message: Transfer) -> tuple[int, int]:
-    """Return from when to when a message may travel."""
+    """Return the slots between which a message may be under way."""
     path, hop = schedule.path(message.stage), schedule.delay_slots
     ends = [
         2 * schedule.stages * (message.step + 1) - message.stage + hop * worker  # of the backward

@@ -1,4 +1,4 @@
-"""The text of a link profile: tables by size, latency and bandwidth in a sentence, and what is wrong."""
+"""The text of a link profile: tables by size, latency and bandwidth in a sentence, and faults of links."""
 
 from collections import Counter
 from math import isfinite

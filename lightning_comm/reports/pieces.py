@@ -99,15 +99,15 @@ def _cell(text: str) -> str:
 
 
 def html_cards(cards: Sequence[tuple[str, str]]) -> str:
-    """Return the few figures that a reader in a hurry wants, each with its label."""
+    """Return the few main figures, each with its label."""
     return "".join(f'<div class="card"><div>{html_text(value)}</div>{html_text(label)}</div>' for value, label in cards)
 
 
-def html_figure(title: str, said: str, svg: bytes) -> str:
-    """Return a figure with its title and what is to be said of it."""
+def html_figure(title: str, caption: str, svg: bytes) -> str:
+    """Return a figure with its title and a caption."""
     image = base64.b64encode(svg).decode()
     return (
-        f"<h2>{html_text(title)}</h2><p>{html_text(said)}</p>"
+        f"<h2>{html_text(title)}</h2><p>{html_text(caption)}</p>"
         f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{image}">'
     )
 

@@ -1,4 +1,4 @@
-"""An average of tensors over the members of a round, in place and in buckets, and how a user wants it carried out.
+"""An average of tensors over the members of a round, in place and in buckets, and the user's settings of averages.
 
 Longer than other files, since a good part is what a user reads of the settings.
 """
@@ -38,14 +38,14 @@ class Averaging:
         bucket_mib: Size of the scratch buckets, in MiB; more than 0. Tensors are copied into buckets, and a bucket is
             one message. Three are in use at a time. ``None`` leaves it to the backend: 4 MiB, and 25 MiB under NCCL.
             The first comes from the tables that ``make benchmark`` prints: on a network small buckets hide more of the
-            copying, on loopback larger ones waste less time on latency. The second is that of DDP, and has not been
-            measured here.
+            copying, on loopback larger ones lose less time to latency. The second is DDP's, and has not been measured
+            here.
 
         compression: What to send of the parameters instead of every entry in full: a :class:`Compression`, such as
-            ``Cast("bf16")``, or its word: ``"bf16"``, ``"fp16"``, ``"int8"``, ``"powersgd"``, ``"topk"``. ``None``
+            ``Cast("bf16")``, or its name: ``"bf16"``, ``"fp16"``, ``"int8"``, ``"powersgd"``, ``"topk"``. ``None``
             sends them in full. A :class:`SparseMask`, alone or in a list with one more, prunes the model and sends what
             is left. See :class:`~lightning_comm.transport.compressed_average.CompressedAverage`.
-        overlap_steps: For how many optimizer steps of the next round an average travels in the background. Then each
+        overlap_steps: For how many optimizer steps of the next round an average is in flight. Then each
             rank's weights move by what the average would have moved them at the end of the round: at that step, however
             fast the network was, so results do not depend on timing. 0 waits at the end of the round. In rounds that
             are not longer it is the length of the round less one, which is logged.
@@ -56,17 +56,17 @@ class Averaging:
 
     Note:
         *Communication.* With a compression, what it sends for each bucket of whole parameters. Buffers, weight averages
-        and the state of optimizers travel in full, and so does everything at the last synchronisation of a run, in
+        and the state of optimizers are sent in full, and so is everything at the last synchronisation of a run, in
         evaluations and in checkpoints. With ``overlap_steps`` a thread sends the parameters, on a process group of its
         own; ranks still meet at the end of a round for a few numbers, and buffers and weight averages are sent there,
         by blocking averages.
 
         *Memory.* With a compression, a copy of the parameters (in fp32 if they are narrower), and twelve buckets while
-        they travel; a bucket holds whole parameters, so at least the largest of them. With ``overlap_steps``
-        three copies, and what is sent while it travels.
+        they are sent; a bucket holds whole parameters, so at least the largest of them. With ``overlap_steps``
+        three copies, and the messages under way.
 
-        *Staleness.* With ``overlap_steps=k`` the first k steps of a round know nothing of what the others did in the
-        last one.
+        *Staleness.* With ``overlap_steps=k`` the first k steps of a round do not include what the other ranks
+        learned in the last one.
 
     Example:
         >>> Averaging().bucket_bytes_under("gloo"), Averaging().bucket_bytes_under("nccl")
@@ -138,17 +138,17 @@ def _usable(compression: Compression) -> Compression:
 
 
 class Average(Protocol):
-    """A way to bring tensors of all members together, in place: in full, or as far as a compression sends them."""
+    """A method that averages tensors over all members, in place: in full, or as far as a compression sends them."""
 
     def average_(
         self, tensors: Mapping[str, Tensor], weight: float | None = None, *, moderate: bool = False
     ) -> DriftSum:
-        """Bring the tensors together, and wait until that is done.
+        """Average the tensors; block until that is done.
 
         Args:
             tensors: The tensors, by name, in an order and of shapes that are the same on all ranks. Storage stays where
                 it is, so optimizers, views and compiled code that hold it go on working.
-            weight: What this rank counts for in the mean; those of all ranks sum to 1, and all are a :class:`Share` or
+            weight: This rank's weight in the mean; those of all ranks sum to 1, and all are a :class:`Share` or
                 none is. ``None`` on all ranks: equally.
             moderate: Whether all ranks know that no entry of any of them is so large that a sum may have no room in its
                 type. Then the host need not look at each bucket, for which it would wait on CUDA. The result is the
@@ -171,7 +171,7 @@ class FullAverage:
     A mean of finite numbers is finite, the mean of equal numbers is that number (also ``inf`` and ``nan``), and a rank
     of weight 0 contributes nothing, whatever it holds. Equal numbers stay equal bit for bit, unless weights are
     plain numbers: then they may change in the last digit. Where more than two ranks count, that takes more than a sum
-    that is divided, which loses digits: :meth:`Share.part_` says what.
+    that is divided, which loses digits; see :meth:`Share.part_`.
 
     Note:
         *Communication.* One all-reduce a bucket, in the order of the tensors within each accumulation type. The payload
@@ -179,7 +179,7 @@ class FullAverage:
         float32. A bucket whose sums are not all finite, which all ranks see alike, has one number more, which says
         whether a sum may just have been too large; if so, those entries once more.
 
-        *Memory.* Three buckets, whatever the size of the model. They are kept, since fresh memory costs as much time
+        *Memory.* Three buckets, whatever the size of the model. They are kept, since to allocate memory takes as long
         as a pass over the model.
 
     """
@@ -200,11 +200,11 @@ class FullAverage:
         """Replace every tensor by its mean over the ranks.
 
         Args:
-            tensors: Floating-point or complex tensors, as :meth:`Average.average_` wants them.
-            weight: What this rank counts for, as there.
+            tensors: Floating-point or complex tensors, as for :meth:`Average.average_`.
+            weight: This rank's weight, as there.
             moderate: Whether all ranks know that no entry is infinite, not a number, or above
                 :data:`~lightning_comm.ondevice.limits.MODERATE`.
-            purpose: What the records say that the messages were for.
+            purpose: The purpose of the messages in the ledger.
 
         Returns:
             How far this rank's tensors were from the mean.
@@ -261,7 +261,7 @@ class FullAverage:
         may_overflow = (own.isfinite() & (own.abs() > largest / (2 * ranks))).any() & counts
         vote = may_overflow.to(own.dtype).view(1)
         self._recorder.all_reduce(vote, bucket.purpose, dist.ReduceOp.MAX).wait()
-        if vote.item() == 0:  # somebody holds `inf` or `nan`, as in the mask of an attention
+        if vote.item() == 0:  # a rank holds `inf` or `nan`, as in an attention mask
             return None
         _weigh(own, weight)
         scale = 2.0 ** (ranks.bit_length() + 1)  # a power of two, which rounds nothing that is large

@@ -14,8 +14,8 @@ class BackgroundThread:
 
     Args:
         work: What to do. It must touch nothing that others change before :meth:`join`.
-        device: Where its tensors are.
-        stream: What to use on CUDA instead of a new stream: see :class:`BackgroundStreams`.
+        device: The device of its tensors.
+        stream: The stream to use on CUDA; ``None``: a new one. See :class:`BackgroundStreams`.
 
     """
 
@@ -36,7 +36,7 @@ class BackgroundThread:
         try:
             with torch.no_grad(), torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
                 self._work()
-        except BaseException as error:  # raised where somebody waits for it
+        except BaseException as error:  # raised in `join`
             self._error = error
 
     def join(self) -> None:

@@ -1,6 +1,6 @@
-"""An average of parameters through what a compression sends of their differences to a common reference.
+"""An average of parameters in which each rank sends, compressed, its difference to a reference that all share.
 
-Longer than other files, since what keeps ranks from drifting apart is told where it is done.
+Longer than other files, since the rules that keep ranks from drifting apart are explained where they are applied.
 """
 
 from collections import Counter, deque
@@ -23,22 +23,22 @@ from lightning_comm.transport.recording import Recorder
 
 
 class CompressedAverage:
-    r"""Brings the ranks' parameters together as far as a compression sends what sets them apart.
+    r"""Averages parameters as far as a compression sends the ranks' differences to a common reference.
 
-    All ranks hold alike a reference :math:`x`, which was every rank's weights when it was made. At a synchronisation
-    each rank sends :math:`s = C(d)` of its difference :math:`d = w - x`, all learn the mean :math:`m` of what was sent,
-    and then
+    All ranks hold the same reference :math:`x`; when it was made, it was the weights of every rank. At a
+    synchronisation each rank sends :math:`s = C(d)`, the compressed form of its difference :math:`d = w - x`. All
+    receive the mean :math:`m` of what was sent, and then
 
     .. math:: x \leftarrow x + m, \qquad w \leftarrow x + (d - s)
 
     so a rank's weights move by :math:`m - s`. What is dropped, :math:`d - s`, stays in the rank's own weights and is
-    part of its next difference. No residual is kept besides, which would count it twice.
+    part of its next difference. So there is no residual besides: it would count twice what was dropped.
 
     The mean over the ranks of the weights moves by :math:`m - \bar s`: by nothing, where the codec returns exactly
     the mean of what was sent, and otherwise by the rounding of that mean (16 bits in ``Cast``, the second rounding of
     ``Int8``), which is the same on all ranks. After a synchronisation ranks are *not* equal, but the references are.
 
-    *Weighted.* Where rank k counts for :math:`w_k` of the mean and not equally, it sends :math:`s = C(a d)` with
+    *Weighted.* Where rank k has the weight :math:`w_k` in the mean, it sends :math:`s = C(a d)` with
     :math:`a = w_k` times the number of ranks, so that :math:`m` is :math:`\sum_k w_k d_k` where nothing is dropped, and
     moves by :math:`m - s/a`; what it keeps is :math:`d - s/a`. Then the weighted mean of the ranks' weights moves by
     :math:`m - \bar s` too. A rank of weight 0 sends zeros, and ends at the reference.
@@ -78,7 +78,8 @@ class CompressedAverage:
         self._codec = compression.codec(Context(recorder, "parameters", feedback=False))
         self._bucket_bytes = bucket_bytes
         self.references = References() if references is None else references
-        # of the last departure, for each bucket its row and what was sent: fresh memory costs as much as two passes
+        # Buffers of the last departure, used again: for each bucket the row of its parameters, and what was sent.
+        # To allocate them takes as long as two passes over them.
         self._kept_rows: dict[tuple[Slot, ...], tuple[Tensor, Tensor]] = {}
 
     @property
@@ -93,8 +94,8 @@ class CompressedAverage:
         """Bring the parameters together, in place.
 
         Args:
-            tensors: Parameters that have a reference, as :meth:`Average.average_` wants them.
-            weight: What this rank counts for, as there.
+            tensors: Parameters that have a reference, as for :meth:`Average.average_`.
+            weight: This rank's weight, as there.
             moderate: Whether all ranks know that no entry of the parameters and references of any of them is infinite,
                 not a number, or above :data:`~lightning_comm.ondevice.limits.MODERATE_DIFFERENCES`.
 
@@ -102,6 +103,7 @@ class CompressedAverage:
             How far this rank's parameters were from the new reference, the mean as far as it is known.
 
         """
+        # A pipeline: while the messages of up to IN_FLIGHT buckets are under way, the next bucket is prepared.
         drift, scale = DriftSum(), self._scale(weight)
         travelling: deque[_Travelling] = deque()
         self._codec.begin_step()
@@ -109,7 +111,7 @@ class CompressedAverage:
             if len(travelling) == IN_FLIGHT:
                 drift.add(self._take(travelling.popleft()))
             started = self._start(bucket, scale, moderate)
-            for earlier in travelling:  # in this order on every rank, and never from a callback
+            for earlier in travelling:  # the same order on every rank, or second messages would meet others' first ones
                 if earlier.talk.more:
                     earlier.talk.go_on()
             travelling.append(started)
@@ -122,16 +124,16 @@ class CompressedAverage:
     def depart(
         self, tensors: Mapping[str, Tensor], weight: float | None = None, *, moderate: bool = False
     ) -> DepartedAverage:
-        """Note the parameters of now, whose average a thread then carries out; they themselves stay as they are.
+        """Copy the present parameters, for a thread to average while training goes on with the parameters themselves.
 
         Args:
             tensors: Parameters that have a reference, as in :meth:`average_`.
-            weight: What this rank counts for in the mean.
-            moderate: What all ranks know of the parameters of now, as there.
+            weight: This rank's weight in the mean.
+            moderate: What all ranks know of the present parameters, as there.
 
         Note:
-            *Memory.* Two rows as large as the parameters, which are kept, and what is on its way; on a rank of weight
-            0 one more meanwhile.
+            *Memory.* Two rows as large as the parameters, which are kept, and the messages under way; on a rank of
+            weight 0 one more row meanwhile.
 
         """
         self._codec.begin_step()
@@ -141,7 +143,7 @@ class CompressedAverage:
 
     def departed_before(self, state: Mapping[str, Any]) -> DepartedAverage:
         """Return what was in flight when :meth:`state_dict` was called; its messages have arrived."""
-        buckets = []
+        buckets = []  # Landing needs the correction alone, so the same row takes the place of what was sent.
         for saved in state.get("in_flight", []):
             slots = tuple(Slot(name, numel, tuple(shape)) for name, numel, shape in saved["slots"])
             (reference,) = self.references.of([slots[0].name])
@@ -151,7 +153,7 @@ class CompressedAverage:
         return DepartedAverage(buckets, self.references, self._codec, self._recorder, 1.0, moderate=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, by parameter name, besides what is in flight.
+        """Return what a resumed run needs, by parameter name, besides the average in flight.
 
         The references are the same on all ranks.
         """
@@ -173,7 +175,8 @@ class CompressedAverage:
     def _noted(self, rows: list["_Parameter"]) -> DepartedBucket:
         layout = _layout_of(rows)
         row, sent = self._kept_rows.get(layout.slots) or (_empty(layout, rows), _empty(layout, rows))
-        # all that must be done before training goes on: a copy takes two thirds of the time of a difference
+        # Training waits for this, so it only copies: to subtract the reference here would take half as long again, and
+        # the thread does that.
         copy_each(layout.split(row), [each.weights.entries for each in rows])
         return DepartedBucket(layout, row, sent, DriftSum(), [])
 
@@ -198,10 +201,11 @@ class CompressedAverage:
         difference = _empty(layout, rows)
         copy_each(layout.split(difference), [row.weights.entries for row in rows])
         torch._foreach_sub_(layout.split(difference), [row.reference for row in rows])
+        # Where entries are known to be moderate they are not looked at: on CUDA the host would wait for the answer.
         large = not moderate and is_large(difference)
         if large:
             limit_differences_(difference, [row.reference for row in rows])
-        own = sample(difference)
+        own = sample(difference)  # before the scaling: drift is the distance of the weights themselves
         difference = scaled(difference, scale, moderate)
         mean, sent = difference.clone(), torch.empty_like(difference)
         talk = Talk(self._codec.mean(mean, layout, sent))
@@ -212,9 +216,9 @@ class CompressedAverage:
         large = bucket.large or (not bucket.moderate and is_large(bucket.mean))
         if large:
             drop_unsent_(bucket.mean, bucket.sent)
-            finite = bucket.difference.isfinite()
+            finite = bucket.difference.isfinite()  # of these alone an infinite rest below is an overflow
         dropped = bucket.difference.sub_(bucket.sent)
-        if bucket.scale not in (0, 1):
+        if bucket.scale not in (0, 1):  # at 0 all of it is 0 already, and the rank ends at the reference
             dropped.div_(bucket.scale)
         if large:
             limit_(dropped, finite)
@@ -224,7 +228,8 @@ class CompressedAverage:
         torch._foreach_add_(references, moved)
         if large:
             limit_moved_(references, moved)
-        # not `w + (m - s)`: so what was sent in full ends exactly at the reference, and equal on all ranks
+        # Reference plus rest, and not `w + (m - s)`: an entry that was sent in full ends exactly at the reference, and
+        # so equal on all ranks. `limit_moved_` needs the rest as it was, hence the clones.
         sums = [each.clone() for each in left] if large else left
         torch._foreach_add_(sums, references)
         copy_each(weights, sums)
@@ -257,14 +262,14 @@ class _Travelling(NamedTuple):
 
     Args:
         rows: The parameters in it.
-        difference: What is to be sent: the difference, times `scale`.
-        mean: The same, which becomes the mean.
-        sent: What this rank sent.
-        own_sample: Of the difference itself.
-        scale: What this rank counts for in the mean, times the number of ranks.
+        difference: What is to be sent: the difference to the reference, times `scale`.
+        mean: A copy of it, in which the codec leaves the mean over the ranks.
+        sent: What this rank sent, as the others decode it.
+        own_sample: A sample of the difference before it was scaled.
+        scale: This rank's weight in the mean, times the number of ranks.
         large: Whether an entry of the difference is near the limit of its type.
         moderate: Whether it is known that nothing of this bucket is.
-        talk: Its messages.
+        talk: The codec's messages for this bucket.
 
     """
 

@@ -1,13 +1,13 @@
 """A codec as the communication hook of torch's DistributedDataParallel.
 
-DDP hands over its buckets one by one, in an order that is the same on all ranks, and while a bucket's messages travel
-the backward goes on. Everything here happens in the hook's body, in that order: nothing is done in a callback, so that
-no message is ever started from a thread of the backend, where two buckets would cross each other. For each bucket in
-turn: its first message is started; then those before it that need what a first message brought get their second one.
-With the last bucket of a backward all that is still under way is waited for, decoded, and handed back.
+DDP hands over its buckets one by one, in an order that is the same on all ranks, and the backward goes on while a
+bucket's messages are under way. Everything here happens in the hook's body, in that order: nothing is done in a
+callback, so that no message is ever started from a thread of the backend, where two buckets would cross each other. For
+each bucket in turn: its first message is started; then those before it that need what a first message brought get their
+second one. With the last bucket of a backward all that is still under way is waited for, decoded, and handed back.
 
-DDP cuts its buckets anew after the first steps. What belongs to a parameter is therefore found by the parameters that
-lie in a bucket, never by the bucket's number.
+DDP rebuilds its buckets after the first steps. The state of a parameter is therefore found by the parameters that lie
+in a bucket, never by the bucket's number.
 """
 
 import time
@@ -32,7 +32,7 @@ class _Bucket:
 
     def __init__(self, conversation: Conversation, buffer: Tensor, layout: Layout | None) -> None:
         self.buffer = buffer
-        self.layout = layout  # None where the bucket travels in full, without the codec
+        self.layout = layout  # None where the bucket is sent in full, without the codec
         self.arrived: torch.futures.Future[Tensor] = torch.futures.Future(
             devices=[buffer.device] if buffer.is_cuda else []
         )
@@ -45,7 +45,7 @@ class _Bucket:
 
 
 class _NonFinite:
-    """Counts steps whose means have NaN or infinity, on the device, for which nothing is waited."""
+    """Counts steps whose means have NaN or infinity, on the device and without a wait for it."""
 
     def __init__(self) -> None:
         self._steps: Tensor | None = None
@@ -108,8 +108,8 @@ class GradientSync:
     Note:
         *Communication.* What the codec sends, once a bucket.
 
-        *On CUDA.* A step makes the host wait for the device nowhere, except as :meth:`settle` and
-        :meth:`take_back_cleared` say, and where ``loss_scale`` does. The hook's body runs in the stream of the
+        *On CUDA.* In a step the host does not wait for the device, except as described in :meth:`settle` and
+        :meth:`take_back_cleared`, and where ``loss_scale`` does. The hook's body runs in the stream of the
         backward, which is where messages are waited for; the future that DDP gets has an event of that stream, for
         which DDP lets the stream wait in which the backward was called.
 
@@ -140,7 +140,7 @@ class GradientSync:
         self._non_finite = _NonFinite()
 
     def hook(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """Take a bucket; what DDP registers."""
+        """Start the messages of a bucket; the function that is registered with DDP."""
         if isinstance(cast(object, bucket), tuple):  # not what it is annotated as, and DDP wants that annotation
             raise RuntimeError(
                 "CompressedDDPStrategy: the reducer of `torch.compile` (`python_reducer`) hands over single gradients, "
@@ -218,8 +218,8 @@ class GradientSync:
         Called before a backward.
 
         Note:
-            *Communication.* None. On CUDA it waits for the device, once, where a backward has gone before whose means
-            nothing has stepped with.
+            *Communication.* None. On CUDA it waits for the device, once, after a backward with whose means no
+            optimizer has stepped.
 
         """
         self.settle()
@@ -236,7 +236,7 @@ class GradientSync:
 
     @contextmanager
     def own_changes(self) -> Iterator[None]:
-        """Surround changes of parameters that are no steps with their means, such as zeros under a mask."""
+        """Keep the changes of parameters within the block, such as zeros under a mask, from counting as steps."""
         self._find_changed()
         yield
         self._notes.renew()
@@ -247,7 +247,7 @@ class GradientSync:
         return [name for name in names if name in unapplied]
 
     def _find_changed(self) -> None:
-        """Take note of means that no optimizer of torch's has stepped with, but whose parameters have changed since."""
+        """Mark means as applied whose parameters have changed since, without a step of an optimizer of torch's."""
         self._forget_changed(self._notes.changed(sorted(self.codec.unapplied)))
 
     def _forget_changed(self, names: Iterable[str]) -> None:
@@ -264,7 +264,7 @@ class GradientSync:
         else:
             self._find_changed()
         self._looked = False
-        if self.codec.is_local:  # what keeps residuals
+        if self.codec.is_local:  # a codec that keeps residuals
             self._follow_scale()
         self.codec.begin_step()
 
@@ -283,7 +283,7 @@ class GradientSync:
                 self._take_notes(bucket.layout, bucket.buffer)
         self._non_finite.end_step()
         self.codec.end_step()
-        self._settled = False  # DDP knows only later which means it throws away
+        self._settled = False  # only after the backward does DDP know which means it discards
 
     def _take_notes(self, layout: Layout, means: Tensor) -> None:
         unapplied = self.codec.unapplied
@@ -303,7 +303,7 @@ class GradientSync:
         return {"codec": self.codec.state_dict(), "loss_scale": self._scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         self.codec.load_state_dict(state["codec"])
         self._notes.keep(())
         self._scale = state["loss_scale"]

@@ -1,7 +1,7 @@
-"""An average of parameters as they were at the end of a round, which a thread carries out while they train on.
+"""An average of copies of the parameters, made at the end of a round, which a thread carries out while they train on.
 
-What the thread touches, training must not: so it works on copies of the parameters, and the references move here alone
-while an average is on its way.
+Training must not touch what the thread does. So the thread works on copies of the parameters, and while an average is
+in flight only this thread moves the references.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ class DepartedBucket(NamedTuple):
     """A bucket in the background.
 
     Args:
-        layout: What lies in it.
+        layout: The layout of its parameters.
         row: The parameters; then, in place, the difference, the mean of what was sent, and at last the correction of
             the parameters.
         sent: What this rank sent.
@@ -39,14 +39,14 @@ class DepartedBucket(NamedTuple):
 
 
 class DepartedAverage:
-    """Copies of parameters on their way to corrections of them; made by :meth:`CompressedAverage.depart`.
+    """Copies of parameters, from which :meth:`travel` makes corrections; see :meth:`CompressedAverage.depart`.
 
     Args:
         buckets: The parameters as they were.
         references: What differences are taken from; they move when the mean has arrived.
         codec: Sends the differences.
         recorder: Records what is sent.
-        scale: What this rank counts for in the mean, times the number of members.
+        scale: This rank's weight in the mean, times the number of members.
         moderate: What all ranks know of the parameters, as in :meth:`CompressedAverage.average_`.
 
     Note:
@@ -78,7 +78,7 @@ class DepartedAverage:
 
     @property
     def corrections(self) -> list[Tensor]:
-        """What landing moves the parameters by, once all has arrived."""
+        """The changes that landing adds to the parameters, once all has arrived."""
         return [bucket.row for bucket in self._buckets]
 
     @property
@@ -95,7 +95,7 @@ class DepartedAverage:
             torch._foreach_sub_(bucket.layout.split(bucket.row), self._references_of(bucket))
             if not self._moderate and is_large(bucket.row):
                 limit_differences_(bucket.row, self._references_of(bucket))
-        samples = [sample(bucket.row) for bucket in self._buckets]
+        samples = [sample(bucket.row) for bucket in self._buckets]  # before the scaling, which is in place
         means = [scaled(bucket.row, self._scale, self._moderate) for bucket in self._buckets]
         talks = [
             Talk(self._codec.mean(mean, bucket.layout, bucket.sent))
@@ -120,9 +120,10 @@ class DepartedAverage:
         if large:
             limit_moved_(references, moves)
         bucket.drifts.add(drift_from(references, own_sample, mean, self._moderate))
-        if self._scale == 0:
+        # The correction is the mean less what this rank sent, in units of its weights.
+        if self._scale == 0:  # nothing was sent, and the row still holds the difference: all of it is taken back
             torch.sub(mean, bucket.row, out=bucket.row)
-        else:
+        else:  # `mean` is the row itself
             bucket.row.sub_(bucket.sent, alpha=1 / self._scale)
         if large:
             limit_(bucket.row, finite)
@@ -132,7 +133,7 @@ class DepartedAverage:
         return self._references.of(slot.name for slot in bucket.layout.slots)
 
     def arrived(self) -> None:
-        """Write down the messages, and end the codec's step: in the thread that trains, when the other one is done."""
+        """Record the messages, and end the codec's step: called by the thread that trains, when this one is done."""
         self._recorder.write_held()
         self._codec.end_step()
 
@@ -156,7 +157,7 @@ class DepartedAverage:
                 each.write_back()
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Return what a resumed run needs to land, once all has arrived."""
+        """Return the state from which a resumed run can land, once all has arrived."""
         return [
             {
                 "slots": [tuple(slot) for slot in bucket.layout.slots],
@@ -168,9 +169,9 @@ class DepartedAverage:
 
 
 def scaled(row: Tensor, scale: float, moderate: bool) -> Tensor:
-    """Return what a rank that counts for so much has to send of a difference, in place where it sends anything.
+    """Return the part of a difference that a rank of this weight sends, in place where it sends anything.
 
-    Where nothing is sent the difference stays in its row, since all of it is taken back at landing.
+    At weight 0 the difference stays in its row, since all of it is taken back at landing.
     """
     if scale == 0:
         return torch.zeros_like(row)
@@ -182,6 +183,6 @@ def scaled(row: Tensor, scale: float, moderate: bool) -> Tensor:
 
 
 def drift_from(references: list[Tensor], own_sample: Tensor, mean: Tensor, moderate: bool) -> tuple[Tensor, Tensor]:
-    """Return how far a rank was from the references of now, which have moved by the mean."""
+    """Return how far a rank was from the present references, which have moved by the mean."""
     distance_sq, _ = drift_of(mean.numel(), own_sample, sample(mean), moderate=moderate)
     return distance_sq, squared_norm(references, moderate=moderate)

@@ -1,12 +1,13 @@
-"""Places at which ranks meet where they may come apart: no rank goes on until all are there alike.
+"""Places at which all ranks must meet, such as the end of an epoch: no rank goes on until all have reached the same.
 
-A rank that ends an epoch goes on to what Lightning does at its end, and ranks that have further batches wait for it in
-messages that it never sends. So where lengths are not sure, each rank writes down in the process group's store which
-batch it begins. Whoever comes to the end of an epoch, or to another place where all ranks meet, as for a checkpoint,
-writes that down as well, and looks, without a collective, until all others are there, or one is elsewhere. In that case
-it says so, and the others hear of it as of any failure.
+Ranks may have different numbers of batches. One that ends its epoch goes on to what Lightning does there, and the ranks
+that have further batches wait for messages that it never sends. So where the numbers may differ, each rank writes into
+the process group's store which batch it begins. A rank that reaches the end of an epoch, or another place where all
+ranks meet, as for a checkpoint, writes that as well. It then reads the store, without a collective, until all others
+are there or one is found to be elsewhere. In that case it raises an error, which reaches the others like any failure.
 
-Places are counted, so a rank that waits at its third one sees what the third one of each other rank is.
+Places are numbered in the order in which a rank reaches them: a rank that waits at its third place compares it with the
+third place of each other rank.
 """
 
 import json
@@ -20,12 +21,12 @@ from lightning_comm.transport.stop_protocol import Agreement
 from lightning_comm.transport.store_client import KeyValueStore, StoreLostError
 
 _Error = TypeVar("_Error", bound=Exception)
-_LOOK_S, _LONGEST_LOOK_S = 0.001, 0.2  # how often the store is looked at: first, and later
+_LOOK_S, _LONGEST_LOOK_S = 0.001, 0.2  # seconds between looks into the store: at first, and at most
 EPOCH_END = "the end of the epoch"
 
 
 class Place(NamedTuple):
-    """Where a rank stands: its epoch, batches of it, optimizer steps in all, and for what it waits there, in words."""
+    """A position of a rank: its epoch, the batches of it, optimizer steps in all, and what it is there for, as text."""
 
     epoch: int
     batches: int
@@ -42,7 +43,7 @@ class EpochEnds:
         world_size: The number of ranks.
         namespace: Keeps the keys of one run apart from those of another; the same on all ranks.
         where: The strategy, for messages.
-        agreement: Tells the other ranks of a failure of this one, and shows theirs.
+        agreement: Publishes a failure of this rank, and raises those of others.
         hang_up: Frees ranks that wait in a collective which this rank will never join.
         timeout_s: How long this rank waits for the others.
 
@@ -67,29 +68,29 @@ class EpochEnds:
         self._namespace, self._where = f"{namespace}/ends", where
         self._agreement, self._hang_up, self._timeout_s = agreement, hang_up, timeout_s
         self._begun = 0, 0  # the epoch, and the number of the batch in it
-        self._reached: Place | None = None  # until the others are there too
-        self._last_epoch = -1  # that this rank has ended
-        self._counts, self._number = 0, 0  # how often places have been counted anew, and which one of them this is
-        self.needed = False  # whether ranks may come apart by batches or steps; the same on all ranks
+        self._reached: Place | None = None  # where this rank is, until the others are there too
+        self._last_epoch = -1  # the last epoch that this rank has ended
+        self._counts, self._number = 0, 0  # how often the numbering has restarted; the number of the last place
+        self.needed = False  # whether ranks may differ in batches or steps; the same on all ranks
 
     def begin_batch(self, epoch: int, number: int) -> None:
-        """Write down that this rank begins a batch, counted from 1 in each epoch; called before any message of it."""
+        """Publish that this rank begins a batch, counted from 1 in each epoch; called before any message of it."""
         self._begun = epoch, number
         if self.needed:
             with self._agreement.first_error_shown("a look into the store"):
                 self._store.set(f"{self._namespace}/begun/{self._rank}", json.dumps(self._begun))
 
     def end_epoch(self, epoch: int, steps: int) -> None:
-        """Write down that this rank has ended an epoch, unless that is written down already."""
+        """Publish that this rank has ended an epoch, unless it has done so already."""
         if self.needed and epoch > self._last_epoch:
             self._last_epoch = epoch
             self._reach(epoch, steps, EPOCH_END)
 
     def meet(self, purpose: str, steps: int, meanwhile: Callable[[], bool]) -> None:
-        """Compare where ranks stand, in the middle of an epoch; all ranks come here, as often as each other.
+        """Compare the positions of ranks in the middle of an epoch; all ranks call this equally often.
 
         Args:
-            purpose: For what, in words, such as "a checkpoint"; compared as well.
+            purpose: What the ranks meet for, such as "a checkpoint"; it must be equal as well.
             steps: Optimizer steps of this rank.
             meanwhile: As in :meth:`wait`.
 
@@ -102,14 +103,14 @@ class EpochEnds:
             self.wait(meanwhile)
 
     def wait(self, meanwhile: Callable[[], bool]) -> None:
-        """Wait until all ranks are where this one has said to be; does nothing if it has not.
+        """Wait until all ranks have reached the place that this one has published; does nothing if there is none.
 
         Args:
             meanwhile: Called again and again; it may raise, and returns whether to wait no longer.
 
         Raises:
-            ValueError: If a rank is elsewhere: there after other batches or steps or for something else, or in a
-                further batch.
+            ValueError: If a rank is elsewhere: at a place after other batches or steps, or with another purpose, or in
+                a further batch.
             PeerFailure: If another rank has failed, or does not come in time.
 
         """
@@ -119,7 +120,7 @@ class EpochEnds:
             self._reached = None
 
     def count_anew(self) -> None:
-        """Forget how many places there were, after ranks have agreed to stop at different ones; on all of them."""
+        """Restart the numbering of places, on all ranks alike, after they have agreed to stop at different ones."""
         self._counts, self._number, self._reached = self._counts + 1, 0, None
 
     def _wait(self, mine: Place, meanwhile: Callable[[], bool]) -> None:
@@ -137,8 +138,8 @@ class EpochEnds:
                 pause_s = min(2 * pause_s, _LONGEST_LOOK_S)
 
     def told(self, error: _Error) -> _Error:
-        """Return an error, when the other ranks can hear of it and are free to."""
-        with suppress(StoreLostError):  # the store is gone with its host, and then everybody knows
+        """Publish an error and free the ranks that wait for this one; return the error, to be raised."""
+        with suppress(StoreLostError):  # a store lost with its host fails on all ranks, so all know
             self._agreement.report_failure(f"{type(error).__name__}: {error}")
         self._hang_up()
         return error
@@ -150,14 +151,14 @@ class EpochEnds:
             self._store.set(self._key_of(self._rank), json.dumps(self._reached))
 
     def _look(self, mine: Place, places: dict[int, Place]) -> dict[int, tuple[int, int]]:
-        """Add who else is there by now; return the batches of those that have gone on without having been there."""
+        """Add the ranks that are there by now; return the batches of those that have gone on without coming here."""
         further: dict[int, tuple[int, int]] = {}
         for rank in set(range(self._world_size)) - set(places):
             if self._add(rank, places):
                 continue
             epoch, number = self._read(f"{self._namespace}/begun/{rank}") or (-1, 0)
-            # Between these two looks it may have come, found this rank there, and gone on. It says that it is there
-            # before it begins a further batch, so another look tells.
+            # Between these two reads it may have come, found this rank there, and gone on. It publishes its place
+            # before it begins a further batch, so a second read of the place is conclusive.
             if (epoch, number) > (mine.epoch, mine.batches) and not self._add(rank, places):
                 further[rank] = epoch, number
         return further
@@ -197,23 +198,23 @@ def same_batches(batches: dict[int, int]) -> str:
 def ranks_apart(
     where: str, epoch: int, world_size: int, places: dict[int, Place], further: dict[int, tuple[int, int]]
 ) -> ValueError:
-    """Return the error of ranks that come apart.
+    """Return the error of ranks that are at different places.
 
     Args:
         where: The strategy.
         epoch: That of this rank.
         world_size: The number of ranks.
-        places: Where those ranks stand that have said so.
-        further: By rank, the epoch and the batch that others have begun meanwhile.
+        places: The positions of the ranks that have published one.
+        further: By rank, the epoch and the batch that the other ranks have begun meanwhile.
 
     """
     cause = _cause(places)
     at_one = len({place[:2] for place in places.values()}) == 1 < len(places)
     purpose = cause == "calls" or (cause == "batches" and at_one)
-    said = "; ".join(_said(rank, epoch, places, further, purpose=purpose) for rank in range(world_size))
+    ranks = "; ".join(_position_text(rank, epoch, places, further, purpose=purpose) for rank in range(world_size))
     if cause == "calls":
         return ValueError(
-            f"{where}: {_OTHER_CALLS} in epoch {epoch}: of its batches {said}; so some would wait for ever for the "
+            f"{where}: {_OTHER_CALLS} in epoch {epoch}: of its batches {ranks}; so some would wait for ever for the "
             "others. Let all ranks do the same after the same batches: whether a callback or a hook saves a "
             "checkpoint, validates or updates an average must not depend on the rank, nor on its own data."
         )
@@ -227,17 +228,19 @@ def ranks_apart(
     )
     return ValueError(
         f"{where}: ranks have different numbers of training batches or steps in epoch {epoch}: of its batches "
-        f"{said}; {way_out}"
+        f"{ranks}; {way_out}"
     )
 
 
 def _cause(places: dict[int, Place]) -> Literal["steps", "calls", "batches"]:
-    """Return what is not alike, as far as those tell that stand somewhere."""
+    """Return in what the ranks differ, as far as the published positions show."""
     stands = [place[:2] for place in places.values()]
     ends = [place[:2] for place in places.values() if place.purpose == EPOCH_END]
     if len(set(stands)) == 1 < len({place.steps for place in places.values()}):
         return "steps"
-    # Whoever stands before the end of another's epoch has not ended its own, and the other has passed by.
+    # A rank that stands before the end of another's epoch has not ended its own, and the other has gone past its
+    # place: that is another call, such as a checkpoint of one rank alone. Only if the earliest position is an end of an
+    # epoch do the numbers of batches differ.
     return "batches" if ends and min(ends) == min(stands) else "calls"
 
 
@@ -245,11 +248,11 @@ _OTHER_CALLS = "ranks do not come to the same places"
 
 
 def is_of_other_calls(error: Exception) -> bool:
-    """Whether an error, of this rank or heard from another, says that ranks with equal batches do different things."""
+    """Whether an error, of this rank or of another, is that ranks with equal batches do different things."""
     return _OTHER_CALLS in str(error)
 
 
-def _said(
+def _position_text(
     rank: int, epoch: int, places: dict[int, Place], further: dict[int, tuple[int, int]], *, purpose: bool
 ) -> str:
     def of(other: int) -> str:

@@ -1,4 +1,4 @@
-"""What is said of ranks that failed, do not answer, or have not come."""
+"""Messages about ranks that failed, do not answer, or have not come."""
 
 import re
 from collections.abc import Mapping
@@ -6,21 +6,21 @@ from typing import Any
 
 
 class PeerFailure(RuntimeError):
-    """Another rank failed; the message says which one and how."""
+    """Another rank failed; the message names it and the cause."""
 
 
 class LostConnectionError(RuntimeError):
-    """Nothing comes from another rank: its connection is lost, or it is late. Who is to blame is not known yet."""
+    """Nothing comes from another rank: its connection is lost, or it is late. The cause is not known yet."""
 
 
 def verdict(asked_by: int, silent: list[int], statuses: Mapping[int, Mapping[str, Any]], reason: str) -> str:
-    """Say who keeps the others waiting.
+    """Return a message that names the ranks for which the others wait.
 
     Args:
-        asked_by: The rank that has lost a connection, or waited in vain.
+        asked_by: The rank that has lost a connection, or whose wait has timed out.
         silent: Ranks that did not answer.
         statuses: What the others answered: ``step``, and ``waits``, where the rank waits for others; or ``left``.
-        reason: What that rank's error says.
+        reason: The text of that rank's error.
 
     """
     if silent:
@@ -55,7 +55,7 @@ def verdict(asked_by: int, silent: list[int], statuses: Mapping[int, Mapping[str
 
 
 def store_text(rank: int, *, ended: bool, on_rank_0: bool) -> str:
-    """Say why the store of the process group does not answer.
+    """Return a message on why the process group's store does not answer.
 
     Args:
         rank: That finds it so.

@@ -1,13 +1,13 @@
-"""Who is there: a failure is published before anybody leaves, all ranks hear of it, and who does not answer is named.
+"""Failures of ranks: each is published before its rank leaves, all ranks learn of it, silent ranks are named.
 
-A rank that has lost a connection, or has waited in vain, is not the rank that failed. It looks for what has been
-published; without that it *calls the roll*: it writes a number into the store of the process group, which every rank
-answers from a thread of its own, also while it computes. Whoever has not answered after a few seconds is named, and
-that is published in turn, so that all ranks name the same.
+A rank that has lost a connection, or whose wait has timed out, is not the rank that failed. It looks for a published
+failure. If there is none, it *calls the roll*: it writes a number into the process group's store, which every rank
+answers from a thread of its own, also while it computes. Ranks that have not answered after a few seconds are named as
+the cause. That is published as well, so that all ranks name the same ones.
 
-The same thread watches the one that trains. Nearly all waits of torch end at their time-out, but those for a store
-whose host is stopped do not, and nothing can be raised there from outside. Where such a wait is overdue, and a rank has
-not answered all that time, the thread says so and ends the process, as NCCL's watchdog does.
+The same thread watches the thread that trains. Nearly all waits of torch end at their time-out, but a call to a store
+whose host is stopped does not, and no exception can be raised in it from outside. Where such a wait is overdue, and a
+rank has not answered all that time, the watching thread prints the cause and ends the process, as NCCL's watchdog does.
 """
 
 import faulthandler
@@ -25,15 +25,15 @@ from lightning_comm.transport.failure_messages import LostConnectionError, PeerF
 from lightning_comm.transport.roll_call import CALL_S, LAST_ROLL, RollCall
 from lightning_comm.transport.store_client import StoreClient, StoreLostError
 
-_LOOK_S, _SHARE, _LONGEST_S = 0.5, 0.01, 2.0  # between looks; the share of time that they may take; at most
-_GRACE_S = 4.0  # for answers to a roll: two looks of a rank whose looks are slow
-_LEAVE_S = 3.0  # for the other ranks to leave as well
-_GONE_S = 2.0  # how long a rank goes on whose store is gone: its last message may be on the way
-_OVERDUE_S = 5.0  # beyond the time-out
+# Seconds between looks into the store; the share of the time that looks may take; the longest pause between them.
+_LOOK_S, _SHARE, _LONGEST_S = 0.5, 0.01, 2.0
+_GRACE_S = 4.0  # how long answers to a roll are waited for: two looks of a rank whose looks are slow
+_LEAVE_S = 3.0  # how long a rank that leaves waits for the others to leave as well
+_GONE_S = 2.0  # how long a rank goes on after its store is lost: the host's last message may still arrive
+_OVERDUE_S = 5.0  # how long beyond the time-out a wait may last before the process is ended
+_STAY_S = 4.0  # how long rank 0, which hosts the store, waits for the others' last looks
 
-_STAY_S = 4.0  # for rank 0, which hosts the store, until the others look no more
-
-# What gloo and NCCL write; not words that an error of the user's own may hold. Most errors of NCCL are `DistError`.
+# Texts of gloo and NCCL that an error of the user's own does not contain. Most errors of NCCL are `DistError`.
 _LOST = re.compile(
     r"gloo/(transport|rendezvous)/|Application timeout caused pair closure|Gloo connectFullMesh failed|"
     r"monitoredBarrier|NCCL error|NCCL communicator was aborted|Watchdog caught collective operation timeout"
@@ -45,7 +45,7 @@ def is_lost_connection(error: BaseException) -> bool:
     if isinstance(error, (dist.DistError, StoreLostError, LostConnectionError)):
         return True
     if isinstance(error, PeerFailure):
-        return False  # it says who failed, and why that was asked
+        return False  # the cause has been found already; this names it
     return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
@@ -55,7 +55,7 @@ class _Wait(NamedTuple):
 
 
 class Peers:
-    """The other ranks, from the process group's set-up to the end of a ``fit``, or of a run that is none.
+    """The other ranks, from the process group's set-up to the end of a ``fit``, or of another run of the Trainer.
 
     Args:
         store: The process group's store.
@@ -89,19 +89,19 @@ class Peers:
         self._rank, self._timeout_s = rank, timeout_s
         self._store_on_rank_0, self._steps_done = store_on_rank_0, steps_done
         self._wait: _Wait | None = None
-        self._start: _Wait | None = None  # what is watched as a wait, although it may be none
-        self._host_left = False  # whether rank 0, which hosts the store, is through: it may end at any time
-        self._asking = False  # whether the thread that trains has waited in vain, and asks why
-        self._lost_s: float | None = None  # when the store was seen to be gone
-        self._own_roll, self._called_s = 0, 0.0
-        self._heard_s: dict[int, float] = {}  # when each rank has answered during the present wait
+        self._start: _Wait | None = None  # the start of the run: watched as a wait, though this rank may compute
+        self._host_left = False  # whether rank 0, which hosts the store, has finished: it may end at any time
+        self._asking = False  # whether the thread that trains has lost a connection, and is looking for the cause
+        self._lost_s: float | None = None  # when the store was found to be lost
+        self._own_roll, self._called_s = 0, 0.0  # the last roll that the watching thread has called, and when
+        self._answered_s: dict[int, float] = {}  # when each rank last answered, during the present wait
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="lightning_comm peers", daemon=True)
         self._thread.start()
 
     @property
     def failure(self) -> str | None:
-        """What was published of a failure, once it is known here."""
+        """The published failure, once it is known here."""
         return self._roll_call.failure
 
     # ---- called by the thread that trains ------------------------------------------------------------------------
@@ -109,10 +109,10 @@ class Peers:
     def begin(self, where: str) -> None:
         """Connect to the store while all ranks are there, and watch this rank as if it waited, until :meth:`end_start`.
 
-        Lightning lets ranks wait without a limit while one of them prepares data, and does not tell the strategy.
+        Lightning lets ranks wait without a limit while one of them prepares data, unknown to the strategy.
 
         Args:
-            where: What may be waited for until then, in words.
+            where: What this rank may wait for until then, for the message.
 
         Raises:
             PeerFailure: If the store does not answer within the time-out.
@@ -125,7 +125,7 @@ class Peers:
         self._wait = self._start = _Wait(where, time.monotonic())
 
     def end_start(self) -> None:
-        """Watch from now on only what is told to be a wait."""
+        """From now on, watch only the waits that :meth:`first_error_shown` marks."""
         self._wait = self._start = None
 
     @contextmanager
@@ -133,13 +133,14 @@ class Peers:
         """Turn the loss of a connection into :class:`PeerFailure`, which names the rank that failed.
 
         Args:
-            where: What is waited for, in words.
-            waits: Whether nothing else happens in here than waiting for other ranks, so that it may be watched.
+            where: What this rank waits for, for the message.
+            waits: Whether the block does nothing but wait for other ranks, so that it may be watched as one wait.
 
         """
         outer = self._wait
+        # a wait inside another one belongs to it: the outer one has the earlier start, and the deadline
         if waits and (outer is None or outer is self._start):
-            self._heard_s.clear()
+            self._answered_s.clear()
             self._wait = _Wait(where, time.monotonic())
         try:
             yield
@@ -148,15 +149,15 @@ class Peers:
         except RuntimeError as error:
             if is_lost_connection(error):
                 raise PeerFailure(self.who_failed(error)) from error
-            self.raise_failure()
+            self.raise_failure()  # an error of its own may still follow from another rank's failure
             raise
         finally:
             if outer is not None and outer is self._start:
-                outer = self._start = outer._replace(since_s=time.monotonic())  # the others were heard just now
+                outer = self._start = outer._replace(since_s=time.monotonic())  # a message has just come
             self._wait = outer
 
     def raise_heard(self) -> None:
-        """Raise :class:`PeerFailure` if a failure is known here. Asks nobody, so it may be called at any time."""
+        """Raise :class:`PeerFailure` if a failure is known here. Sends nothing, so it may be called at any time."""
         if self.failure is not None:
             raise PeerFailure(self.failure)
         if self._lost_s is not None and time.monotonic() > self._lost_s + _GONE_S:
@@ -175,7 +176,7 @@ class Peers:
         self._roll_call.publish(f"rank {self._rank} failed: {message}", [])
 
     def who_failed(self, error: BaseException) -> str:
-        """Return, and publish, who is to blame for a lost connection or a wait in vain; takes some seconds."""
+        """Find and publish the cause of a lost connection or a wait that timed out; takes some seconds."""
         self._asking = True
         try:
             return self._ask(str(error))
@@ -185,7 +186,7 @@ class Peers:
             self._asking = False
 
     def part(self) -> bool:
-        """Leave because of a failure: wait some seconds for other ranks to hear of it, and to leave as well.
+        """Leave because of a failure: wait some seconds for other ranks to learn of it and leave as well.
 
         Returns:
             Whether all that are alive have left. Others may wait in a collective that this rank would take part in.
@@ -224,9 +225,10 @@ class Peers:
         while len(self._roll_call.answers(LAST_ROLL)) < len(self._roll_call.others) and time.monotonic() < until_s:
             time.sleep(0.02)
 
-    # ---- asking --------------------------------------------------------------------------------------------------
+    # ---- the cause of a failure ----------------------------------------------------------------------------------
 
     def _ask(self, reason: str) -> str:
+        # A published failure goes before the roll: the rank that failed knows the cause, and may be gone by now.
         until_s = time.monotonic() + _GRACE_S
         roll = self._roll_call.call()
         while True:
@@ -237,8 +239,8 @@ class Peers:
                 break
             time.sleep(0.05)
         silent = [rank for rank in self._roll_call.others if rank not in answers]
-        said = verdict(self._rank, silent, {**answers, self._rank: self._status()}, reason)
-        return self._roll_call.publish(said, silent)
+        cause = verdict(self._rank, silent, {**answers, self._rank: self._status()}, reason)
+        return self._roll_call.publish(cause, silent)  # or what another rank has published first
 
     def _status(self) -> dict[str, Any]:
         wait = self._wait
@@ -273,7 +275,8 @@ class Peers:
     def _look(self) -> None:
         if not self._roll_call.has_news():
             return
-        # looked for before a failure is, which rank 0 would have published before it left
+        # Asked before the failure is looked for: rank 0 publishes a failure before it leaves, so once it is seen to
+        # have left, that look finds the failure, if there was one.
         self._host_left = self._store_on_rank_0 and self._rank != 0 and self._roll_call.has_left(0)
         self._roll_call.look_for_failure()
         roll = LAST_ROLL if self._host_left else self._roll_call.last_called()
@@ -282,10 +285,14 @@ class Peers:
             self._roll_call.answer(self._status())
 
     def _check_wait(self) -> None:
-        """End the process if the thread that trains is in a wait that is overdue, and will not end by itself."""
+        """End the process if the thread that trains is in a wait that is overdue and cannot end.
+
+        Three causes, in this order: a failure is known but the wait has not ended with it; the store does not answer; a
+        rank has not answered rolls during the whole wait. The first rolls are called after half of the time-out.
+        """
         wait, now = self._wait, time.monotonic()
         if wait is None or self._asking or now - wait.since_s < self._timeout_s / 2:
-            return  # who asks has a deadline of its own
+            return  # the look for a cause has a deadline of its own
         overdue = self._timeout_s + _OVERDUE_S
         if self.failure is not None:
             if now - max(wait.since_s, self._roll_call.failed_s) > overdue:
@@ -294,9 +301,9 @@ class Peers:
             if now - max(wait.since_s, silent_s) > overdue:
                 self._end(wait, self._store_text())
         else:
-            self._heard_s |= dict.fromkeys(self._roll_call.answers(self._own_roll) if self._own_roll else [], now)
-            last_s = {rank: max(wait.since_s, self._heard_s.get(rank, 0.0)) for rank in self._roll_call.others}
-            silent = [rank for rank, heard_s in last_s.items() if now - heard_s > overdue]
+            self._answered_s |= dict.fromkeys(self._roll_call.answers(self._own_roll) if self._own_roll else [], now)
+            last_s = {rank: max(wait.since_s, self._answered_s.get(rank, 0.0)) for rank in self._roll_call.others}
+            silent = [rank for rank, answered_s in last_s.items() if now - answered_s > overdue]
             if silent and self._own_roll:
                 self._end(wait, verdict(self._rank, silent, {}, ""))
             if now - self._called_s > _LONGEST_S:

@@ -17,7 +17,7 @@ from torch.distributed import distributed_c10d
 from lightning_comm.transport.backends import backend_of
 from lightning_comm.transport.recording import counted_elsewhere
 
-_NEVER_SENT = 2**30  # the tag of a message
+_NEVER_SENT = 2**30  # the tag of a message that no rank sends
 _ABORT_S = 5.0  # how long ending what is under way on a device may take
 
 _left_behind: "WeakKeyDictionary[threading.Thread, bool]" = WeakKeyDictionary()  # whether their run failed
@@ -37,7 +37,7 @@ def hang_up(group: dist.ProcessGroup | None) -> None:
 
     """
     _abort_kernels(group)
-    # torch has no call that ends a wait of gloo's. But a receive that times out closes all connections of its rank. It
+    # torch has no call that ends a wait of gloo. But a receive that times out closes all connections of its rank. It
     # times out only where its own connection is intact, so this starts one from every other rank.
     whole = dist.group.WORLD
     for source in dist.get_process_group_ranks(group or whole):  # torch 2.6 does not take `None` for the default group

@@ -1,4 +1,4 @@
-"""Members of a round: the process group in force, the ranks in it, and what each of them counts for in a mean."""
+"""Members of a round: the process group in force, its ranks, and the weight of each in a mean."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,9 @@ from lightning_comm.ondevice.share import Share
 
 
 class Members:
-    """Who takes part in what is sent: the ranks of one process group.
+    """The ranks of one process group, which take part in messages.
 
-    Whoever sends, averages or counts on a group holds the same object and asks it at every call, so a change of the
+    All objects that send, average or count on a group hold the same object and ask it at every call, so a change of the
     members reaches all of them at once. It may change between two rounds alone: within a round, ranks have trained with
     the others of that round in mind.
 
@@ -40,7 +40,7 @@ class Members:
         return len(self.ranks)
 
     def share(self, counts: Sequence[float] | None = None) -> Share:
-        """Return what this rank counts for in a mean.
+        """Return the weight of this rank in a mean.
 
         Args:
             counts: For how much each member counts, in their order; ``None``: all for the same.
@@ -78,7 +78,7 @@ class Members:
                 f"Members: `group` must be a process group that this rank is in; got one without rank "
                 f"{dist.get_rank()}. Only its members may take part."
             )
-        # the default group is not held: whoever leaves it counts on being the last to let go of it
+        # no reference to the default group is held: leaving it counts on being the last to release it
         whole = dist.group.WORLD if group is None else group
         self.group, self.rank = group, rank
         self.ranks = tuple(dist.get_process_group_ranks(whole))

@@ -2,7 +2,7 @@
 
 Order of messages: the parameters, then the buffers and the weight averages, then what has no mean and comes from rank
 0. State of optimizers is averaged behind them, on its own. An average that departs sends its parameters last. Longer
-than other files, since every way to average asks the same question: what goes in full, and what is compressed.
+than other files, since every way to average has to decide the same: what is sent in full, and what is compressed.
 """
 
 from collections.abc import Mapping, Set
@@ -26,7 +26,7 @@ from lightning_comm.transport.recording import Recorder
 
 
 class ModelAverage:
-    """Brings the ranks' copies of a model together.
+    """Averages the ranks' copies of a model.
 
     Args:
         tensors: Which tensors of the model are averaged.
@@ -35,19 +35,19 @@ class ModelAverage:
         background: Sends parameters while training goes on, on a process group of its own with the same members.
 
     Note:
-        *On CUDA* the host looks at no value here, but where :meth:`ModelTensors.look` has found a large one, or a
-        frozen parameter has changed.
+        *On CUDA* the host reads no value here, so it does not wait for the device, unless :meth:`ModelTensors.look` has
+        found a large value, or a frozen parameter has changed.
 
         *Frozen parameters* that have changed since the last synchronisation are averaged once; those without a mean are
         then taken from rank 0.
 
-        *With a compression* trained parameters are brought together by a :class:`CompressedAverage` and ranks are not
+        *With a compression* trained parameters are averaged by a :class:`CompressedAverage`, and ranks are not
         equal afterwards. One that has no reference yet (it was unfrozen since) and one that is no longer trained are
-        averaged in full, once, and the first has a reference from then on. Complex parameters always travel in full,
+        averaged in full, once, and the first has a reference from then on. Complex parameters are always sent in full,
         and so do those that share entries with others in a way that none of them has all.
 
-        *Weights.* Averages take what this rank counts for in the mean (``weight``; those of all ranks sum to 1), for
-        everything that one call averages; ``None`` on all ranks: equally.
+        *Weights.* An average takes this rank's ``weight`` in the mean, for everything that the call averages; the
+        weights of all ranks sum to 1. ``None`` on all ranks: equal weights.
 
         *Large entries.* ``moderate`` names the purposes of averages for which no rank has found by
         :meth:`ModelTensors.look` that an entry may be large.
@@ -99,12 +99,12 @@ class ModelAverage:
         """Learn which frozen parameters have changed on any rank since they were averaged; where all ranks meet.
 
         Args:
-            any_moved: Whether one may have on any rank: what :meth:`ModelTensors.look` says of all of them, where ranks
-                have just told each other.
+            any_moved: Whether one may have on any rank: the result of :meth:`ModelTensors.look` over all ranks, where
+                they have just exchanged it.
 
         Note:
             *Communication.* A byte for each frozen parameter in an all-reduce; none without any, and none where ranks
-            have told each other that none has changed.
+            have exchanged that none has changed.
 
             *Cost.* Frozen parameters are read once more.
 
@@ -124,11 +124,11 @@ class ModelAverage:
     def average(
         self, weight: float | None = None, moderate: Set[str] = frozenset(), *, in_full: bool = False
     ) -> DriftSum:
-        """Bring everything together, in place: parameters as far as a compression sends them, and all else in full.
+        """Average everything, in place: parameters as far as a compression sends them, and all else in full.
 
         Args:
-            weight: What this rank counts for in the mean.
-            moderate: As for all averages.
+            weight: This rank's weight in the mean.
+            moderate: As for all averages; see *Large entries*.
             in_full: Whether ranks must be equal afterwards, so that nothing is compressed.
 
         Returns:
@@ -139,10 +139,10 @@ class ModelAverage:
         parameters = groups.pop("parameters")
         compressed = {} if in_full else self.tensors.sent_as_differences()
         rest = _without(parameters, compressed)
-        ways: list[tuple[Average, Mapping[str, Tensor]]] = [(self._full, rest)]
+        methods: list[tuple[Average, Mapping[str, Tensor]]] = [(self._full, rest)]
         if self._compressed is not None and not in_full:
-            ways.insert(0, (self._compressed, compressed))
-        for average, tensors in ways:
+            methods.insert(0, (self._compressed, compressed))
+        for average, tensors in methods:
             drift.extend(average.average_(tensors, weight, moderate="parameters" in moderate))
         if not in_full:
             self._refer_to(rest)
@@ -152,13 +152,13 @@ class ModelAverage:
 
     @torch.no_grad()
     def depart(self, weight: float | None = None, moderate: Set[str] = frozenset()) -> DepartedAverage:
-        """Average everything but the parameters now, and note these for an average in the background."""
+        """Average everything but the parameters now, and copy these for an average in the background."""
         assert self._compressed is not None
         groups, compressed = self.tensors.averaged(), self.tensors.sent_as_differences()
         rest = _without(groups.pop("parameters"), compressed)
         self._full.average_(rest, weight, moderate="parameters" in moderate)
         self._refer_to(rest)
-        # before the parameters, behind which it would wait on the network
+        # before the parameters depart: behind them these would wait for the link
         self._average_others(groups, None, weight, moderate)
         self.tensors.frozen.note()
         if self._background is not None:
@@ -177,9 +177,9 @@ class ModelAverage:
         """Average everything for another purpose than to go on training from it.
 
         Args:
-            purpose: What the records say.
+            purpose: The purpose of the messages in the ledger.
             parameters: The parameters that are averaged.
-            weight: What this rank counts for in the mean.
+            weight: This rank's weight in the mean.
             moderate: As for all averages.
             broadcast: Whether what has no mean is taken from rank 0; not needed where only rank 0 looks.
 
@@ -230,8 +230,8 @@ class ModelAverage:
 
         Args:
             state: The copies.
-            weight: What this rank counts for.
-            device: Where the backend wants its messages.
+            weight: This rank's weight.
+            device: The device from which the backend sends.
 
         Returns:
             Whether it was done: not where ranks hold states of different layouts, as before a first step.
@@ -256,14 +256,14 @@ class ModelAverage:
     # ---- what a compression keeps ------------------------------------------------------------------------------------
 
     def zero_pruned_(self, parameters: Mapping[str, Tensor]) -> None:
-        """Set what has been pruned to zero, where an average has moved it that departed before."""
+        """Set pruned entries to zero, which an average that departed before the pruning has moved."""
         codec, method = self.codec, self._method
         if isinstance(codec, SparseMaskCodec) and isinstance(method, SparseMask) and not method.pruning.is_watched:
             for name in parameters.keys() & codec.masks.keys():
                 parameters[name].masked_fill_(~codec.masks[name], 0)
 
     def compression_state(self, in_flight: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """Return what the compression goes on from, with what is in flight; ``None`` without one."""
+        """Return the compression's state, with what is in flight; ``None`` without a compression."""
         return None if self._compressed is None else {"in_flight": in_flight, **self._compressed.state_dict()}
 
     def load_compression_state(self, state: Mapping[str, Any] | None) -> DepartedAverage | None:

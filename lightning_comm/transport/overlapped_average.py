@@ -1,4 +1,8 @@
-"""An average that travels while the next round trains: its thread, what is in flight, and where that lands."""
+"""An average in flight while the next round trains: its thread, its state, and the step at which it is applied.
+
+In names, an average *departs* at the end of a round, when its thread starts, and *lands* at the step of the next round
+at which the parameters move by it.
+"""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -12,11 +16,11 @@ from lightning_comm.ondevice.flat import Drift
 from lightning_comm.transport.background_thread import BackgroundStreams, BackgroundThread
 from lightning_comm.transport.departed_average import DepartedAverage
 
-_LISTEN_S = 0.05  # how long a failure of another rank may go unheard while this one waits
+_LISTEN_S = 0.05  # seconds between looks for a failure of another rank, while this one waits
 
 
 class FailuresHeard(Protocol):
-    """What tells, in a wait, that another rank has failed; see :class:`~.stop_protocol.Agreement`."""
+    """A source of other ranks' failures, asked during a wait; see :class:`~.stop_protocol.Agreement`."""
 
     def first_error_shown(self) -> AbstractContextManager[None]:
         """Turn the loss of a connection into an error that names the rank that failed."""
@@ -35,7 +39,8 @@ class EndedRound:
         period_steps: Length of the round.
         lr: Learning rate at the first step of that round.
         wait_s: Seconds until all ranks had arrived.
-        transfer_s: Seconds of its averages; of those in the background, for which training has stood still so far.
+        transfer_s: Seconds of its blocking averages, and those for which training has waited so far for its average in
+            the background.
         land_at: After how many optimizer steps the average in the background is applied; ``None`` until the next round
             begins, and where nothing is in flight.
 
@@ -50,23 +55,23 @@ class EndedRound:
 
 
 class OverlappedAverage:
-    """The average of a round that is over, from its departure until it lands.
+    """The average of a round that is over, from its departure until it is applied.
 
-    It departs with the parameters as they are at the end of a round, and lands a number of steps later that is known
-    when the next round begins. So what a run computes does not depend on how fast the network is. The thread that
-    carries it out is this object's, and so is the order in which others wait for it.
+    It departs with the parameters as they are at the end of a round, and lands after a number of steps that is fixed
+    when the next round begins. So what a run computes does not depend on how fast the network is. This object owns the
+    thread, and all waits for it go through :meth:`wait`.
 
     Args:
-        parameters: Returns the parameters by name, which are moved at landing.
-        overlap_steps: After how many steps an average lands, where the round has as many.
-        failures: Hears of those of other ranks in a wait.
-        clock: Says how long training has stood still.
-        landed: Called with the round and how far this rank was from the mean, when the parameters have moved.
-        inform: Called once, with a sentence, where a round is too short.
+        parameters: Returns the parameters by name, which the average moves when it lands.
+        overlap_steps: After how many steps an average lands, unless the round is shorter.
+        failures: Asked, during a wait, whether another rank has failed.
+        clock: Measures how long training has stood still.
+        landed: Called with the round and this rank's distance from the mean, when the parameters have moved.
+        inform: Called once, with a sentence for the user, where a round is too short.
 
     Note:
         *Communication.* That of the average which departs, in a thread. On CUDA nothing else may be sent meanwhile:
-        two groups that send at once may wait for each other. See :meth:`wait`.
+        two groups that send at once may deadlock. See :meth:`wait`.
 
     """
 
@@ -88,29 +93,30 @@ class OverlappedAverage:
         self._streams = BackgroundStreams()
         self._thread: BackgroundThread | None = None
         self._departed: DepartedAverage | None = None
-        self._round: EndedRound | None = None  # that of what has departed
-        self._stood_still: list[tuple[Moment, Moment]] = []  # for this round, beside its `transfer_s`
-        self._said_too_short = False
+        self._round: EndedRound | None = None  # the round whose average is in flight
+        # Spans in which training stood still for it. They are read late, at landing: on CUDA the host would wait.
+        self._stood_still: list[tuple[Moment, Moment]] = []
+        self._informed = False  # of a round that is too short
 
     @property
     def corrections(self) -> list[Tensor]:
-        """What landing moves the parameters by, once all has arrived; empty where nothing is in flight."""
+        """The changes that landing adds to the parameters, once all has arrived; empty where nothing is in flight."""
         return [] if self._departed is None else self._departed.corrections
 
     @property
     def is_sending(self) -> bool:
-        """Whether something may be on its way, or has arrived and nobody has waited for it."""
+        """Whether a thread may still send, or has ended and has not been waited for."""
         return self._thread is not None
 
     def is_quiet(self, timeout_s: float) -> bool:
-        """Wait for so long at most, and return whether nothing is on its way any more, for whatever reason."""
+        """Wait for so long at most; return whether no thread sends any more, be it done or failed."""
         return self._thread is None or self._thread.is_over(timeout_s)
 
     def depart(self, note: Callable[[], DepartedAverage], ended: EndedRound) -> None:
-        """Start to average the parameters of now, in a thread.
+        """Start to average the present parameters, in a thread.
 
         Args:
-            note: Returns what departs. The time that it takes counts as time in which training stands still.
+            note: Copies the parameters and returns their average, not started. Training stands still meanwhile.
             ended: The round that ends here.
 
         """
@@ -125,16 +131,17 @@ class OverlappedAverage:
         """Choose where the average lands: within the round of ``next_steps`` that begins at ``step``."""
         if self._round is None:
             return
+        # It must land within the next round, before its last step: the average after that one departs there.
         steps = min(self._overlap_steps, next_steps - 1)
-        if steps < self._overlap_steps and not self._said_too_short:
-            self._said_too_short = True
+        if steps < self._overlap_steps and not self._informed:
+            self._informed = True
             self._inform(
                 f"LocalUpdateStrategy: `overlap_steps`={self._overlap_steps} is not below the {next_steps} steps of "
                 f"the round that begins at step {step}, so its average lands after {steps}: one step less than the "
                 "round has, here and in all rounds as short."
             )
         self._round = replace(self._round, land_at=step + steps)
-        self.land_if_due(step)
+        self.land_if_due(step)  # at once before a round of a single step
 
     def land_if_due(self, step: int) -> None:
         """Land the average if that is due after ``step`` optimizer steps."""
@@ -159,19 +166,19 @@ class OverlappedAverage:
     def wait(self) -> None:
         """Wait until the average has arrived, if one is in flight. The parameters stay as they are.
 
-        On CUDA two groups that send at once may wait for each other, so this comes before whatever else ranks send.
+        On CUDA two groups that send at once may deadlock, so this comes before any other message of the ranks.
         """
         if self._thread is None:
             return
         started = self._clock.mark()
         with self._failures.first_error_shown():
             while not self._thread.is_over(_LISTEN_S):
-                self._failures.listen()  # or a rank that failed, and lives on, would be waited for
+                self._failures.listen()  # a rank that failed, but whose process lives, breaks no connection
             self._join()
         self._stood_still.append((started, self._clock.mark()))
 
     def make_way(self) -> None:
-        """Let nothing be on its way where that may hold up what others send in mid-round: on CUDA, see :meth:`wait`."""
+        """Wait for the average where other messages in the middle of a round could deadlock with it: on CUDA."""
         if self._clock.on_cuda:
             self.wait()
 
@@ -182,18 +189,18 @@ class OverlappedAverage:
             self._departed.correct_(tensors)
 
     def departed_state(self) -> list[dict[str, Any]]:
-        """Return what belongs to the parameters of what is in flight, when that has arrived."""
+        """Return the part of the state in flight that belongs to parameters; waits until it has arrived."""
         self.wait()
         return [] if self._departed is None else self._departed.state_dict()
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Return what a resumed run needs of the round in flight, besides :meth:`departed_state`."""
+        """Return the round whose average is in flight, which a resumed run needs besides :meth:`departed_state`."""
         if self._round is not None:
             self._round = self._measured(self._round)
         return None if self._round is None else asdict(self._round)
 
     def load_state_dict(self, state: dict[str, Any] | None, departed: DepartedAverage | None) -> None:
-        """Restore what :meth:`state_dict` returned, with what had departed; nothing where either is missing."""
+        """Restore the round and its average in flight; does nothing where either is missing."""
         if state is not None and departed is not None and departed.corrections:
             self._round, self._departed = EndedRound(**state), departed
 
@@ -204,7 +211,7 @@ class OverlappedAverage:
             self._departed.arrived()
 
     def _measured(self, ended: EndedRound) -> EndedRound:
-        """Return the round with the time that training has stood still for it, once the device has done that."""
+        """Return the round with the time for which training has stood still; waits until the device is so far."""
         seconds = sum(self._clock.seconds(*span) for span in self._stood_still)
         self._stood_still = []
         return replace(ended, transfer_s=ended.transfer_s + seconds)

@@ -33,7 +33,7 @@ def gather_json(value: Any, recorder: Recorder, device: torch.device, purpose: s
     Args:
         value: Anything that JSON can hold; tuples arrive as lists.
         recorder: Sends and records.
-        device: Where the backend wants its messages.
+        device: The device from which the backend sends.
         purpose: What it is for, for the ledger.
 
     Note:
@@ -56,7 +56,7 @@ def broadcast_json(value: Any, recorder: Recorder, device: torch.device, purpose
     Args:
         value: Anything that JSON can hold; tuples arrive as lists, on ``src`` too.
         recorder: Sends and records.
-        device: Where the backend wants its messages.
+        device: The device from which the backend sends.
         purpose: What it is for, for the ledger.
         src: The rank whose value counts.
 
@@ -81,7 +81,7 @@ def gather_states(
     Args:
         state: Numbers, texts, tensors, and containers of these; NumPy's numbers too.
         recorder: Sends and records.
-        device: Where the backend wants its messages.
+        device: The device from which the backend sends.
         purpose: What it is for, for the ledger.
         where: Whose state it is, for messages.
 

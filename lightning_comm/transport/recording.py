@@ -1,4 +1,4 @@
-"""The one place from which messages are sent: each is issued here and written to the ledger."""
+"""The recorder, from which all messages are sent: each is issued here and written to the ledger."""
 
 import threading
 import time
@@ -77,7 +77,7 @@ def mark() -> Any:
 
 @contextmanager
 def counted_elsewhere() -> Iterator[None]:
-    """Tell those who watch the calls of ``torch.distributed`` that messages within this block are already counted."""
+    """Mark the block for observers of ``torch.distributed``: its messages are counted already."""
     _nesting.depth = getattr(_nesting, "depth", 0) + 1
     try:
         yield
@@ -117,8 +117,8 @@ class Recorder:
             the default group.
         beside_compute: Whether compute goes on between the start of a message and the wait for it. That time is
             recorded as hidden. On CUDA, where its arrival is not seen, a message lasts until the wait for it ends.
-        hold: Whether records are kept until :meth:`write_held`, because a background thread sends the messages, and the
-            ledger and its observers belong to the training thread.
+        hold: Whether records are kept back until :meth:`write_held`, because a background thread sends the messages,
+            and the ledger and its observers belong to the training thread.
 
     Note:
         *Communication.* One message for each call. Every rank has to make the same calls in the same order.
@@ -302,7 +302,7 @@ class Recorder:
             self.write_held()
 
     def write_held(self) -> None:
-        """Write down what has been held back; called by the thread that trains, when the other one is done."""
+        """Write the records that were kept back; called by the thread that trains, when the other one is done."""
         while self._held:
             record, marks = self._held.popleft()
             self.ledger.add(record)

@@ -1,4 +1,12 @@
-"""What ranks of a run tell each other through the store of the process group: failures, roll calls and who has left."""
+"""Entries of a run in the process group's store: the failure, roll calls and their answers, and ranks that have left.
+
+The keys, all under the namespace of the run:
+
+- ``news``: present once there is anything to look for, so that a look costs one check while all goes well;
+- ``failed``: the first failure, and the ranks that were silent; written once, by compare-and-set;
+- ``roll``: the number of the last roll; ``here/<rank>``: that rank's answer, with the number that it answers;
+- ``left/<rank>``: written by a rank that leaves; it counts as its answer to every later roll.
+"""
 
 import json
 import time
@@ -6,12 +14,12 @@ from typing import Any
 
 from lightning_comm.transport.store_client import StoreClient
 
-CALL_S = 2.0  # for a call to the store
+CALL_S = 2.0  # seconds that a call to the store may take
 LAST_ROLL = 2**62  # the number of a roll that comes after all others
 
 
 class RollCall:
-    """What the ranks have published, and the roll: a number in the store that every rank answers.
+    """The published entries of all ranks, and the roll: a number in the store that every rank answers.
 
     Args:
         store: The process group's.
@@ -20,10 +28,11 @@ class RollCall:
         namespace: Keeps the keys of one run apart from those of another; the same on all ranks.
 
     Attributes:
-        failure: What was published first, once it is known here.
-        failed_s: When it was.
-        silent: The ranks that did not answer, as was published.
+        failure: The failure that was published first, once it is known here.
+        failed_s: When it became known here, on the monotonic clock.
+        silent: The ranks that did not answer, as published with the failure.
         others: All other ranks.
+        answered: The number of the last roll that this rank has answered.
 
     """
 
@@ -33,10 +42,10 @@ class RollCall:
         self.failure: str | None = None
         self.failed_s = 0.0
         self.silent: list[int] = []
-        self.answered = 0  # the last roll that this rank has answered
+        self.answered = 0
 
     def connect(self, within_s: float) -> None:
-        """See that the store answers."""
+        """Check that the store answers."""
         self._has("failed", within_s)
 
     def has_news(self) -> bool:
@@ -44,7 +53,7 @@ class RollCall:
         return self._has("news")
 
     def tell_news(self) -> None:
-        """Let all ranks look."""
+        """Make all ranks look for failures and rolls."""
         self._store.set(self._key("news"), "", within_s=CALL_S)
 
     def publish(self, text: str, silent: list[int]) -> str:
@@ -58,15 +67,16 @@ class RollCall:
         return self._keep(self._get("failed", "")) if self.failure is None and self._has("failed") else self.failure
 
     def call(self) -> int:
-        """Ask all ranks to answer; return the number of the roll that they answer to, of this rank or another."""
+        """Call the roll; return its number. If another rank calls at the same time, both share one roll."""
         last = self._get("roll", "0")
+        # a rank that is too late here gets the number of the other's roll, which also began after this call
         own = str(int(last) + 1)
         now = self._compare_set("roll", "" if last == "0" else last, own)
         self.tell_news()
         return int(now)
 
     def answers(self, roll: int) -> dict[int, dict[str, Any]]:
-        """Return what the other ranks have answered to a roll, or have said as they left."""
+        """Return the other ranks' answers to a roll or a later one, or the entries of ranks that have left."""
         answers = {}
         for rank in self.others:
             if left := self._get(f"left/{rank}", ""):
@@ -84,7 +94,7 @@ class RollCall:
         self._store.set(self._key(f"here/{self._rank}"), json.dumps(status), within_s=CALL_S)
 
     def say_left(self, step: int) -> None:
-        """Tell the others that this rank leaves, after so many steps."""
+        """Publish that this rank leaves, after so many steps."""
         self._store.set(self._key(f"left/{self._rank}"), json.dumps({"left": True, "step": step}), within_s=1.0)
 
     def has_left(self, rank: int) -> bool:

@@ -14,12 +14,12 @@ from datetime import timedelta
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented there, and made elsewhere
 
 START_S = 600.0  # at least; where collectives may wait longer than that, the start may as well
-_LOOK_S, _LINGER_S = 0.02, 0.5  # between looks; how long a rank stays that gives up, for the others to hear of it
+_LOOK_S, _LINGER_S = 0.02, 0.5  # between looks; how long a rank that gives up stays, so that the others see it
 _CHECKS = (
     "Check that the processes of all ranks run, on every host (one that failed before says so in its own output), that "
     "`num_nodes` and `devices` are the same for all of them, and that no firewall closes that port."
 )
-_starts = itertools.count()  # tells the keys of one start from those of the next; equal on all ranks
+_starts = itertools.count()  # keeps the keys of one start apart from those of the next; equal on all ranks
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def all_ranks_started(
 ) -> Iterator[None]:
     """Wait until all ranks have come, then let the process group be made at the same address.
 
-    The store that torch makes for the group at this address is that of this meeting, so nobody waits a second time.
+    The store that torch makes for the group at this address is that of this meeting, so no rank waits a second time.
 
     Args:
         where: What begins, for messages.
@@ -83,9 +83,9 @@ def _namespace() -> str:
 
 
 def _wait(where: str, store: TCPStore, namespace: str, world_size: int, place: str, until_s: float) -> None:
-    """Look until all ranks are there: not one call to the store, in which a Ctrl-C would not be heard.
+    """Poll until all ranks are there; a single blocking call to the store would not react to Ctrl-C.
 
-    Who has looked for too long tells the others, so that all say the same.
+    A rank whose time is up publishes its message, so that all raise the same.
     """
     keys, end = [f"{namespace}/{rank}" for rank in range(world_size)], f"{namespace}/end"
     while not store.check(keys):
@@ -95,12 +95,12 @@ def _wait(where: str, store: TCPStore, namespace: str, world_size: int, place: s
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
             if not missing:
                 return
-            store.set(end, _told(missing, world_size, place))
+            store.set(end, _missing_text(missing, world_size, place))
             time.sleep(_LINGER_S)
         time.sleep(_LOOK_S)
 
 
-def _told(missing: list[int], world_size: int, place: str) -> str:
+def _missing_text(missing: list[int], world_size: int, place: str) -> str:
     which = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
     return (
         f"all {world_size} ranks must start, and {world_size - len(missing)} have come to {place}; no sign of {which}. "

@@ -1,14 +1,22 @@
-"""How ranks agree to stop, or to save, in the middle of a round without a collective.
+"""Agreement of all ranks to stop, or to save, in the middle of a round without a collective.
 
 Within a round ranks run apart, so nobody may start a collective that others do not expect. A request goes through
-the store that the process group was built with: it is posted there by whoever has it, and every rank looks for it
-now and then. Once a rank sees one it writes down its step and waits a moment; when all have, the step furthest ahead
-is the one at which all of them meet.
+the process group's store: the rank that has it posts it there, and every rank looks for requests now and then. A rank
+that sees one publishes its position (its step) and waits a moment. When all positions are there, all ranks meet at the
+largest step.
 
-A rank that waits could be what another rank is waiting for, inside a collective of the user's that it cannot leave.
-So nobody waits long: after ``patience_s`` a rank takes its position back and trains on, and pauses again at a step
-number that all ranks pause at. Taking back and deciding both are compare-and-set on one key, so that no rank can
-pass a step that another one decided on.
+While a rank waits, another may be waiting for it, inside a collective of the user's that it cannot leave. So nobody
+waits long: after ``patience_s`` a rank retracts its position and trains on, and pauses again at a step number at which
+all ranks pause.
+
+The keys of a request, all under ``namespace/generation``; the generation counts the decisions that were carried out:
+
+- ``state``: ``open|version|kind|reason``, then ``decided|step|kind|reason``;
+- ``position/<rank>``: the position as JSON, or ``moving`` once it was retracted.
+
+Both a decision and a retraction are a compare-and-set of ``state``: a retraction counts its version up. So if a rank
+retracts while another decides with its position, one of the two fails: either the decision, which is then tried again
+with new positions, or the retraction, and the rank obeys the decision. No rank can pass a step that was decided on.
 """
 
 import json
@@ -31,7 +39,7 @@ _T = TypeVar("_T")
 Kind = Literal["stop", "terminate", "requeue", "checkpoint", "validate"]
 
 _MOVING = "moving"  # in place of a position: that rank trains on
-_SHARE, _LONGEST_S = 0.01, 4.0  # of the time for looking into the store; how long that may delay the next look
+_SHARE, _LONGEST_S = 0.01, 4.0  # share of the time that looks into the store may take; longest pause between looks
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Decision:
 
     Args:
         kind: What is to be done.
-        reason: Why, in words for the user; names the rank that asked.
+        reason: Why, for the user; names the rank that asked.
         at_step: The optimizer step at which all ranks do it, or ``None``: each where it stands, because the slowest
             would need too long to catch up.
 
@@ -75,11 +83,12 @@ class Agreement:
         rank: This rank.
         world_size: The number of ranks.
         namespace: Keeps the keys of one run apart from those of another; the same on all ranks.
-        poll_interval_s: How often the store is looked at, in seconds, while there is nothing to agree on.
+        poll_interval_s: Seconds between looks into the store while there is nothing to agree on.
         patience_s: How long a rank waits for the positions of the others before it trains on.
         catch_up_limit_s: If the slowest rank would need longer than this to reach the step furthest ahead, ranks stop
             where they stand.
-        peers: Hear of failures, and whoever fails tells them; ``None``: failures are left in the store alone.
+        peers: Learn of failures of other ranks and publish those of this one; ``None``: failures are only left in the
+            store.
 
     Note:
         *Communication.* No collective. One small look-up in the store for each ``poll_interval_s``, and more once
@@ -109,13 +118,13 @@ class Agreement:
         self._catch_up_limit_s = catch_up_limit_s
         self._peers = peers
         self._failures: Failures = StoreFailures(store, rank, namespace) if peers is None else peers
-        # with peers another thread looks into the store; without, whoever looks there anyway
+        # With peers a thread of theirs looks for failures, and this only reads what it found; without, this looks.
         self._raise_known = self._failures.raise_failure if peers is None else peers.raise_heard
-        self._generation = 0  # one for each decision carried out
-        self._wanted: list[tuple[Kind, str]] = []
-        self._published = False
-        self._stride = 1
-        self._pause_at = 0
+        self._generation = 0  # decisions carried out; part of the keys, so that no rank reads an older request
+        self._wanted: list[tuple[Kind, str]] = []  # requests of this rank that are not granted yet
+        self._published = False  # whether this rank's position stands in the store
+        self._stride = 1  # this rank pauses at multiples of it
+        self._pause_at = 0  # the step of its next pause; 0 while it knows of no request
         self._next_poll_s = 0.0
         self.decision: Decision | None = None
 
@@ -130,7 +139,7 @@ class Agreement:
             self._wanted.append((kind, f"rank {self._rank}: {reason}"))
 
     def post(self) -> None:
-        """Write a pending request down now, so that ranks which meet next find it."""
+        """Post a pending request now, so that ranks find it when they meet next."""
         if self._wanted and self.decision is None:
             self._guarded(self._open_state)
 
@@ -153,11 +162,11 @@ class Agreement:
         if not (force or self.urgent) and now < self._next_poll_s:
             return None
         state = self._guarded(self._open_state)
-        took_s = time.monotonic() - now
+        took_s = time.monotonic() - now  # long where the look waits behind other messages on the link
         self._next_poll_s = now + max(self._poll_interval_s, min(took_s / _SHARE, _LONGEST_S))
         if state is None:
             return None
-        if not self._pause_at:
+        if not self._pause_at:  # this rank sees the request for the first time
             self._stride = _stride(position.step_time_s, 2 * self._poll_interval_s)
             self._pause_at = position.step if self._stride == 1 else _next_pause(position.step, self._stride)
         if force or position.step >= self._pause_at:
@@ -175,13 +184,13 @@ class Agreement:
             return None
         self._next_poll_s = now + self._poll_interval_s / 4
         state = self._guarded(self._open_state)
-        if state is not None:
+        if state is not None:  # no patience is needed here: this rank stands still, so its position holds
             self._guarded(lambda: self._publish(position))
             self._guarded(lambda: self._try_to_decide(state))
         return self.decision
 
     def listen(self) -> None:
-        """Hear of failures, for a rank that waits where it cannot carry out a decision any more, or not yet."""
+        """Raise if a rank has failed, for a rank that waits where it can carry out no decision, not yet or no more."""
         if self._peers is not None:
             self._peers.raise_heard()
             return
@@ -191,7 +200,7 @@ class Agreement:
             self.raise_peer_failure()
 
     def move_on(self) -> None:
-        """Take this rank's position back, before it takes another step. Does nothing if none was published."""
+        """Retract this rank's position, before it takes another step. Does nothing if none was published."""
         if self._published and self.decision is None:
             self._guarded(self._retract)
 
@@ -218,21 +227,22 @@ class Agreement:
         """Turn the loss of a connection into the error of the rank that failed, as far as that is known.
 
         Args:
-            where: What is waited for, in words.
-            waits: Whether nothing else happens in here than waiting for other ranks.
+            where: What this rank waits for, for the message.
+            waits: Whether the block does nothing but wait for other ranks.
 
         """
         return self._failures.first_error_shown(where, waits=waits)
 
     def _open_state(self) -> str | None:
-        """Return the state of the current request; post one's own if there is none."""
-        news = self._key("news", shared=True)
+        """Return the state of the current request, or post this rank's own if there is none."""
+        news = self._key("news", shared=True)  # one key for requests and failures: an idle look costs a single check
         if not self._wanted and not self._store.check([news]):
             return None  # nobody has asked for anything yet, or failed
         self._raise_known()
         key = self._key("state")
         if self._wanted:
             kind, reason = self._wanted[0]
+            # if another rank was faster, this is its request; this rank's own is posted after that
             state = _compare_set(self._store, key, "", f"open|0|{kind}|{reason}")
             self._store.set(news, "")
             return state
@@ -256,13 +266,15 @@ class Agreement:
             self._published = True
 
     def _retract(self) -> None:
-        """Take the position back, unless a decision that counts on it has been made."""
+        """Retract the position, unless a decision has been made with it."""
         key = self._key("state")
+        # First the position, then the version: a rank that reads the new version can no longer read the old
+        # position, and one that has read that fails to decide, since the version has changed.
         self._store.set(self._key(f"position/{self._rank}"), _MOVING)
         state = self._store.get(key).decode()
         while not self._read_decision(state):
-            word, version, rest = state.split("|", 2)
-            new = f"{word}|{int(version) + 1}|{rest}"
+            status, version, rest = state.split("|", 2)
+            new = f"{status}|{int(version) + 1}|{rest}"
             state = _compare_set(self._store, key, state, new)
             if state == new:
                 self._published = False
@@ -271,6 +283,8 @@ class Agreement:
     def _try_to_decide(self, state: str) -> bool:
         if self._read_decision(state):
             return True
+        # The state was read before these positions: if one of them is retracted meanwhile, the compare-and-set below
+        # finds another version and fails.
         positions = []
         for rank in range(self._world_size):
             key = self._key(f"position/{rank}")
@@ -284,8 +298,8 @@ class Agreement:
         return self._read_decision(_compare_set(self._store, self._key("state"), state, decided))
 
     def _read_decision(self, state: str) -> bool:
-        word, step, kind, reason = state.split("|", 3)
-        if word != "decided":
+        status, step, kind, reason = state.split("|", 3)
+        if status != "decided":
             return False
         self.decision = Decision(kind, reason, None if step == "here" else int(step))  # type: ignore[arg-type]
         return True
@@ -313,9 +327,9 @@ def _stride(step_time_s: float, within_s: float) -> int:
 def _next_pause(step: int, stride: int) -> int:
     """Return the next step at which other ranks pause too: a multiple of a power of two, about half a second away.
 
-    Ranks that a collective of the user's keeps in step see a request at different steps, and whoever paused at once
-    would hold the others up before they have seen it. The stride is fixed when a rank first sees the request, since
-    pauses make later steps look slow.
+    Ranks that a collective of the user's keeps in step see a request at different steps. If each paused where it sees
+    the request, it would hold up others that have not seen it. Powers of two, so that ranks of different strides still
+    have common multiples. The stride is fixed when a rank first sees the request: pauses make later steps look slow.
     """
     return (step // stride + 1) * stride
 

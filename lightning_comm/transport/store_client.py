@@ -1,7 +1,7 @@
 """Calls to the process group's store that end at a deadline.
 
 While the process that hosts the store is stopped, or cut off, no call to it returns, whatever time-out the store has.
-So calls are made in a thread, by a client of its own, and whoever waits for one gives it up at the deadline.
+So calls are made in a thread, by a client of its own, and a caller gives up at the deadline.
 """
 
 import os
@@ -71,14 +71,14 @@ class StoreClient:
         self._timeout_s = timeout_s
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._busy_since_s: float | None = None
-        self._error: BaseException | None = None  # that of the connection
+        self._error: BaseException | None = None  # the error that ended the connection
         self._gave_up_s: float | None = None  # since when there has been no answer, where a deadline has passed
         self._thread = threading.Thread(target=self._serve, args=(store,), name="lightning_comm store", daemon=True)
         self._thread.start()
 
     @property
     def silent_since_s(self) -> float | None:
-        """Since when the store owes an answer, on the monotonic clock; ``None`` where it owes none."""
+        """Since when a call has had no answer, on the monotonic clock; ``None`` where no call is waiting."""
         return self._busy_since_s
 
     @property
@@ -119,9 +119,9 @@ class StoreClient:
         """Make a call, and wait for it.
 
         Args:
-            name: Of the method.
+            name: The method of the store.
             arguments: Its arguments.
-            within_s: To give up sooner than at the time-out, for this call alone.
+            within_s: When to give up, if sooner than at the time-out; for this call alone.
 
         Raises:
             StoreLostError: If there is no answer in time.
@@ -134,7 +134,7 @@ class StoreClient:
             raise StoreLostError(f"the store has not answered for {started - self._gave_up_s:.0f} s")
         call = _Call(name, arguments)
         self._calls.put(call)
-        since_s = min(started, self._busy_since_s or started)  # that of the call in front of it, which may be stuck
+        since_s = min(started, self._busy_since_s or started)  # of the call in front of it, which may be stuck
         if not call.done.wait(max(0.0, since_s + min(within_s or self._timeout_s, self._timeout_s) - started)):
             silent_s = time.monotonic() - since_s
             if silent_s >= self._timeout_s:
@@ -153,7 +153,7 @@ class StoreClient:
             try:
                 client = _another_connection(store) if client is None else client
                 call.answer = getattr(client, call.name)(*call.arguments)
-            except BaseException as error:  # raised where somebody waits for the answer
+            except BaseException as error:  # raised where the answer is waited for
                 call.error = error
                 if isinstance(error, dist.DistNetworkError):
                     self._error = error
@@ -168,8 +168,9 @@ def _another_connection(store: Any) -> Any:
 def connect_without_clone(store: Any) -> Any:
     """Return a further client of a store, for torch 2.6 and 2.7, whose stores cannot be cloned.
 
-    What is put in front of keys cannot be read there, so clients that are made here put something of their own. A job
-    that torchrun has restarted must not find the keys of the attempt before, where both have one store.
+    The prefix of a store's keys cannot be read there, so clients that are made here have a prefix of their own. It
+    holds the attempt, since a job that torchrun has restarted must not find the keys of the attempt before in a store
+    that both use.
     """
     if isinstance(store, _PREFIX_STORE):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

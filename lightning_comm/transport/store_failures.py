@@ -1,4 +1,4 @@
-"""Failures that are left in the store alone, for ranks that nobody watches: looked for where ranks look anyway."""
+"""Failures published in the store, for ranks without a watching thread: they look for them where they poll anyway."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,7 +11,7 @@ from lightning_comm.transport.store_client import KeyValueStore, StoreLostError
 
 
 class Failures(Protocol):
-    """How a rank hears of failures of others, and tells them of its own."""
+    """The interface by which a rank learns of failures of others, and publishes its own."""
 
     def report(self, message: str) -> None:
         """Tell the other ranks that this one failed. The first report stays."""
@@ -23,7 +23,7 @@ class Failures(Protocol):
         """Turn the loss of a connection into the error of the rank that failed, as far as that is known."""
 
     def who_failed(self, error: BaseException) -> str:
-        """Return who is to blame for a lost connection."""
+        """Return a message that names the cause of a lost connection."""
 
 
 class StoreFailures:
@@ -65,5 +65,5 @@ class StoreFailures:
             raise
 
     def who_failed(self, error: BaseException) -> str:
-        """Return who is to blame for a lost connection: whoever hosts the store."""
+        """Return a message that names the cause of a lost connection: the host of the store."""
         return store_text(self._rank, ended=True, on_rank_0=True)

@@ -1,4 +1,4 @@
-"""An average that is in the place of a rank's own weights for a while, as for a validation or a checkpoint."""
+"""An average that temporarily replaces a rank's own weights, as for a validation or a checkpoint."""
 
 from collections.abc import Iterable, Mapping, Set
 
@@ -20,7 +20,7 @@ class TemporaryAverage:
     Note:
         *Memory.* A second copy of the averaged tensors in between.
 
-        *Cost.* They are read when the average is in place and once more at the end, to see what somebody sets in
+        *Cost.* They are read when the average is in place and once more at the end, to see what other code sets in
         between: that stays.
 
     """
@@ -52,8 +52,8 @@ class TemporaryAverage:
         """Average in place and keep this rank's own values aside, until :meth:`leave`.
 
         Args:
-            purpose: What the records say.
-            weight: What this rank counts for in the mean.
+            purpose: The purpose of the messages in the ledger.
+            weight: This rank's weight in the mean.
             moderate: As in :class:`ModelAverage`.
             broadcast: Whether what has no mean is taken from rank 0; not needed where only rank 0 looks.
 
@@ -67,13 +67,13 @@ class TemporaryAverage:
         self._kept.note()
 
     def _correct(self, parameters: Mapping[str, Tensor], weight: float | None) -> None:
-        """Move parameters by what is in flight, if ranks count for different shares of a mean.
+        """Move parameters by the average in flight, if ranks have different weights.
 
-        What is in flight departed under other weights than those of now. An equal mean does not move where it lands.
+        The average in flight was weighted otherwise than this one. An equal mean is not changed by its landing.
         """
         if weight is not None and self._overlapped.corrections:
             self._overlapped.correct_(parameters)
-            self._model.zero_pruned_(parameters)  # some have been pruned since it departed
+            self._model.zero_pruned_(parameters)  # some weights have been pruned since it departed
 
     @torch.no_grad()
     def take_in(self, tensors: Iterable[Tensor]) -> None:
@@ -83,7 +83,7 @@ class TemporaryAverage:
 
     @torch.no_grad()
     def leave(self) -> None:
-        """Put this rank's own values back, if an average is in place, but for what somebody has set since."""
+        """Put this rank's own values back, if an average is in place, but for what other code has set since."""
         kept, self._kept = self._kept, None
         if kept is not None:
             kept.put_back()
@@ -99,7 +99,7 @@ class TemporaryAverage:
     def own_state(self) -> dict[str, Tensor]:
         """Return what this rank alone holds: its own weights and buffers, also while averaged ones are in place.
 
-        Then it is what :meth:`leave` would leave: new values where somebody has set some.
+        Then it is what :meth:`leave` would leave: new values where other code has set some.
         """
         now = self._model.tensors.state()
         own = now if self._kept is None else self._kept.goes_on_with(now)

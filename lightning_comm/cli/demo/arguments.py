@@ -1,4 +1,4 @@
-"""The arguments of ``lightning-comm demo``, and what has to be installed for it."""
+"""The arguments of ``lightning-comm demo``, and the packages that it needs."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""``lightning-comm demo``: train real digits with DDP, local SGD and QSR, and report what each sent and reached.
+"""``lightning-comm demo``: train real digits with DDP, local SGD and QSR, and report bytes and accuracy of each.
 
 Every run has processes of its own (:mod:`lightning_comm.cli.demo.run`), so that none can disturb the next. What each
 method takes in time is then measured by a pilot on emulated hosts (:mod:`lightning_comm.cli.demo.pilot`). All figures
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compare_times(results: dict[str, Any], run: RunSettings, repeats: int, folder: Path) -> bool:
-    """Add the pilot's results, or say in one line why there are none; return whether that is as it should be."""
+    """Add the pilot's results, or print in one line why there are none; return whether that is as expected."""
     from lightning_comm.cli.demo import pilot as demo_pilot  # it loads torch, which training does not need here
 
     print(f"\nTimes on {run.devices} emulated hosts, joined by links of {demo_pilot.LINK}:")

@@ -1,4 +1,4 @@
-"""The demo's figure: what the learning rate does to the period, and what accuracy costs in bytes."""
+"""The demo's figure: the period along the learning rate, and accuracy against bytes."""
 
 from pathlib import Path
 from statistics import mean
@@ -36,7 +36,7 @@ def _draw_lr(axes: "Axes", results: dict[str, Any]) -> None:
 
 def _draw_periods(axes: "Axes", results: dict[str, Any]) -> None:
     for method, runs in by_method(results).items():
-        rounds = runs[0]["rounds"] or [{"end_step": runs[0]["steps"], "period_steps": 1}]  # DDP talks at every step
+        rounds = runs[0]["rounds"] or [{"end_step": runs[0]["steps"], "period_steps": 1}]  # DDP: every step
         lengths = [round_["period_steps"] for round_ in rounds]
         edges = [rounds[0]["end_step"] - lengths[0], *(round_["end_step"] for round_ in rounds)]
         if method == "ddp":

@@ -9,7 +9,7 @@ from lightning_comm.cli.pilot import command as pilot
 from lightning_comm.lab.cluster import unavailable
 
 LINK = "100mbit"
-_DEVICE_MS = 100  # of a batch: what four ranks of this model keep up with on two cores
+_DEVICE_MS = 100  # for a batch: slow enough for four ranks of this model to keep up on two cores
 _STEPS, _WARMUP_STEPS = 24, 4
 _IMAGES = 1437  # to train on, in DigitsData
 
@@ -24,7 +24,7 @@ def compare(methods: tuple[str, ...], run: RunSettings, repeats: int, folder: Pa
         folder: Where the config and the pilot's own folder go.
 
     Returns:
-        The pilot's results, or one sentence that says why there are none.
+        The pilot's results, or one sentence with the reason why there are none.
 
     """
     if (missing := unavailable()) is not None:

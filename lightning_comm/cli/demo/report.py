@@ -166,8 +166,8 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _times_in_markdown(results: dict[str, Any]) -> list[str]:
     tables = [markdown_table(*table) for table in time_tables(results)]
-    said = [f"- {sentence}" for sentence in times(results)]
-    return [f"## {_TIMES}", *tables, "\n".join(said)] if tables else []
+    bullets = [f"- {sentence}" for sentence in times(results)]
+    return [f"## {_TIMES}", *tables, "\n".join(bullets)] if tables else []
 
 
 def html_page(results: dict[str, Any], png: bytes) -> str:

@@ -1,7 +1,7 @@
 """One training run of the demo, in processes of its own: ``python -m lightning_comm.cli.demo.run SETTINGS RESULT``.
 
 ``SETTINGS`` is a :class:`RunSettings` as JSON, and ``RESULT`` the file that rank 0 writes. While it runs, rank 0 prints
-one line of JSON for each validation, marked by ``PROGRESS``, so that the one who started it can show how far it is.
+one line of JSON for each validation, marked by ``PROGRESS``, so that its parent process can show how far it is.
 """
 
 import json
@@ -21,20 +21,20 @@ from lightning_comm.strategies import LocalUpdateStrategy
 
 PROGRESS = "@progress "
 
-# What training sends. "start" (equal weights at the beginning, which DDP sends as well) and "evaluation" (averages for
-# validation in the middle of a round) are told apart.
+# What training sends. Counted apart from it: "start" (equal weights at the beginning, which DDP sends as well) and
+# "evaluation" (averages for a validation in the middle of a round).
 TRAINING_PURPOSES = ("gradients", "parameters", "buffers", "optimizer_state", "weight_averages", "control")
 
 MODEL = "vit_tiny_patch16_224"
 MODEL_ARGS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
 WEIGHT_DECAY = 0.05
 WARMUP_SHARE = 0.1  # of the run
-_VALIDATIONS = 20  # at most about so many points on the curves
+_VALIDATIONS = 20  # about the most points on the curves
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What tells one run from another.
+    """The settings in which runs of the demo differ.
 
     Args:
         method: The name of the strategy, without the way of starting processes: ``"ddp"``, ``"local_sgd"``, ``"qsr"``.
@@ -89,7 +89,7 @@ class Observer(Callback):
         }
         self._curve.append(point)
         if trainer.is_global_zero:
-            # in one piece: `print` may write the end of the line by itself, and other ranks write to the same pipe
+            # in one piece: `print` may write the end of the line separately, and other ranks write to the same pipe
             sys.stdout.write(f"\n{PROGRESS}{json.dumps(point)}\n")
             sys.stdout.flush()
 
@@ -168,5 +168,5 @@ def train(settings: RunSettings, result_file: Path) -> None:
 
 
 def start() -> None:
-    """Train what the arguments of this process say."""
+    """Train the run that the arguments of this process describe."""
     train(RunSettings(**json.loads(sys.argv[1])), Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""The arguments of ``lightning-comm fit`` and its like: what is wrong with them, as far as that shows without torch.
+"""Checks of the arguments of ``lightning-comm fit`` and its like, as far as that is possible without torch.
 
 The parser behind them names a wrong argument below four screens of options; here it is one line with the way out.
 """
@@ -50,7 +50,7 @@ def problem_of(arguments: Sequence[str]) -> str | None:
 
 
 def stray_problem(word: str) -> str:
-    """Return what is wrong with a word that is neither an option nor the value of one, and the way out."""
+    """Return what is wrong with an argument that is neither an option nor its value, and the way out."""
     path = Path(word)
     if path.suffix in _CONFIGS:
         way_out = f"A config is named by `--config`: write --config {word}."

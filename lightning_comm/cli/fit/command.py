@@ -1,4 +1,4 @@
-"""``lightning-comm fit``, ``validate``, ``test`` and ``predict``: Lightning's command line, which knows our names."""
+"""``lightning-comm fit``, ``validate``, ``test`` and ``predict``: Lightning's command line, with our strategies."""
 
 import difflib
 import json
@@ -43,7 +43,7 @@ def predict(args: Sequence[str]) -> None:
 class CommandLine(LightningCLI):
     """Lightning's command line, which knows our strategies, and the user's modules beside a config.
 
-    It says at once and in one sentence which name is wrong.
+    A wrong name is reported at once, in one sentence.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -64,7 +64,7 @@ class CommandLine(LightningCLI):
         follow_lab(self.config[self.subcommand].trainer)
 
     def before_fit(self) -> None:
-        """Called by Lightning before ``fit``: says so if emulated speeds are given and nothing goes by them."""
+        """Called by Lightning before ``fit``: reports emulated speeds of the lab that nothing uses."""
         speed, callbacks = os.environ.get(SPEED_VARIABLE, "1"), getattr(self.trainer, "callbacks", [])
         slowed = any(isinstance(each, EmulatedDevice) and each.speed is None for each in callbacks)
         if speed == "1" or slowed or os.environ.get("LOCAL_RANK", "0") != "0":
@@ -79,7 +79,7 @@ class CommandLine(LightningCLI):
 
 
 def follow_lab(trainer: Namespace) -> None:
-    """On an emulated host, let the Trainer's arguments fit the lab, and say so: one run over all of its hosts."""
+    """On an emulated host, let the Trainer's arguments fit the lab, and print that: one run over all of its hosts."""
     if (text := os.environ.get(LAB_VARIABLE)) is None:
         return
     lab = json.loads(text)
@@ -90,8 +90,8 @@ def follow_lab(trainer: Namespace) -> None:
     for name, value in changed.items():
         trainer[name] = value
     if changed and os.environ.get("NODE_RANK", "0") == "0" and os.environ.get("LOCAL_RANK", "0") == "0":
-        said = ", ".join(f"{name}={value}" for name, value in changed.items())
-        print(f"In the lab: trainer {said}.", file=sys.stderr)
+        changes = ", ".join(f"{name}={value}" for name, value in changed.items())
+        print(f"In the lab: trainer {changes}.", file=sys.stderr)
 
 
 def strategy_problem(name: str) -> str | None:

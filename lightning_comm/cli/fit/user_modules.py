@@ -1,4 +1,4 @@
-"""The user's own modules, which a config names: where they are looked for, and what is said where one is missing."""
+"""The user's own modules, which a config names: the folders searched for them, and messages on a missing one."""
 
 import argparse
 import difflib
@@ -22,7 +22,7 @@ _configs: list[Path] = []  # of this command, beside which modules are looked fo
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser, which says in one sentence which classes could not be imported, and why."""
+    """Lightning's parser, with one sentence on classes that could not be imported, and why."""
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -48,7 +48,7 @@ def _named_in_configs() -> list[str]:
 
 
 def search_beside_configs(arguments: Sequence[str]) -> None:
-    """Let modules be imported that lie beside a config, where neither the current folder nor an installation has them.
+    """Let modules beside a config be imported, where neither the current folder nor an installation has them.
 
     Args:
         arguments: Those of ``lightning-comm fit``.

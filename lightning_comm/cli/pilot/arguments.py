@@ -24,7 +24,7 @@ _DESCRIPTION = (
 
 
 class Refused(Exception):
-    """The arguments make no sense; the message says which, why, and what would."""
+    """The arguments are wrong; the message names which, why, and the way out."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Options:
         devices_per_host: Ranks on each of them.
         device_s: Seconds that a batch takes on an emulated device; ``None`` for the real one.
         cost_per_hour: Of the whole cluster, in any currency.
-        timeout_s: How long all ranks may say nothing.
+        timeout_s: How long all ranks may report nothing.
         out: A folder, in which a new one is made.
 
     """
@@ -61,7 +61,7 @@ class Options:
     out: str
 
     def shown(self) -> dict[str, Any]:
-        """Return what the report says of them."""
+        """Return the options as the report shows them."""
         return {
             "strategies": list(self.strategies),
             "steps": self.steps,

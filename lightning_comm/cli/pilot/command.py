@@ -68,7 +68,7 @@ def _carry_out(options: Options, own: UserRun, arguments: Sequence[str], results
         else:
             with _ended_by_sigterm(), _hosts(options, own) as hosts:
                 _measure(_job(options, own, arguments), results, hosts, options.timeout_s)
-    except Refused as refused:  # once the rehearsal has shown how long the run is
+    except Refused as refused:  # by the rehearsal, which has shown how long the run is
         print(f"lightning-comm pilot: error: {refused}", file=sys.stderr)
         return 2
     except (WorkerFailed, LabError) as failed:
@@ -204,7 +204,7 @@ def _measure_in_this_job(job: TrialJob, results: Results) -> None:
 def _listener(
     results: Results, progress: Progress, left: list[tuple[int, str]], current: dict[str, Any]
 ) -> Callable[[dict[str, Any]], None]:
-    """Return what takes in the events of rank 0."""
+    """Return the function that handles the events of rank 0."""
 
     def hear(event: dict[str, Any]) -> None:
         kind = event["event"]

@@ -1,6 +1,6 @@
 """One rank of a pilot, which runs trial after trial in one process.
 
-It is told a :class:`TrialJob` as JSON. What happens is told in lines of JSON on the standard output, marked by
+Its input is a :class:`TrialJob` as JSON. It reports events as lines of JSON on the standard output, marked by
 ``EVENT``; all else that is printed there is the user's. Starting a process takes longer than a trial, so all trials of
 a rank share one process and one process group; each has a model, data and a Trainer of its own, built from the config
 as ``fit`` would.
@@ -70,7 +70,7 @@ _SAME_RATE = 1e-6  # relative
 
 @dataclass(frozen=True)
 class TrialJob:
-    """What a rank has to do.
+    """The job of a rank.
 
     Args:
         args: The user's arguments for ``lightning-comm fit``.
@@ -139,7 +139,7 @@ def _kept(callbacks: Sequence[Callback]) -> list[Callback]:
 
 
 def run(job: TrialJob, emit: Callable[[dict[str, Any]], None]) -> None:
-    """Run all trials on this rank; rank 0 tells of each.
+    """Run all trials on this rank; rank 0 reports each.
 
     The limit, "the same job with communication removed", is a local update whose only round is longer than the run:
     forward, backward, optimizer, data and callbacks are the user's, on as many ranks, and within a round nothing is
@@ -239,7 +239,7 @@ def _trial(job: TrialJob, strategy: str, batch_size: int, rehearsal: Rehearsal) 
 
 
 def _paced(device: EmulatedDevice) -> dict[str, float]:
-    """Return what the report says of an emulated device, the user's or the pilot's."""
+    """Return the figures of an emulated device, the user's or the pilot's, for the report."""
     pacer = device.pacer
     assert pacer is not None  # it has trained
     step_s = pacer.step_s / pacer.speed
@@ -255,7 +255,7 @@ def _plan(strategy: str, watch: Watch, rehearsal: Rehearsal) -> dict[str, Any]:
         return {"plan": {"total_steps": total, "gradient_steps": 0 if strategy == LIMIT else total, "round_ends": []}}
     period, warmup_steps = in_rounds.round_rule
     if isinstance(period, FixedPeriod):
-        rates = [0.0] * total  # whatever they are
+        rates = [0.0] * total  # a period that does not depend on them
     elif rates is None:
         return {"problem": rehearsal.problem}
     elif any(abs(seen - known) > _SAME_RATE * abs(known) for seen, known in zip(watch.rates, rates, strict=False)):
@@ -294,10 +294,10 @@ def _gather(own: Any, trainer: Trainer, ledger: CommLedger) -> list[Any]:
 
 
 def main(job: TrialJob) -> int:
-    """Run a rank and tell of it on the standard output."""
+    """Run a rank and report its events on the standard output."""
 
     def emit(event: dict[str, Any]) -> None:
-        # in one piece: `print` may write the end of the line by itself, and other ranks write to the same pipe
+        # in one piece: `print` may write the end of the line separately, and other ranks write to the same pipe
         sys.stdout.write(f"\n{EVENT}{json.dumps(event)}\n")
         sys.stdout.flush()
 

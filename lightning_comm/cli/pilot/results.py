@@ -1,4 +1,4 @@
-"""A pilot's results on disk, written after each trial so that none is lost, and the lines that show how far it is."""
+"""A pilot's results on disk, written after each trial so that none is lost, and lines on its progress."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from lightning_comm.core.whole_files import write_text
 
 
 class Results:
-    """What a pilot has found so far, and the file that holds it.
+    """The results of a pilot so far, and the file that holds them.
 
     Args:
         folder: Where ``pilot.json`` is written.

@@ -10,8 +10,8 @@ def use_up_schedule(trainer: Trainer, module: LightningModule, total: int) -> li
     """Return the learning rate of every optimizer step of the run: the largest over the parameter groups.
 
     Lightning's own order of calls is followed, so a scheduler moves after as many batches or epochs as it would. The
-    Trainer's schedulers are used up by this and then taken away, so call it in a run whose weights nobody wants, before
-    its first step. Optimizers take no step.
+    Trainer's schedulers are used up by this and then taken away, so call it in a run whose weights are not needed,
+    before its first step. Optimizers take no step.
 
     Args:
         trainer: In front of its first batch.

@@ -1,4 +1,4 @@
-"""Callbacks of a pilot's trials: one rehearses and looks, the other takes the time of a few steps and ends the run."""
+"""Callbacks of a pilot's trials: one for the rehearsal, and one that times a few steps and ends the run."""
 
 import time
 from typing import Any
@@ -22,7 +22,7 @@ _LAST_LOSSES = 5  # steps whose mean is the loss after the pilot
 
 
 class Rehearsal(Callback):
-    """Takes two steps that nobody times, and learns what the trials need: batch, model, learning rates of the run."""
+    """Takes two untimed steps, and collects what the trials need: batch, model, learning rates of the run."""
 
     def __init__(self) -> None:
         self.batch_size: int | None = None
@@ -64,7 +64,7 @@ class Watch(Callback):
     Args:
         steps: Optimizer steps.
         warmup_steps: How many of them are not counted.
-        is_limit: Whether the strategy stands for no communication, and no round will end.
+        is_limit: Whether the strategy is the job without communication, in which no round ends.
 
     Raises:
         Refused: In training, if a round is too long to be measured.
@@ -92,7 +92,7 @@ class Watch(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for config in trainer.lr_scheduler_configs:
-            config.strict = False  # a plateau would end the trial for want of the validation that is left out
+            config.strict = False  # a plateau would end the trial because the validation is left out
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

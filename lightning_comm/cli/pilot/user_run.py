@@ -29,7 +29,7 @@ class UserRun:
         rank: This process's, if they exist already.
         started_externally: Whether they do: under torchrun, SLURM or the lab.
         trainer: Arguments of the Trainer that differ from the user's, on emulated hosts.
-        lab: The emulated hosts, as the variable that the lab sets says it; ``None`` on real ones.
+        lab: The emulated hosts, from the variable that the lab sets; ``None`` on real ones.
 
     """
 
@@ -44,8 +44,8 @@ def read_run(options: Options, arguments: Sequence[str]) -> UserRun:
     """Read the user's config and return where the run takes place. Nothing of the config is built.
 
     Raises:
-        Refused: If there can be no such ranks, or the config lacks what the options speak of.
-        SystemExit: From Lightning's parser, which says what is wrong with the config.
+        Refused: If there can be no such ranks, or the config lacks what the options refer to.
+        SystemExit: From Lightning's parser, with a message on what is wrong with the config.
 
     """
     with lightning_is_quiet():
@@ -87,8 +87,8 @@ def read_run(options: Options, arguments: Sequence[str]) -> UserRun:
 
 def _lab(options: Options) -> dict[str, Any] | None:
     if options.hosts is None:
-        told = os.environ.get(LAB_VARIABLE)
-        lab = None if told is None else dict(json.loads(told))
+        described = os.environ.get(LAB_VARIABLE)
+        lab = None if described is None else dict(json.loads(described))
     else:
         links = [options.link] * options.hosts if isinstance(options.link, str) else [*options.link]
         lab = {"hosts": options.hosts, "devices_per_host": options.devices_per_host, "links": links}

@@ -1,4 +1,4 @@
-"""The processes of a pilot: one a rank, started here or on emulated hosts, heard while they run, and ended together."""
+"""The processes of a pilot: one a rank, started here or on emulated hosts; their events, and their end."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from lightning_comm.cli.fresh_python import fresh_python
 from lightning_comm.cli.pilot.rank import EVENT, TrialJob
 from lightning_comm.lab.cluster import Lab
 
-_GRACE_S = 5.0  # for the others to say what they saw, once one has failed
+_GRACE_S = 5.0  # for the others to report their errors, once one has failed
 _SHOWN_OF_A_FAILURE = 15  # lines
 _PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
 
@@ -90,11 +90,11 @@ class _Worker:
     rank: int
     process: "subprocess.Popen[str]"
     error: str | None = None
-    error_of_another: bool = False  # whether it only says that another rank has failed
+    error_of_another: bool = False  # whether it is only that another rank has failed
     last: list[str] = field(default_factory=list)  # lines of its output
 
     def own_end(self) -> str | None:
-        """Return how the process ended, if that was not well and it could not say so itself."""
+        """Return how the process ended, if it failed and could not report that itself."""
         code = self.process.poll()
         if code is None or code == 0 or self.error is not None:
             return None
@@ -109,29 +109,29 @@ class _Worker:
 def run_workers(
     job: TrialJob, hosts: WorkerHosts, logs: Path, timeout_s: float
 ) -> Generator[dict[str, Any], None, None]:
-    """Start all ranks and yield what they tell, until all have ended; end them all when this is left.
+    """Start all ranks and yield their events, until all have ended; end them all when this is left.
 
     Args:
         job: What each has to do.
         hosts: Where they are.
         logs: A folder. Whatever else they print is added to one file a rank.
-        timeout_s: How long all of them may say nothing.
+        timeout_s: How long all of them may report nothing.
 
     Raises:
-        WorkerFailed: If one fails, or nothing is heard.
+        WorkerFailed: If one fails, or no rank reports anything in time.
 
     """
     command = fresh_python("lightning_comm.cli.pilot.rank", json.dumps(asdict(job)))
-    heard: queue.Queue[tuple[int, str | None]] = queue.Queue()
+    lines: queue.Queue[tuple[int, str | None]] = queue.Queue()
     workers: list[_Worker] = []
     try:
         for rank in range(hosts.ranks):
             workers.append(_Worker(rank, hosts.start(command, rank)))
-            threading.Thread(target=_listen, args=(workers[-1], heard, logs), daemon=True).start()
+            threading.Thread(target=_read_output, args=(workers[-1], lines, logs), daemon=True).start()
         running = hosts.ranks
         while running:
             try:
-                rank, event = _next(heard, timeout_s)
+                rank, event = _next(lines, timeout_s)
             except queue.Empty:
                 raise WorkerFailed(
                     f"nothing was heard of any rank for {timeout_s:g} s. `--timeout` allows more; what they printed is "
@@ -150,16 +150,16 @@ def run_workers(
         hosts.end()
 
 
-def _next(heard: "queue.Queue[tuple[int, str | None]]", timeout_s: float) -> tuple[int, dict[str, Any] | None]:
-    rank, line = heard.get(timeout=timeout_s)
+def _next(lines: "queue.Queue[tuple[int, str | None]]", timeout_s: float) -> tuple[int, dict[str, Any] | None]:
+    rank, line = lines.get(timeout=timeout_s)
     return rank, None if line is None else json.loads(line)
 
 
-def _listen(worker: _Worker, heard: "queue.Queue[tuple[int, str | None]]", logs: Path) -> None:
+def _read_output(worker: _Worker, lines: "queue.Queue[tuple[int, str | None]]", logs: Path) -> None:
     """Sort the lines of a process into events and its log, until it closes its output."""
     assert worker.process.stdout is not None
     log = None
-    with suppress(OSError):  # a full disk must not stop the pilot from hearing its ranks
+    with suppress(OSError):  # a full disk must not keep the pilot from reading its ranks' output
         log = (logs / f"rank{worker.rank}.log").open("a", buffering=1)
     for line in worker.process.stdout:
         if line.startswith(EVENT):
@@ -168,7 +168,7 @@ def _listen(worker: _Worker, heard: "queue.Queue[tuple[int, str | None]]", logs:
             if event["event"] == "failed":
                 worker.error = f"rank {worker.rank}: {event['error']}"
                 worker.error_of_another = event.get("of_another", False)
-            heard.put((worker.rank, text))
+            lines.put((worker.rank, text))
             continue
         if line.strip():
             worker.last = [*worker.last[-_SHOWN_OF_A_FAILURE + 1 :], line.rstrip("\n")]
@@ -179,7 +179,7 @@ def _listen(worker: _Worker, heard: "queue.Queue[tuple[int, str | None]]", logs:
     if log is not None:
         with suppress(OSError):
             log.close()
-    heard.put((worker.rank, None))
+    lines.put((worker.rank, None))
 
 
 def _wait_for_others(workers: list[_Worker]) -> None:
@@ -194,5 +194,5 @@ def _first_error(workers: list[_Worker], first: int) -> str:
         if (end := worker.own_end()) is not None:
             return end
     failed = [worker for worker in (workers[first], *workers) if worker.error is not None]
-    # a rank that fails stays until the others have heard of it, so theirs may be the first word
+    # a rank that fails stays until the others have learned of it, so their errors may come first
     return str(min(failed, key=lambda worker: worker.error_of_another).error)

@@ -1,4 +1,4 @@
-"""``lightning-comm probe``: measures the link between the ranks of a job, says what it is like, and saves it.
+"""``lightning-comm probe``: measures the link between the ranks of a job, prints a report, and saves the figures.
 
 Processes are started, and torchrun and SLURM recognised, by Lightning; what is measured is in
 :mod:`lightning_comm.instruments.probe`.
@@ -46,7 +46,7 @@ _ALONE = (
 
 
 def main(args: Sequence[str]) -> int:
-    """Measure the link and print what it is like; return 0, 1 if it failed, or 2 if nothing could be measured.
+    """Measure the link and print the report; return 0, 1 if it failed, or 2 if nothing could be measured.
 
     Args:
         args: The arguments after ``lightning-comm probe``.
@@ -156,15 +156,15 @@ class _PatientAtStart(DDPStrategy):
 
 def _settle(name: str, asked: int | None, found: int | None) -> int | None:
     if asked is not None and found is not None and asked != found:
-        # All would wait for ranks that nobody starts.
+        # All ranks would wait for others that are never started.
         raise ValueError(f"`{name}` must be what the launcher has, {found}; got {asked}. Leave it away.")
     return found if asked is None else asked
 
 
 def shape_of_job(environ: Mapping[str, str]) -> tuple[int | None, int | None]:
-    """Return processes a host, and hosts, as the launcher has them in the environment; ``None`` where it says nothing.
+    """Return processes a host, and hosts, from the launcher's environment variables; ``None`` where they are not set.
 
-    Lightning wants both numbers told, and checks them against the launcher's.
+    Lightning requires both numbers, and compares them with the launcher's.
 
     Example:
         >>> shape_of_job({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"})
@@ -188,7 +188,7 @@ def _host(node: int) -> str:
 
 
 def _problem_with(out: Path) -> str | None:
-    """Say why a file cannot be written, or return ``None``. A file that is there is left as it is."""
+    """Return why a file cannot be written, or ``None``. A file that is there is left as it is."""
     try:
         if out.is_dir():
             raise IsADirectoryError(f"It is a folder: {str(out)!r}")

@@ -1,1 +1,1 @@
-"""Shares of a global batch for ranks of unequal speed: how they are solved for, kept, learnt and moved."""
+"""Shares of a global batch for ranks of unequal speed: their computation from measured speeds, and their changes."""

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 from lightning_comm.core.adaptive_partition.shares import UNBOUNDED, solve_partition
 from lightning_comm.core.adaptive_partition.speed import DISTINCT, FORGETTING, SpeedModel
 
-# Windows of evidence (SpeedModel.evidence: 1, 1.8, 2.4, 3, ... below 5) with less of which a gain must be larger by as
-# much. The median of 20 steps with 10 % jitter spreads by 2.8 %, so eight equal ranks look 4 % apart from their mean
-# after one window, and 1.3 % once smoothed. The loop of tests/core/adaptive_partition/test_balancing.py, with 200 seeds
-# of 75 windows for 4 and 8 ranks, with and without 1 % spikes: no move at all. Without the factor one run in twenty
-# moves after a window.
+# Windows of evidence (SpeedModel.evidence: 1, 1.8, 2.4, 3, ... below 5). With less evidence, a gain must be larger in
+# inverse proportion. The median of 20 steps with 10 % jitter spreads by 2.8 %, so eight equal ranks look 4 % apart from
+# their mean after one window, and 1.3 % once smoothed. In the loop of tests/core/adaptive_partition/test_balancing.py,
+# with 200 seeds of 75 windows for 4 and 8 ranks, with and without 1 % spikes, shares never moved. Without the factor
+# one run in twenty moves after a window.
 _CERTAIN_WINDOWS = 3.0
 
 
 class Forecast(NamedTuple):
-    """What the shares in force cost and what the best ones would."""
+    """The cost of the shares in force, and that of the best ones."""
 
     sizes: tuple[int, ...]
     """The best shares now, samples by rank."""
@@ -56,9 +56,9 @@ class Balancer:
 
     Note:
         *What it reaches.* Within 5 % of the optimum in three windows after the first shares could be applied, or after
-        speeds changed. One size does not tell fixed from per-sample time: where ranks spend more than three quarters of
-        a batch on what does not depend on its size, or only the per-sample time changed, the possible gain is
-        predicted too small, and a step may stay 10 to 15 % above the optimum.
+        speeds changed. With one size, fixed and per-sample time cannot be told apart: where ranks spend more than three
+        quarters of a batch on work that does not depend on its size, or only the per-sample time changed, the possible
+        gain is predicted too small, and a step may stay 10 to 15 % above the optimum.
 
         *Communication.* None: the caller gathers the windows.
 
@@ -220,7 +220,7 @@ class Balancer:
 def memory_cap(
     observed: Sequence[tuple[int, int]], total_bytes: int, present: int, share: float = 0.9, growth: float = 1.25
 ) -> int:
-    """Return the most samples that a rank's memory holds, as far as can be told from peaks.
+    """Return the most samples that a rank's memory holds, estimated from measured peaks.
 
     Peaks at sizes that differ by more than 5 % give a line ``m0 + m1 * samples``, raised so that no peak lies above
     it. With one size only, or peaks that do not grow with the size, ``growth`` times what is known to fit.

@@ -25,7 +25,7 @@ class Place(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """What each rank takes of a global batch, from a place on."""
+    """The samples of each rank of a global batch, from a place on."""
 
     place: Place
     sizes: tuple[int, ...]

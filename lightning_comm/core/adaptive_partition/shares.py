@@ -1,7 +1,7 @@
 """Shares of a global batch in whole samples, for ranks of unequal speed: who computes how much.
 
-Standard library only. Measured seconds come in as numbers and numbers of samples go out, so the callback that moves
-shares, the loader that splits a step and the page that says what other shares would gain all ask this file.
+Standard library only. Measured seconds come in as numbers and numbers of samples go out, so the callback that changes
+shares, the loader that splits a step and the page that shows the gain of other shares all use this file.
 """
 
 import heapq
@@ -13,7 +13,7 @@ UNBOUNDED = 2**62  # samples; more than any batch, where a rank has no upper bou
 
 
 class RankCost(NamedTuple):
-    """How long a rank takes for a batch: ``fixed_s + per_sample_s * samples`` seconds.
+    """The time of a batch on a rank: ``fixed_s + per_sample_s * samples`` seconds.
 
     Example:
         >>> RankCost(fixed_s=0.5, per_sample_s=0.25).seconds(4)
@@ -199,7 +199,7 @@ def _time_limit(costs: Sequence[RankCost], total: int, least: list[int], most: l
     while sum(_done_by(high, costs, least, most)) < total and math.isfinite(high):
         low, high = high, 2 * high
     if not math.isfinite(high):
-        return 0.0  # a rank that never ends must take some: all is dealt out one by one
+        return 0.0  # some rank never ends and must still take samples: all are dealt out one by one
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(_done_by(middle, costs, least, most)) <= total else (low, middle)

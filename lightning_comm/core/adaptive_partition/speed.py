@@ -9,8 +9,8 @@ from typing import Any
 
 from lightning_comm.core.adaptive_partition.shares import RankCost
 
-FORGETTING = 0.8  # a window: what it weighs against the next one
-DISTINCT = 0.05  # relative: sizes further apart than this tell fixed from per-sample time
+FORGETTING = 0.8  # the weight of a window relative to the next one
+DISTINCT = 0.05  # relative: from sizes further apart than this, fixed and per-sample time are told apart
 # Relative: a window further from the model than this is no jitter. The median of 20 steps that jitter by 10 % itself
 # spreads by 1.25 * 10 % / sqrt(20) = 2.8 %, and the model by less, so this is about four times the spread.
 # Of 864 simulated changes of speed, without noise, 9 were more than 5 % off the optimum 3 windows later; 27 with 0.2.
@@ -23,7 +23,7 @@ _BORROWED_WEIGHT = 0.5  # of a size measured before a change of speed
 
 @dataclass
 class _Size:
-    """The smoothed seconds of one batch size, and the windows that they rest on, discounted."""
+    """The smoothed seconds of one batch size, and the discounted number of windows behind them."""
 
     samples: int
     seconds: float
@@ -44,7 +44,7 @@ class SpeedModel:
     by keeps its proportion of fixed to per-sample time; after some 20 windows they are forgotten. A window more than
     12 % off the model, at a size that is known, is held back. If the next is off to the same side, the rank has changed
     its speed: the model then goes through these two, and of what came before only that proportion counts, until two
-    sizes were measured anew.
+    sizes have been measured again.
 
     Note:
         *Communication.* None. *Memory.* The sizes of some 20 windows.
@@ -170,6 +170,6 @@ class SpeedModel:
 
 
 def _differ(sizes: list[_Size]) -> bool:
-    """Return whether sizes lie far enough apart to tell fixed from per-sample time."""
+    """Return whether sizes are far enough apart to separate fixed from per-sample time."""
     counts = [size.samples for size in sizes]
     return bool(counts) and max(counts) > (1 + DISTINCT) * min(counts)

@@ -1,1 +1,1 @@
-"""What compressions send, as formulas, and when weights are pruned."""
+"""Bytes of compressions, as formulas, and the schedule by which weights are pruned."""

@@ -1,6 +1,7 @@
-"""What each compression sends, as formulas, and on which links it pays. Numbers only, for the docs and for planning.
+"""Bytes that each compression sends, as formulas, and the links on which it pays; for the docs and for planning.
 
-``lightning_comm.transport.compression`` does what is computed here; a test holds its ledger to these formulas.
+Numbers only. ``lightning_comm.transport.compression`` sends what is computed here; a test compares its ledger with
+these formulas.
 """
 
 import math
@@ -13,7 +14,7 @@ _SCALE_BYTES = 4
 
 
 class Part(NamedTuple):
-    """One message of a rank: the kind of collective and what it hands over, in bytes."""
+    """One message of a rank: the kind of collective, and the bytes that the rank passes to it."""
 
     kind: str
     payload_bytes: int

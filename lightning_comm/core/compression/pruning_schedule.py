@@ -1,4 +1,4 @@
-"""When weights are pruned, how many of them, and from which kept share on it no longer pays to leave the others out.
+"""The schedule of a pruning, and the kept share above which it no longer pays to leave pruned entries out.
 
 Standard library only, and no messages: numbers go in and a share comes out, the same on every rank.
 """
@@ -10,7 +10,7 @@ from lightning_comm.core.arguments import is_whole
 
 @dataclass(frozen=True)
 class PruningSchedule:
-    r"""At which optimizer steps weights are pruned, and what share of them then is.
+    r"""The optimizer steps at which weights are pruned, and the share of pruned weights from each of them on.
 
     Without ``end_step`` all are pruned at once, before step ``start_step``. With it they are pruned bit by bit, every
     ``every_steps`` steps and at last before step ``end_step``, until the share

@@ -4,14 +4,14 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-STAGES_PER_WORKER = 3  # more stages are smaller messages, finer overlap; beyond this their latency counts
+STAGES_PER_WORKER = 3  # more stages give smaller messages and finer overlap, but beyond this latency dominates
 
 
 def default_stages(units: int, workers: int, lag: int = 0) -> int:
-    """Return how many stages to cut a model into: three for each worker, if it has so many parts to cut between.
+    """Return how many stages to cut a model into: three for each worker, if the model has enough modules.
 
     Args:
-        units: How many modules with parameters can be told apart.
+        units: How many modules with parameters there are, between which cuts may be.
         workers: N, at least 1.
         lag: The schedule's; above 0 it needs as many stages as workers.
 
@@ -39,7 +39,7 @@ def default_stages(units: int, workers: int, lag: int = 0) -> int:
 
 
 def balanced_cuts(costs: Sequence[float], parts: int) -> list[int]:
-    """Return where each of so many contiguous groups begins, such that the greatest sum of costs is smallest.
+    """Return where each of a number of contiguous groups begins, such that the greatest sum of costs is smallest.
 
     Of such cuts it is one with the least sum of squares, since the group that decides the greatest sum would otherwise
     leave all others to chance. The answer is exact. Of several, the one whose list of first indices is
@@ -103,7 +103,7 @@ def _most_even(sizes: Sequence[int], parts: int, limit: int) -> list[int]:
     """Return where groups begin that are all within the limit, with the least sum of squares."""
     count = len(sizes)
     squares: list[int | None] = [None] * count + [0]  # of what begins there, in so many groups; None: it cannot be
-    ends: list[list[int]] = []  # for ever more groups: where the first of them ends
+    ends: list[list[int]] = []  # for one, two, ... groups: where the first of them ends
     for _ in range(parts):
         least: list[int | None] = [None] * (count + 1)
         end = [0] * (count + 1)

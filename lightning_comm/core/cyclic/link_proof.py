@@ -1,4 +1,4 @@
-"""A proof that no worker waits for ever where each stage has threads of its own and messages share a send window.
+"""A proof that workers cannot deadlock where each stage has threads of its own and messages share a send window.
 
 That is how the ring works on gloo. On each worker every stage has two lanes, one for sums and one for new versions, and
 compute. A lane asks for the message of a step once this worker has begun the step and the lane is done with the step
@@ -32,7 +32,7 @@ def check_links(
     asked_late: bool = False,
     previous_norm: bool = False,
 ) -> int:
-    """Prove that no send window makes workers wait in a circle, or say in which.
+    """Prove that no send window makes workers wait in a circle; raise with the circle if one does.
 
     Under ``"v1"`` and with two workers there is no window: all is sent at once, and memory is written again when the
     receiver has asked for what was sent from it. That is what is checked then.

@@ -2,7 +2,7 @@
 
 A worker has three threads of control. One computes. One handles the sums of gradients, one the new versions of the
 parameters, each a stage after the other in a fixed order; messages between two workers are received in the order in
-which they were sent. Every event waits for others, and as long as these waits have no cycle, no worker waits for ever.
+which they were sent. Every event waits for others, and as long as these waits have no cycle, there is no deadlock.
 That is how the ring works on NCCL. :mod:`lightning_comm.core.cyclic.link_proof` is about gloo, where each stage has
 threads of its own and what waits for a link is sent in the order of urgency, through a window.
 
@@ -22,7 +22,7 @@ from lightning_comm.core.cyclic.stagger import token_boundary
 
 
 class ScheduleError(ValueError):
-    """A schedule cannot be carried out: it would lose a message, read a wrong version, or wait for ever."""
+    """A schedule cannot be carried out: it would lose a message, read a wrong version, or deadlock."""
 
 
 class Event(NamedTuple):
@@ -67,7 +67,7 @@ def check_schedule(
     transfers: Callable[[int], Iterable[Transfer]] | None = None,
     order: Callable[[int], Sequence[int]] | None = None,
 ) -> ScheduleProof:
-    """Prove that the steps of a schedule can be carried out, or say what stands against it.
+    """Prove that the steps of a schedule can be carried out; raise with the cause if they cannot.
 
     It is carried out in order, as NCCL does it; :func:`~lightning_comm.core.cyclic.link_proof.check_links` is for gloo.
     Checked are: the transfers sent, those received and the table of transfers are the same, in the same order at both
@@ -80,7 +80,7 @@ def check_schedule(
         steps: How many steps. The waits of a step reach back by two steps at most, so that 4 show all there are.
         flush_after: After how many steps all workers meet and use the newest version of everything.
         stagger: Whether a worker begins a step only after the one before it has come so far in it as
-            :func:`~lightning_comm.core.cyclic.stagger.token_boundary` says, and the first one after the last.
+            :func:`~lightning_comm.core.cyclic.stagger.token_boundary` returns, and the first one after the last.
         asked_late: Whether a worker asks for a message only when its own gradient of the stage is there, or on its way,
             as on NCCL, where a receive occupies the device.
         forward_share: For the stagger, the part of a step's time that its forward takes.
@@ -289,7 +289,7 @@ class _Waits:
 
 
 def stage_pass(schedule: CyclicSchedule, worker: int, step: int, number: int) -> Event:
-    """Return the event that is a worker's so-manieth pass of a step, from 0."""
+    """Return the event that is a worker's pass of a step with that number, from 0."""
     if number < schedule.stages:
         return Event("forward", worker, number, step)
     return Event("backward", worker, 2 * schedule.stages - 1 - number, step)

@@ -1,8 +1,8 @@
-"""Cyclic Data Parallelism: whose turn it is, which version of the parameters each uses, and who sends what to whom.
+"""The schedule of Cyclic Data Parallelism: turns, versions of the parameters, and messages between workers.
 
 Numbers only. Workers are ranks, counted from 0; stages are counted from 0 at the input; *version v* of a stage is what
 it holds after ``v`` optimizer steps. The strategy that trains, the reference on one device and the checker
-(:mod:`lightning_comm.core.cyclic.proof`) ask this file.
+(:mod:`lightning_comm.core.cyclic.proof`) use this file.
 """
 
 import itertools
@@ -18,7 +18,7 @@ RULES: tuple[Rule, ...] = ("v1", "v2")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What a worker does in one slot: one stage, forward or backward, of its micro-batch of one step."""
+    """The work of a worker in one slot: one stage, forward or backward, of its micro-batch of one step."""
 
     step: int
     stage: int
@@ -27,7 +27,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One planned message between neighbours on the ring; `transport.cyclic.messages` has those that travel.
+    """One planned message between neighbours on the ring; the messages themselves are in `transport.cyclic.messages`.
 
     Args:
         kind: ``"gradient"``: the sum of the gradients of a step so far; ``"parameters"``: a new version.
@@ -47,7 +47,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class CyclicSchedule:
-    r"""The rules of Cyclic Data Parallelism for so many workers and stages.
+    r"""The rules of Cyclic Data Parallelism for given numbers of workers and stages.
 
     A stage's *owner* is the first worker that needs its newest version. It keeps the stage's optimizer state, adds its
     gradient last, and passes the new version on.
@@ -58,9 +58,10 @@ class CyclicSchedule:
         rule: ``"v1"``: every worker computes each step with the parameters of one update ago; ``"v2"``: with the newest
             ones where its turn comes late enough for them: worker i (from 0) at stage j if
             :math:`j / S \ge (N - 1 - i) / N`.
-        lag: So many workers later than ``"v2"`` the newest parameters count as fresh; 0 to N, and N is ``"v1"``. Above
-            0 only where S = N.
-        warmup_sync_steps: So many steps at first all use the newest parameters, as plain data parallelism does.
+        lag: By how many workers later than under ``"v2"`` the newest parameters count as fresh; 0 to N, and N is
+            ``"v1"``. Above 0 only where S = N.
+        warmup_sync_steps: For this many steps at the start all use the newest parameters, as plain data parallelism
+        does.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -229,7 +230,7 @@ class CyclicSchedule:
     def urgency(self, source: int, kind: TransferKind, stage: int, step: int, flushed_at: int = 0) -> tuple[int, int]:
         """Return what orders the transfers that wait for a link: the smaller goes first.
 
-        A worker that has not passed a flush asks for nothing of the steps behind it, so all from before it goes first.
+        A worker that has not passed a flush receives nothing of the steps after it, so all from before it goes first.
         While all workers use the newest version, or all the one before, none is behind another: slots count no delay.
 
         Args:

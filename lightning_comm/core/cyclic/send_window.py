@@ -1,24 +1,24 @@
-"""The send window of a link: which of the messages that wait for it may be given to the socket."""
+"""The send window of a link: it decides which of the waiting messages are given to the socket."""
 
 import heapq
 
 Urgency = tuple[int, ...]
 
-MESSAGES = 2  # one travels while the acknowledgement of the one before it comes back
-SMALL_BYTES = 2**17  # small messages: as many as this holds
+MESSAGES = 2  # so the link is busy while the acknowledgement of the message before comes back
+SMALL_BYTES = 2**17  # of small messages there may be more, up to this many bytes together
 
 
 class SendWindow:
     """Lets the messages of a link go, the most urgent first, no more than a few at a time.
 
-    A message may go if fewer than ``messages`` are on their way, or if those that are hold little together with it, or
-    if it is more urgent than all of them. Without the last of these ranks could wait in a circle: a message may be on
-    its way to a rank that does not receive it yet, since it waits itself for one that is behind it.
-    :func:`lightning_comm.core.cyclic.link_proof.check_links` shows for which urgencies it is enough.
+    A message may go if fewer than ``messages`` are on their way, or if it and they are small together, or if it is more
+    urgent than all of them. Without the last rule ranks could deadlock: a message may be on its way to a rank that does
+    not receive it yet, because that rank waits for a message that is queued behind it.
+    :func:`lightning_comm.core.cyclic.link_proof.check_links` shows for which urgencies this rule suffices.
 
     Args:
         messages: How many may be on their way at a time; at least 1.
-        small_bytes: More, as long as all of them hold no more than this.
+        small_bytes: There may be more messages, as long as all together hold no more bytes than this.
 
     Note:
         *Communication.* None.
@@ -41,7 +41,7 @@ class SendWindow:
         self._on_the_way: dict[int, tuple[Urgency, int]] = {}  # by name
 
     def add(self, name: int, urgency: Urgency, message_bytes: int) -> None:
-        """Let a message wait; what has the smaller urgency goes first, and of equal ones that with the smaller name."""
+        """Queue a message; the smallest urgency goes first, and of equal ones the smallest name."""
         heapq.heappush(self._waiting, (urgency, name, message_bytes))
 
     def let_go(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""The clock of local updates, which counts steps and says when a round is over, and the rules that it asks.
+"""The clock of local updates, which counts steps and ends rounds by a period rule.
 
 Standard library only, and no messages: the strategy that trains and the pilot that plans a run use the same clock.
 """
@@ -31,7 +31,7 @@ __all__ = [
 
 @dataclass
 class RoundClock:
-    """Counts optimizer steps and says when a round is over.
+    """Counts optimizer steps and decides when a round is over.
 
     Deciding a length and beginning a round are two calls, because one rank decides for all.
 
@@ -224,7 +224,7 @@ def ends_of_equal_rounds(clock: RoundClock, length: int, steps: int) -> Collecti
     """Return what :func:`ends_to_come` does where rounds are of one length; by arithmetic, however long the run.
 
     Args:
-        clock: Of the run; a round that has begun ends where it says.
+        clock: Of the run; a round that has begun keeps its end.
         length: Of the other rounds, in steps.
         steps: Optimizer steps to come.
 

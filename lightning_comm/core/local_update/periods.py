@@ -1,4 +1,4 @@
-"""Period rules: how many steps each rank trains by itself before parameters are averaged.
+"""Period rules: the number of local updates of each rank before parameters are averaged.
 
 Standard library only. A learning rate comes in as a number and a period goes out as a number, so the strategy that
 trains, the pilot that plans the rest of a run and the pages that show its rounds ask the same rule.
@@ -43,7 +43,7 @@ class PeriodRule(ABC):
     def warmup_period_steps(self, *, lr: float, step: int) -> int:
         """Return the length of a round that starts while the learning rate is still rising.
 
-        A rule that would misread a small rate in warm-up as one at the end of the run answers here with its floor.
+        A rule that would take a small rate in warm-up for one at the end of the run returns its floor here.
         """
         return self.period_steps(lr=lr, step=step)
 
@@ -59,7 +59,7 @@ class FixedPeriod(PeriodRule):
         ValueError: If ``steps`` is not a whole number of at least 1.
 
     Note:
-        *Communication.* None. One rank asks, and the answer travels with the synchronisation.
+        *Communication.* None. One rank asks the rule, and its answer is sent with the synchronisation.
 
     Example:
         >>> FixedPeriod(8).period_steps(lr=0.1, step=0)
@@ -108,7 +108,7 @@ class PowerPeriod(PeriodRule):
         one part in 10\ :sup:`9` below a whole number counts as that number, so the answer here is 9. The authors' code
         takes the plain floor; below 10\ :sup:`9` steps the two differ by at most one.
 
-        *Communication.* None. One rank asks, and the answer travels with the synchronisation.
+        *Communication.* None. One rank asks the rule, and its answer is sent with the synchronisation.
 
     Example:
         >>> PowerPeriod(alpha=0.2, exponent=1.0, h_base=2).period_steps(lr=0.01, step=0)
@@ -146,8 +146,8 @@ class QuadraticPeriod(PeriodRule):
 
     .. math:: H(\eta) = \max\bigl(H_{base},\; \lfloor (\alpha / \eta)^2 \rfloor\bigr)
 
-    optimizer steps, so halving the learning rate quarters how often workers talk. While the quadratic term is small,
-    the floor :math:`H_{base}` holds.
+    optimizer steps, so at half the learning rate ranks synchronise a quarter as often. While the quadratic term is
+    small, the floor :math:`H_{base}` holds.
 
     Args:
         alpha: The learning rate at which the quadratic term equals one step. Same unit as the optimizer's ``lr``; at
@@ -166,7 +166,7 @@ class QuadraticPeriod(PeriodRule):
     Note:
         *Rounding.* As in :class:`PowerPeriod`: a square within rounding below a whole number counts as that number.
 
-        *Communication.* None. One rank asks, and the answer travels with the synchronisation.
+        *Communication.* None. One rank asks the rule, and its answer is sent with the synchronisation.
 
     Example:
         >>> rule = QuadraticPeriod(alpha=0.3, h_base=4)

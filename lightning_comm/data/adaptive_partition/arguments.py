@@ -88,7 +88,7 @@ def check_batches(batches: GlobalBatches, sampler: Any = None) -> None:
     """Refuse data that make no batch, as a sampler counts them if there is one.
 
     Raises:
-        ValueError: If there is none, or ``tail`` is no word for what to do.
+        ValueError: If there is none, or ``tail`` is none of its values.
 
     """
     if batches.tail not in TAILS:

@@ -1,7 +1,7 @@
 """A loader that slices a fixed global batch by shares that may change while training runs.
 
-torch.utils.data only. It is not a ``DataLoader``, so that Lightning leaves it as it is, and owns one. Lightning finds
-``set_epoch``, ``state_dict`` and ``load_state_dict`` on it by itself.
+torch.utils.data only. It is not a ``DataLoader``, so that Lightning leaves it as it is, and owns one. Lightning calls
+its ``set_epoch``, ``state_dict`` and ``load_state_dict``.
 """
 
 import time
@@ -112,7 +112,7 @@ class PartitionedLoader:
         """Return a loader with the dataset, sampler, workers and other options of a ``DataLoader``.
 
         Args:
-            loader: A plain one, made for a single process. Its ``generator`` is left aside.
+            loader: A plain one, made for a single process. Its ``generator`` is not used.
             global_batch_size: Samples per step of all ranks together; ``None`` takes the loader's ``batch_size`` times
                 the ranks of the process group.
             seed: Decides the order.
@@ -145,7 +145,7 @@ class PartitionedLoader:
         batches = iter(self._inner)
         while True:
             self._position.check_alone(begun)
-            if not self._followed:  # whoever follows a plan weighs by it
+            if not self._followed:  # code that follows a plan applies the weights
                 self._latest.warn_if_unread()
             try:
                 batch = next(batches)
@@ -200,7 +200,7 @@ class PartitionedLoader:
         return self._position.settings
 
     def order_fingerprint(self) -> int:
-        """Return 48 bits that tell the order of the present pass from others, to compare ranks."""
+        """Return 48 bits that identify the order of the present pass, to compare ranks."""
         return self._position.order_fingerprint()
 
     def state_dict(self) -> dict[str, int | str]:

@@ -65,7 +65,7 @@ class LoaderPosition:
         }
 
     def order_fingerprint(self) -> int:
-        """Return 48 bits that tell the order of the present pass from others."""
+        """Return 48 bits that identify the order of the present pass."""
         return self._order.fingerprint(self.now.epoch, self.now.passes)
 
     def begin_epoch(self, epoch: int) -> None:
@@ -79,7 +79,7 @@ class LoaderPosition:
         """Begin a pass at the position that was loaded, or at its start.
 
         Args:
-            warns: Whether this rank says that batches of a resumed run come twice; one of all ranks does.
+            warns: Whether this rank warns that batches of a resumed run come twice; one of all ranks does.
 
         Returns:
             The pass, to count its batches by.

@@ -1,4 +1,4 @@
-"""Slices of global batches: the index lists of one rank, which an inner ``DataLoader`` is fed with."""
+"""Slices of global batches: the index lists of one rank, for an inner ``DataLoader``."""
 
 import warnings
 from collections import deque
@@ -80,7 +80,7 @@ class LatestSlice:
         return self._slice
 
     def warn_if_unread(self) -> None:
-        """Warn, once, of a batch that ranks shared unevenly and whose weight nobody has read."""
+        """Warn, once, of a batch that ranks shared unevenly and whose weight has not been read."""
         last = self._slice
         if last is None or self._was_read or self._warned or len(set(last.sizes)) == 1:
             return

@@ -1,1 +1,1 @@
-"""An emulated device: a module that computes at the pace of a device of a stated speed."""
+"""An emulated device: a module that computes as fast as a device of a stated speed."""

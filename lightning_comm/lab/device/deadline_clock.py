@@ -1,4 +1,4 @@
-"""The clock of an emulated device: it sleeps until deadlines, and counts what was real compute and what was late."""
+"""The clock of an emulated device: it sleeps until deadlines, and counts real compute and late deadlines."""
 
 import time
 

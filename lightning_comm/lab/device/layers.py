@@ -1,4 +1,4 @@
-"""The layers of a module: which can be paced, which ran, and how much work a call was."""
+"""The layers of a module: which can be slowed down, which ran, and how much work a call was."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
-"""Emulated devices: a module computes at the pace of a device of a stated speed, layer by layer.
+"""Emulated devices: a module computes as fast as a device of a stated speed, layer by layer.
 
-The real compute runs as ever, with the same results. Around it a :class:`DevicePacer` sleeps until the moment at which
-the emulated device would have finished the layer. Sleeping leaves the processor to other ranks and to the threads that
-communicate, so several devices can share a few cores and communication overlaps with compute as it would on them.
+The real compute runs unchanged, with the same results. Around it a :class:`DevicePacer` sleeps until the moment at
+which the emulated device would have finished the layer. Sleeping leaves the processor to other ranks and to the threads
+that communicate, so several devices can share a few cores and communication overlaps with compute as it would on them.
 """
 
 import functools
@@ -28,8 +28,8 @@ class DevicePacer:
     samples take time in proportion. Each layer has a deadline within its pass, by its share of the multiply-adds: a
     forward hook sleeps until then, and in backward a hook on each parameter does, *before* the gradient is handed on.
     So DDP sends its buckets at the moments at which the device would. The deadlines include the real compute: a late
-    layer takes nothing from those behind it as long as there is slack. What waits for others in the middle of a pass
-    has to say so by :meth:`idle`, or that wait would pass for compute.
+    layer takes nothing from those behind it as long as there is slack. Code that waits for other ranks in the middle of
+    a pass has to report that by :meth:`idle`, or the wait would count as compute.
 
     The first step after :meth:`attach`, and after a parameter begins to require gradients, finds out which layers run;
     it is lengthened as a whole. A step that is late by more than 1 % of its time, and by more than 1 ms, is an overrun,
@@ -41,7 +41,7 @@ class DevicePacer:
     others. Layers without parameters count towards the next one that has some.
 
     Args:
-        module: What to pace; its parameters must be on the CPU, where alone sleeping slows compute.
+        module: The module to slow down; its parameters must be on the CPU: only there a sleep delays compute.
         step_s: Seconds that ``batch_size`` samples take on a device of speed 1; more than 0.
         batch_size: Samples, at least 1.
         forward_share: The forward pass's share of the time; more than 0, less than 1.
@@ -183,7 +183,7 @@ class DevicePacer:
         return clock.paced_s / clock.stated_s - 1 if clock.stated_s else 0.0
 
     def summary(self) -> str:
-        """Say in one sentence or two that the device is emulated, how fast it is, and whether it kept its pace."""
+        """Return a sentence or two: that the device is emulated, how fast it is, and whether it kept that speed."""
         text = (
             f"Emulated device: {self.batch_size} samples take {self.step_s / self.speed:g} s (step_s={self.step_s:g}, "
             f"speed={self.speed:g}). {self.steps} steps took {100 * self.excess:.1f} % longer than that; "

@@ -9,7 +9,7 @@ from typing import Any
 
 # Set by the lab; the two variables that are read outside of the command line.
 SPEED_VARIABLE = "LIGHTNING_COMM_SPEED"
-SPEED_TAKEN_VARIABLE = "LIGHTNING_COMM_SPEED_TAKEN"  # a file that is made once a process has taken its speed
+SPEED_TAKEN_VARIABLE = "LIGHTNING_COMM_SPEED_TAKEN"  # a file that is made once a process has read its speed
 
 
 def emulated_speed() -> float:

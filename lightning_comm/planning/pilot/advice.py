@@ -13,12 +13,12 @@ BEYOND_LIMIT = 0.02  # a strategy that is faster than the job without communicat
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do, and why.
+    """A recommendation and its reasons.
 
     Args:
         headline: The answer in one sentence.
         reasons: What it rests on.
-        bottleneck: Whether communication is the bottleneck; ``None`` where that cannot be said.
+        bottleneck: Whether communication is the bottleneck; ``None`` where that is not decided.
         best: The strategy that is recommended; ``None`` for none.
 
     """
@@ -64,7 +64,7 @@ def advise(summaries: Mapping[str, Summary], option: str = "--repeats") -> Advic
     elif bottleneck is False:
         headline, best = _not_bound(ceiling), None
     elif best is not None:
-        headline = f"Try `{best.strategy}`: it is {_told(best.speedup)}{_of_the_run(best, summaries[BASELINE])}."
+        headline = f"Try `{best.strategy}`: it is {_shown(best.speedup)}{_of_the_run(best, summaries[BASELINE])}."
         reasons += _equals(best, ranked)
     elif (open_ones := _undecided(ceiling, ranked, bottleneck)) != []:
         headline = _contains_1(open_ones, more)
@@ -85,8 +85,8 @@ def _pays(ratio: float) -> bool:
 def _contradicts(one: Summary, limit: Summary) -> bool:
     """Return whether a strategy is faster than the job without communication, which cannot be.
 
-    Either by their own ratio, where it is above 1 for sure and by more than :data:`BEYOND_LIMIT`, or because the one is
-    faster than DDP for sure, by something that pays, and the other is not.
+    Either by their own ratio, where its interval is above 1 and it exceeds 1 by more than :data:`BEYOND_LIMIT`, or
+    because the one is certainly faster than DDP, by a factor that pays, and the other is not.
     """
     against = Ratio.of(limit.run_step_by_repeat, one.run_step_by_repeat)
     if against is not None and against.faster and against.mean > 1 + BEYOND_LIMIT:
@@ -97,7 +97,7 @@ def _contradicts(one: Summary, limit: Summary) -> bool:
 
 def _in_doubt(best: Summary, ceiling: Ratio | None, more: str) -> str:
     return (
-        f"In doubt: `{best.strategy}` is {_told(best.speedup)}, and the job without communication {_told(ceiling)}, "
+        f"In doubt: `{best.strategy}` is {_shown(best.speedup)}, and the job without communication {_shown(ceiling)}, "
         "though it cannot be the slower of the two. One of them was disturbed: measure again with more repeats "
         f"(`{more}`), more steps or on a quieter machine."
     )
@@ -107,7 +107,7 @@ def _not_bound(ceiling: Ratio | None) -> str:
     no_more = " and no more" if ceiling is not None and round(ceiling.mean, 2) > 1 else ""
     return (
         "Not communication-bound: keep plain DDP. Without any communication the job would be "
-        f"{_told(ceiling)}{no_more}."
+        f"{_shown(ceiling)}{no_more}."
     )
 
 
@@ -137,7 +137,7 @@ def _no_interval(repeats: int, option: str) -> str:
 
 
 def _undecided(ceiling: Ratio | None, ranked: Sequence[Summary], bottleneck: bool | None) -> list[tuple[str, Ratio]]:
-    """Return of what the interval contains 1 and a gain that would be worth something."""
+    """Return the ratios whose interval contains 1 and also a gain that would pay."""
     named = [(f"`{one.strategy}` is", one.speedup) for one in ranked]
     if not ranked and bottleneck is None:
         named = [("the job without communication is", ceiling)]
@@ -153,7 +153,7 @@ def _contains_1(open_ones: Sequence[tuple[str, Ratio]], more: str) -> str:
     if ratio.interval is None:
         return f"Inconclusive: {name} {times_as_fast(ratio.mean)} as plain DDP, in too few repeats for an interval."
     return (
-        f"Inconclusive: {name} {_told(ratio)}. That interval contains 1, so the repeats do not show whether anything "
+        f"Inconclusive: {name} {_shown(ratio)}. That interval contains 1, so the repeats do not show whether anything "
         f"is gained. Measure again with more repeats (`{more}`), more steps or on a quieter machine."
     )
 
@@ -163,20 +163,20 @@ def _keep(ranked: Sequence[Summary], ceiling: Ratio | None) -> str:
     if ceiling is None:
         return f"Keep plain DDP: {why}."
     but = "but" if _pays(ceiling.mean) else "and"
-    return f"Keep plain DDP: without communication the job would be {_told(ceiling)}, {but} {why}."
+    return f"Keep plain DDP: without communication the job would be {_shown(ceiling)}, {but} {why}."
 
 
-def _told(ratio: Ratio | None) -> str:
+def _shown(ratio: Ratio | None) -> str:
     """Return a ratio with its interval."""
     if ratio is None:
         return "not comparable"
-    said = f"{times_as_fast(ratio.mean)} as plain DDP"
+    text = f"{times_as_fast(ratio.mean)} as plain DDP"
     if ratio.interval is None:
-        return said
+        return text
     # an end that is not 1 must not be shown as 1
     digits = 4 if any(end != 1 and round(end, 2) == 1 for end in ratio.interval) else 2
     low, high = (f"{end:.{digits}f}" for end in ratio.interval)
-    return f"{said} ({low} to {high} with {100 * CONFIDENCE:.0f} % confidence)"
+    return f"{text} ({low} to {high} with {100 * CONFIDENCE:.0f} % confidence)"
 
 
 def _of_the_run(best: Summary, base: Summary) -> str:
@@ -187,21 +187,21 @@ def _of_the_run(best: Summary, base: Summary) -> str:
 
 
 def _without_communication(limit: Summary | None, ranked: Sequence[Summary], more: str) -> list[str]:
-    """Return what the job without communication says of DDP, and whether it is steady enough to compare with."""
+    """Return what follows for DDP from the job without communication, and whether that is steady enough to compare."""
     if limit is None:
         return ["The job without communication could not be measured, so what is possible at most is not known."]
     if limit.speedup is None:
         return ["The job without communication has no repeat in common with DDP."]
-    said = [f"Without communication the same job is {_told(limit.speedup)}; {_as_a_limit(limit, ranked, more)}."]
+    notes = [f"Without communication the same job is {_shown(limit.speedup)}; {_as_a_limit(limit, ranked, more)}."]
     if (why := doubt(limit.run_step_s.values)) is not None:
         few = len(limit.repeats) < FEWEST_REPEATS
         so = "do not show how steady it is" if few else f"between repeats, more than {percent(LIMIT_SPREAD)}"
-        said.append(f"Shares of that limit are left out: {why} {so}.")
-    return said
+        notes.append(f"Shares of that limit are left out: {why} {so}.")
+    return notes
 
 
 def _as_a_limit(limit: Summary, ranked: Sequence[Summary], more: str) -> str:
-    """Return what the job without communication says of what can be gained, beside strategies that are faster."""
+    """Return how much can be gained at most, by the job without communication; or that strategies came out faster."""
     beyond = [one for one in ranked if round(_mean(one), 2) > round(_mean(limit), 2)]
     sure = [one for one in beyond if _contradicts(one, limit)]
     if sure:
@@ -222,16 +222,16 @@ def _speed(one: Summary) -> str:
     if one.speedup is None:
         return f"`{one.strategy}` has no repeat in common with DDP."
     of = "the whole run" if one.plan else "the measured steps"
-    said = f"`{one.strategy}` is {_told(one.speedup)}, over {of}"
+    text = f"`{one.strategy}` is {_shown(one.speedup)}, over {of}"
     if one.speedup.interval is None:
-        return f"{said}; {len(one.speedup.values)} repeat(s) have no interval."
+        return f"{text}; {len(one.speedup.values)} repeat(s) have no interval."
     if one.speedup.slower:
-        return f"{said}: it is slower."
-    return f"{said}." if one.speedup.faster else f"{said}: inconclusive, since the interval contains 1."
+        return f"{text}: it is slower."
+    return f"{text}." if one.speedup.faster else f"{text}: inconclusive, since the interval contains 1."
 
 
 def _equals(best: Summary, ranked: Sequence[Summary]) -> list[str]:
-    """Name those that the repeats cannot tell from the best."""
+    """Name the strategies whose difference from the best is within the noise of the repeats."""
     near = [
         one
         for one in ranked

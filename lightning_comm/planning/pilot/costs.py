@@ -1,4 +1,4 @@
-"""The measurements of a pilot: costs of a step, the whole run, ratios in pairs, and how sure they are.
+"""The measurements of a pilot: costs of a step, the whole run, ratios in pairs, and their intervals.
 
 Numbers in, numbers out. Trials come as the worker of ``lightning-comm pilot`` wrote them, one for each strategy and
 repeat; the sentences made of these numbers are in :mod:`lightning_comm.planning.pilot.advice`.

@@ -1,4 +1,4 @@
-"""The length of a pilot's trials in steps: what was asked for or, in a run that is shorter, what the run has.
+"""The length of a pilot's trials in steps: as requested, or less where the run is shorter.
 
 Numbers in, numbers out.
 """
@@ -54,7 +54,7 @@ def fit_to_run(steps: int, warmup_steps: int, total_steps: int | None, given: Co
 
 
 def ended_early(taken: int, steps: int, warmup_steps: int) -> str:
-    """Return what to say of a trial that ended before its steps were taken, and the way out."""
+    """Return the message on a trial that ended before its steps were taken, with the way out."""
     shorter = min(warmup_steps, taken // _WARMUP_SHARE)
     so = f", or give --steps {taken} --warmup-steps {shorter}" if taken - shorter >= FEWEST_COUNTED_STEPS else ""
     return (
@@ -65,7 +65,7 @@ def ended_early(taken: int, steps: int, warmup_steps: int) -> str:
 
 
 def counted(steps: int) -> str:
-    """Return a number of steps in words.
+    """Return a number of steps with its unit.
 
     Example:
         >>> counted(1), counted(16)

@@ -166,7 +166,7 @@ def _x(journal: PartitionJournal, group: Sequence[Window]) -> float:
 
 
 def _begin(journal: PartitionJournal) -> float:
-    """Return where the first window began, as far as the distance to the second tells."""
+    """Return where the first window began, estimated from the distance to the second."""
     places = [_at(journal, window.epoch, window.batch) for window in journal.windows[:2]]
     return float(max(0, 2 * places[0] - places[1] + 1)) if len(places) == 2 else 0.0
 

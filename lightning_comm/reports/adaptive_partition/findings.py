@@ -1,6 +1,6 @@
 """The findings of a partitioned run's windows: the speed of each rank, and what shares by speed save.
 
-Numbers only; :mod:`~lightning_comm.reports.adaptive_partition.text` says them in words.
+Numbers only; :mod:`~lightning_comm.reports.adaptive_partition.text` makes sentences of them.
 """
 
 from collections.abc import Sequence
@@ -45,13 +45,13 @@ class RankFindings:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the windows of a run come to. ``None`` is not known.
+    """The findings of all windows of a run. ``None`` is not known.
 
     Args:
         ranks: Each rank.
         windows: How many windows under the last shares these are medians of.
         step_s: Seconds of a whole step under the last shares.
-        expected: Share of the step that better shares would still save, as fitted speeds, fixed costs and bounds say.
+        expected: Share of the step that better shares would still save, by fitted speeds, fixed costs and bounds.
         start_step_s: Seconds of a step under the shares at the start, if they were measured and changed later.
         start_windows: How many windows that is the median of.
 
@@ -118,7 +118,7 @@ class Findings:
 
 
 def findings(journal: PartitionJournal) -> Findings | None:
-    """Return what the windows of a run come to, or ``None`` if it has none.
+    """Return the findings of a run's windows, or ``None`` if it has none.
 
     Note:
         *Communication.* None.

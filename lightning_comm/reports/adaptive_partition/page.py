@@ -1,4 +1,4 @@
-"""The page of a partitioned run: one HTML file that needs no other, for whoever asks which rank is slow."""
+"""The page of a partitioned run: one HTML file that needs no other, for readers who ask which rank is slow."""
 
 from collections.abc import Sequence
 
@@ -52,8 +52,8 @@ def partition_page(journal: PartitionJournal) -> str:
     if found is not None:
         many = len(found.ranks) > _MOST_SIZES
         rows = [rank_row(rank, found.total) for rank in (slowest_first(found) if many else found.ranks)]
-        said = medians(found).capitalize() + (", the slowest rank first" if many else "")
-        body.append(f"<h2>By rank</h2><p>{html_text(said)}.</p>" + html_table(HEADER, rows))
+        caption = medians(found).capitalize() + (", the slowest rank first" if many else "")
+        body.append(f"<h2>By rank</h2><p>{html_text(caption)}.</p>" + html_table(HEADER, rows))
     body.append("<h2>Journal of the shares</h2>" + _changes(journal))
     if found is not None:
         body.append("<h2>How this was measured</h2>" + html_paragraphs(how_measured()))
@@ -62,13 +62,13 @@ def partition_page(journal: PartitionJournal) -> str:
 
 
 def _about(journal: PartitionJournal) -> str:
-    said = f"AdaptivePartition in mode {journal.mode}: {about(journal)}"
+    text = f"AdaptivePartition in mode {journal.mode}: {about(journal)}"
     if not journal.windows:
-        return f"{said}."
+        return f"{text}."
     last = journal.windows[-1]
     took = "" if last.seconds is None else f", {duration(last.seconds)} of training"
     windows = "1 window" if len(journal.windows) == 1 else f"{len(journal.windows):,} windows"
-    return f"{said}. {windows} up to batch {last.batch:,} of epoch {last.epoch:,}{took}."
+    return f"{text}. {windows} up to batch {last.batch:,} of epoch {last.epoch:,}{took}."
 
 
 def _cards(found: Findings) -> str:
@@ -95,31 +95,31 @@ def _figures(journal: PartitionJournal) -> list[str]:
     parts = []
     flat = many and len(journal.changes) == 1 and len(set(journal.changes[0].sizes)) == 1
     if journal.ranks > 1 and not flat:
-        said = "Blue: more than an even share. Red: less. White: an even share." if many else ""
-        parts.append(html_figure("Share of the batch", said, figures.shares(journal)))
+        caption = "Blue: more than an even share. Red: less. White: an even share." if many else ""
+        parts.append(html_figure("Share of the batch", caption, figures.shares(journal)))
     if not journal.windows:
         return parts
-    said = "Dotted: shares change." if len(journal.changes) > 1 else ""
+    caption = "Dotted: shares change." if len(journal.changes) > 1 else ""
     if many:
-        said = f"Above: each rank's busy time against the median rank's; red is longer, blue shorter. {said}"
+        caption = f"Above: each rank's busy time against the median rank's; red is longer, blue shorter. {caption}"
     if journal.ranks > 1:
-        parts.append(html_figure("Busy and waiting", said, figures.busy_and_waiting(journal)))
-    said = "Dashed: what the best shares would make of it, by the speeds known at that moment."
-    said = said if journal.ranks > 1 else ""
-    parts.append(html_figure("Time of a step", said, figures.step_time(journal)))
+        parts.append(html_figure("Busy and waiting", caption, figures.busy_and_waiting(journal)))
+    caption = "Dashed: what the best shares would make of it, by the speeds known at that moment."
+    caption = caption if journal.ranks > 1 else ""
+    parts.append(html_figure("Time of a step", caption, figures.step_time(journal)))
     return parts
 
 
 def _changes(journal: PartitionJournal) -> str:
     shown: Sequence[Change] = journal.changes
-    said = ""
+    note = ""
     if len(shown) > _MOST_CHANGES:
         shown = (*shown[:1], *shown[1 - _MOST_CHANGES :])
         count = len(journal.changes)
-        said = f"<p>The first and the last {_MOST_CHANGES - 1} of {count:,}; the journal's file has all.</p>"
+        note = f"<p>The first and the last {_MOST_CHANGES - 1} of {count:,}; the journal's file has all.</p>"
     rows = [[f"{change.epoch:,}", f"{change.batch:,}", _sizes(change.sizes), change.why] for change in shown]
     header = ["from epoch", "batch", "samples of each rank", "why"]
-    return f'{said}<div class="changes">{html_table(header, rows)}</div>'
+    return f'{note}<div class="changes">{html_table(header, rows)}</div>'
 
 
 def _sizes(sizes: Sequence[int]) -> str:

@@ -94,35 +94,35 @@ def _speeds(found: Findings) -> list[str]:
     if not slow:
         return [f"All ranks are equally fast, within {percent(1 - min(_score(rank) for rank in scored))}."]
     slowest, fastest = min(scored, key=_score), max(scored, key=_score)
-    said = f"Rank {slowest.rank} is the slowest: {times_as_fast(_score(slowest))} as the fastest, rank {fastest.rank}."
+    text = f"Rank {slowest.rank} is the slowest: {times_as_fast(_score(slowest))} as the fastest, rank {fastest.rank}."
     middle = sorted(map(_score, scored))[len(scored) // 2]
     behind = [rank for rank in slow if _score(rank) < (1 - _ALIKE) * middle and rank is not slowest]
     if behind:
         named = ", ".join(f"{rank.rank} ({_score(rank):.2f})" for rank in sorted(behind, key=_score)[:_MOST_NAMED])
         more = f" and {len(behind) - _MOST_NAMED} more" if len(behind) > _MOST_NAMED else ""
-        said += f" Also slower than most, with their scores: {named}{more}."
-    return [said]
+        text += f" Also slower than most, with their scores: {named}{more}."
+    return [text]
 
 
 def _gained(found: Findings) -> list[str]:
     """Return what shares other than those at the start have brought."""
     if found.step_s is None:
         return []
-    said = []
+    notes = []
     if found.start_step_s:
-        said.append(
+        notes.append(
             f"A step took {duration(found.start_step_s)} under the shares at the start (median of "
             f"{_windows(found.start_windows)}) and {duration(found.step_s)} under the last ones "
             f"({_windows(found.windows)}): {times_as_fast(found.start_step_s / found.step_s)}."
         )
     if _is_even(found) or found.even_step_s is None:
-        return said
-    said.append(
+        return notes
+    notes.append(
         f"If a batch's time is in proportion to its samples, an even split would take {duration(found.even_step_s)} a "
         f"step at the speeds of the last windows: these shares are {times_as_fast(found.even_step_s / found.step_s)}; "
         "fixed costs of a batch make that less."
     )
-    return said
+    return notes
 
 
 def _to_gain(found: Findings, journal: PartitionJournal) -> list[str]:
@@ -130,21 +130,21 @@ def _to_gain(found: Findings, journal: PartitionJournal) -> list[str]:
     if found.possible is None:
         return []
     keep = "keep the even split" if _is_even(found) else "keep these shares"
-    said = []
+    notes = []
     if found.possible < LITTLE:
-        said.append(f"Better shares would be less than {times_as_fast(1 / (1 - LITTLE))}: {keep}.")
+        notes.append(f"Better shares would be less than {times_as_fast(1 / (1 - LITTLE))}: {keep}.")
     else:
         best = next((window.best_sizes for window in reversed(journal.windows) if window.best_sizes), None)
         shares = f" ({_numbers(best)} samples)" if best is not None and len(best) <= _MOST_NAMED else ""
         moved = journal.windows[-1].sizes != journal.changes[-1].sizes
         advice = "" if moved else _ADVICE.get(journal.mode, "")
-        said.append(f"The best shares{shares} would be {times_as_fast(1 / (1 - found.possible))}.{advice}")
-        said += _closed_form(found)
-    return said
+        notes.append(f"The best shares{shares} would be {times_as_fast(1 / (1 - found.possible))}.{advice}")
+        notes += _closed_form(found)
+    return notes
 
 
 def _unmeasured(journal: PartitionJournal) -> list[str]:
-    """Say that the last shares came too late to be measured, so that all of the above is of those before them."""
+    """Return that the last shares came too late to be measured, so that all of the above is of those before them."""
     last = journal.changes[-1].sizes
     if journal.windows[-1].sizes == last:
         return []

@@ -1,4 +1,4 @@
-"""The page of a pilot, for whoever pays for the cluster, and the sentences on it."""
+"""The page of a pilot, for readers who pay for the cluster, and the sentences on it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,29 +33,29 @@ _SANITY = (
 
 def emulated(results: Mapping[str, Any]) -> list[str]:
     """Return what was not real, one sentence each."""
-    said = []
+    notes = []
     lab = results["settings"].get("lab")
     if lab:
         links = ", ".join(dict.fromkeys(lab["links"]))
-        said.append(
+        notes.append(
             f"Hosts and links were emulated: {lab['hosts']} hosts with {lab['devices_per_host']} rank(s) each on one "
             f"machine, joined by links of {links}."
         )
     devices = [device for trial in results["trials"] for device in trial.get("devices", ())]
     if devices:
         first = devices[0]
-        said.append(
+        notes.append(
             f"Devices were emulated: forward and backward of {first['batch_size']} samples take "
             f"{duration(first['step_s'])}, whatever the machine is."
         )
         late, steps = (sum(device[name] for device in devices) for name in ("overruns", "steps"))
         if late:
-            said.append(
+            notes.append(
                 f"{percent(late / steps)} of the steps overran that time, since the machine was too slow, so they "
                 "count as longer than they would be: a longer `--device-ms`, a quieter machine or fewer ranks mend "
                 "that."
             )
-    return said
+    return notes
 
 
 def not_projected(results: Mapping[str, Any]) -> list[str]:
@@ -69,27 +69,27 @@ def not_projected(results: Mapping[str, Any]) -> list[str]:
 def how_sure(results: Mapping[str, Any], summaries: Mapping[str, Summary]) -> list[str]:
     """Return how far the figures can be trusted, one sentence each."""
     settings, repeats = results["settings"], results["settings"]["repeats"]
-    said = [
+    notes = [
         f"{repeats} repeat(s) of {settings['steps']} steps each, of which {settings['warmup_steps']} are not counted; "
         "strategies took turns, and every repeat began with another one. Ratios are taken within a repeat."
     ]
-    said.append(_what_the_interval_is(repeats))
+    notes.append(_what_the_interval_is(repeats))
     if repeats > 1:
-        said.append("Brackets after a time of a step or of the run hold the smallest and the largest of the repeats.")
+        notes.append("Brackets after a time of a step or of the run hold the smallest and the largest of the repeats.")
     if LIMIT in summaries:
         spread = summaries[LIMIT].run_step_s.relative
-        said.append(
+        notes.append(
             f"Without communication a step spreads by {percent(spread)} over the repeats, from the lowest to the "
             f"highest against the median. Shares of that limit are given up to {percent(LIMIT_SPREAD)}."
         )
     if any(one.plan for one in summaries.values()):
-        said.append(
+        notes.append(
             "The whole run is projected: measured seconds of a step and of a synchronisation, times how often the "
             "run's own learning-rate schedule makes it take them. Validation, checkpoints and start-up are not in it."
         )
-    said += not_projected(results)
-    said.append(_SANITY)
-    return said
+    notes += not_projected(results)
+    notes.append(_SANITY)
+    return notes
 
 
 def _what_the_interval_is(repeats: int) -> str:
@@ -111,7 +111,7 @@ def html_page(results: Mapping[str, Any], advice: Advice, figure: str | None) ->
 
     Args:
         results: The results file.
-        advice: What :func:`~lightning_comm.planning.pilot.advice.advise` says of it.
+        advice: The result of :func:`~lightning_comm.planning.pilot.advice.advise`.
         figure: The source of an image, or ``None``.
 
     """
@@ -140,7 +140,7 @@ def html_page(results: Mapping[str, Any], advice: Advice, figure: str | None) ->
 
 
 def _facts(summaries: Mapping[str, Summary], advice: Advice, cost_per_hour: float | None) -> str:
-    """Return the few numbers that a reader in a hurry wants."""
+    """Return the few main numbers."""
     base, limit, best = (summaries.get(name) for name in (BASELINE, LIMIT, advice.best or ""))
     facts: list[tuple[str, str]] = []
     for of, name in ((limit, LIMIT_NAME), (best, f"with {advice.best}")):
@@ -170,5 +170,5 @@ def _job(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _failures(results: Mapping[str, Any]) -> str:
-    said = [f"`{name}` failed in repeat {of['repeat'] + 1}: {of['error']}" for name, of in results["failures"].items()]
-    return f"<h2>What failed</h2>{html_paragraphs(said)}" if said else ""
+    notes = [f"`{name}` failed in repeat {of['repeat'] + 1}: {of['error']}" for name, of in results["failures"].items()]
+    return f"<h2>What failed</h2>{html_paragraphs(notes)}" if notes else ""

@@ -1,4 +1,4 @@
-"""The tables of a pilot: what was measured, and what the whole run will take."""
+"""The tables of a pilot: the measurements, and the prediction for the whole run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -121,7 +121,7 @@ def _range_ms(spread: Spread) -> str:
 
 
 def time_text(seconds: float, ends: tuple[float, float] | None) -> str:
-    """Return a time and between what it lies, in one unit."""
+    """Return a time and its interval, in one unit."""
     low, high = (seconds, seconds) if ends is None else ends
     largest = max(abs(value) for value in (seconds, low, high))
     unit_s, unit = next((size, name) for least, size, name in _UNITS if largest >= least)

@@ -1,4 +1,4 @@
-"""The page of a profile: one HTML file that needs no other, for whoever pays for the cluster."""
+"""The page of a profile: one HTML file that needs no other, for readers who pay for the cluster."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -80,16 +80,16 @@ def _figures(run: RunFigures, ranks: Sequence[RankProfile]) -> list[str]:
             if run.world_size > 1
             else ""
         )
-        said = f"{clocks}A dark line begins a step. Green: messages under way while the rank goes on computing."
-        parts.append(html_figure("A few steps, rank by rank", said, profile_figures.timeline(ranks)))
+        caption = f"{clocks}A dark line begins a step. Green: messages under way while the rank goes on computing."
+        parts.append(html_figure("A few steps, rank by rank", caption, profile_figures.timeline(ranks)))
     with_steps = [rank for rank in ranks if rank.kept]
-    said = f"Rank {with_steps[0].rank}. Ranks of one strategy send alike."
+    caption = f"Rank {with_steps[0].rank}. Ranks of one strategy send alike."
     if with_steps[0].stride > 1:
-        said += f" Every {with_steps[0].stride}th step is shown."
-    parts.append(html_figure("Bytes per step", said, profile_figures.bytes_per_step(with_steps[0])))
+        caption += f" Every {with_steps[0].stride}th step is shown."
+    parts.append(html_figure("Bytes per step", caption, profile_figures.bytes_per_step(with_steps[0])))
     if run.untimed_steps < run.steps:
-        said = "Means of neighbouring steps, a fifteenth of the run, over all ranks."
-        parts.append(html_figure("Share of communication over the run", said, profile_figures.shares(with_steps)))
+        caption = "Means of neighbouring steps, a fifteenth of the run, over all ranks."
+        parts.append(html_figure("Share of communication over the run", caption, profile_figures.shares(with_steps)))
     return parts
 
 

@@ -63,38 +63,39 @@ def sentences(run: RunFigures) -> list[str]:
     """Return what the figures mean, one finding a sentence."""
     if run.world_size == 1:
         return ["One process: nothing is sent, so there is nothing to save."]
-    said = [f"The profiler stopped on rank {rank}: {reason}" for rank, reason in run.stopped.items()]
+    notes = [f"The profiler stopped on rank {rank}: {reason}" for rank, reason in run.stopped.items()]
     if run.steps == 0:
         before = "`load_profile` reads what the ranks' files hold from before."
-        return [*said, before if said else "No step was measured."]
-    said.append(
+        return [*notes, before if notes else "No step was measured."]
+    notes.append(
         f"Training stood still for communication {percent(run.share_exposed)} of the time: "
         f"{_of_step(run, run.transfer_s)} in transfer, which is the most that sending less can win, and "
         f"{_of_step(run, run.wait_s)} in waiting for slower ranks."
     )
     if run.share_exposed < _LITTLE:
-        said.append("Communication is not the bottleneck of this run.")
+        notes.append("Communication is not the bottleneck of this run.")
     elif run.wait_s > run.transfer_s:
         look = ": look at the slow rank" if run.slow_rank is not None else ""
-        said.append(f"Most of it is waiting, which a faster network would not mend{look}.")
+        notes.append(f"Most of it is waiting, which a faster network would not mend{look}.")
     if run.slow_rank is None and run.steps < FEWEST_TO_COMPARE:
-        said.append(f"No rank is named as the slow one: {run.steps} steps are too few, {FEWEST_TO_COMPARE} are needed.")
+        few = f"{run.steps} steps are too few, {FEWEST_TO_COMPARE} are needed"
+        notes.append(f"No rank is named as the slow one: {few}.")
     elif run.slow_rank is None and sum(rank.steps > 0 for rank in run.ranks) > 1:
-        said.append("No rank stands out: none is busy by itself longer than the others, step by step.")
+        notes.append("No rank stands out: none is busy by itself longer than the others, step by step.")
     elif run.slow_rank is not None:
         host = next(rank.host for rank in run.ranks if rank.rank == run.slow_rank)
-        said.append(
+        notes.append(
             f"Rank {run.slow_rank} on {host} is the slow one: by itself it is {times_as_fast(1 / (1 + run.slower_by))} "
             "as the others (median)."
         )
     if run.untimed_steps:
-        said.append(
+        notes.append(
             f"In {run.untimed_steps:,} of {run.steps:,} steps the times of communication are not known; means of them "
             "leave these steps out."
         )
     if run.total_ranks < run.world_size:
-        said.append(f"Totals are means of {run.total_ranks} of {run.world_size} ranks, which have measured all steps.")
-    return said
+        notes.append(f"Totals are means of {run.total_ranks} of {run.world_size} ranks, which have measured all steps.")
+    return notes
 
 
 def summary(run: RunFigures) -> str:
@@ -111,7 +112,7 @@ def summary(run: RunFigures) -> str:
 
 def how_measured(run: RunFigures) -> list[str]:
     """Return what the figures are and are not."""
-    said = [
+    notes = [
         "A step is a training batch, from its start to the start of the next: loading, forward, backward, optimizer "
         "and callbacks are in, validation is not. Bytes are those that a ring all-reduce, or the like for other "
         "messages, sends from each rank on average.",
@@ -123,7 +124,7 @@ def how_measured(run: RunFigures) -> list[str]:
     ]
     if run.world_size > 1:
         agree = milliseconds(run.clock_error_s)
-        said.append(f"Clocks were compared with rank 0's before and after training; they agree to {agree}.")
+        notes.append(f"Clocks were compared with rank 0's before and after training; they agree to {agree}.")
     if "EmulatedDevice" in run.environment.get("callbacks", ()):
-        said.append("Devices were emulated: their speed is a setting, not a measurement.")
-    return said
+        notes.append("Devices were emulated: their speed is a setting, not a measurement.")
+    return notes

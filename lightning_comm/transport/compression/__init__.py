@@ -1,4 +1,4 @@
-"""Compressions: what to send instead of every gradient in full; one file a method, behind the interface of `base`."""
+"""Compressions, which send less than every entry in full; one file a method, behind the interface of `base`."""
 
 from lightning_comm.transport.compression.base import Compression
 

@@ -1,12 +1,12 @@
-"""What a compression is: the settings that a user writes, and the codec that works by them during a run.
+"""The interface of a compression: the settings that a user writes, and the codec that applies them during a run.
 
-A codec works on a *flat bucket*: one row of entries, laid out as :class:`Layout` says. It replaces the entries by the
-mean over the ranks of what each of them sent, and it talks while it does so: :meth:`Codec.mean` is a generator that
-starts a message, yields it, and is resumed when the message has arrived. Whoever runs it (:mod:`.concurrent`)
+A codec works on a *flat bucket*: one row of entries, laid out as in :class:`Layout`. It replaces the entries by the
+mean over the ranks of what each of them sent. For that it needs one message or several, so :meth:`Codec.mean` is a
+generator: it starts a message, yields it, and is resumed when the message has arrived. Its caller (:mod:`.concurrent`)
 decides *when* it is resumed, always in an order that is the same on all ranks, and never from a callback of another
 message, where gloo aborts as soon as two buckets are on their way.
 
-Nothing that a codec computes may depend on how parameters are cut into buckets, since DDP cuts them anew after its
+Nothing that a codec computes may depend on how parameters are cut into buckets, since DDP rebuilds them after its
 first steps and after a resume. Scales, counts and random numbers belong to a parameter, by its name.
 """
 
@@ -39,7 +39,7 @@ Conversation = Generator[Message, None, None]
 
 
 class Slot(NamedTuple):
-    """Where a parameter lies in a bucket.
+    """The place of a parameter in a bucket.
 
     Args:
         name: The parameter's name in the model, without a wrapper's prefix.
@@ -55,7 +55,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What lies in a flat bucket, one parameter after the other.
+    """The parameters in a flat bucket, one after the other.
 
     Example:
         >>> layout = Layout((Slot("weight", 6, (2, 3)), Slot("bias", 2, (2,))))
@@ -107,7 +107,7 @@ class Context:
 
     Args:
         recorder: Sends and records.
-        purpose: What the records say that the messages were for.
+        purpose: The purpose of the messages in the ledger.
         seed: Random numbers depend on it, on the step, on the rank and on the parameter's name, and on nothing else.
         feedback: Whether what a method drops is kept and added to the next step's entries, where the method needs it.
             Local updates keep it in the weights and have it off.
@@ -135,13 +135,13 @@ class Context:
 
 
 class Codec(ABC):
-    """The working side of a compression, with its state, in one run.
+    """A compression at work in one run, with its state.
 
     Attributes:
         is_local: Whether its state differs between ranks, so that each must save its own.
-        entrywise: Whether what becomes of an entry depends on that entry of the ranks alone, and not on what lies
-            beside it in the row.
-        step: How often all parameters have been synchronised; whoever runs the codec counts it up.
+        entrywise: Whether the result of an entry depends on that entry of the ranks alone, and not on others in the
+            row.
+        step: How often all parameters have been synchronised; the owner of the codec counts it up.
 
     """
 
@@ -154,7 +154,7 @@ class Codec(ABC):
 
     @property
     def world_size(self) -> int:
-        """The number of ranks, asked for anew at each call, since a resumed run may have another."""
+        """The number of ranks, read at each call, since a resumed run may have another."""
         return self.context.recorder.world_size
 
     @abstractmethod
@@ -163,7 +163,7 @@ class Codec(ABC):
 
         Args:
             values: The bucket: one row of floating-point entries.
-            layout: What lies in it.
+            layout: The layout of its parameters.
             sent: If given, a row of the same length that takes what this rank sent, as the others decode it.
 
         Yields:
@@ -176,7 +176,7 @@ class Codec(ABC):
 
         Args:
             entries: The bucket; what this rank sent is subtracted from it.
-            layout: What lies in it.
+            layout: The layout of its parameters.
             means: A row of the same length that takes the mean.
 
         Yields:
@@ -228,11 +228,11 @@ class Codec(ABC):
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         self.step = int(state["step"])
 
 
 def run_alone(conversation: Conversation) -> None:
-    """Carry a conversation through, waiting for each message; for one bucket at a time."""
+    """Run a codec's generator to its end, waiting for each message; for one bucket at a time."""
     for message in conversation:
         message.pending.wait()

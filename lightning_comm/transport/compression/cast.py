@@ -1,4 +1,4 @@
-"""Sixteen bits an entry."""
+"""The cast of entries to sixteen bits."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -1,13 +1,13 @@
-"""A codec's conversation while others are under way: who runs several of them decides when each goes on."""
+"""Control of several codecs at once: each of their generators goes on when its caller wants it to."""
 
 from lightning_comm.transport.compression.base import Conversation, Message
 
 
 class Talk:
-    """A conversation whose first message has been started.
+    """A generator of :meth:`Codec.mean` whose first message has been started.
 
     Args:
-        conversation: What :meth:`Codec.mean` returned; its first message starts here.
+        conversation: The generator; its first message starts here.
 
     """
 

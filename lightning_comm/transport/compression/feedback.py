@@ -1,4 +1,4 @@
-"""Error feedback: what a method did not send is added to what it sends next time."""
+"""Error feedback: the part of the entries that was not sent is added to those of the next step."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ class Feedback(Codec):
     mean is not finite keeps the residual that it had, on all ranks, so that one bad step does not spoil all later ones.
 
     A mean may also be thrown away once it has arrived: by DDP, where no rank has used a parameter; by a gradient
-    scaler, which skips a step; by whoever clears a gradient before anything has stepped with it. Then
+    scaler, which skips a step; by code that clears a gradient before an optimizer has stepped with it. Then
     :meth:`take_back` restores the residual of before, or what had been moved out of it would be lost.
 
     Note:
@@ -94,7 +94,7 @@ class Feedback(Codec):
                 for slots, bucket in self._buckets.items()
                 if moved.isdisjoint(slot.name for slot in slots)
             }
-            self._residuals = {  # what is left of a bucket that was cut anew must not hold on to all of it
+            self._residuals = {  # a part of an old bucket must not keep the memory of all of it
                 name: row if name in moved or self._is_kept(name) else row.clone()
                 for name, row in self._residuals.items()
             }
@@ -150,7 +150,7 @@ class Feedback(Codec):
         for rows in (self._residuals, self._before_last, self._before_first):
             for name, row in rows.items():
                 moved = places.get(name)
-                # -1 finds the zero at the end; a clone, since a row must not hold on to the bucket that it lay in
+                # -1 finds the zero at the end; a clone, so that a row does not keep its old bucket's memory
                 rows[name] = row.clone() if moved is None else torch.cat([row, row.new_zeros(1)])[moved.to(row.device)]
         self._codec.regroup(places)
 

@@ -1,4 +1,4 @@
-"""Every entry in full: what other methods fall back on, and are measured against."""
+"""Messages with every entry in full: the fallback of other methods, and what they are measured against."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Eight bits an entry."""
+"""Rounding of entries to eight bits, with one scale a parameter."""
 
 from dataclasses import dataclass
 
@@ -17,10 +17,10 @@ _LARGEST = 127
 class Int8(Compression):
     """Send entries as whole numbers from -127 to 127 and one scale a parameter, rounded stochastically.
 
-    A sum of such numbers has no room in 8 bits, and if each rank collected everybody's (an all-gather) it would send as
-    much as fp32 does from 8 ranks on. So every rank sums one part of the bucket for all: parts travel by an all-to-all,
-    are summed in fp32, rounded once more, and the sums travel back by an all-gather. Both roundings are unbiased, and
-    what the first one drops is kept on the rank and sent with the next step's gradient (error feedback).
+    A sum of such numbers has no room in 8 bits, and if each rank collected those of all (an all-gather) it would send
+    as much as fp32 does from 8 ranks on. So every rank sums one part of the bucket for all: parts are exchanged by an
+    all-to-all, summed in fp32 and rounded once more, and an all-gather collects the sums. Both roundings are unbiased,
+    and what the first one drops is kept on the rank and sent with the next step's gradient (error feedback).
 
     Note:
         *Communication.* 2 bytes an entry, of which a rank sends ``2(n-1)/n``, in an all-to-all and an all-gather a

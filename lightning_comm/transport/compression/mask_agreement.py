@@ -1,4 +1,4 @@
-"""How ranks come to have the same masks."""
+"""Agreement on masks: rank 0 sends its own, and all ranks compare fingerprints."""
 
 import hashlib
 
@@ -13,7 +13,7 @@ def agree(masks: Masks | None, problem: str | None, module: nn.Module, recorder:
     """Give every rank the masks of rank 0, and check that all have them.
 
     Args:
-        masks: Those of rank 0; looked at there alone.
+        masks: Those of rank 0; ignored on other ranks.
         problem: Why rank 0 has none. Raised on all ranks.
         module: The model, the same on all ranks.
         recorder: Sends and records.
@@ -23,11 +23,11 @@ def agree(masks: Masks | None, problem: str | None, module: nn.Module, recorder:
         RuntimeError: On all ranks, if they do not have the same masks.
 
     Note:
-        *Communication.* Two small messages and one broadcast of a bit a masked weight.
+        *Communication.* Three small messages, and for each masked parameter one broadcast of a bit a weight.
 
     """
     parameters = dict(module.named_parameters())
-    # without a default, the end of the iterator would pass for the end of an epoch in Lightning's loop
+    # with a default, since Lightning's loop would take a StopIteration for the end of an epoch
     device = next((each.device for each in parameters.values()), torch.device("cpu"))
     names = list(parameters)
     raise_problem_of_rank_0(problem, device, recorder)
@@ -46,7 +46,7 @@ def agree(masks: Masks | None, problem: str | None, module: nn.Module, recorder:
 
 
 def raise_problem_of_rank_0(problem: str | None, device: torch.device, recorder: Recorder) -> None:
-    """Let all ranks know of a problem that rank 0 has.
+    """Raise a problem of rank 0 on all ranks.
 
     Raises:
         ValueError: On all ranks, if there is one.
@@ -55,20 +55,22 @@ def raise_problem_of_rank_0(problem: str | None, device: torch.device, recorder:
         *Communication.* One broadcast of 2000 bytes.
 
     """
-    said = torch.zeros(2000, dtype=torch.uint8, device=device)
+    message = torch.zeros(2000, dtype=torch.uint8, device=device)
     if recorder.rank == 0 and problem is not None:
-        text = problem.encode()[: said.numel()]
-        said[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
-    recorder.broadcast(said, "masks").wait()
-    if bool(said.any()):
-        raise ValueError(bytes(said[said != 0].tolist()).decode(errors="replace"))
+        text = problem.encode()[: message.numel()]
+        message[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+    recorder.broadcast(message, "masks").wait()
+    if bool(message.any()):
+        raise ValueError(bytes(message[message != 0].tolist()).decode(errors="replace"))
 
 
 def check_agreement(masks: Masks | None, device: torch.device, recorder: Recorder, problem: str | None = None) -> None:
-    """Compare the masks of all ranks, bit by bit.
+    """Compare the masks of all ranks by a fingerprint of 63 bits.
+
+    Masks that differ pass for the same with a probability of 2^-63.
 
     Args:
-        masks: This rank's; ``None`` if it has none that fit.
+        masks: Those of this rank; ``None`` if it has none that fit.
         device: Of the model.
         recorder: Sends and records.
         problem: Why this rank has none. Raised here; the others name the rank.
@@ -100,7 +102,7 @@ def check_agreement(masks: Masks | None, device: torch.device, recorder: Recorde
 
 
 def fingerprint(masks: Masks) -> int:
-    """Return 63 bits that stand for the names, shapes and bits of the masks."""
+    """Return the first 63 bits of the SHA-256 of the names, shapes and bits of the masks; at least 0."""
     digest = hashlib.sha256()
     for name in sorted(masks):
         mask = masks[name]

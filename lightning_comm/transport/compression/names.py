@@ -28,7 +28,7 @@ WORDS: dict[str, Callable[[], Compression]] = {
 def compression_of(
     given: Compression | str | Sequence[Compression | str], where: str, argument: str = "compression"
 ) -> Compression:
-    """Return the compression that a user gave: an object, a word, or a chain of a mask and one of them.
+    """Return the compression that a user gave: an object, a name, or a mask followed by one of them.
 
     Args:
         given: What the user gave.
@@ -36,7 +36,7 @@ def compression_of(
         argument: Its name there.
 
     Raises:
-        ValueError: If it is none of these; the message says what is near.
+        ValueError: If it is none of these; the message names a similar one.
 
     Example:
         >>> compression_of("bf16", "here")

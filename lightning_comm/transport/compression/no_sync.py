@@ -1,4 +1,4 @@
-"""Nothing at all: how fast a step would be without communication."""
+"""No messages at all, to measure how fast a step would be without communication."""
 
 from dataclasses import dataclass
 

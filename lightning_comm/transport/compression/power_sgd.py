@@ -1,4 +1,4 @@
-"""Matrices of low rank."""
+"""PowerSGD: each gradient as a product of two thin matrices, of low rank."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from lightning_comm.transport.compression.base import Codec, Compression, Contex
 from lightning_comm.transport.compression.feedback import Feedback
 from lightning_comm.transport.compression.rounding import scale_type
 
-_DEPENDENT = 1e-10  # of the largest column: what is left of one that the columns before it explain, up to rounding
+_DEPENDENT = 1e-10  # relative to the largest column: a rest below this is rounding, so the columns before explain it
 _ALIGNED_BYTES = 64
 _ALIGNED_ENTRIES = 16  # of float32
 
@@ -224,8 +224,8 @@ def _multiply(lefts: list[Tensor], bases: list[Tensor], rows: list[_Row], *, sub
 def orthonormal_rows(directions: Tensor, spare: Tensor | None = None) -> Tensor:
     """Return rows that span what the given ones span, each of length 1 and orthogonal to the others.
 
-    A row that the rows before it explain, up to rounding in float64, becomes zeros, or what is new in a spare one. A QR
-    decomposition would put a direction there that rounding has chosen, which processors do differently. So rows are
+    A row that the rows before it explain, up to rounding in float64, becomes zeros, or the new part of a spare one. A
+    QR decomposition would put a direction there that rounding has chosen, which processors do differently. So rows are
     taken one after the other (Gram-Schmidt), twice, in float64. What is not finite stays so.
 
     Args:
@@ -269,7 +269,7 @@ def _next_bases(bases: Tensor, spare: Tensor, before: Tensor) -> Tensor:
     """Return the directions for the next step.
 
     Where there is nothing to see, as in the second direction of a matrix of rank 1, or in all of one that is orthogonal
-    to those of before, other directions are tried: zeros would stay so for ever. What is not finite is left out.
+    to those of before, other directions are tried: zeros would stay zeros. What is not finite is left out.
     """
     finite = torch.isfinite(bases).flatten(1).all(1)
     return torch.where(finite[:, None, None], orthonormal_rows(bases, spare), before)

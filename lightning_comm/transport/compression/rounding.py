@@ -9,7 +9,7 @@ _BITS = 16
 
 
 def scale_type(values: Tensor) -> torch.dtype:
-    """Return the type in which scales of a row travel: that of float64, and float32 for all others."""
+    """Return the type in which scales of a row are sent: float64 for float64, and float32 for all others."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
@@ -63,7 +63,7 @@ def round_stochastically(entries: Tensor, scale: Tensor, limit: int, generator: 
 
 
 def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Return numbers in the middle of 2^16 equal parts of [0, 1); a word of 64 bits gives four of them."""
+    """Return numbers in the middle of 2^16 equal parts of [0, 1); each 64 random bits give four of them."""
     words = torch.empty(-(-like.numel() * _BITS // 64), dtype=torch.int64, device=like.device)
     words.random_(-(2**63), None, generator=generator)
     parts = words.view(torch.int16)[: like.numel()].to(like.dtype)

@@ -1,4 +1,4 @@
-"""Only the entries of weights that are not pruned."""
+"""Messages with only the entries of weights that are not pruned."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -18,16 +18,16 @@ class SparseMask(Compression):
     """Prune the model, alike on all ranks, and send only the gradients of what is left.
 
     Gradients of pruned weights are zero on every rank, so they need not be sent. The others are gathered into a dense
-    row, which travels through an ordinary all-reduce, without indices, and are put back. This is exact for the pruned
+    row, which an ordinary all-reduce sums, without indices, and are put back. This is exact for the pruned
     model: it trains as under plain DDP with gradients masked by hand. It is not the training of the dense model.
 
-    The model is pruned when training starts, or as the schedule says; weights and the optimizer's state are zero there
+    The model is pruned when training starts, or by the schedule; weights and the optimizer's state are zero there
     from then on. Before the first pruning it trains as under plain DDP, and gradients are sent in full.
 
     Args:
         pruning: Which weights are pruned.
         then: What is done with the entries that are left: :class:`Cast`, :class:`Int8`, :class:`Ternary` or
-            :class:`TopK`, or its word; in full if left out. ``[SparseMask(…), Cast("bf16")]`` is another way to write
+            :class:`TopK`, or its name; in full if left out. ``[SparseMask(…), Cast("bf16")]`` is another way to write
             it.
         dense_above: Buckets of which a larger share is kept are sent whole, since gathering costs more than it saves:
             in full, or as a ``then`` of :class:`Cast` sends them. Other methods are always given the kept entries.
@@ -37,7 +37,7 @@ class SparseMask(Compression):
         schedule: When the model is pruned. Bit by bit (``end_step``) only where ``pruning`` has a ``sparsity``.
 
     Raises:
-        ValueError: If an argument is out of range, or if masks cannot be had bit by bit.
+        ValueError: If an argument is out of range, or if a gradual schedule meets a ``pruning`` without ``sparsity``.
 
     Note:
         *Communication.* As ``then`` sends the kept entries: in full 4 bytes for each of them, as bf16 2 bytes; of a
@@ -45,7 +45,7 @@ class SparseMask(Compression):
 
         *Memory.* An index of 8 bytes for each kept entry, and four masks of one byte a masked weight.
 
-        *When not.* At half the weights pruned this saves what a bf16 cast saves by itself. It pays from about three in
+        *When not.* At half the weights pruned this saves as much as a bf16 cast alone. It pays from about three in
         four, or together with a cast.
 
     Example:

@@ -1,10 +1,10 @@
-"""The working side of a sparse mask: gathers kept entries, lets another codec send them, and puts them back.
+"""The codec of a sparse mask: it gathers kept entries, lets another codec send them, and puts them back.
 
-Before masks are there, and in steps that somebody wanted dense, gradients go in full and exactly. Otherwise everything
-goes through the other codec: gathered; or as the whole bucket, pruned entries being zero, where most of it is kept
-and the codec looks at single entries. One that looks at a whole row, to draw random numbers for it or to keep a
-residual of it, is always given the kept entries: which buckets are sent whole depends on how DDP has cut them, and a
-run's results must not.
+Before there are masks, and in steps that were requested dense, gradients are sent in full and exactly. Otherwise
+everything goes through the other codec: gathered; or as the whole bucket, pruned entries being zero, where most of it
+is kept and the codec looks at single entries. A codec that looks at a whole row, to draw random numbers for it or to
+keep a residual of it, is always given the kept entries: which buckets are sent whole depends on how DDP has cut them,
+and a run's results must not depend on that.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +25,7 @@ from lightning_comm.transport.recording import Pending
 
 
 class _Plan(NamedTuple):
-    """How a bucket is sent: where its kept entries are, and what lies in the row that the other codec is given."""
+    """The way a bucket is sent: the places of its kept entries, and the layout of the row for the other codec."""
 
     kept: Tensor
     pruned: Tensor
@@ -59,7 +59,7 @@ class SparseMaskCodec(Codec):
 
         Args:
             masks_changed: Asked at the end of each step's last bucket. What only the device knows it returns as a
-                tensor, so that nobody waits for it there.
+                tensor, so that the host does not wait for it.
 
         """
         self._masks_changed = masks_changed
@@ -67,7 +67,7 @@ class SparseMaskCodec(Codec):
     def take_flag(self) -> bool:
         """Return whether any rank's flag was up since this was last asked; the same on all ranks.
 
-        On CUDA this waits for the device, unless :meth:`note_flags` has been told since the last step.
+        On CUDA this waits for the device, unless :meth:`note_flags` has been called since the last step.
         """
         flags = self.arrived_flags()
         if flags is not None:
@@ -76,7 +76,7 @@ class SparseMaskCodec(Codec):
         return raised
 
     def arrived_flags(self) -> Tensor | None:
-        """Return what ranks have said of their masks, for whoever reads it with other numbers; ``None`` if nothing.
+        """Return the ranks' flags of their masks, to be read together with other numbers; ``None`` if there are none.
 
         Waits for the message, which on CUDA the host does not.
         """
@@ -97,7 +97,7 @@ class SparseMaskCodec(Codec):
         self._raised |= any(flags)
 
     def _send_flags(self, masks_changed: bool | Tensor) -> None:
-        flags = self.arrived_flags()  # of another backward of the same step: what is up stays so
+        flags = self.arrived_flags()  # of another backward of the same step: flags that are up stay up
         if flags is None:
             flags = torch.zeros(2, dtype=torch.uint8, device=next(iter(self._rows.values())).device)
         for place, found in enumerate((masks_changed, self._outside)):
@@ -170,7 +170,7 @@ class SparseMaskCodec(Codec):
         return plan
 
     def _kept_in(self, layout: Layout) -> Layout:
-        """Return what lies in the row of the kept entries of a bucket."""
+        """Return the layout of the row of a bucket's kept entries."""
         counts = ((slot.name, self._counts.get(slot.name, slot.numel)) for slot in layout.slots)
         return Layout(tuple(Slot(name, count, (count,)) for name, count in counts if count))
 
@@ -221,14 +221,14 @@ class SparseMaskCodec(Codec):
         }
 
     def load_mask_state(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`mask_state` returned."""
+        """Restore what :meth:`mask_state` returned."""
         self.masks = {
             name: unpack_bits(bits, torch.Size(shape).numel()).view(shape)
             for name, (shape, bits) in state["masks"].items()
         }
         self.pruned_at = state["pruned_at"]
         self.dense_above = state["dense_above"]
-        self._rows, self._counts, self._plans = {}, {}, {}  # whoever goes on installs the masks
+        self._rows, self._counts, self._plans = {}, {}, {}  # the resumed run installs the masks next
 
     @override
     def state_dict(self) -> dict[str, Any]:

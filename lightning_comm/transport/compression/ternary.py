@@ -1,4 +1,4 @@
-"""One of three values an entry."""
+"""Rounding of entries to three values: -1, 0 or 1, times a scale."""
 
 from dataclasses import dataclass
 

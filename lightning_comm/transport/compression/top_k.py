@@ -1,4 +1,4 @@
-"""The largest entries, and where they are."""
+"""The largest entries of each parameter, with their indices."""
 
 import math
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from lightning_comm.transport.compression.rounding import scale_type
 class TopK(Compression):
     """Send the largest entries of each parameter with their indices, and keep the rest for later (error feedback).
 
-    Ranks choose different entries, so nothing can be summed on the way and every rank collects everybody's. What a rank
-    sends therefore grows with the number of ranks: it is less than a dense all-reduce only where ``ratio`` is smaller
-    than one over the number of ranks.
+    Ranks choose different entries, so nothing can be summed on the way and every rank collects those of all. What a
+    rank sends therefore grows with the number of ranks: it is less than a dense all-reduce only where ``ratio`` is
+    smaller than one over the number of ranks.
 
     Args:
         ratio: Share of the entries of a parameter that are sent, above 0 and at most 1; at least one entry is.
@@ -83,5 +83,5 @@ class TopKCodec(Codec):
         values.zero_()
         for row in rows:
             bits, places = row.split([row.numel() - indices.numel(), indices.numel()])
-            numbers = bits.clone().view(numbers_type).to(values.dtype)  # a clone, since float64 wants its own alignment
+            numbers = bits.clone().view(numbers_type).to(values.dtype)  # a clone, since float64 needs its own alignment
             values.index_add_(0, places, numbers, alpha=1 / self.world_size)  # divided first, or huge ones overflow

@@ -1,4 +1,4 @@
-"""Average of buffers, which differ between ranks until all meet."""
+"""An average of buffers, which differ between ranks until all meet at a flush."""
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,8 @@ from lightning_comm.transport.recording import Recorder
 def average_buffers(module: nn.Module, recorder: Recorder) -> None:
     """Average floating-point buffers (BatchNorm statistics) over the ranks, and take others from rank 0, in place.
 
-    The sum is taken in the order of ranks, so that it does not depend on how an all-reduce goes about it. What is equal
-    on all ranks stays as it is.
+    The sum is taken in the order of ranks, so that it does not depend on the algorithm of an all-reduce. Values that
+    are equal on all ranks stay as they are.
 
     Note:
         *Communication.* One all-gather for each type of buffers, recorded as ``"buffers"``.

@@ -1,4 +1,4 @@
-"""The process groups of a ring, with what records the messages that go through each."""
+"""The process groups of a ring, each with the recorder of its messages."""
 
 from datetime import timedelta
 
@@ -15,20 +15,20 @@ _WHERE = "the set-up of a process group"
 
 
 class RingGroups:
-    """Groups in which the messages of a ring keep no order with those of Lightning.
+    """Groups of their own for the messages of a ring, so that these are not ordered with Lightning's.
 
-    Where tags tell messages apart, gradients and parameters share a group, since two connections would get in each
-    other's way on a link. Otherwise each kind has its own, so that they keep no order with each other either.
+    Where messages are matched by tags, gradients and parameters share a group, since two connections would compete for
+    the link. Otherwise each kind has its own group, so that the two are not ordered with each other either.
 
     Args:
-        ledger: Where messages are written down.
+        ledger: Where messages are recorded.
         device: Of the rank.
-        agreement: Tells of failures.
+        agreement: Publishes and raises failures.
         timeout: How long messages wait for other ranks.
-        staggered: Whether ranks pass a token round that says whose turn it is.
+        staggered: Whether ranks pass a token round, whose holder may begin a batch.
 
     Attributes:
-        tagged: Whether the backend tells messages apart by their tags, as gloo does and NCCL does not.
+        tagged: Whether the backend matches messages by their tags, as gloo does and NCCL does not.
         gradients: Sends and records sums of gradients.
         parameters: Sends and records new versions.
         tokens: Sends and records the tokens, in a group on the hosts' processors; ``None`` without them.
@@ -50,7 +50,7 @@ class RingGroups:
         self.tokens = Recorder(ledger, self._groups[-1], hold=True) if staggered else None
 
     def write_held(self) -> None:
-        """Write down what has been sent meanwhile; by the thread that trains, to which the ledger belongs."""
+        """Write the records that were kept back; called by the thread that trains, to which the ledger belongs."""
         self.gradients.write_held()
         self.parameters.write_held()
 

@@ -11,7 +11,7 @@ import torch
 from lightning_comm.transport.group_ends import leave_behind
 
 _END_S = 5.0  # how long lanes may take to end once nothing holds them any more
-_LISTEN_S = 1.0  # how often somebody who waits looks whether a rank has failed; a look takes up to 70 ms on a slow link
+_LISTEN_S = 1.0  # seconds between looks for failed ranks in a wait; a look takes up to 70 ms on a slow link
 
 
 class ClosedError(Exception):
@@ -19,13 +19,13 @@ class ClosedError(Exception):
 
 
 class Lanes:
-    """Starts lanes, gives them steps, and lets compute wait for what they do, or hear what went wrong in one.
+    """Starts lanes, hands them steps, and lets compute wait for their results; raises the error of one that failed.
 
     Args:
         device: Where the tensors are. On a CUDA device each lane has a stream of its own.
 
     Attributes:
-        changed: Held where a lane changes what compute waits for; notified behind it.
+        changed: A condition: held where a lane changes what compute waits for, and notified afterwards.
 
     """
 

@@ -1,6 +1,6 @@
 """Messages on the ring of Cyclic Data Parallelism: the tensors of a stage, and notes, in one piece of memory.
 
-Gloo has no sending and receiving of CUDA memory. There a message has a second piece of memory, pinned on the host, that
+Gloo cannot send or receive CUDA memory. There a message has a second piece of memory, pinned on the host, that
 is sent and received in its place, and the lanes copy between the two (:meth:`Message.to_wire`, :meth:`from_wire`).
 """
 
@@ -16,7 +16,7 @@ NOTES_BYTES = 8 * NOTES
 
 
 class Mark:
-    """A point in the work of a device, which work elsewhere on it can be made to follow; nothing on a processor.
+    """A point in the work of a device, which work elsewhere on it can be made to follow; on a CPU it does nothing.
 
     Args:
         device: Which; the point is set in the stream that this thread has there.
@@ -26,7 +26,7 @@ class Mark:
     def __init__(self, device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
-            # whoever waits on the host for it sleeps: lanes are many, and must not keep a processor busy each
+            # the host sleeps while it waits: there are many lanes, and each would keep a processor busy
             self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(device))
 
@@ -74,7 +74,7 @@ class Departure:
 
 
 class StageLayout:
-    """How the tensors of a stage lie in a message: behind the notes, widest types first, so that nothing is padded.
+    """The layout of a stage's tensors in a message: behind the notes, widest types first, so that nothing is padded.
 
     Args:
         tensors: The parameters of the stage.
@@ -104,7 +104,7 @@ class Message:
     """A message of a stage: ``notes`` (float64) and ``parts`` are views of its ``memory``; ``wire`` is what is sent.
 
     Args:
-        layout: How the stage lies in it.
+        layout: The layout of the stage in it.
         device: Where it is.
         through_host: Whether what is sent lies in pinned memory of the host, as large as the message, and not on the
             device: for backends that cannot send memory of the device.
@@ -125,7 +125,7 @@ class Message:
         """Put into the memory that is sent what this stream has made of the message; the host waits for it."""
         if self.wire is not self.memory:
             self.wire.copy_(self.memory, non_blocking=True)
-            Mark(self.memory.device).reached()  # whoever sends it reads it at once
+            Mark(self.memory.device).reached()  # the network reads it as soon as it is sent
 
     def from_wire(self) -> None:
         """Let this stream take what has been received into the memory of the device; the host does not wait."""
@@ -154,8 +154,8 @@ class Message:
 class Numbers:
     """The notes of a message as they are now: for the host, when it needs them, and for lanes on the device.
 
-    The host need not wait when this is made, so it may give the device more work before. Whoever reads them two steps
-    later does not wait at all, as a rule.
+    The host need not wait when this is made, so it may give the device more work before. A read two steps later
+    does not wait at all, as a rule.
 
     Args:
         notes: Those of the message, whose memory is used again.
@@ -170,7 +170,7 @@ class Numbers:
         self._there = Mark(notes.device)
 
     def tolist(self) -> list[float]:
-        """Return them on the host, which waits until the device has got that far."""
+        """Return them on the host, which waits until the device has computed them."""
         self._there.reached()
         numbers: list[float] = self._on_host.tolist()
         return numbers

@@ -17,13 +17,13 @@ class Neighbours:
     """Receives, sends and records messages of stages, in memory that is used again.
 
     Args:
-        schedule: Who sends what to whom.
-        layouts: How each stage lies in a message.
+        schedule: The order of messages on the ring.
+        layouts: The layout of each stage in a message.
         gradients: Sends and records sums of gradients.
         parameters: Sends and records new versions.
         device: Where the tensors are.
-        in_any_order: Whether the backend tells messages by their tags, as gloo does and NCCL does not. Such a backend
-            is given memory of the host alone.
+        in_any_order: Whether the backend matches messages by their tags, as gloo does and NCCL does not. Such a backend
+            is only given memory of the host.
 
     Attributes:
         queue: What waits for the link to the next rank, most urgent first; ``None`` where all is sent at once.
@@ -43,14 +43,15 @@ class Neighbours:
         self._schedule, self._layouts, self._device = schedule, layouts, device
         self._rank = gradients.rank
         self._recorders: dict[TransferKind, Recorder] = {"gradient": gradients, "parameters": parameters}
-        # On gloo a sender waits until the receiver has asked, by a small message that waits behind bulk traffic: so
-        # what a step will bring is asked for at once.
+        # On gloo a sender waits until the receive is posted, which it learns by a small message that waits behind bulk
+        # traffic. So all receives of a step are posted at its beginning.
         self._ask_at_once = in_any_order
         self._through_host = in_any_order and device.type != "cpu"
         urgent_first = in_any_order and schedule.sends_urgent_first
         self.queue = UrgentFirst(schedule, parameters, tag=2 * schedule.stages) if urgent_first else None
-        # Memory to use again, for each kind of lane. What a lane waits for there was sent in an earlier step by a lane
-        # of this kind; with one pool for both, two ranks could wait for each other to receive.
+        # Memory to use again, a pool for each kind of lane. A lane that takes memory waits until its last message has
+        # left, which a lane of the same kind sent in an earlier step. With one pool for both kinds, two ranks could
+        # wait for each other to receive.
         self._free: dict[TransferKind, list[deque[Message]]] = {
             kind: [deque() for _ in layouts] for kind in self._recorders
         }
@@ -61,7 +62,7 @@ class Neighbours:
             self.queue.begin_step()
 
     def receive(self, kind: TransferKind, step: int, stages: Sequence[int]) -> Iterator[Message]:
-        """Ask for the messages of these stages in a step; yield each when it has arrived."""
+        """Post the receives of these stages in a step; yield each message when it has arrived."""
         before = (self._rank - 1) % self._schedule.workers
         to_come = [stage for stage in stages if self._schedule.receives(self._rank, stage, kind)]
 
@@ -109,7 +110,8 @@ class Neighbours:
         except IndexError:
             return self._new(stage)
         if self.queue is not None and not message.has_left():
-            # nobody waits for it: what lets it go may itself wait for what this rank is to receive
+            # not waited for: it leaves when the next rank acknowledges others, which may itself wait for what this
+            # rank is about to receive
             free.append(message)
             return self._new(stage)
         message.use_again()
@@ -120,7 +122,7 @@ class Neighbours:
         self._free[kind][stage].append(message)
 
     def close(self) -> None:
-        """Wait for all that was sent; only where all messages are sure to be received."""
+        """Wait for all that was sent; only where the next rank receives all messages."""
         for message in itertools.chain(*itertools.chain(*self._free.values())):
             message.sent()
         if self.queue is not None:

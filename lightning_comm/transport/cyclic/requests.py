@@ -1,4 +1,4 @@
-"""Requests of ranks for a stop, or a save, under Cyclic Data Parallelism: they travel with the gradients."""
+"""Requests of ranks for a stop, or a save, under Cyclic Data Parallelism: they are sent with the gradients."""
 
 from typing import get_args
 
@@ -18,7 +18,7 @@ BATCH = 6  # the sum of the numbers of the batches in which ranks take the step
 
 
 class Requests:
-    """What this rank asks for, and what all ranks have heard.
+    """Requests of this rank, and those that all ranks know of.
 
     A rank counts its request into its notes of one step. They are added up along the ring with the gradients, and the
     sum comes back with the new version. Two steps later every rank has it, and all act at the end of the same step. The
@@ -40,7 +40,7 @@ class Requests:
         self._acted_at: dict[Kind, int] = {}
 
     def ask(self, kind: Kind, reason: str) -> None:
-        """Ask for something; it travels with the next gradient. A signal handler may call this."""
+        """Ask for something; the request is sent with the next gradient. A signal handler may call this."""
         self._wanted.setdefault(kind, f"rank {self._rank}: {reason}")
 
     def notes(
@@ -85,7 +85,7 @@ class Requests:
     def decided(self, step: int, notes: list[float], at_step: int) -> list[Decision]:
         """Return what all ranks do now, from the summed notes of a step.
 
-        What was asked for again before it was done, by this rank or another one, is done with it.
+        A request that was repeated before it was carried out, by this rank or another one, is settled with it.
 
         Args:
             step: Whose notes.

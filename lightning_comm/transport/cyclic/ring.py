@@ -1,33 +1,35 @@
-"""The ring of Cyclic Data Parallelism: gradients and new parameters travel from neighbour to neighbour.
+"""The ring of Cyclic Data Parallelism: gradients and new parameters are passed from neighbour to neighbour.
 
-Every rank has *lanes*, threads beside the one that computes, so that nothing of this is in its way. In each step
+Every rank has *lanes*, threads beside the one that computes, so that messages do not hold up compute. In each step
 
 - a gradient lane divides this rank's gradient of a stage by the number of ranks, adds it to the sum that comes from the
-  rank before, and passes it on; at the stage's owner it updates the stage. Divided before it is added, as under DDP, so
-  that gradients near the limit of their type have a mean;
+  rank before, and passes it on; at the stage's owner it updates the stage. It divides before it adds, as DDP does, so
+  that the sum of gradients near the limit of their type does not overflow;
 - a parameter lane takes the stage's new version from the rank before, or from its own update, passes it on, and keeps
   it until compute uses it.
 
-On gloo each stage has two lanes of its own, and messages are told apart by tags: a stage whose gradient is late holds
-no other one up, and under rule v2 what is needed first is sent first (see
-:mod:`~lightning_comm.transport.cyclic.send_queue`); both count on a link that is always busy. Memory of a CUDA device
-goes through the host there: lanes wait for the copies, and compute for nothing. NCCL carries out what it is asked for
-in order, so there one lane for gradients and one for parameters handle all stages in the order in which backward
-finishes them, the same on all ranks. :mod:`lightning_comm.core.cyclic.link_proof` shows for the one and
-:mod:`lightning_comm.core.cyclic.proof` for the other that nobody waits in a circle, whatever the send window.
+On gloo each stage has two lanes of its own, and messages are matched by tags: a stage whose gradient is late holds up
+no other one, and under rule v2 the message that is needed first is sent first (see
+:mod:`~lightning_comm.transport.cyclic.send_queue`); both matter on a link that is always busy. Memory of a CUDA device
+goes through the host there: lanes wait for the copies, and compute does not. NCCL carries out messages in the order in
+which they were posted, so there one lane for gradients and one for parameters handle all stages in the order in which
+backward finishes them, the same on all ranks. There is no deadlock, whatever the send window: that is proven in
+:mod:`lightning_comm.core.cyclic.link_proof` for gloo and in :mod:`lightning_comm.core.cyclic.proof` for NCCL.
 
 **Order under NCCL.** All that a group sends and receives is one queue on each rank: where the group was made with a
 ``device_id``, as Lightning does, it has one communicator and one stream. Number the messages of a group by step, by the
-place of their stage in :meth:`CyclicSchedule.order`, and by their place on the stage's way round the ring. A lane asks
-for them in that order on every rank, and in each stage receives before it sends. So all that stands before a message in
-the queues of its two ends has a lower number, and the lowest that is not yet through stands at the head of both: the
-queue never stops. Of the two groups, versions wait for sums of the same step and of no later ones, and sums for
-versions of earlier steps, through compute. A receive occupies the device until it is served, so none is asked for
-before this rank's own gradient of the stage has been computed: before that it could not be served anyway. What is left
-is that the two groups and compute must be able to run at the same time: a device whose streams share one hardware queue
-(``CUDA_DEVICE_MAX_CONNECTIONS=1``) can stop for good, and is refused.
+place of their stage in :meth:`CyclicSchedule.order`, and by their place on the stage's way round the ring. A lane posts
+them in that order on every rank, and in each stage receives before it sends. So whatever precedes a message in the
+queues of its sender and its receiver has a lower number, and the unfinished message with the lowest number is at the
+head of both queues: it can always be carried out, and the queues never stop. Between the two groups, versions wait for
+sums of the same step but of no later one, and sums wait, through compute, for versions of earlier steps: no circle.
 
-**Hand-overs on a CUDA device**, from stream to stream, and what orders each:
+A receive occupies the device until its message comes, so none is posted before this rank's own gradient of the stage
+has been computed; the message could not be used earlier. It remains that the two groups and compute must be able to run
+at the same time: a device whose streams share one hardware queue (``CUDA_DEVICE_MAX_CONNECTIONS=1``) can deadlock, and
+is refused.
+
+**Hand-overs between streams of a CUDA device**, and what puts each in order:
 
 - gradients and this rank's notes, from backward to the gradient lane: the mark in :meth:`CyclicRing.hand_over`, and
   ``record_stream``, since backward's stream would reuse their memory;
@@ -39,8 +41,8 @@ is that the two groups and compute must be able to run at the same time: a devic
 - through the host: what is sent is on the host before gloo is asked to (:meth:`Message.to_wire`), and what was received
   has left the host's memory before gloo may write there again (:meth:`Message.use_again`).
 
-Only lanes wait on the host. What they wait for has been given to the device before and follows nothing that is not
-on the device yet, so these waits end, whatever other ranks do.
+Only lanes wait on the host. The work that they wait for is on the device already, and depends on nothing that is still
+to be given to it, so these waits end, whatever other ranks do.
 """
 
 from collections import defaultdict
@@ -62,7 +64,7 @@ Update = Callable[[int, int, Message], None]
 
 
 class Gradients(NamedTuple):
-    """What compute hands over: this rank's gradients of a stage, and its notes."""
+    """This rank's gradients of a stage and its notes, as compute hands them over."""
 
     parts: Sequence[Tensor]
     notes: Tensor
@@ -73,15 +75,15 @@ class CyclicRing:
     """Sums gradients around the ring, lets owners update, and passes new versions on, beside compute.
 
     Args:
-        schedule: Who sends what to whom.
-        layouts: How each stage lies in a message.
+        schedule: The order of messages on the ring.
+        layouts: The layout of each stage in a message.
         update: Called in the gradient lane at a stage's owner with the step, the stage and the message that holds the
             mean gradient; it leaves the new parameters there.
         gradients: Sends and records gradients, on a process group of its own.
         parameters: Sends and records new versions, on another one.
         device: Where the tensors are.
-        in_any_order: Whether the backend tells messages by their tags, as gloo does and NCCL does not. Such a backend
-            is given memory of the host alone.
+        in_any_order: Whether the backend matches messages by their tags, as gloo does and NCCL does not. Such a backend
+            is only given memory of the host.
 
     Note:
         *Communication.* For each stage and step N - 1 messages of its size for the gradient and N - 1 for the new
@@ -113,12 +115,13 @@ class CyclicRing:
         self._in_any_order = in_any_order
         self._lanes = Lanes(device)
         self._neighbours = Neighbours(schedule, layouts, gradients, parameters, device, in_any_order=in_any_order)
-        self._own: list[SimpleQueue[Gradients | None]] = [SimpleQueue() for _ in layouts]
-        self._updated: list[SimpleQueue[Message | None]] = [SimpleQueue() for _ in layouts]
-        self._passed_on: list[SimpleQueue[Mark | None]] = [SimpleQueue() for _ in layouts]  # where order is kept
-        self._arrived: list[dict[int, Message]] = [{} for _ in layouts]
+        # One queue a stage, from thread to thread; `None` ends the lane that reads it.
+        self._own: list[SimpleQueue[Gradients | None]] = [SimpleQueue() for _ in layouts]  # compute to gradient lane
+        self._updated: list[SimpleQueue[Message | None]] = [SimpleQueue() for _ in layouts]  # gradient to parameters
+        self._passed_on: list[SimpleQueue[Mark | None]] = [SimpleQueue() for _ in layouts]  # likewise; NCCL alone
+        self._arrived: list[dict[int, Message]] = [{} for _ in layouts]  # by stage and version, until released
         self._notes: dict[int, dict[int, Numbers]] = defaultdict(dict)  # by version and stage
-        self._left_out: int | None = None
+        self._left_out: int | None = None  # the last step, if it has begun but never comes: no update
         for own_stages in [[stage] for stage in schedule.order()] if in_any_order else [list(schedule.order())]:
             self._lanes.start(partial(self._gradients, own_stages), f"gradients of stages {own_stages}")
             self._lanes.start(partial(self._parameters, own_stages), f"parameters of stages {own_stages}")
@@ -128,13 +131,13 @@ class CyclicRing:
     # ---- called by compute ---------------------------------------------------------------------------------------
 
     def begin_step(self, step: int) -> None:
-        """Let the lanes ask for the messages of a step; called on every rank, for each step in turn."""
+        """Let the lanes post the receives of a step; called on every rank, for each step in turn."""
         self._lanes.raise_error()
         self._neighbours.begin_step()
         self._lanes.begin_step(step)
 
     def hand_over(self, stage: int, gradients: Sequence[Tensor], notes: Tensor) -> None:
-        """Give this rank's gradients of a stage away, once in each step; the lane may write into nothing of them."""
+        """Hand this rank's gradients of a stage to its lane, once in each step; the lane only reads them."""
         self._lanes.raise_error()
         self._own[stage].put(Gradients(gradients, notes, Mark(self._device)))
 
@@ -142,8 +145,8 @@ class CyclicRing:
         """Wait for a version of a stage, and return it until :meth:`release`.
 
         Args:
-            stage: Which.
-            version: Which.
+            stage: The stage.
+            version: The version.
             listen: Called about once a second while waiting; it may raise.
 
         Raises:
@@ -157,6 +160,7 @@ class CyclicRing:
 
     def release(self, stage: int, version: int) -> None:
         """Give back the memory of a version that is in place, and of older ones."""
+        # The memory goes back to the kind of lane that took it: an owner's version lies in the message of its gradient.
         receives_it: TransferKind = "gradient" if self._schedule.owner(stage) == self._rank else "parameters"
         with self._lanes.changed:
             arrived = self._arrived[stage]
@@ -170,7 +174,7 @@ class CyclicRing:
         return [numbers.tolist() for numbers in self._numbers(version, stages, listen)]
 
     def notes_on_device(self, version: int, stages: Sequence[int], listen: Callable[[], None]) -> Tensor:
-        """Wait until the notes of some stages are sure to come, and return them, a row each, on the device."""
+        """Return the notes of some stages, a row each, on the device, without a wait of the host for their values."""
         return torch.stack([numbers.on_device() for numbers in self._numbers(version, stages, listen)])
 
     def _numbers(self, version: int, stages: Sequence[int], listen: Callable[[], None]) -> list[Numbers]:
@@ -179,15 +183,15 @@ class CyclicRing:
             return [self._notes[version][stage] for stage in stages]
 
     def flushed(self, steps_done: int) -> None:
-        """Note that this rank has the newest version of everything, where all ranks wait for it after these steps."""
+        """Note a flush: after these steps all ranks wait for the newest version of every stage; this rank has it."""
         if self._neighbours.queue is not None:
             self._neighbours.queue.flushed_at = steps_done
 
     def leave_out(self, step: int, listen: Callable[[], None]) -> list[list[float]]:
-        """Let a step that has begun pass without an update, where it never comes; on all ranks, as the last one.
+        """End a step that has begun but will not be taken: without an update, on all ranks, as the last step.
 
         Args:
-            step: Which.
+            step: The step.
             listen: As in :meth:`take`.
 
         Returns:
@@ -203,10 +207,10 @@ class CyclicRing:
 
     def close(self) -> None:
         """End the lanes and wait for what they have sent; only where all ranks have the last version."""
-        self._end()  # behind all that is under way
+        self._end()  # the queues are in order, so lanes first finish all that is under way
         self._lanes.join()
         self._neighbours.close()
-        if self._device.type == "cuda":  # memory of lanes is about to be given back that compute may still read
+        if self._device.type == "cuda":  # compute may still read memory of the lanes, which is about to be freed
             torch.cuda.synchronize(self._device)
 
     def abandon(self) -> None:
@@ -231,7 +235,8 @@ class CyclicRing:
         incoming = self._neighbours.receive("gradient", step, stages)
         for stage in stages:
             receives = schedule.receives(rank, stage, "gradient")
-            # where it is asked for already, its arrival is noted at once, so that the next one may be sent
+            # On gloo the receive is posted already. To take the message now, before this rank's own gradient is there,
+            # acknowledges it, so that the rank before may send its next one.
             arrived = next(incoming) if receives and self._in_any_order else None
             own = self._own[stage].get()
             if own is None:
@@ -243,7 +248,7 @@ class CyclicRing:
                 for part, gradient in zip(message.parts, own.parts, strict=True):
                     part.add_(gradient / schedule.workers)
             else:
-                message = self._neighbours.empty("gradient", stage)
+                message = self._neighbours.empty("gradient", stage)  # the first rank on the stage's way round the ring
                 message.notes.copy_(own.notes)
                 for part, gradient in zip(message.parts, own.parts, strict=True):
                     torch.div(gradient, schedule.workers, out=part)
@@ -251,10 +256,11 @@ class CyclicRing:
             if schedule.sends(rank, stage, "gradient"):
                 message.to_wire()
                 self._neighbours.send("gradient", step, stage, message)
-                self._neighbours.give_back("gradient", stage, message)
+                self._neighbours.give_back("gradient", stage, message)  # used again once it has left
                 if not self._in_any_order:
                     self._passed_on[stage].put(own.ready)
                 continue
+            # here the sum is complete: this rank owns the stage
             if step != self._left_out:
                 self._update(step, stage, message)
             message.written = Mark(self._device)
@@ -282,12 +288,13 @@ class CyclicRing:
             with self._lanes.changed:
                 self._arrived[stage][step + 1] = message
                 self._notes[step + 1][stage] = notes
+                # notes are read up to two steps late
                 for old in [version for version in self._notes if version < step - 2]:
                     del self._notes[old]
                 self._lanes.changed.notify_all()
 
     def _keep_order(self, stage: int) -> None:
-        """Wait with a version until this rank's gradient is on its way, where a receive holds the device."""
+        """On NCCL, wait until this rank's gradient of the stage is on its way, before a receive occupies the device."""
         ready = self._passed_on[stage].get() if not self._in_any_order else None
         if ready is not None:
             ready.wait()

@@ -1,10 +1,11 @@
-"""The way to the next rank on the ring: of the messages that wait for it, the one that is needed first goes first.
+"""A priority queue in front of the link to the next rank on the ring: the message that is needed first is sent first.
 
-A link that is busy all the time decides how long a step takes, and what is needed soon must not queue behind what has
-time. The queue of a socket keeps the order in which it was filled, and holds up to megabytes. So no more than two
-messages are given to it: one that is on its way, and one behind it (:mod:`lightning_comm.core.cyclic.send_window`). The
-receiver acknowledges each when it has arrived. That travels against the direction of the ring, where nothing else is on
-its way; with two ranks there is no such direction.
+Where a link is always busy, it decides how long a step takes, so a message that is needed soon must not wait behind one
+that is needed later. A socket sends in the order in which it was filled, and buffers up to megabytes. So it is given no
+more than two messages at a time, one under way and one behind it, or as many small ones as fit
+(:mod:`lightning_comm.core.cyclic.send_window`); the others wait here, where a more urgent one can still overtake them.
+The receiver acknowledges each message when it has arrived. Acknowledgements go against the direction of the ring, where
+nothing else is sent; with two ranks there is no such direction.
 """
 
 import threading
@@ -22,16 +23,16 @@ from lightning_comm.transport.recording import Recorder
 
 
 class UrgentFirst:
-    """Sends the messages of a rank to the next one, those first that are needed first.
+    """Sends the messages of a rank to the next one, the most urgent first.
 
     Args:
-        schedule: Who sends what to whom, and how urgent it is.
+        schedule: The order of messages on the ring, and how urgent each is.
         recorder: Sends and records the acknowledgements.
-        tag: Of the acknowledgements.
+        tag: The tag of the acknowledgements.
 
     Attributes:
-        flushed_at: Steps done at the last flush. What is sent from now on waits behind all from before it: a rank that
-            has not passed the flush does not receive it yet.
+        flushed_at: Steps done at the last flush. Messages of later steps are less urgent than all from before it: a
+            rank that has not passed the flush does not receive them yet.
 
     Note:
         *Communication.* For each message 8 bytes from its receiver to its sender, counted as ``"control"``.
@@ -48,12 +49,16 @@ class UrgentFirst:
         )
         self._lock = threading.Lock()
         self._window = SendWindow()
-        self._departures: dict[int, Departure] = {}  # those that wait or are on their way, by number
-        self._expected: deque[tuple[Tensor, dist.Work]] = deque()  # acknowledgements of the rank after this one
-        self._given: deque[tuple[Tensor, dist.Work]] = deque()  # acknowledgements to the rank before this one
+        self._departures: dict[int, Departure] = {}  # messages that wait or are on their way, by number
+        self._expected: deque[tuple[Tensor, dist.Work]] = deque()  # acknowledgements by the rank after this one
+        self._given: deque[tuple[Tensor, dist.Work]] = deque()  # acknowledgements sent to the rank before this one
 
     def begin_step(self) -> None:
-        """Ask for the acknowledgements of a whole step at once: what asks for them waits behind bulk traffic."""
+        """Post the receives of all acknowledgements of a step at once.
+
+        On gloo a receive is announced to the sender by a small message, which here would wait behind the bulk traffic
+        to the next rank. Announced early, it is there in time.
+        """
         for _ in range(self._in_step):
             number = torch.empty(1, dtype=torch.int64)
             self._expected.append((number, self._recorder.receive(number, self._after, tag=self._tag)))
@@ -61,7 +66,7 @@ class UrgentFirst:
     def send(
         self, kind: TransferKind, stage: int, step: int, message_bytes: int, send: Callable[[], dist.Work]
     ) -> Departure:
-        """Send a message when its turn comes; it must be kept until then."""
+        """Send a message when its turn comes; its memory must be kept until it has left."""
         number = self._schedule.number(kind, stage, step)
         urgency = self._schedule.urgency(self._recorder.rank, kind, stage, step, self.flushed_at)
         departure = Departure(send)
@@ -72,17 +77,18 @@ class UrgentFirst:
         return departure
 
     def acknowledge(self, kind: TransferKind, stage: int, step: int) -> None:
-        """Tell the rank before this one that a message of it is here."""
+        """Acknowledge a message of the rank before this one."""
         number = torch.tensor([self._schedule.number(kind, stage, step)])
         work = self._recorder.send(number, self._before, "control", number.nbytes, tag=self._tag, step=step)
         with self._lock:
             self._given.append((number, work))
+            # those of more than two steps ago have long been received, so that this does not wait
             old = [self._given.popleft()[1] for _ in range(len(self._given) - 2 * self._in_step)]
         for work in old:
             work.wait()
 
     def handle_acknowledgements(self, step: int) -> None:
-        """Let messages go as others are acknowledged, for as many as a step has; in a thread of its own."""
+        """Take the acknowledgements of a step, and send what waits as each arrives; in a thread of its own."""
         for _ in range(self._in_step):
             number, work = self._expected.popleft()
             self._recorder.wait_for(work, self._after)
@@ -93,7 +99,7 @@ class UrgentFirst:
             departure.end()
 
     def close(self) -> None:
-        """Wait for the acknowledgements that this rank has given; only where all messages have arrived."""
+        """Wait until this rank's acknowledgements have left; only where all messages have arrived."""
         for _, work in self._given:
             work.wait()
 

@@ -22,12 +22,12 @@ SQUARED_NORM = 7  # where a stage's squared gradient norm stands in the notes of
 
 
 class StageOptimizer:
-    """Steps the owned stages of an optimizer on copies of their parameters, with the settings of the gradient's step.
+    """Steps the owned stages of an optimizer on copies of their parameters, by the settings of the gradient's step.
 
     The optimizer itself stays as its user made it: its groups hold the module's parameters and are what schedulers
-    change, and it steps on nothing, since gradients are handed over before. For each owned stage a twin of it holds
-    copies of the parameters, and all the state that there is. Compute reads the module's parameters, and lanes write
-    the copies, each those of its stage, so that none is in another's way.
+    change, and it steps on nothing, since lanes have taken the gradients before. For each owned stage a twin of it
+    holds copies of the parameters, and all the state that there is. Compute reads the module's parameters, and lanes
+    write the copies, each those of its stage, so that no lock is needed.
 
     Args:
         optimizer: The user's.
@@ -40,12 +40,13 @@ class StageOptimizer:
         *Memory.* A copy of the owned parameters, beside their optimizer state.
 
         *On a CUDA device* the host waits for nothing in an update, however gradients are clipped: squared norms, the
-        norm of the step before and the factor stay on the device, and go into the notes there. What the user's
-        optimizer waits for in its own ``step`` is its own affair.
+        norm of the step before and the factor stay on the device, and go into the notes there. The user's optimizer may
+        still wait in its own ``step``.
 
-        *Streams.* Copies and restored state are written on the stream of whoever makes this, and updated on that of a
-        lane. A lane's first update of a stage follows its own gradient's mark, which was set later. What reads the
-        state for a checkpoint follows the mark of the version that came of its last update, which it has used.
+        *Streams.* Copies and restored state are written on the stream of the thread that makes this, and updated on
+        that of a lane. A lane's first update of a stage follows its own gradient's mark, which was set later. What
+        reads the state for a checkpoint follows the mark of the version that came of its last update, which it has
+        used.
 
     """
 
@@ -132,7 +133,7 @@ def _twin_of(optimizer: Optimizer, copies: Mapping[int, Parameter]) -> Optimizer
     """Return an optimizer of the same kind and settings, over the copies alone and without state."""
     twin: Optimizer = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__)
-    twin.__dict__.pop("step", None)  # a learning-rate scheduler has put a counter of its own around the original's
+    twin.__dict__.pop("step", None)  # a learning-rate scheduler has wrapped the original's in a counter
     twin.param_groups = [
         {**group, "params": [copies[id(each)] for each in group["params"] if id(each) in copies]}
         for group in optimizer.param_groups

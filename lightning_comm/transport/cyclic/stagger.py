@@ -1,4 +1,4 @@
-"""Turns in time: each rank starts a batch a share of a step after the one before it."""
+"""Turns: each rank starts a batch 1/N of a batch's time after the rank before it."""
 
 import threading
 from collections import deque
@@ -19,7 +19,7 @@ _END_S = 5.0  # how long the thread may take to end once nothing holds it any mo
 
 
 class Turns(Protocol):
-    """When ranks begin their batches."""
+    """The rule by which ranks begin their batches."""
 
     def begin_batch(self, step: int) -> None:
         """Wait for this rank's turn to begin a batch, after so many optimizer steps."""
@@ -41,7 +41,7 @@ class NoTurns:
     """Ranks that begin when they can."""
 
     def begin_batch(self, step: int) -> None:
-        """Wait for nobody."""
+        """Do not wait."""
 
     def reach(self, passes: int) -> None:
         """Tell nobody."""
@@ -59,8 +59,8 @@ class NoTurns:
 class Stagger:
     """Passes a token on to the next rank when 1/N of a batch's time is over, and waits for one before the next batch.
 
-    Rank 0 begins, and from its second batch on waits for the last rank to have come so far in the batch before. What a
-    share of the time is, is taken from the number of stages behind, with a forward that takes half as long as backward.
+    Rank 0 begins; from its second batch on it waits for the token of the last rank in the batch before. The time that
+    has passed is taken from the number of stages done, with a forward that takes half as long as a backward.
 
     Args:
         schedule: How many ranks and stages there are.
@@ -109,7 +109,7 @@ class Stagger:
         self._recorder.write_held()
 
     def close(self) -> None:
-        """Take the last token off the wire, and end."""
+        """Receive the last token, so that none is in flight, and end."""
         if self._rank == 0 and self._batches > 0:
             self._wait()
         self._expected.put(False)

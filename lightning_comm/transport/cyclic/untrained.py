@@ -11,7 +11,7 @@ from lightning_comm.transport.recording import Recorder
 
 
 class UntrainedParameters:
-    """Brings parameters together that have changed on some rank since ranks were equal, as they are now.
+    """Averages the parameters of no stage that have changed on some rank since all ranks were equal.
 
     Args:
         module: The model.
@@ -30,7 +30,7 @@ class UntrainedParameters:
         self._noted = {name: content(parameter) for name, parameter in self._parameters().items()}
 
     def leave_out(self, trained: Iterable[Tensor]) -> None:
-        """Take these for the trained ones, and all others for those that no stage has."""
+        """Treat these as the trained ones, and all others as those that no stage has."""
         self._trained = {id(parameter) for parameter in trained}
         others = self._parameters()
         self._noted |= {name: content(each) for name, each in others.items() if name not in self._noted}
@@ -38,7 +38,7 @@ class UntrainedParameters:
     @torch.no_grad()
     def bring_together(self, recorder: Recorder) -> None:
         """Average those that have changed on any rank; floating-point ones, and others are those of rank 0."""
-        parameters = self._parameters()  # looked up anew: a module may have put another one in their place
+        parameters = self._parameters()  # looked up each time: the module may have replaced them
         if not parameters:
             return
         device = next(iter(parameters.values())).device
