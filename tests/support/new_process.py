@@ -59,6 +59,9 @@ def as_new(environment: dict[str, str], files: Sequence[int], search_path: Seque
         if (file := getattr(module, "__file__", None)) and not file.startswith(installed):
             del sys.modules[name]
     _forget_streams_and_hooks()
+    if not torch.cuda.is_initialized():
+        # torch takes a process for one that cannot use CUDA if the one it was forked from has counted the devices
+        torch.cuda._is_in_bad_fork = lambda: False
     torch.manual_seed(_TORCHS_FIRST_SEED)
     np.random.seed()
 
