@@ -107,7 +107,7 @@ def round_ends(
         *Communication.* None. It is the clock of the training run that is asked here, with the same numbers.
 
     Example:
-        >>> from lightning_comm.core.local_update.clock import FixedPeriod, QuadraticPeriod
+        >>> from lightning_comm.core.local_update import FixedPeriod, QuadraticPeriod
         >>> round_ends(FixedPeriod(4), [0.1] * 10)
         (4, 8, 10)
         >>> round_ends(QuadraticPeriod(alpha=0.1, h_base=2), [0.1] * 6 + [0.05] * 8, warmup_steps=0)

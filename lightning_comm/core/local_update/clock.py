@@ -9,24 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lightning_comm.core.arguments import is_whole, require_steps
-from lightning_comm.core.local_update.periods import (
-    ENDLESS,
-    FixedPeriod,
-    PeriodRule,
-    PowerPeriod,
-    QuadraticPeriod,
-)
-
-__all__ = [
-    "ENDLESS",
-    "FixedPeriod",
-    "PeriodRule",
-    "PowerPeriod",
-    "QuadraticPeriod",
-    "RoundClock",
-    "ends_of_equal_rounds",
-    "ends_to_come",
-]
+from lightning_comm.core.local_update.periods import ENDLESS, PeriodRule
 
 
 @dataclass
@@ -47,6 +30,7 @@ class RoundClock:
         ValueError: If an argument is out of range.
 
     Example:
+        >>> from lightning_comm.core.local_update import FixedPeriod
         >>> clock = RoundClock(rule=FixedPeriod(4), total_steps=10)
         >>> ends = []
         >>> for step in range(1, 11):
@@ -184,6 +168,7 @@ def ends_to_come(clock: RoundClock, rates: Sequence[float]) -> tuple[int, ...]:
         rates: The learning rate that each step to come uses; the run ends with the last of them.
 
     Example:
+        >>> from lightning_comm.core.local_update import FixedPeriod
         >>> ends_to_come(RoundClock(FixedPeriod(4)), [0.1] * 10)
         (4, 8, 10)
 
@@ -229,6 +214,7 @@ def ends_of_equal_rounds(clock: RoundClock, length: int, steps: int) -> Collecti
         steps: Optimizer steps to come.
 
     Example:
+        >>> from lightning_comm.core.local_update import FixedPeriod
         >>> tuple(ends_of_equal_rounds(RoundClock(FixedPeriod(4)), 4, steps=10))
         (4, 8, 10)
 
