@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
 from typing_extensions import override
 
@@ -38,6 +39,21 @@ def test(args: Sequence[str]) -> None:
 def predict(args: Sequence[str]) -> None:
     """Let a trained model answer."""
     _run("predict", args)
+
+
+class SavedConfig(SaveConfigCallback):
+    """Lightning's record of a run's config, which is not written over a config that the run was given.
+
+    Without a logger Lightning writes ``config.yaml`` into the working folder, where the user's own may be.
+    """
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        target = os.path.realpath(os.path.join(trainer.log_dir or "", self.config_filename))
+        given = self.config.get("config") or []  # of the subcommand
+        is_given = target in [os.path.realpath(str(path.absolute)) for path in given]
+        self.already_saved |= trainer.strategy.broadcast(is_given)  # as rank 0 finds it, which would write
+        super().setup(trainer, pl_module, stage)
 
 
 class CommandLine(LightningCLI):
@@ -118,5 +134,6 @@ def _run(subcommand: str, args: Sequence[str]) -> None:
         args=None if line == sys.argv[1:] else line,
         # The same command gives the same run, and a run may go on in the folder where it began.
         seed_everything_default=0,
+        save_config_callback=SavedConfig,
         save_config_kwargs={"overwrite": True},
     )
