@@ -124,8 +124,8 @@ def test_the_installed_command_trains_by_grasp_and_own_data_in_a_config_and_uses
     mask["schedule"] = {"start_step": 2, "end_step": 6, "every_steps": 2}
     content["data"]["class_path"] = "own_digits.OwnDigits"  # a module beside the config, for every rank
     (tmp_path / "own_digits.py").write_text("from lightning_comm.examples import DigitsData as OwnDigits\n")
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))  # without a logger Lightning writes config.yaml here
-    text = run(["fit", "--config=own.yaml", *SHORT], tmp_path, real=True)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))  # where Lightning writes, without a logger
+    text = run(["fit", "--config=config.yaml", *SHORT], tmp_path, real=True)
     assert "Starting with 2 processes" in text
     assert "`max_epochs=1` reached" in text
     saved = yaml.safe_load(next(tmp_path.glob("lightning_logs/version_0/config.yaml")).read_text())
@@ -136,11 +136,12 @@ def test_the_installed_command_trains_by_grasp_and_own_data_in_a_config_and_uses
     weights = [value for value in state["state_dict"].values() if value.dim() >= 2]
     zero = sum(int((value == 0).sum()) for value in weights) / sum(value.numel() for value in weights)
     assert zero == pytest.approx(0.7, abs=0.01)
-    alone = ["--config=own.yaml", f"--ckpt_path={checkpoint}", "--trainer.strategy=auto", "--trainer.devices=1"]
+    alone = ["--config=config.yaml", f"--ckpt_path={checkpoint}", "--trainer.strategy=auto", "--trainer.devices=1"]
     alone += ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
     alone += [f"--trainer.limit_{part}_batches=2" for part in ("val", "test", "predict")]
     users = {use: started([use, *alone], tmp_path, real=True) for use in ("validate", "test", "predict")}
     said = {use: said_by(process) for use, process in users.items()}
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == content  # no command has written over it
     assert [
         use for use, metric in (("validate", "val_accuracy"), ("test", "test_accuracy")) if metric not in said[use]
     ] == []
