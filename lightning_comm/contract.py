@@ -107,6 +107,10 @@ class SynchronisesInRounds(Protocol):
         """How often ranks have synchronised in this ``fit``; up to date when callbacks see the end of a batch."""
 
     @property
+    def averages_landed(self) -> int:
+        """How many averages are in the weights in this ``fit``; less than ``rounds_done`` while one is in flight."""
+
+    @property
     def round_in_force(self) -> RoundInForce:
         """The round that this rank is in."""
 

@@ -146,8 +146,8 @@ class Watch(Callback):
         period, total = strategy.round_in_force
         if not self.sync_steps and period > 0:
             self._check_round(period, total)
-        if strategy.rounds_done > self._rounds:
-            self._rounds = strategy.rounds_done
+        if strategy.averages_landed > self._rounds:  # the step that waits for one that was in flight
+            self._rounds = strategy.averages_landed
             self.sync_steps.append(done)
 
     def _check_round(self, period: int, total: int | None) -> None:

@@ -144,6 +144,11 @@ class LocalUpdateStrategy(DDPStrategy):
         return self._run.rounds.done if self._run is not None else 0
 
     @property
+    def averages_landed(self) -> int:
+        """How many averages are in the weights in this ``fit``; less than ``rounds_done`` while one is in flight."""
+        return self._run.log.rounds if self._run is not None else 0
+
+    @property
     def averages_gradients(self) -> bool:
         """Whether DDP averages gradients at every step now; before training starts, whether it does so at first."""
         if self._run is None or not self._run.active:

@@ -5,7 +5,7 @@ from lightning.pytorch import Callback
 from support.processes import launch
 from support.training import Regression, loader, local_update, network, trainer
 
-from lightning_comm import FixedPeriod
+from lightning_comm import Averaging, FixedPeriod
 from lightning_comm.contract import RoundInForce
 
 STEPS, PERIOD, GRADIENT_STEPS = 11, 3, 5
@@ -47,3 +47,28 @@ def test_rounds_are_told_with_their_lengths_and_begin_where_the_gradient_phase_w
         for begin, end in zip([first, *ends], ends, strict=False):
             lengths += [end - begin] * (end - begin)
         assert rounds == [RoundInForce(length, STEPS) for length in lengths]
+
+
+class Counts(Callback):
+    """Notes after each batch how many rounds are over, and how many averages have landed."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, runner, module, outputs, batch, batch_idx):
+        self.seen.append((runner.strategy.rounds_done, runner.strategy.averages_landed))
+
+
+def _count(rank, overlap_steps):
+    strategy, counts = local_update(FixedPeriod(4), averaging=Averaging(overlap_steps=overlap_steps)), Counts()
+    trainer(strategy, 2, callbacks=[counts], max_epochs=1).fit(Regression(network()), loader(STEPS, rank))
+    return counts.seen
+
+
+@pytest.mark.parametrize("overlap_steps", [0, 2])
+def test_an_average_lands_behind_the_round_that_it_ends_by_the_steps_of_the_overlap(overlap_steps):
+    for seen in launch(_count, overlap_steps, world_size=2):
+        assert [done for done, _ in seen] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3]
+        behind = [landed for _, landed in seen]
+        assert behind[:-1] == ([0] * overlap_steps + [done for done, _ in seen])[: STEPS - 1]
+        assert behind[-1] == 3  # the run ends with it
