@@ -123,7 +123,14 @@ def test_times_are_measured_on_shaped_links_where_the_machine_can(finished, labs
 
 def test_the_installed_command_trains_in_processes_that_it_starts_and_keeps_what_it_has_when_interrupted(tmp_path):
     command = [COMMAND, *SMALL, "--pilot-repeats", "0", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # a shell has what it starts in the background ignore this signal, and all that is started from there
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         said = list(
             itertools.takewhile(lambda line: not line.startswith("[1/3] DDP, seed 0: epoch 1 of 1"), process.stdout)

@@ -42,6 +42,7 @@ class CyclicSteps:
     Attributes:
         awaits_backward: Whether what a forward has computed waits for its backward.
         buffers_moved: Whether a forward may have changed buffers since ranks last met.
+        turns: When this rank, and the one behind it, may begin a batch.
 
     """
 
@@ -60,7 +61,7 @@ class CyclicSteps:
         self._cutter = cutter
         self._use_stages = use_stages
         self._model: CutModel | None = None
-        self._turns: Turns = NoTurns()
+        self.turns: Turns = NoTurns()
         self._manual = not fit.module.automatic_optimization
         self._handles: list[RemovableHandle] = []
         self._entered: set[int] = set()  # stages whose version for this step is in place
@@ -75,7 +76,7 @@ class CyclicSteps:
 
     def use(self, model: CutModel) -> None:
         """Follow the modules and parameters of these stages from now on."""
-        self._model, self._turns = model, model.turns
+        self._model, self.turns = model, model.turns
         modules = dict(self._fit.module.named_modules())
         for number, stage in enumerate(model.stages):
             for name in stage.modules:
@@ -127,9 +128,9 @@ class CyclicSteps:
         if self._model is None:
             self._cutter.watch(self._optimizer.trained())
             return
-        self._turns.end_batch()
+        self.turns.end_batch()
         with self._fit.agreement.first_error_shown():
-            self._turns.begin_batch(self._progress.steps_done)
+            self.turns.begin_batch(self._progress.steps_done)
         if self._at_once:
             self._model.hand_over.announce()
         self._enter_start()
@@ -147,7 +148,7 @@ class CyclicSteps:
         if self._model is None or stage in self._entered:
             return
         self._entered.add(stage)
-        self._turns.reach(stage)
+        self.turns.reach(stage)
         self._model.versions.use_in_step(stage)
 
     # ---- backward ------------------------------------------------------------------------------------------------
@@ -161,11 +162,11 @@ class CyclicSteps:
         self._notes.note_loss(loss, first=self._optimizer.is_cleared())
         self._cut()
         if self._model is not None:
-            self._turns.reach(len(self._model.stages))
+            self.turns.reach(len(self._model.stages))
 
     def end_backward(self) -> None:
         """Hand over the gradients that no hook has, and refuse parameters that took no part in the step."""
-        self._turns.end_batch()
+        self.turns.end_batch()
         self.awaits_backward = False
         if self._progress.active and self._at_once and self._model is not None:
             self._model.hand_over.hand_over_rest()
@@ -213,7 +214,7 @@ class CyclicSteps:
 
     def count_step(self) -> None:
         """Close the step; called after the optimizer's step, as Lightning sees it."""
-        self._turns.end_batch()
+        self.turns.end_batch()
         if not self._progress.active or not self._due:
             return
         if self._counted:
@@ -233,7 +234,7 @@ class CyclicSteps:
 
     def end_batch(self) -> bool:
         """Close the batch, however it ended; return whether there was a step since the last one."""
-        self._turns.end_batch()
+        self.turns.end_batch()
         self.awaits_backward = False  # without a backward: its error was caught, or `training_step` returned None
         counted, self._counted = self._counted, False
         return counted

@@ -200,8 +200,14 @@ class CyclicStrategy(DDPStrategy):
             failures.epoch_ends(agreement),
         )
         collectives.compare_places = self._compare_places
+        collectives.before = self._let_next_begin
         self._hooks = CyclicHooks(trainer, run, support.begin_fit(trainer, run))
         support.hooks = self._hooks.hooks
+
+    def _let_next_begin(self) -> None:
+        """Let no rank wait for its turn to begin a batch while this one, in its batch, waits for it in a collective."""
+        if self._run is not None:
+            self._run.steps.turns.end_batch()
 
     def _compare_places(self, purpose: str) -> None:
         if self._run is not None and not self._support.interrupted:

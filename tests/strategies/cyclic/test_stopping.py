@@ -264,3 +264,27 @@ def test_turns_in_time_change_nothing_and_end(world_size, options):
     for plain, staggered in launch(_staggered, world_size, options, world_size=world_size, timeout_s=60):
         for one, other in zip(plain, staggered, strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+class Meets(Regression):
+    """Logs the mean of the loss over the ranks in each training step, which is a collective."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.means.append(float(self.trainer.strategy.reduce(loss.detach().clone())))
+        return loss
+
+
+def _meeting(rank, world_size):
+    module = Meets(deep(2 * world_size), adamw)
+    module.means = []
+    names = [f"net.{2 * k}" for k in range(2 * world_size)]
+    fit(rank, world_size, module, 6, {"stagger": "step", "stages": names})
+    return module.means
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_collective_within_a_training_step_ends_though_ranks_take_turns_in_time(world_size):
+    answers = launch(_meeting, world_size, world_size=world_size, timeout_s=25)
+    assert len(answers[0]) == 6
+    assert all(answer == answers[0] for answer in answers)
