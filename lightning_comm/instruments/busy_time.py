@@ -89,11 +89,11 @@ class BusyTimer:
         self._in_backward = False
         self._watching: RemovableHandle | None = None
         self._waits: list[tuple[float, float]] = []  # start and duration of messages since the last span
-        self._watcher = Watcher(self._heard, lambda: 0, lambda call: call())
+        self._watcher = Watcher(self._add_message, lambda: 0, lambda call: call())
         self.messages_within = 0  # in the busy times so far
         self._measured: deque[_Batch] = deque()
 
-    def listen(self) -> None:
+    def watch(self) -> None:
         """Begin to watch messages."""
         self._watcher.install()
 
@@ -101,7 +101,7 @@ class BusyTimer:
         """Stop watching messages."""
         self._watcher.remove()
 
-    def _heard(self, record: CommRecord) -> None:
+    def _add_message(self, record: CommRecord) -> None:
         self._waits.append((record.start_s, record.duration_s))
 
     def begin(self, key: Any, started_s: float, fetch_s: float) -> Moment:

@@ -114,7 +114,7 @@ class Watcher:
             if not _WRAPPERS.listeners:
                 _WRAPPERS.take_off()
 
-    def hear(
+    def report_call(
         self, kind: str, frame: Any, read: Callable[[], tuple[int, Any]], times: tuple[float, float], began: Any
     ) -> None:
         """Report a call that was made from a frame; without one, it was DDP's own of its buffers.
@@ -200,7 +200,7 @@ class _Wrappers:
             duration_s = time.monotonic() - started if is_over else 0.0
             frame = sys._getframe(1)
             for listener, began in heard_by:
-                listener.hear(kind, frame, lambda: read(args, kwargs), (started, duration_s), began)
+                listener.report_call(kind, frame, lambda: read(args, kwargs), (started, duration_s), began)
             return result
 
         return call
@@ -212,7 +212,7 @@ class _Wrappers:
             result = original(group, tensors, *args, **kwargs)
             times = started, time.monotonic() - started
             for listener, began in heard_by:
-                listener.hear("broadcast", None, lambda: (sum(map(_NBYTES, tensors)), group), times, began)
+                listener.report_call("broadcast", None, lambda: (sum(map(_NBYTES, tensors)), group), times, began)
             return result
 
         return call

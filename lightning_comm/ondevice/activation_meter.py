@@ -120,7 +120,7 @@ class _Kept:
         self._key = key
 
     def __del__(self) -> None:
-        self._meter._let_go(self._key, self.tensor.untyped_storage().nbytes())
+        self._meter._drop_holder(self._key, self.tensor.untyped_storage().nbytes())
 
 
 class ActivationMeter:
@@ -204,7 +204,7 @@ class ActivationMeter:
             # detached: an output refers to the function that saves it, so the two would keep each other alive
             return _Kept(tensor.detach(), self, key)
 
-    def _let_go(self, key: int, size_bytes: int) -> None:
+    def _drop_holder(self, key: int, size_bytes: int) -> None:
         with self._lock:
             self._holders[key] -= 1
             if not self._holders[key]:

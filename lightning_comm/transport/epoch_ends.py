@@ -128,7 +128,7 @@ class EpochEnds:
         while len(places) < self._world_size:
             further = self._look(mine, places)
             if further or any(place != mine for place in places.values()):
-                raise self.told(ranks_apart(self._where, mine.epoch, self._world_size, places, further))
+                raise self.publish_failure(ranks_apart(self._where, mine.epoch, self._world_size, places, further))
             if meanwhile():
                 break
             if len(places) < self._world_size:
@@ -137,7 +137,7 @@ class EpochEnds:
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_LOOK_S)
 
-    def told(self, error: _Error) -> _Error:
+    def publish_failure(self, error: _Error) -> _Error:
         """Publish an error and free the ranks that wait for this one; return the error, to be raised."""
         with suppress(StoreLostError):  # a store lost with its host fails on all ranks, so all know
             self._agreement.report_failure(f"{type(error).__name__}: {error}")
@@ -214,7 +214,7 @@ def ranks_apart(
     ranks = "; ".join(_position_text(rank, epoch, places, further, purpose=purpose) for rank in range(world_size))
     if cause == "calls":
         return ValueError(
-            f"{where}: {_OTHER_CALLS} in epoch {epoch}: of its batches {ranks}; so some would wait for ever for the "
+            f"{where}: {_OTHER_CALLS} in epoch {epoch}: of its batches {ranks}; so some would wait forever for the "
             "others. Let all ranks do the same after the same batches: whether a callback or a hook saves a "
             "checkpoint, validates or updates an average must not depend on the rank, nor on its own data."
         )
@@ -224,7 +224,7 @@ def ranks_apart(
         "or manual optimization skips a step, decide it with `self.trainer.strategy.reduce_boolean_decision(skip, "
         "all=False)`."
         if cause == "steps"
-        else f"so some would wait for ever for the others. {same_batches(ended)}"
+        else f"so some would wait forever for the others. {same_batches(ended)}"
     )
     return ValueError(
         f"{where}: ranks have different numbers of training batches or steps in epoch {epoch}: of its batches "

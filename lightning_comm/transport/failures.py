@@ -156,7 +156,7 @@ class Peers:
                 outer = self._start = outer._replace(since_s=time.monotonic())  # a message has just come
             self._wait = outer
 
-    def raise_heard(self) -> None:
+    def raise_known_failure(self) -> None:
         """Raise :class:`PeerFailure` if a failure is known here. Sends nothing, so it may be called at any time."""
         if self.failure is not None:
             raise PeerFailure(self.failure)
@@ -169,7 +169,7 @@ class Peers:
             self._roll_call.look_for_failure()
         except StoreLostError as error:
             raise PeerFailure(self.failure or self._store_text()) from error
-        self.raise_heard()
+        self.raise_known_failure()
 
     def report(self, message: str) -> None:
         """Tell the other ranks that this one failed. The first report stays."""

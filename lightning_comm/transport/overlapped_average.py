@@ -19,14 +19,14 @@ from lightning_comm.transport.departed_average import DepartedAverage
 _LISTEN_S = 0.05  # seconds between looks for a failure of another rank, while this one waits
 
 
-class FailuresHeard(Protocol):
+class FailureSource(Protocol):
     """A source of other ranks' failures, asked during a wait; see :class:`~.stop_protocol.Agreement`."""
 
     def first_error_shown(self) -> AbstractContextManager[None]:
         """Turn the loss of a connection into an error that names the rank that failed."""
         ...
 
-    def listen(self) -> None:
+    def poll_failures(self) -> None:
         """Raise if another rank has failed."""
 
 
@@ -79,7 +79,7 @@ class OverlappedAverage:
         self,
         parameters: Callable[[], Mapping[str, Tensor]],
         overlap_steps: int,
-        failures: FailuresHeard,
+        failures: FailureSource,
         clock: DeviceClock,
         landed: Callable[[EndedRound, Drift], None],
         inform: Callable[[str], None],
@@ -173,7 +173,7 @@ class OverlappedAverage:
         started = self._clock.mark()
         with self._failures.first_error_shown():
             while not self._thread.is_over(_LISTEN_S):
-                self._failures.listen()  # a rank that failed, but whose process lives, breaks no connection
+                self._failures.poll_failures()  # a rank that failed, but whose process lives, breaks no connection
             self._join()
         self._stood_still.append((started, self._clock.mark()))
 

@@ -119,7 +119,7 @@ class Agreement:
         self._peers = peers
         self._failures: Failures = StoreFailures(store, rank, namespace) if peers is None else peers
         # With peers a thread of theirs looks for failures, and this only reads what it found; without, this looks.
-        self._raise_known = self._failures.raise_failure if peers is None else peers.raise_heard
+        self._raise_known = self._failures.raise_failure if peers is None else peers.raise_known_failure
         self._generation = 0  # decisions carried out; part of the keys, so that no rank reads an older request
         self._wanted: list[tuple[Kind, str]] = []  # requests of this rank that are not granted yet
         self._published = False  # whether this rank's position stands in the store
@@ -157,7 +157,7 @@ class Agreement:
         if self.decision is not None:
             return self.decision
         if self._peers is not None:
-            self._peers.raise_heard()
+            self._peers.raise_known_failure()
         now = time.monotonic()
         if not (force or self.urgent) and now < self._next_poll_s:
             return None
@@ -178,7 +178,7 @@ class Agreement:
         if self.decision is not None:
             return self.decision
         if self._peers is not None:
-            self._peers.raise_heard()
+            self._peers.raise_known_failure()
         now = time.monotonic()
         if now < self._next_poll_s:
             return None
@@ -189,10 +189,10 @@ class Agreement:
             self._guarded(lambda: self._try_to_decide(state))
         return self.decision
 
-    def listen(self) -> None:
+    def poll_failures(self) -> None:
         """Raise if a rank has failed, for a rank that waits where it can carry out no decision, not yet or no more."""
         if self._peers is not None:
-            self._peers.raise_heard()
+            self._peers.raise_known_failure()
             return
         now = time.monotonic()
         if now >= self._next_poll_s:

@@ -76,7 +76,7 @@ class TemporaryAverage:
             self._model.zero_pruned_(parameters)  # some weights have been pruned since it departed
 
     @torch.no_grad()
-    def take_in(self, tensors: Iterable[Tensor]) -> None:
+    def include(self, tensors: Iterable[Tensor]) -> None:
         """Let tensors that have been renewed for an evaluation go with it, if an average is in place."""
         if self._kept is not None:
             self._kept.note(tensors)

@@ -30,7 +30,7 @@ class NobodyFails:
     def first_error_shown(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def listen(self) -> None:
+    def poll_failures(self) -> None:
         """Nothing is heard."""
 
 

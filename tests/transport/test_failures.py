@@ -57,10 +57,10 @@ def test_a_rank_that_has_reported_is_named_whoever_lost_the_connection_first(ran
     one.report("ValueError: boom")
     with pytest.raises(PeerFailure, match=r"^rank 1 failed: ValueError: boom$"), two.first_error_shown():
         raise LOST
-    while zero.failure is None:  # until its thread has heard of it
+    while zero.failure is None:  # until its thread has learnt of it
         time.sleep(0.01)
     with pytest.raises(PeerFailure, match=r"^rank 1 failed: ValueError: boom$"):
-        zero.raise_heard()
+        zero.raise_known_failure()
 
 
 def test_a_rank_that_answers_but_does_not_come_is_named_with_its_step(ranks):

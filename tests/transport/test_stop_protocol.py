@@ -1,4 +1,4 @@
-"""Ranks as threads over one store: they agree on a step that none has passed, and nobody waits for ever."""
+"""Ranks as threads over one store: they agree on a step that none has passed, and nobody waits forever."""
 
 import itertools
 import threading

@@ -33,7 +33,7 @@ class PartitionMessages:
         if self.needed:
             Recorder(ledger).barrier(
                 "set_up"
-            ).wait()  # hears of the failure of another rank, which the making of a group would not
+            ).wait()  # learns of the failure of another rank, which the making of a group would not
             self._group = another_group(timeout, backend="gloo")
             self._recorder = Recorder(ledger, self._group)
 

@@ -118,7 +118,7 @@ class PartitionSession:
         self._place = Place(0, 0)
         self._let_loaders_follow()
         if self._timer is not None:
-            self._timer.listen()  # last, since it would stay on after a failure of the others
+            self._timer.watch()  # last, since it would stay on after a failure of the others
 
     # ---- the start ---------------------------------------------------------------------------------------------------
 

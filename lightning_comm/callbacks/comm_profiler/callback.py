@@ -321,14 +321,14 @@ class CommProfiler(Callback):
     @override
     @_never_ends_training
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
+        self._end_session()
 
     @override
     @_never_ends_training
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go()
+        self._end_session()
 
-    def _let_go(self) -> None:
+    def _end_session(self) -> None:
         """End measuring without a message to other ranks, which may have ended. What was written to the file stays."""
         session, self._session = self._session, None
         if session is not None:

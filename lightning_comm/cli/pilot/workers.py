@@ -134,7 +134,7 @@ def run_workers(
                 rank, event = _next(lines, timeout_s)
             except queue.Empty:
                 raise WorkerFailed(
-                    f"nothing was heard of any rank for {timeout_s:g} s. `--timeout` allows more; what they printed is "
+                    f"no rank answered for {timeout_s:g} s. `--timeout` allows more; what they printed is "
                     f"in {logs}."
                 ) from None
             if event is None:

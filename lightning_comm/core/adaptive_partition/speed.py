@@ -67,7 +67,7 @@ class SpeedModel:
     changes: int = field(default=0, init=False)
     """How often the rank was found to have changed its speed."""
     evidence: float = field(default=0.0, init=False)
-    """Windows that the model rests on, discounted: 1 after the first, below 5 for ever."""
+    """Windows that the model rests on, discounted: 1 after the first, below 5 forever."""
     _sizes: list[_Size] = field(default_factory=list, init=False)  # the present size is the last
     _suspect: tuple[int, float] | None = field(default=None, init=False)
 

@@ -27,10 +27,10 @@ class SendWindow:
         >>> window = SendWindow(messages=1, small_bytes=0)
         >>> for name, urgency in enumerate([(3,), (5,), (4,)]):
         ...     window.add(name, urgency, message_bytes=100)
-        >>> window.let_go(), window.let_go()
+        >>> window.release(), window.release()
         ([0], [])
         >>> window.arrived(0)
-        >>> window.let_go()
+        >>> window.release()
         [2]
 
     """
@@ -44,7 +44,7 @@ class SendWindow:
         """Queue a message; the smallest urgency goes first, and of equal ones the smallest name."""
         heapq.heappush(self._waiting, (urgency, name, message_bytes))
 
-    def let_go(self) -> list[int]:
+    def release(self) -> list[int]:
         """Return the names of the messages that go now, in this order."""
         gone = []
         while self._waiting and self._may_go(*self._waiting[0]):

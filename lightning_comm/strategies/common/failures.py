@@ -91,7 +91,7 @@ class RunFailures:
         self._refused = True
 
     def agreement(self, **timing: float) -> Agreement:
-        """Return the agreement on stops of this run, which hears of failures as this does.
+        """Return the agreement on stops of this run, which learns of failures as this does.
 
         Args:
             timing: As in :class:`Agreement`.
@@ -140,7 +140,7 @@ class RunFailures:
         """Tell the others that this rank ends by an exception, without a collective.
 
         A rank that has lost a connection did not fail: its error is changed to name the rank that did. Then this rank
-        waits a few seconds for the others to hear of it and to leave as well. Those that do not leave may wait for it
+        waits a few seconds for the others to learn of it and to leave as well. Those that do not leave may wait for it
         in a collective, and its process may live on, as in a notebook: so their connections are closed.
         """
         peers = self._peers

@@ -24,7 +24,7 @@ class PlateauMonitors:
         trainer: The Trainer.
         patches: Where what is replaced in Lightning is kept.
         recorder: Sends and records.
-        agreement: How ranks hear of failures.
+        agreement: How ranks learn of failures.
         device: Where the backend wants its messages.
         where: The strategy, for messages.
         before: Called before each message.

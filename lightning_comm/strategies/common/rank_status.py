@@ -165,6 +165,6 @@ def check_same_batches(rows: list[RankStatus], where: str) -> None:
         known = {rank: count for rank, count in enumerate(batches) if count >= 0}
         raise ValueError(
             f"{where}: ranks have different numbers of training batches, {batches} by rank, so one would "
-            f"wait for ever for the others. {same_batches(known)} `drop_last=True`, or a "
+            f"wait forever for the others. {same_batches(known)} `drop_last=True`, or a "
             "DistributedSampler, which pads, also make them alike."
         )

@@ -70,7 +70,7 @@ class RunSupport:
 
     Attributes:
         trainer: The Trainer, from ``connect`` on.
-        failures: How ranks hear of failures.
+        failures: How ranks learn of failures.
         collectives: The wrapper around Lightning's collectives.
         interruptions: The stops of the ``fit`` under way; ``None`` outside of one.
         set_up: The wrapper around Lightning's set-up.
@@ -137,7 +137,7 @@ class RunSupport:
 
         Args:
             recorder: Sends and records.
-            agreement: How ranks hear of failures.
+            agreement: How ranks learn of failures.
             before: Called before each message.
 
         """

@@ -176,7 +176,7 @@ def load_own(
     if masks_kept:
         left = "weights, optimizer state and masks in the file, with nothing else kept"
     elif saved is not None:
-        left = "weights and optimizer state in the file, with nothing kept: its masks are not taken up"
+        left = "weights and optimizer state in the file, with nothing kept: its masks are not restored"
     else:
         left = "weights and optimizer state in the file, with nothing kept"
     rank_zero_warn(

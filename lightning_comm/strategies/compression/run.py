@@ -47,7 +47,7 @@ class CompressionRun:
         trainer: The Trainer.
         module: The model.
         recorder: Sends and records.
-        agreement: How ranks hear of failures.
+        agreement: How ranks learn of failures.
         where: The strategy, for messages.
         beside: Objects with further numbers to read in each step. They are read together with those of a meeting, since
             on CUDA each separate read is a wait for the device.
@@ -239,7 +239,7 @@ class CompressionRun:
         self.refused = True
         raise RuntimeError(
             f"{self._where}: epoch {self._trainer.current_epoch} is over on ranks {over} after {min(batches.values())} "
-            f"batches and goes on on the others, which would wait for ever. {same_batches(batches)} Or cut a stream to "
+            f"batches and goes on on the others, which would wait forever. {same_batches(batches)} Or cut a stream to "
             "one length on all ranks, or take a DistributedSampler, which pads. What `on_train_batch_start` returns "
             "must be the same on all ranks."
         )
@@ -248,7 +248,7 @@ class CompressionRun:
 def _wait(pending: Pending, agreement: Agreement, device: torch.device) -> None:
     """Wait for a message: on a CPU backend a failed rank closes its connections, elsewhere its report is read here."""
     while device.type != "cpu" and not pending.done():
-        agreement.listen()
+        agreement.poll_failures()
         time.sleep(_PAUSE_S)
     pending.wait()
 

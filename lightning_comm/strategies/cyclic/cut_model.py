@@ -116,5 +116,5 @@ def cut_model(
         settings=step_settings,
         versions=ModelVersions(fit, schedule, stages, parameters, ring),
         hand_over=HandOver(fit, stages, parameters, ring, step_settings, notes, user_optimizer.other_parameters),
-        turns=NoTurns() if groups.tokens is None else Stagger(schedule, groups.tokens, fit.agreement.listen),
+        turns=NoTurns() if groups.tokens is None else Stagger(schedule, groups.tokens, fit.agreement.poll_failures),
     )

@@ -57,7 +57,7 @@ class Fit:
         with self.agreement.first_error_shown():
             rank_status.exchange(RankStatus(), self.recorder, self.module.device, Pending.wait)
 
-    def listen(self) -> bool:
+    def poll_failures(self) -> bool:
         """Raise an error if another rank has failed; return False, so that a wait goes on."""
-        self.agreement.listen()
+        self.agreement.poll_failures()
         return False

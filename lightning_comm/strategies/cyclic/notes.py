@@ -114,7 +114,7 @@ class StepNotes:
         step = self._progress.steps_done
         self._batch_of[step] = 0
         with self._fit.agreement.first_error_shown():
-            notes = self.ring.leave_out(step, self._fit.agreement.listen)
+            notes = self.ring.leave_out(step, self._fit.agreement.poll_failures)
         self._check_batch(step, notes[_READ])
 
     def take_decided(self) -> list[Decision]:
@@ -126,7 +126,7 @@ class StepNotes:
         """Return the norm of the whole gradient of the step before a step; ``None`` where it is not known."""
         if step == self._progress.began_at or self.ring is None:
             return self.saved_norm
-        # called in a lane, which need not hear of failures: the computing thread does
+        # called in a lane, which need not learn of failures: the computing thread does
         stages = range(self.ring.stages)
         if self._fit.module.device.type == "cuda":
             return whole_norm(list(self.ring.notes_on_device(step, stages, lambda: None)[:, SQUARED_NORM]))
@@ -134,7 +134,7 @@ class StepNotes:
 
     def _notes_of(self, version: int) -> list[float]:
         assert self.ring is not None
-        return self.ring.notes(version, [_READ], self._fit.agreement.listen)[0]
+        return self.ring.notes(version, [_READ], self._fit.agreement.poll_failures)[0]
 
     def _check_finite(self, step: int, notes: list[float]) -> None:
         try:
@@ -148,7 +148,7 @@ class StepNotes:
         own, workers = self._batch_of[step], self._fit.recorder.world_size
         others = notes[BATCH] - own
         if others != own * (workers - 1):
-            raise self._ends.told(step_errors.different_batches(step, own, others, workers))
+            raise self._ends.publish_failure(step_errors.different_batches(step, own, others, workers))
 
     def _compare_rates(self, step: int, notes: list[float]) -> None:
         """Warn if learning rates differ between ranks, since each uses its own for the stages that it owns."""

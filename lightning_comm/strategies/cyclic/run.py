@@ -200,12 +200,12 @@ class CyclicRun:
     def end_epoch(self) -> None:
         """Wait until all ranks have ended the epoch alike, where that was not certain."""
         self._ends.end_epoch(self.trainer.current_epoch, self.steps_done)
-        self._ends.wait(self._fit.listen)
+        self._ends.wait(self._fit.poll_failures)
 
     def compare_places(self, purpose: str) -> None:
         """Compare where ranks are, before messages that would not show it; only where they may differ."""
         if self.active:
-            self._ends.meet(purpose, self.steps_done, self._fit.listen)
+            self._ends.meet(purpose, self.steps_done, self._fit.poll_failures)
 
     def request(self, kind: Kind, reason: str) -> None:
         """Request something that all ranks are to do at the same step."""

@@ -80,7 +80,7 @@ class ModelVersions:
 
     def _put_in_place(self, stage: int, version: int) -> None:
         since_s = time.monotonic()
-        message = self._ring.take(stage, version, self._fit.agreement.listen)
+        message = self._ring.take(stage, version, self._fit.agreement.poll_failures)
         if time.monotonic() - since_s > _NOTICEABLE_S:
             self._fit.recorder.waited("wait", since_s)
         with torch.no_grad():

@@ -182,21 +182,21 @@ class Meeting:
         return self._samples.exchange(self._recorder, self._device, self._wait)
 
     def answer(self) -> bool:
-        """Answer requests while this rank waits, and hear of failures; return whether each rank stops where it is."""
+        """Answer requests while this rank waits, and learn of failures; return whether each rank stops where it is."""
         decision = self._agreement.poll_while_blocked(self._training.position)
         return decision is not None and decision.at_step is None
 
-    def listen(self) -> bool:
+    def poll_failures(self) -> bool:
         """Hear of failures while this rank waits; return False, since no request is answered."""
-        self._agreement.listen()
+        self._agreement.poll_failures()
         return False
 
     def _wait(self, pending: Pending) -> None:
-        """Wait for the slower ranks, and meanwhile hear of failures."""
-        self._wait_for(pending, self.listen)
+        """Wait for the slower ranks, and meanwhile learn of failures."""
+        self._wait_for(pending, self.poll_failures)
 
     def _wait_answering(self, pending: Pending) -> None:
-        """Wait for the slower ranks, and meanwhile answer requests and hear of failures."""
+        """Wait for the slower ranks, and meanwhile answer requests and learn of failures."""
         self._wait_for(pending, self.answer)
         self._agreement.move_on()
 

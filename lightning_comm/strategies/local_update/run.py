@@ -256,7 +256,7 @@ class LocalUpdateRun:
         trains = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.interrupted
         if self.active and trains and not self.rounds.stopped_apart:
             with self.agreement.first_error_shown():
-                self.ends.meet(purpose, self.clock.steps_done, self._meeting.listen)
+                self.ends.meet(purpose, self.clock.steps_done, self._meeting.poll_failures)
 
     def meet_at_epoch_end(self) -> None:
         """Check that all ranks end the epoch after the same steps, where its length could not be compared before."""

@@ -187,7 +187,7 @@ class LocalUpdateStrategy(DDPStrategy):
     def take_into_average(self, tensors: Iterable[Tensor]) -> None:
         """Count these tensors, which a validation has renewed, as part of the average, which is removed after it."""
         if self._run is not None:
-            self._run.mid_round.weights.take_in(tensors)
+            self._run.mid_round.weights.include(tensors)
 
     def refuse_in_set_up(self, where: str, problems: Iterable[str]) -> None:
         """Note what a callback refuses in its ``setup``, to raise it with what the strategy refuses."""

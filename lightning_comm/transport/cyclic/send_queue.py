@@ -73,7 +73,7 @@ class UrgentFirst:
         with self._lock:
             self._departures[number] = departure
             self._window.add(number, urgency, message_bytes)
-            self._let_go()
+            self._start_released()
         return departure
 
     def acknowledge(self, kind: TransferKind, stage: int, step: int) -> None:
@@ -95,7 +95,7 @@ class UrgentFirst:
             with self._lock:
                 departure = self._departures.pop(int(number))
                 self._window.arrived(int(number))
-                self._let_go()
+                self._start_released()
             departure.end()
 
     def close(self) -> None:
@@ -103,6 +103,6 @@ class UrgentFirst:
         for _, work in self._given:
             work.wait()
 
-    def _let_go(self) -> None:
-        for number in self._window.let_go():
+    def _start_released(self) -> None:
+        for number in self._window.release():
             self._departures[number].start()

@@ -151,7 +151,7 @@ class Workers:
             self.let_go(worker)
 
     def let_go(self, worker):
-        self.sent |= {(worker, number) for number in self.windows[worker].let_go()}
+        self.sent |= {(worker, number) for number in self.windows[worker].release()}
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])

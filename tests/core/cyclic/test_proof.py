@@ -109,7 +109,7 @@ def test_an_order_without_a_stage_is_refused():
 
 
 class NextOneOwns(CyclicSchedule):
-    """Each worker takes the next one for the owner, so that the sum of every stage goes on for ever."""
+    """Each worker takes the next one for the owner, so that the sum of every stage goes on forever."""
 
     def sends(self, worker, stage, kind):
         return kind == "gradient" or super().sends(worker, stage, kind)

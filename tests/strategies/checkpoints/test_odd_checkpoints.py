@@ -271,7 +271,7 @@ class Fails(Regression):
 
 
 class OnException(Callback):
-    """What this rank holds when callbacks hear of a failure."""
+    """What this rank holds when callbacks learn of a failure."""
 
     def on_exception(self, trainer, pl_module, exception):
         self.held = pl_module.net[0].weight.detach().clone()

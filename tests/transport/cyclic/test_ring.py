@@ -159,7 +159,7 @@ def _slow_link_at_a_flush(rank, world_size):
             with queue._lock:
                 for number in held:
                     arrived(queue._window, number)
-                queue._let_go()
+                queue._start_released()
         waited = itertools.count()
 
         def listen(waited=waited):
