@@ -9,11 +9,12 @@ DEVICE ?= cuda
 # Empty: tests that pytest has rewritten, and what other interpreters import, are compiled once and not in each process.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test quick lint types wheel-env tests benchmark benchmark-tools benchmark-compression benchmark-partition benchmark-cyclic benchmark-faults benchmark-gpu docs clean
+.PHONY: help setup demo test exhaustive quick lint types wheel-env tests benchmark benchmark-tools benchmark-compression benchmark-partition benchmark-cyclic benchmark-faults benchmark-gpu docs clean
 
 help:
 	@echo "make demo       set up, then train DDP, local SGD and QSR on real digits, and compare accuracy, bytes and times"
 	@echo "make test       set up, then run every check that CI runs"
+	@echo "make exhaustive  the same with every case of every grid of tests, as before a release (half an hour)"
 	@echo "make quick      the same without what is slow, against the source folder (under three minutes)"
 	@echo "make setup      only the set-up: a virtual environment in $(VENV)"
 	@echo "make benchmark  the speed of the lab's links, of the averages, and what strategy and profiler cost, on this machine"
@@ -38,6 +39,9 @@ demo: setup
 	$(BIN)/lightning-comm demo
 
 test: lint types tests
+
+exhaustive:
+	$(MAKE) test PYTEST_ARGS="--exhaustive $(PYTEST_ARGS)"
 
 lint: setup
 	$(BIN)/ruff check .

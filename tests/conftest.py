@@ -19,12 +19,20 @@ HERE = Path(__file__).parent
 TIMING = [HERE / line for line in (HERE / "timing.txt").read_text().splitlines()]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help="run the tests marked so too, by themselves 20 minutes")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Mark what is judged by seconds, and begin with the files that hold most slow tests.
+def pytest_collection_modifyitems(config, items):
+    """Mark what is judged by seconds, leave out what is exhaustive, and begin with the files that hold most slow tests.
 
     So no worker is left alone with one of them at the end.
     """
+    if not config.getoption("exhaustive"):
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
     for item in items:
         if any(item.path.is_relative_to(place) for place in TIMING):
             item.add_marker("timing")
