@@ -68,9 +68,13 @@ def launch(fn: Callable[..., Any], *args: Any, world_size: int, timeout_s: float
 
 
 def outcomes(
-    fn: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 90.0
+    fn: Callable[..., Any], *args: Any, world_size: int, timeout_s: float = 90.0, ends_within_s: float = 5.0
 ) -> list[tuple[Any, str | None]]:
-    """Like :func:`launch`, for ranks that may fail: return an answer and a traceback for each."""
+    """Like :func:`launch`, for ranks that may fail: return an answer and a traceback for each.
+
+    A process that has not ended by itself ``ends_within_s`` after all have answered is killed: one whose group has
+    failed may wait for the others in the end.
+    """
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     port = free_port()
@@ -91,7 +95,7 @@ def outcomes(
             answers[rank] = answer, error
     finally:
         for process in processes:
-            process.join(5)
+            process.join(ends_within_s)
             if process.is_alive():
                 process.kill()
     return [answers[rank] for rank in range(world_size)]
