@@ -1,6 +1,7 @@
 """A run stopped and resumed at any step goes on as the run that was never stopped, bit for bit."""
 
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,18 @@ def data(rank: int, workers: int = 0) -> ResumableLoader:
     return ResumableLoader(Samples(STEPS_PER_EPOCH * 4, rank), 4, seed=3, num_replicas=1, rank=0, num_workers=workers)
 
 
+class SavesAt(ModelCheckpoint):
+    """Saves at the given steps alone."""
+
+    def __init__(self, folder, steps, name=""):
+        super().__init__(folder, filename=name + "{step}", every_n_train_steps=1, save_top_k=-1)
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step in self.steps:
+            super().on_train_batch_end(trainer, *args)
+
+
 def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)
@@ -85,15 +98,17 @@ def assert_equal(states, expected, after):
             assert torch.equal(ours, theirs), f"tensor {k} differs at step {step}, resumed after {after}"
 
 
-def _resume_everywhere(rank, world_size, folder, period, schedule, kw):
-    plain, *_ = fit(rank, world_size, period, schedule=schedule, limit_val_batches=0, **kw)
-    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+def _resume_everywhere(rank, world_size, folder, period, schedule, kw, places):
+    plain, *_, first = fit(rank, world_size, period, schedule=schedule, limit_val_batches=0, **kw)
+    ends = [done.step for done in first.history]
+    stops = places(ends, len(plain), kw.get("gradient_steps", 0))
+    save = SavesAt(folder, range(1, len(plain)) if places is each_place else stops)
     whole, *_, strategy = fit(
         rank, world_size, period, schedule=schedule, callbacks=[save], limit_val_batches=2, val_check_interval=3, **kw
     )
     assert_equal(whole, plain, after=0)  # neither validation nor checkpoints change the run
-    ends = [done.step for done in strategy.history]
-    for step in _stops(ends, len(plain), kw.get("gradient_steps", 0)):
+    assert [done.step for done in strategy.history] == ends
+    for step in stops:
         path = Path(folder) / f"step={step}.ckpt"
         resumed, *_, again = fit(
             rank,
@@ -116,7 +131,7 @@ def _resume_everywhere(rank, world_size, folder, period, schedule, kw):
     return ends
 
 
-def _stops(ends, steps, gradient_steps):
+def each_place(ends, steps, gradient_steps):
     """Where a run is stopped: at each place within a round, also while an average of the one before is in flight.
 
     And at the first step, at the end of a gradient phase, at that of the first epoch, and in front of the last step.
@@ -125,87 +140,127 @@ def _stops(ends, steps, gradient_steps):
     return sorted(places & set(range(1, steps)))
 
 
+def three_places(ends, steps, gradient_steps):
+    """At the end of a gradient phase or at the first step, where a round has just begun, and at an epoch's end.
+
+    One of an average in flight is among them, and one in the middle of a round.
+    """
+    return sorted({gradient_steps or 1, ends[0] + 1, steps // EPOCHS})
+
+
 def falling(step):
     return 0.85**step
 
 
-@pytest.mark.parametrize(
-    ("period", "kw"),
-    [
-        (FixedPeriod(4), {}),
-        (QuadraticPeriod(h_base=2), {}),
-        (FixedPeriod(3), {"optimizer_state": "average", "buffers": "keep"}),
-        (FixedPeriod(3), {"gradient_steps": 5}),
-        (FixedPeriod(2), {"accumulate_grad_batches": 2}),
-        (FixedPeriod(4), {"averaging": Averaging(1e-4, "int8")}),
-        (FixedPeriod(3), {"averaging": Averaging(1e-4, TopK(0.1)), "optimizer_state": "average"}),
-        (FixedPeriod(3), {"averaging": Averaging(compression="powersgd"), "gradient_steps": 3}),
-        (FixedPeriod(4), {"averaging": Averaging(1e-4, overlap_steps=2)}),
-        (FixedPeriod(5), {"averaging": Averaging(1e-4, "int8", overlap_steps=4)}),
-        (QuadraticPeriod(h_base=2), {"averaging": Averaging(1e-4, "bf16", overlap_steps=3), "gradient_steps": 2}),
-        (FixedPeriod(4), {"averaging": Averaging(1e-4, MASK)}),
-        (FixedPeriod(3), {"averaging": Averaging(1e-4, [MASK, "int8"], overlap_steps=2)}),
-        (FixedPeriod(3), {"averaging": Averaging(1e-4, LATER_MASK, overlap_steps=2)}),
-    ],
-    ids=[
-        *("fixed", "qsr", "optimizer-averaged", "gradient-phase", "accumulation"),
-        *("int8", "topk-optimizer-averaged", "powersgd-gradient-phase", "overlap", "int8-overlap", "qsr-overlap"),
-        *("mask", "mask-int8-overlap", "gradual-mask-overlap"),
-    ],
-)
-def test_a_run_resumed_at_any_step_repeats_bit_for_bit(tmp_path, period, kw):
-    for ends in launch(_resume_everywhere, 2, str(tmp_path), period, falling, kw, world_size=2, timeout_s=150):
+SETTINGS = {
+    "fixed": (FixedPeriod(4), {}),
+    "qsr": (QuadraticPeriod(h_base=2), {}),
+    "optimizer-averaged": (FixedPeriod(3), {"optimizer_state": "average", "buffers": "keep"}),
+    "gradient-phase": (FixedPeriod(3), {"gradient_steps": 5}),
+    "accumulation": (FixedPeriod(2), {"accumulate_grad_batches": 2}),
+    "int8": (FixedPeriod(4), {"averaging": Averaging(1e-4, "int8")}),
+    "topk-optimizer-averaged": (
+        FixedPeriod(3),
+        {"averaging": Averaging(1e-4, TopK(0.1)), "optimizer_state": "average", "buffers": "keep"},
+    ),
+    "powersgd-gradient-phase": (
+        FixedPeriod(3),
+        {"averaging": Averaging(compression="powersgd"), "gradient_steps": 3},
+    ),
+    "overlap": (FixedPeriod(4), {"averaging": Averaging(1e-4, overlap_steps=2)}),
+    "int8-overlap": (FixedPeriod(5), {"averaging": Averaging(1e-4, "int8", overlap_steps=4)}),
+    "qsr-overlap": (
+        QuadraticPeriod(h_base=2),
+        {"averaging": Averaging(1e-4, "bf16", overlap_steps=3), "gradient_steps": 2},
+    ),
+    "mask": (FixedPeriod(4), {"averaging": Averaging(1e-4, MASK)}),
+    "mask-int8-overlap": (FixedPeriod(3), {"averaging": Averaging(1e-4, [MASK, "int8"], overlap_steps=2)}),
+    "gradual-mask-overlap": (FixedPeriod(3), {"averaging": Averaging(1e-4, LATER_MASK, overlap_steps=2)}),
+}
+# what they set is set in others as well; "fixed" on three ranks below
+ONLY_EXHAUSTIVE = ("fixed", "qsr", "optimizer-averaged", "gradient-phase", "int8", "overlap", "mask")
+CASES = [pytest.param("int8-overlap", each_place, id="int8-overlap-each-place")]
+CASES += [
+    pytest.param(name, places, id=f"{name}-{places.__name__.replace('_', '-')}", marks=marks)
+    for name in SETTINGS
+    if name != "int8-overlap"
+    for places, marks in ((three_places, ()), (each_place, pytest.mark.exhaustive))
+    if places is each_place or name not in ONLY_EXHAUSTIVE
+]
+
+
+@pytest.mark.parametrize(("name", "places"), CASES)
+def test_a_run_resumed_at_any_step_repeats_bit_for_bit(tmp_path, name, places):
+    answers = launch(_resume_everywhere, 2, str(tmp_path), *_of(name), places, world_size=2, timeout_s=150)
+    for ends in answers:
         assert len(ends) >= 2
 
 
-def test_three_ranks_resume_bit_for_bit_too(tmp_path):
-    launch(_resume_everywhere, 3, str(tmp_path), FixedPeriod(5), falling, {}, world_size=3, timeout_s=150)
+def _of(name):
+    period, kw = SETTINGS[name]
+    return period, falling, kw
 
 
-def _resume_twice(rank, world_size, folder, kw):
+@pytest.mark.parametrize("places", [three_places, pytest.param(each_place, marks=pytest.mark.exhaustive)])
+def test_three_ranks_resume_bit_for_bit_too(tmp_path, places):
+    launch(_resume_everywhere, 3, str(tmp_path), FixedPeriod(5), falling, {}, places, world_size=3, timeout_s=150)
+
+
+def _resume_twice(rank, world_size, folder, kw, resumes):
     def checkpoints(name):
-        batch = ModelCheckpoint(folder, filename=name + "-{step}", every_n_train_steps=1, save_top_k=-1)
+        batch = SavesAt(folder, (6, 7, 9, 12), name + "-")
         epoch = ModelCheckpoint(folder, filename=name + "-epoch-{step}", save_top_k=-1, save_on_train_epoch_end=True)
         return [batch, epoch]
 
+    def path_of(name, place):
+        return Path(folder) / f"{name}-{place}.ckpt"
+
+    def step_of(place):
+        return int(place.split("=")[-1])
+
     whole, *_ = fit(rank, world_size, FixedPeriod(4), callbacks=checkpoints("first"), **kw)
-    for first, second in (
-        ("6", "7"),
-        ("7", "9"),
-        ("7", "7"),
-        ("epoch-step=7", "epoch-step=14"),
-        ("epoch-step=7", "12"),
-    ):
-        name = f"from-{first}-{second}"
-        path = Path(folder) / (f"first-{first}.ckpt" if "epoch" in first else f"first-step={first}.ckpt")
+    for first, places in resumes.items():
+        path, name = path_of("first", first), f"from-{first}"
         once, *_ = fit(rank, world_size, FixedPeriod(4), ckpt_path=path, seed=9, callbacks=checkpoints(name), **kw)
-        assert_equal(once, whole, after=int(first.split("=")[-1]))
-        path = Path(folder) / (f"{name}-{second}.ckpt" if "epoch" in second else f"{name}-step={second}.ckpt")
-        if path.exists():  # no step 7 is saved by a run that starts there
+        assert_equal(once, whole, after=step_of(first))
+        assert not path_of(name, f"step={step_of(first)}").exists()  # a run saves no step that it starts at
+        for second in places:
+            path = path_of(name, second)
             twice, *_ = fit(rank, world_size, FixedPeriod(4), ckpt_path=path, seed=8, **kw)
-            assert_equal(twice, whole, after=int(second.split("=")[-1]))
+            assert_equal(twice, whole, after=step_of(second))
     return len(whole)
 
 
+OF_EPOCHS, OF_STEPS = {"max_epochs": 3}, {"max_epochs": -1, "max_steps": 20}
+EACH_RESUME = {"step=6": ["step=7"], "step=7": ["step=9"], "epoch-step=7": ["epoch-step=14", "step=12"]}
+
+
 @pytest.mark.parametrize(
-    ("kw", "steps"), [({"max_epochs": 3}, 21), ({"max_epochs": -1, "max_steps": 20}, 20)], ids=["epochs", "steps"]
+    ("kw", "steps", "resumes"),
+    [
+        pytest.param(OF_EPOCHS, 21, {"step=6": ["step=7"], "epoch-step=7": ["epoch-step=14"]}, id="epochs"),
+        pytest.param(OF_STEPS, 20, {"epoch-step=7": ["step=12"]}, id="steps"),
+        pytest.param(OF_EPOCHS, 21, EACH_RESUME, id="epochs-each", marks=pytest.mark.exhaustive),
+        pytest.param(OF_STEPS, 20, EACH_RESUME, id="steps-each", marks=pytest.mark.exhaustive),
+    ],
 )
-def test_a_resumed_run_can_be_resumed_again_also_at_the_ends_of_epochs(tmp_path, kw, steps):
-    assert launch(_resume_twice, 2, str(tmp_path), kw, world_size=2) == [steps, steps]
+def test_a_resumed_run_can_be_resumed_again_also_at_the_ends_of_epochs(tmp_path, kw, steps, resumes):
+    assert launch(_resume_twice, 2, str(tmp_path), kw, resumes, world_size=2) == [steps, steps]
 
 
-def _resume_with_workers(rank, world_size, folder):
+def _resume_with_workers(rank, world_size, folder, steps):
     save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1)
     whole, *_ = fit(rank, world_size, FixedPeriod(4), callbacks=[save], workers=2)
-    for step in (5, 10):
+    for step in steps:
         resumed, *_ = fit(
             rank, world_size, FixedPeriod(4), ckpt_path=Path(folder) / f"step={step}.ckpt", seed=9, workers=2
         )
         assert_equal(resumed, whole, after=step)
 
 
-def test_a_run_with_loader_workers_resumes_on_the_right_sample(tmp_path):
-    launch(_resume_with_workers, 2, str(tmp_path), world_size=2)
+@pytest.mark.parametrize("steps", [(10,), pytest.param((5, 10), marks=pytest.mark.exhaustive)])
+def test_a_run_with_loader_workers_resumes_on_the_right_sample(tmp_path, steps):
+    launch(_resume_with_workers, 2, str(tmp_path), steps, world_size=2)
 
 
 def _inspect_files(rank, world_size, folder):
@@ -238,8 +293,21 @@ def _file_of(folder, step, rank):
     return path
 
 
-def test_the_file_holds_averaged_weights_and_each_rank_file_its_own(tmp_path):
-    answers = launch(_inspect_files, 2, str(tmp_path), world_size=2)
+@pytest.fixture(scope="module")
+def inspected(tmp_path_factory):
+    """A folder with the checkpoints of one run, which nobody changes, and what its ranks held at step 6."""
+    folder = tmp_path_factory.mktemp("inspected")
+    return folder, launch(_inspect_files, 2, str(folder), world_size=2)
+
+
+@pytest.fixture
+def checkpoints(inspected, tmp_path):
+    """The same checkpoints in a folder of the test's own."""
+    return shutil.copytree(inspected[0], tmp_path / "copied")
+
+
+def test_the_file_holds_averaged_weights_and_each_rank_file_its_own(inspected):
+    tmp_path, answers = inspected
     names = {name for name in _names(tmp_path, 6) if "step=12.ckpt.ranks" not in name}
     expected = {f"step={step}.ckpt" for step in (6, 12)} | {f"only-step={step}.ckpt" for step in (5, 10)}
     assert names == expected | {f"step=6.ckpt.ranks/ID/rank{rank}.pt" for rank in range(2)}
@@ -266,9 +334,8 @@ def _load_plainly(rank, world_size, folder):
     return runner.global_step
 
 
-def test_plain_ddp_goes_on_from_the_file(tmp_path):
-    launch(_inspect_files, 2, str(tmp_path), world_size=2)
-    assert launch(_load_plainly, 2, str(tmp_path), world_size=2) == [14, 14]
+def test_plain_ddp_goes_on_from_the_file(inspected):
+    assert launch(_load_plainly, 2, str(inspected[0]), world_size=2) == [14, 14]
 
 
 def _resume_and_catch(rank, world_size, path):
@@ -303,20 +370,19 @@ def _flipped(content, tensor):
         ("plain", 2, ["another strategy wrote it"]),
     ],
 )
-def test_without_the_rank_files_a_new_round_starts_from_the_averaged_weights(tmp_path, damage, world_size, must_say):
-    launch(_inspect_files, 2, str(tmp_path), world_size=2)
-    path = tmp_path / "step=6.ckpt"
+def test_without_the_rank_files_a_new_round_starts_from_the_averaged_weights(checkpoints, damage, world_size, must_say):
+    path = checkpoints / "step=6.ckpt"
     if damage == "missing":
-        _file_of(tmp_path, 6, 1).unlink()
+        _file_of(checkpoints, 6, 1).unlink()
     elif damage == "damaged":
-        file = _file_of(tmp_path, 6, 1)
+        file = _file_of(checkpoints, 6, 1)
         file.write_bytes(file.read_bytes()[:100])
     elif damage == "flipped":
-        file = _file_of(tmp_path, 6, 1)
+        file = _file_of(checkpoints, 6, 1)
         content, weights = file.read_bytes(), torch.load(file, weights_only=True)["weights"]
         file.write_bytes(_flipped(content, weights["parameters:net.0.weight"]))
     elif damage == "foreign":
-        _file_of(tmp_path, 12, 0).replace(_file_of(tmp_path, 6, 0))
+        _file_of(checkpoints, 12, 0).replace(_file_of(checkpoints, 6, 0))
     elif damage == "plain":
         content = torch.load(path, weights_only=True)
         del content["lightning_comm.local_update"]
@@ -349,7 +415,7 @@ def test_rank_files_go_with_their_checkpoint_and_are_found_through_a_link(tmp_pa
 def _plain_loader(rank, world_size, folder):
     import warnings
 
-    save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    save = SavesAt(folder, (7, 9))
     seed_everything(rank)
     whole = Trace()
     trainer(
