@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -92,7 +93,7 @@ STEP_TIMES = [(0.001, 0.003), (0.003, 0.001), (0.0, 0.0), (0.3, 0.2)]
 
 @pytest.mark.parametrize("step_times", STEP_TIMES)
 def test_should_stop_on_one_rank_stops_all_at_one_step(step_times):
-    answers = RUNS["should stop", step_times]
+    answers = answers_of("should stop", step_times)
     assert_ended_together(answers)
     assert 8 <= answers[0][0] < 3000
     if step_times[0] > 0.1:
@@ -119,25 +120,28 @@ def _lockstep(rank, world_size, step_time_s, phase):
 PACES_S, PHASES = (0.0, 0.002, 0.05), ("gradient phase", "own collective")
 
 
-@pytest.mark.parametrize("step_time_s", PACES_S)
-@pytest.mark.parametrize("phase", PHASES)
+# each phase and each pace
+IN_STEP = [("gradient phase", 0.0), ("own collective", 0.002), ("gradient phase", 0.05)]
+MORE_IN_STEP = [(phase, pace_s) for phase in PHASES for pace_s in PACES_S if (phase, pace_s) not in IN_STEP]
+
+
+@pytest.mark.parametrize(
+    ("phase", "step_time_s"), [*IN_STEP, *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in MORE_IN_STEP)]
+)
 def test_ranks_kept_in_step_stop_within_ten_seconds(step_time_s, phase):
-    one, two = RUNS[phase, step_time_s]
+    one, two = answers_of(phase, step_time_s)
     assert one[0] == two[0] < 3000
     assert max(one[1], two[1]) < 10
 
 
 def test_should_stop_on_one_of_three_ranks_stops_all():
-    assert_ended_together(launch(run, 3, (0.001, 0.002, 0.004), 30, world_size=3))
+    assert_ended_together(answers_of("three ranks"))
 
 
 def test_a_time_limit_stops_all_ranks_of_a_run_without_end():
-    limits = {"max_time": timedelta(seconds=1.5), "max_epochs": -1}
-    answers = launch(
-        functools.partial(run, steps=50), 2, (0.001, 0.003), -1, world_size=2
-    )  # the same without a limit does end by itself
+    answers = answers_of("without a time limit")  # the same without a limit does end by itself
     assert answers[0][0] == 50
-    answers = launch(functools.partial(run, steps=50, **limits), 2, (0.001, 0.003), -1, world_size=2)
+    answers = answers_of("time limit")
     assert_ended_together(answers)
     assert answers[0][0] > 50
 
@@ -147,7 +151,7 @@ def _min_steps(rank, world_size):
 
 
 def test_a_stop_before_min_steps_waits_for_them_on_all_ranks():
-    for steps, _, final, _ in (answers := launch(_min_steps, 2, world_size=2)):
+    for steps, _, final, _ in (answers := answers_of("min_steps")):
         assert steps == 400
         for mine, first in zip(final, answers[0][2], strict=True):
             np.testing.assert_array_equal(mine, first)
@@ -172,7 +176,7 @@ def _in_hook(rank, hook):
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_should_stop_on_one_rank_in_any_hook_stops_all(hook):
-    answers = RUNS["in", hook]
+    answers = answers_of("in", hook)
     for steps, _, final, _ in answers:
         assert steps == answers[0][0]
         assert steps < 600
@@ -239,9 +243,9 @@ def _resume(rank, world_size, path):
 
 
 def _timed_checkpoints(rank, world_size, folder):
-    save = ModelCheckpoint(folder, filename="{step}", train_time_interval=timedelta(seconds=0.4), save_top_k=-1)
+    save = ModelCheckpoint(folder, filename="{step}", train_time_interval=timedelta(seconds=0.3), save_top_k=-1)
     return run(
-        rank, world_size, (0.001, 0.003), -1, callbacks=[save], enable_checkpointing=True, max_steps=700, period=10_000
+        rank, world_size, (0.001, 0.003), -1, callbacks=[save], enable_checkpointing=True, max_steps=400, period=10_000
     )
 
 
@@ -255,7 +259,7 @@ def test_checkpoints_by_the_clock_are_agreed_on_without_ending_the_round(tmp_pat
         for rank in range(2):
             own = torch.load(own_file(path, rank), weights_only=True)
             assert own["run"]["clock"]["steps_done"] == step
-            assert own["apart"] == (step < 700)
+            assert own["apart"] == (step < 400)
 
 
 class Trace(Callback):
@@ -268,7 +272,8 @@ class Trace(Callback):
 
 def _stand(rank, world_size, folder, mode):
     failures.Agreement = functools.partial(failures.Agreement, catch_up_limit_s=0.3)
-    module, trace = Paced((0.001, 0.012)[rank]), Trace()
+    # how fast ranks are matters where they stop alone
+    module, trace = Paced((0.001, 0.012)[rank] if mode == "stopped" else 0.0), Trace()
     stop = At(150 if mode == "stopped" else -1, terminate if rank == 0 else nothing)
     save = ModelCheckpoint(folder, filename=mode)
     runner = trainer(
@@ -320,16 +325,20 @@ def _failing(rank, world_size, who, period, folder):
 MID_ROUND, BEFORE_SYNCHRONISING, OTHERS_WAIT = 100_000, 20, 21
 
 
-# either rank at each place, and a save on either, at each place once
+# either rank at each place, and a save on either, at each place once; the same without a save where there is one
 @pytest.mark.parametrize(
     ("who", "period", "save"),
     [
-        *((who, period, False) for who in (0, 1) for period in (MID_ROUND, BEFORE_SYNCHRONISING, OTHERS_WAIT)),
+        *((1, MID_ROUND, False), (0, BEFORE_SYNCHRONISING, False), (0, OTHERS_WAIT, False)),
         *((0, MID_ROUND, True), (1, BEFORE_SYNCHRONISING, True), (1, OTHERS_WAIT, True)),
+        pytest.param(0, MID_ROUND, False, marks=pytest.mark.exhaustive),
+        pytest.param(1, BEFORE_SYNCHRONISING, False, marks=pytest.mark.exhaustive),
+        pytest.param(1, OTHERS_WAIT, False, marks=pytest.mark.exhaustive),
     ],
 )
 def test_an_exception_on_one_rank_ends_all_with_the_first_error_shown(tmp_path, who, period, save):
-    answers = outcomes(_failing, 2, who, period, str(tmp_path) if save else "", world_size=2, timeout_s=30)
+    folder = str(tmp_path) if save else ""
+    answers = outcomes(_failing, 2, who, period, folder, world_size=2, timeout_s=30, ends_within_s=0.2)
     kind, text, seconds = answers[who][0]
     assert (kind, text) == ("ValueError", "boom at step 20")
     kind, text, seconds = answers[1 - who][0]
@@ -350,7 +359,7 @@ def _failing_in_gradient_phase(rank, world_size, who):
 
 @pytest.mark.parametrize("who", [0, 1])
 def test_an_exception_in_the_gradient_phase_names_the_rank_on_the_others(who):
-    answers = outcomes(_failing_in_gradient_phase, 2, who, world_size=2, timeout_s=30)
+    answers = outcomes_of("failing in the gradient phase", who)
     assert "ValueError: boom in step 20" in answers[who][1]
     # Others wait in DDP's backward until the connection is lost, and then rank 0 may have taken the store with it.
     expected = f"rank {who} failed: ValueError: boom in step 20"
@@ -387,14 +396,14 @@ def _requeue(rank, world_size):
     def usr1(trainer):
         trainer._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)
 
-    steps, *_ = run(rank, world_size, (0.001, 0.002), 30, action=usr1, max_steps=600)
+    steps, *_ = run(rank, world_size, (0.001, 0.002), 30, action=usr1, max_steps=400)
     return calls, steps
 
 
 def test_a_requeue_signal_is_handled_between_steps_on_all_ranks_at_once():
-    answers = launch(_requeue, 2, world_size=2)
+    answers = answers_of("requeue")
     for calls, steps in answers:
-        assert steps == 600
+        assert steps == 400
         assert len(calls) == 1
         assert calls[0][:2] == answers[0][0][0][:2]
         assert calls[0][0] == signal.SIGUSR1
@@ -469,11 +478,65 @@ def test_a_launched_job_in_which_one_process_fails_ends_and_shows_the_error(tmp_
     assert "ValueError: boom" in output
 
 
-RUNS = SharedRanks(
-    {
-        **{("should stop", times): (run, 2, times, 8) for times in STEP_TIMES},
-        **{(phase, pace_s): (_lockstep, 2, pace_s, phase) for phase in PHASES for pace_s in PACES_S},
-        **{("in", hook): (_in_hook, hook) for hook in HOOKS},
-    },
-    world_size=2,
-)
+def _without_limit(rank):
+    return run(rank, 2, (0.001, 0.003), -1, steps=50)
+
+
+def _with_limit(rank):
+    return run(rank, 2, (0.001, 0.003), -1, steps=50, max_time=timedelta(seconds=1.5), max_epochs=-1)
+
+
+def _launches(*cases, world_size=2):
+    """For each group of cases, which share their ranks, the names and the ranks."""
+    return [(set(each), SharedRanks(each, world_size=world_size)) for each in cases]
+
+
+def _in_step(case):
+    return {case: (_lockstep, 2, case[1], case[0])}
+
+
+def _failing_as(who):
+    return {("failing in the gradient phase", who): (_failing_in_gradient_phase, 2, who)}
+
+
+# All of these mostly wait, so that they run side by side: each in processes of its own or with quick ones.
+SIDE_BY_SIDE = [
+    *_launches(
+        *map(_in_step, IN_STEP),
+        {
+            **{("should stop", times): (run, 2, times, 8) for times in STEP_TIMES},
+            **{("in", hook): (_in_hook, hook) for hook in HOOKS},
+        },
+        {
+            ("without a time limit",): (_without_limit,),
+            ("time limit",): (_with_limit,),
+            ("min_steps",): (_min_steps, 2),
+        },
+        _failing_as(0),
+        _failing_as(1),
+        {("requeue",): (_requeue, 2)},  # last in its processes, of which it changes a class of Lightning's
+    ),
+    *_launches({("three ranks",): (run, 3, (0.001, 0.002, 0.004), 30)}, world_size=3),
+]
+OTHERS = _launches(*map(_in_step, MORE_IN_STEP))
+
+
+@functools.cache
+def _run_all(which):
+    """Run all launches of a list, three at a time; return the ranks by the names of their cases."""
+    launches = {"side by side": SIDE_BY_SIDE, "others": OTHERS}[which]
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda each: [each[1].outcomes(name) for name in each[0]], launches))
+    return {name: ranks for names, ranks in launches for name in names}
+
+
+def _ranks_of(name):
+    return _run_all("others" if name in MORE_IN_STEP else "side by side")[name]
+
+
+def answers_of(*name):
+    return _ranks_of(name)[name]
+
+
+def outcomes_of(*name):
+    return _ranks_of(name).outcomes(name)
