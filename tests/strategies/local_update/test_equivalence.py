@@ -1,6 +1,7 @@
 """What local updates must equal: plain DDP at period 1, and K copies in one process at any period."""
 
 from datetime import timedelta
+from itertools import product
 
 import numpy as np
 import pytest
@@ -39,15 +40,22 @@ def _fit(rank, world_size, strategy, settings, steps, dtype):
     return weights(module)
 
 
-# each kind of SGD on two ranks in both types, and on three in one of them
-OF_SGD = [(2, dtype, sgd) for dtype in (torch.float64, torch.float32) for sgd in SGDS]
-OF_SGD += [(3, torch.float64, "plain"), (3, torch.float32, "nesterov"), (3, torch.float64, "momentum and weight decay")]
+# each kind of SGD on two ranks in both types, and on three in one of them; each kind, type and number always
+OF_SGD = [(2, torch.float32, "plain"), (2, torch.float64, "nesterov"), (3, torch.float64, "momentum and weight decay")]
+MORE_OF_SGD = [(2, dtype, sgd) for dtype in (torch.float64, torch.float32) for sgd in SGDS]
+MORE_OF_SGD += [(3, torch.float64, "plain"), (3, torch.float32, "nesterov")]
+MORE_OF_SGD = [case for case in MORE_OF_SGD if case not in OF_SGD]
 
 
-@pytest.mark.parametrize(("world_size", "dtype", "sgd"), OF_SGD, ids=str)
+def exhaustive(cases):
+    """Cases that are left out unless all are asked for."""
+    return [pytest.param(*case, marks=pytest.mark.exhaustive) for case in cases]
+
+
+@pytest.mark.parametrize(("world_size", "dtype", "sgd"), [*OF_SGD, *exhaustive(MORE_OF_SGD)], ids=str)
 def test_period_one_with_sgd_equals_plain_ddp_after_50_steps(world_size, dtype, sgd):
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}[dtype]
-    ddp, local = RUNS[world_size]["ddp", dtype, sgd], RUNS[world_size]["period one", dtype, sgd]
+    ddp, local = answers_of(world_size, "ddp", dtype, sgd), answers_of(world_size, "period one", dtype, sgd)
     start = [parameter.detach().numpy() for parameter in network(dtype, seed=0).parameters()]
     assert max(np.abs(a - b).max() for a, b in zip(ddp[0], start, strict=True)) > 0.05, "nothing was learned"
     for rank in range(world_size):
@@ -107,11 +115,16 @@ PERIODS = {
 BUCKETS = {"one-bucket": 8.0, "tiny-buckets": 24 / 2**20}
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("period", PERIODS)
-@pytest.mark.parametrize("buckets", BUCKETS)
+# each period, each size of buckets on either number of ranks
+OF_PERIODS = [(2, "4", "tiny-buckets"), (2, "qsr", "one-bucket"), (3, "qsr", "tiny-buckets")]
+OF_PERIODS += [(3, "beyond the run", "one-bucket")]
+MORE_OF_PERIODS = [(world_size, *each) for world_size in (2, 3) for each in product(PERIODS, BUCKETS)]
+MORE_OF_PERIODS = [case for case in MORE_OF_PERIODS if case not in OF_PERIODS]
+
+
+@pytest.mark.parametrize(("world_size", "period", "buckets"), [*OF_PERIODS, *exhaustive(MORE_OF_PERIODS)])
 def test_any_period_equals_copies_in_one_process(world_size, period, buckets):
-    answers, (_, ends) = RUNS[world_size]["period", period, buckets], PERIODS[period]
+    answers, (_, ends) = answers_of(world_size, "period", period, buckets), PERIODS[period]
     synchronised = answers[0][1]
     if ends is not None:
         assert synchronised == ends
@@ -132,12 +145,12 @@ def _fit_momenta(rank, world_size):
     return weights(module)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_averaged_momenta_equal_copies_in_one_process(world_size):
     expected = reference(world_size, 18, {4, 8, 12, 16, 18}, adamw, momenta=True)
     without = reference(world_size, 18, {4, 8, 12, 16, 18}, adamw)
     assert any((a != b).any() for a, b in zip(weights(expected[0]), weights(without[0]), strict=True))
-    for got in RUNS[world_size]["momenta"]:
+    for got in answers_of(world_size, "momenta"):
         for ours, theirs in zip(got, weights(expected[0]), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
 
@@ -164,11 +177,11 @@ def _gradient_phase(rank, world_size, strategy_name):
     return watch.weights, history, hooks
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_gradient_steps_are_bit_for_bit_those_of_ddp(world_size):
-    ddp = RUNS[world_size]["gradients", "ddp"]
+    ddp = answers_of(world_size, "gradients", "ddp")
     for gradient_steps, expected in ((8, [13, 18, 20]), (0.5, [15, 20]), (1.0, [])):
-        ours = RUNS[world_size]["gradients", gradient_steps]
+        ours = answers_of(world_size, "gradients", gradient_steps)
         until = gradient_steps if isinstance(gradient_steps, int) else round(20 * gradient_steps)
         for rank in range(world_size):
             assert ours[rank][1] == expected
@@ -249,15 +262,17 @@ def _bytes(rank, world_size, buffers, optimizer_state):
     return payload, wire, [record.step for record in ledger.records if record.purpose == "parameters"]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("buffers", ["average", "keep"])
-@pytest.mark.parametrize("optimizer_state", ["local", "average"])
+OF_BYTES = [(2, "average", "local"), (3, "keep", "average")]
+MORE_OF_BYTES = [case for case in product((2, 3), ("average", "keep"), ("local", "average")) if case not in OF_BYTES]
+
+
+@pytest.mark.parametrize(("world_size", "buffers", "optimizer_state"), [*OF_BYTES, *exhaustive(MORE_OF_BYTES)])
 def test_payload_bytes_equal_the_formula(world_size, buffers, optimizer_state):
     net = network(torch.float32, norm=True)
     parameters = sum(4 * parameter.numel() for parameter in net.parameters())
     statistics = sum(buffer.numel() * buffer.element_size() for buffer in net.buffers())
     synchronisations, evaluations = 5, 2  # validation at steps 6, 12 and 18; ranks are together at 12
-    for payload, wire, steps in RUNS[world_size]["bytes", buffers, optimizer_state]:
+    for payload, wire, steps in answers_of(world_size, "bytes", buffers, optimizer_state):
         assert payload["parameters"] == synchronisations * parameters
         averaged = parameters
         if buffers == "average":
@@ -283,24 +298,34 @@ def test_the_reference_itself_depends_on_where_it_averages():
     assert any((a != b).any() for a, b in zip(weights(one[0]), weights(two[0]), strict=True))
 
 
-def _cases(world_size):
-    sgds = [(dtype, sgd) for ranks, dtype, sgd in OF_SGD if ranks == world_size]
+def _cases(world_size, sgds, periods, sizes, momenta, gradients):
+    """The fits of some of the cases of the tests above, for one number of ranks."""
+    sgds = [case for ranks, *case in sgds if ranks == world_size]
     return {
-        **{("ddp", dtype, sgd): (_fit, world_size, "ddp", SGDS[sgd], 50, dtype) for dtype, sgd in sgds},
-        **{("period one", dtype, sgd): (_fit, world_size, FixedPeriod(1), SGDS[sgd], 50, dtype) for dtype, sgd in sgds},
+        **{("ddp", *case): (_fit, world_size, "ddp", SGDS[case[1]], 50, case[0]) for case in sgds},
+        **{("period one", *case): (_fit, world_size, FixedPeriod(1), SGDS[case[1]], 50, case[0]) for case in sgds},
         **{
             ("period", period, buckets): (_fit_periods, world_size, PERIODS[period][0], BUCKETS[buckets])
-            for period in PERIODS
-            for buckets in BUCKETS
+            for ranks, period, buckets in periods
+            if ranks == world_size
         },
-        "momenta": (_fit_momenta, world_size),
-        **{("gradients", steps): (_gradient_phase, world_size, steps) for steps in ("ddp", 8, 0.5, 1.0)},
+        **({("momenta",): (_fit_momenta, world_size)} if world_size == momenta else {}),
         **{
-            ("bytes", buffers, state): (_bytes, world_size, buffers, state)
-            for buffers in ("average", "keep")
-            for state in ("local", "average")
+            ("gradients", steps): (_gradient_phase, world_size, steps)
+            for steps in ("ddp", 8, 0.5, 1.0)
+            if world_size == gradients
         },
+        **{("bytes", *case): (_bytes, world_size, *case) for ranks, *case in sizes if ranks == world_size},
     }
 
 
-RUNS = {world_size: SharedRanks(_cases(world_size), world_size=world_size) for world_size in (2, 3)}
+# what only exhaustive runs ask for has ranks of its own, since one answer makes all that share its ranks
+KEPT, MORE = (OF_SGD, OF_PERIODS, OF_BYTES, 3, 2), (MORE_OF_SGD, MORE_OF_PERIODS, MORE_OF_BYTES, 2, 3)
+CASES = [(world_size, _cases(world_size, *some)) for world_size in (2, 3) for some in (KEPT, MORE)]
+RUNS = [(world_size, cases, SharedRanks(cases, world_size=world_size)) for world_size, cases in CASES]
+
+
+def answers_of(world_size, *name):
+    """The answers of a fit in order of rank."""
+    (runs,) = (runs for ranks, cases, runs in RUNS if ranks == world_size and name in cases)
+    return runs[name]
