@@ -1,5 +1,6 @@
 """What cannot work is refused before training, with where, argument, value, rule and way out; the rest is warned of."""
 
+import logging
 import warnings
 from datetime import timedelta
 
@@ -9,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.processes import launch, outcomes
+from support.shared_ranks import SharedRanks
 from support.training import Regression, loader, local_update, network, trainer
 from torch import nn
 
@@ -26,20 +28,20 @@ def says(text, words):
 
 def assert_refused(make, words, error=(MisconfigurationException, ValueError), batches=6):
     """Build and fit in one process; the error must come before the first training batch."""
+    (text,) = launch(_refusal, make, error, batches, world_size=1)
+    says(text, words)
 
+
+def _refusal(rank, make, error=(MisconfigurationException, ValueError), batches=6):
     class Started(Callback):
         def on_train_batch_start(self, *args):
             pytest.fail("training started")
 
-    def run(rank):
-        module, strategy, kwargs = make()
-        callbacks = [*kwargs.pop("callbacks", []), Started()]
-        with pytest.raises(error) as caught:
-            trainer(strategy, 1, callbacks=callbacks, **kwargs).fit(module, loader(batches, rank), loader(2, rank))
-        return str(caught.value)
-
-    (text,) = launch(run, world_size=1)
-    says(text, words)
+    module, strategy, kwargs = make()
+    callbacks = [*kwargs.pop("callbacks", []), Started()]
+    with pytest.raises(error) as caught:
+        trainer(strategy, 1, callbacks=callbacks, **kwargs).fit(module, loader(batches, rank), loader(2, rank))
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -91,50 +93,50 @@ class Zero(Regression):
         return ZeroRedundancyOptimizer(self.parameters(), torch.optim.SGD, lr=0.1)
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda: (SyncNorm(), local_update(FixedPeriod(4)), {}), ["net.1", "SyncBatchNorm", "Use BatchNorm"]),
-        (
-            lambda: (Regression(), local_update(FixedPeriod(4)), {"sync_batchnorm": True}),
-            ["sync_batchnorm=True", "Leave it out"],
+REFUSED = [
+    (lambda: (SyncNorm(), local_update(FixedPeriod(4)), {}), ["net.1", "SyncBatchNorm", "Use BatchNorm"]),
+    (
+        lambda: (Regression(), local_update(FixedPeriod(4)), {"sync_batchnorm": True}),
+        ["sync_batchnorm=True", "Leave it out"],
+    ),
+    (lambda: (Sharded(), local_update(FixedPeriod(4)), {}), ["net.0.weight", "sharded", "FSDPStrategy"]),
+    (lambda: (Expanded(), local_update(FixedPeriod(4)), {}), ["net.0.bias", "(7,)", "expanded", ".clone()"]),
+    (lambda: (Zero(), local_update(FixedPeriod(4)), {}), ["ZeroRedundancyOptimizer", "communicates", "plain"]),
+    (
+        lambda: (Regression(), local_update(FixedPeriod(4)), {"callbacks": [StochasticWeightAveraging(0.1)]}),
+        ["StochasticWeightAveraging", "EMAWeightAveraging"],
+    ),
+    (
+        lambda: (Regression(), local_update(FixedPeriod(4), counted_optimizer=1), {}),
+        ["counted_optimizer`=1", "1 optimizer(s)"],
+    ),
+    (
+        lambda: (
+            Regression(optimizer=torch.optim.LBFGS),
+            local_update(FixedPeriod(4), optimizer_state="average"),
+            {},
         ),
-        (lambda: (Sharded(), local_update(FixedPeriod(4)), {}), ["net.0.weight", "sharded", "FSDPStrategy"]),
-        (lambda: (Expanded(), local_update(FixedPeriod(4)), {}), ["net.0.bias", "(7,)", "expanded", ".clone()"]),
-        (lambda: (Zero(), local_update(FixedPeriod(4)), {}), ["ZeroRedundancyOptimizer", "communicates", "plain"]),
-        (
-            lambda: (Regression(), local_update(FixedPeriod(4)), {"callbacks": [StochasticWeightAveraging(0.1)]}),
-            ["StochasticWeightAveraging", "EMAWeightAveraging"],
-        ),
-        (
-            lambda: (Regression(), local_update(FixedPeriod(4), counted_optimizer=1), {}),
-            ["counted_optimizer`=1", "1 optimizer(s)"],
-        ),
-        (
-            lambda: (
-                Regression(optimizer=torch.optim.LBFGS),
-                local_update(FixedPeriod(4), optimizer_state="average"),
-                {},
-            ),
-            ["optimizer_state='average'", "LBFGS", "'local'"],
-        ),
-        (
-            lambda: (Regression(optimizer=torch.optim.RMSprop), local_update(QuadraticPeriod()), {}),
-            ["alpha='auto'", "'RMSprop'", "'adam'", "number"],
-        ),
-        (
-            lambda: (Regression(), local_update(FixedPeriod(4), gradient_steps=0.5), {"max_epochs": -1}),
-            ["gradient_steps`=0.5", "share of the run", "max_steps"],
-        ),
-        (
-            lambda: (Regression(), local_update(FixedPeriod(4)), {"callbacks": [BatchNormReestimation()]}),
-            ["BatchNormReestimation", "no BatchNorm", "Leave"],
-        ),
-    ],
-    ids=lambda value: "" if callable(value) else value[0],
-)
-def test_what_cannot_work_is_refused_before_training(make, words):
-    assert_refused(make, words)
+        ["optimizer_state='average'", "LBFGS", "'local'"],
+    ),
+    (
+        lambda: (Regression(optimizer=torch.optim.RMSprop), local_update(QuadraticPeriod()), {}),
+        ["alpha='auto'", "'RMSprop'", "'adam'", "number"],
+    ),
+    (
+        lambda: (Regression(), local_update(FixedPeriod(4), gradient_steps=0.5), {"max_epochs": -1}),
+        ["gradient_steps`=0.5", "share of the run", "max_steps"],
+    ),
+    (
+        lambda: (Regression(), local_update(FixedPeriod(4)), {"callbacks": [BatchNormReestimation()]}),
+        ["BatchNormReestimation", "no BatchNorm", "Leave"],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", range(len(REFUSED)), ids=lambda case: REFUSED[case][1][0])
+def test_what_cannot_work_is_refused_before_training(case):
+    (text,) = OF_ONE["refused", case]
+    says(text, REFUSED[case][1])
 
 
 class Plateau(Regression):
@@ -200,13 +202,17 @@ def test_iterable_data_that_ends_early_on_one_rank_ends_all_with_a_message():
         says(error, ["different numbers of training batches", "rank 0 stopped after 9", "limit_train_batches=9"])
 
 
-@pytest.mark.parametrize("gradient_steps", [0, 4])
-def test_ranks_with_models_of_different_shapes_are_refused(gradient_steps):
+def _different_shapes(gradient_steps):
     def run(rank):
         net = nn.Sequential(nn.Linear(5, 3 + rank), nn.Linear(3 + rank, 1)).double()
         trainer(local_update(FixedPeriod(4), gradient_steps=gradient_steps), 2).fit(Regression(net), loader(6, rank))
 
-    errors = [error for _, error in outcomes(run, world_size=2)]
+    return [error for _, error in outcomes(run, world_size=2, ends_within_s=0.2)]
+
+
+@pytest.mark.parametrize("gradient_steps", [0, 4])
+def test_ranks_with_models_of_different_shapes_are_refused(gradient_steps):
+    errors = _different_shapes(gradient_steps)
     assert all(errors)
     if gradient_steps == 0:
         for error in errors:
@@ -246,44 +252,45 @@ class PerStep(Regression):
         return loss
 
 
-@pytest.mark.parametrize(
-    ("make", "world_size", "words"),
-    [
-        (lambda r: (Regression(), local_update(FixedPeriod(4)), {}), 1, ["one process only", "devices=2"]),
-        (
-            lambda r: (Regression(), local_update(QuadraticPeriod(alpha=0.1, h_base=2)), {}),
-            2,
-            ["no learning-rate scheduler", "QuadraticPeriod", "FixedPeriod"],
+WARNED = [
+    (lambda r: (Regression(), local_update(FixedPeriod(4)), {}), 1, ["one process only", "devices=2"]),
+    (
+        lambda r: (Regression(), local_update(QuadraticPeriod(alpha=0.1, h_base=2)), {}),
+        2,
+        ["no learning-rate scheduler", "QuadraticPeriod", "FixedPeriod"],
+    ),
+    (
+        lambda r: (Regression(), local_update(FixedPeriod(50)), {}),
+        2,
+        ["50 steps", "run of 6", "smaller"],
+    ),
+    (
+        lambda r: (Regression(), local_update(FixedPeriod(50)), {"fast_dev_run": True}),
+        2,
+        ["50 steps", "run of 1", "smaller"],
+    ),
+    (
+        lambda r: (
+            Regression(schedule=lambda step: 1.0),
+            local_update(QuadraticPeriod(alpha=0.1, h_base=2)),
+            {"max_epochs": -1, "max_time": timedelta(seconds=0.3)},
         ),
-        (
-            lambda r: (Regression(), local_update(FixedPeriod(50)), {}),
-            2,
-            ["50 steps", "run of 6", "smaller"],
-        ),
-        (
-            lambda r: (Regression(), local_update(FixedPeriod(50)), {"fast_dev_run": True}),
-            2,
-            ["50 steps", "run of 1", "smaller"],
-        ),
-        (
-            lambda r: (
-                Regression(schedule=lambda step: 1.0),
-                local_update(QuadraticPeriod(alpha=0.1, h_base=2)),
-                {"max_epochs": -1, "max_time": timedelta(seconds=0.3)},
-            ),
-            2,
-            ["length of the run is not known", "h_max", "max_steps"],
-        ),
-        (lambda r: (rates(r), local_update(FixedPeriod(4)), {}), 2, ["differ between ranks", "[0.1, 0.11]"]),
-        (
-            lambda r: (PerStep(), local_update(FixedPeriod(4)), {}),
-            2,
-            ["'noisy' is logged", "every step", "on_epoch=True"],
-        ),
-    ],
-)
-def test_what_is_probably_not_meant_is_warned_of_and_still_runs(make, world_size, words):
-    answers = launch(fit_and_catch, make, world_size, world_size=world_size)
+        2,
+        ["length of the run is not known", "h_max", "max_steps"],
+    ),
+    (lambda r: (rates(r), local_update(FixedPeriod(4)), {}), 2, ["differ between ranks", "[0.1, 0.11]"]),
+    (
+        lambda r: (PerStep(), local_update(FixedPeriod(4)), {}),
+        2,
+        ["'noisy' is logged", "every step", "on_epoch=True"],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", range(len(WARNED)), ids=lambda case: WARNED[case][2][0])
+def test_what_is_probably_not_meant_is_warned_of_and_still_runs(case):
+    _, world_size, words = WARNED[case]
+    answers = (OF_ONE if world_size == 1 else OF_TWO)["warned", case]
     said, steps = answers[0]
     assert steps >= 1
     assert len(said) == 1, said
@@ -299,35 +306,35 @@ def test_no_warning_where_there_is_nothing_to_warn_of():
     assert launch(fit_and_catch, make, 2, world_size=2) == [([], 6), ([], 6)]
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "h_base", "expected"),
-    [
-        (torch.optim.AdamW, 4, 2.19 * 0.3),
-        (torch.optim.NAdam, 4, 2.19 * 0.3),
-        (torch.optim.SGD, 2, 0.25 * 0.3),
-        (torch.optim.SGD, 4, 0.31 * 0.3),
-    ],
-)
-def test_auto_alpha_follows_the_family_and_the_peak_and_is_logged(optimizer, h_base, expected):
-    def run(rank):
-        import logging
+AUTO = {
+    ("AdamW", 4): 2.19 * 0.3,
+    ("NAdam", 4): 2.19 * 0.3,
+    ("SGD", 2): 0.25 * 0.3,
+    ("SGD", 4): 0.31 * 0.3,
+}
 
-        said = []
-        handler = logging.Handler()
-        handler.emit = lambda record: said.append(record.getMessage())
-        for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities"):
-            logging.getLogger(name).addHandler(handler)
-            logging.getLogger(name).setLevel(logging.INFO)
-        # a warm-up: the optimizer's rate starts at a third of its peak
-        module = Regression(network(), lambda p: optimizer(p, lr=0.3), lambda step: min(1.0, (step + 1) / 3))
-        strategy = local_update(QuadraticPeriod(h_base=h_base))
-        trainer(strategy, 1).fit(module, loader(4, rank))
-        return strategy._run.settings.period.alpha, [text for text in said if "alpha" in text]
 
-    ((alpha, said),) = launch(run, world_size=1)
+def _auto_alpha(rank, optimizer, h_base):
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities"):
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(logging.INFO)
+    # a warm-up: the optimizer's rate starts at a third of its peak
+    make = getattr(torch.optim, optimizer)
+    module = Regression(network(), lambda p: make(p, lr=0.3), lambda step: min(1.0, (step + 1) / 3))
+    strategy = local_update(QuadraticPeriod(h_base=h_base))
+    trainer(strategy, 1).fit(module, loader(4, rank))
+    return strategy._run.settings.period.alpha, [text for text in said if "alpha" in text]
+
+
+@pytest.mark.parametrize(("optimizer", "h_base"), AUTO)
+def test_auto_alpha_follows_the_family_and_the_peak_and_is_logged(optimizer, h_base):
+    expected, ((alpha, said),) = AUTO[optimizer, h_base], OF_ONE["auto", optimizer, h_base]
     assert alpha == pytest.approx(expected)
     assert len(said) == 1
-    says(said[0], ["alpha='auto'", f"{expected:.4g}", "authors", "tuning", optimizer.__name__])
+    says(said[0], ["alpha='auto'", f"{expected:.4g}", "authors", "tuning", optimizer])
 
 
 def test_a_twin_callback_is_refused_and_both_imports_are_named():
@@ -380,3 +387,17 @@ def test_the_folder_of_a_sharded_checkpoint_is_refused(tmp_path):
 
     for _, error in outcomes(run, world_size=2):
         says(error, ["sharded.ckpt", "is a folder", "FSDP", "consolidate_checkpoint"])
+
+
+OF_ONE = SharedRanks(
+    {
+        **{("auto", *case): (_auto_alpha, *case) for case in AUTO},
+        **{("warned", case): (fit_and_catch, make, 1) for case, (make, ranks, _) in enumerate(WARNED) if ranks == 1},
+        **{("refused", case): (_refusal, make) for case, (make, _) in enumerate(REFUSED)},
+    },
+    world_size=1,
+)
+OF_TWO = SharedRanks(
+    {("warned", case): (fit_and_catch, make, 2) for case, (make, ranks, _) in enumerate(WARNED) if ranks == 2},
+    world_size=2,
+)

@@ -93,10 +93,16 @@ LENGTHS = {"an epoch": {}, "6 steps": {"max_epochs": -1, "max_steps": 6}, "2 epo
 COMPRESSIONS = {"int8": "int8", "topk": TopK(0.1), "powersgd": "powersgd"}
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("compression", COMPRESSIONS)
+# each compression, each length
+ENDS = [("int8", "2 epochs"), ("topk", "an epoch"), ("powersgd", "6 steps")]
+MORE_ENDS = [(name, length) for name in COMPRESSIONS for length in LENGTHS if (name, length) not in ENDS]
+
+
+@pytest.mark.parametrize(
+    ("compression", "length"), [*ENDS, *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in MORE_ENDS)]
+)
 def test_a_run_ends_with_equal_weights_and_ranks_differ_before(compression, length):
-    one, two = RUNS[compression, length]
+    one, two = (RUNS if (compression, length) in ENDS else MORE_RUNS)[compression, length]
     for mine, theirs in zip(one[2], two[2], strict=True):
         np.testing.assert_array_equal(mine, theirs)
     after_round = PERIOD - 1
@@ -136,8 +142,7 @@ def _validate(rank, kw):
 
 def test_validation_sees_the_average_and_leaves_no_trace():
     # at step 4 right after a compressed synchronisation, where ranks differ too
-    plain = launch(_validate, {"limit_val_batches": 0}, world_size=2)
-    validated = launch(_validate, {"limit_val_batches": 1, "val_check_interval": 4}, world_size=2)
+    plain, validated = RUNS["not validated"], RUNS["validated"]
     for rank in range(2):
         for a, b in zip(plain[rank][0], validated[rank][0], strict=True):
             assert all((x == y).all() for x, y in zip(a, b, strict=True))
@@ -196,7 +201,7 @@ def _moving_average(rank):
 
 
 def test_moving_averages_of_weights_end_equal_too():
-    answers = launch(_moving_average, world_size=2)
+    answers = RUNS["moving average"]
     for apart, final, shadow in answers:
         assert not apart
         for mine, theirs, averaged in zip(final, answers[0][1], shadow, strict=True):
@@ -225,15 +230,19 @@ def test_a_config_gives_a_word_or_an_object(given, expected):
     assert strategy.settings.averaging.compression == expected
 
 
+def _traced(cases):
+    return {(name, length): (_trace, COMPRESSIONS[name], 2, dict(LENGTHS[length])) for name, length in cases}
+
+
 RUNS = SharedRanks(
     {
         "bf16": (_trace, "bf16", 2, {}),
-        **{
-            (name, length): (_trace, compression, 2, dict(LENGTHS[length]))
-            for name, compression in COMPRESSIONS.items()
-            for length in LENGTHS
-        },
+        **_traced(ENDS),
         "stopped": (_stop,),
+        "not validated": (_validate, {"limit_val_batches": 0}),
+        "validated": (_validate, {"limit_val_batches": 1, "val_check_interval": 4}),
+        "moving average": (_moving_average,),
     },
     world_size=2,
 )
+MORE_RUNS = SharedRanks(_traced(MORE_ENDS), world_size=2)

@@ -79,21 +79,23 @@ def test_two_ranks_do_what_one_process_does_for_both_and_send_live_weights_alone
                 np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12, err_msg=f"rank {rank} after {step + 1}")
 
 
-def _with_a_late_thread(rank, late):
-    travel = DepartedAverage.travel
+def _with_late_threads(rank):
+    travel, finals = DepartedAverage.travel, []
+    for late in (None, 0, 1):
 
-    def later(self, *args):
-        time.sleep(0.2 if rank == late else 0)
-        travel(self, *args)
+        def later(self, *args, late=late):
+            time.sleep(0.2 if rank == late else 0)
+            travel(self, *args)
 
-    DepartedAverage.travel = later
-    gradual = SparseMask(PRUNING, schedule=PruningSchedule(start_step=4, end_step=12, every_steps=4))
-    return _fit(rank, gradual, 2)[1]
+        DepartedAverage.travel = later
+        gradual = SparseMask(PRUNING, schedule=PruningSchedule(start_step=4, end_step=12, every_steps=4))
+        finals.append(_fit(rank, gradual, 2)[1])
+    return finals
 
 
 def test_masks_change_when_what_is_in_flight_has_arrived_on_every_rank():
-    runs = [launch(_with_a_late_thread, late, world_size=2) for late in (None, 0, 1)]
-    for one, *others in zip(*(arrays for run in runs for arrays in run), strict=True):
+    answers = launch(_with_late_threads, world_size=2)
+    for one, *others in zip(*(arrays for finals in answers for arrays in finals), strict=True):
         for other in others:
             np.testing.assert_array_equal(other, one)
 
@@ -110,11 +112,19 @@ def pruned(state):
     return sum(int((tensor == 0).sum()) for tensor in state)
 
 
-@pytest.mark.parametrize("optimizer", [adamw, momentum])
-@pytest.mark.parametrize("compression", [MASK, [MASK, "bf16"], [MASK, "int8"]], ids=["mask", "bf16", "int8"])
+COMPRESSIONS = {"mask": MASK, "bf16": [MASK, "bf16"], "int8": [MASK, "int8"]}
+# either optimizer, each compression
+PRUNED = [("mask", adamw), ("bf16", momentum), ("int8", adamw)]
+MORE_PRUNED = [("mask", momentum), ("bf16", adamw), ("int8", momentum)]
+
+
+@pytest.mark.parametrize(
+    ("compression", "optimizer"),
+    [*PRUNED, *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in MORE_PRUNED)],
+)
 def test_pruned_weights_are_zero_after_every_step_and_ranks_end_equal(compression, optimizer):
     count = sum(int((~mask).sum()) for mask in PRUNING.masks(network()).values())
-    answers = launch(_fit, compression, 2, optimizer, {"gradient_clip_val": 0.5}, world_size=2)
+    answers = launch(_fit, COMPRESSIONS[compression], 2, optimizer, {"gradient_clip_val": 0.5}, world_size=2)
     for states, final, _ in answers:
         assert {pruned(state) for state in states} == {count}
         for mine, first in zip(final, answers[0][1], strict=True):
@@ -176,7 +186,14 @@ def _zeros(rank, period, overlap, steps):
     return module.zeros, watch.zeros, pruned(weights(module))
 
 
-@pytest.mark.parametrize(("period", "overlap", "steps"), [(1, 1, 14), (1, 2, 14), (4, 2, 13), (4, 3, 14), (4, 0, 13)])
+@pytest.mark.parametrize(
+    ("period", "overlap", "steps"),
+    [
+        *((1, 1, 14), (4, 2, 13), (4, 3, 14)),
+        pytest.param(1, 2, 14, marks=pytest.mark.exhaustive),
+        pytest.param(4, 0, 13, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_an_average_of_before_a_pruning_brings_no_weight_back(period, overlap, steps):
     count = sum(int((~mask).sum()) for mask in PRUNING.masks(network()).values())
     for zeros, averaged, final in launch(_zeros, period, overlap, steps, world_size=2):

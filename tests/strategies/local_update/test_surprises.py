@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -325,8 +326,7 @@ def test_ledger_and_history_of_a_fit_outlive_a_later_validation():
         assert before[0] == 3
 
 
-@pytest.mark.parametrize("where", ["on_validation_epoch_end", "on_validation_start", "validation_step"])
-def test_an_error_around_validation_is_shown_on_the_other_ranks(where):
+def _failing_in(where):
     class Failing(Regression):
         pass
 
@@ -342,6 +342,21 @@ def test_an_error_around_validation_is_shown_on_the_other_ranks(where):
         runner = trainer(local_update(FixedPeriod(4)), 2, limit_val_batches=2, val_check_interval=6)
         runner.fit(Failing(), loader(12, rank), loader(2, rank))
 
-    (_, first), (_, second) = outcomes(run, world_size=2, timeout_s=40)
+    return outcomes(run, world_size=2, timeout_s=40)
+
+
+WHERE = ["on_validation_epoch_end", "on_validation_start", "validation_step"]
+
+
+@pytest.fixture(scope="module")
+def failed():
+    """What ranks said, by the place of the failure; launched side by side, since ranks that fail mostly wait."""
+    with ThreadPoolExecutor(len(WHERE)) as threads:
+        return dict(zip(WHERE, threads.map(_failing_in, WHERE), strict=True))
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_an_error_around_validation_is_shown_on_the_other_ranks(failed, where):
+    (_, first), (_, second) = failed[where]
     assert "ValueError: boom in validation" in second
     assert "rank 1 failed: ValueError: boom in validation" in first
