@@ -133,22 +133,29 @@ class Slow(WholeFileIO):
         super().save_checkpoint(*args, **kwargs)
 
 
+def slow_in_background():
+    return AsyncCheckpointIO(Slow())
+
+
+# where a thread writes too, every third operation: which one that is differs from run to run anyhow
 @pytest.mark.parametrize(
-    ("change", "make_io", "before"),
+    ("change", "make_io", "before", "stride"),
     [
-        (overwrite, WholeFileIO, "now"),
-        (overwrite, WholeFileIO, "of old"),
-        (replace, WholeFileIO, "now"),
-        (replace_in_background, lambda: AsyncCheckpointIO(Slow()), "now"),
+        pytest.param(overwrite, WholeFileIO, "now", 1, id="overwritten"),
+        pytest.param(overwrite, WholeFileIO, "of old", 1, id="old files overwritten"),
+        pytest.param(replace, WholeFileIO, "now", 1, id="replaced"),
+        pytest.param(replace_in_background, slow_in_background, "now", 3, id="replaced in background"),
+        pytest.param(
+            replace_in_background, slow_in_background, "now", 1, id="each in background", marks=pytest.mark.exhaustive
+        ),
     ],
-    ids=["overwritten", "old files overwritten", "replaced", "replaced in background"],
 )
-def test_a_whole_set_is_there_whenever_a_process_is_killed(tmp_path, monkeypatch, change, make_io, before):
+def test_a_whole_set_is_there_whenever_a_process_is_killed(tmp_path, monkeypatch, change, make_io, before, stride):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # for a loss of power, which this is not
     writers = ranks_of(WholeFileIO(), monkeypatch)
-    operation, seen = 0, set()
+    operation, seen = 1 - stride, set()
     while True:
-        operation += 1
+        operation += stride
         folder = tmp_path / str(operation)
         save_set(writers, f"{folder}/last.ckpt", 1)
         if before == "of old":  # the files of ranks lay in the folder itself before saves had ids in their paths

@@ -156,7 +156,7 @@ def _full_disk(rank, folder):
 
 
 def test_a_full_disk_of_one_rank_is_named_on_all_and_leaves_the_checkpoint_that_was_there(tmp_path):
-    for _, error in outcomes(_full_disk, str(tmp_path), world_size=2):
+    for _, error in outcomes(_full_disk, str(tmp_path), world_size=2, ends_within_s=0.2):
         assert error is None or "all was as it should be" in error, error
 
 
@@ -189,7 +189,7 @@ def _after_a_failure(rank, folder, make):
 
 @pytest.mark.parametrize("make", [local, cyclic], ids=["local", "cyclic"])
 def test_a_save_after_a_failure_takes_nothing_from_a_complete_checkpoint(tmp_path, make):
-    answers = outcomes(_failing, str(tmp_path), make, world_size=2)
+    answers = outcomes(_failing, str(tmp_path), make, world_size=2, ends_within_s=0.2)
     assert "boom" in answers[0][1]
     assert "boom" in answers[1][1]
     # under its own name where nothing is, and else beside; rank 0 may have been some steps ahead
@@ -217,14 +217,23 @@ def damaged(data, tensor):
     }
 
 
-def _damaged_files(rank, folder):
+EACH_KIND = ("cut off", "half", "empty", "garbage", "flipped", "zeros")
+# all strategies read files in one way: each kind of damage once, what one rank alone meets in all
+SOME_KINDS = {"local": ("cut off", "half", "flipped"), "cyclic": ("flipped", "garbage")}
+SOME_KINDS["compressed"] = ("flipped", "empty", "zeros")
+
+
+def _damaged_files(rank, folder, kinds):
     makes = {"local": local, "cyclic": cyclic, "compressed": lambda: CompressedDDPStrategy("bf16")}
     for name, make in makes.items():
         place = Path(folder) / name
         fit(rank, make(), ModelCheckpoint(place, filename="{step}", every_n_train_steps=4, save_top_k=-1))
         torch.distributed.barrier()
         tensor = torch.load(place / "step=8.ckpt", weights_only=True)["state_dict"]["net.0.weight"]
-        for kind, data in damaged((place / "step=8.ckpt").read_bytes(), tensor).items():
+        files = damaged((place / "step=8.ckpt").read_bytes(), tensor)
+        assert set(files) == set(EACH_KIND)
+        for kind in kinds[name]:
+            data = files[kind]
             alone = kind == "flipped"  # the file of one rank only, as on disks of their own
             path = place / f"{kind}-{rank if alone else 'all'}.ckpt"
             if rank == (1 if alone else 0):
@@ -255,8 +264,15 @@ def _refused(rank, make, path, why, alone, kind):
         assert [word for word in must_say if word not in said] == [], f"{kind}: {said}"
 
 
-def test_a_damaged_checkpoint_is_refused_on_all_ranks_by_name_and_reason(tmp_path):
-    launch(_damaged_files, str(tmp_path), world_size=2)
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        pytest.param(SOME_KINDS, id="some kinds"),
+        pytest.param(dict.fromkeys(SOME_KINDS, EACH_KIND), id="each kind", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_on_all_ranks_by_name_and_reason(tmp_path, kinds):
+    launch(_damaged_files, str(tmp_path), kinds, world_size=2)
 
 
 # ---- files from before saves had ids ------------------------------------------------------------------------------
