@@ -73,7 +73,7 @@ PRUNED = 216 - round(0.4 * 216)  # of 60, 144 and 12 weights
 def _under(rank, name):
     kwargs = {"lr": 0.01} | ({"momentum": 0.9} if name in ("SGD", "RMSprop") else {})
     model = Stepwise(lambda parameters: getattr(torch.optim, name)(parameters, **kwargs))
-    trainer(masked(), 2).fit(model, data(8, rank))
+    trainer(masked(), 2).fit(model, data(4, rank))
     return zeros(model), weights(model), float(sum(each.detach().abs().sum() for each in model.parameters()))
 
 
@@ -103,10 +103,10 @@ def test_optimizers_that_mix_what_is_pruned_are_refused_before_training(runs, na
 
 def _resumed(rank, then, path):
     whole = Stepwise()
-    trainer(masked(then), 2).fit(whole, data(10, rank))
-    trainer(masked(then), 2, callbacks=[Stop(5, path)]).fit(Stepwise(), data(10, rank))
+    trainer(masked(then), 2).fit(whole, data(7, rank))
+    trainer(masked(then), 2, callbacks=[Stop(4, path)]).fit(Stepwise(), data(7, rank))
     model = Stepwise()
-    trainer(masked(then), 2).fit(model, data(10, rank), ckpt_path=path)
+    trainer(masked(then), 2).fit(model, data(7, rank), ckpt_path=path)
     return weights(whole), weights(model), zeros(model)
 
 
