@@ -132,26 +132,26 @@ class Stepwise(Regression):
 
 def _resumed(rank, compression, path, other=None):
     whole = Stepwise()
-    trainer(compressed(compression), 2).fit(whole, data(8, rank))
-    runner = trainer(compressed(compression), 2, callbacks=[Stop(4, path)])
-    runner.fit(Stepwise(), data(8, rank))
+    trainer(compressed(compression), 2).fit(whole, data(10, rank))
+    runner = trainer(compressed(compression), 2, callbacks=[Stop(5, path)])
+    runner.fit(Stepwise(), data(10, rank))
     model = Stepwise()
     runner = trainer(compressed(other or compression), 2)
     with pytest.warns(UserWarning, match="cannot bring back") if other and rank == 0 else nullcontext():
-        runner.fit(model, data(8, rank), ckpt_path=path)
+        runner.fit(model, data(10, rank), ckpt_path=path)
     return weights(whole), weights(model), runner.global_step
 
 
 @pytest.mark.parametrize("compression", METHODS, ids=repr)
 def test_a_resumed_run_ends_bit_for_bit_as_the_one_that_was_never_stopped(runs, compression):
     for whole, resumed, steps in runs["resumed", repr(compression)]:
-        assert steps == 8
+        assert steps == 10
         assert all((a == b).all() for a, b in zip(whole, resumed, strict=True))
 
 
 def test_what_another_method_kept_is_not_taken_up_and_that_is_said(runs):
     for _, resumed, steps in runs["from another method"]:
-        assert steps == 8
+        assert steps == 10
         assert all(torch.isfinite(torch.from_numpy(each)).all() for each in resumed)
 
 

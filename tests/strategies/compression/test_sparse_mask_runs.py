@@ -103,10 +103,10 @@ def test_optimizers_that_mix_what_is_pruned_are_refused_before_training(runs, na
 
 def _resumed(rank, then, path):
     whole = Stepwise()
-    trainer(masked(then), 2).fit(whole, data(7, rank))
-    trainer(masked(then), 2, callbacks=[Stop(4, path)]).fit(Stepwise(), data(7, rank))
+    trainer(masked(then), 2).fit(whole, data(10, rank))
+    trainer(masked(then), 2, callbacks=[Stop(5, path)]).fit(Stepwise(), data(10, rank))
     model = Stepwise()
-    trainer(masked(then), 2).fit(model, data(7, rank), ckpt_path=path)
+    trainer(masked(then), 2).fit(model, data(10, rank), ckpt_path=path)
     return weights(whole), weights(model), zeros(model)
 
 
