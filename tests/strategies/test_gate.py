@@ -17,6 +17,7 @@ from support.shared_ranks import SharedRanks
 from support.training import FEATURES, Regression, Samples, loader, sample, trainer, weights
 from torch import nn
 
+import lightning_comm.transport.failures as peers
 from lightning_comm.data.resumable import ResumableLoader
 from lightning_comm.errors import RefusedSetUp
 
@@ -25,6 +26,8 @@ BATCH = 4
 RATE = 0.02
 LIMIT = 1e-3  # of gradients, which are larger
 SAVED_AT = (1, 4, 5, 8)  # the first step, within an epoch and a round, an epoch's end, a round's end
+SAVED_IN_STEP_AT = (4, 5)  # where each step ends what a round would: within an epoch, and its end
+LEAVES_S = 0.3  # how long a rank that failed waits for others that are in a collective, and so cannot leave
 
 
 def _registered() -> list[str]:
@@ -38,6 +41,15 @@ def _registered() -> list[str]:
 
 
 NAMES = ["ddp", *_registered()]
+
+
+def short(name):
+    """Settings of a fit that shows what it shows in one epoch, or in a whole round where a strategy has such."""
+    return {"max_epochs": 1} if name in IN_STEP | IN_RINGS else {}
+
+
+def saved_at(name):
+    return SAVED_IN_STEP_AT if name in IN_STEP else SAVED_AT
 
 
 def strategy(name):
@@ -103,19 +115,20 @@ def plain(rank, name, folder):
 
 
 class SaveAt(Callback):
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, steps):
+        self.folder, self.steps = folder, steps
 
     def on_train_batch_end(self, runner, *_):
-        if runner.global_step in SAVED_AT:
+        if runner.global_step in self.steps:
             runner.save_checkpoint(f"{self.folder}/{runner.global_step}.ckpt")
 
 
 def resumed(rank, name, folder):
     """The whole run saves at several steps, and so do those that go on: a save may end a round or flush a pipeline."""
-    whole = fit(rank, name, Model(), SaveAt(folder))
-    again = SaveAt(f"{folder}/again")
-    return whole, {step: fit(rank, name, Model(), again, ckpt_path=f"{folder}/{step}.ckpt") for step in SAVED_AT}
+    steps = saved_at(name)
+    whole = fit(rank, name, Model(), SaveAt(folder, steps))
+    again = SaveAt(f"{folder}/again", steps)
+    return whole, {step: fit(rank, name, Model(), again, ckpt_path=f"{folder}/{step}.ckpt") for step in steps}
 
 
 def accumulated(rank, name, folder):
@@ -124,7 +137,7 @@ def accumulated(rank, name, folder):
 
 def clipped(rank, name, algorithm):
     limits = {"gradient_clip_val": LIMIT, "gradient_clip_algorithm": algorithm}
-    return fit(rank, name, Model(sgd), **limits), fit(rank, name, Model(sgd))
+    return fit(rank, name, Model(sgd), **limits, **short(name))
 
 
 def clipped_by_norm(rank, name, folder):
@@ -132,7 +145,8 @@ def clipped_by_norm(rank, name, folder):
 
 
 def clipped_by_value(rank, name, folder):
-    return clipped(rank, name, "value")
+    """The run without a limit, which no strategy refuses, is that of the other case too."""
+    return clipped(rank, name, "value"), fit(rank, name, Model(sgd), **short(name))
 
 
 class Autocast(Model):
@@ -146,7 +160,7 @@ class Autocast(Model):
 
 def in_bf16(rank, name, folder):
     module = Autocast()
-    return fit(rank, name, module, precision="bf16-mixed"), module.dtypes
+    return fit(rank, name, module, precision="bf16-mixed", **short(name)), module.dtypes
 
 
 class ByHand(LightningModule):
@@ -172,13 +186,13 @@ class ByHand(LightningModule):
 
 
 def two_optimizers(rank, name, folder):
-    return fit(rank, name, ByHand())
+    return fit(rank, name, ByHand(), **short(name))
 
 
 def frozen(rank, name, folder):
     module = Model()
     module.net[2].requires_grad_(False)
-    return fit(rank, name, module)
+    return fit(rank, name, module, **short(name))
 
 
 class Tied(Model):
@@ -191,7 +205,7 @@ class Tied(Model):
 
 def tied(rank, name, folder):
     module = Tied()
-    ended = fit(rank, name, module)
+    ended = fit(rank, name, module, **short(name))
     return ended, module.net[3].weight is module.net[2].weight
 
 
@@ -208,11 +222,11 @@ class Unused(Model):
 
 
 def unused(rank, name, folder):
-    return fit(rank, name, Unused())
+    return fit(rank, name, Unused(), **short(name))
 
 
 def batch_norm(rank, name, folder):
-    return fit(rank, name, Model(norm=True))
+    return fit(rank, name, Model(norm=True), **short(name))
 
 
 class InValidation(Callback):
@@ -247,6 +261,10 @@ def _equal(one, other):
         np.testing.assert_array_equal(mine, theirs)
 
 
+def epochs(name):
+    return short(name).get("max_epochs", EPOCHS)
+
+
 def _alike(one, other, steps=EPOCHS * STEPS):
     """Ranks ended with equal weights, after these steps, and somewhere else than they began."""
     assert one.steps == other.steps == steps
@@ -276,6 +294,7 @@ def ends_equal_and_has_learnt(name, one, other, of):
 
 def goes_on_as_the_run_that_was_not_stopped(name, one, other, of):
     for whole, parts in (one, other):
+        assert tuple(parts) == saved_at(name)
         for step, part in parts.items():
             assert part.steps == whole.steps == EPOCHS * STEPS, step
             _equal(part.after, whole.after)
@@ -287,10 +306,9 @@ def takes_a_step_in_three_batches_and_one_for_the_rest(name, one, other, of):
     assert any((a != b).any() for a, b in zip(one.after, of("equal weights")[0].after, strict=True))
 
 
-def _stays_near(one, other, distance):
-    (limited, free), (theirs, _) = one, other
-    _alike(limited, theirs)
-    most = EPOCHS * STEPS * RATE * LIMIT
+def _stays_near(name, limited, theirs, free, distance):
+    _alike(limited, theirs, epochs(name) * STEPS)
+    most = epochs(name) * STEPS * RATE * LIMIT
     assert 0 < distance(limited) <= 1.001 * most < distance(free)
 
 
@@ -298,43 +316,45 @@ def is_clipped_by_norm(name, one, other, of):
     def distance(ended):
         return sum(float(((a - b) ** 2).sum()) for a, b in zip(ended.after, ended.before, strict=True)) ** 0.5
 
-    _stays_near(one, other, distance)
+    _, free = of("clipping by value")[0]
+    _stays_near(name, one, other, free, distance)
 
 
 def is_clipped_by_value(name, one, other, of):
-    _stays_near(one, other, _moved)
+    (limited, free), (theirs, _) = one, other
+    _stays_near(name, limited, theirs, free, _moved)
 
 
 def computes_in_bf16_and_keeps_float32(name, one, other, of):
-    _alike(one[0], other[0])
+    _alike(one[0], other[0], epochs(name) * STEPS)
     assert one[1] == other[1] == {torch.bfloat16, torch.float32}
 
 
 def trains_both_networks(name, one, other, of):
-    _alike(one, other, EPOCHS * (STEPS + 3))  # the second steps in three of five batches
+    _alike(one, other, epochs(name) * (STEPS + 3))  # the second steps in three of five batches
     half = len(one.after) // 2
     for part in (slice(half), slice(half, None)):
         assert any((a != b).any() for a, b in zip(one.after[part], one.before[part], strict=True))
 
 
 def leaves_the_frozen_layer_alone(name, one, other, of):
-    _alike(one, other)
+    _alike(one, other, epochs(name) * STEPS)
     changed = [bool((a != b).any()) for a, b in zip(one.after, one.before, strict=True)]
     assert changed == [True, True, False, False, True, True]
 
 
 def keeps_the_tie(name, one, other, of):
-    _alike(one[0], other[0])
+    _alike(one[0], other[0], epochs(name) * STEPS)
     assert one[1]
     assert other[1]
 
 
 def ends_equal(name, one, other, of):
-    _alike(one, other)
+    _alike(one, other, epochs(name) * STEPS)
 
 
 def ends_equal_in_statistics_too(name, one, other, of):
-    _alike(one, other)
+    _alike(one, other, epochs(name) * STEPS)
     same = all((a == b).all() for a, b in zip(one.buffers, other.buffers, strict=True))
     assert same == (name not in BUFFERS_OF_RANK_0)
 
@@ -379,19 +399,20 @@ IN_A_RING = {
     "two optimizers": "must return one optimizer",
     "unused parameters": "requires_grad_(False)",
 }
+IN_RINGS = {"cyclic", "cyclic_v1"}
 IN_STEP = {"ddp", "ddp_bf16", "ddp_fp16", "ddp_int8", "ddp_powersgd", "ddp_topk", "ddp_sparse_mask", "pactrain"}
 REFUSED: dict[str, dict[str, str]] = {
     **dict.fromkeys(IN_STEP, AS_DDP),
     "post_local_sgd": {**AS_DDP, "two optimizers": "under manual optimization"},
-    "cyclic": IN_A_RING,
-    "cyclic_v1": IN_A_RING,
+    **dict.fromkeys(IN_RINGS, IN_A_RING),
 }
 BUFFERS_OF_RANK_0 = IN_STEP  # at the beginning of each forward, after which each rank has its own
-FLUSHED_BY_VALIDATION = {"cyclic", "cyclic_v1"}
+FLUSHED_BY_VALIDATION = IN_RINGS
 
 
 def _run(rank, name, case, folder):
     """What a case gives, or the text in which it was refused: ranks go on after that."""
+    peers._LEAVE_S = LEAVES_S  # of this process alone
     try:
         return (failing if case == LAST else CASES[case].run)(rank, name, folder)
     except RefusedSetUp as error:

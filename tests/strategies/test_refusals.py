@@ -14,6 +14,7 @@ from support.processes import launch, outcomes
 from support.training import Regression, Samples, loader, local_update, trainer
 from torch import nn
 
+import lightning_comm.transport.failures as peers
 from lightning_comm import (
     AdaptivePartition,
     Averaging,
@@ -173,7 +174,13 @@ def test_what_is_known_of_optimizer_length_loaders_and_callbacks_is_said_in_the_
         assert [word for word in words if word not in text] == [], text
 
 
+def leave_soon():
+    """Let no rank of this process wait for seconds for others that are in a collective, and so cannot leave."""
+    peers._LEAVE_S = 0.3
+
+
 def alone(rank, make_strategy, make_module):
+    leave_soon()
     module = make_module() if rank == 1 else Regression()
     trainer(make_strategy(), 2).fit(module, loader(4, rank))
 
@@ -200,6 +207,8 @@ def test_the_refusal_of_one_rank_alone_is_heard_where_the_others_would_make_proc
 
 
 def start_that_fails_on_rank_1(rank):
+    leave_soon()
+
     def fails(*args):
         raise OSError("no room on this rank")
 

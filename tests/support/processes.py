@@ -17,6 +17,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+# Making its first process group, torch 2.15 looks through the entry points of all installed packages, which takes
+# longer than all the rest of it. What is installed does not change while tests run.
+if hasattr(dist.distributed_c10d.Backend, "_ensure_backend_registered"):
+    dist.distributed_c10d.Backend._ensure_backend_registered = cache(
+        dist.distributed_c10d.Backend._ensure_backend_registered
+    )
+    dist.distributed_c10d.Backend._ensure_backend_registered("gloo")  # here, so that forked ranks have it
+
 _PORTS = range(10_000, 20_000)  # below those that the kernel gives away, to whoever connects in the meantime
 
 

@@ -90,9 +90,27 @@ def second_int8():
     return SparseMask(chosen(SECOND), Int8())
 
 
-@pytest.mark.parametrize("first", [first_mask, first_int8])
-@pytest.mark.parametrize("kind", ["ddp", "local"])
-@pytest.mark.parametrize("other", SAME)
+GRID = [(kind, first, other) for other in SAME for kind in ("ddp", "local") for first in (first_mask, first_int8)]
+CHOSEN = [  # every setting, strategy and first method
+    ("ddp", first_mask, "then bf16"),
+    ("local", first_int8, "then bf16"),
+    ("local", first_mask, "then int8"),
+    ("ddp", first_int8, "dense_above"),
+    ("local", first_mask, "schedule"),
+    ("ddp", first_mask, "later"),
+]
+
+
+def also(chosen, case):
+    """A case that is run where all are, unless it is a chosen one."""
+    return pytest.param(*case, marks=[] if case in chosen else [pytest.mark.exhaustive])
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "other"),
+    [also(CHOSEN, case) for case in GRID],
+    ids=lambda each: getattr(each, "__name__", each),
+)
 def test_masks_outlast_other_settings_of_the_same_pruning(of_two, kind, other, first):
     answers = of_two[kind, first.__name__, other]
     for before, kept, _, final, _ in answers:
@@ -117,7 +135,12 @@ def _read(rank, kind, folder):
     return torch.equal(kept, FIRST), final
 
 
-@pytest.mark.parametrize(("wrote", "reads"), [("ddp", "ddp"), ("local", "local"), ("ddp", "local"), ("local", "ddp")])
+ACROSS = [("ddp", "local"), ("local", "ddp")]
+
+
+@pytest.mark.parametrize(
+    ("wrote", "reads"), [also(ACROSS, case) for case in [("ddp", "ddp"), ("local", "local"), *ACROSS]]
+)
 def test_masks_outlast_another_number_of_ranks_and_the_other_strategy(of_two, of_three, wrote, reads):
     assert of_two[wrote, "written"] == [True] * 2
     answers = of_three[wrote, reads]
@@ -194,9 +217,12 @@ def nothing():
 
 
 DENSE = [("ddp", bf16), ("ddp", int8), ("local", bf16), ("local", nothing)]
+DENSE_CHOSEN = [("ddp", int8), ("local", nothing)]
 
 
-@pytest.mark.parametrize(("kind", "second"), DENSE, ids=lambda each: getattr(each, "__name__", each))
+@pytest.mark.parametrize(
+    ("kind", "second"), [also(DENSE_CHOSEN, case) for case in DENSE], ids=lambda each: getattr(each, "__name__", each)
+)
 def test_a_pruned_model_does_not_become_dense_without_a_word(of_two, kind, second):
     answers = of_two[kind, second.__name__]
     assert {answer[2] for answer in answers} == {35}
@@ -210,16 +236,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def of_two(folder):
+def of_two(request, folder):
+    everything = request.config.getoption("exhaustive")
     again = {
         **{
-            (kind, first.__name__, other): (first, second)
-            for kind in ("ddp", "local")
-            for first in (first_mask, first_int8)
-            for other, second in SAME.items()
+            (kind, first.__name__, other): (first, SAME[other])
+            for kind, first, other in (GRID if everything else CHOSEN)
         },
         **{(kind, "magnitude"): (first_mask, magnitude) for kind in ("ddp", "local")},
-        **{(kind, second.__name__): (first_mask, second) for kind, second in DENSE},
+        **{(kind, second.__name__): (first_mask, second) for kind, second in (DENSE if everything else DENSE_CHOSEN)},
         **{(kind, "damaged"): (first_int8, second_int8, True) for kind in ("ddp", "local")},
     }
     cases = {
@@ -230,8 +255,8 @@ def of_two(folder):
 
 
 @pytest.fixture(scope="module")
-def of_three(folder):
-    kinds = ("ddp", "local")
+def of_three(request, folder):
+    same = [("ddp", "ddp"), ("local", "local")] if request.config.getoption("exhaustive") else []
     return SharedRanks(
-        {(wrote, reads): (_read, reads, str(folder / wrote)) for wrote in kinds for reads in kinds}, world_size=3
+        {(wrote, reads): (_read, reads, str(folder / wrote)) for wrote, reads in [*same, *ACROSS]}, world_size=3
     )

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from strategies.compression.test_sparse_mask_runs import Stepwise, data, weights, zeros
 from support.processes import launch
+from support.shared_ranks import SharedRanks
 from support.training import trainer
 
 from lightning_comm import CompressedDDPStrategy, Int8, MagnitudePruning, MaskFunction, PruningSchedule, SparseMask
@@ -52,19 +53,41 @@ def pruned(sparsity):
     return TOTAL - round((1 - sparsity) * TOTAL)
 
 
+ACCUMULATED = [PruningSchedule(2), PruningSchedule(0, 3, 1)]
+OF_TWO = [PruningSchedule(5), PruningSchedule(1, 14, 4)]
+LATE = [
+    (PruningSchedule(6), "before optimizer step 6, and training ends after 6, so nothing is ever pruned"),
+    (PruningSchedule(0, 6, 3), "before optimizer step 6, and training ends after 6, so fewer weights"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return SharedRanks(
+        {
+            "plain": (_watched, "ddp", {}),
+            **{repr(schedule): (_watched, schedule, {}) for schedule in (PruningSchedule(5), GRADUAL)},
+            **{("accumulated", repr(each)): (_watched, each, {"accumulate_grad_batches": 3}) for each in ACCUMULATED},
+            **{("two optimizers", repr(each)): (_two_optimizers, each) for each in OF_TWO},
+            "averaged": (_averaged,),
+            **{("late", said): (_late, schedule, said) for schedule, said in LATE},
+        },
+        world_size=2,
+    )
+
+
 @pytest.mark.parametrize("schedule", [PruningSchedule(5), GRADUAL], ids=["at once", "gradual"])
-def test_before_the_first_pruning_training_is_plain_ddp_bit_for_bit_and_not_after(schedule):
-    plain = launch(_watched, "ddp", {}, world_size=2)
+def test_before_the_first_pruning_training_is_plain_ddp_bit_for_bit_and_not_after(runs, schedule):
     first = schedule.first_step
-    for (expected, *_), (seen, *_) in zip(plain, launch(_watched, schedule, {}, world_size=2), strict=True):
+    for (expected, *_), (seen, *_) in zip(runs["plain"], runs[repr(schedule)], strict=True):
         for step in range(12):
             same = all((a == b).all() for a, b in zip(expected[step], seen[step], strict=True))
             assert same == (step < first)
 
 
-def test_weights_are_pruned_as_the_schedule_says_and_never_come_back():
+def test_weights_are_pruned_as_the_schedule_says_and_never_come_back(runs):
     shares = [GRADUAL.sparsity_at(step, 0.6) for step in range(12)]
-    answers = launch(_watched, GRADUAL, {}, world_size=2)
+    answers = runs[repr(GRADUAL)]
     for _, zero, asked in answers:
         assert counts(zero) == [pruned(share) for share in shares]
         assert asked == [4, 7, 8]
@@ -73,9 +96,9 @@ def test_weights_are_pruned_as_the_schedule_says_and_never_come_back():
     assert all((a == b).all() for a, b in zip(answers[0][0][-1], answers[1][0][-1], strict=True))
 
 
-@pytest.mark.parametrize("schedule", [PruningSchedule(2), PruningSchedule(0, 3, 1)], ids=["at once", "gradual"])
-def test_with_accumulation_weights_are_pruned_between_windows(schedule):
-    for _, zero, asked in launch(_watched, schedule, {"accumulate_grad_batches": 3}, world_size=2):
+@pytest.mark.parametrize("schedule", ACCUMULATED, ids=["at once", "gradual"])
+def test_with_accumulation_weights_are_pruned_between_windows(runs, schedule):
+    for _, zero, asked in runs["accumulated", repr(schedule)]:
         assert asked == [step for step in range(4) if schedule.due(step)]
         # a batch is seen before the next one prunes; three batches make a step
         assert counts(zero) == [pruned(schedule.sparsity_at(batch // 3, 0.6)) for batch in range(12)]
@@ -91,11 +114,11 @@ class SaveAlways(Callback):
         runner.save_checkpoint(f"{self.folder}/at{runner.global_step}.ckpt")
 
 
-def _resumed(rank, schedule, then, folder):
+def _resumed(rank, schedule, then, places, folder):
     whole = Stepwise()
     trainer(scheduled(schedule, then), 2, callbacks=[SaveAlways(folder)]).fit(whole, data(10, rank))
     same = []
-    for step in range(1, 10):
+    for step in places:
         path = f"{folder}/at{step}.ckpt"
         model = Stepwise()
         trainer(scheduled(schedule, then), 2).fit(model, data(10, rank), ckpt_path=path)
@@ -103,11 +126,23 @@ def _resumed(rank, schedule, then, folder):
     return same, zeros(whole)
 
 
-@pytest.mark.parametrize("then", [None, Int8()], ids=repr)
-@pytest.mark.parametrize("schedule", [PruningSchedule(5), GRADUAL], ids=["at once", "gradual"])
-def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(tmp_path, schedule, then):
-    for same, count in launch(_resumed, schedule, then, str(tmp_path), world_size=2):
-        assert same == [True] * 9
+EVERY = range(1, 10)
+ALSO = pytest.mark.exhaustive
+
+
+@pytest.mark.parametrize(
+    ("schedule", "then", "places"),
+    [
+        pytest.param(GRADUAL, Int8(), EVERY, id="gradual-Int8()"),
+        pytest.param(PruningSchedule(5), None, (4, 5, 6), id="at once-None, around the pruning"),
+        pytest.param(PruningSchedule(5), None, EVERY, id="at once-None", marks=ALSO),
+        pytest.param(PruningSchedule(5), Int8(), EVERY, id="at once-Int8()", marks=ALSO),
+        pytest.param(GRADUAL, None, EVERY, id="gradual-None", marks=ALSO),
+    ],
+)
+def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(tmp_path, schedule, then, places):
+    for same, count in launch(_resumed, schedule, then, places, str(tmp_path), world_size=2):
+        assert same == [True] * len(places)
         assert count == pruned(0.6)
 
 
@@ -139,11 +174,11 @@ def _two_optimizers(rank, schedule):
     return counts(watch.zeros)
 
 
-@pytest.mark.parametrize("schedule", [PruningSchedule(5), PruningSchedule(1, 14, 4)], ids=["at once", "gradual"])
-def test_steps_of_several_optimizers_all_count_and_none_is_missed(schedule):
+@pytest.mark.parametrize("schedule", OF_TWO, ids=["at once", "gradual"])
+def test_steps_of_several_optimizers_all_count_and_none_is_missed(runs, schedule):
     expected = [pruned(schedule.sparsity_at(2 * batch, 0.6)) for batch in range(8)]
     assert len(set(expected)) > 1
-    assert launch(_two_optimizers, schedule, world_size=2) == [expected] * 2
+    assert runs["two optimizers", repr(schedule)] == [expected] * 2
 
 
 def _averaged(rank):
@@ -158,8 +193,8 @@ def _averaged(rank):
     return seen
 
 
-def test_averages_and_the_state_of_the_optimizer_are_pruned_along():
-    assert launch(_averaged, world_size=2) == [[pruned(0.6)] * 2] * 2
+def test_averages_and_the_state_of_the_optimizer_are_pruned_along(runs):
+    assert runs["averaged"] == [[pruned(0.6)] * 2] * 2
 
 
 def _late(rank, schedule, said):
@@ -168,15 +203,9 @@ def _late(rank, schedule, said):
     return True
 
 
-@pytest.mark.parametrize(
-    ("schedule", "said"),
-    [
-        (PruningSchedule(6), "before optimizer step 6, and training ends after 6, so nothing is ever pruned"),
-        (PruningSchedule(0, 6, 3), "before optimizer step 6, and training ends after 6, so fewer weights"),
-    ],
-)
-def test_a_schedule_that_goes_beyond_the_end_is_said_at_the_start(schedule, said):
-    assert launch(_late, schedule, said, world_size=2) == [True, True]
+@pytest.mark.parametrize("said", [said for _, said in LATE])
+def test_a_schedule_that_goes_beyond_the_end_is_said_at_the_start(runs, said):
+    assert runs["late", said] == [True, True]
 
 
 def _wordless(module):

@@ -73,7 +73,7 @@ PRUNED = 216 - round(0.4 * 216)  # of 60, 144 and 12 weights
 def _under(rank, name):
     kwargs = {"lr": 0.01} | ({"momentum": 0.9} if name in ("SGD", "RMSprop") else {})
     model = Stepwise(lambda parameters: getattr(torch.optim, name)(parameters, **kwargs))
-    trainer(masked(), 2).fit(model, data(8, rank))
+    trainer(masked(), 2).fit(model, data(4, rank))
     return zeros(model), weights(model), float(sum(each.detach().abs().sum() for each in model.parameters()))
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_comm import Cast, CompressedDDPStrategy, Int8
 
 EPOCHS = 2
-STEPS = 12  # of an epoch
+STEPS = 7  # of an epoch: validated and saved in it, and neither at its end
 
 
 class Model(Regression):
@@ -93,9 +93,21 @@ ENDS = {
 }
 
 
-def _ends(rank, folder):
+ENDS_ALSO = {"SIGTERM to rank 0", "should_stop after a validation"}  # one rank, and that hook, are in other cases
+
+
+def asked_for(request, names, also):
+    return [name for name in names if name not in also or request.config.getoption("exhaustive")]
+
+
+def each(names, also):
+    return [pytest.param(name, marks=[pytest.mark.exhaustive] if name in also else []) for name in names]
+
+
+def _ends(rank, folder, names):
     answers = {}
-    for name, (hook, step, action, who, _, _) in ENDS.items():
+    for name in names:
+        hook, step, action, who, _, _ = ENDS[name]
         within = f"{folder}/{name}"
         saves = ModelCheckpoint(within, filename="{step}", every_n_train_steps=5)
         runner, _, _, outcome = fit(
@@ -107,11 +119,12 @@ def _ends(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory):
-    return launch(_ends, str(tmp_path_factory.mktemp("ends")), world_size=2)
+def ends(request, tmp_path_factory):
+    names = asked_for(request, ENDS, ENDS_ALSO)
+    return launch(_ends, str(tmp_path_factory.mktemp("ends")), names, world_size=2)
 
 
-@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("name", each(ENDS, ENDS_ALSO))
 def test_what_one_rank_is_asked_for_ends_all_ranks_at_one_step_and_sigterm_saves(ends, name):
     *_, step, terminated = ENDS[name]
     for answers in ends:
@@ -124,12 +137,13 @@ def test_what_one_rank_is_asked_for_ends_all_ranks_at_one_step_and_sigterm_saves
 
 RESUMED = [name for name in ENDS if "before" in name or "forward" in name or "validation" in name or "epoch" in name]
 RESUMED = [name for name in RESUMED if ENDS[name][-1]]
+CHOSEN = ["SIGTERM within a forward", "SIGTERM in a validation", "SIGTERM at the end of an epoch"]
 
 
-def _resumed(rank, folder):
+def _resumed(rank, folder, names):
     _, _, whole, _ = fit(rank, 2)
     ends = {}
-    for name in RESUMED:
+    for name in names:
         hook, step, action, who, at, _ = ENDS[name]
         within = f"{folder}/{name}"
         stopped = [Once(hook, step, action, who, rank), ModelCheckpoint(within, every_n_train_steps=5)]
@@ -140,8 +154,12 @@ def _resumed(rank, folder):
     return ends
 
 
-def test_a_run_that_sigterm_ended_goes_on_as_if_it_had_not(tmp_path):
-    for ends in launch(_resumed, str(tmp_path), world_size=2):
+@pytest.mark.parametrize(
+    "names", [pytest.param(CHOSEN, id="chosen"), pytest.param(RESUMED, id="all", marks=pytest.mark.exhaustive)]
+)
+def test_a_run_that_sigterm_ended_goes_on_as_if_it_had_not(tmp_path, names):
+    for ends in launch(_resumed, str(tmp_path), names, world_size=2):
+        assert list(ends) == names
         assert {name: end for name, end in ends.items() if end != ("ended", EPOCHS * STEPS, EPOCHS, True)} == {}
 
 
@@ -233,9 +251,13 @@ LENGTHS = {
 }
 
 
-def _unequal(rank):
+LENGTHS_ALSO = {"a stream", "a stream, limited", "a sampler that is shorter than it says"}  # whose parts others have
+
+
+def _unequal(rank, names):
     answers = {}
-    for name, (make, kwargs) in LENGTHS.items():
+    for name in names:
+        make, kwargs = LENGTHS[name]
         _, _, _, unequal = fit(rank, 3, **make((8, 5, 8)[rank]), **kwargs)
         runner, strategy, _, equal = fit(rank, 3, **make(5), **kwargs)
         dist.barrier()
@@ -246,11 +268,11 @@ def _unequal(rank):
 
 
 @pytest.fixture(scope="module")
-def unequal():
-    return launch(_unequal, world_size=3)
+def unequal(request):
+    return launch(_unequal, asked_for(request, LENGTHS, LENGTHS_ALSO), world_size=3)
 
 
-@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("name", each(LENGTHS, LENGTHS_ALSO))
 def test_an_epoch_that_is_shorter_on_one_of_three_ranks_is_refused_by_all_alike(unequal, name):
     for answers, _, _ in unequal:
         said = answers[name][0]
@@ -261,7 +283,7 @@ def test_an_epoch_that_is_shorter_on_one_of_three_ranks_is_refused_by_all_alike(
         assert [part for part in parts if part not in said] == []
 
 
-@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("name", each(LENGTHS, LENGTHS_ALSO))
 def test_epochs_of_equal_length_are_trained_to_their_end_with_one_message_a_batch(unequal, name):
     confirmed = name in (
         "a stream, limited",
