@@ -1,13 +1,13 @@
 """Stops and failures of one rank end all, at one step and without a hang; slow ranks only slow the others."""
 
-import ctypes
-import multiprocessing.process
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
-import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from support.cyclic import adamw, cyclic, deep, fit, momentum, state
-from support.processes import become, free_port, launch, outcomes
+from support.processes import free_port, launch, outcomes
 from support.training import Regression, loader, trainer
 
 
@@ -145,11 +145,14 @@ EARLY = {  # what happens on which rank, and the status of rank 0
     "SIGTERM": ("SIGTERM", 0, 0),
     "SIGINT": ("SIGINT", 0, 1),
 }
+SCRIPT = """
+import json, os, signal, sys
+from lightning.pytorch import Trainer
+from support.cyclic import cyclic, deep, momentum
+from support.processes import become
+from support.training import Regression, loader
 
-
-class Ends(Regression):
-    """Fails, or is sent a signal, on one rank in the middle of a run."""
-
+class Fails(Regression):
     what = who = None
 
     def training_step(self, batch, batch_idx):
@@ -159,55 +162,48 @@ class Ends(Regression):
             os.kill(os.getpid(), getattr(signal, self.what))
         return super().training_step(batch, batch_idx)
 
+def fit():
+    runner = Trainer(
+        accelerator="cpu", devices=2, strategy=cyclic(), max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    runner.fit(Fails(deep(6), momentum), loader(400, 0))
 
-def _as_program(rank, port, what, who, file):
-    """Train as a program would that has no more lines behind it, and let Python end the process."""
-    for number in (1, 2):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    multiprocessing.process._children = set()  # those of the process that this one was forked from
+def main():
+    # ranks are forked before anything has run, and fall out of this script: they end as any Python ends
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background begins without it
-    become(rank, 2, port)
-    Ends.what, Ends.who = what, who
-    status = 0
-    try:
-        trainer(cyclic(), 2).fit(Ends(deep(6), momentum), loader(400, 0))
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    ctypes.pythonapi.Py_Exit(status)  # as the interpreter does behind the last line; threads may wait meanwhile
+    running = {}
+    for name, (what, who, port) in json.loads(sys.argv[1]).items():
+        for rank in range(2):
+            process = os.fork()
+            if not process:
+                os.dup2(os.open(f"{name} {rank}", os.O_WRONLY | os.O_CREAT), 2)
+                become(rank, 2, port)
+                Fails.what, Fails.who = what, who
+                return fit()
+            running[process] = f"{name} {rank}"
+    ended = {}
+    while running:
+        process, status = os.wait()
+        ended[running.pop(process)] = os.waitstatus_to_exitcode(status)
+    print(json.dumps(ended))
+
+main()
+"""
 
 
 @pytest.fixture(scope="module")
 def early(tmp_path_factory):
     """The status of each rank of each case by its name, and what it wrote."""
     folder = tmp_path_factory.mktemp("early")
-    running = {}
-    for name, (what, who, _) in EARLY.items():
-        port = free_port()
-        for rank in range(2):
-            process = os.fork()
-            if not process:
-                try:
-                    _as_program(rank, port, what, who, folder / f"{name} {rank}")
-                finally:
-                    os._exit(99)  # not reached
-            running[process] = f"{name} {rank}"
-    statuses, deadline = {}, time.monotonic() + 100
-    try:
-        while running and time.monotonic() < deadline:
-            for process in list(running):
-                ended, status = os.waitpid(process, os.WNOHANG)
-                if ended:
-                    statuses[running.pop(process)] = os.waitstatus_to_exitcode(status)
-            time.sleep(0.02)
-    finally:
-        for process in running:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-    assert not running, f"still running: {list(running.values())}"
+    cases = json.dumps({name: (what, who, free_port()) for name, (what, who, _) in EARLY.items()})
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    ended = subprocess.run(
+        [sys.executable, "-c", SCRIPT, cases], capture_output=True, text=True, timeout=150, cwd=folder, env=environment
+    )
+    assert ended.returncode == 0, ended.stderr
+    statuses = json.loads(ended.stdout.splitlines()[-1])
     return {name: (status, (folder / name).read_text()) for name, status in statuses.items()}
 
 
