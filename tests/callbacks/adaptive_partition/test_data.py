@@ -158,7 +158,7 @@ class StopInFlight(Callback):
 def _balanced(rank, path, resume, options):
     partition = AdaptivePartition(**{"window_steps": 6, "warmup_steps": 2, **options})
     model = Fit(speed=[SLOW, 3 * SLOW][rank])
-    loader = loader_of(32 * 24, batch=32, num_workers=1, prefetch_factor=4)
+    loader = loader_of(32 * 24, batch=32, num_workers=2)
     stop = [] if resume else [StopInFlight(partition, path)]
     fit(ddp(), 2, model, loader, partition, stop, ckpt_path=path if resume else None, min_epochs=0)
     journal = partition.journal.to_dict()
@@ -188,7 +188,7 @@ def test_a_change_that_was_announced_before_the_stop_holds_from_the_same_batch_a
         sizes = [change["sizes"] for change in changes]
         own = 0 if seen_after[-1] == sizes[1][0] else 1
         moved = changes[1]["batch"] - len(seen)
-        assert moved == 4  # the worker was that far ahead
+        assert moved == 4  # workers were that far ahead
         assert seen_after[: moved + 1] == [sizes[0][own]] * moved + [sizes[1][own]]
 
 

@@ -20,7 +20,7 @@ def test_a_replayed_journal_repeats_the_run_bit_for_bit_whatever_the_speeds(tmp_
     first = launch(partial(balance, speeds=[SLOW, 3 * SLOW], steps=42, change=change, folder=str(folder)), world_size=2)
     [path] = folder.glob("run_*/journal.json")
     assert len(json.loads(Path(path).read_text())["changes"]) > 2
-    workers = {"num_workers": 1}
+    workers = {"num_workers": 2}
     again = launch(
         partial(balance, speeds=[2 * SLOW, 2 * SLOW], steps=42, replay=str(path), loader=workers), world_size=2
     )
