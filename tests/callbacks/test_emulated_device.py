@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.processes import launch
+from support.shared_ranks import SharedRanks
 from support.training import Regression, loader, local_update, trainer, weights
 from torch.utils.data import DataLoader
 
@@ -41,6 +42,10 @@ def strategy_of(name):
     return local_update(FixedPeriod(2)) if name == "local" else name
 
 
+def _both(rank, strategy, speeds):
+    return [_fit(rank, strategy, with_device, speeds) for with_device in (False, True)]
+
+
 def _fit(rank, strategy, with_device, speeds):
     os.environ["LIGHTNING_COMM_SPEED"] = speeds[rank]
     module, times = Regression(), BatchTimes()
@@ -52,8 +57,7 @@ def _fit(rank, strategy, with_device, speeds):
 
 @pytest.mark.parametrize("strategy", ["ddp", "local"])
 def test_weights_are_those_without_it_and_each_rank_has_the_speed_of_its_host(strategy):
-    alone = launch(_fit, strategy, False, ["1", "0.5"], world_size=2)
-    emulated = launch(_fit, strategy, True, ["1", "0.5"], world_size=2)
+    alone, emulated = zip(*launch(_both, strategy, ["1", "0.5"], world_size=2), strict=True)
     for rank, speed in enumerate((1.0, 0.5)):
         assert all((a == b).all() for a, b in zip(alone[rank][0], emulated[rank][0], strict=True))
         assert emulated[rank][2] == (3, speed)
@@ -70,15 +74,24 @@ def _fit_with_a_list(rank, speeds):
     return device.pacer.speed, device.pacer.steps
 
 
-def test_a_list_gives_each_rank_a_speed_of_its_own(monkeypatch):
-    monkeypatch.setenv("LIGHTNING_COMM_SPEED", "7")  # which a list overrules
-    assert launch(_fit_with_a_list, [1, 0.5], world_size=2) == [(1, 3), (0.5, 3)]
+@pytest.fixture(scope="module")
+def lists():
+    cases = {len(speeds): (_fit_with_a_list, speeds) for speeds in ([1, 0.5], [], [1.0], [1.0, 2.0, 3.0])}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("LIGHTNING_COMM_SPEED", "7")  # which a list overrules
+        ranks = SharedRanks(cases, world_size=2)
+        ranks.outcomes(2)
+    return ranks
 
 
-@pytest.mark.parametrize("speeds", [[], [1.0], [1.0, 2.0, 3.0]], ids=len)
-def test_a_list_of_another_length_is_refused_on_all_ranks_with_both_numbers(speeds):
-    for said in launch(_fit_with_a_list, speeds, world_size=2):
-        for part in ("EmulatedDevice: `speed`", "each of 2 ranks", f"which has {len(speeds)}", "num_nodes"):
+def test_a_list_gives_each_rank_a_speed_of_its_own(lists):
+    assert lists[2] == [(1, 3), (0.5, 3)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_list_of_another_length_is_refused_on_all_ranks_with_both_numbers(lists, count):
+    for said in lists[count]:
+        for part in ("EmulatedDevice: `speed`", "each of 2 ranks", f"which has {count}", "num_nodes"):
             assert part in said
 
 
@@ -170,7 +183,7 @@ def test_a_batch_without_samples_is_refused_with_what_to_return():
 
 def test_a_compiled_model_is_refused():
     with pytest.raises(ValueError, match=r"EmulatedDevice: .*must not be compiled.*Leave torch.compile out"):
-        fit(EmulatedDevice(0.01, 4), loader(1, rank=0), module=torch.compile(Regression()))
+        fit(EmulatedDevice(0.01, 4), loader(1, rank=0), module=torch.compile(Regression(), backend="eager"))
 
 
 def test_bad_arguments_are_refused_before_training_in_the_name_of_the_callback():

@@ -1,4 +1,4 @@
-"""Emulated hosts as hosts: who reaches whom, how fast, what faults do, and that nothing is left behind."""
+"""Emulated hosts as hosts: who reaches whom, what faults do, and that nothing is left behind."""
 
 import os
 import shutil
@@ -7,39 +7,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 
-from lightning_comm.core.rates import parse_rate
 from lightning_comm.lab import cluster
 from lightning_comm.lab.cluster import Lab, LabError
 
 PYTHON = [sys.executable, "-I", "-S", "-c"]
 
-# Host 0 sends for a second, and says how many bytes host 1 took per second and in all.
-TALK = """
-import os, socket, time
-if os.environ["NODE_RANK"] == "0":
-    with socket.create_server(("", 7000)) as server:
-        peer, _ = server.accept()
-        block, sent, began = bytes(65536), 0, time.monotonic()
-        while time.monotonic() - began < 1.2:
-            sent += peer.send(block)
-        peer.shutdown(socket.SHUT_WR)
-        peer.recv(1)  # all has arrived
-        print(sent / (time.monotonic() - began), sent)
-elif os.environ["NODE_RANK"] == "1":
-    for _ in range(100):
-        try:
-            peer = socket.create_connection((os.environ["MASTER_ADDR"], 7000))
-            break
-        except OSError:
-            time.sleep(0.05)
-    while peer.recv(65536):
-        pass
-    peer.send(b"!")
-"""
 # Answers on port 7001 with the time at which it was asked.
 ANSWER = """
 import socket
@@ -94,29 +71,6 @@ def test_every_host_has_the_environment_of_a_launcher_and_its_own_speed(three):
 def test_hosts_with_several_devices_leave_the_local_ranks_to_their_launcher(lab):
     done = lab(1, devices_per_host=2).run(["sh", "-c", "echo ${LOCAL_RANK-none} $LIGHTNING_COMM_LAB"], timeout_s=20)
     assert done.output[0].startswith('none {"hosts": 1, "devices_per_host": 2')
-
-
-@pytest.mark.parametrize("rate", ["100mbit", "10mbit"])
-def test_a_link_lets_through_what_it_states_and_its_interface_counts_it(three, rate):
-    three.set_link(0, rate)
-    before = three.sent_bytes(0), three.received_bytes(1)
-    done = three.run([*PYTHON, TALK], timeout_s=30)
-    assert done.returncode == 0, done.output
-    goodput, payload = map(float, done.output[0].split())
-    assert 0.75 * parse_rate(rate) < goodput < parse_rate(rate)
-    sent, received = three.sent_bytes(0) - before[0], three.received_bytes(1) - before[1]
-    assert sent == pytest.approx(received, rel=0.01)
-    assert 1 < sent / payload < 1.08  # at most 1,514 bytes for 1,448; the kernel joins packets, and counts one header
-
-
-def test_a_link_may_be_slower_in_one_direction(three):
-    three.set_link(0, "100mbit")
-    three.set_link(1, "100mbit", down="10mbit")  # towards host 1, which host 0 sends to
-    slow = float(three.run([*PYTHON, TALK], timeout_s=30).output[0].split()[0])
-    three.set_link(1, "10mbit", down="100mbit")
-    fast = float(three.run([*PYTHON, TALK], timeout_s=30).output[0].split()[0])
-    three.set_link(1, "100mbit")
-    assert slow < parse_rate("10mbit") < 0.75 * parse_rate("100mbit") < fast
 
 
 def test_a_cut_host_answers_again_once_its_link_is_restored(three):
@@ -183,7 +137,8 @@ def test_a_host_that_is_killed_in_a_job_ends_it_for_all(lab):
     assert (done.returncode, done.host, done.why) == (137, 1, "host 1 was ended by SIGKILL")
 
 
-def test_time_that_is_up_ends_what_ignores_a_request(lab):
+def test_time_that_is_up_ends_what_ignores_a_request(lab, monkeypatch):
+    monkeypatch.setattr(Lab, "end", partialmethod(Lab.end, grace_s=0.5))
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     began = time.monotonic()
     done = lab(2).run([*PYTHON, stubborn], timeout_s=0.5)

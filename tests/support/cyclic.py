@@ -39,14 +39,16 @@ def cyclic(*args: Any, **kwargs: Any) -> CyclicStrategy:
 class Unsteady(nn.Module):
     """Takes a random time, forward and backward."""
 
+    longest_s = 0.01
+
     def __init__(self) -> None:
         super().__init__()
         self.draw = random.Random(time.monotonic())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        time.sleep(self.draw.random() * 0.01)
+        time.sleep(self.draw.random() * self.longest_s)
         if x.requires_grad:
-            x.register_hook(lambda gradient: time.sleep(self.draw.random() * 0.01))
+            x.register_hook(lambda gradient: time.sleep(self.draw.random() * self.longest_s))
         return x
 
 

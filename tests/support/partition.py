@@ -109,6 +109,36 @@ def fit(
     return runner
 
 
+class ChangeSpeed(Callback):
+    """Gives ranks other speeds from a batch on."""
+
+    def __init__(self, at: int, speeds: list[float]) -> None:
+        self.at, self.speeds = at, speeds
+
+    def on_train_batch_start(self, runner: Trainer, module: Any, *args: Any) -> None:
+        if runner.global_step == self.at:
+            module.speed = self.speeds[runner.global_rank]
+
+
+def balance(
+    rank: int,
+    speeds: list[float],
+    steps: int,
+    *,
+    strategy: Any = "ddp",
+    change: tuple[int, list[float]] | None = None,
+    loader: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[list[int], dict[str, Any], list[Any]]:
+    """Train in batches of 32 at these speeds; return the sizes of this rank's, the journal and the weights."""
+    partition = AdaptivePartition(**{"window_steps": 6, "warmup_steps": 2, **options})
+    model = Fit(speed=speeds[rank])
+    data = loader_of(32 * 40, batch=32, **loader or {})
+    changes: list[Callback] = [] if change is None else [ChangeSpeed(*change)]
+    fit(strategy, len(speeds), model, data, partition, changes, max_steps=steps, max_epochs=9)
+    return [len(each) for each in model.seen], partition.journal.to_dict(), weights(model)
+
+
 class Move(Callback):
     """Moves shares by hand at given batches, as a decision would: from where no loader has passed yet."""
 

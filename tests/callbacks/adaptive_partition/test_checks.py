@@ -198,15 +198,8 @@ def test_two_of_them_are_refused():
         Trainer(callbacks=[AdaptivePartition(), AdaptivePartition()], logger=False)
 
 
-def _journal(rank, change):
-    partition = AdaptivePartition(mode="fixed", batch_sizes=[3, 9], folder="one")
-    fit("ddp", 2, Fit(), loader_of(4 * BATCH), partition)
-    if rank == 0:
-        [path] = partition.run_folder.glob("journal.json")
-        content = json.loads(path.read_text())
-        change(content)
-        path.write_text(json.dumps(content) if content else "{")
-    return
+def _journal(rank, folder):
+    fit("ddp", 2, Fit(), loader_of(4 * BATCH), AdaptivePartition(mode="fixed", batch_sizes=[3, 9], folder=folder))
 
 
 def _empty(content):
@@ -221,27 +214,40 @@ def _nothing(content):
     pass
 
 
-@pytest.mark.parametrize(
-    ("change", "make_loader", "must_say"),
-    [
-        (_nothing, lambda rank: loader_of(4 * BATCH, seed=4), ["seed", "3 in the journal", "4 in this run"]),
-        (_nothing, lambda rank: loader_of(5 * BATCH), ["samples", "48", "60"]),
-        (_empty, _whole, ["journal.json", "JSON"]),
-        (_renamed, _whole, ["journal.json", "sum to 11"]),
-    ],
-    ids=["seed", "samples", "cut off", "sizes"],
-)
-def test_a_journal_of_another_run_or_a_damaged_one_is_refused(change, make_loader, must_say):
-    launch(_journal, change, world_size=2)
-    options = {"replay": "one/run_0/journal.json"}
-    for kind, message in launch(_refused, options, make_loader, ddp, 2, world_size=2):
+CHANGED = {
+    "seed": (_nothing, lambda rank: loader_of(4 * BATCH, seed=4), ["seed", "3 in the journal", "4 in this run"]),
+    "samples": (_nothing, lambda rank: loader_of(5 * BATCH), ["samples", "48", "60"]),
+    "cut off": (_empty, _whole, ["journal.json", "JSON"]),
+    "sizes": (_renamed, _whole, ["journal.json", "sum to 11"]),
+}
+
+
+@pytest.fixture(scope="module")
+def replays(tmp_path_factory):
+    """A journal, and runs that are told to replay it after a change."""
+    folder = tmp_path_factory.mktemp("journals")
+    launch(_journal, str(folder / "one"), world_size=2)
+    journal = folder / "one" / "run_0" / "journal.json"
+    cases = {}
+    for name, (change, make_loader, _) in CHANGED.items():
+        path = folder / name / "journal.json"
+        path.parent.mkdir()
+        content = json.loads(journal.read_text())
+        change(content)
+        path.write_text(json.dumps(content) if content else "{")
+        cases[name] = (_refused, {"replay": str(path)}, make_loader, ddp, 2)
+    return journal, SharedRanks(cases, world_size=2)
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_journal_of_another_run_or_a_damaged_one_is_refused(replays, name):
+    for kind, message in replays[1][name]:
         assert kind == "ValueError"
-        assert [word for word in ["replay", *must_say] if word not in message] == [], message
+        assert [word for word in ["replay", *CHANGED[name][2]] if word not in message] == [], message
 
 
-def test_a_journal_of_other_ranks_is_refused():
-    launch(_journal, _nothing, world_size=2)
-    options = {"replay": "one/run_0/journal.json"}
+def test_a_journal_of_other_ranks_is_refused(replays):
+    options = {"replay": str(replays[0])}
     for kind, message in launch(_refused, options, _whole, ddp, 3, world_size=3):
         assert kind == "ValueError"
         assert "ranks: 2 in the journal, 3 in this run" in message

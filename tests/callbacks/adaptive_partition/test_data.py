@@ -1,6 +1,7 @@
 """Partitioned runs with other ways of giving data, of stopping, and of going on."""
 
 import warnings
+from functools import cache
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import CombinedLoader
 from support.partition import BATCH, SLOW, UNEVEN, Fit, Points, close, ddp, fit, loader_of, one_process
 from support.processes import launch
+from support.shared_ranks import SharedRanks
 from support.training import Stop, network, weights
 from torch import nn
 from torch.utils.data import WeightedRandomSampler
@@ -18,6 +20,25 @@ from lightning_comm.transport import recording
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("in_own_folder")  # journals are written there
+
+
+@pytest.fixture(scope="module")
+def of_two():
+    """Answers of runs on two ranks that share their processes."""
+    cases = {
+        **{("both", mode): (_fit_both, mode) for mode in ("min_size", "max_size", "max_size_cycle")},
+        "overfit": (_overfit, 2, UNEVEN),
+        "reload": (_reload,),
+        "norm": (_norm, {"mode": "fixed", "shares": [0, 1]}),
+        "norm, bound": (_norm, {"mode": "fixed", "shares": [0, 1], "min_per_rank": 3}),
+        **{("norm", tail): (_norm_with_tail, tail) for tail in ("keep", "drop")},
+        "norm and moves": (_norm_and_moves,),
+        **{("messages", name): (_messages, options) for name, (options, _) in MESSAGES.items()},
+        "own backward": (_own_backward,),
+        "logged": (_logged_names,),
+        "mean": (_logs,),
+    }
+    return SharedRanks(cases, world_size=2)
 
 
 class Both(Fit):
@@ -55,9 +76,9 @@ def _fit_both(rank, mode):
 
 
 @pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle"])
-def test_loaders_of_a_combined_loader_follow_one_plan(mode):
+def test_loaders_of_a_combined_loader_follow_one_plan(of_two, mode):
     expected = one_process(Both(), _both(mode), max_epochs=2)
-    for got, seen in launch(_fit_both, mode, world_size=2):
+    for got, seen in of_two["both", mode]:
         assert close(got, expected)
         assert {len(batch) for batch in seen} in ({9, 2}, {3, 10})
 
@@ -75,13 +96,17 @@ def _until(rank, ranks, options, path, stop_at):
     return weights(model)
 
 
-@pytest.mark.parametrize("stop_at", [2, 5, 8])
+@pytest.mark.parametrize("stop_at", [pytest.param(2, marks=pytest.mark.exhaustive), 5, 8])
 def test_a_global_sampler_of_the_users_is_shared_and_resumed(stop_at, tmp_path):
-    expected = one_process(Fit(), _weighted(), max_epochs=3)
     path = str(tmp_path / "stopped.ckpt")
     launch(_until, 2, UNEVEN, path, stop_at, world_size=2)
     for got in launch(_until, 3, {"mode": "observe"}, path, 0, world_size=3):
-        assert close(got, expected)
+        assert close(got, _alone())
+
+
+@cache
+def _alone():
+    return one_process(Fit(), _weighted(), max_epochs=3)
 
 
 def _overfit(rank, ranks, options):
@@ -90,8 +115,8 @@ def _overfit(rank, ranks, options):
     return model.seen
 
 
-def test_overfitting_repeats_the_first_batches_in_the_order_of_the_dataset():
-    one, other = launch(_overfit, 2, UNEVEN, world_size=2)
+def test_overfitting_repeats_the_first_batches_in_the_order_of_the_dataset(of_two):
+    one, other = of_two["overfit"]
     steps = [[*a, *b] for a, b in zip(one, other, strict=True)]
     assert steps == [list(range(BATCH)), list(range(BATCH, 2 * BATCH))] * 3
 
@@ -108,9 +133,9 @@ def _reload(rank):
     return weights(model), model.seen
 
 
-def test_loaders_that_are_made_anew_follow_the_plan_and_go_on_with_the_epochs():
+def test_loaders_that_are_made_anew_follow_the_plan_and_go_on_with_the_epochs(of_two):
     expected = one_process(Fit(), loader_of(3 * BATCH), max_epochs=3)
-    for (got, seen), size in zip(launch(_reload, world_size=2), (9, 3), strict=True):
+    for (got, seen), size in zip(of_two["reload"], (9, 3), strict=True):
         assert close(got, expected)
         assert {len(batch) for batch in seen} == {size}
 
@@ -133,18 +158,28 @@ class StopInFlight(Callback):
 def _balanced(rank, path, resume, options):
     partition = AdaptivePartition(**{"window_steps": 6, "warmup_steps": 2, **options})
     model = Fit(speed=[SLOW, 3 * SLOW][rank])
-    loader = loader_of(32 * 30, batch=32, num_workers=2)
+    loader = loader_of(32 * 24, batch=32, num_workers=2)
     stop = [] if resume else [StopInFlight(partition, path)]
-    fit(ddp(), 2, model, loader, partition, stop, ckpt_path=path if resume else None, max_epochs=2, min_epochs=0)
+    fit(ddp(), 2, model, loader, partition, stop, ckpt_path=path if resume else None, min_epochs=0)
     journal = partition.journal.to_dict()
     windows = [{**window, "seconds": 0.0} for window in journal["windows"]]  # which each rank counts by itself
     return [len(batch) for batch in model.seen], journal["changes"], windows
 
 
-def test_a_change_that_was_announced_before_the_stop_holds_from_the_same_batch_after_it(tmp_path):
-    path = str(tmp_path / "stopped.ckpt")
-    before = launch(_balanced, path, False, {}, world_size=2)
-    after = launch(_balanced, path, True, {"mode": "observe"}, world_size=2)
+@pytest.fixture(scope="module")
+def in_flight(tmp_path_factory):
+    """A run that stops while a change is announced, and those that go on from there."""
+    path = str(tmp_path_factory.mktemp("in_flight") / "stopped.ckpt")
+    cases = {
+        "stopped": (_balanced, path, False, {}),
+        "resumed": (_balanced, path, True, {"mode": "observe"}),
+        "bounded": (_balanced, path, True, {"mode": "observe", "min_per_rank": [14, 14]}),
+    }
+    return SharedRanks(cases, world_size=2)
+
+
+def test_a_change_that_was_announced_before_the_stop_holds_from_the_same_batch_after_it(in_flight):
+    before, after = in_flight["stopped"], in_flight["resumed"]
     for (seen, changes, windows), (seen_after, changes_after, windows_after) in zip(before, after, strict=True):
         assert len(seen) == 8
         assert changes_after == changes
@@ -157,11 +192,8 @@ def test_a_change_that_was_announced_before_the_stop_holds_from_the_same_batch_a
         assert seen_after[: moved + 1] == [sizes[0][own]] * moved + [sizes[1][own]]
 
 
-def test_bounds_that_are_tightened_at_a_resume_hold_at_once(tmp_path):
-    path = str(tmp_path / "stopped.ckpt")
-    launch(_balanced, path, False, {}, world_size=2)
-    after = launch(_balanced, path, True, {"mode": "observe", "min_per_rank": [14, 14]}, world_size=2)
-    for seen, changes, _ in after:
+def test_bounds_that_are_tightened_at_a_resume_hold_at_once(in_flight):
+    for seen, changes, _ in in_flight["bounded"]:
         assert {*seen[4:]} <= {14, 18, 16}
         assert all(min(change["sizes"]) >= 14 for change in changes if change["batch"] >= 8)
 
@@ -173,10 +205,9 @@ def _norm(rank, options):
     return partition.sizes
 
 
-def test_with_batch_norm_no_rank_gets_a_single_sample():
-    assert launch(_norm, {"mode": "fixed", "shares": [0, 1]}, world_size=2) == [(2, 10)] * 2
-    options = {"mode": "fixed", "shares": [0, 1], "min_per_rank": 3}
-    assert launch(_norm, options, world_size=2) == [(3, 9)] * 2
+def test_with_batch_norm_no_rank_gets_a_single_sample(of_two):
+    assert of_two["norm"] == [(2, 10)] * 2
+    assert of_two["norm, bound"] == [(3, 9)] * 2
 
 
 def _norm_with_tail(rank, tail):
@@ -187,11 +218,11 @@ def _norm_with_tail(rank, tail):
     return [str(each.message) for each in caught if "BatchNorm cannot train" in str(each.message)]
 
 
-def test_a_last_batch_that_batch_norm_would_refuse_is_told_of_at_the_start():
-    (message,), _ = launch(_norm_with_tail, "keep", world_size=2)
+def test_a_last_batch_that_batch_norm_would_refuse_is_told_of_at_the_start(of_two):
+    (message,), _ = of_two["norm", "keep"]
     assert "3 samples for 2 ranks" in message
     assert "tail='drop'" in message
-    assert launch(_norm_with_tail, "drop", world_size=2) == [[], []]
+    assert of_two["norm", "drop"] == [[], []]
 
 
 def _norm_and_moves(rank):
@@ -200,8 +231,8 @@ def _norm_and_moves(rank):
     return [len(batch) for batch in model.seen]
 
 
-def test_the_least_share_holds_in_a_last_batch_that_has_as_many():
-    assert launch(_norm_and_moves, world_size=2) == [[10, 10, 10, 3], [2, 2, 2, 2]]
+def test_the_least_share_holds_in_a_last_batch_that_has_as_many(of_two):
+    assert of_two["norm and moves"] == [[10, 10, 10, 3], [2, 2, 2, 2]]
 
 
 def _messages(rank, options):
@@ -214,9 +245,13 @@ def _messages(rank, options):
     return [each for each in seen if each[1] not in ("set_up", "instruments")], kept
 
 
-@pytest.mark.parametrize(("options", "expected"), [({}, 4), ({"mode": "observe"}, 4), (UNEVEN, 0)], ids=str)
-def test_a_window_costs_one_message_of_48_bytes_a_rank(options, expected):
-    for seen, kept in launch(_messages, options, world_size=2):
+MESSAGES = {"balance": ({}, 4), "observe": ({"mode": "observe"}, 4), "fixed": (UNEVEN, 0)}
+
+
+@pytest.mark.parametrize("mode", MESSAGES)
+def test_a_window_costs_one_message_of_48_bytes_a_rank(of_two, mode):
+    expected = MESSAGES[mode][1]
+    for seen, kept in of_two["messages", mode]:
         assert seen == [("all_gather", "partition", 48)] * expected
         assert kept == {"set_up": 4 + bool(expected), **({"partition": expected} if expected else {})}
 
@@ -258,8 +293,8 @@ def _own_backward(rank):
     return [str(each.message) for each in caught if "manual_backward" in str(each.message)]
 
 
-def test_a_backward_that_cannot_be_weighted_is_told_of_once():
-    on_rank_0, elsewhere = launch(_own_backward, world_size=2)
+def test_a_backward_that_cannot_be_weighted_is_told_of_once(of_two):
+    on_rank_0, elsewhere = of_two["own backward"]
     assert len(on_rank_0) == 1
     assert elsewhere == []
 
@@ -293,15 +328,15 @@ def _logged_names(rank):
     return [str(each.message) for each in caught if "plain mean" in str(each.message)]
 
 
-def test_a_plain_mean_over_ranks_is_told_of_by_name():
-    (message,), elsewhere = launch(_logged_names, world_size=2)
+def test_a_plain_mean_over_ranks_is_told_of_by_name(of_two):
+    (message,), elsewhere = of_two["logged"]
     assert "'mean_loss'" in message
     assert "weight" in message
     assert elsewhere == []
 
 
-def test_a_value_times_the_weight_is_logged_as_the_mean_over_the_samples_of_the_step():
+def test_a_value_times_the_weight_is_logged_as_the_mean_over_the_samples_of_the_step(of_two):
     alone = Fit()
     fit("auto", 1, alone, loader_of(3 * BATCH + 5), None)
-    for values in launch(_logs, world_size=2):
+    for values in of_two["mean"]:
         assert values == pytest.approx(alone.losses, rel=1e-6)

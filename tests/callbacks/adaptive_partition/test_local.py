@@ -12,11 +12,9 @@ from support.training import Stop, network, weights
 from torch import nn
 
 from lightning_comm import AdaptivePartition, Averaging, FixedPeriod, LocalUpdateStrategy
-from lightning_comm.transport import recording
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("in_own_folder")  # journals are written there
-SLOW = 500.0
 SIZES = (9, 3)
 
 
@@ -113,45 +111,31 @@ AVERAGINGS = {
     "topk, overlap": Averaging(compression="topk", overlap_steps=3),
 }
 STOPS = (2, 5, 9)
+OFTEN = [("in full", 9), ("bf16", 5), ("overlap", 5), ("topk, overlap", 2), ("topk, overlap", 9)]
 
 
 @pytest.fixture(scope="module")
-def until(tmp_path_factory):
-    cases = {}
+def until(tmp_path_factory, request):
+    exhaustive, cases = request.config.getoption("exhaustive"), {}
+    folder = tmp_path_factory.mktemp("stopped")
     for name, averaging in AVERAGINGS.items():
         cases[name, "whole"] = (_until, None, 0, averaging)
-        for stop_at in STOPS:
-            path = str(tmp_path_factory.mktemp("stopped") / "stopped.ckpt")
+        for stop_at in STOPS if exhaustive else [at for each, at in OFTEN if each == name]:
+            path = str(folder / f"{name} {stop_at}.ckpt")
             cases[name, "stopped", stop_at] = (_until, path, stop_at, averaging)
             cases[name, "resumed", stop_at] = (_until, path, 0, averaging)
     return SharedRanks(cases, world_size=2)
 
 
-@pytest.mark.parametrize("averaging", AVERAGINGS)
-@pytest.mark.parametrize("stop_at", STOPS)
-def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_stopped(until, stop_at, averaging):
+@pytest.mark.parametrize(
+    ("averaging", "stop_at"),
+    [
+        pytest.param(name, stop_at, marks=() if (name, stop_at) in OFTEN else pytest.mark.exhaustive)
+        for name in AVERAGINGS
+        for stop_at in STOPS
+    ],
+)
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_stopped(until, averaging, stop_at):
     whole, resumed = until[averaging, "whole"], until[averaging, "resumed", stop_at]
     for expected, got in zip(whole, resumed, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(expected, got, strict=True))
-
-
-def _balance(rank, options, period):
-    sent = []
-    end = recording.observe(lambda record: sent.append((record.purpose, strategy.rounds_done)))
-    strategy = local(period)
-    model = Fit(speed=[SLOW, 3 * SLOW][rank])
-    partition = AdaptivePartition(**{"window_steps": 6, "warmup_steps": 2, **options})
-    fit(strategy, 2, model, loader_of(32 * 60, batch=32), partition)
-    end()
-    windows = [(each.epoch, each.batch) for each in partition.journal.windows]
-    return [len(batch) for batch in model.seen], windows, [p for p, _ in sent].count("partition")
-
-
-@pytest.mark.parametrize("period", [4, 10])
-def test_shares_are_balanced_where_ranks_have_just_met(period):
-    ranks = launch(_balance, {}, period, world_size=2)
-    assert ranks[0][0][-1] in (7, 8, 9)
-    for _, windows, messages in ranks:
-        assert windows
-        assert len(windows) == messages
-        assert all((batch + 1) % period == 0 for _, batch in windows)

@@ -1,6 +1,7 @@
 """Partitioned runs of real ranks against one process on the whole of each batch."""
 
 from datetime import timedelta
+from functools import cache
 
 import pytest
 import torch
@@ -29,14 +30,24 @@ def _strategy(name):
     return name
 
 
+def some(cases, often):
+    """Parameters of all cases, of which those that are not run often are left to exhaustive runs."""
+    return [pytest.param(*each, marks=() if each in often else pytest.mark.exhaustive) for each in cases]
+
+
+@cache
+def alone(samples, dtype=torch.float64, epochs=2):
+    """Weights that one process has after training on the whole of each batch."""
+    return one_process(Fit(net=network(dtype)), loader_of(samples, dtype), max_epochs=epochs)
+
+
 @pytest.fixture(scope="module")
-def of_two():
+def of_two(request):
     """Answers of :func:`_fit` on two ranks."""
+    exhaustive = request.config.getoption("exhaustive")
     whole = {
         (strategy, plan, dtype): (strategy, PLANS[plan], Fit, WITH_TAIL, dtype, {}, {})
-        for strategy in ("ddp", "full")
-        for plan in PLANS
-        for dtype in DTYPES
+        for strategy, plan, dtype in (WHOLE if exhaustive else WHOLE_OFTEN)
     }
     uneven, exact = PLANS["uneven"], torch.float64
     modes = {
@@ -44,9 +55,8 @@ def of_two():
         for name, (module, kwargs) in MODES.items()
     }
     moved = {
-        (name, workers): ("ddp", uneven, Fit, MOVED, exact, moves, {"loader": {"num_workers": workers}})
-        for name, moves in MOVES.items()
-        for workers in (0, 2)
+        (name, workers): ("ddp", uneven, Fit, MOVED, exact, MOVES[name], {"loader": {"num_workers": workers}})
+        for name, workers in (MOVED_HOW if exhaustive else MOVED_OFTEN)
     }
     return SharedRanks({name: (_fit, *args) for name, args in {**whole, **modes, **moved}.items()}, world_size=2)
 
@@ -62,13 +72,18 @@ def _fit(rank, strategy, plan, module, samples, dtype, moves, kwargs):
 
 WITH_TAIL = 5 * BATCH + 7
 DTYPES = {torch.float32: 1e-6, torch.float64: 1e-12}
+WHOLE = [(strategy, plan, dtype) for strategy in ("ddp", "full") for plan in PLANS for dtype in DTYPES]
+WHOLE_OFTEN = [
+    ("ddp", "even", torch.float32),
+    ("ddp", "extreme", torch.float64),
+    ("full", "uneven", torch.float64),
+    ("full", "extreme", torch.float32),
+]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("plan", PLANS, ids=str)
-@pytest.mark.parametrize("strategy", ["ddp", "full"])
+@pytest.mark.parametrize(("strategy", "plan", "dtype"), some(WHOLE, WHOLE_OFTEN), ids=str)
 def test_the_weights_are_those_of_one_process_on_the_whole_batch(of_two, strategy, plan, dtype):
-    expected = one_process(Fit(net=network(dtype)), loader_of(WITH_TAIL, dtype), max_epochs=2)
+    expected = alone(WITH_TAIL, dtype)
     ranks, tolerance = of_two[strategy, plan, dtype], DTYPES[dtype]
     for got, _, _ in ranks:
         assert close(got, expected, tolerance)
@@ -91,22 +106,23 @@ ONE_IN_TAIL = 5 * BATCH + 1  # so a rank has a dummy of weight 0
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_of_training_leave_the_gradient_exact(of_two, mode):
     (module, kwargs), samples, dtype = MODES[mode], ONE_IN_TAIL, torch.float64
-    alone = {name: value for name, value in kwargs.items() if name not in ("loader", "use_distributed_sampler")}
+    plain = {name: value for name, value in kwargs.items() if name not in ("loader", "use_distributed_sampler")}
     loader = loader_of(samples, dtype, tail=kwargs.get("loader", {}).get("tail", "keep"))
-    expected = one_process(module(net=network(dtype)), loader, max_epochs=2, **alone)
+    expected = one_process(module(net=network(dtype)), loader, max_epochs=2, **plain)
     for got, _, _ in of_two[mode]:
         assert close(got, expected, 1e-12)
 
 
 MOVES = {"no": {}, "one": {2: (3, 9)}, "three": {1: (11, 1), 8: (6, 6), 15: (1, 11)}}
 MOVED = 20 * BATCH + 5
+MOVED_HOW = [(moved, workers) for moved in MOVES for workers in (0, 2)]
+MOVED_OFTEN = [("no", 0), ("one", 0), ("three", 2)]
 
 
-@pytest.mark.parametrize("moved", MOVES)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("moved", "workers"), some(MOVED_HOW, MOVED_OFTEN))
 def test_weights_do_not_depend_on_the_plan_or_on_changes_of_it(of_two, moved, workers):
-    samples, dtype, moves = MOVED, torch.float64, MOVES[moved]
-    expected = one_process(Fit(net=network(dtype)), loader_of(samples, dtype), max_epochs=2)
+    samples, moves = MOVED, MOVES[moved]
+    expected = alone(samples)
     ranks = of_two[moved, workers]
     for got, _, _ in ranks:
         assert close(got, expected, 1e-12)
@@ -185,29 +201,35 @@ def _until(rank, ranks, plan, path, stop_at, workers, asks_for_length):
 OTHER_PLANS = {2: PLANS["extreme"], 3: {"mode": "fixed", "shares": [3, 2, 1]}, 1: {"mode": "observe"}}
 STOPS = [(stop_at, workers, False) for stop_at in (1, 4, 6, 8, 12) for workers in (0, 2)]
 STOPS += [(4, 0, True), (8, 2, True)]
+RESUMED = [(*stop, ranks) for stop in STOPS for ranks in OTHER_PLANS]
+# in an epoch and between two of them, and each number of ranks both ways
+RESUMED_OFTEN = [
+    (1, 0, False, 3), (4, 0, True, 1), (4, 2, False, 3), (6, 0, False, 2), (8, 2, True, 2), (12, 0, False, 1),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
+def stopped(tmp_path_factory, request):
     """Runs that stop on two ranks, and by the number of ranks those that go on from there."""
-    paths = {stop: str(tmp_path_factory.mktemp("stopped") / "stopped.ckpt") for stop in STOPS}
-    first = {stop: (_until, 2, PLANS["uneven"], paths[stop], *stop) for stop in STOPS}
-    again = {
-        ranks: {(at, *how): (_until, ranks, plan, paths[(at, *how)], 0, *how) for at, *how in STOPS}
-        for ranks, plan in OTHER_PLANS.items()
-    }
+    cases = RESUMED if request.config.getoption("exhaustive") else RESUMED_OFTEN
+    folder = tmp_path_factory.mktemp("stopped")
+    paths = {stop: str(folder / f"{stop}.ckpt") for *stop, _ in cases for stop in [tuple(stop)]}
+    first = {stop: (_until, 2, PLANS["uneven"], path, *stop) for stop, path in paths.items()}
+    again = {ranks: {} for ranks in OTHER_PLANS}
+    for at, *how, ranks in cases:
+        again[ranks][(at, *how)] = (_until, ranks, OTHER_PLANS[ranks], paths[(at, *how)], 0, *how)
     return SharedRanks(first, world_size=2), {
         ranks: SharedRanks(cases, world_size=ranks) for ranks, cases in again.items()
     }
 
 
-@pytest.mark.parametrize("stop", STOPS, ids=str)
-def test_a_run_resumed_under_another_plan_or_on_other_ranks_ends_as_one_that_was_not_stopped(stopped, stop):
+@pytest.mark.parametrize(("stop_at", "workers", "asks_for_length", "ranks"), some(RESUMED, RESUMED_OFTEN))
+def test_a_run_resumed_under_another_plan_or_on_other_ranks_ends_as_one_that_was_not_stopped(
+    stopped, stop_at, workers, asks_for_length, ranks
+):
     first, again = stopped
-    stop_at, *_ = stop
-    expected = one_process(Fit(), loader_of(5 * BATCH + 3), max_epochs=3)
+    stop = stop_at, workers, asks_for_length
     assert all(len(seen) == stop_at for _, seen in first[stop])
-    for each in again.values():
-        for got, seen in each[stop]:
-            assert close(got, expected, 1e-12)
-            assert len(seen) == 18 - stop_at
+    for got, seen in again[ranks][stop]:
+        assert close(got, alone(5 * BATCH + 3, epochs=3), 1e-12)
+        assert len(seen) == 18 - stop_at

@@ -72,18 +72,25 @@ def _resume_everywhere(rank, world_size, folder, make, settings, options, steps=
             np.testing.assert_array_equal(mine, theirs, err_msg=f"resumed after {step}")
 
 
+CASES = {
+    "adamw": (2, adamw, {}, {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}),
+    "v1, clipped": (2, momentum, {"rule": "v1", "clip_by": "previous_norm"}, {"gradient_clip_val": 0.1}),
+    "three, validated": (
+        3, momentum, {"warmup_sync_steps": 2, "stages": 3}, {"limit_val_batches": 1, "val_check_interval": 2},
+    ),
+}  # fmt: skip
+EVERYWHERE = (1, 3, 5, 8)
+STEPS = {"adamw": (1, 5, 8), "v1, clipped": (3,), "three, validated": (3,)}  # 5 is the end of an epoch
+
+
 @pytest.mark.parametrize(
-    ("world_size", "optimizer", "settings", "options"),
-    [
-        (2, adamw, {}, {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}),
-        (2, momentum, {"rule": "v1", "clip_by": "previous_norm"}, {"gradient_clip_val": 0.1}),
-        (3, momentum, {"warmup_sync_steps": 2, "stages": 3}, {"limit_val_batches": 1, "val_check_interval": 2}),
-    ],
-    ids=["adamw", "v1, clipped", "three, validated"],
+    ("case", "steps"),
+    [*STEPS.items(), *(pytest.param(case, EVERYWHERE, marks=pytest.mark.exhaustive) for case in CASES)],
 )
-def test_a_resumed_run_repeats_bit_for_bit(tmp_path, world_size, optimizer, settings, options):
+def test_a_resumed_run_repeats_bit_for_bit(tmp_path, case, steps):
+    world_size, optimizer, settings, options = CASES[case]
     launch(
-        _resume_everywhere, world_size, str(tmp_path), lambda: Noisy(optimizer), settings, options,
+        _resume_everywhere, world_size, str(tmp_path), lambda: Noisy(optimizer), settings, options, steps,
         world_size=world_size,
     )  # fmt: skip
 

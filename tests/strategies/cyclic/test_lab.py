@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from support.cyclic import cyclic, deep, momentum, reference
 from support.training import Regression, loader
 
-STEPS = 80
+STEPS = 40
 
 class Paced(Regression):
     def training_step(self, batch, batch_idx):
@@ -27,7 +27,7 @@ class Mark(Callback):
         self.run = run
 
     def on_train_batch_end(self, runner, *args):
-        if runner.global_step == 10:
+        if runner.global_step == 5:
             open(f"{sys.argv[1]}/{self.run} {runner.global_rank}", "w").close()
 
 def train(run):
@@ -66,7 +66,7 @@ class Hosts:
         ]  # fmt: skip
 
     def wait_for(self, run):
-        """Until all have taken ten steps of a run."""
+        """Until all have taken five steps of a run."""
         deadline = time.monotonic() + 60
         while not all((self.folder / f"{run} {rank}").exists() for rank in range(3)):
             if time.monotonic() > deadline or any(process.poll() is not None for process in self.started):

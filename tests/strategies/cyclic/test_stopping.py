@@ -69,9 +69,18 @@ def assert_ended_together(answers):
             np.testing.assert_array_equal(mine, first)
 
 
-@pytest.mark.parametrize(("world_size", "times"), [(2, (0.001, 0.02)), (2, (0.02, 0.0)), (3, (0.0, 0.01, 0.003))])
-@pytest.mark.parametrize("stagger", ["none", "step"])
-def test_should_stop_on_one_rank_stops_all_at_one_step(world_size, times, stagger):
+TIMES = [(2, (0.001, 0.02)), (2, (0.02, 0.0)), (3, (0.0, 0.01, 0.003))]
+SELDOM = [("step", *TIMES[0]), ("none", *TIMES[1]), ("none", *TIMES[2])]
+
+
+@pytest.mark.parametrize(
+    ("stagger", "world_size", "times"),
+    [
+        pytest.param(*each, marks=pytest.mark.exhaustive if each in SELDOM else ())
+        for each in ((stagger, *times) for stagger in ("none", "step") for times in TIMES)
+    ],
+)
+def test_should_stop_on_one_rank_stops_all_at_one_step(stagger, world_size, times):
     answers = launch(lambda rank: run(rank, world_size, times, 8, settings={"stagger": stagger}), world_size=world_size)
     assert_ended_together(answers)
     assert 8 <= answers[0][0] <= 12, answers[0][0]
@@ -120,7 +129,7 @@ def _failing(rank, world_size, who):
     return "ended", "", 0.0
 
 
-@pytest.mark.parametrize(("world_size", "who"), [(2, 0), (2, 1), (3, 1)])
+@pytest.mark.parametrize(("world_size", "who"), [(2, 0), pytest.param(2, 1, marks=pytest.mark.exhaustive), (3, 1)])
 def test_an_exception_on_one_rank_ends_all_with_the_first_error_shown(world_size, who):
     for rank, (answer, _) in enumerate(outcomes(_failing, world_size, who, world_size=world_size, timeout_s=30)):
         kind, text, seconds = answer
@@ -241,9 +250,9 @@ def test_unequal_numbers_of_batches_are_refused():
 
 
 def test_a_slow_rank_slows_and_never_deadlocks():
-    answers = launch(lambda rank: run(rank, 3, (0.0, 0.1, 0.0), -1, steps=8), world_size=3)
+    answers = launch(lambda rank: run(rank, 3, (0.0, 0.1, 0.0), -1, steps=5), world_size=3)
     assert_ended_together(answers)
-    assert answers[0][0] == 8
+    assert answers[0][0] == 5
 
 
 def _staggered(rank, world_size, options):
@@ -256,9 +265,17 @@ def _staggered(rank, world_size, options):
     return ended
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+MORE = {"accumulate_grad_batches": 2, "limit_val_batches": 1, "val_check_interval": 4}
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"accumulate_grad_batches": 2, "limit_val_batches": 1, "val_check_interval": 4}], ids=["", "more"]
+    ("world_size", "options"),
+    [
+        (2, {}),
+        (3, MORE),
+        (4, {}),
+        *(pytest.param(n, options, marks=pytest.mark.exhaustive) for n, options in ((2, MORE), (3, {}), (4, MORE))),
+    ],
 )
 def test_turns_in_time_change_nothing_and_end(world_size, options):
     for plain, staggered in launch(_staggered, world_size, options, world_size=world_size, timeout_s=60):
@@ -283,7 +300,7 @@ def _meeting(rank, world_size):
     return module.means
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_a_collective_within_a_training_step_ends_though_ranks_take_turns_in_time(world_size):
     answers = launch(_meeting, world_size, world_size=world_size, timeout_s=25)
     assert len(answers[0]) == 6
