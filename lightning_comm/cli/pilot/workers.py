@@ -134,8 +134,7 @@ def run_workers(
                 rank, event = _next(lines, timeout_s)
             except queue.Empty:
                 raise WorkerFailed(
-                    f"no rank answered for {timeout_s:g} s. `--timeout` allows more; what they printed is "
-                    f"in {logs}."
+                    f"no rank answered for {timeout_s:g} s. `--timeout` allows more; what they printed is in {logs}."
                 ) from None
             if event is None:
                 running -= 1
