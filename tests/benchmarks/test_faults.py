@@ -30,21 +30,29 @@ SEEDS = {  # what tests of the strategies show as well is left to `make benchmar
 }
 
 
+FEW = (6, 27, 75, 90)  # 2 and 3 ranks of each kind of strategy: stopped, killed between files, failing, told to end
+
+
 @pytest.fixture(scope="module")
-def hurt_runs(tmp_path_factory):
+def hurt_runs(tmp_path_factory, request):
     """Carry all of them out, some at a time, in ranks forked from this process; return the records by seed."""
     if sys.platform != "linux":
         pytest.skip("ranks are stopped, and looked at, as Linux does it")
+    seeds = SEEDS if request.config.getoption("exhaustive") else FEW
     workshop = Workshop(tmp_path_factory.mktemp("faults"), slack=5, compares=False, zygote=Zygote.forked())
     try:
-        records = faults.run_all([draw(seed) for seed in SEEDS], workshop, 3, lambda _: None)
+        records = faults.run_all([draw(seed) for seed in seeds], workshop, 3, lambda _: None)
     finally:
         workshop.close()
     return {record["case"]["seed"]: record for record in records}
 
 
 @pytest.mark.timeout(900)  # the first of them waits for all, on a machine that may be busy
-@pytest.mark.parametrize("seed", SEEDS, ids=[what.replace(" ", "_") for what in SEEDS.values()])
+@pytest.mark.parametrize(
+    "seed",
+    [pytest.param(seed, marks=() if seed in FEW else pytest.mark.exhaustive) for seed in SEEDS],
+    ids=[what.replace(" ", "_") for what in SEEDS.values()],
+)
 def test_a_run_that_is_hurt_ends_in_time_names_who_was_hurt_and_keeps_its_checkpoints(hurt_runs, seed):
     record = hurt_runs[seed]
     assert record["class"] in ("ok", "refused clearly"), f"{record['class']}: {record['why']}\n{record.get('logs')}"

@@ -20,14 +20,14 @@ SAMPLES = 11
 @pytest.mark.parametrize(
     "trainer_args",
     [
-        {"max_epochs": 3},
-        {"max_epochs": 3, "validate": False},
+        pytest.param({"max_epochs": 3}, marks=pytest.mark.exhaustive),
+        pytest.param({"max_epochs": 3, "validate": False}, marks=pytest.mark.exhaustive),
         {"max_epochs": 3, "val_check_interval": 2},
-        {"max_epochs": 3, "check_val_every_n_epoch": 2},
+        pytest.param({"max_epochs": 3, "check_val_every_n_epoch": 2}, marks=pytest.mark.exhaustive),
         {"max_epochs": 3, "check_val_every_n_epoch": None, "val_check_interval": 4},
         {"max_epochs": 3, "limit_train_batches": 4},
         {"max_epochs": 3, "accumulate_grad_batches": 2},
-        {"max_steps": 15},
+        pytest.param({"max_steps": 15}, marks=pytest.mark.exhaustive),
         {"max_steps": 15, "validate": False},
     ],
     ids=str,
@@ -57,7 +57,7 @@ def test_every_rank_resumes_at_every_step(rank, num_replicas, drop_last, tmp_pat
         assert rest == whole[batches_done(checkpoint) :], checkpoint.name
 
 
-@pytest.mark.parametrize("persistent_workers", [False, True])
+@pytest.mark.parametrize("persistent_workers", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_workers_that_load_ahead_move_no_sample(persistent_workers, tmp_path):
     new = functools.partial(ResumableLoader, range(SAMPLES), 2, seed=3)
     in_process = train(new(), max_epochs=2, limit_train_batches=4)

@@ -1,10 +1,12 @@
 """Busy time is a rank's own: a slow rank, whose all-reduce the others wait for, leaves theirs as it was."""
 
+import itertools
 import time
 
 import pytest
 import torch
 from support.device_time import DeviceTime
+from support.grids import few_of
 from support.processes import start_ranks
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,8 +51,11 @@ def _train(rank, slow, settings):
     return [busy.seconds for busy in timer.take()], returned_s, ready_s
 
 
-@pytest.mark.parametrize("settings", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
-@pytest.mark.parametrize("slow", [0, 1])
+@pytest.mark.parametrize(
+    ("slow", "settings"),
+    few_of(itertools.product([0, 1], [{}, {"find_unused_parameters": True}, {"static_graph": True}]), 0, 4, 5),
+    ids=str,
+)
 def test_the_wait_for_a_slow_rank_is_no_busy_time(slow, settings):
     answers = start_ranks(_train, slow, settings, world_size=2)
     for rank, (busy, returned, ready) in enumerate(answers):

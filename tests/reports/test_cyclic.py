@@ -5,6 +5,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from support.grids import few_of
 
 from lightning_comm.core.cyclic.schedule import CyclicSchedule
 from lightning_comm.reports import cyclic as cyclic_report
@@ -16,8 +17,10 @@ def names(svg):
     return set(re.findall(r'<g id="([^"]+)"', svg))
 
 
-@pytest.mark.parametrize("rule", ["v1", "v2"])
-@pytest.mark.parametrize(("workers", "stages"), [(1, 1), (3, 3), (2, 6), (4, 2)])
+@pytest.mark.parametrize(
+    ("workers", "stages", "rule"),
+    few_of([(*grid, rule) for grid in [(1, 1), (3, 3), (2, 6), (4, 2)] for rule in ("v1", "v2")], 0, 1, 3, 4, 7),
+)
 def test_the_figure_holds_each_turn_once_and_strikes_those_that_are_one_update_old(workers, stages, rule):
     schedule, slots = CyclicSchedule(workers, stages, rule), 4 * stages + 3
     drawn = names(schedule_figure(schedule, slots))

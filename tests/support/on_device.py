@@ -14,7 +14,7 @@ import pickle
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -184,6 +184,8 @@ class Ranks:
     def close(self) -> None:
         """End them."""
         for pipe in self._pipes:
+            with suppress(OSError):  # whoever has ended by itself
+                pipe.send_bytes(b"")  # to close the pipe is not enough: ranks that were forked later hold it open
             pipe.close()
         for process in self._processes:
             process.join(2)
@@ -217,9 +219,12 @@ def _answer(pipe: Any, world_size: int, device: str, backend: str | None) -> Non
         assert dist.get_world_size() == world_size
     while True:
         try:
-            fn, args, kwargs, port = pickle.loads(pipe.recv_bytes())
+            order = pipe.recv_bytes()
         except EOFError:
             break
+        if not order:
+            break
+        fn, args, kwargs, port = pickle.loads(order)
         if backend is None:
             os.environ["MASTER_PORT"] = str(port)
         try:

@@ -84,7 +84,7 @@ def _equal(rank, world_size):
     ]
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("world_size", [2, 3, pytest.param(5, marks=pytest.mark.exhaustive)])
 def test_the_mean_of_equal_numbers_is_that_number_to_the_bit(answers_of, world_size):
     expected = {str(dtype): extremes(dtype) for dtype in TYPES}
     for answers in answers_of("equal", world_size):

@@ -66,7 +66,7 @@ def _same(rank, world_size):
     ]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_averages_of_moderate_numbers_are_the_same_whether_the_host_looks_or_not(run_ranks, world_size):
     for same in run_ranks(_same, world_size, world_size=world_size):
         assert len(same) == 3 * 9

@@ -146,13 +146,24 @@ def _rounds(rank, compression, weights, bucket_bytes, background):
 
 
 @cache
-def rounds(world_size):
-    """All cases of this file, in one launch: by compression, weights, bytes of a bucket and way."""
+def rounds(world_size, background):
+    """All cases of this file that go one way, in one launch: by compression, weights and bytes of a bucket."""
     every = [shares[world_size] for shares in (SHARES, NOBODYS, UNEVEN, EQUAL, UNWEIGHTED)]
     cases = [(each, weights, 300) for each in COMPRESSIONS for weights in every]
     cases += [(Full(), weights, size) for weights in every[:3] for size in (8, 10**6)]
-    both = [(*case, background) for case in cases for background in (False, True)]
-    return one_launch(_rounds, both, world_size=world_size)
+    answers = one_launch(_rounds, [(*case, background) for case in cases], world_size=world_size)
+    return {case[:3]: each for case, each in answers.items()}
+
+
+# `make test` has three ranks in the open and two in the background
+WITH_TWO_OR_THREE = [
+    (2, True),
+    (3, False),
+    pytest.param(2, False, marks=pytest.mark.exhaustive),
+    pytest.param(3, True, marks=pytest.mark.exhaustive),
+]
+WAYS = pytest.mark.parametrize(("world_size", "background"), WITH_TWO_OR_THREE)
+IN_THE_OPEN = pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
 
 
 def weighted(answers, weights, step, which, name):
@@ -160,16 +171,12 @@ def weighted(answers, weights, step, which, name):
     return sum(w * history[step][which][name] for w, (history, _) in zip(shift, answers, strict=True))
 
 
-WAYS = pytest.mark.parametrize("background", [False, True], ids=["open", "background"])
-
-
 @WAYS
-@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("shares", [SHARES, NOBODYS, UNEVEN], ids=["powers-of-two", "a-rank-without", "uneven"])
 @pytest.mark.parametrize("bucket_bytes", [8, 10**6], ids=["one-parameter", "all"])
 def test_nothing_dropped_leaves_every_rank_at_the_weighted_mean(bucket_bytes, shares, world_size, background):
     weights = shares[world_size]
-    answers = rounds(world_size)[Full(), weights, bucket_bytes, background]
+    answers = rounds(world_size, background)[Full(), weights, bucket_bytes]
     for step in range(ROUNDS):
         for name in SHAPES:
             mean = weighted(answers, weights, step, 0, name)
@@ -178,9 +185,9 @@ def test_nothing_dropped_leaves_every_rank_at_the_weighted_mean(bucket_bytes, sh
                 assert (history[step][2][name] == answers[0][0][step][2][name]).all(), "references differ"
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@IN_THE_OPEN
 def test_in_the_open_nothing_dropped_leaves_ranks_equal_to_the_bit(world_size):
-    answers = rounds(world_size)[Full(), UNEVEN[world_size], 300, False]
+    answers = rounds(world_size, False)[Full(), UNEVEN[world_size], 300]
     for step in range(ROUNDS):
         for name in SHAPES:
             assert all((history[step][1][name] == answers[0][0][step][1][name]).all() for history, _ in answers)
@@ -199,37 +206,36 @@ def test_in_the_open_nothing_dropped_leaves_ranks_equal_to_the_bit(world_size):
     ],
     ids=repr,
 )
-def test_the_weighted_mean_of_the_weights_stays_but_for_the_rounding_of_sums(compression, bound, shares, background):
-    for world_size in (2, 3):
-        weights = shares[world_size]
-        answers = rounds(world_size)[compression, weights, 300, background]
-        for step in range(ROUNDS):
-            for name in SHAPES:
-                before, after = (weighted(answers, weights, step, which, name) for which in (0, 1))
-                assert abs(after - before).max(initial=0) < bound, f"{name} in round {step}"
-        apart = [
-            (a[1]["c.weight"] != b[1]["c.weight"]).any() for a, b in zip(answers[0][0], answers[1][0], strict=True)
-        ]
-        assert any(apart) or isinstance(compression, Full), "nothing was dropped"
+def test_the_weighted_mean_of_the_weights_stays_but_for_the_rounding_of_sums(
+    compression, bound, shares, world_size, background
+):
+    weights = shares[world_size]
+    answers = rounds(world_size, background)[compression, weights, 300]
+    for step in range(ROUNDS):
+        for name in SHAPES:
+            before, after = (weighted(answers, weights, step, which, name) for which in (0, 1))
+            assert abs(after - before).max(initial=0) < bound, f"{name} in round {step}"
+    apart = [(a[1]["c.weight"] != b[1]["c.weight"]).any() for a, b in zip(answers[0][0], answers[1][0], strict=True)]
+    assert any(apart) or isinstance(compression, Full), "nothing was dropped"
 
 
 @WAYS
 @pytest.mark.parametrize("compression", [TopK(0.1), Int8(), Cast("bf16"), PowerSGD(1)], ids=repr)
-def test_a_rank_without_samples_takes_up_the_reference(compression, background):
-    weights = NOBODYS[3]
-    answers = rounds(3)[compression, weights, 300, background]
+def test_a_rank_without_samples_takes_up_the_reference(compression, world_size, background):
+    weights = NOBODYS[world_size]
+    answers = rounds(world_size, background)[compression, weights, 300]
     for step in range(ROUNDS):
-        idle = next(rank for rank in range(3) if weights[(rank + step) % 3] == 0)
+        idle = next(rank for rank in range(world_size) if weights[(rank + step) % world_size] == 0)
         _, after, reference = answers[idle][0][step]
         for name in SHAPES:
             assert abs(after[name] - reference[name]).max(initial=0) < 1e-6, f"{name} in round {step}"
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@IN_THE_OPEN
 @pytest.mark.parametrize("compression", [Full(), TopK(0.1), Int8()], ids=repr)
 def test_ranks_do_what_one_process_does_for_all(compression, world_size):
     weights = SHARES[world_size]
-    answers = rounds(world_size)[compression, weights, 300, False]
+    answers = rounds(world_size, False)[compression, weights, 300]
     for step in range(ROUNDS):
         scales = [world_size * weights[(rank + step) % world_size] for rank in range(world_size)]
         for name in (name for name in SHAPES if math.prod(SHAPES[name])):
@@ -246,15 +252,13 @@ def test_ranks_do_what_one_process_does_for_all(compression, world_size):
 
 @WAYS
 @pytest.mark.parametrize("compression", [Full(), Int8(), TopK(0.1)], ids=repr)
-def test_equal_weights_are_what_no_weights_are_to_the_bit(compression, background):
-    for world_size in (2, 3):
-        plain = rounds(world_size)[compression, UNWEIGHTED[world_size], 300, background]
-        equal = rounds(world_size)[compression, EQUAL[world_size], 300, background]
-        uneven = rounds(world_size)[compression, UNEVEN[world_size], 300, background]
-        for (one, bytes_one), (two, bytes_two), (_, bytes_three) in zip(plain, equal, uneven, strict=True):
-            assert bytes_one == bytes_two == bytes_three
-            for a, b in zip(one, two, strict=True):
-                assert all((a[1][name] == b[1][name]).all() and (a[2][name] == b[2][name]).all() for name in SHAPES)
+def test_equal_weights_are_what_no_weights_are_to_the_bit(compression, world_size, background):
+    runs = rounds(world_size, background)
+    plain, equal, uneven = (runs[compression, shares[world_size], 300] for shares in (UNWEIGHTED, EQUAL, UNEVEN))
+    for (one, bytes_one), (two, bytes_two), (_, bytes_three) in zip(plain, equal, uneven, strict=True):
+        assert bytes_one == bytes_two == bytes_three
+        for a, b in zip(one, two, strict=True):
+            assert all((a[1][name] == b[1][name]).all() and (a[2][name] == b[2][name]).all() for name in SHAPES)
 
 
 # ---- a model --------------------------------------------------------------------------------------------------------

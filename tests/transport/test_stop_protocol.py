@@ -51,7 +51,15 @@ def finish(ranks, timeout_s=30):
     return ranks
 
 
-@pytest.mark.parametrize("step_times", [(0.001, 0.001), (0.001, 0.004, 0.002), (0.05, 0.02), (0.3, 0.5)])
+@pytest.mark.parametrize(
+    "step_times",
+    [
+        pytest.param((0.001, 0.001), marks=pytest.mark.exhaustive),
+        (0.001, 0.004, 0.002),
+        (0.05, 0.02),
+        pytest.param((0.3, 0.5), marks=pytest.mark.exhaustive),
+    ],
+)
 def test_ranks_that_run_apart_meet_at_one_step_that_none_has_passed(step_times):
     store = dist.HashStore()
     n = len(step_times)

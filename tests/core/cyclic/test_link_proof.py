@@ -4,6 +4,7 @@ import random
 import re
 
 import pytest
+from support.grids import few_of
 
 from lightning_comm.core.cyclic.link_proof import ScheduleError, check_links
 from lightning_comm.core.cyclic.schedule import CyclicSchedule
@@ -154,18 +155,21 @@ class Workers:
         self.sent |= {(worker, number) for number in self.windows[worker].release()}
 
 
-@pytest.mark.parametrize("window", [1, 2, 3])
+ENDING = [
+    (3, 3, {}, (1, 2), False),
+    (4, 2, {}, (2,), True),
+    (4, 12, {}, (2,), False),
+    (5, 5, {}, (2,), False),
+    (4, 4, {"lag": 1}, (2,), True),
+    (3, 9, {"warmup_sync_steps": 4}, (), True),
+    (3, 3, {"warmup_sync_steps": 2}, (1,), True),
+]
+
+
 @pytest.mark.parametrize(
-    ("workers", "stages", "rule", "flush_after", "asked_late"),
-    [
-        (3, 3, {}, (1, 2), False),
-        (4, 2, {}, (2,), True),
-        (4, 12, {}, (2,), False),
-        (5, 5, {}, (2,), False),
-        (4, 4, {"lag": 1}, (2,), True),
-        (3, 9, {"warmup_sync_steps": 4}, (), True),
-        (3, 3, {"warmup_sync_steps": 2}, (1,), True),
-    ],
+    ("workers", "stages", "rule", "flush_after", "asked_late", "window"),
+    # each order of stages and each window; the two largest are exhaustive
+    few_of([(*case, window) for case in ENDING for window in (1, 2, 3)], 0, 1, 2, 4, 12, 16, 20),
 )
 def test_workers_in_any_order_end(workers, stages, rule, flush_after, asked_late, window):
     schedule = CyclicSchedule(workers, stages, **rule)

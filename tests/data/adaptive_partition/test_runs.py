@@ -28,10 +28,10 @@ new = functools.partial(PartitionedLoader, range(SAMPLES), GLOBAL_BATCH, seed=3)
 @pytest.mark.parametrize(
     "trainer_args",
     [
-        {"max_epochs": 3},
-        {"max_epochs": 3, "validate": False},
+        pytest.param({"max_epochs": 3}, marks=pytest.mark.exhaustive),
+        pytest.param({"max_epochs": 3, "validate": False}, marks=pytest.mark.exhaustive),
         {"max_epochs": 3, "val_check_interval": 2},
-        {"max_epochs": 3, "check_val_every_n_epoch": 2},
+        pytest.param({"max_epochs": 3, "check_val_every_n_epoch": 2}, marks=pytest.mark.exhaustive),
         {"max_epochs": 3, "check_val_every_n_epoch": None, "val_check_interval": 4},
         {"max_epochs": 3, "limit_train_batches": 4},
         {"max_epochs": 3, "accumulate_grad_batches": 2},
@@ -50,7 +50,7 @@ def test_a_run_resumed_from_any_checkpoint_sees_the_samples_of_the_run_that_was_
         assert rest == whole[batches_done(checkpoint) :], checkpoint.name
 
 
-@pytest.mark.parametrize("persistent_workers", [False, True])
+@pytest.mark.parametrize("persistent_workers", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_workers_that_load_ahead_move_no_sample(persistent_workers, tmp_path):
     in_process = train(new(), max_epochs=2, limit_train_batches=4)
     workers = {"num_workers": 2, "persistent_workers": persistent_workers}

@@ -2,11 +2,13 @@
 
 import copy
 import gc
+import itertools
 import weakref
 from functools import cache
 
 import pytest
 import torch
+from support.grids import few_of
 from torch import nn
 
 from lightning_comm.core.cyclic.schedule import CyclicSchedule
@@ -87,9 +89,12 @@ RULES = [{"rule": "v1"}, {"rule": "v2"}, {"lag": 1}, {"lag": 2}]
 
 
 @pytest.mark.parametrize("order", ["backward_first", "forward_first"])
-@pytest.mark.parametrize("make", [momentum, adamw])
-@pytest.mark.parametrize("kwargs", RULES, ids=str)
-@pytest.mark.parametrize("workers", [2, 3, 4, 6])
+@pytest.mark.parametrize(
+    ("workers", "kwargs", "make"),
+    # each rule, lag, optimizer and number of workers
+    few_of(itertools.product([2, 3, 4, 6], RULES, [momentum, adamw]), 1, 2, 9, 12, 15, 20, 31),
+    ids=str,
+)
 def test_parameters_and_losses_are_those_of_the_reference_bit_for_bit(workers, kwargs, make, order):
     start = stages(workers)
     model, run = by_the_engine(start, workers, make, order=order, **kwargs)
@@ -99,10 +104,16 @@ def test_parameters_and_losses_are_those_of_the_reference_bit_for_bit(workers, k
     assert not equal(model, reference_of(workers, workers, make, (("warmup_sync_steps", STEPS),))[0])
 
 
-@pytest.mark.parametrize("make", [momentum, adamw])
-@pytest.mark.parametrize("rule", ["v1", "v2"])
-@pytest.mark.parametrize("order", ["backward_first", "forward_first"])
-@pytest.mark.parametrize(("workers", "per_worker"), [(2, 2), (2, 3), (3, 2), (4, 2), (4, 3)])
+SEVERAL = itertools.product(
+    [(2, 2), (2, 3), (3, 2), (4, 2), (4, 3)], ["backward_first", "forward_first"], ["v1", "v2"], [momentum, adamw]
+)
+
+
+@pytest.mark.parametrize(
+    ("workers", "per_worker", "order", "rule", "make"),
+    # each size in both orders, and each rule and optimizer with both of them
+    few_of([(*size, *rest) for size, *rest in SEVERAL], 0, 7, 10, 13, 19, 20, 27, 30, 33, 38),
+)
 def test_several_stages_for_each_worker_are_as_in_the_reference(workers, per_worker, order, rule, make):
     model = stages(workers * per_worker)
     engine = CyclicEngine(model, make(model.parameters()), workers=workers, order=order, rule=rule)

@@ -37,7 +37,9 @@ def test_the_page_holds_the_numbers_it_was_given():
     assert [title for title, _ in figures(page)] == TITLES
 
 
-@pytest.mark.parametrize("ranks", [2, 8, 9, 64])
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(2, marks=pytest.mark.exhaustive), 8, 9, pytest.param(64, marks=pytest.mark.exhaustive)]
+)
 def test_every_figure_can_be_drawn_and_few_ranks_have_a_line_each(ranks):
     page = partition_page(journal([1.0] * (ranks - 1) + [2.0], windows=12, move_after=3, global_batch_size=64 * ranks))
     drawn = [base64.b64decode(source) for _, source in figures(page)]

@@ -1,11 +1,12 @@
 """State that was read from a file goes where the parameters are, and takes their width."""
 
 import io
+from functools import cache
 
 import pytest
 import torch
 from support.mock_cuda import CUDA, mock_cuda
-from support.processes import start_ranks
+from support.processes import one_launch, start_ranks
 from torch import nn
 from transport.compression.test_compressions import LAYOUT, SHAPES, codec_of, entries
 
@@ -92,10 +93,16 @@ def _resumed(rank, saved_in, goes_on_in):
     return found
 
 
+@cache
+def all_resumed():
+    """In one launch, in which what a process does for the first time is done once."""
+    return one_launch(_resumed, WIDTHS, world_size=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("saved_in", "goes_on_in"), WIDTHS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_what_a_codec_kept_is_used_where_the_gradients_are_and_in_their_width(saved_in, goes_on_in):
-    (found, _) = start_ranks(_resumed, saved_in, goes_on_in, world_size=2)
+    (found, _) = all_resumed()[saved_in, goes_on_in]
     assert sum(bool(kept) for *_, kept in found) == 5, "not all that keep something have kept it"
     for compression, resumed, unbroken, kept in found:
         for path, (device, dtype) in kept.items():
