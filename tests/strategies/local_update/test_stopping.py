@@ -273,7 +273,7 @@ class Trace(Callback):
 def _stand(rank, world_size, folder, mode):
     failures.Agreement = functools.partial(failures.Agreement, catch_up_limit_s=0.3)
     # how fast ranks are matters where they stop alone
-    module, trace = Paced((0.001, 0.012)[rank] if mode == "stopped" else 0.0), Trace()
+    module, trace = Paced((0.001, 0.03)[rank] if mode == "stopped" else 0.0), Trace()
     stop = At(150 if mode == "stopped" else -1, terminate if rank == 0 else nothing)
     save = ModelCheckpoint(folder, filename=mode)
     runner = trainer(
@@ -523,9 +523,9 @@ OTHERS = _launches(*map(_in_step, MORE_IN_STEP))
 
 @functools.cache
 def _run_all(which):
-    """Run all launches of a list, three at a time; return the ranks by the names of their cases."""
+    """Run all launches of a list, two at a time; return the ranks by the names of their cases."""
     launches = {"side by side": SIDE_BY_SIDE, "others": OTHERS}[which]
-    with ThreadPoolExecutor(3) as threads:
+    with ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda each: [each[1].outcomes(name) for name in each[0]], launches))
     return {name: ranks for names, ranks in launches for name in names}
 
