@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from support.command_lines import only_fit_is_parsed
 
 import lightning_comm
 from lightning_comm import AdaptivePartition
@@ -26,6 +27,12 @@ ONE_BATCH = [
     "--trainer.limit_train_batches=1",
     "--trainer.max_steps=30",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_fit_is_parsed():
+    with only_fit_is_parsed():
+        yield
 
 
 @pytest.fixture(autouse=True)
