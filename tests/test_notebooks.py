@@ -19,7 +19,7 @@ IN_A_NEW_PYTHON = "measure"
 LARGE_BATCHES = [
     ("batch_size=16", "batch_size=64"),
     ("warmup_steps=20", "warmup_steps=2"),
-    ('"depth": 4', '"depth": 2'),
+    (r"depth\": 4", r"depth\": 2"),
 ]
 SHORTER = {
     "adaptive_partition": [("max_epochs=3", "max_epochs=1"), ("step_s=0.06", "step_s=0.03")],
