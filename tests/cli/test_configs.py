@@ -11,12 +11,29 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from support.command_lines import only_fit_is_parsed
 from support.forked_python import forked
+
+import lightning_comm.examples  # noqa: F401  # so that forked ranks need not load timm themselves
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 COMMAND = Path(sys.executable).parent / "lightning-comm"
-# More batches than the learning rate rises for, and few more; what is trained on after that differs in no config.
-SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=24", "--trainer.limit_val_batches=2"]
+# More batches than the learning rate rises for, than a round lasts, and than are logged together.
+SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=10", "--trainer.limit_val_batches=1"]
+SHORT += ["--model.init_args.warmup_steps=2"]
+# What a config needs to come to all that it does: the first delayed step, average that was on its way, comparison.
+MORE = {
+    "cyclic": ["--trainer.strategy.init_args.warmup_sync_steps=2"],
+    "cyclic_v1": ["--trainer.strategy.init_args.warmup_sync_steps=2"],
+    "local_sgd_overlap": ["--trainer.limit_train_batches=17"],
+    "adaptive_partition": ["--trainer.limit_train_batches=24"],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_fit_is_parsed():
+    with only_fit_is_parsed():
+        yield
 
 
 def started(words: list[str], folder: Path, *, real: bool = False) -> "subprocess.Popen[str]":
@@ -49,12 +66,12 @@ def said_by(process: "subprocess.Popen[str]") -> str:
 
 
 def test_there_are_configs_to_test():
-    assert {"ddp", "qsr", "pactrain", "ddp_bf16", "adaptive_partition"} <= {config.stem for config in CONFIGS}
+    assert {"ddp", "qsr", "pactrain", "ddp_bf16", *MORE} <= {config.stem for config in CONFIGS}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
 def test_the_command_trains_with_the_config(config, tmp_path):
-    text = run(["fit", f"--config={config}", *SHORT], tmp_path)
+    text = run(["fit", f"--config={config}", *SHORT, *MORE.get(config.stem, [])], tmp_path)
     assert "Starting with 2 processes" in text
     assert "`max_epochs=1` reached" in text
     assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt"))
@@ -138,7 +155,7 @@ def test_the_installed_command_trains_by_grasp_and_own_data_in_a_config_and_uses
     assert zero == pytest.approx(0.7, abs=0.01)
     alone = ["--config=config.yaml", f"--ckpt_path={checkpoint}", "--trainer.strategy=auto", "--trainer.devices=1"]
     alone += ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
-    alone += [f"--trainer.limit_{part}_batches=2" for part in ("val", "test", "predict")]
+    alone += [f"--trainer.limit_{part}_batches=1" for part in ("val", "test", "predict")]
     users = {use: started([use, *alone], tmp_path, real=True) for use in ("validate", "test", "predict")}
     said = {use: said_by(process) for use, process in users.items()}
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == content  # no command has written over it

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from support.command_lines import only_fit_is_parsed
 from support.processes import free_port
 
 import lightning_comm
@@ -69,6 +70,12 @@ class Net(LightningModule):
     def train_dataloader(self):
         return torch.utils.data.DataLoader(torch.ones(8, 4), batch_size=2)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_fit_is_parsed():
+    with only_fit_is_parsed():
+        yield
 
 
 @pytest.fixture

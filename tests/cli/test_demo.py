@@ -9,11 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from support.command_lines import only_fit_is_parsed
 from support.forked_python import forked, run_forked
 
+import lightning_comm.examples  # noqa: F401  # so that forked ranks need not load timm themselves
 from lightning_comm.cli.demo import command as demo
+from lightning_comm.cli.demo import pilot as demo_pilot
 from lightning_comm.cli.demo.run import RunSettings
 from lightning_comm.core.quantities import megabytes, percent
 from lightning_comm.planning.pilot.costs import Trial, costs
@@ -26,10 +30,15 @@ SMALL = ["demo", "--devices", "2", "--epochs", "1"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One run of the command, with the fewest processes and epochs."""
+    """One run of the command, with the fewest processes and epochs, in large batches, and with a short pilot."""
     out = tmp_path_factory.mktemp("demo")
-    command = [COMMAND, *SMALL, "--pilot-repeats", "1"]
-    done = run_forked([*command, "--out", str(out)], capture_output=True, timeout=300)
+    command = [COMMAND, *SMALL, "--batch-size", "32", "--pilot-repeats", "1"]
+    with (
+        only_fit_is_parsed(),
+        mock.patch.object(demo_pilot, "_STEPS", 16),
+        mock.patch.object(demo_pilot, "_DEVICE_MS", 60),
+    ):
+        done = run_forked([*command, "--out", str(out)], capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = out.iterdir()
     return folder, json.loads((folder / "results.json").read_text()), done.stdout
@@ -51,7 +60,7 @@ def test_every_method_trains_the_same_samples(finished):
     _, results, _ = finished
     assert [run["method"] for run in results["runs"]] == ["ddp", "local_sgd", "qsr"]
     assert {(run["world_size"], run["steps"], run["samples"], run["seed"]) for run in results["runs"]} == {
-        (2, 44, 44 * 2 * 16, 0)
+        (2, 22, 22 * 2 * 32, 0)
     }
     assert len({tuple(run["lrs"]) for run in results["runs"]}) == 1
 
@@ -122,7 +131,7 @@ def test_times_are_measured_on_shaped_links_where_the_machine_can(finished, labs
 
 
 def test_the_installed_command_trains_in_processes_that_it_starts_and_keeps_what_it_has_when_interrupted(tmp_path):
-    command = [COMMAND, *SMALL, "--pilot-repeats", "0", "--out", str(tmp_path)]
+    command = [COMMAND, *SMALL, "--batch-size", "64", "--pilot-repeats", "0", "--out", str(tmp_path)]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from jsonargparse import Namespace
+from support.command_lines import only_fit_is_parsed
 from support.forked_python import forked
 
+import lightning_comm.examples  # noqa: F401  # so that forked ranks need not load timm themselves
 from lightning_comm.cli import lab as command
 from lightning_comm.cli.fit.command import follow_lab
 
@@ -198,7 +200,7 @@ def test_fit_takes_hosts_and_devices_from_the_lab_and_leaves_a_chosen_accelerato
 def test_fit_in_the_lab_is_one_run_over_all_hosts(run_lab, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     program = str(Path(sys.executable).parent / "lightning-comm")
-    with forked():
+    with forked(), only_fit_is_parsed():
         status, out, err = run_lab(
             "--hosts", "2", "--link", "100mbit", "--timeout", "150", "--",
             program, "fit", f"--config={CONFIG}", "--trainer.max_steps=6", "--model.init_args.warmup_steps=2",

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from support.command_lines import only_fit_is_parsed
 
 import lightning_comm
 from lightning_comm import AdaptivePartition
@@ -25,7 +26,14 @@ ONE_BATCH = [
     "--trainer.strategy=auto",
     "--trainer.limit_train_batches=1",
     "--trainer.max_steps=30",
+    "--model.init_args.warmup_steps=0",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_fit_is_parsed():
+    with only_fit_is_parsed():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -104,11 +112,11 @@ def test_a_run_may_go_on_in_the_folder_where_it_began(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}", "--trainer.logger.version=0"]
     run = ["fit", f"--config={CONFIGS / 'ddp.yaml'}", *logger, *ONE_BATCH, "--trainer.limit_val_batches=0"]
-    assert main([*run, "--trainer.max_epochs=21"]) == 0
+    assert main([*run, "--trainer.max_epochs=1"]) == 0
     folder = tmp_path / "lightning_logs" / "version_0"
     (checkpoint,) = folder.glob("checkpoints/*.ckpt")
-    assert main([*run, "--trainer.max_epochs=22", f"--ckpt_path={checkpoint}"]) == 0
-    assert "max_epochs: 22" in (folder / "config.yaml").read_text()
+    assert main([*run, "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}"]) == 0
+    assert "max_epochs: 2\n" in (folder / "config.yaml").read_text()
 
 
 def test_the_seed_of_a_run_is_fixed_unless_it_is_chosen(tmp_path, monkeypatch):
@@ -135,37 +143,44 @@ def built(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "value"),
+    "given",
     [
-        ("mode", "observe", "observe"),
-        ("shares", "[1,3]", (1, 3)),
-        ("shares", "[0.5,1.5]", (0.5, 1.5)),
-        ("batch_sizes", "[8,24]", (8, 24)),
-        ("min_per_rank", "4", 4),
-        ("min_per_rank", "[4,2]", (4, 2)),
-        ("max_per_rank", "[20,28]", (20, 28)),
-        ("max_per_rank", "28", 28),
-        ("max_per_rank", "null", None),
-        ("window_steps", "7", 7),
-        ("min_gain", "0", 0),
-        ("warmup_steps", "0", 0),
-        ("loss_reduction", "sum", "sum"),
-        ("replay", "journal.json", "journal.json"),
-        ("folder", "here", "here"),
-        ("folder", "null", None),
+        {
+            "mode": ("observe", "observe"),
+            "shares": ("[1,3]", (1, 3)),
+            "min_per_rank": ("4", 4),
+            "max_per_rank": ("28", 28),
+            "window_steps": ("7", 7),
+            "min_gain": ("0", 0),
+            "warmup_steps": ("0", 0),
+            "loss_reduction": ("sum", "sum"),
+            "folder": ("here", "here"),
+        },
+        {"shares": ("[0.5,1.5]", (0.5, 1.5)), "max_per_rank": ("null", None)},
+        {
+            "batch_sizes": ("[8,24]", (8, 24)),
+            "min_per_rank": ("[4,2]", (4, 2)),
+            "max_per_rank": ("[20,28]", (20, 28)),
+        },
+        {"replay": ("journal.json", "journal.json"), "folder": ("null", None)},
     ],
+    ids=lambda given: " ".join(given),
 )
 @pytest.mark.parametrize("written", ["on the command line", "in a config"])
-def test_every_argument_of_adaptive_partition_can_be_given(written, name, text, value, built, tmp_path, monkeypatch):
+def test_every_argument_of_adaptive_partition_can_be_given(written, given, built, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["--trainer.callbacks+=AdaptivePartition", f"--trainer.callbacks.{name}={text}"]
+    words = ["--trainer.callbacks+=AdaptivePartition"]
+    words += [f"--trainer.callbacks.{name}={text}" for name, (text, _) in given.items()]
     if written == "in a config":
-        callback = {"class_path": "lightning_comm.AdaptivePartition", "init_args": {name: yaml.safe_load(text)}}
+        arguments = {name: yaml.safe_load(text) for name, (text, _) in given.items()}
+        callback = {"class_path": "lightning_comm.AdaptivePartition", "init_args": arguments}
         (tmp_path / "more.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
         words = ["--config=more.yaml"]
     assert main(["fit", f"--config={CONFIGS / 'ddp.yaml'}", *words]) == 0
     [partition] = [each for each in built[0].callbacks if isinstance(each, AdaptivePartition)]
-    assert getattr(partition.settings, name) == value
+    assert {name: getattr(partition.settings, name) for name in given} == {
+        name: value for name, (_, value) in given.items()
+    }
 
 
 @pytest.mark.parametrize(("text", "value"), [("2", 2), ("[1,3]", (1, 3)), ("null", None)])

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.command_lines import only_fit_is_parsed
 from support.forked_python import forked, run_forked
 from support.processes import launch
 
+import lightning_comm.examples  # noqa: F401  # so that forked ranks need not load timm themselves
 from lightning_comm.cli.fit.command import CommandLine
 from lightning_comm.cli.pilot import command as pilot
 from lightning_comm.cli.pilot.arguments import Refused, parse
@@ -24,10 +26,17 @@ pytestmark = pytest.mark.timeout(360)  # more than it needs, where others are bu
 
 CONFIG = Path(__file__).parents[2] / "configs" / "qsr.yaml"
 COMMAND = Path(sys.executable).parent / "lightning-comm"
-RUN = ["--trainer.max_epochs=4", "--trainer.limit_train_batches=20", "--model.init_args.lr=0.004"]
+SMALL = ["--model.init_args.model_args.depth=1", "--model.init_args.model_args.embed_dim=32"]
+RUN = [*SMALL, "--trainer.max_epochs=4", "--trainer.limit_train_batches=20", "--model.init_args.lr=0.004"]
 SHORT_SCHEDULE = "--model.init_args.warmup_steps=2"
 STEPS, WARMUP, REPEATS = 24, 5, 2  # more steps than an epoch has
 STRATEGIES = ("ddp", "local_sgd", "post_local_sgd", "config")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_fit_is_parsed():
+    with only_fit_is_parsed():
+        yield
 
 
 def run(words, folder, timeout_s=300):
@@ -150,7 +159,7 @@ def test_nothing_of_a_real_run_is_left_on_the_disk(finished):
 
 
 def test_a_pilot_of_the_installed_command_that_is_ended_leaves_no_rank_behind(tmp_path):
-    words = [f"--config={CONFIG}", "--steps=16", "--warmup-steps=2", "--repeats=50", "--out", str(tmp_path)]
+    words = [f"--config={CONFIG}", *SMALL, "--steps=16", "--warmup-steps=2", "--repeats=50", "--out", str(tmp_path)]
     process = subprocess.Popen([COMMAND, "pilot", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
         if line.startswith("[1/"):
@@ -177,7 +186,13 @@ def same_environment(monkeypatch):
 @pytest.mark.usefixtures("same_environment")
 def test_what_fails_is_named_with_its_first_error_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    words = [f"--config={CONFIG}", "--trainer.callbacks=support.pilot_faults.FailsOnRank1", "--out", str(tmp_path)]
+    words = [
+        f"--config={CONFIG}",
+        *SMALL,
+        "--trainer.callbacks=support.pilot_faults.FailsOnRank1",
+        "--out",
+        str(tmp_path),
+    ]
     words += ["--strategies=local_sgd", "--trainer.max_steps=20", SHORT_SCHEDULE, "--repeats=1"]
     with forked():
         assert pilot.main(words) == 1
@@ -198,7 +213,7 @@ def in_a_rank(rank, words, given=()):
     """What a rank of a pilot tells, and how it ends."""
     sys.argv[1:] = []
     events = []
-    job = TrialJob([f"--config={CONFIG}", *words], [(0, "ddp")], 60, 10, None, {}, given)
+    job = TrialJob([f"--config={CONFIG}", *SMALL, *words], [(0, "ddp")], 60, 10, None, {}, given)
     try:
         run_trials(job, events.append)
     except Refused as refused:

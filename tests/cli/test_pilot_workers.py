@@ -9,6 +9,7 @@ import pytest
 
 from lightning_comm.cli.fresh_python import fresh_python
 from lightning_comm.cli.pilot import command as pilot
+from lightning_comm.cli.pilot import workers
 from lightning_comm.cli.pilot.arguments import Refused
 from lightning_comm.cli.pilot.rank import TrialJob
 from lightning_comm.cli.pilot.results import Progress, Results
@@ -51,6 +52,13 @@ def test_events_are_passed_on_in_order_and_all_else_is_logged(tmp_path):
     assert (tmp_path / "rank1.log").read_text() == "of rank 1\n"
 
 
+@pytest.fixture
+def short_grace(monkeypatch):
+    """For ranks that do not end by themselves, whatever another does."""
+    monkeypatch.setattr(workers, "_GRACE_S", 0.5)
+
+
+@pytest.mark.usefixtures("short_grace")
 def test_the_first_error_is_shown_and_the_others_are_ended(tmp_path):
     began = time.monotonic()
     said = failure(tmp_path, SLEEPS, "say(event='failed', error='ValueError: no such layer')\nsys.exit(1)")
@@ -65,6 +73,7 @@ def test_a_rank_that_was_killed_is_the_cause_and_not_the_one_that_lost_its_conne
     assert said.endswith("step 7")
 
 
+@pytest.mark.usefixtures("short_grace")
 def test_a_rank_that_ends_without_a_word_is_shown_with_the_end_of_its_output(tmp_path):
     said = failure(tmp_path, SLEEPS, "print('error: a bad value')\nsys.exit(2)")
     assert said == "rank 1 ended with exit code 2. The end of its output:\nerror: a bad value"

@@ -1,0 +1,19 @@
+"""Lightning's command line as a test that is not about its parser needs it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+from lightning.pytorch.cli import LightningCLI
+
+
+@contextmanager
+def only_fit_is_parsed() -> Iterator[None]:
+    """Let command lines of this process, and of those forked from it, know no subcommand but ``fit``.
+
+    Lightning builds the parsers of all four before it reads a word, though all four are alike: half of what reading a
+    config takes, for each rank. Real starts of the installed command build them all.
+    """
+    fit = {"fit": LightningCLI.subcommands()["fit"]}
+    with mock.patch.object(LightningCLI, "subcommands", staticmethod(lambda: fit)):
+        yield
