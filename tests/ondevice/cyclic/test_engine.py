@@ -93,7 +93,7 @@ RULES = [{"rule": "v1"}, {"rule": "v2"}, {"lag": 1}, {"lag": 2}]
     ("workers", "kwargs", "make"),
     # each rule, lag, optimizer and number of workers
     few_of(itertools.product([2, 3, 4, 6], RULES, [momentum, adamw]), 1, 2, 9, 12, 15, 20, 31),
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_parameters_and_losses_are_those_of_the_reference_bit_for_bit(workers, kwargs, make, order):
     start = stages(workers)
