@@ -162,7 +162,7 @@ def test_a_run_kills_what_tests_see_ends_what_hangs_and_goes_on_where_it_was_end
     mutations.write_mutants(drawn, chosen)
     program = Path(mutations.__file__)
     words = [sys.executable, str(program), "run", str(drawn), "--root", str(toy), "--package", "toy", "--preload", ""]
-    words += ["--results", str(results), "--work", str(tmp_path / "work"), "--cpu-s", "0.9"]
+    words += ["--results", str(results), "--work", str(tmp_path / "work"), "--cpu-s", "2.4"]
     for _ in range(2):  # the second time there is nothing to do
         subprocess.run(words, check=True, capture_output=True, timeout=100)
     found = {each["statement"]: each["by"] for each in mutations.read(results)}
