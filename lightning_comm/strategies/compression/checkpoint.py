@@ -10,8 +10,9 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.core.plain_settings import difference, plain, shown
+from lightning_comm.core.plain_settings import plain, shown
 from lightning_comm.strategies.checkpoints import removal, sets
+from lightning_comm.strategies.checkpoints.comparison import compare
 from lightning_comm.strategies.checkpoints.entry import WRITTEN_ALONE, Save, says_incomplete
 from lightning_comm.strategies.checkpoints.strategy_entry import StrategyEntry
 from lightning_comm.strategies.common.checks import leave_out_other_model
@@ -153,24 +154,25 @@ def load_own(
 
     """
     shared, saved = ENTRY.of(checkpoint), mask_checkpoint.masks_in(checkpoint)
-    mask_checkpoint.warn_of_uncompared(WHERE, filepath, saved, compression)
-    same = shared is not None and difference(shared["compression"], compression) is None
-    if shared is not None and same and shared["sync"] is not None:
+    recorder, written_under = Recorder(ledger), None if shared is None else shared.get("compression")
+    found = compare(strategy, recorder, WHERE, written_under, saved, compression)
+    mask_checkpoint.warn_of_uncompared(WHERE, filepath, found)
+    if shared is not None and found.compression is None and shared["sync"] is not None:
         return dict(shared["sync"])
     mask_checkpoint.warn_of_dense(WHERE, filepath, saved, compression)
     if not compression.keeps_state:
         return None
     fresh = GradientSync(compression.codec(Context(Recorder(CommLedger()), "gradients")), Recorder(CommLedger()), ())
-    masks_kept = mask_checkpoint.restore_masks(fresh.codec, compression, saved)
+    masks_kept = mask_checkpoint.restore_masks(fresh.codec, saved, found)
     if masks_kept and not fresh.codec.is_local:
         return fresh.state_dict()  # there is no state but the masks
 
     def why_not(entry: dict[str, Any]) -> str | None:
-        if (found := difference(entry["compression"], compression)) is not None:
-            return f"it was written under {shown(entry['compression'])}: {found}"
+        if found.compression is not None:
+            return f"it was written under {shown(entry['compression'])}: {found.compression}"
         return WRITTEN_ALONE if says_incomplete(checkpoint) else None
 
-    own, reason = ENTRY.read_own(strategy, Recorder(ledger), checkpoint, filepath, why_not, "checkpoint_files")
+    own, reason = ENTRY.read_own(strategy, recorder, checkpoint, filepath, why_not)
     if own is not None:
         return dict(own["sync"])
     if masks_kept:
