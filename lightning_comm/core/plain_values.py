@@ -115,7 +115,8 @@ class _Walk:
         else:
             own = _parts(value)
         found = kind | {"fields": {name: self.plain(each, depth) for name, each in own.items()}}
-        for builtin in (list, tuple, dict, str, int, float):  # a class derived from one
+        builtins: tuple[Any, ...] = (list, tuple, dict, str, int, float)
+        for builtin in builtins:  # a class derived from one
             if isinstance(value, builtin):
                 found["fields"]["content"] = self.plain(builtin(value), depth)
                 break

@@ -122,7 +122,7 @@ def own_file(path: Any, rank: int) -> Path:
 def sums_of(ledger: CommLedger) -> dict[str, tuple[int, int]]:
     """The bytes that a run has sent under each purpose, but for what a resumed one sends once more.
 
-    That is to set up and to load. Not the messages: DDP cuts its first gradients into other buckets than the later ones.
+    That is to set up and to load. Not the messages: DDP cuts its first gradients into other buckets than later ones.
     """
     purposes = [each for each in ledger.purposes if each not in ("set_up", "checkpoint_files")]
     return {each: (ledger.payload_bytes(each), ledger.wire_bytes(each)) for each in purposes}
