@@ -56,6 +56,7 @@ class BatchNormReestimation(Callback):
             )
         self.num_batches = num_batches
         self._ledger = CommLedger()
+        self._loaded: dict[str, Any] | None = None
 
     @property
     def ledger(self) -> CommLedger:
@@ -64,6 +65,7 @@ class BatchNormReestimation(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._loaded = None  # the state of a checkpoint that was read to validate or test
         if stage != "fit":
             return
         self._ledger = CommLedger()
@@ -87,6 +89,22 @@ class BatchNormReestimation(Callback):
                 "through, and a second pass would disturb the first. Give a LightningDataModule, or `train_dataloader` "
                 "in the LightningModule, from which a fresh loader can be made."
             )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._loaded is not None:
+            self._ledger.load_state_dict(self._loaded)
+            self._loaded = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums of the ledger."""
+        return {"ledger": self._ledger.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what :meth:`state_dict` returned, until training starts."""
+        self._loaded = state_dict.get("ledger")
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

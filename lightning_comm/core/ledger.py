@@ -29,7 +29,7 @@ PURPOSES: Mapping[str, str] = {
     "evaluation": "Averages of weights for a validation.",
     "batch_norm_statistics": "BatchNorm's statistics, estimated anew for a validation.",
     "checkpoint": "Averages, and states of other ranks, for a checkpoint.",
-    "checkpoint_files": "Which files belong to a checkpoint, and whether all ranks could read theirs.",
+    "checkpoint_files": "Which files belong to a checkpoint, whether all ranks have theirs, and changed settings.",
     "instruments": "Clocks, and figures at the end of a run.",
     "probe": "The messages whose time a probe measures, and those by which it does.",
     # what others send, which `CommProfiler` sees

@@ -1,21 +1,20 @@
 """Settings as plain fields: their form in a file, and their comparison with those of another run.
 
-A setting is a dictionary of its class and its fields. A function in it is its module and name and a digest of its code:
-of its instructions, constants and names, and of the plain values of its defaults and of what it has closed over. So a
-function with another body is another setting. Values that are none of these are known by their class alone.
+A setting is a dictionary of its class and its fields (:mod:`lightning_comm.core.plain_values`). A function in it is its
+name, a digest of its code and what it reads: defaults, what it has closed over, and constants, functions and classes of
+the user's own modules. So a function that does something else is another setting.
 """
 
-import hashlib
-import os
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
-from functools import partial
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-_DEPTH = 8  # of values within each other
+from lightning_comm.core.plain_values import UNCOMPARED, plain_value
+
 _MISSING = "nothing"
+_KINDS = ("class", "type", "function", "array", "module")  # keys under which the same thing has the same text
+_GROUPS = ("fields", "items", "reads", "methods")  # keys of plain data whose own keys are names of the user's
+_CODE = {"python", "code", "values", "reads", "methods"}  # keys that stand where code is seen for the first time
+_SHOWN = 3  # parts that cannot be compared
 
 
 def plain(setting: object) -> Any:
@@ -27,7 +26,7 @@ def plain(setting: object) -> Any:
         {'class': 'TopK', 'fields': {'ratio': 0.25}}
 
     """
-    return _plain(setting, _DEPTH)
+    return plain_value(setting)
 
 
 def difference(saved: Any, now: object) -> str | None:
@@ -49,91 +48,41 @@ def difference(saved: Any, now: object) -> str | None:
 def not_compared(saved: Any, now: object) -> str | None:
     """Return which part of a setting cannot be compared with what was saved, as text; ``None`` if all of it can.
 
-    Earlier versions have not written down functions, and one version of Python compiles them otherwise than another.
+    Earlier versions have not written down functions, one version of Python compiles them otherwise than another, and of
+    some objects nobody can tell whether they are what they were.
     """
-    functions = _functions(plain(now))
-    if isinstance(saved, str) and functions:
-        return f"it was written by an earlier version, which has not noted the code of {', '.join(sorted(functions))}"
-    return None
+    after = plain(now)
+    if isinstance(saved, str) and not isinstance(now, str):
+        functions = _functions(after)
+        listed = ", ".join(sorted(functions))
+        return f"it was written by an earlier version, which has not noted the code of {listed}" if functions else None
+    found = list(dict.fromkeys(_uncompared("", saved, after)))
+    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return "; ".join(found[:_SHOWN]) + more if found else None
 
 
-def _plain(value: object, depth: int) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if depth == 0:
-        return {"class": _name(type(value))}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each, depth - 1) for each in value]
-    if isinstance(value, Mapping):
-        return {"items": {str(key): _plain(each, depth - 1) for key, each in value.items()}}
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, type):
-        return {"type": _name(value)}
-    function = _plain_function(value, depth - 1)
-    if function is not None:
-        return function
-    return {"class": _name(type(value)), "fields": _fields(value, depth - 1)}
+def _uncompared(path: str, saved: Any, now: Any) -> Iterator[str]:
+    where = f"`{path}`" if path else "it"
+    if isinstance(saved, list) and isinstance(now, list):
+        for place, (one, two) in enumerate(zip(saved, now, strict=False)):
+            yield from _uncompared(f"{path}[{place}]", one, two)
+    if not (isinstance(saved, dict) and isinstance(now, dict)):
+        return
+    reason = saved.get(UNCOMPARED, now.get(UNCOMPARED))
+    if isinstance(reason, str):
+        yield f"{where} is {_shown(now)}, and {reason}"
+    elif _by_another_python(saved, now):
+        yield f"{where} is {_shown(now)}, which Python {saved['python']} has compiled, and this is {now['python']}"
+    for key in sorted(saved.keys() & now.keys()):
+        if key in _GROUPS and isinstance(now[key], dict):
+            for name in sorted(saved[key].keys() & now[key].keys()):
+                yield from _uncompared(f"{path}.{name}" if path else name, saved[key][name], now[key][name])
+        else:
+            yield from _uncompared(f"{path}.{key}" if path else key, saved[key], now[key])
 
 
-def _fields(value: object, depth: int) -> dict[str, Any]:
-    if is_dataclass(value):
-        return {each.name: _plain(getattr(value, each.name), depth) for each in fields(value) if each.compare}
-    own = vars(value) if hasattr(value, "__dict__") else {}
-    return {name: _plain(each, depth) for name, each in sorted(own.items()) if _is_plain(each)}
-
-
-def _plain_function(value: object, depth: int) -> dict[str, Any] | None:
-    if isinstance(value, MethodType):
-        return {"of": _plain(value.__self__, depth), "method": _plain(value.__func__, depth)}
-    if isinstance(value, partial):
-        return {"partial": _plain(value.func, depth), "args": _plain([list(value.args), value.keywords], depth)}
-    if isinstance(value, FunctionType):
-        closed = [_contents(cell) for cell in value.__closure__ or ()]
-        given = [list(value.__defaults__ or ()), dict(value.__kwdefaults__ or {}), closed]
-        return {
-            "function": f"{value.__module__}.{value.__qualname__}",
-            "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-            "code": _digest(value.__code__),
-            "values": _plain(given, depth),
-        }
-    if isinstance(value, BuiltinFunctionType):
-        return {"function": f"{value.__module__}.{value.__qualname__}"}
-    return None
-
-
-def _contents(cell: Any) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
-
-
-def _digest(code: CodeType) -> str:
-    """Return a digest of what a function does, wherever its file and its lines are."""
-    digest = hashlib.sha256(code.co_code)
-    for constant in code.co_consts:
-        text = _digest(constant) if isinstance(constant, CodeType) else _constant(constant)
-        digest.update(f"{type(constant).__name__} {text};".encode())
-    digest.update(" ".join([*code.co_names, *code.co_varnames, *code.co_freevars]).encode())
-    return digest.hexdigest()[:16]
-
-
-def _constant(value: object) -> str:
-    """Return a constant as text; a set in one order, whatever order Python keeps it in."""
-    return str(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
-
-
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, list, tuple, Mapping, FunctionType, partial))
-
-
-def _name(kind: type) -> str:
-    return kind.__qualname__ if kind.__module__.partition(".")[0] == "lightning_comm" else _full_name(kind)
-
-
-def _full_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _by_another_python(saved: dict[str, Any], now: dict[str, Any]) -> bool:
+    return "code" in saved and "code" in now and saved["python"] != now["python"]
 
 
 def _functions(value: Any) -> set[str]:
@@ -156,15 +105,39 @@ def _difference(path: str, saved: Any, now: Any) -> str | None:
         pairs = enumerate(zip(saved, now, strict=True))
         return _first(_difference(f"{path}[{place}]", one, two) for place, (one, two) in pairs)
     if not (isinstance(saved, dict) and isinstance(now, dict)):
-        return None if saved == now else other
-    if saved.keys() != now.keys() or any(saved.get(key) != now.get(key) for key in ("class", "type", "function")):
+        same = saved == now or (saved != saved and now != now)  # not a number
+        return None if same else other
+    if any(saved.get(key) != now.get(key) for key in _KINDS):
         return other
-    if "code" in now:
+    if UNCOMPARED in saved or UNCOMPARED in now:
+        return None
+    if saved.keys() - _CODE != now.keys() - _CODE:
+        return other
+    if "code" in saved and "code" in now:
         return _function_difference(where, saved, now)
+    if "array" in now:
+        return None if saved == now else f"{where} is {_shown(now)}, whose values are others now"
     for inside in ("fields", "items"):
         if inside in now:
-            return _difference_of_each(f"{path}." if path else "", saved[inside], now[inside])
+            found = _difference_of_each(f"{path}." if path else "", saved[inside], now[inside])
+            return found or _methods_difference(where, saved, now)
+    return _methods_difference(where, saved, now) if "type" in now else _difference_of_keys(path, saved, now)
+
+
+def _difference_of_keys(path: str, saved: dict[str, Any], now: dict[str, Any]) -> str | None:
     return _difference_of_each(f"{path}." if path else "", saved, now)
+
+
+def _methods_difference(where: str, saved: dict[str, Any], now: dict[str, Any]) -> str | None:
+    if "methods" not in saved or "methods" not in now:
+        return None
+    before, after = saved["methods"], now["methods"]
+    names = dict.fromkeys([*before, *after])
+    both = [name for name in names if name in before and name in after]
+    if any(_by_another_python(before[name], after[name]) for name in both if isinstance(before[name], dict)):
+        names = dict.fromkeys(both)  # another version may write other methods into a class
+    found = _first(_difference(name, before.get(name, _MISSING), after.get(name, _MISSING)) for name in names)
+    return None if found is None else f"{where} is {_shown(now)}, whose class is another one now: {found}"
 
 
 def _difference_of_each(prefix: str, saved: dict[str, Any], now: dict[str, Any]) -> str | None:
@@ -177,16 +150,13 @@ def _first(differences: Iterable[str | None]) -> str | None:
 
 
 def _function_difference(where: str, saved: dict[str, Any], now: dict[str, Any]) -> str | None:
-    if saved["python"] != now["python"]:
-        return (
-            f"{where} is {_shown(now)}, whose code Python {saved['python']} has compiled, so it cannot be compared "
-            f"under {now['python']}"
-        )
-    if saved["code"] != now["code"]:
+    same_python = saved["python"] == now["python"]
+    if same_python and saved["code"] != now["code"]:
         return f"{where} is {_shown(now)}, whose code is another one now"
     if _difference("values", saved["values"], now["values"]) is not None:
         return f"{where} is {_shown(now)}, whose defaults or closed-over values differ"
-    return None
+    found = _difference_of_each("", saved["reads"], now["reads"]) if same_python else None
+    return None if found is None else f"{where} is {_shown(now)}, and what it reads has changed: {found}"
 
 
 def _shown(value: Any) -> str:
@@ -198,7 +168,12 @@ def _shown(value: Any) -> str:
     if "class" in value:
         inside = value.get("fields", {}).items()
         return f"{value['class']}({', '.join(f'{name}={_shown(each)}' for name, each in inside)})"
-    name = next((value[key] for key in ("function", "type", "method", "partial") if key in value), value)
+    if "array" in value:
+        return f"an array {value['array']}"
+    keys = ("function", "type", "method", "partial", "module")
+    name = next((value[key] for key in keys if key in value), value)
+    if isinstance(name, dict) and name is value:  # a set, or bytes
+        return ", ".join(f"{key}({_shown(each)})" for key, each in value.items())
     return name if isinstance(name, str) else _shown(name)
 
 

@@ -163,10 +163,18 @@ class CompressedAverage:
             "codec": self._codec.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
-        """Restore what :meth:`state_dict` returned; under another compression, its references alone."""
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor], *, same: bool) -> None:
+        """Restore what :meth:`state_dict` returned; under another compression, its references alone.
+
+        Args:
+            state: What was saved on this rank.
+            parameters: The model's.
+            same: Whether it was saved under the same compression. Agreed by all ranks: settings may hold something of
+                a single rank, and a codec sends by its state.
+
+        """
         self.references.load_state_dict(state["reference"], parameters)
-        if plain_settings.difference(state["compression"], self._compression) is None:
+        if same:
             self._codec.load_state_dict(state["codec"])
 
     def _scale(self, weight: float | None) -> float:

@@ -266,14 +266,19 @@ class ModelAverage:
         """Return the compression's state, with what is in flight; ``None`` without a compression."""
         return None if self._compressed is None else {"in_flight": in_flight, **self._compressed.state_dict()}
 
-    def load_compression_state(self, state: Mapping[str, Any] | None) -> DepartedAverage | None:
+    def load_compression_state(self, state: Mapping[str, Any] | None, *, same: bool) -> DepartedAverage | None:
         """Restore :meth:`compression_state` and return what was in flight.
 
         Where it was saved without a compression, parameters are first averaged in full.
+
+        Args:
+            state: That of this rank.
+            same: Whether it was saved under the same compression, as all ranks agree.
+
         """
         if self._compressed is None or state is None:
             return None
-        self._compressed.load_state_dict(state, self.tensors.all_parameters())
+        self._compressed.load_state_dict(state, self.tensors.all_parameters(), same=same)
         return self._compressed.departed_before(state)
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import StrategyRegistry
 from support.flight_recorder import flight_recorder, recording_flights
 from support.processes import launch
-from support.training import FEATURES, Regression, Samples, Stop, loader, network, trainer
+from support.training import FEATURES, Regression, Samples, Stop, loader, network, sums_of, trainer
 
 import lightning_comm
 from lightning_comm import (
@@ -57,6 +57,10 @@ DDP_AT_START = Counter(
 DDP_GRADIENTS = Counter({("all_reduce", 4 * PARAMETERS): 1})
 DDP_BUFFERS = Counter({("broadcast", 4 * FLOAT_BUFFERS): 1, ("broadcast", 8): 1})  # before each forward, by type
 BUFFERS_AS_NOTED = Counter({("broadcast", 4 * FLOAT_BUFFERS + 8): STEPS // 2})  # a strategy writes down DDP's in one
+
+
+EXACT = ("local_sgd", "ddp_topk", "pactrain", "ddp_bf16")
+RESUMED = (*EXACT, "cyclic")
 
 
 def times(count, messages):
@@ -102,6 +106,25 @@ class ChattyWithData(Chatty):
         return loader(STEPS, self.global_rank, dtype=torch.float32)
 
 
+class Saves(Stop):
+    """Saves, goes on, and counts what the strategy has sent under each purpose meanwhile."""
+
+    def __init__(self, path):
+        super().__init__(3, path, goes_on=True)
+        self.sent = Counter()
+
+    def on_train_batch_end(self, runner, *args):
+        ledger = getattr(runner.strategy, "ledger", None)
+        before = Counter() if ledger is None else Counter(sums_by_purpose(ledger))
+        super().on_train_batch_end(runner, *args)
+        if ledger is not None:
+            self.sent += Counter(sums_by_purpose(ledger)) - before
+
+
+def sums_by_purpose(ledger):
+    return {each: ledger.messages(each) for each in ledger.purposes}
+
+
 @contextmanager
 def counting_sends():
     """Count the bytes of messages from rank to rank where torch is asked to: it writes down none of these."""
@@ -140,7 +163,7 @@ def _observed(run):
 def _fit(strategy, rank, folder, *, module=Chatty, data=None, callbacks=(), resume=None, **settings):
     """Train with a validation, a checkpoint in the middle and the profiler; return what was sent, and by whom."""
     profiler = CommProfiler(f"{folder}/profile", page=False)
-    save = Stop(3, f"{folder}/saved.ckpt", goes_on=True)
+    save = Saves(f"{folder}/saved.ckpt")
     runner = trainer(
         strategy,
         2,
@@ -164,6 +187,8 @@ def _fit(strategy, rank, folder, *, module=Chatty, data=None, callbacks=(), resu
     ledgers = [each.ledger for each in (runner.strategy, *callbacks, profiler) if hasattr(each, "ledger")]
     return sent | {
         "folder": folder,
+        "by the save": save.sent,
+        "sums": [sums_of(each.ledger) for each in (runner.strategy, *callbacks) if hasattr(each, "ledger")],
         "by the profiler": figures.total_payload_bytes,
         "beside steps": set(figures.beside_wire_bytes),
         "in ledgers": {each for ledger in ledgers for each in ledger.purposes},
@@ -177,16 +202,20 @@ def _all(rank, folder):
     answers = {}
     for name in ["ddp", *registered()]:
         answers[name] = _fit(name, rank, f"{folder}/{name}")
-    for name in ("local_sgd", "ddp_topk", "cyclic"):
+    for name in RESUMED:
         answers[f"{name}, resumed"] = _fit(name, rank, f"{folder}/{name}", resume=f"{folder}/{name}/saved.ckpt")
     answers["stagger"] = _fit(CyclicStrategy(stagger="step"), rank, f"{folder}/stagger", module=Quiet)
     overlap = LocalUpdateStrategy(FixedPeriod(2), averaging=Averaging(overlap_steps=1))
     answers["overlap"] = _fit(overlap, rank, f"{folder}/overlap")
-    partition = AdaptivePartition(window_steps=2, warmup_steps=0, folder=f"{folder}/shares")
-    data = PartitionedLoader(Samples(8 * STEPS, 0, torch.float32), global_batch_size=8)
-    answers["partition"] = _fit("ddp", rank, f"{folder}/partition", data=data, callbacks=[partition])
-    again = BatchNormReestimation(num_batches=4)
-    answers["again"] = _fit("local_sgd", rank, f"{folder}/again", module=ChattyWithData, callbacks=[again])
+    for end, resume in (("", False), (", resumed", True)):
+        partition = AdaptivePartition(window_steps=3, warmup_steps=0, folder=f"{folder}/shares")
+        data = PartitionedLoader(Samples(8 * STEPS, 0, torch.float32), global_batch_size=8)
+        saved = f"{folder}/partition/saved.ckpt" if resume else None
+        kw = {"data": data, "callbacks": [partition], "resume": saved}
+        answers["partition" + end] = _fit("ddp", rank, f"{folder}/partition", **kw)
+        saved = f"{folder}/again/saved.ckpt" if resume else None
+        kw = {"module": ChattyWithData, "callbacks": [BatchNormReestimation(num_batches=4)], "resume": saved}
+        answers["again" + end] = _fit("local_sgd", rank, f"{folder}/again", **kw)
     return answers
 
 
@@ -198,10 +227,11 @@ def answers(tmp_path_factory):
 
 def of_others(name, folder):
     """What DDP, the Trainer and the user's module send in one of the runs."""
-    steps = STEPS // 2 if name.endswith("resumed") else STEPS
+    resumed, name = name.endswith("resumed"), name.partition(",")[0]
+    steps = STEPS // 2 if resumed else STEPS
     by_ddp, sends_all = name in ("ddp", "partition") or name.startswith("ddp_") or name == "pactrain", name != "stagger"
     found = TRAINERS + Counter({("broadcast", len(pickle.dumps(folder))): 1}) + times(steps * sends_all, USERS)
-    if not name.endswith("resumed"):
+    if not resumed:
         found += A_SAVE
     if by_ddp:
         found += DDP_AT_START + times(steps, DDP_BUFFERS)
@@ -242,6 +272,20 @@ def test_every_record_stands_in_a_ledger_of_the_strategy_or_of_a_callback_under_
     seen = set().union(*(sent["purposes"] for sent in answers[0].values()))
     new = {"stops", "stagger", "set_up", "checkpoint_files", "batch_norm_statistics", "instruments", "partition"}
     assert new <= seen
+
+
+@pytest.mark.parametrize("name", [*EXACT, "partition", "again"])
+def test_the_sums_of_a_resumed_run_are_those_of_the_run_that_was_never_stopped(answers, name):
+    for rank in answers:
+        assert rank[f"{name}, resumed"]["sums"] == rank[name]["sums"]
+        assert all(rank[name]["sums"])
+
+
+def test_a_save_adds_nothing_to_what_steps_send_to_meet(answers):
+    for name, sent in answers[0].items():
+        assert "control" not in sent["by the save"], name
+        saves = name not in ("ddp", "partition") and not name.endswith("resumed")
+        assert (sent["by the save"]["checkpoint_files"] > 0) == saves, name
 
 
 def test_the_profiler_books_nothing_of_ours_as_the_users(answers):

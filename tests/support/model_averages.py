@@ -109,5 +109,5 @@ class Background:
         return {"in_flight": self.overlapped.departed_state(), **self.average.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
-        self.average.load_state_dict(state, weights)
+        self.average.load_state_dict(state, weights, same=True)
         self.overlapped.load_state_dict(asdict(NO_ROUND), self.average.departed_before(state))

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_comm import LocalUpdateStrategy
+from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update import PeriodRule
 
 FEATURES = 5
@@ -116,6 +117,15 @@ def own_file(path: Any, rank: int) -> Path:
     """The file of a rank that belongs to a checkpoint, of which there is one."""
     (file,) = Path(f"{path}.ranks").glob(f"*/rank{rank}.pt")
     return file
+
+
+def sums_of(ledger: CommLedger) -> dict[str, tuple[int, int]]:
+    """The bytes that a run has sent under each purpose, but for what a resumed one sends once more.
+
+    That is to set up and to load. Not the messages: DDP cuts its first gradients into other buckets than later ones.
+    """
+    purposes = [each for each in ledger.purposes if each not in ("set_up", "checkpoint_files")]
+    return {each: (ledger.payload_bytes(each), ledger.wire_bytes(each)) for each in purposes}
 
 
 def local_update(period: PeriodRule, **kwargs: Any) -> LocalUpdateStrategy:

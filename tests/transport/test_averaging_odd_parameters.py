@@ -59,7 +59,7 @@ def _rounds(rank, world_size, compression, overlap, weighted, groups):
                 module = OddParameters()
                 averages = averages_of(module, compression, overlap, groups)
                 averages.tensors.load_state(state[1])
-                departed = averages.average.load_compression_state(state[0])
+                departed = averages.average.load_compression_state(state[0], same=True)
                 averages.overlapped.load_state_dict(asdict(NO_ROUND), departed)
                 never_stopped.overlapped.land()
             averages.overlapped.land()

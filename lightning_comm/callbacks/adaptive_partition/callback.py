@@ -155,6 +155,8 @@ class AdaptivePartition(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._session = PartitionSession(trainer, pl_module, self.settings, self._loaded, self._ledger)
+        if self._loaded is not None and "ledger" in self._loaded:
+            self._ledger.load_state_dict(self._loaded["ledger"])
         self._loaded = None
 
     @override
@@ -208,8 +210,10 @@ class AdaptivePartition(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the shares, what is known of speeds, and what was measured; loaders save their own place."""
-        return self._session.state_dict() if self._session is not None else {}
+        """Return the shares, what is known of speeds, what was measured and sent; loaders save their own place."""
+        if self._session is None:
+            return {}
+        return {**self._session.state_dict(), "ledger": self._ledger.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -86,7 +86,7 @@ def load_together(
         failure = error
     if for_all:
         problem = None if failure is None else one_line(failure)
-        found = first_problem(strategy, Recorder(ledger), problem, "checkpoint_files")
+        found = first_problem(strategy, Recorder(ledger), problem)
         if found is not None and failure is None:
             rank, text = found
             failure = CheckpointError(

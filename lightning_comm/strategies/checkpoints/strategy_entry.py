@@ -51,7 +51,6 @@ class StrategyEntry:
         checkpoint: dict[str, Any],
         filepath: _PATH,
         why_not: Callable[[dict[str, Any]], str | None],
-        purpose: str = "control",
     ) -> tuple[dict[str, Any] | None, str | None]:
         """Return this rank's file, or on all ranks why one of them cannot use its own; every rank calls this.
 
@@ -61,10 +60,10 @@ class StrategyEntry:
             checkpoint: What was read from the main file.
             filepath: Of the main file.
             why_not: Returns why there are no rank files, from the entry; ``None`` if they should be there.
-            purpose: Of the messages.
 
         Note:
-            *Communication.* A byte of each rank; and where one has a problem, 1500 more.
+            *Communication.* A byte of each rank; and where one has a problem, 1500 more. Recorded as
+            ``"checkpoint_files"``.
 
         """
         entry, own = self.of(checkpoint), None
@@ -73,5 +72,5 @@ class StrategyEntry:
             problem = why_not(entry)
             if problem is None:
                 own, problem = sets.read_own(strategy, filepath, entry["token"])
-        found = first_problem(strategy, recorder, problem, purpose)
+        found = first_problem(strategy, recorder, problem)
         return (own, None) if found is None else (None, found[1])

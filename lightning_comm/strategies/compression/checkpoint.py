@@ -10,8 +10,9 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.core.plain_settings import difference, plain, shown
+from lightning_comm.core.plain_settings import plain, shown
 from lightning_comm.strategies.checkpoints import removal, sets
+from lightning_comm.strategies.checkpoints.comparison import compare
 from lightning_comm.strategies.checkpoints.entry import WRITTEN_ALONE, Save, says_incomplete
 from lightning_comm.strategies.checkpoints.strategy_entry import StrategyEntry
 from lightning_comm.strategies.common.checks import leave_out_other_model
@@ -38,6 +39,19 @@ class Saved(NamedTuple):
     sync: GradientSync | None
     compression: Compression
     fitted: LightningModule | None
+
+
+class Resume(NamedTuple):
+    """The state from a checkpoint that this rank resumes from.
+
+    Args:
+        sync: What the method had kept; ``None``, on all ranks alike, if it starts anew.
+        ledger: The sums of the ledger; ``None`` where the file does not have them.
+
+    """
+
+    sync: dict[str, Any] | None
+    ledger: dict[str, Any] | None
 
 
 def save(
@@ -112,13 +126,14 @@ def write(
         The save, whose main file is still to be written.
 
     """
+    sums = recorder.ledger.state_dict()
     token, incomplete = "", sync.codec.is_local and interrupted
     if incomplete:
         save = Save(sets.incomplete_path(strategy, WHERE, filepath))
     elif sync.codec.is_local:
         save = sets.begin(strategy, filepath, from_rank_0)
         token = save.id
-        sets.write_own(strategy, recorder, WHERE, save, {"sync": sync.state_dict()})
+        sets.write_own(strategy, recorder, WHERE, save, {"sync": sync.state_dict(), "ledger": sums})
     else:
         save = Save(str(filepath))
     ENTRY.put(
@@ -128,6 +143,7 @@ def write(
         compression=plain(compression),
         sync=None if sync.codec.is_local else sync.state_dict(),
         masks=mask_checkpoint.mask_state(sync.codec, compression),
+        ledger=sums,
     )
     save.write(checkpoint, incomplete=incomplete)
     return save
@@ -139,8 +155,8 @@ def load_own(
     checkpoint: dict[str, Any],
     filepath: _PATH,
     ledger: CommLedger,
-) -> dict[str, Any] | None:
-    """Return the state that this rank resumes from, or ``None``, on all ranks alike, if a method starts anew.
+) -> Resume:
+    """Return the state that this rank resumes from.
 
     Without usable rank files, masks are restored from the main file.
 
@@ -153,26 +169,28 @@ def load_own(
 
     """
     shared, saved = ENTRY.of(checkpoint), mask_checkpoint.masks_in(checkpoint)
-    mask_checkpoint.warn_of_uncompared(WHERE, filepath, saved, compression)
-    same = shared is not None and difference(shared["compression"], compression) is None
-    if shared is not None and same and shared["sync"] is not None:
-        return dict(shared["sync"])
+    sums = None if shared is None else shared.get("ledger")
+    recorder, written_under = Recorder(ledger), None if shared is None else shared.get("compression")
+    found = compare(strategy, recorder, WHERE, written_under, saved, compression)
+    mask_checkpoint.warn_of_uncompared(WHERE, filepath, found)
+    if shared is not None and found.compression is None and shared["sync"] is not None:
+        return Resume(dict(shared["sync"]), sums)
     mask_checkpoint.warn_of_dense(WHERE, filepath, saved, compression)
     if not compression.keeps_state:
-        return None
+        return Resume(None, sums)
     fresh = GradientSync(compression.codec(Context(Recorder(CommLedger()), "gradients")), Recorder(CommLedger()), ())
-    masks_kept = mask_checkpoint.restore_masks(fresh.codec, compression, saved)
+    masks_kept = mask_checkpoint.restore_masks(fresh.codec, saved, found)
     if masks_kept and not fresh.codec.is_local:
-        return fresh.state_dict()  # there is no state but the masks
+        return Resume(fresh.state_dict(), sums)  # there is no state but the masks
 
     def why_not(entry: dict[str, Any]) -> str | None:
-        if (found := difference(entry["compression"], compression)) is not None:
-            return f"it was written under {shown(entry['compression'])}: {found}"
+        if found.compression is not None:
+            return f"it was written under {shown(entry['compression'])}: {found.compression}"
         return WRITTEN_ALONE if says_incomplete(checkpoint) else None
 
-    own, reason = ENTRY.read_own(strategy, Recorder(ledger), checkpoint, filepath, why_not, "checkpoint_files")
+    own, reason = ENTRY.read_own(strategy, recorder, checkpoint, filepath, why_not)
     if own is not None:
-        return dict(own["sync"])
+        return Resume(dict(own["sync"]), own.get("ledger", sums))
     if masks_kept:
         left = "weights, optimizer state and masks in the file, with nothing else kept"
     elif saved is not None:
@@ -184,4 +202,4 @@ def load_own(
         f"{reason}. Training goes on from the {left}. For an exact continuation resume with the same compression and "
         f"number of ranks, and keep the folder {removal.folder(filepath)!r} with the file."
     )
-    return fresh.state_dict() if masks_kept else None
+    return Resume(fresh.state_dict() if masks_kept else None, sums)

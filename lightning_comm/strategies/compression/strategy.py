@@ -31,7 +31,7 @@ from lightning_comm.strategies.common.run_length import restore_accumulation
 from lightning_comm.strategies.common.support import RunSupport
 from lightning_comm.strategies.compression import checks
 from lightning_comm.strategies.compression.applied_steps import AppliedSteps, may_throw_away
-from lightning_comm.strategies.compression.checkpoint import Saved, load_own, save
+from lightning_comm.strategies.compression.checkpoint import Resume, Saved, load_own, save
 from lightning_comm.strategies.compression.checks import WHERE
 from lightning_comm.strategies.compression.loss_scale_cache import KnownScale
 from lightning_comm.strategies.compression.run import CompressionRun, Unread
@@ -118,7 +118,7 @@ class CompressedDDPStrategy(DDPStrategy):
         self._pruned: PrunedWeights | None = None
         self._steps: AppliedSteps | None = None
         self._recorder: Recorder | None = None
-        self._resume: dict[str, Any] | None = None
+        self._resume: Resume | None = None
         self._warned = False
 
     # ---- for users and callbacks (:mod:`lightning_comm.contract`) ----------------------------------------------------
@@ -249,9 +249,8 @@ class CompressedDDPStrategy(DDPStrategy):
         unused = unused_by_all_ranks(self.model)
         self._sync = GradientSync(codec, self._recorder, module.named_parameters(), self._steps.loss_scale, unused)
         self._steps.begin(self._sync, watch=revocable)
-        if self._resume is not None:
-            self._sync.load_state_dict(self._resume)
-            self._resume = None
+        if self._resume is not None and self._resume.sync is not None:
+            self._sync.load_state_dict(self._resume.sync)
         self.model.register_comm_hook(None, self._sync.hook)
         if isinstance(self.compression, SparseMask) and isinstance(codec, SparseMaskCodec):
             self._pruned = PrunedWeights(module, codec, self.compression, Recorder(self._ledger))
@@ -277,13 +276,17 @@ class CompressedDDPStrategy(DDPStrategy):
         if self._pruned is not None:
             with self._own_changes(), self._support.failures.first_error_shown("a comparison of masks", waits=False):
                 self._pruned.start(trainer, self.optimizers)  # here, after optimizer states were restored
+        if has_hook_callback(trainer):
+            run.check_start(float(trainer.num_training_batches))
+            interruptions.install(in_step=run)
+            self._support.watch_plateaus(Recorder(self._ledger), run.agreement)
+            run.settle()
+        resume, self._resume = self._resume, None
+        if resume is not None and resume.ledger is not None:  # once everything that a start sends has been sent
+            self._ledger.load_state_dict(resume.ledger)
+        if self._pruned is not None:
+            with self._own_changes(), self._support.failures.first_error_shown("a comparison of masks", waits=False):
                 self._pruned.before_step(trainer.global_step)
-        if not has_hook_callback(trainer):
-            return
-        run.check_start(float(trainer.num_training_batches))
-        interruptions.install(in_step=run)
-        self._support.watch_plateaus(Recorder(self._ledger), run.agreement)
-        run.settle()
 
     def _begin_evaluation(self) -> None:
         if self._run is not None and self._support.is_fit:
@@ -372,11 +375,11 @@ class CompressedDDPStrategy(DDPStrategy):
         load = partial(super().load_checkpoint, weights_only=weights_only)
         loaded = self._support.load_checkpoint(checkpoint_path, load, in_set_up=self._sync is None)
         if self._support.is_fit:
-            state = load_own(self, self.compression, loaded.checkpoint, loaded.path, self._ledger)
+            resume = load_own(self, self.compression, loaded.checkpoint, loaded.path, self._ledger)
             if self._sync is None:
-                self._resume = state  # restored at set-up
-            elif state is not None:
-                self._sync.load_state_dict(state)  # a tuner within `fit` puts back what its trial run has changed
+                self._resume = resume  # restored at set-up, and when training starts
+            elif resume.sync is not None:
+                self._sync.load_state_dict(resume.sync)  # a tuner within `fit` puts back what its trial run has changed
         return loaded.checkpoint
 
     # ---- Lightning's methods, each with what all strategies of ours do around it -------------------------------------

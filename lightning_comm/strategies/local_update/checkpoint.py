@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_comm.lightning_internals import close_finished_epoch
 from lightning_comm.ondevice.random_state import random_state
 from lightning_comm.strategies.checkpoints import removal, sets
+from lightning_comm.strategies.checkpoints.comparison import NOTHING_SAVED, Comparison, compare
 from lightning_comm.strategies.checkpoints.entry import WRITTEN_ALONE, Save, says_incomplete
 from lightning_comm.strategies.checkpoints.strategy_entry import StrategyEntry
 from lightning_comm.strategies.checkpoints.whole_files import is_plain
@@ -49,12 +50,14 @@ class Resume:
         shared: The strategy's entry of the main file, or ``None`` if another strategy wrote it.
         own: This rank's file, or ``None`` if it cannot be used; the same on all ranks.
         masks: The masks in the main file, whichever of our strategies wrote it, or ``None`` without any.
+        found: The differences between the settings that were saved and those of the run, the same on all ranks.
 
     """
 
     shared: dict[str, Any] | None
     own: dict[str, Any] | None
     masks: dict[str, Any] | None = None
+    found: Comparison = NOTHING_SAVED
 
 
 def put_shared_state(
@@ -254,7 +257,7 @@ def load_own(
         recorder: Sends and records.
         checkpoint: What was read from the main file.
         filepath: Of the main file.
-        method: The compression of the run, for the message: whether masks are kept.
+        method: The compression of the run.
 
     """
     shared, masks = ENTRY.of(checkpoint), mask_checkpoint.masks_in(checkpoint)
@@ -266,18 +269,20 @@ def load_own(
         return WRITTEN_ALONE if alone else "it was saved with `save_weights_only=True`"
 
     own, reason = ENTRY.read_own(strategy, recorder, checkpoint, filepath, why_not)
+    sent = None if own is None else own.get("compression")  # `None` if it was sent in full
+    found = compare(strategy, recorder, WHERE, None if sent is None else sent["compression"], masks, method)
     if own is None:
         _warn_new_round(
             filepath,
             reason or "",
             averaged=shared is None or shared["averaged"],
-            masks=mask_checkpoint.fits(masks, method),
+            masks=found.keeps_masks,
             optimizer=bool(checkpoint.get("optimizer_states")),
         )
-        return Resume(shared, None, masks)
+        return Resume(shared, None, masks, found)
     checkpoint.update(own["checkpoint"])
     close_finished_epoch(checkpoint["loops"])
-    return Resume(shared, own, masks)
+    return Resume(shared, own, masks, found)
 
 
 def saved_alpha(resume: Resume | None) -> float | None:

@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_comm.ondevice.optimizer.state import optimizer_tensors
+from lightning_comm.strategies.checkpoints.comparison import Comparison
 from lightning_comm.strategies.local_update.run import LocalUpdateRun
 from lightning_comm.strategies.sparse_mask import checkpoint as mask_checkpoint
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
@@ -52,7 +53,8 @@ def restore(
     run: LocalUpdateRun,
     shared: dict[str, Any] | None,
     own: dict[str, Any] | None,
-    masks: dict[str, Any] | None = None,
+    masks: dict[str, Any] | None,
+    found: Comparison,
 ) -> None:
     """Go on from a checkpoint: exactly with this rank's file, else with a new round, else from the step count.
 
@@ -61,18 +63,21 @@ def restore(
         shared: The strategy's entry of the main file.
         own: This rank's file.
         masks: Those in the main file, for where this rank's file has none that are of use.
+        found: The differences between the settings that were saved and those of the run.
 
     """
-    _restore_rounds(run, shared, own)
+    _restore_rounds(run, shared, own, found)
     codec, method = run.model.codec, run.settings.averaging.method
+    mask_checkpoint.warn_of_uncompared("LocalUpdateStrategy", None, found)
     if not isinstance(codec, SparseMaskCodec) or not codec.masks:
-        mask_checkpoint.restore_masks(codec, method, masks)
-        mask_checkpoint.warn_of_other_masks("LocalUpdateStrategy", None, masks, method)
-        mask_checkpoint.warn_of_uncompared("LocalUpdateStrategy", None, masks, method)
+        mask_checkpoint.restore_masks(codec, masks, found)
+        mask_checkpoint.warn_of_other_masks("LocalUpdateStrategy", None, masks, found)
         mask_checkpoint.warn_of_dense("LocalUpdateStrategy", None, masks, method)
 
 
-def _restore_rounds(run: LocalUpdateRun, shared: dict[str, Any] | None, own: dict[str, Any] | None) -> None:
+def _restore_rounds(
+    run: LocalUpdateRun, shared: dict[str, Any] | None, own: dict[str, Any] | None, found: Comparison
+) -> None:
     if own is not None:
         saved = own["run"]
         # gradients are averaged again where ranks ran apart before, and that needs equal weights and momenta
@@ -80,7 +85,7 @@ def _restore_rounds(run: LocalUpdateRun, shared: dict[str, Any] | None, own: dic
         _restore_clock(run, saved, exact=not back)
         if not back:
             run.model.tensors.load_state(own["weights"])
-            departed = run.model.load_compression_state(own.get("compression"))
+            departed = run.model.load_compression_state(own.get("compression"), same=found.compression is None)
             run.overlapped.load_state_dict(saved.get("in_flight"), departed)
             run.samples.load_state_dict(own.get("samples"))
             run.rounds.apart = own["apart"]

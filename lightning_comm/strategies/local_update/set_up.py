@@ -62,7 +62,7 @@ def begin_run(trainer: Trainer, run: LocalUpdateRun, resumed: Resume | None) -> 
     run.gradient_steps = run.began_at + checks.gradient_steps(run.settings, length, automatic=automatic)
     checks.warn_at_start(trainer, run.settings, length, run.recorder.members.size)
     run.model.begin_round()
-    run_state.restore(run, resume.shared, resume.own, resume.masks)
+    run_state.restore(run, resume.shared, resume.own, resume.masks, resume.found)
     if run.pruned is not None:
         run.pruned.start(trainer, run.optimizers())  # here, since optimizer states have been restored
         run.recorder.step = run.clock.steps_done

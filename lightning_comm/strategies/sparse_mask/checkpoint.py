@@ -8,7 +8,8 @@ from typing import Any
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_comm.core.plain_settings import difference, not_compared, plain, shown
+from lightning_comm.core.plain_settings import plain, shown
+from lightning_comm.strategies.checkpoints.comparison import Comparison
 from lightning_comm.transport.compression.base import Codec, Compression
 from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.sparse_mask_codec import SparseMaskCodec
@@ -29,21 +30,11 @@ def masks_in(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def fits(saved: dict[str, Any] | None, settings: Compression | None) -> bool:
-    """Return whether a run keeps the masks of a checkpoint: if the same setting chose them."""
-    if saved is None or not isinstance(settings, SparseMask):
-        return False
-    return difference(saved["pruning"], settings.pruning) is None
-
-
-def restore_masks(codec: Codec | None, settings: Compression | None, saved: dict[str, Any] | None) -> bool:
+def restore_masks(codec: Codec | None, saved: dict[str, Any] | None, found: Comparison) -> bool:
     """Restore the masks of a checkpoint if the same setting chose them; return whether it did."""
-    if saved is None or not isinstance(codec, SparseMaskCodec) or not isinstance(settings, SparseMask):
+    if saved is None or not isinstance(codec, SparseMaskCodec) or not found.keeps_masks:
         return False
-    if not fits(saved, settings):
-        return False
-    measured = settings.dense_above == "auto" and _is_reckoned_alike(saved["reckoned"], settings)
-    codec.load_mask_state(saved if measured else {**saved, "dense_above": codec.dense_above})
+    codec.load_mask_state(saved if found.keeps_share else {**saved, "dense_above": codec.dense_above})
     return True
 
 
@@ -58,36 +49,27 @@ def warn_of_dense(where: str, filepath: _PATH | None, saved: dict[str, Any] | No
     )
 
 
-def warn_of_other_masks(where: str, filepath: _PATH | None, saved: dict[str, Any] | None, settings: object) -> None:
+def warn_of_other_masks(where: str, filepath: _PATH | None, saved: dict[str, Any] | None, found: Comparison) -> None:
     """Warn that masks are chosen anew, where another setting chooses them now."""
-    if saved is None or not isinstance(settings, SparseMask):
-        return
-    if (found := difference(saved["pruning"], settings.pruning)) is not None:
+    if saved is not None and found.pruning is not None:
         rank_zero_warn(
             f"{where}: {_named(filepath)} has the masks of {shown(saved['pruning'])}, and `pruning` is another one "
-            f"now: {found}. So masks are chosen anew and pruned weights may come back. Resume with the same `pruning` "
-            "to keep them."
+            f"now: {found.pruning}. So masks are chosen anew and pruned weights may come back. Resume with the same "
+            "`pruning` to keep them."
         )
 
 
-def warn_of_uncompared(where: str, filepath: _PATH | None, saved: dict[str, Any] | None, settings: object) -> None:
+def warn_of_uncompared(where: str, filepath: _PATH | None, found: Comparison) -> None:
     """Warn that masks are kept although it cannot be compared whether the same setting chooses them now."""
-    if saved is None or not isinstance(settings, SparseMask) or not fits(saved, settings):
-        return
-    if (found := not_compared(saved["pruning"], settings.pruning)) is not None:
+    if found.keeps_masks and found.not_compared is not None:
         rank_zero_warn(
             f"{where}: {_named(filepath)} has masks, which are kept, and whether the same `pruning` would choose them "
-            f"now cannot be told: {found}. To have them chosen anew, resume with another setting."
+            f"now cannot be told: {found.not_compared}. To have them chosen anew, resume with another setting."
         )
 
 
 def _named(filepath: _PATH | None) -> str:
     return "the checkpoint" if filepath is None else f"`ckpt_path`={str(filepath)!r}"
-
-
-def _is_reckoned_alike(saved: list[Any], settings: SparseMask) -> bool:
-    dense_above, link, then = saved
-    return [dense_above, link] == [settings.dense_above, settings.link] and difference(then, settings.then) is None
 
 
 def _reckoned(settings: SparseMask) -> list[Any]:

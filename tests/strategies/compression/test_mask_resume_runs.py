@@ -1,7 +1,9 @@
 """Masks outlast a resume under other settings, another number of ranks, or with damaged rank files."""
 
+import shutil
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,17 +28,17 @@ from lightning_comm import (
 
 FIRST, SECOND = torch.arange(35).view(7, 5) % 3 == 0, torch.arange(35).view(7, 5) % 3 == 1
 SAME = {
-    "then bf16": lambda: SparseMask(chosen(SECOND), Cast("bf16")),
-    "then int8": lambda: SparseMask(chosen(SECOND), Int8()),
-    "dense_above": lambda: SparseMask(chosen(SECOND), dense_above=0.5),
-    "schedule": lambda: SparseMask(chosen(SECOND), schedule=PruningSchedule(start_step=2)),
-    "later": lambda: SparseMask(chosen(SECOND), schedule=PruningSchedule(start_step=7)),
+    "then bf16": lambda: SparseMask(chosen(), Cast("bf16")),
+    "then int8": lambda: SparseMask(chosen(), Int8()),
+    "dense_above": lambda: SparseMask(chosen(), dense_above=0.5),
+    "schedule": lambda: SparseMask(chosen(), schedule=PruningSchedule(start_step=2)),
+    "later": lambda: SparseMask(chosen(), schedule=PruningSchedule(start_step=7)),
 }
 
 
-def chosen(mask):
-    """A function that gives this mask: after a resume another one, so that masks chosen anew would show."""
-    return MaskFunction(lambda module: {"net.0.weight": mask})
+def chosen():
+    """A function that returns the mask that the model has: after a resume another one, so that a new choice shows."""
+    return MaskFunction(lambda module: {"net.0.weight": module.given})
 
 
 def strategy_of(kind, compression):
@@ -47,6 +49,7 @@ def strategy_of(kind, compression):
 
 def fit(kind, compression, ranks, rank, steps, **kwargs):
     module = Regression(network(torch.float32), lambda parameters: torch.optim.AdamW(parameters, lr=0.02))
+    module.given = SECOND if kwargs.get("ckpt_path") else FIRST
     save = kwargs.pop("save", None)
     if save:
         kwargs |= {
@@ -79,15 +82,15 @@ def _again(rank, kind, folder, first, second, damaged=False, change=None):
 
 
 def first_mask():
-    return SparseMask(chosen(FIRST))
+    return SparseMask(chosen())
 
 
 def first_int8():
-    return SparseMask(chosen(FIRST), Int8())
+    return SparseMask(chosen(), Int8())
 
 
 def second_int8():
-    return SparseMask(chosen(SECOND), Int8())
+    return SparseMask(chosen(), Int8())
 
 
 GRID = [(kind, first, other) for other in SAME for kind in ("ddp", "local") for first in (first_mask, first_int8)]
@@ -230,6 +233,44 @@ def test_a_pruned_model_does_not_become_dense_without_a_word(of_two, kind, secon
     assert answers[1][4] == []
 
 
+def given(owner, module):
+    return {"net.0.weight": module.given}
+
+
+def _with_owners(rank, kind, folder, then, second_owner, files):
+    """Resume with a setting that names something of its own on each rank, though rank 0 alone calls the function."""
+
+    def mask(owner):
+        return SparseMask(MaskFunction(partial(given, owner)), then)
+
+    fit(kind, mask(f"rank {rank}"), 2, rank, 8, save=folder)
+    torch.distributed.barrier()
+    path = Path(folder) / "step=6.ckpt"
+    if files == "gone on one rank" and rank == 1:
+        shutil.rmtree(f"{path}.ranks", ignore_errors=True)
+    torch.distributed.barrier()
+    owner = second_owner.format(rank=rank)
+    after, final, said = fit(kind, mask(owner), 2, rank, 12, ckpt_path=str(path))
+    return torch.equal(after, FIRST), torch.equal(after, SECOND), final, said
+
+
+OWNERS = {"each its own": "rank {rank}", "rank 0 its own": "rank 0", "rank 1 its own": "rank 1"}
+WITH_OWNERS = [  # rank files or none; alike on rank 0, on rank 1, or on both
+    *((kind, then, owners, "there") for kind in ("ddp", "local") for then in (None, "int8") for owners in OWNERS),
+    *((kind, "int8", "each its own", "gone on one rank") for kind in ("ddp", "local")),
+]
+
+
+@pytest.mark.parametrize(("kind", "then", "owners", "files"), WITH_OWNERS)
+def test_rank_0_tells_all_ranks_whether_masks_are_kept(of_two, kind, then, owners, files):
+    answers = of_two[kind, then, owners, files]
+    kept = owners != "rank 1 its own"
+    assert [answer[:2] for answer in answers] == [(kept, not kept)] * 2
+    assert all((a == b).all() for a, b in zip(answers[1][2], answers[0][2], strict=True))
+    assert bool(answers[0][3]) == (not kept or files != "there")
+    assert answers[1][3] == []
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("masks")
@@ -250,6 +291,9 @@ def of_two(request, folder):
     cases = {
         (kind, *name): (_again, kind, str(folder / f"{kind} {name}"), *how) for (kind, *name), how in again.items()
     }
+    for number, case in enumerate(WITH_OWNERS):
+        kind, then, owners, files = case
+        cases[case] = (_with_owners, kind, str(folder / f"owners {number}"), then, OWNERS[owners], files)
     written = {(kind, "written"): (_write, kind, str(folder / kind)) for kind in ("ddp", "local")}
     return SharedRanks({**cases, **written}, world_size=2)
 

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.processes import launch
 from support.shared_ranks import SharedRanks
-from support.training import Regression, Stop, loader, own_file, sample, trainer, weights
+from support.training import Regression, Stop, loader, own_file, sample, sums_of, trainer, weights
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
@@ -132,25 +132,29 @@ class Stepwise(Regression):
 
 def _resumed(rank, compression, path, other=None):
     whole = Stepwise()
-    trainer(compressed(compression), 2).fit(whole, data(10, rank))
+    unstopped = trainer(compressed(compression), 2, callbacks=[Stop(5, f"{path}, unstopped", goes_on=True)])
+    unstopped.fit(whole, data(10, rank))
     runner = trainer(compressed(compression), 2, callbacks=[Stop(5, path)])
     runner.fit(Stepwise(), data(10, rank))
     model = Stepwise()
     runner = trainer(compressed(other or compression), 2)
     with pytest.warns(UserWarning, match="cannot bring back") if other and rank == 0 else nullcontext():
         runner.fit(model, data(10, rank), ckpt_path=path)
-    return weights(whole), weights(model), runner.global_step
+    sums = [sums_of(each.strategy.ledger) for each in (unstopped, runner)]
+    return weights(whole), weights(model), runner.global_step, sums
 
 
 @pytest.mark.parametrize("compression", METHODS, ids=repr)
 def test_a_resumed_run_ends_bit_for_bit_as_the_one_that_was_never_stopped(runs, compression):
-    for whole, resumed, steps in runs["resumed", repr(compression)]:
+    for whole, resumed, steps, (expected, sums) in runs["resumed", repr(compression)]:
         assert steps == 10
+        assert sums == expected
+        assert sums["gradients"][0] > 0
         assert all((a == b).all() for a, b in zip(whole, resumed, strict=True))
 
 
 def test_what_another_method_kept_is_not_taken_up_and_that_is_said(runs):
-    for _, resumed, steps in runs["from another method"]:
+    for _, resumed, steps, _ in runs["from another method"]:
         assert steps == 10
         assert all(torch.isfinite(torch.from_numpy(each)).all() for each in resumed)
 
