@@ -50,12 +50,11 @@ class LocalUpdateRun:
         module: The model.
         optimizers: Returns the optimizers of the strategy.
         settings: What the user chose.
-        recorder: Sends and records.
+        recorder: Sends and records, to the members of the rounds.
         agreement: The agreement of ranks on stops.
         ends: Compares where ranks end their epochs.
         leave_gradient_phase: Takes the DDP wrapper off the model.
         samples: The weight of this rank in averages.
-        background: Sends and records averages while training goes on.
 
     Attributes:
         rounds: The engine.
@@ -82,7 +81,6 @@ class LocalUpdateRun:
         ends: EpochEnds,
         leave_gradient_phase: Callable[[], None],
         samples: SampleWeights,
-        background: Recorder | None = None,
     ) -> None:
         self.trainer = trainer
         self.module = module
@@ -98,7 +96,7 @@ class LocalUpdateRun:
         self.steps = StepCounter(device_clock)
         self._training = LightningTraining(trainer, module, optimizers, settings, self.clock, self.steps)
         tensors = _tensors_of(module, settings, self._training)
-        self.model = ModelAverage(tensors, recorder, settings.averaging, background)
+        self.model = ModelAverage(tensors, recorder, settings.averaging)
         overlap_steps = settings.averaging.overlap_steps
         self.overlapped = OverlappedAverage(
             tensors.all_parameters, overlap_steps, agreement, device_clock, self.log.add, rank_zero_info
