@@ -22,6 +22,7 @@ INTERNALS = (
     Internal(_EPOCH_LOOP, "batch_progress", "the same for the batches of that epoch"),
     Internal(_EPOCH_LOOP, "on_advance_end", "the last place before a rank leaves the loop on its own `should_stop`"),
     Internal(_EPOCH_LOOP, "_num_ready_batches_reached", "whether a batch is the last of its epoch, with every limit"),
+    Internal(_EPOCH_LOOP, "_is_training_done", "whether an epoch ends with a batch, also by `max_steps`"),
     Internal(_EPOCH_LOOP, "max_steps", "a pilot ends a run early, whose schedule must stay that of the whole run"),
     Internal(_FIT_LOOP, "on_advance_start", "the same at the start of an epoch"),
     Internal(_FIT_LOOP, "on_advance_end", "the same at the end of an epoch"),
@@ -45,6 +46,11 @@ def accumulates(trainer: Trainer) -> bool:
 def is_last_batch(trainer: Trainer) -> bool:
     """Return whether the present training batch is the last one of its epoch, whatever limits that."""
     return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
+
+
+def ends_training(trainer: Trainer) -> bool:
+    """Return whether no batch follows the present one in its epoch: its last one, or the last step of the run."""
+    return bool(trainer.fit_loop.epoch_loop._is_training_done)
 
 
 def batches_begun(trainer: Trainer) -> int:

@@ -71,6 +71,14 @@ class DepartedAverage:
         self._scale = scale
         self._moderate = moderate
 
+    def begin_flight(self) -> None:
+        """Keep the members as they are, since this belongs to the ranks that have sent it, until it has landed."""
+        self._recorder.members.begin_flight()
+
+    def end_flight(self) -> None:
+        """Note that it has landed."""
+        self._recorder.members.end_flight()
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""

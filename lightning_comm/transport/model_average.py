@@ -30,9 +30,9 @@ class ModelAverage:
 
     Args:
         tensors: Which tensors of the model are averaged.
-        recorder: Sends and records, to the members.
+        recorder: Sends and records, to the members. Where these have a process group for it, a background thread sends
+            the parameters of averages that depart.
         averaging: How averages are carried out.
-        background: Sends parameters while training goes on, on a process group of its own with the same members.
 
     Note:
         *On CUDA* the host reads no value here, so it does not wait for the device, unless :meth:`ModelTensors.look` has
@@ -59,7 +59,6 @@ class ModelAverage:
         tensors: ModelTensors,
         recorder: Recorder,
         averaging: Averaging,
-        background: Recorder | None = None,
     ) -> None:
         device = next((tensor.device for tensor in tensors.all_parameters().values()), torch.device("cpu"))
         method = averaging.method
@@ -68,10 +67,13 @@ class ModelAverage:
         self._method = method
         self._bucket_bytes = averaging.bucket_bytes_under(backend_of(device))
         self._full = FullAverage(recorder, self._bucket_bytes)
-        self._background = background
+        self._background: Recorder | None = None
         self._compressed: CompressedAverage | None = None
         if method is not None:
-            self._compressed = CompressedAverage(background or recorder, method, self._bucket_bytes, tensors.references)
+            if averaging.overlap_steps and recorder.members.background is not None:
+                self._background = Recorder(recorder.ledger, recorder.members, background=True)
+            sender = self._background or recorder
+            self._compressed = CompressedAverage(sender, method, self._bucket_bytes, tensors.references)
 
     @property
     def compresses(self) -> bool:

@@ -59,7 +59,7 @@ class OverlappedAverage:
 
     It departs with the parameters as they are at the end of a round, and lands after a number of steps that is fixed
     when the next round begins. So what a run computes does not depend on how fast the network is. This object owns the
-    thread, and all waits for it go through :meth:`wait`.
+    thread, and all waits for it go through :meth:`wait`. Until it lands, the members cannot change.
 
     Args:
         parameters: Returns the parameters by name, which the average moves when it lands.
@@ -123,6 +123,7 @@ class OverlappedAverage:
         self.land()  # still in flight only where a resumed run has shorter rounds
         started = self._clock.mark()
         departed = note()
+        departed.begin_flight()
         self._thread = self._streams.start(departed.travel, departed.device)
         self._departed, self._round = departed, ended
         self._stood_still = [(started, self._clock.mark())]
@@ -158,6 +159,7 @@ class OverlappedAverage:
         with self._failures.first_error_shown():
             self._departed.correct_(self._parameters())
         self._stood_still.append((started, self._clock.mark()))
+        self._departed.end_flight()
         drift = self._departed.drift.read()
         ended = self._measured(self._round)
         self._departed = self._round = None
@@ -202,6 +204,7 @@ class OverlappedAverage:
     def load_state_dict(self, state: dict[str, Any] | None, departed: DepartedAverage | None) -> None:
         """Restore the round and its average in flight; does nothing where either is missing."""
         if state is not None and departed is not None and departed.corrections:
+            departed.begin_flight()
             self._round, self._departed = EndedRound(**state), departed
 
     def _join(self) -> None:

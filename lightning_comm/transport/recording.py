@@ -115,6 +115,8 @@ class Recorder:
         ledger: Where the records go.
         group: The ranks that take part: a process group, or members that others ask as well; ``None`` for all ranks of
             the default group.
+        background: Whether messages are sent by a background thread, and so by the members' group for it. Then both
+            of what follows holds.
         beside_compute: Whether compute goes on between the start of a message and the wait for it. That time is
             recorded as hidden. On CUDA, where its arrival is not seen, a message lasts until the wait for it ends.
         hold: Whether records are kept back until :meth:`write_held`, because a background thread sends the messages,
@@ -133,14 +135,21 @@ class Recorder:
         ledger: CommLedger,
         group: dist.ProcessGroup | Members | None = None,
         *,
+        background: bool = False,
         beside_compute: bool = False,
         hold: bool = False,
     ) -> None:
         self.ledger = ledger
         self.step = 0  # optimizer steps done; the owner of the recorder keeps this up to date
         self.members = group if isinstance(group, Members) else Members(group)
-        self._beside_compute = beside_compute
-        self._hold = hold
+        if background and self.members.background is None:
+            raise ValueError(
+                "Recorder: `background` needs members with a process group for a background thread, whose messages "
+                "would mix with the others; got none. Make them by `Members(group, another_group(timeout))`."
+            )
+        self._background = background
+        self._beside_compute = beside_compute or background
+        self._hold = hold or background
         self._held: deque[tuple[CommRecord, tuple[Any, Any, Any] | None]] = (
             deque()
         )  # one thread may add while another writes down
@@ -157,7 +166,7 @@ class Recorder:
 
     @property
     def _group(self) -> dist.ProcessGroup | None:
-        return self.members.group
+        return self.members.background if self._background else self.members.group
 
     def all_reduce(self, tensor: Tensor, purpose: str, op: Any = dist.ReduceOp.SUM) -> Pending:
         """Start summing ``tensor`` over the ranks, or reducing it otherwise, in place."""
@@ -165,7 +174,7 @@ class Recorder:
         return self._issue("all_reduce", purpose, tensor, lambda: dist.all_reduce(tensor, op, group, async_op=True))
 
     def all_to_all(self, rows: Tensor, purpose: str) -> tuple[Tensor, Pending]:
-        """Start sending row ``i`` to rank ``i``; row ``i`` of the result is what rank ``i`` sent here."""
+        """Start sending row ``i`` to the member at place ``i``; row ``i`` of the result is what that one sent here."""
         arrived, group = torch.empty_like(rows), self._group
 
         def start() -> dist.Work | None:
@@ -216,7 +225,7 @@ class Recorder:
 
         Args:
             memory: What to send; keep it, and the result, until the result has been waited for.
-            target: The rank.
+            target: The place of the receiver among the members.
             purpose: What it is for, one of ``PURPOSES``.
             payload_bytes: How much of the memory is payload; the rest is recorded as ``"control"``.
             tag: Identifies the message, on backends that support tags; messages are received in the order of sending.
@@ -224,22 +233,22 @@ class Recorder:
 
         """
         with counted_elsewhere():
-            work = dist.isend(memory, target, self._group, tag)
-        assert work is not None  # `None` is for ranks outside the group, and the group is all ranks
+            work = dist.isend(memory, self.members.ranks[target], self._group, tag)
+        assert work is not None  # `None` is for ranks outside the group, and this one is a member
         self._write("send", purpose, payload_bytes, time.monotonic(), 0.0, step=step)
         if control_bytes := memory.numel() * memory.element_size() - payload_bytes:
             self._write("send", "control", control_bytes, time.monotonic(), 0.0, step=step)
         return work
 
     def receive(self, memory: Tensor, source: int, *, tag: int) -> dist.Work:
-        """Start receiving from one rank; its bytes are counted there."""
+        """Start receiving from the member at place ``source``; its bytes are counted there."""
         with counted_elsewhere():
-            work = dist.irecv(memory, source, self._group, tag)
+            work = dist.irecv(memory, self.members.ranks[source], self._group, tag)
         assert work is not None
         return work
 
     def wait_for(self, work: dist.Work, source: int) -> None:
-        """Wait for a message of one rank.
+        """Wait for a message of the member at place ``source``.
 
         Raises:
             LostConnectionError: If it does not arrive; the error names the rank.
@@ -249,8 +258,8 @@ class Recorder:
             work.wait()
         except RuntimeError as error:
             raise LostConnectionError(
-                f"The connection to rank {source} is lost, or nothing came from it within `timeout`, which need not be "
-                f"its own fault. ({error})"
+                f"The connection to rank {self.members.ranks[source]} is lost, or nothing came from it within "
+                f"`timeout`, which need not be its own fault. ({error})"
             ) from error
 
     def waited(self, purpose: str, since_s: float) -> None:
@@ -275,7 +284,7 @@ class Recorder:
 
         with counted_elsewhere():
             work = start()
-        assert work is not None  # `None` is for ranks outside the group, and the group is all ranks
+        assert work is not None  # `None` is for ranks outside the group, and this one is a member
         if self._beside_compute and not tensor.is_cuda:
             work.get_future().add_done_callback(lambda _: arrived.append(time.monotonic()))
         pending = Pending(work, written)

@@ -21,7 +21,7 @@ with new positions, or the retraction, and the rank obeys the decision. No rank 
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Literal, TypeVar
@@ -37,6 +37,7 @@ from lightning_comm.transport.store_failures import Failures, StoreFailures
 
 _T = TypeVar("_T")
 Kind = Literal["stop", "terminate", "requeue", "checkpoint", "validate"]
+AFTER_A_BATCH: tuple[Kind, ...] = ("checkpoint", "validate")  # done right after a batch, and nowhere else
 
 _MOVING = "moving"  # in place of a position: that rank trains on
 _SHARE, _LONGEST_S = 0.01, 4.0  # share of the time that looks into the store may take; longest pause between looks
@@ -173,8 +174,14 @@ class Agreement:
             self._guarded(lambda: self._negotiate(position, state))
         return self.decision
 
-    def poll_while_blocked(self, position: Position) -> Decision | None:
-        """Like :meth:`poll`, for a rank that waits for the others in a synchronisation and so cannot move anyway."""
+    def poll_while_blocked(self, position: Position, *, cannot: Collection[Kind] = ()) -> Decision | None:
+        """Like :meth:`poll`, for a rank that waits for the others in a synchronisation and so cannot move anyway.
+
+        Args:
+            position: Where this rank is.
+            cannot: What it could not do there, and so does not agree to.
+
+        """
         if self.decision is not None:
             return self.decision
         if self._peers is not None:
@@ -184,7 +191,9 @@ class Agreement:
             return None
         self._next_poll_s = now + self._poll_interval_s / 4
         state = self._guarded(self._open_state)
-        if state is not None:  # no patience is needed here: this rank stands still, so its position holds
+        if (
+            state is not None and _kind_of(state) not in cannot
+        ):  # no patience is needed here: this rank stands still, so its position holds
             self._guarded(lambda: self._publish(position))
             self._guarded(lambda: self._try_to_decide(state))
         return self.decision
@@ -314,6 +323,10 @@ class Agreement:
             if self._peers is not None:
                 self._peers.raise_failure()
             raise PeerFailure(self._failures.who_failed(error)) from error
+
+
+def _kind_of(state: str) -> str:
+    return state.split("|", 3)[2]
 
 
 def _stride(step_time_s: float, within_s: float) -> int:

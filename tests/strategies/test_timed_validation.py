@@ -12,6 +12,7 @@ from support.training import Regression, loader, local_update, sample, trainer, 
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_comm import Averaging, CompressedDDPStrategy, FixedPeriod
+from lightning_comm.transport import stop_protocol
 
 STRATEGIES = {
     "cyclic": cyclic,
@@ -107,3 +108,94 @@ def test_a_checkpoint_by_the_clock_is_saved_once_though_both_ranks_ask_for_it(tm
     assert steps == others
     assert len(steps) >= 2
     assert (np.diff(times) >= 0.12).all()
+
+
+# ---- at the last step ------------------------------------------------------------------------------------------------
+
+LAST = 3  # steps; rank 0 asks after the one before
+ENDINGS = {
+    "validation, max_steps": {"max_steps": LAST, "max_epochs": -1},
+    "checkpoint, max_steps": {"max_steps": LAST, "max_epochs": -1},
+    "validation, the module's own": {"max_epochs": 1},
+}
+AN_HOUR = timedelta(hours=1)
+# ranks in step, which agree by their messages: steps, and in which batch rank 0 finds the time up, for the last of them
+IN_STEP = {"cyclic": (5, 1), "compressed": (LAST, LAST - 1)}
+
+
+class AsksLate(Regression):
+    """Rank 0 finds the time up after the last step but one; rank 1 looks for that after the last, and waits for rank 0.
+
+    Rank 0 takes its steps for fast ones and would pause for the others much later, rank 1 its own for slow ones.
+    """
+
+    def __init__(self, rank, save=None, stops=False, asks_in=LAST - 2, waits=True):
+        super().__init__(deep(6))
+        self.rank, self.save, self.stops, self.asks_in, self.validated = rank, save, stops, asks_in, []
+        self.waits = waits
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if self.stops and batch_idx == LAST else None
+
+    def training_step(self, batch, batch_idx):
+        if self.rank == 0 and batch_idx == self.asks_in:
+            if self.save is None:
+                self.trainer._last_val_time = float("-inf")
+            else:
+                self.save._last_time_checked = float("-inf")
+        return super().training_step(batch, batch_idx)
+
+    def on_before_optimizer_step(self, optimizer):  # behind the messages of this step
+        if not self.waits:
+            return
+        agreement = self.trainer.strategy._run.agreement
+        agreement._poll_interval_s, agreement._patience_s = 0.01, 0.3
+        if self.rank == 1 and self.trainer.global_step == LAST - 1:
+            while not agreement._store.check([agreement._key("news", shared=True)]):
+                time.sleep(0.001)
+            agreement._next_poll_s = 0.0
+
+    def on_validation_start(self):
+        self.validated.append(self.trainer.global_step)
+
+
+def _asked_before_the_last(rank, world_size, folder):
+    stop_protocol._stride = lambda step_time_s, within_s: 1024 if rank == 0 else 1
+    answers = {}
+    for name, options in ENDINGS.items():
+        kind, _, ending = name.partition(", ")
+        save = None
+        if kind == "checkpoint":
+            save = ModelCheckpoint(folder, train_time_interval=AN_HOUR, save_top_k=-1)
+        saves = Saves()
+        runner = trainer(
+            local_update(FixedPeriod(4), gradient_steps=1000),
+            world_size,
+            limit_val_batches=1,
+            num_sanity_val_steps=0,
+            val_check_interval=AN_HOUR,
+            callbacks=[saves, *([save] if save else [])],
+            enable_checkpointing=save is not None,
+            **options,
+        )
+        module = AsksLate(rank, save, ending != "max_steps")
+        runner.fit(module, DataLoader(Endless(rank), 4), loader(1, 90 + rank))
+        answers[name] = runner.global_step, module.validated, [step for step, _ in saves.at]
+    for name, (steps, asks_in) in IN_STEP.items():
+        module = AsksLate(rank, asks_in=asks_in, waits=False)
+        options = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+        runner = trainer(STRATEGIES[name](), world_size, val_check_interval=AN_HOUR, **options)
+        runner.fit(module, DataLoader(Endless(rank), 4), loader(1, 90 + rank))
+        answers[name] = runner.global_step, module.validated, []
+    return answers
+
+
+def test_what_is_asked_for_before_the_last_step_is_done_there_on_all_ranks_or_on_none(tmp_path):
+    for answers in launch(_asked_before_the_last, 2, str(tmp_path), world_size=2):
+        assert answers == {
+            "validation, max_steps": (LAST, [LAST], []),
+            "checkpoint, max_steps": (LAST, [], [LAST]),
+            "validation, the module's own": (LAST, [], []),
+            "cyclic": (5, [5], []),
+            "compressed": (LAST, [LAST], []),
+        }

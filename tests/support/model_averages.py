@@ -16,6 +16,7 @@ from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.compressed_average import CompressedAverage
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.departed_average import DepartedAverage
+from lightning_comm.transport.members import Members
 from lightning_comm.transport.model_average import ModelAverage
 from lightning_comm.transport.overlapped_average import EndedRound, OverlappedAverage
 from lightning_comm.transport.recording import Recorder
@@ -59,11 +60,11 @@ class Model:
         averaging: Averaging | None = None,
         buffers: Any = "average",
         weight_averages: Any = dict,
-        background: Recorder | None = None,
+        background: Any = None,
         ledger: CommLedger | None = None,
     ) -> None:
         self.ledger = CommLedger() if ledger is None else ledger
-        self.recorder = Recorder(self.ledger)
+        self.recorder = Recorder(self.ledger, Members(background=background))
         averaging = averaging or Averaging()
         self.tensors = ModelTensors(
             module,
@@ -71,7 +72,7 @@ class Model:
             weight_averages=weight_averages,
             differences=averaging.differences,
         )
-        self.average = ModelAverage(self.tensors, self.recorder, averaging, background)
+        self.average = ModelAverage(self.tensors, self.recorder, averaging)
         self.overlapped = overlapped_average(self.tensors.all_parameters)
         self.temporary = TemporaryAverage(self.average, self.overlapped)
 

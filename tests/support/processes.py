@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -25,18 +26,23 @@ if hasattr(dist.distributed_c10d.Backend, "_ensure_backend_registered"):
     )
     dist.distributed_c10d.Backend._ensure_backend_registered("gloo")  # here, so that forked ranks have it
 
+# Launches start side by side in threads, which share one walk through the ports. Held while ranks are forked, so that
+# none of them inherits it from a thread that it does not have.
+_CHOOSING = threading.Lock()
+os.register_at_fork(before=_CHOOSING.acquire, after_in_parent=_CHOOSING.release, after_in_child=_CHOOSING.release)
 _PORTS = range(10_000, 20_000)  # below those that the kernel gives away, to whoever connects in the meantime
 
 
 def free_port() -> int:
     """Find a port that nobody else finds: each worker of pytest-xdist has ports of its own, and uses them in turn."""
-    for port in islice(_own_ports(os.getpid()), 1000):
-        with socket.socket() as sock:
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
+    with _CHOOSING:
+        for port in islice(_own_ports(os.getpid()), 1000):
+            with socket.socket() as sock:
+                try:
+                    sock.bind(("127.0.0.1", port))
+                except OSError:
+                    continue
+            return port
     raise OSError(f"free_port: not one of 1,000 ports of 127.0.0.1 in {_PORTS} could be had")
 
 

@@ -9,10 +9,9 @@ from support.model_averages import NO_ROUND, Model
 from support.odd_parameters import OddParameters, entries
 
 from lightning_comm import Cast, Int8, PowerSGD, TopK
-from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.share import Share
 from lightning_comm.transport.averaging import Averaging
-from lightning_comm.transport.recording import Recorder, another_group
+from lightning_comm.transport.recording import another_group
 
 COUNTS = [3, 1, 2]
 STEPS = 3
@@ -34,8 +33,7 @@ def train(module, rank, step):
 
 def averages_of(module, compression, overlap, groups):
     averaging = Averaging(64 / 2**20, compression, overlap_steps=int(overlap))
-    background = Recorder(CommLedger(), groups.pop(), beside_compute=True, hold=True) if overlap else None
-    return Model(module, averaging, background=background)
+    return Model(module, averaging, background=groups.pop() if overlap else None)
 
 
 def _rounds(rank, world_size, compression, overlap, weighted, groups):

@@ -267,7 +267,7 @@ def test_equal_weights_are_what_no_weights_are_to_the_bit(compression, world_siz
 def _model(rank, weights, overlap):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
-    background = Recorder(CommLedger(), another_group(timedelta(seconds=30)), beside_compute=True, hold=True)
+    background = another_group(timedelta(seconds=30))
     averaging = Averaging(bucket_mib=40 / 2**20, overlap_steps=int(overlap))
     shadow = nn.Linear(2, 2).double()
     averages = Model(

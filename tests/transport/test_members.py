@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from support.model_averages import Background
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.share import Share
@@ -50,16 +51,22 @@ def test_shares_fill_the_line_in_the_order_of_the_members(run_ranks):
 
 def _change(rank):
     """One object holds the members: recorder, averages and codec follow it from one round to the next."""
-    groups = [dist.new_group([0, 1]), dist.new_group([1, 2])]
+    ranks = [[0, 1, 2], [0, 1], [1, 2], [0, 1, 2]]
+    groups = [None if len(each) == 3 else dist.new_group(each) for each in ranks]
+    behind = [dist.new_group(each) for each in ranks]
     ledger = CommLedger()
-    members = Members()
+    members = Members(background=behind[0])
     recorder = Recorder(ledger, members)
     full, compressed = FullAverage(recorder, 8), CompressedAverage(recorder, TopK(1.0), 8)
+    background = Background(Recorder(ledger, members, background=True), TopK(1.0), 8)
     history = []
-    for group in (None, groups[0], groups[1], None):
-        if group is not None and rank not in dist.get_process_group_ranks(group):
+    for group, second, each in zip(groups, behind, ranks, strict=True):
+        if rank not in each:
             continue
-        members.change(group)
+        members.change(group, second)
+        with pytest.raises(ValueError, match=r"Members: `background` must be a second.*got None.*Make one") as caught:
+            members.change(group)
+        assert str(each) in str(caught.value)
         members.begin_round()
         with pytest.raises(RuntimeError, match=r"Members: `group`.*two rounds alone.*within a round") as caught:
             members.change(None)
@@ -75,7 +82,19 @@ def _change(rank):
         recorder.broadcast(source, "parameters").wait()
         sent = ledger.records[-1].wire_bytes
         members.end_round()
-        history.append((members.ranks, row.tolist(), start["a"].tolist(), source.tolist(), sent))
+        begun = {"a": torch.zeros(5)}
+        background.references.restart(begun)
+        begun["a"] += 3.0 * rank
+        background.depart(begun)
+        with pytest.raises(RuntimeError, match=r"Members: `group`.*in flight.*Let it land first.*land\(\)") as caught:
+            members.change(None, behind[0])
+        assert str(each) in str(caught.value)
+        background.land_(begun)
+        history.append((members.ranks, row.tolist(), start["a"].tolist(), begun["a"].tolist(), source.tolist(), sent))
+    with pytest.raises(ValueError, match=r"Members: `background` must have the ranks.*\[0, 1, 2\].*Make both"):
+        Members(None, behind[2 if rank else 1])
+    with pytest.raises(ValueError, match=r"Recorder: `background`.*got none.*another_group"):
+        Recorder(ledger, Members(), background=True)
     return history
 
 
@@ -85,10 +104,11 @@ def test_a_change_between_two_rounds_reaches_all_that_average_and_within_one_it_
     rounds[1] = [(0, 1, 2), (0, 1), (1, 2), (0, 1, 2)]
     for rank, history in enumerate(answers):
         assert [ranks for ranks, *_ in history] == rounds[rank]
-        for ranks, in_full, differences, first, _ in history:
+        for ranks, in_full, differences, in_background, first, _ in history:
             mean = 3.0 * sum(ranks) / len(ranks)
             assert in_full == [mean] * 5
             assert differences == pytest.approx([mean] * 5)
+            assert in_background == pytest.approx([mean] * 5)
             assert first == [float(ranks[0])] * 2
     # ring shares of a message depend on the number of members
     assert len({sent for history in answers for *_, sent in history}) == 2

@@ -3,7 +3,7 @@
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_comm.lightning_internals import number_of_logged_metrics
+from lightning_comm.lightning_internals import ends_training, number_of_logged_metrics
 from lightning_comm.strategies.common.checks import warn_of_per_step_sync
 from lightning_comm.strategies.common.hooks import FitHooks
 from lightning_comm.strategies.common.interruptions import Interruptions
@@ -42,8 +42,8 @@ class LocalUpdateHooks:
             warn_of_per_step_sync(self._trainer, WHERE)
         rounds = self._run.rounds.done
         self._run.end_batch()
-        if self._run.active and self._trainer.is_last_batch:
-            self._run.end_epoch()  # here, since it ends with a validation
+        if self._run.active and ends_training(self._trainer):
+            self._run.end_epoch(in_batch=True)  # here, since it ends with a validation
         if self._unregistered is not None and (self._run.rounds.done > rounds or self._unregistered.is_new):
             self._unregistered.look()
 

@@ -4,7 +4,7 @@ Knows neither Lightning nor DDP: what it needs of the training loop is in :class
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.model_average import ModelAverage
 from lightning_comm.transport.overlapped_average import OverlappedAverage
 from lightning_comm.transport.recording import Pending, Recorder
-from lightning_comm.transport.stop_protocol import Agreement, PeerFailure, Position
+from lightning_comm.transport.stop_protocol import Agreement, Kind, PeerFailure, Position
 
 _LOOK_S = 0.0002  # how often a waiting rank looks whether the others have arrived
 
@@ -181,9 +181,14 @@ class Meeting:
         self._model.agree_on_moved()
         return self._samples.exchange(self._recorder, self._device, self._wait)
 
-    def answer(self) -> bool:
-        """Answer requests while this rank waits, and learn of failures; return whether each rank stops where it is."""
-        decision = self._agreement.poll_while_blocked(self._training.position)
+    def answer(self, cannot: Collection[Kind] = ()) -> bool:
+        """Answer requests while this rank waits, and learn of failures; return whether each rank stops where it is.
+
+        Args:
+            cannot: What this rank could not do where it waits, and so does not agree to.
+
+        """
+        decision = self._agreement.poll_while_blocked(self._training.position, cannot=cannot)
         return decision is not None and decision.at_step is None
 
     def poll_failures(self) -> bool:

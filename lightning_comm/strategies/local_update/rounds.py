@@ -1,8 +1,8 @@
 """The engine of rounds: opens them, ends them when they are over, and averages what ranks have trained apart.
 
 Knows neither Lightning, nor DDP, nor the default process group. It is given what to average (`ModelAverage`), over
-which ranks (`Members`, which change only between two rounds), the weight of each (`SampleWeights`) and the training
-loop (`Training`).
+which ranks (`Members`, which change only between two rounds, and not while an average is in flight), the weight of each
+(`SampleWeights`) and the training loop (`Training`).
 
 Order of messages, on every rank alike:
 

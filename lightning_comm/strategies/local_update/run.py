@@ -8,6 +8,7 @@ Longer than other files, since all parts of a run are put together here.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from lightning_comm.contract import RoundInForce
 from lightning_comm.core.local_update.clock import RoundClock
 from lightning_comm.core.local_update.periods import PeriodRule
+from lightning_comm.lightning_internals import ends_training
 from lightning_comm.ondevice.device_clock import DeviceClock
 from lightning_comm.ondevice.model_tensors import ModelTensors
 from lightning_comm.ondevice.random_state import random_state
@@ -39,7 +41,7 @@ from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.model_average import ModelAverage
 from lightning_comm.transport.overlapped_average import OverlappedAverage
 from lightning_comm.transport.recording import Recorder
-from lightning_comm.transport.stop_protocol import Agreement, Decision, Kind
+from lightning_comm.transport.stop_protocol import AFTER_A_BATCH, Agreement, Decision, Kind
 
 
 class LocalUpdateRun:
@@ -50,12 +52,11 @@ class LocalUpdateRun:
         module: The model.
         optimizers: Returns the optimizers of the strategy.
         settings: What the user chose.
-        recorder: Sends and records.
+        recorder: Sends and records, to the members of the rounds.
         agreement: The agreement of ranks on stops.
         ends: Compares where ranks end their epochs.
         leave_gradient_phase: Takes the DDP wrapper off the model.
         samples: The weight of this rank in averages.
-        background: Sends and records averages while training goes on.
 
     Attributes:
         rounds: The engine.
@@ -82,7 +83,6 @@ class LocalUpdateRun:
         ends: EpochEnds,
         leave_gradient_phase: Callable[[], None],
         samples: SampleWeights,
-        background: Recorder | None = None,
     ) -> None:
         self.trainer = trainer
         self.module = module
@@ -98,7 +98,7 @@ class LocalUpdateRun:
         self.steps = StepCounter(device_clock)
         self._training = LightningTraining(trainer, module, optimizers, settings, self.clock, self.steps)
         tensors = _tensors_of(module, settings, self._training)
-        self.model = ModelAverage(tensors, recorder, settings.averaging, background)
+        self.model = ModelAverage(tensors, recorder, settings.averaging)
         overlap_steps = settings.averaging.overlap_steps
         self.overlapped = OverlappedAverage(
             tensors.all_parameters, overlap_steps, agreement, device_clock, self.log.add, rank_zero_info
@@ -217,7 +217,7 @@ class LocalUpdateRun:
         self.mid_round.leave_checkpoint()
         steps = self.steps.take()
         self.samples.end_batch(in_round=not self.in_gradient_phase)
-        if self.trainer.is_last_batch:
+        if ends_training(self.trainer):
             self._note_end(steps)  # before messages of this step, which a rank that has ended sooner would not answer
         if steps == 0:
             return
@@ -237,18 +237,30 @@ class LocalUpdateRun:
         self._carry_out_if_due(self.agreement.poll(self._training.position, force=self.rounds.stopped_apart))
         self.steps.begin()
 
-    def end_epoch(self) -> None:
-        """Wait until all ranks have ended the epoch alike, where that was not certain; may be called twice."""
+    def end_epoch(self, *, in_batch: bool = False) -> None:
+        """Wait until all ranks have ended the epoch alike, where that was not certain; may be called twice.
+
+        Args:
+            in_batch: Whether its last batch is not over: then a validation or a checkpoint may still be agreed on for
+                it. Once it is, a slower rank would do that right after its last batch, and this one has gone past it.
+
+        """
         if not self.ends.needed:
             return
         self._note_end(self.steps.count)
         with self.agreement.first_error_shown():
-            self.ends.wait(self._meeting.answer)
+            self.ends.wait(partial(self._meeting.answer, () if in_batch else AFTER_A_BATCH))
+        if (
+            in_batch and not self.rounds.stopped_apart
+        ):  # all ranks are here, after the same step, and have posted what they ask for
+            self.agreement.poll(self._training.position, force=True)
         self.agreement.move_on()
         self._carry_out_if_due(self.agreement.decision)
 
     def _note_end(self, steps: int) -> None:
         if not self.rounds.stopped_apart:  # else they have agreed to stop at different steps
+            if self.ends.needed:
+                self.agreement.post()  # before the place, so that others find the request once all are there
             self.ends.end_epoch(self.trainer.current_epoch, self.clock.steps_done + steps)
 
     def compare_places(self, purpose: str) -> None:
@@ -281,7 +293,7 @@ class LocalUpdateRun:
             if not rounds.stopped_apart:
                 self._meeting.meet(stops_apart=True)
                 rounds.stop_apart()
-        elif decision.kind not in ("checkpoint", "validate") and rounds.apart and not self.in_gradient_phase:
+        elif decision.kind not in AFTER_A_BATCH and rounds.apart and not self.in_gradient_phase:
             rounds.synchronise(in_full=True)
         self.agreement.settled()
         self.on_decision(decision)

@@ -36,6 +36,7 @@ class SampleWeights:
         self.active = False
         self._batch = self._round = 0
         self._last: float | None = None  # the weight of this rank in the last synchronisation
+        self._ranks: tuple[int, ...] | None = None  # the members among whom it was; `None`: the present ones
 
     def begin(self) -> None:
         """Weight averages from now on."""
@@ -69,10 +70,13 @@ class SampleWeights:
         """Return the weight of this rank in a mean, from the status of all ranks; ``None`` if all weights are equal.
 
         Where no rank has trained since the last synchronisation, the weight is that of then, so that an average right
-        after a compressed one has the same mean; before the first one it is equal.
+        after a compressed one has the same mean; before the first one, and among other members than then, it is equal.
         """
         if not self.active:
             return None
+        if self._ranks not in (None, members.ranks):
+            self._last = None
+        self._ranks = members.ranks
         counts = [row.samples or 0.0 for row in rows]
         if sum(counts) > 0:
             return members.share(counts)

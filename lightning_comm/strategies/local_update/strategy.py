@@ -36,6 +36,7 @@ from lightning_comm.strategies.local_update.settings import Round, Settings
 from lightning_comm.transport.averaging import Averaging
 from lightning_comm.transport.backends import backend_of
 from lightning_comm.transport.group_ends import hang_up
+from lightning_comm.transport.members import Members
 from lightning_comm.transport.recording import Recorder, another_group
 
 
@@ -219,23 +220,20 @@ class LocalUpdateStrategy(DDPStrategy):
             refusals.add(set_up.problems_of_optimizers(trainer, self.optimizers, self.settings, self._resume))
         set_up.warn_of_gradients(module, self.settings, self.world_size)
         agreement = support.failures.agreement()
-        recorder, background = Recorder(self._ledger), None
         if self.settings.averaging.overlap_steps:
             support.meet_before_groups(super().barrier)
             with support.failures.first_error_shown("the set-up of a process group"):
                 self._group = another_group(self._timeout)
-            background = Recorder(self._ledger, self._group, beside_compute=True, hold=True)
         self._run = run = LocalUpdateRun(
             trainer,
             module,
             lambda: self.optimizers,
             self.settings,
-            recorder,
+            Recorder(self._ledger, Members(background=self._group)),
             agreement,
             support.failures.epoch_ends(agreement),
             self._unwrap_ddp,
             self._samples,
-            background,
         )
         support.collectives.compare_places = run.compare_places
         support.collectives.before = run.overlapped.make_way

@@ -2,7 +2,6 @@
 
 import ast
 import importlib.util
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -111,20 +110,17 @@ class Alone:
         self.warned.append(message)
 
 
-def engine(members, module, averaging, counts):
+def engine(members, module, averaging, counts, steps=STEPS):
     """Rounds of these members, as a plain loop makes them."""
-    recorder, background = Recorder(CommLedger(), members), None
-    if averaging.overlap_steps:
-        group = dist.new_group(list(members.ranks), timeout=timedelta(seconds=30), use_local_synchronization=True)
-        background = Recorder(recorder.ledger, group, beside_compute=True, hold=True)
-    clock, samples = RoundClock(FixedPeriod(PERIOD), STEPS), SampleWeights()
+    recorder = Recorder(CommLedger(), members)
+    clock, samples = RoundClock(FixedPeriod(PERIOD), steps), SampleWeights()
     device_clock = DeviceClock(torch.device("cpu"))
     if counts:
         samples.begin()
     tensors = ModelTensors(module, differences=averaging.differences)
     agreement = Agreement(default_store(), members.rank, members.size, "rounds")
     ends = EpochEnds(default_store(), members.rank, members.size, "rounds", "Rounds", agreement, lambda: None, 30.0)
-    training, model, ended = Alone(clock), ModelAverage(tensors, recorder, averaging, background), []
+    training, model, ended = Alone(clock), ModelAverage(tensors, recorder, averaging), []
 
     def note(each, drift):
         ended.append((each.step, each.period_steps, drift.relative > 0))
@@ -138,7 +134,7 @@ def engine(members, module, averaging, counts):
     meeting = Meeting(parts)
     rounds = Rounds(parts, meeting, note, overlaps=averaging.overlap_steps > 0)
     mid_round = MidRoundAverage(parts, meeting, rounds, lambda purpose: None, averages_state=False)
-    return rounds, model, mid_round, samples, ended, recorder.ledger
+    return rounds, model, mid_round, samples, ended, recorder.ledger, overlapped
 
 
 def move(rank, step):
@@ -147,19 +143,19 @@ def move(rank, step):
 
 def _part_of_the_ranks(rank, averaging, counts):
     """Ranks 0 and 2 train in rounds, and rank 1 does something else."""
-    group = dist.new_group([0, 2])
+    group, behind = dist.new_group([0, 2]), dist.new_group([0, 2])
     if rank == 1:
         dist.barrier()
         return None
-    members, module = Members(group), nn.Linear(3, 4, bias=False).double()
+    members, module = Members(group, behind), nn.Linear(3, 4, bias=False).double()
     nn.init.zeros_(module.weight)
-    rounds, model, mid_round, samples, ended, ledger = engine(members, module, averaging, counts)
+    rounds, model, mid_round, samples, ended, ledger, _ = engine(members, module, averaging, counts)
     weights, seen = [], None
     model.begin_round()
     for step in range(STEPS):
         rounds.open()
         with pytest.raises(RuntimeError, match="two rounds alone"):
-            members.change(group)
+            members.change(group, behind)
         with torch.no_grad():
             module.weight += move(rank, step)
         samples.count(counts[members.rank] if counts else 1)
@@ -173,7 +169,7 @@ def _part_of_the_ranks(rank, averaging, counts):
             seen = module.weight.detach().clone().numpy()
             mid_round.weights.leave()
         weights.append(module.weight.detach().clone().numpy())
-    members.change(group)
+    members.change(group, behind)
     if rounds.apart:
         rounds.finish()
     dist.barrier()
@@ -222,3 +218,77 @@ def test_an_average_lands_where_the_round_says_and_the_last_one_is_in_full(run_r
     for _, _, ended, done, _ in (first, third):
         assert ended == [(3, 3, True), (6, 3, True), (7, 1, True)]
         assert done == 3
+
+
+WITH_ONE_MORE = 8  # steps: so that the average of the new members lands within a round of theirs
+
+
+def _change(rank, counts):
+    """All ranks train the first round, with averages in flight; then rank 1 leaves, and the others go on."""
+    part, behind, whole = dist.new_group([0, 2]), dist.new_group([0, 2]), dist.new_group()
+    members, module = Members(background=whole), nn.Linear(3, 4, bias=False).double()
+    nn.init.zeros_(module.weight)
+    averaging = Averaging(overlap_steps=1)
+    rounds, model, mid_round, samples, _, ledger, overlapped = engine(members, module, averaging, counts, WITH_ONE_MORE)
+    weights, seen = [], []
+    model.begin_round()
+    for step in range(WITH_ONE_MORE):
+        rounds.open()
+        with torch.no_grad():
+            module.weight += move(rank, step)
+        samples.count(counts[rank] if counts else 1)
+        samples.end_batch()
+        if rounds.clock.tick():
+            rounds.synchronise()
+        else:
+            rounds.go_on()
+        weights.append(module.weight.detach().clone().numpy())
+        if step == PERIOD - 1:
+            with pytest.raises(RuntimeError, match=r"Members: `group`.*in flight.*\[0, 1, 2\].*Let it land first"):
+                members.change(part, behind)
+            overlapped.land()
+            if rank == 1:
+                break
+            members.change(part, behind)
+            mid_round.enter_evaluation()  # among the new members, none of which has trained since
+            seen = module.weight.detach().clone().numpy()
+            mid_round.weights.leave()
+    dist.barrier()
+    sent = [record.wire_bytes for record in ledger.records if record.purpose == "parameters"]
+    return weights, seen, sent
+
+
+@pytest.mark.parametrize("counts", [None, (3, 2, 1)], ids=["equal", "weighed"])
+def test_members_that_change_once_an_average_has_landed_are_those_of_the_next_one_in_the_background(run_ranks, counts):
+    answers = run_ranks(_change, counts, world_size=3)
+    for ranks, step, own, evaluated in _expected_as_members_change(counts or (1, 1, 1)):
+        for rank in ranks:
+            weights, seen, _ = answers[rank]
+            torch.testing.assert_close(torch.from_numpy(weights[step]), own[rank])
+            if evaluated is not None and rank != 1:
+                torch.testing.assert_close(torch.from_numpy(seen), evaluated)
+    entries_bytes = 12 * 8
+    for rank, (_, _, sent) in enumerate(answers):  # a ring all-reduce sends 2 (n - 1) / n of the payload
+        assert sent == [pytest.approx(4 / 3 * entries_bytes)] + [pytest.approx(entries_bytes)] * (0 if rank == 1 else 2)
+
+
+def _expected_as_members_change(counts):
+    """Yield for every step the members, the weights of all ranks, and what an evaluation after it sees, if any."""
+    own = [torch.zeros(4, 3, dtype=torch.float64) for _ in range(3)]
+
+    def mean_of(tensors, ranks):
+        return sum(counts[rank] * tensors[rank] for rank in ranks) / sum(counts[rank] for rank in ranks)
+
+    for step in range(WITH_ONE_MORE):
+        ranks = (0, 1, 2) if step < PERIOD else (0, 2)
+        for rank in ranks:
+            own[rank] = own[rank] + move(rank, step)
+        if step == 2 * PERIOD - 1:
+            departed = list(own)
+        if step == 2 * PERIOD:  # lands one step later
+            own = [tensor + mean_of(departed, ranks) - then for tensor, then in zip(own, departed, strict=True)]
+        if step + 1 == WITH_ONE_MORE:
+            own = [mean_of(own, ranks)] * 3
+        yield ranks, step, list(own), mean_of(own, ranks) if step == PERIOD - 1 else None
+        if step == PERIOD - 1:  # landed before the members changed
+            own = [mean_of(own, ranks)] * 3
