@@ -98,6 +98,15 @@ def own_methods(tree):
             yield node.name, [name for name in own if not (name.startswith("__") and name != "__init__")]
 
 
+def test_no_public_class_name_occurs_twice():
+    modules = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                modules.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert {name: paths for name, paths in modules.items() if len(paths) > 1} == {}
+
+
 MANY_METHODS = {}  # class: why it has more than 20 of its own; at most three
 
 

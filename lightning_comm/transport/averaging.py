@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_comm.core.arguments import is_number, is_whole
 from lightning_comm.ondevice.buckets import copy_each, cut_into_buckets, pack, split_like, write_means
 from lightning_comm.ondevice.flat import DriftSum, Flat, drift_of, sample
-from lightning_comm.ondevice.model_tensors import Differences
+from lightning_comm.ondevice.model_tensors import DifferenceScope
 from lightning_comm.ondevice.share import Share, is_finite
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.full import Full
@@ -106,7 +106,7 @@ class Averaging:
         return compression_of(self.compression, "Averaging")
 
     @property
-    def differences(self) -> Differences:
+    def difference_scope(self) -> DifferenceScope:
         """Of which parameters differences to a common reference are sent, and not the parameters themselves."""
         method = self.method
         return "none" if method is None else "all" if isinstance(method, Full) else "real"

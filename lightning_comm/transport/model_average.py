@@ -32,7 +32,7 @@ class ModelAverage:
         tensors: Which tensors of the model are averaged.
         recorder: Sends and records, to the members.
         averaging: How averages are carried out.
-        background: Sends parameters while training goes on, on a process group of its own with the same members.
+        background_recorder: Sends parameters while training goes on, on another process group of the same members.
 
     Note:
         *On CUDA* the host reads no value here, so it does not wait for the device, unless :meth:`ModelTensors.look` has
@@ -59,7 +59,7 @@ class ModelAverage:
         tensors: ModelTensors,
         recorder: Recorder,
         averaging: Averaging,
-        background: Recorder | None = None,
+        background_recorder: Recorder | None = None,
     ) -> None:
         device = next((tensor.device for tensor in tensors.all_parameters().values()), torch.device("cpu"))
         method = averaging.method
@@ -68,10 +68,12 @@ class ModelAverage:
         self._method = method
         self._bucket_bytes = averaging.bucket_bytes_under(backend_of(device))
         self._full = FullAverage(recorder, self._bucket_bytes)
-        self._background = background
+        self._background_recorder = background_recorder
         self._compressed: CompressedAverage | None = None
         if method is not None:
-            self._compressed = CompressedAverage(background or recorder, method, self._bucket_bytes, tensors.references)
+            self._compressed = CompressedAverage(
+                background_recorder or recorder, method, self._bucket_bytes, tensors.references
+            )
 
     @property
     def compresses(self) -> bool:
@@ -161,8 +163,10 @@ class ModelAverage:
         # before the parameters depart: behind them these would wait for the link
         self._average_others(groups, None, weight, moderate)
         self.tensors.frozen.note()
-        if self._background is not None:
-            self._background.step = self._recorder.step  # what its thread sends belongs to the round that ends here
+        if self._background_recorder is not None:
+            self._background_recorder.step = (
+                self._recorder.step
+            )  # what its thread sends belongs to the round that ends here
         return self._compressed.depart(compressed, weight, moderate="parameters" in moderate)
 
     def average_for(

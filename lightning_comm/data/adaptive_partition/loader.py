@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place
+from lightning_comm.core.adaptive_partition.plan import BatchIndex, PartitionPlan
 from lightning_comm.data.adaptive_partition.arguments import (
     arguments_of,
     check_batches,
@@ -169,12 +169,12 @@ class PartitionedLoader:
         self._followed = True
 
     @property
-    def dispatched(self) -> Place:
+    def dispatched(self) -> BatchIndex:
         """The first place of which no index list has been handed to the workers: where a change of plan may start."""
         if self._position.has_begun:
             return self._dispatcher.dispatched
         epoch, passes, done = self._position.now
-        return Place(epoch, passes * len(self) + done)
+        return BatchIndex(epoch, passes * len(self) + done)
 
     @property
     def latest(self) -> Slice | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_comm.ondevice.pruning.base import NOW, Masks, Moment, Pruning, checked_masks
+from lightning_comm.ondevice.pruning.base import NOW, Masks, Pruning, PruningContext, checked_masks
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class MaskFunction(Pruning):
     function: Callable[[nn.Module], Mapping[str, Tensor]] = field(repr=False)
 
     @override
-    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
+    def masks(self, module: nn.Module, context: PruningContext = NOW) -> Masks:
         return checked_masks(self.function(module), module, "MaskFunction")
 
 
@@ -41,7 +41,7 @@ class MaskFile(Pruning):
     path: str
 
     @override
-    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
+    def masks(self, module: nn.Module, context: PruningContext = NOW) -> Masks:
         if not Path(self.path).is_file():
             raise ValueError(f"MaskFile: `path` must be a file that torch.save has written; there is no {self.path!r}.")
         try:
@@ -82,9 +82,9 @@ class ModulePruning(Pruning):
     is_watched: ClassVar[bool] = True
 
     @override
-    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
+    def masks(self, module: nn.Module, context: PruningContext = NOW) -> Masks:
         found, useless = masks_in(module)
-        moment.warn(
+        context.warn(
             useless,
             "ModulePruning: the mask of {names} leaves out no gradients, since another module uses the same weight "
             "unpruned. Prune the weight in each module that shares it, with the same mask.",

@@ -13,8 +13,8 @@ from lightning_comm.core.arguments import is_number, is_whole
 from lightning_comm.ondevice.pruning.base import (
     NOW,
     Masks,
-    Moment,
     Pruning,
+    PruningContext,
     check_scope,
     check_sparsity,
     checked_skip,
@@ -106,17 +106,17 @@ class GraSPPruning(Pruning):
         object.__setattr__(self, "skip", checked_skip("GraSPPruning", self.skip))
 
     @override
-    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
-        weights = prunable(module, self.skip, "GraSPPruning", moment)
-        if moment.samples is None:
+    def masks(self, module: nn.Module, context: PruningContext = NOW) -> Masks:
+        weights = prunable(module, self.skip, "GraSPPruning", context)
+        if context.samples is None:
             raise ValueError(
                 "GraSPPruning: it needs samples of the training data, and there are none here. Let a Trainer's "
                 "strategy ask for the masks, or use MagnitudePruning."
             )
-        batches = list(moment.samples(self.samples))
+        batches = list(context.samples(self.samples))
         with _left_as_it_was(module):
             scores = gradient_flow_scores(module, weights, batches, self._loss)
-        return choose(scores, self.sparsity, self.scope, moment, "GraSPPruning", weights)
+        return choose(scores, self.sparsity, self.scope, context, "GraSPPruning", weights)
 
     def _loss(self, module: nn.Module, batch: Any) -> Tensor:
         if self.loss is not None:

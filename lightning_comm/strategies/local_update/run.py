@@ -55,7 +55,7 @@ class LocalUpdateRun:
         ends: Compares where ranks end their epochs.
         leave_gradient_phase: Takes the DDP wrapper off the model.
         samples: The weight of this rank in averages.
-        background: Sends and records averages while training goes on.
+        background_recorder: Sends and records averages while training goes on.
 
     Attributes:
         rounds: The engine.
@@ -82,7 +82,7 @@ class LocalUpdateRun:
         ends: EpochEnds,
         leave_gradient_phase: Callable[[], None],
         samples: SampleWeights,
-        background: Recorder | None = None,
+        background_recorder: Recorder | None = None,
     ) -> None:
         self.trainer = trainer
         self.module = module
@@ -98,7 +98,7 @@ class LocalUpdateRun:
         self.steps = StepCounter(device_clock)
         self._training = LightningTraining(trainer, module, optimizers, settings, self.clock, self.steps)
         tensors = _tensors_of(module, settings, self._training)
-        self.model = ModelAverage(tensors, recorder, settings.averaging, background)
+        self.model = ModelAverage(tensors, recorder, settings.averaging, background_recorder)
         overlap_steps = settings.averaging.overlap_steps
         self.overlapped = OverlappedAverage(
             tensors.all_parameters, overlap_steps, agreement, device_clock, self.log.add, rank_zero_info
@@ -293,7 +293,7 @@ def _tensors_of(module: LightningModule, settings: Settings, training: Lightning
         module,
         average_buffers=settings.buffers == "average",
         weight_averages=training.weight_averages,
-        differences=settings.averaging.differences,
+        differences=settings.averaging.difference_scope,
     )
 
 

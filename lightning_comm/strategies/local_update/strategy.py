@@ -219,12 +219,12 @@ class LocalUpdateStrategy(DDPStrategy):
             refusals.add(set_up.problems_of_optimizers(trainer, self.optimizers, self.settings, self._resume))
         set_up.warn_of_gradients(module, self.settings, self.world_size)
         agreement = support.failures.agreement()
-        recorder, background = Recorder(self._ledger), None
+        recorder, background_recorder = Recorder(self._ledger), None
         if self.settings.averaging.overlap_steps:
             support.meet_before_groups(super().barrier)
             with support.failures.first_error_shown("the set-up of a process group"):
                 self._group = another_group(self._timeout)
-            background = Recorder(self._ledger, self._group, beside_compute=True, hold=True)
+            background_recorder = Recorder(self._ledger, self._group, beside_compute=True, hold=True)
         self._run = run = LocalUpdateRun(
             trainer,
             module,
@@ -235,7 +235,7 @@ class LocalUpdateStrategy(DDPStrategy):
             support.failures.epoch_ends(agreement),
             self._unwrap_ddp,
             self._samples,
-            background,
+            background_recorder,
         )
         support.collectives.compare_places = run.compare_places
         support.collectives.before = run.overlapped.make_way

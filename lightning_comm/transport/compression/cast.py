@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Message
+from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, StartedMessage
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -63,5 +63,5 @@ class CastCodec(Codec):
         wire = values.mul_(1 / self.world_size).to(self._dtype)
         if sent is not None:
             sent.copy_(wire).mul_(self.world_size)
-        yield Message(self.context.recorder.all_reduce(wire, self.context.purpose))
+        yield StartedMessage(self.context.recorder.all_reduce(wire, self.context.purpose))
         values.copy_(wire)
