@@ -63,7 +63,7 @@ class Session:
         self._unmeasured = DeviceSteps(clock)
         self._records: list[CommRecord] = []
         self._batch = 0
-        self._backwards = 0  # in the open step
+        self._backwards = 0  # in the step under way
         self._began: tuple[int, DeviceEvent] | None = None  # optimizer steps done and when, while a step is open
         self._batch_ended: DeviceEvent | None = None
         self._timing: DdpTiming | None = None

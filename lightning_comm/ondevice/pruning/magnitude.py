@@ -38,6 +38,8 @@ class MagnitudePruning(Pruning):
     Note:
         *Communication.* None; the strategy broadcasts the masks.
 
+        *Memory.* A copy of the weights that may be pruned while it chooses; a byte a weight for the masks.
+
         *Global scope.* Keeps at least one weight of each parameter, since a layer without weights has a constant
         output. A parameter that keeps no more than that, or hardly any, is named in a warning.
 

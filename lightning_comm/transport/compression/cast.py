@@ -26,6 +26,8 @@ class Cast(Compression):
     Note:
         *Communication.* 2 bytes an entry, in one all-reduce a bucket; sums are rounded to 16 bits on their way.
 
+        *Memory.* The bucket under way a second time, in 16 bits.
+
         *Beside torch's hooks.* ``bf16_compress_hook`` and ``fp16_compress_hook`` round first and divide by the number
         of ranks then. Here entries are divided first, so that fewer overflow in fp16; on 2, 4, 8, … ranks the two are
         bit for bit the same, as long as nothing overflows or falls below the smallest number of the type.

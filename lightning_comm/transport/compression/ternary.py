@@ -24,6 +24,8 @@ class Ternary(Compression):
         *Communication.* 1 byte an entry in an all-reduce, and before it 4 bytes a parameter (8 where gradients are
         float64) in another one, which agrees on the maxima; both once a bucket.
 
+        *Memory.* The buckets under way a second time, in 8 bits; no residual.
+
         *Overlap.* The second all-reduce needs what the first one brings. It is started when the next bucket is ready,
         so all but the last one go on beside the backward.
 

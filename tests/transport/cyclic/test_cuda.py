@@ -36,7 +36,7 @@ def gradient(rank, stage, step):
 
 
 def _ring(rank, world_size, stages, device):
-    """Return the versions that this rank took up, its status, and what it has sent."""
+    """Return the versions that this rank has used, its status, and what it has sent."""
     schedule, ledger = CyclicSchedule(world_size, stages), CommLedger()
 
     def update(step, stage, message):
