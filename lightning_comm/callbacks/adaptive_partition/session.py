@@ -41,11 +41,10 @@ from lightning_comm.callbacks.adaptive_partition.start import (
     warn_of_single_samples,
 )
 from lightning_comm.callbacks.adaptive_partition.windows import PartitionWindows
-from lightning_comm.contract import GradientsAnnounced, SamplesWeighed, SynchronisesInRounds
+from lightning_comm.contract import GradientsAnnounced, SamplesWeighed, SynchronisesInRounds, refuse_with_strategy
 from lightning_comm.core.adaptive_partition.plan import BatchIndex
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.data.adaptive_partition.loader import PartitionedLoader
-from lightning_comm.errors import refuse_with_strategy
 from lightning_comm.formats.adaptive_partition import PartitionJournal
 from lightning_comm.instruments.busy_time import BusyTimer
 

@@ -52,10 +52,7 @@ class PowerSGD(Compression):
 
         *Memory.* A residual as large as the model, and ``Q``.
 
-        *Beside torch's hook.* ``powerSGD_hook`` starts its second all-reduce from a callback of the first, which on
-        gloo hangs or aborts with two buckets, and keeps its residuals by the number of the bucket, which does not
-        survive a resume. The arithmetic here is the same, but everything is kept by the parameter's name, and the
-        residual is what this rank itself did not send. A gradient of zeros gives zeros, where the hook gives NaN.
+        How it differs from torch's ``powerSGD_hook``: ``docs/techniques/compression.md``.
 
     Example:
         >>> PowerSGD(rank=2)
