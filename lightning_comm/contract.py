@@ -9,10 +9,12 @@ this file.
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.core.local_update import PeriodRule
+from lightning_comm.errors import refuse
 from lightning_comm.transport.compression.base import Compression
 
 
@@ -23,6 +25,28 @@ class MessagesRecorded(Protocol):
     @property
     def ledger(self) -> CommLedger:
         """Every message that this rank has sent in the last or current ``fit``."""
+
+
+@runtime_checkable
+class TakesRefusals(Protocol):
+    """A strategy that raises one error for its own problems and those that callbacks have found."""
+
+    def refuse_in_set_up(self, where: str, problems: Iterable[str]) -> None:
+        """Add the problems that a callback found in its ``setup``, which runs before the strategy's."""
+
+
+def refuse_with_strategy(trainer: Trainer, where: str, problems: Iterable[str]) -> None:
+    """Hand a callback's problems to the strategy, which raises them with its own; under other strategies raise here.
+
+    Raises:
+        RefusedSetUp: If there are problems, and the strategy is not one of this package.
+
+    """
+    strategy: object = trainer.strategy
+    if isinstance(strategy, TakesRefusals):
+        strategy.refuse_in_set_up(where, problems)
+    else:
+        refuse(where, problems)
 
 
 @runtime_checkable

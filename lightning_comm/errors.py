@@ -2,9 +2,7 @@
 
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Protocol, runtime_checkable
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import Self
 
@@ -54,28 +52,6 @@ def refuse(where: str, problems: Iterable[str]) -> None:
     found = [(where, problem) for problem in problems]
     if found:
         raise RefusedSetUp(found)
-
-
-@runtime_checkable
-class TakesRefusals(Protocol):
-    """A strategy that raises one error for its own problems and those that callbacks have found."""
-
-    def refuse_in_set_up(self, where: str, problems: Iterable[str]) -> None:
-        """Add the problems that a callback found in its ``setup``, which runs before the strategy's."""
-
-
-def refuse_with_strategy(trainer: Trainer, where: str, problems: Iterable[str]) -> None:
-    """Hand a callback's problems to the strategy, which raises them with its own; under other strategies raise here.
-
-    Raises:
-        RefusedSetUp: If there are problems, and the strategy is not one of this package.
-
-    """
-    strategy: object = trainer.strategy
-    if isinstance(strategy, TakesRefusals):
-        strategy.refuse_in_set_up(where, problems)
-    else:
-        refuse(where, problems)
 
 
 class Refusals:

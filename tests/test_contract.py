@@ -4,17 +4,28 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy
 from support.processes import launch
 from support.training import Regression, loader, trainer
+from typing_extensions import is_protocol
 
-from lightning_comm import CompressedDDPStrategy, CyclicStrategy, FixedPeriod, LocalUpdateStrategy
+from lightning_comm import (
+    AdaptivePartition,
+    BatchNormReestimation,
+    CommProfiler,
+    CompressedDDPStrategy,
+    CyclicStrategy,
+    FixedPeriod,
+    LocalUpdateStrategy,
+    contract,
+)
 from lightning_comm.contract import (
     AveragesTakenOut,
     GradientsAnnounced,
     GradientsCompressed,
+    MessagesRecorded,
     RoundInForce,
     SamplesWeighed,
     SynchronisesInRounds,
+    TakesRefusals,
 )
-from lightning_comm.errors import TakesRefusals
 from lightning_comm.strategies import registration
 
 STRATEGIES = {
@@ -25,6 +36,7 @@ STRATEGIES = {
 }
 PROTOCOLS = {
     TakesRefusals: registration.REFUSED_TOGETHER,
+    MessagesRecorded: registration.MESSAGES_RECORDED,
     SamplesWeighed: registration.SAMPLES_WEIGHED,
     AveragesTakenOut: registration.AVERAGES_TAKEN_OUT,
     SynchronisesInRounds: registration.SYNCHRONISES_IN_ROUNDS,
@@ -37,6 +49,18 @@ PROTOCOLS = {
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda each: each.__name__)
 def test_a_strategy_is_taken_for_what_the_registration_says_and_for_nothing_else(strategy, protocol):
     assert isinstance(STRATEGIES[strategy](), protocol) == (strategy in PROTOCOLS[protocol])
+
+
+def test_the_registration_has_a_list_for_every_protocol_of_the_contract():
+    assert {each for each in vars(contract).values() if is_protocol(each) and each.__module__ == contract.__name__} == {
+        *PROTOCOLS
+    }
+
+
+@pytest.mark.parametrize("callback", [AdaptivePartition, BatchNormReestimation, CommProfiler])
+def test_a_callback_that_sends_records_its_messages(callback):
+    made = callback(num_batches=1) if callback is BatchNormReestimation else callback()
+    assert isinstance(made, MessagesRecorded)
 
 
 def test_each_of_our_strategies_implements_a_protocol():

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import inspect
 import json
 import re
 from pathlib import Path
@@ -154,6 +155,32 @@ def test_the_citation_names_the_version_and_the_papers():
 def test_every_public_name_is_in_the_reference():
     reference = (ROOT / "docs" / "reference.md").read_text()
     assert [name for name in lightning_comm.__all__ if f"lightning_comm.{name}\n" not in reference] == []
+
+
+SECTIONS = re.compile(r"^(Args|Raises|Returns|Note|Example|References):$", re.MULTILINE)
+MOST_WORDS, MOST_OUTSIDE_OF_ARGUMENTS = 400, 200  # of a docstring, and of it without arguments, errors and references
+
+
+def words_by_section(docstring):
+    first, *parts = SECTIONS.split(docstring)
+    words = {"": len(first.split())}
+    for title, body in zip(parts[::2], parts[1::2], strict=True):
+        words[title] = words.get(title, 0) + len(body.split())
+    return words
+
+
+@pytest.mark.parametrize("name", lightning_comm.__all__)
+def test_a_public_name_says_what_it_sends_and_keeps_has_an_example_and_is_read_in_a_minute(name):
+    docstring = inspect.getdoc(getattr(lightning_comm, name))
+    assert [part for part in ("*Communication.*", "*Memory.*", ">>> ") if part not in docstring] == []
+    words = words_by_section(docstring)
+    assert sum(words.values()) <= MOST_WORDS
+    assert words[""] + words["Note"] <= MOST_OUTSIDE_OF_ARGUMENTS
+
+
+@pytest.mark.parametrize("name", ["MaskFile", "MaskFunction"])
+def test_a_source_of_masks_that_only_rank_0_has_says_so_in_its_first_line(name):
+    assert "Rank 0 alone" in inspect.getdoc(getattr(lightning_comm, name)).splitlines()[0]
 
 
 def results_linked_from(readme, stem):

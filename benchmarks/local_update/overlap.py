@@ -1,12 +1,12 @@
-"""Local updates in the open, compressed and overlapped with compute, on emulated hosts with emulated devices.
+"""Local updates with averages that block, are compressed and overlap with compute, on emulated hosts and devices.
 
     python -m benchmarks.local_update.overlap [--hosts 4] [--links 100mbit 1gbit] [--repeats 5] [--out FILE]
 
 All methods train the same model in the same processes, in an order that rotates from repeat to repeat. A repeat times
 whole rounds in the middle of a run, from the beginning of a round to the beginning of another. So what is under way at
 its start counts, in place of what is under way at its end; the last synchronisation of a run, which is always in full
-and in the open, does not. The results, `docs/results/overlap_<date>.md` and a JSON file with every repeat beside it,
-are written again after each repeat. With the defaults about 20 minutes. accelerate is optional: `pip install
+and blocking, does not. The results, `docs/results/local_update_overlap_<date>.md` and a JSON file with every repeat
+beside it, are written again after each repeat. With the defaults about 20 minutes. accelerate is optional: `pip install
 accelerate`.
 """
 
@@ -24,18 +24,18 @@ from benchmarks.kit.step_times import LIMIT, Row, rows_of, sections
 from lightning_comm.core.rates import parse_rate
 from lightning_comm.transport.averaging import Averaging
 
-OPEN, BEST, ACCELERATE = "open", "bf16_overlap", "accelerate"
+BLOCKING, BEST, ACCELERATE = "open", "bf16_overlap", "accelerate"
 OVERLAP_STEPS = 7  # the most that a period of 8 has room for
 _AVERAGING: dict[str, dict[str, Any]] = {
     LIMIT: {},
-    OPEN: {},
+    BLOCKING: {},
     "bf16": {"compression": "bf16"},
     "overlap": {"overlap_steps": OVERLAP_STEPS},
     BEST: {"compression": "bf16", "overlap_steps": OVERLAP_STEPS},
 }
 _LABELS = {
     LIMIT: "no communication",
-    OPEN: "ours, in the open",
+    BLOCKING: "ours, blocking",
     "bf16": "ours, bf16",
     "overlap": f"ours, overlap of {OVERLAP_STEPS} steps",
     BEST: f"ours, bf16 and overlap of {OVERLAP_STEPS} steps",
@@ -175,12 +175,12 @@ def _introduction(report: Report) -> str:
 def reference_of(report: Report) -> str:
     """Return the method that others are compared with: accelerate, where it was there."""
     measured = {name for each in report["configurations"] for name in each["labels"]}
-    return ACCELERATE if ACCELERATE in measured else OPEN
+    return ACCELERATE if ACCELERATE in measured else BLOCKING
 
 
 PAGE = Page(
     "overlap",
-    "Local updates in the open, compressed and overlapped",
+    "Local updates with a blocking average, compressed and overlapped",
     _introduction,
     lambda report: sections(report, reference_of(report), _LABELS[reference_of(report)]),
 )

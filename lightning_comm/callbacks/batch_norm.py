@@ -12,9 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
-from lightning_comm.contract import AveragesTakenOut
+from lightning_comm.contract import AveragesTakenOut, refuse_with_strategy
 from lightning_comm.core.ledger import CommLedger
-from lightning_comm.errors import refuse_with_strategy
 from lightning_comm.transport.recording import Recorder
 
 

@@ -10,8 +10,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from lightning_comm.contract import refuse_with_strategy
 from lightning_comm.core.ledger import CommRecord
-from lightning_comm.errors import refuse, refuse_with_strategy
+from lightning_comm.errors import refuse
 from lightning_comm.lab.device.pacer import DevicePacer
 from lightning_comm.lab.device.settings import device_problems
 from lightning_comm.transport.recording import observe

@@ -11,7 +11,7 @@ from operator import index
 from pathlib import Path
 from typing import Any
 
-from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place
+from lightning_comm.core.adaptive_partition.plan import BatchIndex, PartitionPlan
 from lightning_comm.core.adaptive_partition.shares import UNBOUNDED
 from lightning_comm.core.whole_files import write_text
 
@@ -53,9 +53,9 @@ class Change:
         _put(self, epoch=index(self.epoch), batch=index(self.batch), sizes=_whole(self.sizes), why=str(self.why))
 
     @property
-    def place(self) -> Place:
+    def place(self) -> BatchIndex:
         """The first batch under these shares."""
-        return Place(self.epoch, self.batch)
+        return BatchIndex(self.epoch, self.batch)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class PartitionJournal:
         >>> run = {"samples": 640, "global_batch_size": 64, "ranks": 2, "seed": 0, "shuffle": True, "tail": "keep"}
         >>> run |= {"sampler": "none", "steps_per_epoch": 10, "min_per_rank": [1, 1], "max_per_rank": [None, None]}
         >>> journal = PartitionJournal(run, "balance", (Change(0, 0, (32, 32), "start"), Change(2, 4, (48, 16), "…")))
-        >>> journal.plan().sizes_at(Place(2, 5))
+        >>> journal.plan().sizes_at(BatchIndex(2, 5))
         (48, 16)
         >>> journal.mismatch(run | {"ranks": 3})
         ['ranks: 2 in the journal, 3 in this run']
@@ -235,7 +235,7 @@ class PartitionJournal:
         if self.mode not in MODES:
             return f"`mode` must be one of {', '.join(MODES)}; got {self.mode!r}"
         places = [change.place for change in self.changes]
-        if not places or places[0] != Place(0, 0) or places != sorted(set(places)):
+        if not places or places[0] != BatchIndex(0, 0) or places != sorted(set(places)):
             found = ", ".join(f"epoch {place.epoch} batch {place.batch}" for place in places) or "none"
             return f"`changes` must begin at epoch 0, batch 0, and come one after the other; got {found}"
         parts: dict[str, Sequence[Change | Window]] = {"changes": self.changes, "windows": self.windows}

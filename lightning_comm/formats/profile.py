@@ -106,6 +106,9 @@ def load_profile(folder: str | Path) -> Profile:
         FileNotFoundError: If there is no profile in it.
         ValueError: If a file is not a profile, or is one of another version.
 
+    Note:
+        *Communication.* None. *Memory.* The files as they are read.
+
     Example:
         >>> load_profile("nowhere")
         Traceback (most recent call last):

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_comm.core.ledger import CommRecord
 from lightning_comm.instruments.collectives import Watcher
-from lightning_comm.ondevice.device_clock import DeviceClock, Moment
+from lightning_comm.ondevice.device_clock import DeviceClock, DeviceEvent
 
 
 class Busy(NamedTuple):
@@ -42,9 +42,9 @@ class Busy(NamedTuple):
 class _Batch:
     key: Any
     fetch_s: float
-    before: Moment | None  # when the device was done with the batch before; on CUDA
-    began: Moment
-    spans: list[tuple[Moment, Moment]] = field(default_factory=list)
+    before: DeviceEvent | None  # when the device was done with the batch before; on CUDA
+    began: DeviceEvent
+    spans: list[tuple[DeviceEvent, DeviceEvent]] = field(default_factory=list)
     waited_s: float = 0.0  # within the spans
 
 
@@ -84,8 +84,8 @@ class BusyTimer:
         self.clock = DeviceClock(device)
         self._on_cuda = self.clock.on_cuda
         self._batch: _Batch | None = None
-        self._began = Moment(0.0)  # of the part of a batch that is measured now
-        self._ended: Moment | None = None  # the last batch, on CUDA
+        self._began = DeviceEvent(0.0)  # of the part of a batch that is measured now
+        self._ended: DeviceEvent | None = None  # the last batch, on CUDA
         self._in_backward = False
         self._watching: RemovableHandle | None = None
         self._waits: list[tuple[float, float]] = []  # start and duration of messages since the last span
@@ -104,7 +104,7 @@ class BusyTimer:
     def _add_message(self, record: CommRecord) -> None:
         self._waits.append((record.start_s, record.duration_s))
 
-    def begin(self, key: Any, started_s: float, fetch_s: float) -> Moment:
+    def begin(self, key: Any, started_s: float, fetch_s: float) -> DeviceEvent:
         """Begin a batch whose data were asked for at ``started_s`` (monotonic clock) and came ``fetch_s`` later.
 
         On CUDA the device's time counts from here, and what it stood still for ``fetch_s`` is added to it.
@@ -113,7 +113,7 @@ class BusyTimer:
             The moment from which the batch counts.
 
         """
-        self._began = self.clock.mark() if self._on_cuda else Moment(started_s)
+        self._began = self.clock.mark() if self._on_cuda else DeviceEvent(started_s)
         self._batch = _Batch(key, fetch_s, self._ended, self._began)
         self._waits = [] if self._on_cuda else [wait for wait in self._waits if wait[0] >= started_s]
         self._in_backward = False
@@ -139,7 +139,7 @@ class BusyTimer:
             self._batch.waited_s += self._waited_since(self._began) + (0.0 if self._on_cuda else waited_s)
             self._batch.spans.append((self._began, self.clock.mark()))
 
-    def _waited_since(self, began: Moment) -> float:
+    def _waited_since(self, began: DeviceEvent) -> float:
         within = [seconds for start_s, seconds in self._waits if self._on_cuda or start_s >= began.asked_s]
         self.messages_within += len(within)
         self._waits.clear()

@@ -38,8 +38,8 @@ def given_training_loaders(trainer: Trainer) -> list[Any]:
     source = trainer.fit_loop._data_source
     if source.instance is None or source.is_module():
         return []
-    given = source.instance
-    return list((given if isinstance(given, CombinedLoader) else CombinedLoader(given)).flattened)
+    data = source.instance
+    return list((data if isinstance(data, CombinedLoader) else CombinedLoader(data)).flattened)
 
 
 def wrapped_sampler(sampler: object) -> object:

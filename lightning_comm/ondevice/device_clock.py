@@ -17,7 +17,7 @@ import torch
 
 
 @dataclass(eq=False)
-class Moment:
+class DeviceEvent:
     """A point of the work.
 
     Args:
@@ -36,15 +36,15 @@ class DeviceClock:
     """Marks points of a device's work, and returns when the device reached them.
 
     Args:
-        device: Where the model computes. On the CPU every moment passes when it is marked.
+        device: Where the model computes. On the CPU every point passes when it is marked.
 
     Note:
-        *Communication.* None. *Cost.* On CUDA one event a moment. The host waits only in :meth:`wait_for` and
+        *Communication.* None. *Cost.* On CUDA one event a point. The host waits only in :meth:`wait_for` and
         :meth:`seconds`.
 
     Example:
         >>> clock = DeviceClock(torch.device("cpu"))
-        >>> first, second = Moment(1.0), Moment(1.5)
+        >>> first, second = DeviceEvent(1.0), DeviceEvent(1.5)
         >>> clock.has_passed(second), clock.seconds(first, second), clock.at_s(second)
         (True, 0.5, 1.5)
 
@@ -53,46 +53,46 @@ class DeviceClock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.on_cuda = device.type == "cuda"
-        self._last: Moment | None = None  # of those whose time is known
+        self._last: DeviceEvent | None = None  # of those whose time is known
 
-    def mark(self) -> Moment:
+    def mark(self) -> DeviceEvent:
         """Return the present point of the work: on CUDA the end of what is queued on this thread's current stream."""
-        moment = Moment(time.monotonic())
+        point = DeviceEvent(time.monotonic())
         if self.on_cuda:
-            moment.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            moment.event.record(torch.cuda.current_stream(self._device))
-        return moment
+            point.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            point.event.record(torch.cuda.current_stream(self._device))
+        return point
 
-    def has_passed(self, moment: Moment) -> bool:
+    def has_passed(self, point: DeviceEvent) -> bool:
         """Whether the device has reached it; does not wait."""
-        if moment.event is None or moment.seen_s is not None:
+        if point.event is None or point.seen_s is not None:
             return True
-        if moment.event.query():
-            moment.seen_s = time.monotonic()
-        return moment.seen_s is not None
+        if point.event.query():
+            point.seen_s = time.monotonic()
+        return point.seen_s is not None
 
-    def wait_for(self, moment: Moment) -> None:
+    def wait_for(self, point: DeviceEvent) -> None:
         """Wait until the device has reached it."""
-        if not self.has_passed(moment):
-            moment.event.synchronize()
-            moment.seen_s = time.monotonic()
+        if not self.has_passed(point):
+            point.event.synchronize()
+            point.seen_s = time.monotonic()
 
-    def seconds(self, began: Moment, ended: Moment) -> float:
-        """Return the time between two moments; waits until the second one has passed."""
+    def seconds(self, began: DeviceEvent, ended: DeviceEvent) -> float:
+        """Return the time between two points; waits until the second one has passed."""
         if began.event is None or ended.event is None:
             return ended.asked_s - began.asked_s
         self.wait_for(ended)
         return float(began.event.elapsed_time(ended.event)) / 1e3
 
-    def at_s(self, moment: Moment) -> float:
-        """Return when the device reached a moment that has passed, on the host's monotonic clock."""
-        if moment.event is None:
-            return moment.asked_s
-        if moment.at_s is None:
-            assert moment.seen_s is not None, "`has_passed` or `wait_for` has seen it"
+    def at_s(self, point: DeviceEvent) -> float:
+        """Return when the device reached a point that has passed, on the host's monotonic clock."""
+        if point.event is None:
+            return point.asked_s
+        if point.at_s is None:
+            assert point.seen_s is not None, "`has_passed` or `wait_for` has seen it"
             last = self._last
-            expected_s = moment.seen_s if last is None or last.at_s is None else last.at_s + self.seconds(last, moment)
-            moment.at_s = min(max(expected_s, moment.asked_s), moment.seen_s)
-            if last is None or last.at_s is None or moment.at_s >= last.at_s:
-                self._last = moment
-        return moment.at_s
+            expected_s = point.seen_s if last is None or last.at_s is None else last.at_s + self.seconds(last, point)
+            point.at_s = min(max(expected_s, point.asked_s), point.seen_s)
+            if last is None or last.at_s is None or point.at_s >= last.at_s:
+                self._last = point
+        return point.at_s

@@ -17,7 +17,7 @@ from lightning_comm.ondevice.references import References
 from lightning_comm.ondevice.shared_memory import SharedMemory
 
 WeightAverages = Callable[[], Mapping[str, Module]]
-Differences = Literal["none", "real", "all"]  # of which parameters differences to a common reference can be sent
+DifferenceScope = Literal["none", "real", "all"]  # of which parameters differences to a common reference can be sent
 
 
 class ModelTensors:
@@ -54,7 +54,7 @@ class ModelTensors:
         *,
         average_buffers: bool = True,
         weight_averages: WeightAverages = dict,
-        differences: Differences = "none",
+        differences: DifferenceScope = "none",
     ) -> None:
         self._module = module
         self._average_buffers = average_buffers

@@ -10,14 +10,14 @@ from torch.nn import Parameter
 _WIDTH = 1024
 
 
-class _Note(NamedTuple):
+class _Snapshot(NamedTuple):
     version: int  # torch's own count of changes in place, which misses those through `.data`
     places: Tensor
     entries: Tensor
 
 
-class ParameterNotes:
-    """Notes on parameters by name: torch's count of changes in place, and the entries that a step moves most.
+class ParameterSnapshots:
+    """Snapshots of parameters by name: torch's count of changes in place, and the entries that a step moves most.
 
     Args:
         parameters: The parameters by name.
@@ -26,31 +26,31 @@ class ParameterNotes:
 
     def __init__(self, parameters: Mapping[str, Parameter]) -> None:
         self._parameters = parameters
-        self._notes: dict[str, _Note] = {}
+        self._snapshots: dict[str, _Snapshot] = {}
 
     def take(self, name: str, mean: Tensor) -> None:
         """Note the entries of a parameter where its averaged gradient is largest, and where the first noted one was."""
-        places, earlier = places_of_largest(mean), self._notes.get(name)
+        places, earlier = places_of_largest(mean), self._snapshots.get(name)
         if earlier is not None:
             places = torch.cat([earlier.places[: len(places)], places])
-        self._note(name, places)
+        self._take(name, places)
 
     def renew(self) -> None:
         """Note the present values of all noted entries."""
-        for name, note in self._notes.items():
-            self._note(name, note.places)
+        for name, snapshot in self._snapshots.items():
+            self._take(name, snapshot.places)
 
     def keep(self, names: Iterable[str]) -> None:
         """Forget all but these."""
         kept = set(names)
-        self._notes = {name: note for name, note in self._notes.items() if name in kept}
+        self._snapshots = {name: snapshot for name, snapshot in self._snapshots.items() if name in kept}
 
     def certainly_changed(self, names: Iterable[str]) -> list[str]:
         """Return those of these parameters that have changed by torch's count since they were noted."""
         return [
             name
             for name in names
-            if name in self._notes and self._notes[name].version != self._parameters[name]._version
+            if name in self._snapshots and self._snapshots[name].version != self._parameters[name]._version
         ]
 
     def changed(self, names: Iterable[str]) -> list[str]:
@@ -65,15 +65,15 @@ class ParameterNotes:
 
     def doubts(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return, still on the device, whether the noted entries have changed where torch has counted no change."""
-        noted = {name: self._notes[name] for name in names if name in self._notes}
+        noted = {name: self._snapshots[name] for name in names if name in self._snapshots}
         return {
-            name: (in_memory(self._parameters[name]).index_select(0, note.places) != note.entries).any()
-            for name, note in noted.items()
+            name: (in_memory(self._parameters[name]).index_select(0, snapshot.places) != snapshot.entries).any()
+            for name, snapshot in noted.items()
         }
 
-    def _note(self, name: str, places: Tensor) -> None:
+    def _take(self, name: str, places: Tensor) -> None:
         parameter = self._parameters[name]
-        self._notes[name] = _Note(parameter._version, places, in_memory(parameter).index_select(0, places))
+        self._snapshots[name] = _Snapshot(parameter._version, places, in_memory(parameter).index_select(0, places))
 
 
 def read_flags(flags: Mapping[str, Tensor]) -> set[str]:

@@ -9,12 +9,13 @@ from lightning_comm.contract import (
     AveragesTakenOut,
     GradientsAnnounced,
     GradientsCompressed,
+    MessagesRecorded,
     SamplesWeighed,
     SynchronisesInRounds,
+    TakesRefusals,
 )
 from lightning_comm.core.cyclic.schedule import Rule
 from lightning_comm.core.local_update.periods import FixedPeriod, PeriodRule, QuadraticPeriod
-from lightning_comm.errors import TakesRefusals
 from lightning_comm.strategies.compression.strategy import CompressedDDPStrategy
 from lightning_comm.strategies.cyclic.strategy import CyclicStrategy
 from lightning_comm.strategies.local_update.strategy import LocalUpdateStrategy
@@ -24,6 +25,7 @@ from lightning_comm.transport.compression.sparse_mask import SparseMask
 
 # The protocols of each strategy, for callbacks and the pilot. mypy compares: a method that is renamed fails here.
 REFUSED_TOGETHER: tuple[type[TakesRefusals], ...] = (LocalUpdateStrategy, CompressedDDPStrategy, CyclicStrategy)
+MESSAGES_RECORDED: tuple[type[MessagesRecorded], ...] = (LocalUpdateStrategy, CompressedDDPStrategy, CyclicStrategy)
 SAMPLES_WEIGHED: tuple[type[SamplesWeighed], ...] = (LocalUpdateStrategy,)
 AVERAGES_TAKEN_OUT: tuple[type[AveragesTakenOut], ...] = (LocalUpdateStrategy,)
 SYNCHRONISES_IN_ROUNDS: tuple[type[SynchronisesInRounds], ...] = (LocalUpdateStrategy,)

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_comm.core.arguments import is_number, is_whole
 from lightning_comm.ondevice.buckets import copy_each, cut_into_buckets, pack, split_like, write_means
 from lightning_comm.ondevice.flat import DriftSum, Flat, drift_of, sample
-from lightning_comm.ondevice.model_tensors import Differences
+from lightning_comm.ondevice.model_tensors import DifferenceScope
 from lightning_comm.ondevice.share import Share, is_finite
 from lightning_comm.transport.compression.base import Compression
 from lightning_comm.transport.compression.full import Full
@@ -35,38 +35,26 @@ class Averaging:
     """How a synchronisation is carried out.
 
     Args:
-        bucket_mib: Size of the scratch buckets, in MiB; more than 0. Tensors are copied into buckets, and a bucket is
-            one message. Three are in use at a time. ``None`` leaves it to the backend: 4 MiB, and 25 MiB under NCCL.
-            The first comes from the tables that ``make benchmark`` prints: on a network small buckets hide more of the
-            copying, on loopback larger ones lose less time to latency. The second is DDP's, and has not been measured
-            here.
-
-        compression: What to send of the parameters instead of every entry in full: a :class:`Compression`, such as
-            ``Cast("bf16")``, or its name: ``"bf16"``, ``"fp16"``, ``"int8"``, ``"powersgd"``, ``"topk"``. ``None``
-            sends them in full. A :class:`SparseMask`, alone or in a list with one more, prunes the model and sends what
-            is left. See :class:`~lightning_comm.transport.compressed_average.CompressedAverage`.
-        overlap_steps: For how many optimizer steps of the next round an average is in flight. Then each
-            rank's weights move by what the average would have moved them at the end of the round: at that step, however
-            fast the network was, so results do not depend on timing. 0 waits at the end of the round. In rounds that
-            are not longer it is the length of the round less one, which is logged.
+        bucket_mib: Size of a bucket in MiB, more than 0; a bucket is one message, and three are in use at a time.
+            ``None`` leaves it to the backend: 4, and 25 under NCCL.
+        compression: What to send of the parameters: a :class:`Compression`, such as ``Cast("bf16")``, or its name:
+            ``"bf16"``, ``"fp16"``, ``"int8"``, ``"powersgd"``, ``"topk"``; ``None``: all in full. A
+            :class:`SparseMask`, alone or in a list with one more, prunes the model and sends what is left.
+        overlap_steps: For how many optimizer steps of the next round an average is in flight before it is applied; at
+            most the length of the round less one. 0 waits at the end of the round.
 
     Raises:
         ValueError: If ``bucket_mib`` is not a positive number, the compression is unknown or cannot be used here, or
             ``overlap_steps`` is not a whole number >= 0.
 
     Note:
-        *Communication.* With a compression, what it sends for each bucket of whole parameters. Buffers, weight averages
-        and the state of optimizers are sent in full, and so is everything at the last synchronisation of a run, in
-        evaluations and in checkpoints. With ``overlap_steps`` a thread sends the parameters, on a process group of its
-        own; ranks still meet at the end of a round for a few numbers, and buffers and weight averages are sent there,
-        by blocking averages.
+        *Communication.* One all-reduce a bucket, or what the compression sends of it. Buffers, weight averages and
+        optimizer state are sent in full, and so is everything at the end of a run, in evaluations and in checkpoints.
 
-        *Memory.* With a compression, a copy of the parameters (in fp32 if they are narrower), and twelve buckets while
-        they are sent; a bucket holds whole parameters, so at least the largest of them. With ``overlap_steps``
-        three copies, and the messages under way.
+        *Memory.* Three buckets. With a compression a copy of the parameters, and twelve buckets while they are sent;
+        with ``overlap_steps`` three copies, and the messages under way.
 
-        *Staleness.* With ``overlap_steps=k`` the first k steps of a round do not include what the other ranks
-        learned in the last one.
+        What ``overlap_steps`` means for staleness, evaluations and checkpoints: ``docs/techniques/local_update.md``.
 
     Example:
         >>> Averaging().bucket_bytes_under("gloo"), Averaging().bucket_bytes_under("nccl")
@@ -106,7 +94,7 @@ class Averaging:
         return compression_of(self.compression, "Averaging")
 
     @property
-    def differences(self) -> Differences:
+    def difference_scope(self) -> DifferenceScope:
         """Of which parameters differences to a common reference are sent, and not the parameters themselves."""
         method = self.method
         return "none" if method is None else "all" if isinstance(method, Full) else "real"

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.nn import Parameter
 
-from lightning_comm.ondevice.parameter_snapshots import ParameterNotes, read_flags, shape_in_memory
-from lightning_comm.transport.compression.base import Codec, Conversation, Layout, Message, Slot
+from lightning_comm.ondevice.parameter_snapshots import ParameterSnapshots, read_flags, shape_in_memory
+from lightning_comm.transport.compression.base import Codec, Conversation, Layout, Slot, StartedMessage
 from lightning_comm.transport.compression.concurrent import Talk
 from lightning_comm.transport.recording import Recorder
 
@@ -126,7 +126,7 @@ class GradientSync:
         self.codec = codec
         self._recorder = recorder
         self._parameters = dict(named_parameters)
-        self._notes = ParameterNotes(self._parameters)
+        self._snapshots = ParameterSnapshots(self._parameters)
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._loss_scale = loss_scale
         self._unused = unused
@@ -171,7 +171,7 @@ class GradientSync:
         return _Bucket(self.codec.mean(buffer, layout), buffer, layout)
 
     def _in_full(self, buffer: Tensor) -> Conversation:
-        yield Message(self._recorder.all_reduce(buffer.mul_(1 / self._recorder.world_size), "gradients"))
+        yield StartedMessage(self._recorder.all_reduce(buffer.mul_(1 / self._recorder.world_size), "gradients"))
 
     def settle(self) -> None:
         """Restore what was kept of parameters whose means DDP has thrown away, since no rank has used them.
@@ -203,7 +203,7 @@ class GradientSync:
             return
         self.settle()
         without = [name for name in open_ if self._parameters[name].grad is None]
-        changed = set(self._notes.changed(without))
+        changed = set(self._snapshots.changed(without))
         if cleared := [name for name in without if name not in changed]:
             self.codec.take_back(cleared)
         self.codec.applied(open_)
@@ -223,9 +223,9 @@ class GradientSync:
 
         """
         self.settle()
-        self._forget_changed(self._notes.certainly_changed(sorted(self.codec.unapplied)))
+        self._forget_changed(self._snapshots.certainly_changed(sorted(self.codec.unapplied)))
         open_ = {name: self._parameters[name].grad for name in sorted(self.codec.unapplied)}
-        doubts = {f"changed/{name}": flag for name, flag in self._notes.doubts(open_).items()}
+        doubts = {f"changed/{name}": flag for name, flag in self._snapshots.doubts(open_).items()}
         doubts |= {f"used/{name}": gradient.any() for name, gradient in open_.items() if gradient is not None}
         up = read_flags(doubts)  # together, since each of them waits for the device
         self._forget_changed([name for name in open_ if f"changed/{name}" in up])
@@ -239,7 +239,7 @@ class GradientSync:
         """Keep the changes of parameters within the block, such as zeros under a mask, from counting as steps."""
         self._find_changed()
         yield
-        self._notes.renew()
+        self._snapshots.renew()
 
     def _unapplied(self, parameters: Iterable[Tensor]) -> list[str]:
         unapplied = self.codec.unapplied
@@ -248,11 +248,11 @@ class GradientSync:
 
     def _find_changed(self) -> None:
         """Mark means as applied whose parameters have changed since, without a step of an optimizer of torch's."""
-        self._forget_changed(self._notes.changed(sorted(self.codec.unapplied)))
+        self._forget_changed(self._snapshots.changed(sorted(self.codec.unapplied)))
 
     def _forget_changed(self, names: Iterable[str]) -> None:
         self.codec.applied(names)
-        self._notes.keep(self.codec.unapplied)
+        self._snapshots.keep(self.codec.unapplied)
 
     def _begin_step(self) -> None:
         self._waited_s = 0.0
@@ -260,7 +260,7 @@ class GradientSync:
         self._non_finite.begin_step()
         self.settle()
         if self._looked:  # before this very backward; what torch counts costs nothing
-            self._forget_changed(self._notes.certainly_changed(sorted(self.codec.unapplied)))
+            self._forget_changed(self._snapshots.certainly_changed(sorted(self.codec.unapplied)))
         else:
             self._find_changed()
         self._looked = False
@@ -280,16 +280,16 @@ class GradientSync:
             bucket.finish()
             self._non_finite.look(bucket.buffer)
             if bucket.layout is not None and self.codec.unapplied:
-                self._take_notes(bucket.layout, bucket.buffer)
+                self._take_snapshots(bucket.layout, bucket.buffer)
         self._non_finite.end_step()
         self.codec.end_step()
         self._settled = False  # only after the backward does DDP know which means it discards
 
-    def _take_notes(self, layout: Layout, means: Tensor) -> None:
+    def _take_snapshots(self, layout: Layout, means: Tensor) -> None:
         unapplied = self.codec.unapplied
         for slot, mean in zip(layout.slots, layout.split(means), strict=True):
             if slot.name in unapplied:
-                self._notes.take(slot.name, mean)
+                self._snapshots.take(slot.name, mean)
 
     @property
     def non_finite_steps(self) -> int:
@@ -305,7 +305,7 @@ class GradientSync:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self.codec.load_state_dict(state["codec"])
-        self._notes.keep(())
+        self._snapshots.keep(())
         self._scale = state["loss_scale"]
         self._settled = True
 

@@ -25,7 +25,7 @@ _LOOK_S, _LONGEST_LOOK_S = 0.001, 0.2  # seconds between looks into the store: a
 EPOCH_END = "the end of the epoch"
 
 
-class Place(NamedTuple):
+class RankPlace(NamedTuple):
     """A position of a rank: its epoch, the batches of it, optimizer steps in all, and what it is there for, as text."""
 
     epoch: int
@@ -68,7 +68,7 @@ class EpochEnds:
         self._namespace, self._where = f"{namespace}/ends", where
         self._agreement, self._hang_up, self._timeout_s = agreement, hang_up, timeout_s
         self._begun = 0, 0  # the epoch, and the number of the batch in it
-        self._reached: Place | None = None  # where this rank is, until the others are there too
+        self._reached: RankPlace | None = None  # where this rank is, until the others are there too
         self._last_epoch = -1  # the last epoch that this rank has ended
         self._counts, self._number = 0, 0  # how often the numbering has restarted; the number of the last place
         self.needed = False  # whether ranks may differ in batches or steps; the same on all ranks
@@ -123,12 +123,14 @@ class EpochEnds:
         """Restart the numbering of places, on all ranks alike, after they have agreed to stop at different ones."""
         self._counts, self._number, self._reached = self._counts + 1, 0, None
 
-    def _wait(self, mine: Place, meanwhile: Callable[[], bool]) -> None:
+    def _wait(self, mine: RankPlace, meanwhile: Callable[[], bool]) -> None:
         places, pause_s, until_s = {self._rank: mine}, _LOOK_S, time.monotonic() + self._timeout_s
         while len(places) < self._world_size:
             further = self._look(mine, places)
             if further or any(place != mine for place in places.values()):
-                raise self.publish_failure(ranks_apart(self._where, mine.epoch, self._world_size, places, further))
+                raise self.publish_failure(
+                    different_places_error(self._where, mine.epoch, self._world_size, places, further)
+                )
             if meanwhile():
                 break
             if len(places) < self._world_size:
@@ -146,11 +148,11 @@ class EpochEnds:
 
     def _reach(self, epoch: int, steps: int, purpose: str) -> None:
         self._number += 1
-        self._reached = Place(epoch, self._begun[1] if self._begun[0] == epoch else 0, steps, purpose)
+        self._reached = RankPlace(epoch, self._begun[1] if self._begun[0] == epoch else 0, steps, purpose)
         with self._agreement.first_error_shown("a look into the store"):
             self._store.set(self._key_of(self._rank), json.dumps(self._reached))
 
-    def _look(self, mine: Place, places: dict[int, Place]) -> dict[int, tuple[int, int]]:
+    def _look(self, mine: RankPlace, places: dict[int, RankPlace]) -> dict[int, tuple[int, int]]:
         """Add the ranks that are there by now; return the batches of those that have gone on without coming here."""
         further: dict[int, tuple[int, int]] = {}
         for rank in set(range(self._world_size)) - set(places):
@@ -163,10 +165,10 @@ class EpochEnds:
                 further[rank] = epoch, number
         return further
 
-    def _add(self, rank: int, places: dict[int, Place]) -> bool:
+    def _add(self, rank: int, places: dict[int, RankPlace]) -> bool:
         if (place := self._read(self._key_of(rank))) is None:
             return False
-        places[rank] = Place(*place)
+        places[rank] = RankPlace(*place)
         return True
 
     def _key_of(self, rank: int) -> str:
@@ -195,8 +197,8 @@ def same_batches(batches: dict[int, int]) -> str:
     )
 
 
-def ranks_apart(
-    where: str, epoch: int, world_size: int, places: dict[int, Place], further: dict[int, tuple[int, int]]
+def different_places_error(
+    where: str, epoch: int, world_size: int, places: dict[int, RankPlace], further: dict[int, tuple[int, int]]
 ) -> ValueError:
     """Return the error of ranks that are at different places.
 
@@ -232,7 +234,7 @@ def ranks_apart(
     )
 
 
-def _cause(places: dict[int, Place]) -> Literal["steps", "calls", "batches"]:
+def _cause(places: dict[int, RankPlace]) -> Literal["steps", "calls", "batches"]:
     """Return in what the ranks differ, as far as the published positions show."""
     stands = [place[:2] for place in places.values()]
     ends = [place[:2] for place in places.values() if place.purpose == EPOCH_END]
@@ -253,7 +255,7 @@ def is_of_other_calls(error: Exception) -> bool:
 
 
 def _position_text(
-    rank: int, epoch: int, places: dict[int, Place], further: dict[int, tuple[int, int]], *, purpose: bool
+    rank: int, epoch: int, places: dict[int, RankPlace], further: dict[int, tuple[int, int]], *, purpose: bool
 ) -> str:
     def of(other: int) -> str:
         return f" of epoch {other}" if other != epoch else ""

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lightning_comm.ondevice.device_clock import DeviceClock, Moment
+from lightning_comm.ondevice.device_clock import DeviceClock, DeviceEvent
 from lightning_comm.ondevice.flat import Drift
 from lightning_comm.transport.background_thread import BackgroundStreams, BackgroundThread
 from lightning_comm.transport.departed_average import DepartedAverage
@@ -95,7 +95,7 @@ class OverlappedAverage:
         self._departed: DepartedAverage | None = None
         self._round: EndedRound | None = None  # the round whose average is in flight
         # Spans in which training stood still for it. They are read late, at landing: on CUDA the host would wait.
-        self._stood_still: list[tuple[Moment, Moment]] = []
+        self._stood_still: list[tuple[DeviceEvent, DeviceEvent]] = []
         self._informed = False  # of a round that is too short
 
     @property

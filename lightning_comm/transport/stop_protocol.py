@@ -61,7 +61,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Position:
+class RankPosition:
     """Where a rank is.
 
     Args:
@@ -144,7 +144,7 @@ class Agreement:
         if self._wanted and self.decision is None:
             self._guarded(self._open_state)
 
-    def poll(self, position: Position, *, force: bool = False) -> Decision | None:
+    def poll(self, position: RankPosition, *, force: bool = False) -> Decision | None:
         """Look for requests, at the end of an optimizer step; return what was decided, once it is.
 
         Args:
@@ -174,7 +174,7 @@ class Agreement:
             self._guarded(lambda: self._negotiate(position, state))
         return self.decision
 
-    def poll_while_blocked(self, position: Position, *, cannot: Collection[Kind] = ()) -> Decision | None:
+    def poll_while_blocked(self, position: RankPosition, *, cannot: Collection[Kind] = ()) -> Decision | None:
         """Like :meth:`poll`, for a rank that waits for the others in a synchronisation and so cannot move anyway.
 
         Args:
@@ -257,7 +257,7 @@ class Agreement:
             return state
         return self._store.get(key).decode() if self._store.check([key]) else None
 
-    def _negotiate(self, position: Position, state: str) -> None:
+    def _negotiate(self, position: RankPosition, state: str) -> None:
         self._publish(position)
         deadline = time.monotonic() + self._patience_s
         while not self._try_to_decide(state):
@@ -269,7 +269,7 @@ class Agreement:
             time.sleep(0.002)
             state = self._store.get(self._key("state")).decode()
 
-    def _publish(self, position: Position) -> None:
+    def _publish(self, position: RankPosition) -> None:
         if not self._published:
             self._store.set(self._key(f"position/{self._rank}"), json.dumps(asdict(position)))
             self._published = True
@@ -300,7 +300,7 @@ class Agreement:
             text = self._store.get(key).decode() if self._store.check([key]) else _MOVING
             if text == _MOVING:
                 return False
-            positions.append(Position(**json.loads(text)))
+            positions.append(RankPosition(**json.loads(text)))
         _, _, kind, reason = state.split("|", 3)
         step = meeting_step(positions, self._catch_up_limit_s, may_stand=kind in ("stop", "terminate"))
         decided = f"decided|{'here' if step is None else step}|{kind}|{reason}"
@@ -347,13 +347,13 @@ def _next_pause(step: int, stride: int) -> int:
     return (step // stride + 1) * stride
 
 
-def meeting_step(positions: list[Position], catch_up_limit_s: float, *, may_stand: bool) -> int | None:
+def meeting_step(positions: list[RankPosition], catch_up_limit_s: float, *, may_stand: bool) -> int | None:
     """Return the step at which ranks at these positions meet, or ``None`` if each stops where it stands.
 
     Example:
-        >>> meeting_step([Position(10, 0, 0.1), Position(7, 0, 0.1)], 5.0, may_stand=True)
+        >>> meeting_step([RankPosition(10, 0, 0.1), RankPosition(7, 0, 0.1)], 5.0, may_stand=True)
         10
-        >>> meeting_step([Position(90, 0, 0.1), Position(7, 0, 0.1)], 5.0, may_stand=True) is None
+        >>> meeting_step([RankPosition(90, 0, 0.1), RankPosition(7, 0, 0.1)], 5.0, may_stand=True) is None
         True
 
     """

@@ -12,7 +12,7 @@ from lightning_comm.cli.pilot import command as pilot
 from lightning_comm.cli.pilot import workers
 from lightning_comm.cli.pilot.arguments import Refused
 from lightning_comm.cli.pilot.rank import TrialJob
-from lightning_comm.cli.pilot.results import Progress, Results
+from lightning_comm.cli.pilot.results import Results, TrialProgress
 from lightning_comm.cli.pilot.workers import WorkerFailed, run_workers
 
 JOB = TrialJob(args=[], trials=[], steps=4, warmup_steps=1, device_s=None, trainer={})
@@ -139,7 +139,7 @@ def test_a_run_too_short_for_what_was_asked_is_refused_and_no_rank_is_left(tmp_p
 def test_trials_that_are_shortened_are_said_once_and_kept(tmp_path, capsys):
     found = results(tmp_path)
     found.data["settings"].update(steps=60, warmup_steps=10)
-    hear = pilot._listener(found, Progress(1, 1), [], {})
+    hear = pilot._listener(found, TrialProgress(1, 1), [], {})
     for _ in range(2):  # as where ranks are started again
         hear({"event": "rehearsed", "total_steps": 16, "steps": 16, "warmup_steps": 4})
     assert capsys.readouterr().out == "Your run has 16 steps, so trials have 16, of which 4 warm up.\n"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.partition_journals import RUN, journal, run_of, window
 
-from lightning_comm.core.adaptive_partition.plan import Place
+from lightning_comm.core.adaptive_partition.plan import BatchIndex
 from lightning_comm.formats.adaptive_partition import RUN_FIELDS, Change, PartitionJournal, Window
 
 
@@ -59,10 +59,10 @@ def test_the_plan_of_a_journal_holds_each_change_from_its_place_on():
     made = PartitionJournal(run_of(2), "balance", (Change(0, 0, (32, 32), "start"), Change(1, 3, (48, 16), "balance")))
     plan = made.plan(hi=50)
     assert [(change.place, change.sizes) for change in plan.changes] == [
-        (Place(0, 0), (32, 32)),
-        (Place(1, 3), (48, 16)),
+        (BatchIndex(0, 0), (32, 32)),
+        (BatchIndex(1, 3), (48, 16)),
     ]
-    assert plan.sizes_at(Place(1, 2)) == (32, 32)
+    assert plan.sizes_at(BatchIndex(1, 2)) == (32, 32)
     assert plan.hi == 50
 
 

@@ -1,10 +1,10 @@
-"""Notes on parameters: any change where the mean was largest is noticed, in place or not; no change never."""
+"""Snapshots of parameters: any change where the mean was largest is noticed, in place or not; no change never."""
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_comm.ondevice.parameter_snapshots import ParameterNotes, in_memory, places_of_largest
+from lightning_comm.ondevice.parameter_snapshots import ParameterSnapshots, in_memory, places_of_largest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -36,25 +36,25 @@ def test_a_step_in_one_entry_is_noticed_however_the_parameter_lies_in_memory(lay
     parameter = nn.Parameter(value)
     step = torch.zeros_like(parameter)
     step[3, 2, 1, 7] = -0.5
-    notes = ParameterNotes({"p": parameter})
-    notes.take("p", in_memory(step))
-    assert not notes.changed(["p"])
+    snapshots = ParameterSnapshots({"p": parameter})
+    snapshots.take("p", in_memory(step))
+    assert not snapshots.changed(["p"])
     with torch.no_grad():
         CHANGES[change](parameter, step)
-    assert notes.changed(["p"])
-    notes.renew()
-    assert not notes.changed(["p"])
+    assert snapshots.changed(["p"])
+    snapshots.renew()
+    assert not snapshots.changed(["p"])
 
 
 def test_the_first_mean_since_a_step_is_noted_beside_the_last_one():
     parameter = nn.Parameter(torch.zeros(3))
-    notes = ParameterNotes({"p": parameter})
+    snapshots = ParameterSnapshots({"p": parameter})
     for place in (0, 1, 2):
-        notes.take("p", torch.eye(3)[place])
+        snapshots.take("p", torch.eye(3)[place])
     for place, changed in ((0, True), (1, False), (2, True)):
         parameter.data[place] += 1
-        assert bool(notes.changed(["p"])) == changed
+        assert bool(snapshots.changed(["p"])) == changed
         parameter.data[place] -= 1
-    notes.keep(())
+    snapshots.keep(())
     parameter.data[0] += 1
-    assert not notes.changed(["p"])
+    assert not snapshots.changed(["p"])

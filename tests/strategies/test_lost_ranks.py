@@ -19,7 +19,7 @@ from lightning_comm import Averaging, CyclicStrategy, FixedPeriod, LocalUpdateSt
 TIMEOUT_S = 6.0  # where it has to run out
 WITHIN_S = 10.0  # beyond that, all processes have ended
 LONG_S = 60.0  # where it must not be waited for
-# The short time-out is set once ranks are joined, which gloo of torch 2.6 does not take up: there the watchdog ends
+# The short time-out is set once ranks are joined, which gloo of torch 2.6 ignores: there the watchdog ends
 # ranks, with no exception of their own.
 TAKES_TIME_OUTS = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="gloo of torch 2.6 keeps its first time-out"

@@ -86,7 +86,7 @@ def several(rank):
 
 
 class Rewound(DataLoader):
-    """A stateful loader of somebody else, which takes up its state as a pass begins and not with its first batch."""
+    """A stateful loader of somebody else, which restores its state as a pass begins and not with its first batch."""
 
     def __init__(self, rank):
         super().__init__(records(), BATCH)

@@ -54,7 +54,7 @@ def _shares(rank, options):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_torch_still_divides_twice_what_shares_memory_with_a_sparse_gradient(world_size):
-    # Where this fails, torch has mended it: then `transport/sparse_gradients.py` and its warnings can go.
+    # If this fails, torch has fixed it, and `ondevice/sparse_gradients.py` and its warnings can go.
     for shares in start_ranks(_shares, {}, world_size=world_size):
         expected = {"words.weight": 1 / world_size, "words.bias": 1 / world_size, "positions.weight": 1.0}
         assert shares == pytest.approx(expected)

@@ -14,7 +14,7 @@ from lightning_comm.core.cyclic.schedule import CyclicSchedule
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.cyclic import CyclicEngine, simulate_delay
 from lightning_comm.ondevice.cyclic.update import Clipping, clip_
-from lightning_comm.transport.cyclic.messages import NOTES, StageLayout
+from lightning_comm.transport.cyclic.messages import STATUS_NUMBERS, StageLayout
 from lightning_comm.transport.cyclic.ring import CyclicRing
 from lightning_comm.transport.recording import Recorder, another_group
 from support.cyclic import adamw, deep, reference
@@ -103,12 +103,12 @@ def ring(rank: int, device: str, world_size: int, stages: int) -> int:
     for step in range(STEPS):
         made.begin_step(step)
         for stage in schedule.order():
-            notes = torch.zeros(NOTES, dtype=torch.float64, device=on)
+            status = torch.zeros(STATUS_NUMBERS, dtype=torch.float64, device=on)
             source = gradient(rank, stage, step).to(on)
             own = torch.full_like(source, torch.nan)
             spin(device, 2)
             own.copy_(source)
-            made.hand_over(stage, [own], notes)
+            made.hand_over(stage, [own], status)
             del own
             torch.full_like(source, torch.nan)  # in the memory of what was handed over, if that is free by mistake
         for stage in range(stages):
@@ -117,7 +117,7 @@ def ring(rank: int, device: str, world_size: int, stages: int) -> int:
             made.release(stage, step + 1)
             torch.full_like(found, torch.nan)
             wrong += not torch.equal(found.cpu(), version(schedule, stage, step))
-        made.notes(step + 1, range(stages), lambda: None)
+        made.status(step + 1, range(stages), lambda: None)
     made.close()
     return wrong
 

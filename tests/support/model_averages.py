@@ -70,7 +70,7 @@ class Model:
             module,
             average_buffers=buffers == "average",
             weight_averages=weight_averages,
-            differences=averaging.differences,
+            differences=averaging.difference_scope,
         )
         self.average = ModelAverage(self.tensors, self.recorder, averaging)
         self.overlapped = overlapped_average(self.tensors.all_parameters)

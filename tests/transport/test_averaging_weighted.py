@@ -155,7 +155,7 @@ def rounds(world_size, background):
     return {case[:3]: each for case, each in answers.items()}
 
 
-# `make test` has three ranks in the open and two in the background
+# `make test` has three ranks with a blocking average and two with one in the background
 WITH_TWO_OR_THREE = [
     (2, True),
     (3, False),

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from lightning_comm.transport import stop_protocol as agreement_module
-from lightning_comm.transport.stop_protocol import Agreement, PeerFailure, Position, meeting_step
+from lightning_comm.transport.stop_protocol import Agreement, PeerFailure, RankPosition, meeting_step
 
 
 class Rank(threading.Thread):
@@ -32,7 +32,7 @@ class Rank(threading.Thread):
                 self.step += 1
                 if self.step in self.requests:
                     self.agreement.request(*self.requests[self.step])
-                decision = self.agreement.poll(Position(self.step, 0, self.step_time_s))
+                decision = self.agreement.poll(RankPosition(self.step, 0, self.step_time_s))
                 if decision and (decision.at_step is None or decision.at_step <= self.step):
                     self.decision = decision
                     break
@@ -120,7 +120,7 @@ def test_a_rank_blocked_in_a_synchronisation_counts_as_being_at_its_end():
     slow = Rank(store, 1, 2, 0.05, requests={5: ("stop", "x")}, catch_up_limit_s=1.0)
     slow.start()
     deadline = time.monotonic() + 10
-    while fast.poll_while_blocked(Position(1000, 0, 0.001)) is None:
+    while fast.poll_while_blocked(RankPosition(1000, 0, 0.001)) is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     slow.join(10)
@@ -132,15 +132,15 @@ def test_a_position_taken_back_is_not_decided_on():
     store = dist.HashStore()
     one, two = (Agreement(store, r, 2, "test", patience_s=0.05) for r in range(2))
     one.request("stop", "x")
-    assert one.poll(Position(5, 0, 1.0)) is None  # two is silent, so one takes its position back
-    assert two.poll(Position(4, 0, 1.0)) is None
+    assert one.poll(RankPosition(5, 0, 1.0)) is None  # two is silent, so one takes its position back
+    assert two.poll(RankPosition(4, 0, 1.0)) is None
     results = []
-    thread = threading.Thread(target=lambda: results.append(one.poll(Position(9, 0, 1.0), force=True)))
+    thread = threading.Thread(target=lambda: results.append(one.poll(RankPosition(9, 0, 1.0), force=True)))
     thread.start()
     while not results:
-        two.poll(Position(7, 0, 1.0), force=True)
+        two.poll(RankPosition(7, 0, 1.0), force=True)
     thread.join()
-    decision = two.poll(Position(7, 0, 1.0), force=True)
+    decision = two.poll(RankPosition(7, 0, 1.0), force=True)
     assert decision == results[0]
     assert decision.at_step == 9
 
@@ -156,7 +156,7 @@ def test_the_next_request_is_agreed_on_after_the_first_is_settled():
 
         def ask(r, decisions=decisions):
             while decisions[r] is None:
-                decisions[r] = ranks[r].poll(Position(3, 0, 1.0), force=True)
+                decisions[r] = ranks[r].poll(RankPosition(3, 0, 1.0), force=True)
 
         threads = [threading.Thread(target=ask, args=(r,)) for r in range(2)]
         for thread in threads:
@@ -177,17 +177,17 @@ def test_a_failure_reaches_the_others_with_its_message():
     one.report_failure("ValueError: no such file")
     two.report_failure("RuntimeError: comes later")
     with pytest.raises(PeerFailure, match="rank 0 failed: ValueError: no such file"):
-        two.poll(Position(1, 0, 1.0))
+        two.poll(RankPosition(1, 0, 1.0))
 
 
 def test_a_store_that_is_gone_is_reported_as_the_end_of_rank_0():
     host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     guest = dist.TCPStore("127.0.0.1", host.port, is_master=False, timeout=timedelta(seconds=5))
     agreement = Agreement(guest, 1, 2, "test", poll_interval_s=0.0)
-    assert agreement.poll(Position(1, 0, 1.0)) is None
+    assert agreement.poll(RankPosition(1, 0, 1.0)) is None
     del host
     with pytest.raises(PeerFailure, match="rank 0, which hosts it, has ended"):
-        agreement.poll(Position(2, 0, 1.0), force=True)
+        agreement.poll(RankPosition(2, 0, 1.0), force=True)
 
 
 class Link:
@@ -211,7 +211,7 @@ def test_looks_take_a_hundredth_of_the_time_where_answers_are_slow(monkeypatch, 
     monkeypatch.setattr(agreement_module, "time", link)
     agreement = Agreement(link, 0, 2, "test", poll_interval_s=0.2)
     while len(link.looks) < 4:
-        agreement.poll(Position(1, 0, 0.1))
+        agreement.poll(RankPosition(1, 0, 0.1))
         link.now_s += 0.001
     for one, two in itertools.pairwise(link.looks):
         assert two - one == pytest.approx(apart_s, abs=0.0021)
@@ -222,10 +222,10 @@ def test_looks_take_a_hundredth_of_the_time_where_answers_are_slow(monkeypatch, 
     [((10, 7), 0.1, 10), ((100, 7), 0.1, None), ((9, 7), 60.0, 9), ((10, 7), 60.0, None)],
 )
 def test_the_meeting_step_is_the_furthest_unless_catching_up_takes_too_long(steps, step_time_s, expected):
-    positions = [Position(step, 0, step_time_s) for step in steps]
+    positions = [RankPosition(step, 0, step_time_s) for step in steps]
     assert meeting_step(positions, 5.0, may_stand=True) == expected
     assert meeting_step(positions, 5.0, may_stand=False) == max(steps)
 
 
 def test_ranks_in_different_epochs_always_catch_up():
-    assert meeting_step([Position(100, 1, 1.0), Position(7, 0, 1.0)], 5.0, may_stand=True) == 100
+    assert meeting_step([RankPosition(100, 1, 1.0), RankPosition(7, 0, 1.0)], 5.0, may_stand=True) == 100

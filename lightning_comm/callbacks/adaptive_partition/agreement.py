@@ -28,8 +28,8 @@ def given_loader_problems(trainer: Trainer, ledger: CommLedger) -> list[str]:
         *Communication.* The problems that each rank has found, so that all refuse them alike, recorded as ``"set_up"``.
 
     """
-    given = given_training_loaders(trainer)
-    rows = _of_all_ranks(loader_problem(given) if given else None, trainer, ledger)
+    loaders = given_training_loaders(trainer)
+    rows = _of_all_ranks(loader_problem(loaders) if loaders else None, trainer, ledger)
     return [f"{problem} (on rank {rank})" for rank, problem in enumerate(rows) if problem][:1]
 
 

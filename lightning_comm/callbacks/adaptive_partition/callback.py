@@ -17,43 +17,30 @@ from lightning_comm.formats.adaptive_partition import PartitionJournal
 class AdaptivePartition(Callback):
     """Let fast ranks take more of the global batch than slow ones, with the gradient of the whole batch unchanged.
 
-    A synchronous step lasts as long as the slowest rank needs. Here each rank takes a share of the same global batch
-    that fits its speed, and its gradient counts by its samples. Learning rate, schedule and number of steps stay as
-    they were, and logged losses keep their values. It needs a :class:`PartitionedLoader`, and a strategy that averages
-    whole gradients or parameters over all ranks: ``ddp``, :class:`CompressedDDPStrategy` or
-    :class:`LocalUpdateStrategy`.
-
-    What is measured, what it works together with, and what the split changes nevertheless (BatchNorm, dropout, values
-    logged on each step): ``docs/techniques/adaptive_partition.md``.
+    Each rank takes a share of the same global batch that fits its speed, and its gradient counts by its samples, so
+    learning rate, schedule and number of steps stay as they were. It needs a :class:`PartitionedLoader`, and ``ddp``,
+    :class:`CompressedDDPStrategy` or :class:`LocalUpdateStrategy`. More: ``docs/techniques/adaptive_partition.md``.
 
     Args:
-        mode: ``"balance"`` measures each rank and moves shares while training runs; ``"observe"`` measures, moves
-            nothing, and reports which rank is slow and what balancing would gain; ``"fixed"`` only splits.
-        shares: Ratios by rank, such as ``[1, 3]``: the split at the start, and with ``"fixed"`` for the whole run. Left
-            out, ranks start alike.
+        mode: ``"balance"`` moves shares by measured speeds; ``"observe"`` only measures; ``"fixed"`` only splits.
+        shares: Ratios by rank, such as ``[1, 3]``, at the start, or with ``"fixed"`` in the whole run; ``None``: equal.
         batch_sizes: The same in samples by rank, such as ``[16, 48]``; they sum to the global batch.
-        min_per_rank: The least that a rank takes, one number or one for each, also of a last batch that has as many;
-            ``None``: 1, or 2 if the model has BatchNorm, which cannot train on one sample.
-        max_per_rank: The most that a rank takes, one number or one for each, for ranks with less memory.
+        min_per_rank: The least that a rank takes, one number or one for each; ``None``: 1, or 2 with BatchNorm.
+        max_per_rank: The most that a rank takes, one number or one for each.
         window_steps: After how many batches ranks compare their times.
-        min_gain: Shares move only if a step is expected to last longer than with the best shares by more than this part
-            of the latter; while little is known yet, by up to three times that.
+        min_gain: The expected gain, as a part of the best step time, from which shares move.
         warmup_steps: Batches at the start that are not measured.
-        loss_reduction: ``"mean"``: the loss is a mean over the rank's samples. ``"sum"``: it is a sum, so that samples
-            weigh the same whatever the split, and nothing is scaled.
-        replay: The ``journal.json`` of an earlier run, whose shares are taken again at the same steps.
-        folder: Where the journal and the page go, each ``fit`` in ``run_<n>``; ``None``: ``adaptive_partition`` in the
-            Trainer's ``default_root_dir``.
+        loss_reduction: ``"mean"`` or ``"sum"``: what the loss is over the samples of a rank.
+        replay: The ``journal.json`` of an earlier run, whose shares are used again at the same steps.
+        folder: Where journal and page go; ``None``: ``adaptive_partition`` in the ``default_root_dir``.
 
     Raises:
-        ValueError: If an argument is out of range; when ``fit`` begins, on all ranks alike, if the data, the bounds or
-            the journal do not fit.
+        ValueError: If an argument is out of range, or when ``fit`` begins, if data, bounds or journal do not fit.
         MisconfigurationException: When ``fit`` begins, if the strategy or the training data does not fit.
 
     Note:
-        *Communication.* One all-gather of 48 bytes a rank every ``window_steps`` batches; ``"fixed"``: none. At the
-        start the loaders' settings from each rank; with a sampler of the user's 8 bytes a rank in each epoch.
-        :attr:`ledger` has all of it.
+        *Communication.* An all-gather of 48 bytes a rank every ``window_steps`` batches (``"fixed"``: none), and the
+        loaders' settings at the start; :attr:`ledger` has all of it.
 
         *Memory.* Activations of more samples on fast ranks.
 

@@ -4,9 +4,9 @@ import math
 import statistics
 from typing import NamedTuple
 
-from lightning_comm.core.adaptive_partition.plan import Place
+from lightning_comm.core.adaptive_partition.plan import BatchIndex
 from lightning_comm.instruments.busy_time import BusyTimer
-from lightning_comm.ondevice.device_clock import Moment
+from lightning_comm.ondevice.device_clock import DeviceEvent
 
 _SETTLE_STEPS = 2  # left out after a change: memory is allocated anew, kernels are chosen for the new shape
 
@@ -53,10 +53,10 @@ class PartitionMeter:
         self._sizes: tuple[int, ...] | None = None
         self._window = 0
         self._counts = False
-        self._began: Moment | None = None
+        self._began: DeviceEvent | None = None
         self._busy_s: list[float] = []
         self._fetch_s: list[float] = []
-        self._steps: list[tuple[Moment, Moment]] = []
+        self._steps: list[tuple[DeviceEvent, DeviceEvent]] = []
 
     def begin(self, sizes: tuple[int, ...], *, full: bool, started_s: float, fetch_s: float) -> None:
         """Begin a batch with these numbers of samples by rank: a full batch, or a last one of another size."""
@@ -88,7 +88,7 @@ class PartitionMeter:
         self.batches = 0
         self._busy_s, self._fetch_s, self._steps = [], [], []
 
-    def times(self, place: Place, cap: int | None) -> RankTimes:
+    def times(self, place: BatchIndex, cap: int | None) -> RankTimes:
         """Return the times of the window.
 
         Args:

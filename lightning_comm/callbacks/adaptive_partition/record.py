@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_comm.callbacks.adaptive_partition.meter import RankTimes
 from lightning_comm.core.adaptive_partition.balancing import Forecast
-from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place
+from lightning_comm.core.adaptive_partition.plan import BatchIndex, PartitionPlan
 from lightning_comm.formats.adaptive_partition import Change, PartitionJournal, Window
 
 _MOST_WINDOWS = 2000  # then every second one is dropped, so that a long run stays a small file
@@ -31,7 +31,7 @@ class PartitionRecord:
         run: dict[str, Any],
         mode: str,
         plan: PartitionPlan,
-        why: dict[Place, str],
+        why: dict[BatchIndex, str],
         windows: Sequence[Window],
     ) -> None:
         self.run = run
@@ -43,7 +43,12 @@ class PartitionRecord:
         self._started_s = time.monotonic() - (before_s or 0.0)
 
     def add_window(
-        self, place: Place, sizes: tuple[int, ...], ranks: list[RankTimes], step_s: float, forecast: Forecast | None
+        self,
+        place: BatchIndex,
+        sizes: tuple[int, ...],
+        ranks: list[RankTimes],
+        step_s: float,
+        forecast: Forecast | None,
     ) -> None:
         """Note the times that ranks have exchanged."""
         if len(self._windows) >= _MOST_WINDOWS:

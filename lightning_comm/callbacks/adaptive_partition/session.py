@@ -41,11 +41,10 @@ from lightning_comm.callbacks.adaptive_partition.start import (
     warn_of_single_samples,
 )
 from lightning_comm.callbacks.adaptive_partition.windows import PartitionWindows
-from lightning_comm.contract import GradientsAnnounced, SamplesWeighed, SynchronisesInRounds
-from lightning_comm.core.adaptive_partition.plan import Place
+from lightning_comm.contract import GradientsAnnounced, SamplesWeighed, SynchronisesInRounds, refuse_with_strategy
+from lightning_comm.core.adaptive_partition.plan import BatchIndex
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.data.adaptive_partition.loader import PartitionedLoader
-from lightning_comm.errors import refuse_with_strategy
 from lightning_comm.formats.adaptive_partition import PartitionJournal
 from lightning_comm.instruments.busy_time import BusyTimer
 
@@ -115,7 +114,7 @@ class PartitionSession:
         self._rounds_seen = 0
         self.weight = 1.0
         self.sizes: tuple[int, ...] = ()
-        self._place = Place(0, 0)
+        self._place = BatchIndex(0, 0)
         self._let_loaders_follow()
         if self._timer is not None:
             self._timer.watch()  # last, since it would stay on after a failure of the others
@@ -132,7 +131,7 @@ class PartitionSession:
             journal = agreement.journal_of_rank_0(trainer, settings.replay, self._ledger)
             start = replayed_start(start, journal, settings.replay)
         elif loaded is not None:
-            place = max(Place(trainer.current_epoch, 0), *(loader.dispatched for loader in loaders))
+            place = max(BatchIndex(trainer.current_epoch, 0), *(loader.dispatched for loader in loaders))
             start = resumed_start(start, loaded, place, fixed=settings.mode == "fixed")
         if with_norm and trainer.world_size > 1:
             rank_zero_info(

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_comm.callbacks.adaptive_partition.settings import PartitionSettings
-from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place
+from lightning_comm.core.adaptive_partition.plan import BatchIndex, PartitionPlan
 from lightning_comm.core.adaptive_partition.shares import UNBOUNDED, proportional_sizes
 from lightning_comm.data.adaptive_partition.loader import PartitionedLoader
 from lightning_comm.formats.adaptive_partition import PartitionJournal, Window
@@ -35,7 +35,7 @@ class StartOfRun:
     lo: tuple[int, ...]
     hi: tuple[int, ...]
     plan: PartitionPlan
-    why: dict[Place, str] = field(default_factory=lambda: {Place(0, 0): "start"})
+    why: dict[BatchIndex, str] = field(default_factory=lambda: {BatchIndex(0, 0): "start"})
     windows: list[Window] = field(default_factory=list)
     balancer: dict[str, Any] | None = None
     replays: bool = False
@@ -104,7 +104,7 @@ def replayed_start(start: StartOfRun, journal: PartitionJournal, path: str) -> S
     return replace(start, plan=journal.plan(start.hi, start.lo), why=why, replays=True)
 
 
-def resumed_start(start: StartOfRun, saved: dict[str, Any], place: Place, *, fixed: bool) -> StartOfRun:
+def resumed_start(start: StartOfRun, saved: dict[str, Any], place: BatchIndex, *, fixed: bool) -> StartOfRun:
     """Return the start of a run that resumes from a checkpoint.
 
     Args:
@@ -128,12 +128,12 @@ def resumed_start(start: StartOfRun, saved: dict[str, Any], place: Place, *, fix
             f"and was stopped on {before['ranks']} ranks with one of {before['global_batch_size']}. It goes on from "
             f"the shares {list(start.plan.sizes)}, and measures anew."
         )
-        return replace(start, why={Place(0, 0): f"start, resumed at batch {place.batch} of epoch {place.epoch}"})
+        return replace(start, why={BatchIndex(0, 0): f"start, resumed at batch {place.batch} of epoch {place.epoch}"})
     chosen = start.plan.sizes
     start.plan.load_state_dict(saved["plan"])
     resumed = replace(
         start,
-        why={Place(epoch, batch): why for epoch, batch, why in saved["record"]["why"]},
+        why={BatchIndex(epoch, batch): why for epoch, batch, why in saved["record"]["why"]},
         windows=[Window(**each) for each in saved["record"]["windows"]],
         balancer=saved["balancer"],
     )
@@ -172,7 +172,7 @@ def warn_of_single_samples(loaders: list[PartitionedLoader], ranks: int) -> None
             )
 
 
-def _restart(start: StartOfRun, place: Place, sizes: tuple[int, ...], why: str) -> None:
+def _restart(start: StartOfRun, place: BatchIndex, sizes: tuple[int, ...], why: str) -> None:
     if start.plan.sizes_at(place) != sizes or start.plan.changes[-1].place > place:
         start.plan.restart_at(place, sizes)
         start.why[place] = why

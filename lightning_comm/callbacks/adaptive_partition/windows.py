@@ -14,7 +14,7 @@ from lightning_comm.callbacks.adaptive_partition.record import PartitionRecord
 from lightning_comm.callbacks.adaptive_partition.settings import PartitionSettings
 from lightning_comm.callbacks.adaptive_partition.start import StartOfRun
 from lightning_comm.core.adaptive_partition.balancing import Balancer, Forecast
-from lightning_comm.core.adaptive_partition.plan import Place
+from lightning_comm.core.adaptive_partition.plan import BatchIndex
 from lightning_comm.core.quantities import times_as_fast
 from lightning_comm.data.adaptive_partition.slices import Slice
 from lightning_comm.instruments.busy_time import BusyTimer
@@ -77,7 +77,7 @@ class PartitionWindows:
         """Something other than training follows, so the step is over."""
         self._meter.leave_training()
 
-    def is_over(self, place: Place) -> bool:
+    def is_over(self, place: BatchIndex) -> bool:
         """Whether the window of the batch at a place has enough batches, and no decided change is still to come.
 
         The same on all ranks: a change that was decided holds on all of them before times are compared again.
@@ -85,7 +85,7 @@ class PartitionWindows:
         change_is_to_come = not self._replays and self._plan.changes[-1].place > place
         return not change_is_to_come and self._meter.batches >= self._window_steps
 
-    def own_times(self, place: Place, dispatched: Place, rank: int) -> RankTimes:
+    def own_times(self, place: BatchIndex, dispatched: BatchIndex, rank: int) -> RankTimes:
         """Return this rank's times of the window, and begin another one.
 
         Args:
@@ -98,7 +98,7 @@ class PartitionWindows:
         self._meter.begin_window()
         return times
 
-    def compare(self, ranks: list[RankTimes], place: Place) -> bool:
+    def compare(self, ranks: list[RankTimes], place: BatchIndex) -> bool:
         """Learn from the times of all ranks, and change the plan if that pays.
 
         Returns:
@@ -118,10 +118,10 @@ class PartitionWindows:
         proposal = self._balancer.propose() if self._moves else None
         if proposal is not None and forecast is not None and proposal != sizes:
             # the first batch that no rank's loader has passed to its workers yet
-            self._move(max(Place(int(times.epoch), int(times.batch)) for times in ranks), proposal, forecast)
+            self._move(max(BatchIndex(int(times.epoch), int(times.batch)) for times in ranks), proposal, forecast)
         return True
 
-    def _move(self, place: Place, sizes: tuple[int, ...], forecast: Forecast) -> None:
+    def _move(self, place: BatchIndex, sizes: tuple[int, ...], forecast: Forecast) -> None:
         self._plan.change_at(place, sizes)
         why = f"a step is expected to become {times_as_fast(1 / (1 - forecast.gain))}"
         self._record.why[place] = why

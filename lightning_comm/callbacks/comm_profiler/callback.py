@@ -22,12 +22,12 @@ from lightning_comm.callbacks.comm_profiler.start import (
     next_run_number,
     probed_bytes_per_s,
 )
-from lightning_comm.contract import GradientsCompressed, SynchronisesInRounds
+from lightning_comm.contract import GradientsCompressed, SynchronisesInRounds, refuse_with_strategy
 from lightning_comm.core.arguments import is_whole
 from lightning_comm.core.key_figures import RunFigures, StepFigures
 from lightning_comm.core.ledger import CommLedger, wire_bytes
 from lightning_comm.core.rank_profile import RankProfile, combine, inferred_waits, with_waits
-from lightning_comm.errors import refuse, refuse_with_strategy
+from lightning_comm.errors import refuse
 from lightning_comm.formats.profile import Profile, RankFile, run_folder
 from lightning_comm.instruments.clocks import (
     compare_clocks,
@@ -61,8 +61,8 @@ class CommProfiler(Callback):
     """Measure what a run sends, how long that takes, and how long training waits for it.
 
     Works with plain ``ddp``, with every strategy of this package, and with one process, on CPU and CUDA. Nothing about
-    the run changes. After ``fit``, :attr:`figures` has the key figures of the run, the same on all ranks, and
-    :attr:`steps` the single steps of this rank. Rank 0 prints a summary and writes ``profile.html``; every rank writes
+    the run changes. After ``fit``, :attr:`figures` has the key figures of the run, and :attr:`steps` the steps of this
+    rank. Rank 0 prints a summary and writes ``profile.html``; every rank writes
     ``rank_<r>.jsonl``, which :func:`load_profile` reads, also of a run that was killed. While the run goes on, the
     Trainer's loggers get means under ``comm/``.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_comm.core.key_figures import StepFrame
 from lightning_comm.core.ledger import CommRecord
-from lightning_comm.ondevice.device_clock import DeviceClock, Moment
+from lightning_comm.ondevice.device_clock import DeviceClock, DeviceEvent
 from lightning_comm.transport.recording import MarkedRecord
 
 
@@ -16,8 +16,8 @@ class _Step:
     """A step that has ended on the host."""
 
     frame: StepFrame
-    began: Moment
-    ended: Moment
+    began: DeviceEvent
+    ended: DeviceEvent
     records: list[CommRecord]
 
 
@@ -33,7 +33,7 @@ class DeviceSteps:
         self._clock = clock
         self._steps: deque[_Step] = deque()
 
-    def add(self, frame: StepFrame, began: Moment, ended: Moment, records: list[CommRecord]) -> None:
+    def add(self, frame: StepFrame, began: DeviceEvent, ended: DeviceEvent, records: list[CommRecord]) -> None:
         """Keep a step, with the messages in it."""
         self._steps.append(_Step(frame, began, ended, records))
 
@@ -64,7 +64,7 @@ class DeviceSteps:
         return replace(record, start_s=began_s, duration_s=ended_s - began_s, hidden_s=hidden_s)
 
 
-def _moments(step: _Step) -> list[Moment]:
+def _moments(step: _Step) -> list[DeviceEvent]:
     """Return all moments by which a step is measured."""
     marked = [record for record in step.records if isinstance(record, MarkedRecord)]
     of_records: list[Any] = [mark for each in marked for mark in (each.began, each.waited, each.ended)]

@@ -22,7 +22,7 @@ from lightning_comm.core.step_timeline import TimelineStep, draw
 from lightning_comm.formats.profile import RankFile
 from lightning_comm.instruments.collectives import Watcher
 from lightning_comm.instruments.ddp_timing import DdpTiming
-from lightning_comm.ondevice.device_clock import DeviceClock, Moment
+from lightning_comm.ondevice.device_clock import DeviceClock, DeviceEvent
 from lightning_comm.transport import recording
 from lightning_comm.transport.recording import MarkedRecord
 
@@ -63,9 +63,9 @@ class Session:
         self._unmeasured = DeviceSteps(clock)
         self._records: list[CommRecord] = []
         self._batch = 0
-        self._backwards = 0  # in the open step
-        self._began: tuple[int, Moment] | None = None  # optimizer steps done and when, while a step is open
-        self._batch_ended: Moment | None = None
+        self._backwards = 0  # in the step under way
+        self._began: tuple[int, DeviceEvent] | None = None  # optimizer steps done and when, while a step is open
+        self._batch_ended: DeviceEvent | None = None
         self._timing: DdpTiming | None = None
         self._drawn = DrawnSteps(timeline_steps, profile.header["warmup_steps"])
         self._watcher = Watcher(self._records_append, steps_done, safely, self._mark if clock.on_cuda else None)
@@ -170,13 +170,13 @@ class Session:
     def _records_append(self, record: CommRecord) -> None:
         self._records.append(record)
 
-    def _mark(self) -> Moment | None:
+    def _mark(self) -> DeviceEvent | None:
         """Mark a moment of a message, in whichever thread it is, and keep failures away from the sender."""
-        marks: list[Moment] = []
+        marks: list[DeviceEvent] = []
         self._safely(lambda: marks.append(self._clock.mark()))
         return marks[0] if marks else None
 
-    def _close_step(self, ended: Moment | None) -> None:
+    def _close_step(self, ended: DeviceEvent | None) -> None:
         if self._began is None or self._batch_ended is None or ended is None:
             return  # no step, or one that was skipped before it was trained on
         steps_done, began = self._began

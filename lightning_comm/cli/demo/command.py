@@ -96,12 +96,12 @@ def run_one(run: RunSettings, folder: Path, label: str) -> dict[str, Any] | None
     assert process.stdout is not None
     show = _progress_line(label, run.epochs)
     try:
-        with log.open("w") as lines:
+        with log.open("w") as log_file:
             for line in process.stdout:
                 if line.startswith(PROGRESS):
                     show(json.loads(line.removeprefix(PROGRESS)))
                 else:
-                    lines.write(line)
+                    log_file.write(line)
         code = process.wait()
     finally:
         if process.poll() is None:

@@ -42,7 +42,7 @@ def predict(args: Sequence[str]) -> None:
 
 
 class SavedConfig(SaveConfigCallback):
-    """Lightning's record of a run's config, which is not written over a config that the run was given.
+    """Lightning's record of a run's config, which is not written over a config that the run reads.
 
     Without a logger Lightning writes ``config.yaml`` into the working folder, where the user's own may be.
     """
@@ -50,9 +50,9 @@ class SavedConfig(SaveConfigCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         target = os.path.realpath(os.path.join(trainer.log_dir or "", self.config_filename))
-        given = self.config.get("config") or []  # of the subcommand
-        is_given = target in [os.path.realpath(str(path.absolute)) for path in given]
-        self.already_saved |= trainer.strategy.broadcast(is_given)  # as rank 0 finds it, which would write
+        read = self.config.get("config") or []  # of the subcommand
+        is_read = target in [os.path.realpath(str(path.absolute)) for path in read]
+        self.already_saved |= trainer.strategy.broadcast(is_read)  # as rank 0 finds it, which would write
         super().setup(trainer, pl_module, stage)
 
 

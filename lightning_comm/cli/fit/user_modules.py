@@ -26,8 +26,8 @@ class Parser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        given = _GIVEN.findall(message) if "import path" in message or "Subtypes" in message else []
-        problems = _problems([*_CLASS_PATH.findall(message), *given])
+        imports = _GIVEN.findall(message) if "import path" in message or "Subtypes" in message else []
+        problems = _problems([*_CLASS_PATH.findall(message), *imports])
         if problems:
             key = _KEY.search(message)
             others = [each for each in _problems(_named_in_configs()) if each not in problems]

@@ -35,7 +35,7 @@ class Options:
         strategies: Names, DDP first, without the way of starting processes.
         steps: Optimizer steps of a trial.
         warmup_steps: How many of them are not counted.
-        given: Which of these two the user gave; the other is fitted to a run that is shorter.
+        set_by_user: Which of these two the user gave; the other is fitted to a run that is shorter.
         repeats: Trials of each strategy.
         hosts: Emulated hosts; ``None`` for none.
         link: Rates of their links.
@@ -50,7 +50,7 @@ class Options:
     strategies: tuple[str, ...]
     steps: int
     warmup_steps: int
-    given: tuple[str, ...]
+    set_by_user: tuple[str, ...]
     repeats: int
     hosts: int | None
     link: str | tuple[str, ...]
@@ -107,7 +107,7 @@ def _own_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--timeout", type=float, default=600.0, metavar="S", help="how long ranks may be silent (default: %(default)s)")
     add("--out", default="pilot_results", help="a new folder is made in here (default: %(default)s/)")
     known, arguments = parser.parse_known_args(argv)
-    known.given = tuple(name for name in ("steps", "warmup_steps") if getattr(known, name) is not None)
+    known.set_by_user = tuple(name for name in ("steps", "warmup_steps") if getattr(known, name) is not None)
     known.steps = STEPS if known.steps is None else known.steps
     known.warmup_steps = WARMUP_STEPS if known.warmup_steps is None else known.warmup_steps
     if (found := strays(arguments)) != []:
@@ -129,7 +129,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, list[str]]:
         strategies=_strategies(known.strategies),
         steps=known.steps,
         warmup_steps=known.warmup_steps,
-        given=known.given,
+        set_by_user=known.set_by_user,
         repeats=known.repeats,
         hosts=known.hosts,
         link=links[0] if len(links) == 1 else links,

@@ -19,7 +19,7 @@ from lightning_comm.cli.environment import environment
 from lightning_comm.cli.pilot.arguments import Options, Refused, parse
 from lightning_comm.cli.pilot.rank import TrialJob, run
 from lightning_comm.cli.pilot.report import write_report
-from lightning_comm.cli.pilot.results import Progress, Results
+from lightning_comm.cli.pilot.results import Results, TrialProgress
 from lightning_comm.cli.pilot.user_run import UserRun, read_run
 from lightning_comm.cli.pilot.workers import LabHosts, ThisMachine, WorkerFailed, WorkerHosts, run_workers
 from lightning_comm.cli.quiet import lightning_is_quiet
@@ -91,7 +91,7 @@ def _job(options: Options, own: UserRun, arguments: Sequence[str]) -> TrialJob:
         warmup_steps=options.warmup_steps,
         device_s=options.device_s,
         trainer=own.trainer,
-        given=options.given,
+        set_by_user=options.set_by_user,
     )
 
 
@@ -153,7 +153,7 @@ def _measure(job: TrialJob, results: Results, hosts: WorkerHosts, timeout_s: flo
         Refused: If the run is too short for what the user asked.
 
     """
-    progress = Progress(len(job.trials), 1 + max(repeat for repeat, _ in job.trials))
+    progress = TrialProgress(len(job.trials), 1 + max(repeat for repeat, _ in job.trials))
     current: dict[str, Any] = {}
     left = list(job.trials)
     hear = _listener(results, progress, left, current)
@@ -187,7 +187,7 @@ def _measure(job: TrialJob, results: Results, hosts: WorkerHosts, timeout_s: flo
 def _measure_in_this_job(job: TrialJob, results: Results) -> None:
     """Be rank 0 of a job that others have started; a failure ends the job, by its launcher."""
     leave_group_at_exit()
-    progress = Progress(len(job.trials), 1 + max(repeat for repeat, _ in job.trials))
+    progress = TrialProgress(len(job.trials), 1 + max(repeat for repeat, _ in job.trials))
     current: dict[str, Any] = {}
     hear = _listener(results, progress, list(job.trials), current)
     try:
@@ -202,7 +202,7 @@ def _measure_in_this_job(job: TrialJob, results: Results) -> None:
 
 
 def _listener(
-    results: Results, progress: Progress, left: list[tuple[int, str]], current: dict[str, Any]
+    results: Results, progress: TrialProgress, left: list[tuple[int, str]], current: dict[str, Any]
 ) -> Callable[[dict[str, Any]], None]:
     """Return the function that handles the events of rank 0."""
 

@@ -79,7 +79,7 @@ class TrialJob:
         warmup_steps: How many of them are not counted.
         device_s: Seconds that a batch takes on the emulated device; ``None`` for the real one.
         trainer: Arguments of the Trainer that the place of the run decides on: the number of devices and hosts.
-        given: Which of ``steps`` and ``warmup_steps`` the user gave; the other is fitted to a run that is shorter.
+        set_by_user: Which of ``steps`` and ``warmup_steps`` the user gave; the other is fitted to a shorter run.
 
     """
 
@@ -89,7 +89,7 @@ class TrialJob:
     warmup_steps: int
     device_s: float | None
     trainer: dict[str, Any]
-    given: Sequence[str] = ("steps", "warmup_steps")
+    set_by_user: Sequence[str] = ("steps", "warmup_steps")
 
 
 class TrialLine(CommandLine):
@@ -162,7 +162,7 @@ def run(job: TrialJob, emit: Callable[[dict[str, Any]], None]) -> None:
     is_first = line.trainer.is_global_zero
     totals = _gather(rehearsal.total_steps, line.trainer, ledger)
     try:
-        steps, warmup_steps = fit_to_run(job.steps, job.warmup_steps, _shortest(totals), job.given)
+        steps, warmup_steps = fit_to_run(job.steps, job.warmup_steps, _shortest(totals), job.set_by_user)
     except ValueError as error:
         if is_first:
             emit({"event": "refused", "error": str(error)})

@@ -60,7 +60,7 @@ class Results:
         write_text(self.file, json.dumps(self.data))
 
 
-class Progress:
+class TrialProgress:
     """Shows which trial of how many is running and about how long the rest will take.
 
     Args:

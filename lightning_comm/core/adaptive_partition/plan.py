@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from lightning_comm.core.adaptive_partition.shares import UNBOUNDED, proportional_sizes
 
 
-class Place(NamedTuple):
+class BatchIndex(NamedTuple):
     """A training batch of a run: the ``batch``-th of an epoch, both from 0. Places are in the order of a run.
 
     Example:
-        >>> Place(epoch=0, batch=99) < Place(epoch=1, batch=0)
+        >>> BatchIndex(epoch=0, batch=99) < BatchIndex(epoch=1, batch=0)
         True
 
     """
@@ -27,7 +27,7 @@ class Place(NamedTuple):
 class Shares(NamedTuple):
     """The samples of each rank of a global batch, from a place on."""
 
-    place: Place
+    place: BatchIndex
     sizes: tuple[int, ...]
 
 
@@ -45,10 +45,10 @@ class PartitionPlan:
 
     Example:
         >>> plan = PartitionPlan((8, 8))
-        >>> plan.change_at(Place(0, 20), (12, 4))
-        >>> plan.sizes_at(Place(0, 19)), plan.sizes_at(Place(1, 0))
+        >>> plan.change_at(BatchIndex(0, 20), (12, 4))
+        >>> plan.sizes_at(BatchIndex(0, 19)), plan.sizes_at(BatchIndex(1, 0))
         ((8, 8), (12, 4))
-        >>> plan.split(Place(1, 0), 8)  # a last batch of 8 samples
+        >>> plan.split(BatchIndex(1, 0), 8)  # a last batch of 8 samples
         (6, 2)
 
     """
@@ -58,7 +58,7 @@ class PartitionPlan:
     lo: tuple[int, ...] | int = 0
 
     def __post_init__(self) -> None:
-        self._changes = [Shares(Place(0, 0), tuple(self.sizes))]
+        self._changes = [Shares(BatchIndex(0, 0), tuple(self.sizes))]
 
     @property
     def changes(self) -> tuple[Shares, ...]:
@@ -70,12 +70,12 @@ class PartitionPlan:
         """How many ranks share the batch."""
         return len(self.sizes)
 
-    def sizes_at(self, place: Place) -> tuple[int, ...]:
+    def sizes_at(self, place: BatchIndex) -> tuple[int, ...]:
         """Return samples by rank of a full global batch."""
         index = bisect_right(self._changes, place, key=lambda change: change.place) - 1
         return self._changes[max(0, index)].sizes
 
-    def split(self, place: Place, total: int) -> tuple[int, ...]:
+    def split(self, place: BatchIndex, total: int) -> tuple[int, ...]:
         """Return samples by rank of a batch of ``total`` samples: of a last one, in proportion to the full ones.
 
         A rank may get none of a small one.
@@ -86,7 +86,7 @@ class PartitionPlan:
         least = self.lo * self.ranks if isinstance(self.lo, int) else sum(self.lo)
         return proportional_sizes(total, sizes, self.lo if least <= total else 0, self.hi)
 
-    def change_at(self, place: Place, sizes: Sequence[int]) -> None:
+    def change_at(self, place: BatchIndex, sizes: Sequence[int]) -> None:
         """Let other shares hold from a place on, which comes after all earlier changes or replaces the last one.
 
         Raises:
@@ -101,10 +101,10 @@ class PartitionPlan:
             )
         if place == last.place:
             self._changes.pop()
-        self._changes.append(Shares(Place(*place), tuple(sizes)))
+        self._changes.append(Shares(BatchIndex(*place), tuple(sizes)))
         self.sizes = self._changes[0].sizes
 
-    def restart_at(self, place: Place, sizes: Sequence[int]) -> None:
+    def restart_at(self, place: BatchIndex, sizes: Sequence[int]) -> None:
         """Let other shares hold from a place on, and forget changes that were to come there or later."""
         before = [change for change in self._changes if change.place < place]
         self._changes = before or [Shares(place, tuple(sizes))]
@@ -122,4 +122,4 @@ class PartitionPlan:
 
 def _read(changes: Iterable[Sequence[Any]]) -> Iterable[Shares]:
     for epoch, batch, sizes in changes:
-        yield Shares(Place(int(epoch), int(batch)), tuple(map(int, sizes)))
+        yield Shares(BatchIndex(int(epoch), int(batch)), tuple(map(int, sizes)))

@@ -32,7 +32,7 @@ class PruningSchedule:
         ValueError: If an argument is out of range.
 
     Note:
-        *Communication.* None.
+        *Communication.* None. *Memory.* None.
 
         *Where it differs.* The paper prunes at ``start_step`` too, where the share is still 0; here nothing happens
         then.

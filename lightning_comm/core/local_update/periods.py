@@ -61,6 +61,8 @@ class FixedPeriod(PeriodRule):
     Note:
         *Communication.* None. One rank asks the rule, and its answer is sent with the synchronisation.
 
+        *Memory.* None.
+
     Example:
         >>> FixedPeriod(8).period_steps(lr=0.1, step=0)
         8
@@ -109,6 +111,8 @@ class PowerPeriod(PeriodRule):
         takes the plain floor; below 10\ :sup:`9` steps the two differ by at most one.
 
         *Communication.* None. One rank asks the rule, and its answer is sent with the synchronisation.
+
+        *Memory.* None.
 
     Example:
         >>> PowerPeriod(alpha=0.2, exponent=1.0, h_base=2).period_steps(lr=0.01, step=0)
@@ -167,6 +171,8 @@ class QuadraticPeriod(PeriodRule):
         *Rounding.* As in :class:`PowerPeriod`: a square within rounding below a whole number counts as that number.
 
         *Communication.* None. One rank asks the rule, and its answer is sent with the synchronisation.
+
+        *Memory.* None.
 
     Example:
         >>> rule = QuadraticPeriod(alpha=0.3, h_base=4)

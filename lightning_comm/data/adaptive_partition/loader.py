@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place
+from lightning_comm.core.adaptive_partition.plan import BatchIndex, PartitionPlan
 from lightning_comm.data.adaptive_partition.arguments import (
     arguments_of,
     check_batches,
@@ -28,33 +28,27 @@ from lightning_comm.data.global_order import Draws, GlobalBatches, GlobalOrder, 
 class PartitionedLoader:
     """A loader for training in which the ranks share each global batch by a plan, evenly if there is none.
 
-    Step ``t`` of an epoch is always the same samples, ``order(seed, epoch)[t * B : (t + 1) * B]``, and the ranks take
-    slices of it, one behind the other. So each sample comes once in an epoch, all ranks take the same number of steps,
-    and neither the plan nor the number of ranks changes what a step is made of.
+    Step ``t`` of an epoch is always the same samples, ``order(seed, epoch)[t * B : (t + 1) * B]``, of which the ranks
+    take slices. So each sample comes once in an epoch, and neither the plan nor the number of ranks changes a step; a
+    resumed run continues with exactly the samples that are left.
 
-    Where ranks have unequal numbers of samples, the mean over ranks of their mean losses is not the mean over the
-    samples: ``AdaptivePartition`` corrects the gradient; in a loop of your own multiply the loss by
-    ``loader.latest.weight``. A stopped run goes on with exactly the samples that are left, on any number of ranks. More
-    on both, and on passes, in ``docs/techniques/adaptive_partition.md``.
+    Where ranks have unequal numbers of samples, :class:`AdaptivePartition` corrects the gradient; in a loop of your own
+    multiply the loss by ``loader.latest.weight``. More: ``docs/techniques/adaptive_partition.md``.
 
     Args:
-        dataset: What the samples come from; it has a length, and ``dataset[index]`` gives a sample.
+        dataset: A map-style dataset: it has a length, and ``dataset[index]`` returns a sample.
         global_batch_size: Samples per step of all ranks together; at least one for each rank.
-        shuffle: Whether each epoch has an order of its own; otherwise all have that of the dataset. It is left out with
-            a ``sampler``; else ``None`` means yes.
+        shuffle: Whether each epoch has an order of its own; ``None``: yes, unless there is a ``sampler``.
         seed: Decides the order; at least 0, and the same on every rank.
-        tail: What becomes of the samples of an epoch that fill no global batch: ``"keep"`` makes a smaller last step
-            of them, ``"drop"`` leaves them out, ``"merge"`` adds them to the last step.
-        sampler: Draws the order of all samples instead, before they are shared, such as a ``WeightedRandomSampler``.
-            It has a length, and draws the same order on all ranks.
-        seed_samples: Whether ``dataset[index]`` is called with Python's, numpy's and torch's generators seeded from
-            seed, epoch, pass and index, so that random augmentation depends on no rank, plan or worker.
+        tail: What becomes of samples that fill no global batch: ``"keep"``, a smaller last step; ``"drop"``, none;
+            ``"merge"``, they are added to the last step.
+        sampler: Draws the order of all samples instead; it has a length, and draws alike on all ranks.
+        seed_samples: Whether random augmentation is seeded by sample, so that it depends on no rank, plan or worker.
         **options: What else a ``DataLoader`` takes, such as ``num_workers`` and ``collate_fn``.
 
     Raises:
-        ValueError: If an argument is out of range, or no batch is left. With the first batch, if there are more ranks
-            than samples in a global batch, if a sampler does not keep to its length or order, or if the run is resumed
-            in the middle of a pass that was begun with other data or another order.
+        ValueError: If an argument is out of range, or no batch is left; with the first batch, if there are too many
+            ranks, or if a sampler or a resumed run does not keep to the order.
         TypeError: If ``dataset`` or ``sampler`` has no global order, or ``options`` holds what would replace it.
 
     Note:
@@ -169,12 +163,12 @@ class PartitionedLoader:
         self._followed = True
 
     @property
-    def dispatched(self) -> Place:
+    def dispatched(self) -> BatchIndex:
         """The first place of which no index list has been handed to the workers: where a change of plan may start."""
         if self._position.has_begun:
             return self._dispatcher.dispatched
         epoch, passes, done = self._position.now
-        return Place(epoch, passes * len(self) + done)
+        return BatchIndex(epoch, passes * len(self) + done)
 
     @property
     def latest(self) -> Slice | None:

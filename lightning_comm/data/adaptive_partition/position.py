@@ -9,7 +9,7 @@ from lightning_comm.data.resumable import warn_of_repeated_batches
 _STATE_VERSION = 1
 
 
-class Position(NamedTuple):
+class PassPosition(NamedTuple):
     """How far a loader is: ``batches_done`` of a pass have been handed out, the ``passes``-th of an epoch, from 0."""
 
     epoch: int
@@ -35,13 +35,13 @@ class LoaderPosition:
         >>> begun = place.begin_pass(warns=False)
         >>> place.count(begun)
         >>> place.now, place.state_dict()["batches_done"]
-        (Position(epoch=0, passes=0, batches_done=1), 1)
+        (PassPosition(epoch=0, passes=0, batches_done=1), 1)
 
     """
 
     def __init__(self, order: GlobalOrder, batches: GlobalBatches) -> None:
         self._order, self._batches = order, batches
-        self.now = Position(0, 0, 0)
+        self.now = PassPosition(0, 0, 0)
         self._begun: object | None = None  # the pass that moves the position; None until its first batch
         self._loaded: dict[str, Any] | None = None
         self._goes_on = False  # in the epoch of the state that was loaded
@@ -71,7 +71,7 @@ class LoaderPosition:
     def begin_epoch(self, epoch: int) -> None:
         """Begin an epoch with the next pass, or go on in it, if a state from the middle of it has been loaded."""
         if self._loaded is None or self.now.epoch != epoch:
-            self.now, self._begun, self._loaded = Position(epoch, 0, 0), None, None
+            self.now, self._begun, self._loaded = PassPosition(epoch, 0, 0), None, None
         else:
             self._goes_on = True
 
@@ -94,7 +94,7 @@ class LoaderPosition:
         # loaders; without an epoch to go on with, it is the start of the next pass.
         is_over = self._loaded is not None and self.now.batches_done == batches_of(self._loaded) and not self._goes_on
         if self._begun is not None or is_over:
-            self.now = Position(self.now.epoch, self.now.passes + 1, 0)
+            self.now = PassPosition(self.now.epoch, self.now.passes + 1, 0)
             self._loaded = None
         self._check_loaded()
         self._goes_on = False
@@ -138,7 +138,7 @@ class LoaderPosition:
                 f"PartitionedLoader: `state` must be of version {_STATE_VERSION}; got {state.get('version')!r}. Resume "
                 "with the version of lightning_comm, and the kind of loader, that wrote it."
             )
-        self.now = Position(state["epoch"], state["passes"], state["batches_done"])
+        self.now = PassPosition(state["epoch"], state["passes"], state["batches_done"])
         self._begun, self._loaded, self._goes_on = None, dict(state), False
 
     def _check_loaded(self) -> None:

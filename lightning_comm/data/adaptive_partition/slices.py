@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place
+from lightning_comm.core.adaptive_partition.plan import BatchIndex, PartitionPlan
 from lightning_comm.core.adaptive_partition.shares import proportional_sizes
 from lightning_comm.data.adaptive_partition.arguments import check_ranks, in_group
 from lightning_comm.data.global_order import GlobalBatches, GlobalOrder, mixed_seed, seeded
@@ -26,13 +26,13 @@ class Slice(NamedTuple):
         fetch_s: How long it took to be there.
 
     Example:
-        >>> part = Slice(Place(0, 3), sizes=(12, 4), rank=1)
+        >>> part = Slice(BatchIndex(0, 3), sizes=(12, 4), rank=1)
         >>> part.samples, part.total, part.weight
         (4, 16, 0.5)
 
     """
 
-    place: Place
+    place: BatchIndex
     sizes: tuple[int, ...]
     rank: int
     fetch_started_s: float = 0.0
@@ -59,7 +59,7 @@ class LatestSlice:
 
     Example:
         >>> latest = LatestSlice()
-        >>> latest.put(Slice(Place(0, 0), sizes=(12, 4), rank=1), fetch_started_s=0.0, fetch_s=0.0)
+        >>> latest.put(Slice(BatchIndex(0, 0), sizes=(12, 4), rank=1), fetch_started_s=0.0, fetch_s=0.0)
         >>> latest.read().weight
         0.5
 
@@ -134,9 +134,9 @@ class SliceDispatcher:
         self._waiting: deque[Slice] = deque()
 
     @property
-    def dispatched(self) -> Place:
+    def dispatched(self) -> BatchIndex:
         """The place of the next list."""
-        return Place(self._epoch, self._passes * self._batches.number + self._next)
+        return BatchIndex(self._epoch, self._passes * self._batches.number + self._next)
 
     def hand_out(self) -> Slice:
         """Return what was taken for the oldest list whose batch has not been handed out."""

@@ -5,7 +5,7 @@ ties, random numbers or samples that only one rank has seen cannot make them dif
 all their bits; if it differs, all raise an error.
 """
 
-from lightning_comm.ondevice.pruning.base import Masks, Moment, Pruning, checked_masks, prunable
+from lightning_comm.ondevice.pruning.base import Masks, Pruning, PruningContext, checked_masks, prunable
 from lightning_comm.ondevice.pruning.existing_masks import MaskFile, MaskFunction, ModulePruning
 from lightning_comm.ondevice.pruning.grasp import GraSPPruning
 from lightning_comm.ondevice.pruning.magnitude import MagnitudePruning
@@ -18,8 +18,8 @@ __all__ = [
     "MaskFunction",
     "Masks",
     "ModulePruning",
-    "Moment",
     "Pruning",
+    "PruningContext",
     "checked_masks",
     "erk_shares",
     "keep_largest",

@@ -25,7 +25,7 @@ def warn_of(names: Sequence[str], message: str) -> None:
 
 
 @dataclass(frozen=True)
-class Moment:
+class PruningContext:
     """The state of a run at the moment at which masks are chosen.
 
     Args:
@@ -41,7 +41,7 @@ class Moment:
     warn: Callable[[Sequence[str], str], None] = field(default=warn_of)
 
 
-NOW = Moment()
+NOW = PruningContext()
 
 
 class Pruning(ABC):
@@ -57,12 +57,12 @@ class Pruning(ABC):
     is_watched: ClassVar[bool] = False
 
     @abstractmethod
-    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
+    def masks(self, module: nn.Module, context: PruningContext = NOW) -> Masks:
         """Return a mask for each parameter that is pruned, by name. Called on rank 0 alone, so it must not communicate.
 
         Args:
             module: The model.
-            moment: The present masks, and access to samples of the training data.
+            context: The present masks, and access to samples of the training data.
 
         """
 
@@ -71,10 +71,12 @@ class Pruning(ABC):
 
         It should not read tensors of CUDA on the host, since that waits for the device.
         """
-        return self.masks(module, Moment(warn=lambda names, message: None))
+        return self.masks(module, PruningContext(warn=lambda names, message: None))
 
 
-def prunable(module: nn.Module, skip: Sequence[str], where: str, moment: Moment = NOW) -> dict[str, nn.Parameter]:
+def prunable(
+    module: nn.Module, skip: Sequence[str], where: str, context: PruningContext = NOW
+) -> dict[str, nn.Parameter]:
     """Return the parameters that may be pruned, by name: trained ones with two dimensions or more, no embeddings.
 
     Left out, and named in a warning, are those in which a zero does not make the weight zero or affects another one.
@@ -103,7 +105,7 @@ def prunable(module: nn.Module, skip: Sequence[str], where: str, moment: Moment 
     for reason in sorted(set(out.values())):
         text = reason.replace("{", "{{").replace("}", "}}")
         names = [name for name in out if out[name] == reason]
-        moment.warn(names, f"{where}: not pruned: {{names}}, since {text}. `skip` leaves this message out.")
+        context.warn(names, f"{where}: not pruned: {{names}}, since {text}. `skip` leaves this message out.")
     return {name: parameter for name, parameter in left.items() if name not in out}
 
 

@@ -9,39 +9,71 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_comm.ondevice.pruning.base import NOW, Masks, Moment, Pruning, checked_masks
+from lightning_comm.ondevice.pruning.base import NOW, Masks, Pruning, PruningContext, checked_masks
 
 
 @dataclass(frozen=True)
 class MaskFunction(Pruning):
-    """Masks that a function of the user returns.
+    """Masks that a function of the user returns. Rank 0 alone calls it; the other ranks receive its masks.
 
     Args:
-        function: Takes the model and returns masks by parameter name.
+        function: Takes the model and returns masks by parameter name: tensors of ``bool``, ``True`` where a weight is
+            kept. It must not communicate, since no other rank calls it.
+
+    Raises:
+        ValueError: If the masks do not fit the model, or keep nothing of a parameter.
+
+    Note:
+        *Communication.* None; the strategy broadcasts the masks of rank 0.
+
+        *Memory.* What the function makes, and a byte a weight for the masks.
+
+    Example:
+        >>> def keep_first_row(module):
+        ...     mask = torch.zeros_like(module.weight, dtype=torch.bool)
+        ...     mask[0] = True
+        ...     return {"weight": mask}
+        >>> MaskFunction(keep_first_row).masks(nn.Linear(2, 2))["weight"].tolist()
+        [[True, True], [False, False]]
 
     """
 
-    # a checkpoint is known by its settings as text, and an address would differ in the process that resumes
-    function: Callable[[nn.Module], Mapping[str, Tensor]] = field(repr=False)
+    function: Callable[[nn.Module], Mapping[str, Tensor]] = field(repr=False)  # its repr would be an address
 
     @override
-    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
+    def masks(self, module: nn.Module, context: PruningContext = NOW) -> Masks:
         return checked_masks(self.function(module), module, "MaskFunction")
 
 
 @dataclass(frozen=True)
 class MaskFile(Pruning):
-    """Masks from a file that ``torch.save`` has written: a dictionary of tensors of ``bool``, by parameter name.
+    """Masks from a file that ``torch.save`` has written. Rank 0 alone reads it; the other ranks receive its masks.
 
     Args:
-        path: The file, on rank 0.
+        path: The file, needed on the host of rank 0 alone: a dictionary of tensors of ``bool`` by parameter name,
+            ``True`` where a weight is kept.
+
+    Raises:
+        ValueError: If the file is missing or damaged, or if its masks do not fit the model.
+
+    Note:
+        *Communication.* None; the strategy broadcasts the masks of rank 0.
+
+        *Memory.* A byte a weight for the masks.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/masks.pt"
+        >>> torch.save({"weight": torch.tensor([[True, False]])}, path)
+        >>> MaskFile(path).masks(nn.Linear(2, 1))["weight"].tolist()
+        [[True, False]]
 
     """
 
     path: str
 
     @override
-    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
+    def masks(self, module: nn.Module, context: PruningContext = NOW) -> Masks:
         if not Path(self.path).is_file():
             raise ValueError(f"MaskFile: `path` must be a file that torch.save has written; there is no {self.path!r}.")
         try:
@@ -74,17 +106,26 @@ class ModulePruning(Pruning):
         *Communication.* In each step two bytes besides the gradients: whether this rank's masks have changed, and
         whether it had gradients outside them, which the model's own masks should have set to zero.
 
+        *Memory.* A byte a weight for the masks, beside those in the model.
+
         *From dense.* A layer that is to be pruned later needs a mask that keeps all of it when training starts:
         ``torch.nn.utils.prune.identity(layer, "weight")``.
+
+    Example:
+        >>> from torch.nn.utils import prune
+        >>> layer = nn.Linear(2, 1)
+        >>> _ = prune.custom_from_mask(layer, "weight", torch.tensor([[1.0, 0.0]]))
+        >>> ModulePruning().masks(layer)["weight_orig"].tolist()
+        [[True, False]]
 
     """
 
     is_watched: ClassVar[bool] = True
 
     @override
-    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
+    def masks(self, module: nn.Module, context: PruningContext = NOW) -> Masks:
         found, useless = masks_in(module)
-        moment.warn(
+        context.warn(
             useless,
             "ModulePruning: the mask of {names} leaves out no gradients, since another module uses the same weight "
             "unpruned. Prune the weight in each module that shares it, with the same mask.",

@@ -13,8 +13,8 @@ from lightning_comm.core.arguments import is_number, is_whole
 from lightning_comm.ondevice.pruning.base import (
     NOW,
     Masks,
-    Moment,
     Pruning,
+    PruningContext,
     check_scope,
     check_sparsity,
     checked_skip,
@@ -32,18 +32,16 @@ Loss = Callable[[nn.Module, Any], Tensor]
 class GraSPPruning(Pruning):
     r"""Prune the weights whose removal reduces the gradient flow least (GraSP), the criterion reported for PacTrain.
 
-    With the gradient :math:`g` of the loss on a sample of the training data and its Hessian :math:`H`, the removal of
-    weight :math:`\theta_i` changes :math:`g^\top g` by :math:`-2 \theta_i (H g)_i` in first order. The weights with the
-    largest :math:`\theta_i (H g)_i`, whose removal would reduce it most, are kept.
+    With the gradient :math:`g` of the loss on a sample of the training data and its Hessian :math:`H`, those weights
+    :math:`\theta_i` are kept whose :math:`\theta_i (H g)_i` is largest: without them :math:`g^\top g` would fall most.
 
     Args:
         sparsity: The share that is pruned of all weights that may be pruned: at least 0 and below 1.
         samples: The number of samples of the training data; the same ones at each pruning.
-        temperature: The divisor of outputs before the default loss. A high one makes all classes about equally likely,
-            so that the scores of a confident network do not vanish.
-        loss: Takes the model and a batch and returns a number: a function, or in YAML its import path. By default the
-            cross entropy of ``module(inputs) / temperature`` for batches ``(inputs, targets)``. It must not
-            communicate, so it cannot be a ``training_step`` that logs with ``sync_dist``.
+        temperature: The divisor of outputs before the default loss; a high one keeps the scores of a confident network
+            from vanishing.
+        loss: Takes the model and a batch and returns a number: a function, or in YAML its import path; it must not
+            communicate. ``None``: the cross entropy of ``module(inputs) / temperature`` for ``(inputs, targets)``.
         scope: ``"global"``: the lowest scores of all. ``"layer"``: the same share of each parameter.
         skip: As in :class:`MagnitudePruning`.
 
@@ -54,19 +52,10 @@ class GraSPPruning(Pruning):
     Note:
         *Communication.* None; rank 0 computes the scores alone while the others wait for its masks.
 
-        *Memory.* Two copies of the weights, and the graph of one batch for a second derivative. Attention uses torch's
-        plain kernel meanwhile, and on CUDA recurrent layers too, since the fused ones have no second derivative.
+        *Memory.* Two copies of the weights, and the graph of one batch for a second derivative.
 
-        *Not pruned*, and named in a warning, are the same parameters as under :class:`MagnitudePruning`, with scores
-        for magnitudes: a parameter that the loss does not depend on scores zero everywhere.
-
-        *The model* is not changed: its gradients, buffers (BatchNorm statistics), modes and the random state. It runs
-        in its present modes, so in a fit BatchNorm uses the statistics of the batch; only SyncBatchNorm, which would
-        communicate, uses its running ones.
-
-        *Where it differs* from the authors' code: Linear weights are not initialised again before scoring, so a trained
-        model is scored as it is; all parameters with two dimensions or more count, not only Linear and Conv2d; the
-        number of kept weights is exact also with equal scores; samples are drawn at random, not equally by class.
+        What is not pruned, what happens to the model meanwhile and where this differs from the authors' code:
+        ``docs/techniques/sparse_mask.md``.
 
     Example:
         >>> GraSPPruning(sparsity=0.9, samples=512).temperature
@@ -81,7 +70,7 @@ class GraSPPruning(Pruning):
     sparsity: float = 0.8
     samples: int = 256
     temperature: float = 200.0
-    loss: Loss | None = field(default=None, repr=False)  # its address differs in the process that resumes
+    loss: Loss | None = field(default=None, repr=False)  # its repr would be an address
     scope: Literal["global", "layer"] = "global"
     skip: Sequence[str] = ()
 
@@ -106,17 +95,17 @@ class GraSPPruning(Pruning):
         object.__setattr__(self, "skip", checked_skip("GraSPPruning", self.skip))
 
     @override
-    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
-        weights = prunable(module, self.skip, "GraSPPruning", moment)
-        if moment.samples is None:
+    def masks(self, module: nn.Module, context: PruningContext = NOW) -> Masks:
+        weights = prunable(module, self.skip, "GraSPPruning", context)
+        if context.samples is None:
             raise ValueError(
                 "GraSPPruning: it needs samples of the training data, and there are none here. Let a Trainer's "
                 "strategy ask for the masks, or use MagnitudePruning."
             )
-        batches = list(moment.samples(self.samples))
+        batches = list(context.samples(self.samples))
         with _left_as_it_was(module):
             scores = gradient_flow_scores(module, weights, batches, self._loss)
-        return choose(scores, self.sparsity, self.scope, moment, "GraSPPruning", weights)
+        return choose(scores, self.sparsity, self.scope, context, "GraSPPruning", weights)
 
     def _loss(self, module: nn.Module, batch: Any) -> Tensor:
         if self.loss is not None:

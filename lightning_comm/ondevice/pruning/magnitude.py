@@ -10,8 +10,8 @@ from typing_extensions import override
 from lightning_comm.ondevice.pruning.base import (
     NOW,
     Masks,
-    Moment,
     Pruning,
+    PruningContext,
     check_scope,
     check_sparsity,
     checked_skip,
@@ -37,6 +37,8 @@ class MagnitudePruning(Pruning):
 
     Note:
         *Communication.* None; the strategy broadcasts the masks.
+
+        *Memory.* A copy of the weights that may be pruned while it chooses; a byte a weight for the masks.
 
         *Global scope.* Keeps at least one weight of each parameter, since a layer without weights has a constant
         output. A parameter that keeps no more than that, or hardly any, is named in a warning.
@@ -66,10 +68,10 @@ class MagnitudePruning(Pruning):
         object.__setattr__(self, "skip", checked_skip("MagnitudePruning", self.skip))
 
     @override
-    def masks(self, module: nn.Module, moment: Moment = NOW) -> Masks:
-        weights = prunable(module, self.skip, "MagnitudePruning", moment)
+    def masks(self, module: nn.Module, context: PruningContext = NOW) -> Masks:
+        weights = prunable(module, self.skip, "MagnitudePruning", context)
         magnitudes = {name: weight.detach().abs() for name, weight in weights.items()}
         for name, mask in masks_in(module)[0].items():  # entries that the model itself masks count as zero
             if name in magnitudes:
                 magnitudes[name] = magnitudes[name].masked_fill(~mask, 0)
-        return choose(magnitudes, self.sparsity, self.scope, moment, "MagnitudePruning")
+        return choose(magnitudes, self.sparsity, self.scope, context, "MagnitudePruning")

@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lightning_comm.ondevice.pruning.base import Masks, Moment
+from lightning_comm.ondevice.pruning.base import Masks, PruningContext
 
 SCOPES = ("global", "layer", "erk")
 
@@ -16,7 +16,7 @@ def choose(
     scores: Mapping[str, Tensor],
     sparsity: float,
     scope: str,
-    moment: Moment,
+    context: PruningContext,
     where: str,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Masks:
@@ -30,7 +30,7 @@ def choose(
         scores: By parameter name.
         sparsity: Share of the entries that are pruned.
         scope: One of :data:`SCOPES`.
-        moment: The present masks. A parameter that has one keeps it where there is no score for it.
+        context: The present masks. A parameter that has one keeps it where there is no score for it.
         where: The class that asks, for messages.
         weights: The parameters; if left out, a score is 0 exactly where its weight is.
 
@@ -38,22 +38,22 @@ def choose(
         ValueError: If all scores are zero.
 
     """
-    level = [name for name, score in scores.items() if name not in moment.kept and _is_level(score)]
+    level = [name for name, score in scores.items() if name not in context.kept and _is_level(score)]
     if len(level) == len(scores):  # all equal: chosen by the order of entries, unless zero
         level = [name for name in level if not bool(scores[name].any())]
     scored = {name: score for name, score in scores.items() if name not in level}
     if not scored:
         raise ValueError(f"{where}: {_no_scores(level, weights)}")
-    moment.warn(
+    context.warn(
         level,
         f"{where}: not pruned: {{names}}, since all entries score alike, as in a parameter that starts at zero, so "
         "nothing says which of them to keep. At a later pruning of a schedule it is judged again. To prune it, let "
         "it train first, by `PruningSchedule(start_step=...)`; `skip` leaves this message out.",
     )
-    masks = keep_largest(scored, sparsity, scope, moment.kept)
-    _warn_of_small_rests(masks, sparsity, moment, where)
-    _warn_of_zero_rows(scored if weights is None else weights, masks, moment, where)
-    return {**{name: mask for name, mask in moment.kept.items() if name not in masks}, **masks}
+    masks = keep_largest(scored, sparsity, scope, context.kept)
+    _warn_of_small_rests(masks, sparsity, context, where)
+    _warn_of_zero_rows(scored if weights is None else weights, masks, context, where)
+    return {**{name: mask for name, mask in context.kept.items() if name not in masks}, **masks}
 
 
 def _no_scores(level: list[str], weights: Mapping[str, Tensor] | None) -> str:
@@ -75,18 +75,18 @@ def _is_level(score: Tensor) -> bool:
     return score.numel() > 1 and bool((score == score.reshape(-1)[0]).all())
 
 
-def _warn_of_small_rests(masks: Masks, sparsity: float, moment: Moment, where: str) -> None:
+def _warn_of_small_rests(masks: Masks, sparsity: float, context: PruningContext, where: str) -> None:
     shares = {name: (int(mask.sum()), (1 - sparsity) * mask.numel()) for name, mask in masks.items()}
-    moment.warn(
+    context.warn(
         [name for name, (left, fair) in shares.items() if left < 0.1 * fair or (left == 1 and fair >= 2)],
         f"{where}: pruned to one entry, or hardly any: {{names}}, whose scores are small beside those of others. Where "
         "the model needs it, name it in `skip`, or take scope='layer', which prunes the same share of each parameter.",
     )
 
 
-def _warn_of_zero_rows(weights: Mapping[str, Tensor], masks: Masks, moment: Moment, where: str) -> None:
-    moment.warn(
-        [name for name, mask in masks.items() if name not in moment.kept and _loses_zero_rows(weights[name], mask)],
+def _warn_of_zero_rows(weights: Mapping[str, Tensor], masks: Masks, context: PruningContext, where: str) -> None:
+    context.warn(
+        [name for name, mask in masks.items() if name not in context.kept and _loses_zero_rows(weights[name], mask)],
         f"{where}: pruned where whole rows or columns are zero, which so stay zero: {{names}}. Where they only start "
         "at zero and should be trained, name the parameter in `skip`, or prune when it has been trained, by "
         "`PruningSchedule(start_step=...)`.",

@@ -10,21 +10,23 @@ FEWEST_COUNTED_STEPS = 5  # in a trial that is shortened
 _WARMUP_SHARE = 4  # a shortened trial warms up for one step in so many
 
 
-def fit_to_run(steps: int, warmup_steps: int, total_steps: int | None, given: Collection[str]) -> tuple[int, int]:
+def fit_to_run(steps: int, warmup_steps: int, total_steps: int | None, set_by_user: Collection[str]) -> tuple[int, int]:
     """Return the steps of a trial, and how many of them warm up, in a run that may be shorter.
 
     Args:
         steps: Optimizer steps of a trial, as asked for.
         warmup_steps: How many of them are not counted.
         total_steps: Optimizer steps of the user's run; ``None`` if that is not known.
-        given: Which of ``steps`` and ``warmup_steps`` the user has given; these are not changed.
+        set_by_user: Which of ``steps`` and ``warmup_steps`` the user has set; these are not changed.
 
     Raises:
         ValueError: If the run is shorter and cannot be measured so; the message names the way out.
 
     Example:
-        >>> fit_to_run(60, 10, 88, given=()), fit_to_run(60, 10, 16, given=()), fit_to_run(60, 3, 16, ["warmup_steps"])
-        ((60, 10), (16, 4), (16, 3))
+        >>> fit_to_run(60, 10, 88, set_by_user=()), fit_to_run(60, 10, 16, set_by_user=())
+        ((60, 10), (16, 4))
+        >>> fit_to_run(60, 3, 16, set_by_user=["warmup_steps"])
+        (16, 3)
 
     """
     if total_steps is None or total_steps >= steps:
@@ -32,18 +34,18 @@ def fit_to_run(steps: int, warmup_steps: int, total_steps: int | None, given: Co
     longer = "Give the run more steps (--trainer.max_epochs or --trainer.max_steps)"
     shorter = min(warmup_steps, total_steps // _WARMUP_SHARE)
     is_enough = total_steps - shorter >= FEWEST_COUNTED_STEPS
-    if not is_enough and "steps" not in given:
+    if not is_enough and "steps" not in set_by_user:
         raise ValueError(
             f"a trial takes {FEWEST_COUNTED_STEPS} steps or more behind its warm-up, so the run must have at least "
             f"{FEWEST_COUNTED_STEPS + 1}; yours has {counted(total_steps)}. {longer}."
         )
-    if "steps" in given:
+    if "steps" in set_by_user:
         so = f", or --steps {total_steps} --warmup-steps {shorter}" if is_enough else ""
         raise ValueError(
             f"`--steps` must be at most the steps of your run, of which there are {total_steps}; got {steps}. "
             f"{longer}{so}."
         )
-    if "warmup_steps" not in given:
+    if "warmup_steps" not in set_by_user:
         return total_steps, shorter
     if total_steps - warmup_steps < 1:
         raise ValueError(

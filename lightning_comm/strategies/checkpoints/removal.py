@@ -24,7 +24,7 @@ _RANK_FILE = re.compile(r"rank\d+\.pt")
 
 
 @dataclass
-class Notes:
+class SaveRecord:
     """What a strategy has written and removed in this process.
 
     Args:
@@ -41,9 +41,9 @@ class Notes:
     removed: list[str] = field(default_factory=list)
 
 
-def notes_of(strategy: ParallelStrategy) -> Notes:
+def notes_of(strategy: ParallelStrategy) -> SaveRecord:
     """Return the notes of a strategy, made at its first save."""
-    notes: Notes = vars(strategy).setdefault("_notes_of_saves", Notes())
+    notes: SaveRecord = vars(strategy).setdefault("_notes_of_saves", SaveRecord())
     return notes
 
 

@@ -36,22 +36,22 @@ class LaunchingArguments(TypedDict, total=False):
     start_method: Literal["popen", "spawn", "fork", "forkserver"]
 
 
-def launching_arguments(where: str, given: LaunchingArguments) -> LaunchingArguments:
+def launching_arguments(where: str, arguments: LaunchingArguments) -> LaunchingArguments:
     """Return the launching arguments for Lightning's strategy.
 
     Args:
         where: The strategy, for messages.
-        given: What the user gave.
+        arguments: What the user gave.
 
     Raises:
         TypeError: If there is an argument that no strategy of ours takes.
 
     """
     known = LaunchingArguments.__annotations__
-    unknown = [name for name in given if name not in known]
+    unknown = [name for name in arguments if name not in known]
     if unknown:
         raise TypeError(
             f"{where}: unknown argument(s) {', '.join(map(repr, unknown))}. Of Lightning's launching arguments it "
             f"takes {', '.join(f'`{name}`' for name in known)}; its own are in its docstring."
         )
-    return {"timeout": _TIMEOUT, **given}
+    return {"timeout": _TIMEOUT, **arguments}

@@ -109,8 +109,8 @@ def _problems_of_plain(function: types.FunctionType, seen: set[int]) -> Iterator
     name = function.__name__
     if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
         yield f"{name} is a generator or a coroutine"
-    given, defaults = function.__code__.co_argcount, function.__defaults__ or ()
-    named = dict(zip(function.__code__.co_varnames[given - len(defaults) : given], defaults, strict=True))
+    count, defaults = function.__code__.co_argcount, function.__defaults__ or ()
+    named = dict(zip(function.__code__.co_varnames[count - len(defaults) : count], defaults, strict=True))
     yield from _held(name, "has by default", named | (function.__kwdefaults__ or {}), seen)
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     names: dict[str, Any] = {}

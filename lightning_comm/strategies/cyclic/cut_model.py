@@ -10,7 +10,7 @@ from lightning_comm.ondevice.cyclic.stages import Stage
 from lightning_comm.strategies.cyclic import trained
 from lightning_comm.strategies.cyclic.fit import Fit
 from lightning_comm.strategies.cyclic.hand_over import HandOver, StepSettings
-from lightning_comm.strategies.cyclic.notes import StepNotes
+from lightning_comm.strategies.cyclic.step_status import StepStatus
 from lightning_comm.strategies.cyclic.user_optimizer import UserOptimizer
 from lightning_comm.strategies.cyclic.versions import ModelVersions
 from lightning_comm.transport.cyclic.groups import RingGroups
@@ -67,7 +67,7 @@ class CutModel:
 
 
 def cut_model(
-    fit: Fit, groups: RingGroups, user_optimizer: UserOptimizer, notes: StepNotes, stages: Sequence[Stage]
+    fit: Fit, groups: RingGroups, user_optimizer: UserOptimizer, status: StepStatus, stages: Sequence[Stage]
 ) -> CutModel:
     """Make the parts that train these stages.
 
@@ -75,7 +75,7 @@ def cut_model(
         fit: What all parts of the run share.
         groups: For the ring's messages.
         user_optimizer: The user's.
-        notes: The notes that travel with the gradients; from now on they return through the ring that is made here.
+        status: The status that travels with the gradients; from now on it returns through the ring that is made here.
         stages: All of them.
 
     Raises:
@@ -94,9 +94,9 @@ def cut_model(
     named = dict(module.named_parameters())
     parameters = [[named[name] for name in stage.parameters] for stage in stages]
     owned = {stage: parameters[stage] for stage in schedule.owned(fit.recorder.rank)}
-    optimizer = StageOptimizer(user_optimizer.optimizer, owned, notes.norm_before)
+    optimizer = StageOptimizer(user_optimizer.optimizer, owned, status.norm_before)
     user_optimizer.begin_stages(stages)
-    notes.ring = ring = CyclicRing(
+    status.ring = ring = CyclicRing(
         schedule,
         [StageLayout(each) for each in parameters],
         optimizer.update,
@@ -115,6 +115,6 @@ def cut_model(
         optimizer=optimizer,
         settings=step_settings,
         versions=ModelVersions(fit, schedule, stages, parameters, ring),
-        hand_over=HandOver(fit, stages, parameters, ring, step_settings, notes, user_optimizer.other_parameters),
+        hand_over=HandOver(fit, stages, parameters, ring, step_settings, status, user_optimizer.other_parameters),
         turns=NoTurns() if groups.tokens is None else Stagger(schedule, groups.tokens, fit.agreement.poll_failures),
     )

@@ -12,7 +12,7 @@ from lightning_comm.transport.stop_protocol import Agreement
 
 
 @dataclass
-class Progress:
+class FitProgress:
     """The progress of a run, in optimizer steps of this Trainer, which counts on over several fits.
 
     Args:
@@ -50,10 +50,10 @@ class Fit:
     settings: CyclicSettings
     agreement: Agreement
     recorder: Recorder
-    progress: Progress = field(default_factory=Progress)
+    progress: FitProgress = field(default_factory=FitProgress)
 
     def meet(self) -> None:
-        """Wait for all ranks, which have come to the same place by the same notes."""
+        """Wait for all ranks, which have come to the same place by the same summed status."""
         with self.agreement.first_error_shown():
             rank_status.exchange(RankStatus(), self.recorder, self.module.device, Pending.wait)
 

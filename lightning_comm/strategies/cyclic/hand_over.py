@@ -12,7 +12,7 @@ from lightning_comm.ondevice.cyclic.update import Clipping, Number
 from lightning_comm.strategies.cyclic import step_errors, trained
 from lightning_comm.strategies.cyclic.clipping import clipping_of
 from lightning_comm.strategies.cyclic.fit import Fit
-from lightning_comm.strategies.cyclic.notes import StepNotes
+from lightning_comm.strategies.cyclic.step_status import StepStatus
 from lightning_comm.transport.cyclic.ring import CyclicRing
 from lightning_comm.transport.cyclic.stage_optimizer import StageOptimizer
 
@@ -76,7 +76,7 @@ class HandOver:
         parameters: Those of each stage.
         ring: Takes the gradients.
         settings: The settings for the update.
-        notes: The notes that travel with them.
+        status: The status that travels with them.
         other_parameters: Returns the error to raise where other parameters are trained now.
 
     """
@@ -88,12 +88,12 @@ class HandOver:
         parameters: Sequence[Sequence[Parameter]],
         ring: CyclicRing,
         settings: StepSettings,
-        notes: StepNotes,
+        status: StepStatus,
         other_parameters: Callable[[], RuntimeError],
     ) -> None:
         self.announced = False  # whether the ring knows that there will be this step
         self._fit, self._stages, self._parameters, self._ring = fit, stages, parameters, ring
-        self._settings, self._notes, self._other_parameters = settings, notes, other_parameters
+        self._settings, self._status, self._other_parameters = settings, status, other_parameters
         self._ready = [0] * len(stages)  # how many gradients of each are there
         self._handed: set[int] = set()
         # in which backward has computed gradients that are not handed over yet
@@ -140,12 +140,12 @@ class HandOver:
         for parameter in self._parameters[stage]:
             parameter.grad = None
         if not self._handed:
-            self._notes.note_rate(self._settings.note())
+            self._status.note_rate(self._settings.note())
         self._handed.add(stage)
-        notes = self._notes.of_stage(stage)
+        status = self._status.of_stage(stage)
         self.announce()
         with self._fit.agreement.first_error_shown():
-            self._ring.hand_over(stage, gradients, notes)
+            self._ring.hand_over(stage, gradients, status)
 
     def _follow_backward(self) -> None:
         """Let this thread's stream follow those in which backward computed gradients, where a model uses several."""

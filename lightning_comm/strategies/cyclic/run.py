@@ -26,9 +26,9 @@ from lightning_comm.strategies.cyclic.averages import averages_by_own_rule
 from lightning_comm.strategies.cyclic.cut import ModelCutter
 from lightning_comm.strategies.cyclic.cut_model import CutModel, cut_model
 from lightning_comm.strategies.cyclic.fit import Fit
-from lightning_comm.strategies.cyclic.notes import StepNotes
 from lightning_comm.strategies.cyclic.own_steps import OwnSteps
 from lightning_comm.strategies.cyclic.settings import WHERE, CyclicSettings
+from lightning_comm.strategies.cyclic.step_status import StepStatus
 from lightning_comm.strategies.cyclic.steps import CyclicSteps
 from lightning_comm.strategies.cyclic.user_optimizer import UserOptimizer
 from lightning_comm.transport.cyclic.buffers import average_buffers
@@ -97,11 +97,11 @@ class CyclicRun:
         self._progress = self._fit.progress
         staggered = settings.stagger == "step" and self.recorder.world_size > 1
         self._groups = RingGroups(ledger, module.device, agreement, timeout, staggered=staggered)
-        self._notes = StepNotes(self._fit, requests, ends)
+        self._status = StepStatus(self._fit, requests, ends)
         cutter = ModelCutter(self._fit, broadcast)
         self._user_optimizer = UserOptimizer(self._fit, optimizer)
         cut = partial(self._use_stages, say=True)
-        self.steps = CyclicSteps(self._fit, self._user_optimizer, self._notes, cutter, cut)
+        self.steps = CyclicSteps(self._fit, self._user_optimizer, self._status, cutter, cut)
         self._model: CutModel | None = None
         self._untrained: UntrainedParameters | None = None
         self._own_steps: OwnSteps | None = None
@@ -125,7 +125,7 @@ class CyclicRun:
 
     def previous_norm(self) -> float | None:
         """Return the gradient norm of the last step, after a flush; ``None`` where it is not known."""
-        norm = self._notes.norm_before(self.steps_done)
+        norm = self._status.norm_before(self.steps_done)
         return None if norm is None else float(norm)
 
     # ---- start ---------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class CyclicRun:
         progress.active = True
         progress.steps_done = progress.flushed_at = progress.began_at = self.recorder.step = steps_done
         progress.run_began_at = self.run_began_at = run_began_at
-        self._notes.saved_norm = previous_norm
+        self._status.saved_norm = previous_norm
         optimizer = self._user_optimizer
         self._untrained = UntrainedParameters(self.module, optimizer.trained())
         self._own_steps = OwnSteps(self.module, optimizer.parameters())
@@ -166,7 +166,7 @@ class CyclicRun:
         self._ends.needed = any(row.urgent for row in rows)
 
     def _use_stages(self, stages: Sequence[Stage], *, say: bool = False) -> None:
-        model = self._model = cut_model(self._fit, self._groups, self._user_optimizer, self._notes, stages)
+        model = self._model = cut_model(self._fit, self._groups, self._user_optimizer, self._status, stages)
         self.schedule, self.stages, self.optimizer = model.schedule, model.stages, model.optimizer
         if self._untrained is not None:
             self._untrained.leave_out(each for parameters in model.parameters for each in parameters)
@@ -179,7 +179,7 @@ class CyclicRun:
 
     def begin_batch(self, number: int) -> None:
         """Count a batch of the fit; called before every one, with its number in the epoch."""
-        self._notes.batch += 1
+        self._status.batch += 1
         if self._own_steps is not None:
             self._own_steps.look()
         self._ends.begin_batch(self.trainer.current_epoch, number)
@@ -191,8 +191,8 @@ class CyclicRun:
         if self._model is not None:
             self._model.versions.check_unchanged()
         self._groups.write_held()
-        self._notes.read()
-        for decision in self._notes.take_decided():
+        self._status.read()
+        for decision in self._status.take_decided():
             if decision.kind in ("terminate", "requeue"):
                 self._fit.meet()  # else rank 0 may close the store, in which others still read the reason
             self.on_decision(decision)
@@ -232,8 +232,8 @@ class CyclicRun:
             raise step_errors.saved_within_step(self.steps_done)
         self._model.versions.use_newest()
         with self.agreement.first_error_shown():
-            notes = self._notes.newest()
-        self._notes.check(notes)
+            status = self._status.newest()
+        self._status.check(status)
         self._bring_together()
         self._progress.flushed_at = self.steps_done
         self._model.ring.flushed(self.steps_done)
@@ -253,7 +253,7 @@ class CyclicRun:
         if self._model is not None:
             self.flush(RUN_END)
             if self._model.hand_over.announced:  # a step that no rank takes, such as one whose error the module caught
-                self._notes.check_left_out()
+                self._status.check_left_out()
             if self.steps.buffers_moved:
                 self._bring_together()  # forwards without a step after the last one
             with self.agreement.first_error_shown():

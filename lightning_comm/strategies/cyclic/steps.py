@@ -20,7 +20,7 @@ from lightning_comm.strategies.cyclic import step_errors
 from lightning_comm.strategies.cyclic.cut import ModelCutter
 from lightning_comm.strategies.cyclic.cut_model import CutModel
 from lightning_comm.strategies.cyclic.fit import Fit
-from lightning_comm.strategies.cyclic.notes import StepNotes
+from lightning_comm.strategies.cyclic.step_status import StepStatus
 from lightning_comm.strategies.cyclic.user_optimizer import UserOptimizer
 from lightning_comm.transport.cyclic.stagger import NoTurns, Turns
 
@@ -35,7 +35,7 @@ class CyclicSteps:
     Args:
         fit: What all parts of the run share.
         optimizer: The user's.
-        notes: What ranks note of each step.
+        status: What ranks note of each step.
         cutter: Watches the first forward.
         use_stages: Called with the stages of the cut; it calls :meth:`use`.
 
@@ -50,14 +50,14 @@ class CyclicSteps:
         self,
         fit: Fit,
         optimizer: UserOptimizer,
-        notes: StepNotes,
+        status: StepStatus,
         cutter: ModelCutter,
         use_stages: Callable[[Sequence[Stage]], None],
     ) -> None:
         self.awaits_backward = self.buffers_moved = False
         self._fit, self._progress = fit, fit.progress
         self._optimizer = optimizer
-        self._notes = notes
+        self._status = status
         self._cutter = cutter
         self._use_stages = use_stages
         self._model: CutModel | None = None
@@ -115,7 +115,7 @@ class CyclicSteps:
         """Refuse a step of the optimizer that bypasses the strategy."""
         # stages have copies of it, which call this as well
         if self._progress.active and optimizer is self._optimizer.optimizer and not self._due:
-            raise step_errors.stepped_past(optimizer, self._progress.steps_done, self._notes.batch)
+            raise step_errors.stepped_past(optimizer, self._progress.steps_done, self._status.batch)
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
@@ -159,7 +159,7 @@ class CyclicSteps:
             return
         if not loss.requires_grad:
             self._optimizer.refuse_others()  # all are frozen, since the forward of this batch began
-        self._notes.note_loss(loss, first=self._optimizer.is_cleared())
+        self._status.note_loss(loss, first=self._optimizer.is_cleared())
         self._cut()
         if self._model is not None:
             self.turns.reach(len(self._model.stages))
@@ -218,7 +218,7 @@ class CyclicSteps:
         if not self._progress.active or not self._due:
             return
         if self._counted:
-            self._notes.read()  # of an earlier step in this batch
+            self._status.read()  # of an earlier step in this batch
         if self._model is not None:
             self._model.settings.warn_if_late()
             self._model.hand_over.end_step()
@@ -228,7 +228,7 @@ class CyclicSteps:
         self._open = self._due = self._at_once = False
         self._counted = True
         self._entered.clear()
-        self._notes.end_step()
+        self._status.end_step()
         if self._manual:
             self._enter_start()  # parameters may be used in a further step of this batch before any module is called
 
@@ -253,7 +253,7 @@ class CyclicSteps:
             if self._model is not None:
                 self._model.hand_over.hand_over_rest()
         elif self._progress.steps_done > self._progress.began_at:
-            raise step_errors.without_backward(self._progress.steps_done, self._notes.batch)
+            raise step_errors.without_backward(self._progress.steps_done, self._status.batch)
         else:
             self._due = False  # a step before the first backward of all changes nothing and does not count
 

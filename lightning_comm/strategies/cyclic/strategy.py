@@ -51,24 +51,22 @@ class CyclicStrategy(DDPStrategy):
     """Let ranks take turns: gradients and new parameters travel round a ring, stage by stage, beside compute.
 
     The model is cut into *stages* in the order in which its modules run. Once backward has passed a stage, its gradient
-    is added to the sum that travels round a ring of ranks. Then the stage's *owner* updates it, and the new version
-    travels round the ring too. No rank waits for all others at the end of a step; in exchange some stages are computed
-    with parameters that are one update old: all under rule ``"v1"``, (N - 1) / 2N of them under ``"v2"``. Registered as
-    ``cyclic`` and ``cyclic_v1``. The card ``docs/techniques/cyclic.md`` has the details.
+    joins the sum that travels round a ring of ranks; the stage's *owner* updates it, and the new version travels round
+    the ring too. No rank waits for all others at the end of a step; in exchange stages are computed with parameters
+    that are one update old: all under rule ``"v1"``, (N - 1) / 2N of them under ``"v2"``. Registered as ``cyclic`` and
+    ``cyclic_v1``. More: ``docs/techniques/cyclic.md``.
 
     Args:
         rule: ``"v2"`` or ``"v1"``, as above.
         lag: For ``"v2"`` with as many stages as ranks: this many more ranks are stale at each stage.
-        warmup_sync_steps: The first optimizer steps of the run, in which all stages are computed with the newest
-            parameters, as under DDP.
-        stages: Their number, a multiple of the number of ranks; or the name of the first module of each
-            (:attr:`stages_by_first_module` of an earlier run); ``None``: three a rank, if the model has enough modules.
-        stagger: ``"step"``: each rank starts a batch 1/N of its time after the rank before it, for ranks that share a
-            memory; ``"none"``: ranks start when they can.
+        warmup_sync_steps: So many steps at first use the newest parameters everywhere, as under DDP.
+        stages: Their number, a multiple of the number of ranks, or the name of the first module of each; ``None``:
+            three a rank, if the model has enough modules.
+        stagger: ``"step"``: a rank starts a batch 1/N of its time after the one before it, for ranks that share a
+            memory; ``"none"``: when it can.
         clip_norm: The largest norm of a gradient, if ``Trainer(gradient_clip_val=...)`` does not set it.
-        clip_by: The norm that is clipped by: ``"stage"``, that of each stage's gradient; ``"previous_norm"``, that of
-            the whole gradient of the step before. Required where the Trainer clips by norm; ``None`` is ``"stage"`` for
-            ``clip_norm``.
+        clip_by: The norm that is clipped by: ``"stage"``, of each stage's gradient, or ``"previous_norm"``, of the
+            whole gradient of the step before. Required where the Trainer clips by norm.
         launching: :class:`LaunchingArguments`, as in Lightning's ``DDPStrategy``.
 
     Raises:
@@ -77,10 +75,8 @@ class CyclicStrategy(DDPStrategy):
 
     Note:
         *Communication.* A rank sends 2 (N - 1) / N of the model in a step, as in a ring all-reduce. Before validation,
-        checkpoints and the end of training all ranks wait for the newest version of every stage (a *flush*), and
-        average buffers.
-
-        *Gradients* are sent during backward, so ``on_after_backward`` and ``on_before_optimizer_step`` find none.
+        checkpoints and the end of training all ranks wait for the newest version of every stage, and average buffers.
+        Gradients are sent during backward, so ``on_before_optimizer_step`` finds none.
 
         *Memory.* Optimizer state of the owned stages alone, about 1/N; a copy of these stages; up to two versions of
         other stages that wait to be used.

@@ -20,7 +20,7 @@ from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.model_average import ModelAverage
 from lightning_comm.transport.overlapped_average import OverlappedAverage
 from lightning_comm.transport.recording import Pending, Recorder
-from lightning_comm.transport.stop_protocol import Agreement, Kind, PeerFailure, Position
+from lightning_comm.transport.stop_protocol import Agreement, Kind, PeerFailure, RankPosition
 
 _LOOK_S = 0.0002  # how often a waiting rank looks whether the others have arrived
 
@@ -34,7 +34,7 @@ class Training(Protocol):
         ...
 
     @property
-    def position(self) -> Position:
+    def position(self) -> RankPosition:
         """Where this rank is."""
         ...
 

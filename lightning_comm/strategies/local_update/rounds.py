@@ -23,7 +23,7 @@ from collections.abc import Callable, Set
 from functools import partial
 from typing import Protocol
 
-from lightning_comm.ondevice.device_clock import Moment
+from lightning_comm.ondevice.device_clock import DeviceEvent
 from lightning_comm.ondevice.flat import Drift
 from lightning_comm.strategies.common import rank_status
 from lightning_comm.strategies.common.rank_status import RankStatus
@@ -171,7 +171,7 @@ class Rounds:
         self._samples.begin_round(weight)
         self.done += 1
 
-    def _average(self, weight: float | None, moderate: Set[str], *, in_full: bool) -> tuple[Drift, Moment]:
+    def _average(self, weight: float | None, moderate: Set[str], *, in_full: bool) -> tuple[Drift, DeviceEvent]:
         """Average; return how far this rank was from the mean, and the moment when its device is done."""
         self._overlapped.land()
         self.keep_pruned_at_zero()
@@ -187,7 +187,7 @@ class Rounds:
         self._overlapped.depart(partial(self._model.depart, weight, moderate), ended)
         self.apart, self.stopped_apart = True, False
 
-    def _note(self, drift: Drift, started: Moment, met: Moment, averaged: Moment) -> None:
+    def _note(self, drift: Drift, started: DeviceEvent, met: DeviceEvent, averaged: DeviceEvent) -> None:
         clock, seconds = self.clock, self._device_clock.seconds
         self._ended(
             EndedRound(

@@ -305,7 +305,7 @@ def _tensors_of(module: LightningModule, settings: Settings, training: Lightning
         module,
         average_buffers=settings.buffers == "average",
         weight_averages=training.weight_averages,
-        differences=settings.averaging.differences,
+        differences=settings.averaging.difference_scope,
     )
 
 

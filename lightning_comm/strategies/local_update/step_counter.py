@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from lightning_comm.ondevice.device_clock import DeviceClock, Moment
+from lightning_comm.ondevice.device_clock import DeviceClock, DeviceEvent
 
 _KEPT = 0.8  # of the time so far; the latest step has the rest
 _MOST = 4  # the latest step counts as at most this many times the time so far: it may contain a pause of another rank
@@ -22,7 +22,7 @@ class StepCounter:
     def __init__(self, clock: DeviceClock) -> None:
         self._clock = clock
         self._began = clock.mark()
-        self._steps: deque[tuple[Moment, Moment, int]] = deque()  # steps that the device may not have done yet
+        self._steps: deque[tuple[DeviceEvent, DeviceEvent, int]] = deque()  # the device may not have done them
         self._count = 0
         self.seconds = 0.0
 

@@ -17,7 +17,7 @@ from lightning_comm.strategies.local_update.settings import Settings
 from lightning_comm.strategies.local_update.step_counter import StepCounter
 from lightning_comm.transport.backends import unsent_problems
 from lightning_comm.transport.recording import Recorder
-from lightning_comm.transport.stop_protocol import Position
+from lightning_comm.transport.stop_protocol import RankPosition
 
 
 class LightningTraining:
@@ -55,9 +55,9 @@ class LightningTraining:
         return not self._trainer.is_last_batch
 
     @property
-    def position(self) -> Position:
+    def position(self) -> RankPosition:
         """Where this rank is."""
-        return Position(self._clock.steps_done, self._trainer.current_epoch, self._steps.seconds)
+        return RankPosition(self._clock.steps_done, self._trainer.current_epoch, self._steps.seconds)
 
     def learning_rate(self) -> float:
         """Return the largest learning rate over the groups of the counted optimizer."""

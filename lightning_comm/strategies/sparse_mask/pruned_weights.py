@@ -22,7 +22,7 @@ from lightning_comm.core.compression.pruning_schedule import PruningSchedule, br
 from lightning_comm.core.costs import LinkProfile
 from lightning_comm.lightning_internals import weight_average_of
 from lightning_comm.ondevice.packing import ROW_BYTES, packing_times
-from lightning_comm.ondevice.pruning import Masks, Moment, checked_masks
+from lightning_comm.ondevice.pruning import Masks, PruningContext, checked_masks
 from lightning_comm.ondevice.pruning.base import Pruning, warn_of
 from lightning_comm.strategies.common.run_length import steps_to_come
 from lightning_comm.strategies.common.sent_bytes import handed_over_bytes
@@ -69,7 +69,7 @@ class _OwnMasks:
 
     def read(self) -> Masks:
         """Return the masks, on any rank, without the warnings, which rank 0 has given already."""
-        return self._pruning.masks(self._module, Moment(warn=lambda names, message: None))
+        return self._pruning.masks(self._module, PruningContext(warn=lambda names, message: None))
 
 
 class PrunedWeights:
@@ -235,8 +235,8 @@ class PrunedWeights:
         masks, problem = None, None
         if self._recorder.rank == 0:
             try:
-                moment = Moment(self._codec.masks, self._samples, self._warn)
-                masks = self._settings.pruning_at(step).masks(self._module, moment)
+                context = PruningContext(self._codec.masks, self._samples, self._warn)
+                masks = self._settings.pruning_at(step).masks(self._module, context)
             except Exception as error:  # any error: the others wait for the result
                 problem = str(error) or type(error).__name__  # an empty text would mean no problem
         return agree(masks, problem, self._module, self._recorder)

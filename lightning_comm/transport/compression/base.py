@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_comm.transport.recording import Pending, Recorder
 
 
-class Message(NamedTuple):
+class StartedMessage(NamedTuple):
     """A message that has been started.
 
     Args:
@@ -35,7 +35,7 @@ class Message(NamedTuple):
     more: bool = False
 
 
-Conversation = Generator[Message, None, None]
+Conversation = Generator[StartedMessage, None, None]
 
 
 class Slot(NamedTuple):

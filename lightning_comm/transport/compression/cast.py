@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Message
+from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, StartedMessage
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,6 +25,8 @@ class Cast(Compression):
 
     Note:
         *Communication.* 2 bytes an entry, in one all-reduce a bucket; sums are rounded to 16 bits on their way.
+
+        *Memory.* The bucket under way a second time, in 16 bits.
 
         *Beside torch's hooks.* ``bf16_compress_hook`` and ``fp16_compress_hook`` round first and divide by the number
         of ranks then. Here entries are divided first, so that fewer overflow in fp16; on 2, 4, 8, … ranks the two are
@@ -63,5 +65,5 @@ class CastCodec(Codec):
         wire = values.mul_(1 / self.world_size).to(self._dtype)
         if sent is not None:
             sent.copy_(wire).mul_(self.world_size)
-        yield Message(self.context.recorder.all_reduce(wire, self.context.purpose))
+        yield StartedMessage(self.context.recorder.all_reduce(wire, self.context.purpose))
         values.copy_(wire)

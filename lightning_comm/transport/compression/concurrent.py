@@ -1,6 +1,6 @@
 """Control of several codecs at once: each of their generators goes on when its caller wants it to."""
 
-from lightning_comm.transport.compression.base import Conversation, Message
+from lightning_comm.transport.compression.base import Conversation, StartedMessage
 
 
 class Talk:
@@ -13,7 +13,7 @@ class Talk:
 
     def __init__(self, conversation: Conversation) -> None:
         self._conversation = conversation
-        self._message: Message | None = None
+        self._message: StartedMessage | None = None
         self.go_on()
 
     @property

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Message
+from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, StartedMessage
 
 
 @dataclass(frozen=True)
@@ -38,4 +38,4 @@ class FullCodec(Codec):
     def mean(self, values: Tensor, layout: Layout, sent: Tensor | None = None) -> Conversation:
         if sent is not None:
             sent.copy_(values)
-        yield Message(self.context.recorder.all_reduce(values.mul_(1 / self.world_size), self.context.purpose))
+        yield StartedMessage(self.context.recorder.all_reduce(values.mul_(1 / self.world_size), self.context.purpose))

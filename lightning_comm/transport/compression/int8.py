@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Message
+from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, StartedMessage
 from lightning_comm.transport.compression.feedback import Feedback
 from lightning_comm.transport.compression.rounding import largest_entries, round_stochastically, scale_type
 
@@ -62,7 +62,7 @@ class Int8Codec(Codec):
         if sent is not None:
             _decode(whole, layout, scales, sent)
         arrived, pending = recorder.all_to_all(wire, self.context.purpose)
-        yield Message(pending, more=True)
+        yield StartedMessage(pending, more=True)
 
         all_scales = arrived[:, part:].clone(memory_format=torch.contiguous_format).view(scale_type(values))
         # no mean of entries is larger than 127 of these, and all ranks have them; divided first, or huge ones overflow
@@ -73,7 +73,7 @@ class Int8Codec(Codec):
         own = whole.zero_()[recorder.rank * part : (recorder.rank + 1) * part]
         self._round(values, layout, mean_scales, whole, shared=True, within=recorder.rank)
         rows, pending = recorder.all_gather(own, self.context.purpose)
-        yield Message(pending)
+        yield StartedMessage(pending)
 
         _decode(rows.view(-1), layout, mean_scales, values)
 

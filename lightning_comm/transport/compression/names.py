@@ -13,7 +13,7 @@ from lightning_comm.transport.compression.sparse_mask import SparseMask
 from lightning_comm.transport.compression.ternary import Ternary
 from lightning_comm.transport.compression.top_k import TopK
 
-WORDS: dict[str, Callable[[], Compression]] = {
+BY_NAME: dict[str, Callable[[], Compression]] = {
     "bf16": lambda: Cast("bf16"),
     "fp16": lambda: Cast("fp16"),
     "int8": Int8,
@@ -26,12 +26,12 @@ WORDS: dict[str, Callable[[], Compression]] = {
 
 
 def compression_of(
-    given: Compression | str | Sequence[Compression | str], where: str, argument: str = "compression"
+    value: Compression | str | Sequence[Compression | str], where: str, argument: str = "compression"
 ) -> Compression:
     """Return the compression that a user gave: an object, a name, or a mask followed by one of them.
 
     Args:
-        given: What the user gave.
+        value: What the user gave.
         where: Whose argument it is, for the message.
         argument: Its name there.
 
@@ -45,17 +45,17 @@ def compression_of(
         Cast(dtype='bf16')
 
     """
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        return _chain([compression_of(each, where) for each in given], where)
-    if isinstance(given, Compression):
-        return given
-    if isinstance(given, str) and given in WORDS:
-        return WORDS[given]()
-    near = get_close_matches(given, WORDS, n=1) if isinstance(given, str) else []
-    words = ", ".join(map(repr, WORDS))
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return _chain([compression_of(each, where) for each in value], where)
+    if isinstance(value, Compression):
+        return value
+    if isinstance(value, str) and value in BY_NAME:
+        return BY_NAME[value]()
+    near = get_close_matches(value, BY_NAME, n=1) if isinstance(value, str) else []
+    words = ", ".join(map(repr, BY_NAME))
     raise ValueError(
         f"{where}: `{argument}` must be a compression, a list of a mask and one more, or one of {words}; got "
-        f"{given!r}." + (f" Did you mean {near[0]!r}?" if near else " Give an object such as Cast('bf16').")
+        f"{value!r}." + (f" Did you mean {near[0]!r}?" if near else " Give an object such as Cast('bf16').")
     )
 
 

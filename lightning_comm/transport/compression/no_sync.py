@@ -17,6 +17,12 @@ class NoSync(Compression):
     Note:
         *Communication.* None.
 
+        *Memory.* None.
+
+    Example:
+        >>> NoSync()
+        NoSync()
+
     """
 
     keeps_state = False

@@ -10,7 +10,15 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from lightning_comm.ondevice.uploads import uploaded
-from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Message, Slot
+from lightning_comm.transport.compression.base import (
+    Codec,
+    Compression,
+    Context,
+    Conversation,
+    Layout,
+    Slot,
+    StartedMessage,
+)
 from lightning_comm.transport.compression.feedback import Feedback
 from lightning_comm.transport.compression.rounding import scale_type
 
@@ -44,10 +52,7 @@ class PowerSGD(Compression):
 
         *Memory.* A residual as large as the model, and ``Q``.
 
-        *Beside torch's hook.* ``powerSGD_hook`` starts its second all-reduce from a callback of the first, which on
-        gloo hangs or aborts with two buckets, and keeps its residuals by the number of the bucket, which does not
-        survive a resume. The arithmetic here is the same, but everything is kept by the parameter's name, and the
-        residual is what this rank itself did not send. A gradient of zeros gives zeros, where the hook gives NaN.
+        How it differs from torch's ``powerSGD_hook``: ``docs/techniques/compression.md``.
 
     Example:
         >>> PowerSGD(rank=2)
@@ -105,7 +110,7 @@ class PowerSGDCodec(Codec):
         first = torch.cat(numbers).mul_(1 / ranks)
         if sent is not None:
             _copy(full, self._divided(layout, sent)[1])
-        yield Message(recorder.all_reduce(first, purpose), more=bool(low))
+        yield StartedMessage(recorder.all_reduce(first, purpose), more=bool(low))
 
         parts = torch.split(first, [each.numel() for each in numbers])
         low_means, full_means = self._divided(layout, values)
@@ -122,7 +127,7 @@ class PowerSGDCodec(Codec):
         if rest is not None:
             _multiply(lefts, bases, low, subtract=True)
         second = torch.cat([base.reshape(-1) for base in bases]).mul_(1 / ranks)
-        yield Message(recorder.all_reduce(second, purpose))
+        yield StartedMessage(recorder.all_reduce(second, purpose))
 
         parts = torch.split(second, [base.numel() for base in bases])
         bases = [_aligned(part.view_as(base)) for part, base in zip(parts, bases, strict=True)]

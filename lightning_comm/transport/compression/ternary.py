@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Message
+from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, StartedMessage
 from lightning_comm.transport.compression.rounding import largest_entries, round_stochastically
 
 _MOST_RANKS = 127  # whose sum has room in 8 bits
@@ -23,6 +23,8 @@ class Ternary(Compression):
     Note:
         *Communication.* 1 byte an entry in an all-reduce, and before it 4 bytes a parameter (8 where gradients are
         float64) in another one, which agrees on the maxima; both once a bucket.
+
+        *Memory.* The buckets under way a second time, in 8 bits; no residual.
 
         *Overlap.* The second all-reduce needs what the first one brings. It is started when the next bucket is ready,
         so all but the last one go on beside the backward.
@@ -56,7 +58,7 @@ class TernaryCodec(Codec):
         recorder, purpose = self.context.recorder, self.context.purpose
         scales = largest_entries(layout, values)
         scales = torch.where(torch.isfinite(scales), scales, torch.inf)  # a maximum with NaN is not the same everywhere
-        yield Message(recorder.all_reduce(scales, purpose, op=dist.ReduceOp.MAX), more=True)
+        yield StartedMessage(recorder.all_reduce(scales, purpose, op=dist.ReduceOp.MAX), more=True)
 
         wire = torch.empty(layout.numel, dtype=torch.int8, device=values.device)
         rows = zip(layout.slots, layout.split(values), layout.split(wire), scales, strict=True)
@@ -65,7 +67,7 @@ class TernaryCodec(Codec):
             code.copy_(round_stochastically(row, scale, 1, generator))
         if sent is not None:
             _decode(wire, layout, scales, sent)
-        yield Message(recorder.all_reduce(wire, purpose))
+        yield StartedMessage(recorder.all_reduce(wire, purpose))
 
         _decode(wire, layout, scales / self.world_size, values)
 

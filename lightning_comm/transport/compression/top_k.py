@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, Message
+from lightning_comm.transport.compression.base import Codec, Compression, Context, Conversation, Layout, StartedMessage
 from lightning_comm.transport.compression.feedback import Feedback
 from lightning_comm.transport.compression.rounding import scale_type
 
@@ -78,7 +78,7 @@ class TopKCodec(Codec):
             sent.zero_().index_copy_(0, indices, picked.to(sent.dtype))
         wire = torch.cat([picked.view(torch.int32), indices.to(torch.int32)])
         rows, pending = self.context.recorder.all_gather(wire, self.context.purpose)
-        yield Message(pending)
+        yield StartedMessage(pending)
 
         values.zero_()
         for row in rows:

@@ -1,7 +1,7 @@
-"""Messages on the ring of Cyclic Data Parallelism: the tensors of a stage, and notes, in one piece of memory.
+"""Messages on the ring of Cyclic Data Parallelism: the tensors of a stage and the status of ranks, as one row.
 
 Gloo cannot send or receive CUDA memory. There a message has a second piece of memory, pinned on the host, that
-is sent and received in its place, and the lanes copy between the two (:meth:`Message.to_wire`, :meth:`from_wire`).
+is sent and received in its place, and the lanes copy between the two (:meth:`StageMessage.to_wire`, :meth:`from_wire`).
 """
 
 import threading
@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-NOTES = 8  # numbers at the head of each message
-NOTES_BYTES = 8 * NOTES
+STATUS_NUMBERS = 8  # numbers of the status at the head of each message
+STATUS_BYTES = 8 * STATUS_NUMBERS
 
 
 class Mark:
@@ -74,7 +74,7 @@ class Departure:
 
 
 class StageLayout:
-    """The layout of a stage's tensors in a message: behind the notes, widest types first, so that nothing is padded.
+    """The layout of a stage's tensors in a message: behind the status, widest types first, so that nothing is padded.
 
     Args:
         tensors: The parameters of the stage.
@@ -83,10 +83,10 @@ class StageLayout:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.payload_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self.message_bytes = NOTES_BYTES + self.payload_bytes
+        self.message_bytes = STATUS_BYTES + self.payload_bytes
         self._shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
         self._begins = [0] * len(tensors)
-        begin = NOTES_BYTES
+        begin = STATUS_BYTES
         for k in sorted(range(len(tensors)), key=lambda k: -tensors[k].element_size()):
             self._begins[k] = begin
             begin += tensors[k].numel() * tensors[k].element_size()
@@ -100,8 +100,8 @@ class StageLayout:
         return parts
 
 
-class Message:
-    """A message of a stage: ``notes`` (float64) and ``parts`` are views of its ``memory``; ``wire`` is what is sent.
+class StageMessage:
+    """A message of a stage: ``status`` (float64) and ``parts`` are views of its ``memory``; ``wire`` is what is sent.
 
     Args:
         layout: The layout of the stage in it.
@@ -116,7 +116,7 @@ class Message:
         self.wire = self.memory
         if through_host:
             self.wire = torch.empty(layout.message_bytes, dtype=torch.uint8, pin_memory=True)
-        self.notes = self.memory[:NOTES_BYTES].view(torch.float64)
+        self.status = self.memory[:STATUS_BYTES].view(torch.float64)
         self.parts = layout.parts(self.memory)
         self.sending: dist.Work | Departure | None = None
         self.written = self.read = self._unloaded = Mark(device)
@@ -152,22 +152,22 @@ class Message:
 
 
 class Numbers:
-    """The notes of a message as they are now: for the host, when it needs them, and for lanes on the device.
+    """The status in a message as it is now: for the host, when it needs it, and for lanes on the device.
 
     The host need not wait when this is made, so it may give the device more work before. A read two steps later
     does not wait at all, as a rule.
 
     Args:
-        notes: Those of the message, whose memory is used again.
+        status: That of the message, whose memory is used again.
 
     """
 
-    def __init__(self, notes: Tensor) -> None:
-        self._here = self._on_host = notes.clone()
-        if notes.is_cuda:
-            self._on_host = torch.empty(notes.shape, dtype=notes.dtype, pin_memory=True)
+    def __init__(self, status: Tensor) -> None:
+        self._here = self._on_host = status.clone()
+        if status.is_cuda:
+            self._on_host = torch.empty(status.shape, dtype=status.dtype, pin_memory=True)
             self._on_host.copy_(self._here, non_blocking=True)
-        self._there = Mark(notes.device)
+        self._there = Mark(status.device)
 
     def tolist(self) -> list[float]:
         """Return them on the host, which waits until the device has computed them."""

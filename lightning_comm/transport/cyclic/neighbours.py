@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_comm.core.cyclic.schedule import CyclicSchedule, TransferKind
-from lightning_comm.transport.cyclic.messages import Message, StageLayout
+from lightning_comm.transport.cyclic.messages import StageLayout, StageMessage
 from lightning_comm.transport.cyclic.send_queue import UrgentFirst
 from lightning_comm.transport.recording import Recorder
 
@@ -52,7 +52,7 @@ class Neighbours:
         # Memory to use again, a pool for each kind of lane. A lane that takes memory waits until its last message has
         # left, which a lane of the same kind sent in an earlier step. With one pool for both kinds, two ranks could
         # wait for each other to receive.
-        self._free: dict[TransferKind, list[deque[Message]]] = {
+        self._free: dict[TransferKind, list[deque[StageMessage]]] = {
             kind: [deque() for _ in layouts] for kind in self._recorders
         }
 
@@ -61,18 +61,18 @@ class Neighbours:
         if self.queue is not None:
             self.queue.begin_step()
 
-    def receive(self, kind: TransferKind, step: int, stages: Sequence[int]) -> Iterator[Message]:
+    def receive(self, kind: TransferKind, step: int, stages: Sequence[int]) -> Iterator[StageMessage]:
         """Post the receives of these stages in a step; yield each message when it has arrived."""
         before = (self._rank - 1) % self._schedule.workers
         to_come = [stage for stage in stages if self._schedule.receives(self._rank, stage, kind)]
 
-        def ask(stage: int) -> tuple[int, Message, dist.Work]:
+        def ask(stage: int) -> tuple[int, StageMessage, dist.Work]:
             message = self.empty(kind, stage)
             return stage, message, self._recorders[kind].receive(message.wire, before, tag=self._tag(kind, stage))
 
         asked = list(map(ask, to_come)) if self._ask_at_once else map(ask, to_come)
 
-        def arrivals() -> Iterator[Message]:
+        def arrivals() -> Iterator[StageMessage]:
             for stage, message, work in asked:
                 self._recorders[kind].wait_for(work, before)
                 if self.queue is not None:
@@ -82,7 +82,7 @@ class Neighbours:
 
         return arrivals()
 
-    def send(self, kind: TransferKind, step: int, stage: int, message: Message) -> None:
+    def send(self, kind: TransferKind, step: int, stage: int, message: StageMessage) -> None:
         """Send a message to the next rank, at once or when its turn comes; it must be kept until it has left."""
         payload_bytes = self._layouts[stage].payload_bytes
         purpose = "gradients" if kind == "gradient" else "parameters"
@@ -102,7 +102,7 @@ class Neighbours:
         else:
             message.sending = self.queue.send(kind, stage, step, self._layouts[stage].message_bytes, send)
 
-    def empty(self, kind: TransferKind, stage: int) -> Message:
+    def empty(self, kind: TransferKind, stage: int) -> StageMessage:
         """Return memory for a message of a stage: that of an old one, once it has left."""
         free = self._free[kind][stage]
         try:
@@ -117,7 +117,7 @@ class Neighbours:
         message.use_again()
         return message
 
-    def give_back(self, kind: TransferKind, stage: int, message: Message) -> None:
+    def give_back(self, kind: TransferKind, stage: int, message: StageMessage) -> None:
         """Let the memory of a message be used again by a kind of lane, once it has left."""
         self._free[kind][stage].append(message)
 
@@ -131,5 +131,5 @@ class Neighbours:
     def _tag(self, kind: TransferKind, stage: int) -> int:
         return stage if kind == "gradient" else self._schedule.stages + stage
 
-    def _new(self, stage: int) -> Message:
-        return Message(self._layouts[stage], self._device, through_host=self._through_host)
+    def _new(self, stage: int) -> StageMessage:
+        return StageMessage(self._layouts[stage], self._device, through_host=self._through_host)

@@ -31,15 +31,15 @@ is refused.
 
 **Hand-overs between streams of a CUDA device**, and what puts each in order:
 
-- gradients and this rank's notes, from backward to the gradient lane: the mark in :meth:`CyclicRing.hand_over`, and
+- gradients and this rank's status, from backward to the gradient lane: the mark in :meth:`CyclicRing.hand_over`, and
   ``record_stream``, since backward's stream would reuse their memory;
-- a message between the lanes of its stage, and from a lane to compute: ``Message.written``, set behind the last write
-  and behind what the lane gave the network; back to the lanes: ``Message.read``, set when compute has read it, and the
-  wait for what was sent, in :meth:`Message.use_again`. Its memory is kept in between, and released in :meth:`close`
-  when the device has nothing more to do;
-- notes to the host, and to lanes that clip by the norm of the step before: the mark of :class:`Numbers`;
-- through the host: what is sent is on the host before gloo is asked to (:meth:`Message.to_wire`), and what was received
-  has left the host's memory before gloo may write there again (:meth:`Message.use_again`).
+- a message between the lanes of its stage, and from a lane to compute: ``StageMessage.written``, set behind the last
+  write and behind what the lane gave the network; back to the lanes: ``StageMessage.read``, set when compute has read
+  it, and the wait for what was sent, in :meth:`StageMessage.use_again`. Its memory is kept in between, and released in
+  :meth:`close` when the device has nothing more to do;
+- status to the host, and to lanes that clip by the norm of the step before: the mark of :class:`Numbers`;
+- through the host: what is sent is on the host before gloo is asked to (:meth:`StageMessage.to_wire`), and what was
+  received has left the host's memory before gloo may write there again (:meth:`StageMessage.use_again`).
 
 Only lanes wait on the host. The work that they wait for is on the device already, and depends on nothing that is still
 to be given to it, so these waits end, whatever other ranks do.
@@ -56,18 +56,18 @@ from torch import Tensor
 
 from lightning_comm.core.cyclic.schedule import CyclicSchedule, TransferKind
 from lightning_comm.transport.cyclic.lanes import ClosedError, Lanes
-from lightning_comm.transport.cyclic.messages import Mark, Message, Numbers, StageLayout
+from lightning_comm.transport.cyclic.messages import Mark, Numbers, StageLayout, StageMessage
 from lightning_comm.transport.cyclic.neighbours import Neighbours
 from lightning_comm.transport.recording import Recorder
 
-Update = Callable[[int, int, Message], None]
+Update = Callable[[int, int, StageMessage], None]
 
 
 class Gradients(NamedTuple):
-    """This rank's gradients of a stage and its notes, as compute hands them over."""
+    """This rank's gradients of a stage and its status, as compute hands them over."""
 
     parts: Sequence[Tensor]
-    notes: Tensor
+    status: Tensor
     ready: Mark
 
 
@@ -87,14 +87,14 @@ class CyclicRing:
 
     Note:
         *Communication.* For each stage and step N - 1 messages of its size for the gradient and N - 1 for the new
-        version, over all N ranks, each with 64 bytes of notes that are counted as ``"control"``. On gloo, under
+        version, over all N ranks, each with 64 bytes of status, which are counted as ``"control"``. On gloo, under
         rule v2 with three ranks and more, 8 bytes come back for each.
 
         *Memory.* Up to two versions of each stage that wait to be used, and what waits for the link. On a CUDA
         device with gloo each of these messages has as much pinned memory of the host, which is used again with it.
 
-        *Host.* On a CUDA device compute waits in :meth:`take` and :meth:`notes` for lanes, and in :meth:`notes` for the
-        device; in :meth:`begin_step`, :meth:`hand_over` and :meth:`release`, which backward calls, for nothing.
+        *Host.* On a CUDA device compute waits in :meth:`take` and :meth:`status` for lanes, and in :meth:`status` for
+        the device; in :meth:`begin_step`, :meth:`hand_over` and :meth:`release`, which backward calls, for nothing.
 
     """
 
@@ -117,10 +117,12 @@ class CyclicRing:
         self._neighbours = Neighbours(schedule, layouts, gradients, parameters, device, in_any_order=in_any_order)
         # One queue a stage, from thread to thread; `None` ends the lane that reads it.
         self._own: list[SimpleQueue[Gradients | None]] = [SimpleQueue() for _ in layouts]  # compute to gradient lane
-        self._updated: list[SimpleQueue[Message | None]] = [SimpleQueue() for _ in layouts]  # gradient to parameters
+        self._updated: list[SimpleQueue[StageMessage | None]] = [
+            SimpleQueue() for _ in layouts
+        ]  # gradient to parameters
         self._passed_on: list[SimpleQueue[Mark | None]] = [SimpleQueue() for _ in layouts]  # likewise; NCCL alone
-        self._arrived: list[dict[int, Message]] = [{} for _ in layouts]  # by stage and version, until released
-        self._notes: dict[int, dict[int, Numbers]] = defaultdict(dict)  # by version and stage
+        self._arrived: list[dict[int, StageMessage]] = [{} for _ in layouts]  # by stage and version, until released
+        self._status: dict[int, dict[int, Numbers]] = defaultdict(dict)  # by version and stage
         self._left_out: int | None = None  # the last step, if it has begun but never comes: no update
         for own_stages in [[stage] for stage in schedule.order()] if in_any_order else [list(schedule.order())]:
             self._lanes.start(partial(self._gradients, own_stages), f"gradients of stages {own_stages}")
@@ -136,12 +138,12 @@ class CyclicRing:
         self._neighbours.begin_step()
         self._lanes.begin_step(step)
 
-    def hand_over(self, stage: int, gradients: Sequence[Tensor], notes: Tensor) -> None:
+    def hand_over(self, stage: int, gradients: Sequence[Tensor], status: Tensor) -> None:
         """Hand this rank's gradients of a stage to its lane, once in each step; the lane only reads them."""
         self._lanes.raise_error()
-        self._own[stage].put(Gradients(gradients, notes, Mark(self._device)))
+        self._own[stage].put(Gradients(gradients, status, Mark(self._device)))
 
-    def take(self, stage: int, version: int, listen: Callable[[], None]) -> Message:
+    def take(self, stage: int, version: int, listen: Callable[[], None]) -> StageMessage:
         """Wait for a version of a stage, and return it until :meth:`release`.
 
         Args:
@@ -169,18 +171,18 @@ class CyclicRing:
                 message.read = Mark(self._device)
                 self._neighbours.give_back(receives_it, stage, message)
 
-    def notes(self, version: int, stages: Sequence[int], listen: Callable[[], None]) -> list[list[float]]:
-        """Wait for the notes that came with a version of some stages, and return them."""
+    def status(self, version: int, stages: Sequence[int], listen: Callable[[], None]) -> list[list[float]]:
+        """Wait for the status that came with a version of some stages, and return it."""
         return [numbers.tolist() for numbers in self._numbers(version, stages, listen)]
 
-    def notes_on_device(self, version: int, stages: Sequence[int], listen: Callable[[], None]) -> Tensor:
-        """Return the notes of some stages, a row each, on the device, without a wait of the host for their values."""
+    def status_on_device(self, version: int, stages: Sequence[int], listen: Callable[[], None]) -> Tensor:
+        """Return the status of some stages, a row each, on the device, without a wait of the host for their values."""
         return torch.stack([numbers.on_device() for numbers in self._numbers(version, stages, listen)])
 
     def _numbers(self, version: int, stages: Sequence[int], listen: Callable[[], None]) -> list[Numbers]:
-        self._lanes.wait_until(lambda: all(stage in self._notes[version] for stage in stages), listen)
+        self._lanes.wait_until(lambda: all(stage in self._status[version] for stage in stages), listen)
         with self._lanes.changed:
-            return [self._notes[version][stage] for stage in stages]
+            return [self._status[version][stage] for stage in stages]
 
     def flushed(self, steps_done: int) -> None:
         """Note a flush: after these steps all ranks wait for the newest version of every stage; this rank has it."""
@@ -195,15 +197,15 @@ class CyclicRing:
             listen: As in :meth:`take`.
 
         Returns:
-            The notes of all stages: zeros, unless another rank has taken the step.
+            The status of all stages: zeros, unless another rank has taken the step.
 
         """
         self._left_out = step
         for stage, layout in enumerate(self._layouts):
-            nothing = Message(layout, self._device)
+            nothing = StageMessage(layout, self._device)
             nothing.memory.zero_()
-            self.hand_over(stage, nothing.parts, nothing.notes)
-        return self.notes(step + 1, range(len(self._layouts)), listen)
+            self.hand_over(stage, nothing.parts, nothing.status)
+        return self.status(step + 1, range(len(self._layouts)), listen)
 
     def close(self) -> None:
         """End the lanes and wait for what they have sent; only where all ranks have the last version."""
@@ -244,15 +246,15 @@ class CyclicRing:
             own.ready.wait()
             if receives:
                 message = arrived or next(incoming)
-                message.notes.add_(own.notes)
+                message.status.add_(own.status)
                 for part, gradient in zip(message.parts, own.parts, strict=True):
                     part.add_(gradient / schedule.workers)
             else:
                 message = self._neighbours.empty("gradient", stage)  # the first rank on the stage's way round the ring
-                message.notes.copy_(own.notes)
+                message.status.copy_(own.status)
                 for part, gradient in zip(message.parts, own.parts, strict=True):
                     torch.div(gradient, schedule.workers, out=part)
-            own.ready.keep_for_this_stream([*own.parts, own.notes])
+            own.ready.keep_for_this_stream([*own.parts, own.status])
             if schedule.sends(rank, stage, "gradient"):
                 message.to_wire()
                 self._neighbours.send("gradient", step, stage, message)
@@ -283,14 +285,14 @@ class CyclicRing:
                 message = next(incoming)
             if schedule.sends(rank, stage, "parameters"):
                 self._neighbours.send("parameters", step, stage, message)
-            notes = Numbers(message.notes)
+            status = Numbers(message.status)
             message.written = Mark(self._device)
             with self._lanes.changed:
                 self._arrived[stage][step + 1] = message
-                self._notes[step + 1][stage] = notes
-                # notes are read up to two steps late
-                for old in [version for version in self._notes if version < step - 2]:
-                    del self._notes[old]
+                self._status[step + 1][stage] = status
+                # the status is read up to two steps late
+                for old in [version for version in self._status if version < step - 2]:
+                    del self._status[old]
                 self._lanes.changed.notify_all()
 
     def _keep_order(self, stage: int) -> None:

@@ -14,11 +14,11 @@ from lightning_comm.ondevice.cyclic.update import Clipping, Number, clip_, setti
 from lightning_comm.ondevice.optimizer.numbers import changed, numbers_of
 from lightning_comm.ondevice.optimizer.step_messages import NoMessages
 from lightning_comm.ondevice.optimizer.trial import counters_of, keeps_numbers
-from lightning_comm.transport.cyclic.messages import Message
+from lightning_comm.transport.cyclic.messages import StageMessage
 
 _WHERE = "CyclicStrategy"
 
-SQUARED_NORM = 7  # where a stage's squared gradient norm stands in the notes of its new version
+SQUARED_NORM = 7  # where a stage's squared gradient norm stands in the status of its new version
 
 
 class StageOptimizer:
@@ -40,8 +40,8 @@ class StageOptimizer:
         *Memory.* A copy of the owned parameters, beside their optimizer state.
 
         *On a CUDA device* the host waits for nothing in an update, however gradients are clipped: squared norms, the
-        norm of the step before and the factor stay on the device, and go into the notes there. The user's optimizer may
-        still wait in its own ``step``.
+        norm of the step before and the factor stay on the device, and go into the status there. The user's optimizer
+        may still wait in its own ``step``.
 
         *Streams.* Copies and restored state are written on the stream of the thread that makes this, and updated on
         that of a lane. A lane's first update of a stage follows its own gradient's mark, which was set later. What
@@ -83,17 +83,17 @@ class StageOptimizer:
         """Note the learning rates and other settings of the groups that count for a step's gradient, and its limits."""
         self._settings[step] = settings_of(self._optimizer), clipping
         # learning rates that are tensors of the device are kept until no update can still read them: this rank has
-        # the notes of two steps ago, for which all updates before that are done, also on the device
+        # the status of two steps ago, for which all updates before that are done, also on the device
         for old in [each for each in self._settings if each < step - 4]:
             del self._settings[old]
 
-    def update(self, step: int, stage: int, message: Message) -> None:
+    def update(self, step: int, stage: int, message: StageMessage) -> None:
         """Take the mean gradient of a stage from a message, update the stage, and leave its new parameters there."""
         squared = squared_norm(message.parts)
         if isinstance(squared, Tensor):
-            message.notes[SQUARED_NORM].copy_(squared)
+            message.status[SQUARED_NORM].copy_(squared)
         else:
-            message.notes[SQUARED_NORM].fill_(squared)
+            message.status[SQUARED_NORM].fill_(squared)
         groups, clipping = self._settings[step]
         by_previous = clipping.norm is not None and clipping.by == "previous_norm"
         clip_(clipping, squared, self._previous_norm(step) if by_previous else None, message.parts)

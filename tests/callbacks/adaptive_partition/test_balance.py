@@ -14,7 +14,7 @@ from support.shared_ranks import SharedRanks
 from support.training import local_update, network
 
 from lightning_comm import AdaptivePartition, CommProfiler, CompressedDDPStrategy, FixedPeriod, Int8, PartitionedLoader
-from lightning_comm.core.adaptive_partition.plan import Place
+from lightning_comm.core.adaptive_partition.plan import BatchIndex
 from lightning_comm.transport import recording
 
 torch.set_num_threads(1)
@@ -72,7 +72,7 @@ def test_a_rank_that_becomes_slow_in_mid_run_gets_less(balanced):
     assert ranks[0][0][16] in (15, 16, 17)
     assert ranks[0][0][-1] in (7, 8, 9)
     places = [(each["epoch"], each["batch"]) for each in ranks[0][1]["changes"][1:]]
-    assert all(Place(0, 16) < Place(*place) for place in places)
+    assert all(BatchIndex(0, 16) < BatchIndex(*place) for place in places)
 
 
 def test_bounds_hold_while_shares_move(balanced):

@@ -11,7 +11,7 @@ from lightning_comm.callbacks.adaptive_partition import session
 from lightning_comm.callbacks.adaptive_partition.gradients import GradientScaling
 from lightning_comm.callbacks.adaptive_partition.settings import PartitionSettings
 from lightning_comm.callbacks.adaptive_partition.start import chosen_start, replayed_start, resumed_start, state_of
-from lightning_comm.core.adaptive_partition.plan import Place
+from lightning_comm.core.adaptive_partition.plan import BatchIndex
 from lightning_comm.data import PartitionedLoader
 from lightning_comm.formats.adaptive_partition import Change, PartitionJournal
 
@@ -66,24 +66,24 @@ def test_the_chosen_shares_and_bounds_reach_the_plan_that_loaders_follow():
     assert (start.lo, start.hi) == ((2, 2), (8, 13))
     loader = PartitionedLoader(range(64), global_batch_size=16, shuffle=False)
     loader.follow(start.plan, rank=1)
-    start.plan.change_at(Place(0, 2), (8, 8))  # as a window does
+    start.plan.change_at(BatchIndex(0, 2), (8, 8))  # as a window does
     assert [len(batch) for batch in loader] == [12, 12, 8, 8]
 
 
 def test_a_resumed_start_goes_on_with_the_plan_and_one_of_other_ranks_with_the_chosen_shares():
     before = start_of()
-    before.plan.change_at(Place(0, 2), (10, 6))
+    before.plan.change_at(BatchIndex(0, 2), (10, 6))
     record = {"windows": [], "why": [(0, 0, "start"), (0, 2, "measured")]}
     saved = state_of(before.run, before.plan, None, record)
-    after = resumed_start(start_of(), saved, Place(0, 3), fixed=False)
+    after = resumed_start(start_of(), saved, BatchIndex(0, 3), fixed=False)
     assert after.plan.changes == before.plan.changes
-    assert after.why == {Place(0, 0): "start", Place(0, 2): "measured"}
-    fixed = resumed_start(start_of(shares=(1.0, 3.0)), saved, Place(0, 3), fixed=True)
-    assert (fixed.plan.sizes_at(Place(0, 2)), fixed.plan.sizes_at(Place(0, 3))) == ((10, 6), (4, 12))
+    assert after.why == {BatchIndex(0, 0): "start", BatchIndex(0, 2): "measured"}
+    fixed = resumed_start(start_of(shares=(1.0, 3.0)), saved, BatchIndex(0, 3), fixed=True)
+    assert (fixed.plan.sizes_at(BatchIndex(0, 2)), fixed.plan.sizes_at(BatchIndex(0, 3))) == ((10, 6), (4, 12))
     with pytest.warns(UserWarning, match="resumed on 4 ranks .* was stopped on 2 ranks"):
-        other = resumed_start(start_of(ranks=4), saved, Place(0, 3), fixed=False)
+        other = resumed_start(start_of(ranks=4), saved, BatchIndex(0, 3), fixed=False)
     assert other.plan.sizes == (4, 4, 4, 4)
-    assert other.why == {Place(0, 0): "start, resumed at batch 3 of epoch 0"}
+    assert other.why == {BatchIndex(0, 0): "start, resumed at batch 3 of epoch 0"}
 
 
 def test_a_replayed_start_has_the_shares_of_the_journal_and_keeps_to_the_bounds():
@@ -91,7 +91,7 @@ def test_a_replayed_start_has_the_shares_of_the_journal_and_keeps_to_the_bounds(
     journal = PartitionJournal(start.run, "balance", (Change(0, 0, (8, 8), "start"), Change(0, 3, (10, 6), "measured")))
     replayed = replayed_start(start, journal, "journal.json")
     assert replayed.replays
-    assert replayed.plan.sizes_at(Place(0, 3)) == (10, 6)
+    assert replayed.plan.sizes_at(BatchIndex(0, 3)) == (10, 6)
     with pytest.raises(ValueError, match=r"keep to the bounds of this run; got 'journal.json'.*\[10, 6\]"):
         replayed_start(start_of(min_per_rank=7), journal_of(start_of(min_per_rank=7), journal), "journal.json")
 

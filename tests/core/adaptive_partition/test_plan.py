@@ -5,13 +5,13 @@ import random
 
 import pytest
 
-from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place, Shares
+from lightning_comm.core.adaptive_partition.plan import BatchIndex, PartitionPlan, Shares
 
 BATCHES = 7  # an epoch
 
 
 def places(epochs):
-    return [Place(epoch, batch) for epoch in range(epochs) for batch in range(BATCHES)]
+    return [BatchIndex(epoch, batch) for epoch in range(epochs) for batch in range(BATCHES)]
 
 
 def random_plan(rng, ranks, total, epochs):
@@ -38,16 +38,16 @@ def test_each_batch_has_the_shares_of_the_last_change_before_it():
 
 def test_a_change_at_the_place_of_the_last_one_replaces_it():
     plan = PartitionPlan((4, 4))
-    plan.change_at(Place(0, 3), (6, 2))
-    plan.change_at(Place(0, 3), (5, 3))
-    assert plan.changes == (Shares(Place(0, 0), (4, 4)), Shares(Place(0, 3), (5, 3)))
-    assert (plan.sizes_at(Place(0, 2)), plan.sizes_at(Place(0, 3))) == ((4, 4), (5, 3))
+    plan.change_at(BatchIndex(0, 3), (6, 2))
+    plan.change_at(BatchIndex(0, 3), (5, 3))
+    assert plan.changes == (Shares(BatchIndex(0, 0), (4, 4)), Shares(BatchIndex(0, 3), (5, 3)))
+    assert (plan.sizes_at(BatchIndex(0, 2)), plan.sizes_at(BatchIndex(0, 3))) == ((4, 4), (5, 3))
 
 
 def test_a_change_at_the_very_start_replaces_the_shares_of_the_start():
     plan = PartitionPlan((4, 4))
-    plan.change_at(Place(0, 0), (7, 1))
-    assert plan.changes == (Shares(Place(0, 0), (7, 1)),)
+    plan.change_at(BatchIndex(0, 0), (7, 1))
+    assert plan.changes == (Shares(BatchIndex(0, 0), (7, 1)),)
     assert plan.sizes == (7, 1)
 
 
@@ -68,12 +68,12 @@ def test_a_last_batch_of_any_size_is_dealt_out_whole_and_near_the_shares():
 
 def test_no_rank_takes_more_than_its_most_of_a_larger_last_batch():
     plan = PartitionPlan((12, 4), hi=(13, 100))
-    assert plan.split(Place(0, 9), 24) == (13, 11)
+    assert plan.split(BatchIndex(0, 9), 24) == (13, 11)
 
 
 def test_a_last_batch_that_memory_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="at most 17") as caught:
-        PartitionPlan((12, 4), hi=(13, 4)).split(Place(0, 9), 24)
+        PartitionPlan((12, 4), hi=(13, 4)).split(BatchIndex(0, 9), 24)
     assert "24 samples" in str(caught.value)
 
 
@@ -91,14 +91,18 @@ def test_a_journal_read_back_from_text_is_the_same_journal():
 @pytest.mark.parametrize(
     ("place", "sizes", "must_say"),
     [
-        (Place(0, 4), (4, 4), ["Place(epoch=0, batch=4)", "after the last change at Place(epoch=0, batch=5)"]),
-        (Place(1, 0), (4, 5), ["(4, 5)", "sum to 8"]),
-        (Place(1, 0), (4, 2, 2), ["(4, 2, 2)", "2 ranks"]),
+        (
+            BatchIndex(0, 4),
+            (4, 4),
+            ["BatchIndex(epoch=0, batch=4)", "after the last change at BatchIndex(epoch=0, batch=5)"],
+        ),
+        (BatchIndex(1, 0), (4, 5), ["(4, 5)", "sum to 8"]),
+        (BatchIndex(1, 0), (4, 2, 2), ["(4, 2, 2)", "2 ranks"]),
     ],
 )
 def test_a_change_that_does_not_fit_is_named_and_leaves_the_plan_as_it_was(place, sizes, must_say):
     plan = PartitionPlan((4, 4))
-    plan.change_at(Place(0, 5), (6, 2))
+    plan.change_at(BatchIndex(0, 5), (6, 2))
     before = plan.changes
     with pytest.raises(ValueError, match=r"PartitionPlan: `sizes`") as caught:
         plan.change_at(place, sizes)

@@ -188,7 +188,7 @@ class Behind(CyclicSchedule):
 
 
 class Forgetful(CyclicSchedule):
-    """Stale workers do not take up what they were given at a flush."""
+    """Stale workers do not use what they were sent at a flush."""
 
     def version(self, worker, stage, step, flushed_at=0):
         return super().version(worker, stage, step, 0)

@@ -11,7 +11,7 @@ from support.grids import few_of
 from support.ranks_in_one import draw, ranks, single, union
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_comm.core.adaptive_partition.plan import PartitionPlan, Place
+from lightning_comm.core.adaptive_partition.plan import BatchIndex, PartitionPlan
 from lightning_comm.data.adaptive_partition.loader import PartitionedLoader
 
 
@@ -53,8 +53,8 @@ def cover_exactly(rng: random.Random, tail: str, workers) -> tuple[bool, bool]:
         seen = []
         for step, (batches, slices) in enumerate(draw(loaders, perhaps_change)):
             (total,) = {part.total for part in slices}
-            assert {part.place for part in slices} == {Place(epoch, step)}
-            assert {part.sizes for part in slices} == {plan.split(Place(epoch, step), total)}
+            assert {part.place for part in slices} == {BatchIndex(epoch, step)}
+            assert {part.sizes for part in slices} == {plan.split(BatchIndex(epoch, step), total)}
             seen.append(union(batches, slices))
             assert len(seen[-1]) == total
             for batch, part in zip(batches, slices, strict=True):

@@ -10,7 +10,7 @@ from torch.autograd.functional import hessian
 from torch.func import functional_call
 
 from lightning_comm import GraSPPruning
-from lightning_comm.ondevice.pruning import Moment, prunable
+from lightning_comm.ondevice.pruning import PruningContext, prunable
 from lightning_comm.ondevice.pruning.grasp import gradient_flow_scores
 
 
@@ -70,7 +70,7 @@ def flow(net, sample):
 
 def test_the_weights_kept_are_those_without_which_gradients_would_flow_least():
     net, sample = tiny(), batches((12,))
-    masks = GraSPPruning(sparsity=0.5, temperature=1.0).masks(net, Moment(samples=lambda count: sample))
+    masks = GraSPPruning(sparsity=0.5, temperature=1.0).masks(net, PruningContext(samples=lambda count: sample))
     whole, changes = flow(net, sample), {True: [], False: []}
     for index in (0, 2):
         for place, kept in enumerate(masks[f"{index}.weight"].view(-1).tolist()):
@@ -109,19 +109,19 @@ def test_state_modes_gradients_and_random_numbers_of_the_model_are_left_as_they_
     gradients = [parameter.grad.clone() for parameter in net.parameters()]
     state = {name: value.clone() for name, value in net.state_dict().items()}
     modes = [each.training for each in net.modules()]
-    pruning, moment = GraSPPruning(sparsity=0.5), Moment(samples=lambda count: batches((6, 6)))
+    pruning, context = GraSPPruning(sparsity=0.5), PruningContext(samples=lambda count: batches((6, 6)))
     seeds = [lambda: torch.manual_seed(3), lambda: random.seed(3), lambda: np.random.seed(3)]
     [seed() for seed in seeds]
     expected = draw()
     [seed() for seed in seeds]
-    masks = pruning.masks(net, moment)
+    masks = pruning.masks(net, context)
     assert draw() == expected
     assert net.calls.item() == 0
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     assert all(torch.equal(p.grad, before) for p, before in zip(net.parameters(), gradients, strict=True))
     assert [each.training for each in net.modules()] == modes
     assert all(parameter.requires_grad for parameter in net.parameters())
-    again = pruning.masks(net, moment)  # dropout is drawn alike
+    again = pruning.masks(net, context)  # dropout is drawn alike
     assert all(torch.equal(mask, again[name]) for name, mask in masks.items())
 
 
@@ -131,7 +131,7 @@ def test_scores_that_are_zero_since_the_loss_is_linear_are_said_to_be_so_and_not
     with pytest.raises(
         ValueError, match="second derivative of the loss by the weights is 0, as where it is linear"
     ) as e:
-        pruning.masks(linear, Moment(samples=lambda count: batches((12,))))
+        pruning.masks(linear, PruningContext(samples=lambda count: batches((12,))))
     assert all(
         words in str(e.value) for words in ("'0.weight'", "another `loss`, or use MagnitudePruning", "start_step")
     )
@@ -157,7 +157,7 @@ class NoForward(nn.Module):
 )
 def test_a_module_that_the_default_loss_cannot_call_is_told_to_give_a_loss(module, words):
     with pytest.raises(ValueError, match=r"^GraSPPruning: `loss` must be given") as caught:
-        GraSPPruning().masks(module.double(), Moment(samples=lambda count: batches((12,))))
+        GraSPPruning().masks(module.double(), PruningContext(samples=lambda count: batches((12,))))
     assert words in str(caught.value)
 
 
@@ -166,10 +166,10 @@ def test_exactly_the_asked_share_is_kept_also_where_scores_are_equal_and_masks_s
     net = tiny()
     with torch.no_grad():
         net[0].weight[1:].zero_()  # their scores are 0
-    moment = Moment(samples=lambda count: batches((12,)))
-    masks = GraSPPruning(sparsity=0.5, scope=scope).masks(net, moment)
+    context = PruningContext(samples=lambda count: batches((12,)))
+    masks = GraSPPruning(sparsity=0.5, scope=scope).masks(net, context)
     assert sum(int(mask.sum()) for mask in masks.values()) == 12
-    fewer = GraSPPruning(sparsity=0.75, scope=scope).masks(net, Moment(masks, moment.samples))
+    fewer = GraSPPruning(sparsity=0.75, scope=scope).masks(net, PruningContext(masks, context.samples))
     assert sum(int(mask.sum()) for mask in fewer.values()) == 6
     assert not any(bool((fewer[name] & ~mask).any()) for name, mask in masks.items())
 
@@ -187,7 +187,7 @@ class Attends(nn.Module):
 
 def test_fused_attention_is_derived_twice():
     net = Attends().double()
-    masks = GraSPPruning(sparsity=0.5).masks(net, Moment(samples=lambda count: batches((6,))))
+    masks = GraSPPruning(sparsity=0.5).masks(net, PruningContext(samples=lambda count: batches((6,))))
     assert sum(int(mask.sum()) for mask in masks.values()) == 24
 
 
@@ -201,18 +201,18 @@ def test_fused_attention_is_derived_twice():
         (lambda: GraSPPruning(scope="erk"), ("`scope`", "'erk'", "'layer'")),
         (lambda: GraSPPruning().masks(tiny()), ("samples of the training data", "MagnitudePruning")),
         (
-            lambda: GraSPPruning().masks(tiny(), Moment(samples=lambda count: [({"x": 1}, 1)])),
+            lambda: GraSPPruning().masks(tiny(), PruningContext(samples=lambda count: [({"x": 1}, 1)])),
             ("`loss`", "(inputs, targets)", "got dict of 1"),
         ),
         (
             lambda: GraSPPruning(loss=lambda module, batch: module(batch[0])).masks(
-                tiny(), Moment(samples=lambda count: batches((4,)))
+                tiny(), PruningContext(samples=lambda count: batches((4,)))
             ),
             ("`loss` must return one number",),
         ),
         (
             lambda: GraSPPruning(loss=lambda module, batch: module(batch[0]).sum() * torch.nan).masks(
-                tiny(), Moment(samples=lambda count: batches((4,)))
+                tiny(), PruningContext(samples=lambda count: batches((4,)))
             ),
             ("finite", "'0.weight'", "MagnitudePruning"),
         ),

@@ -12,7 +12,7 @@ from lightning_comm.ondevice.pruning import (
     MaskFile,
     MaskFunction,
     ModulePruning,
-    Moment,
+    PruningContext,
     checked_masks,
     erk_shares,
     keep_largest,
@@ -94,7 +94,7 @@ def test_masks_that_follow_others_only_shrink_and_keep_their_exact_count(scope):
             for parameter in net.parameters():
                 parameter.normal_()  # pruned weights too: whoever asks again must not rely on their being zero
         fresh = MagnitudePruning(sparsity, scope=scope).masks(net)
-        masks = MagnitudePruning(sparsity, scope=scope).masks(net, Moment(kept))
+        masks = MagnitudePruning(sparsity, scope=scope).masks(net, PruningContext(kept))
         if kept:
             back = [[bool((each[name] & ~kept[name]).any()) for name in PRUNABLE] for each in (masks, fresh)]
             assert not any(back[0])

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from lightning_comm import GraSPPruning
-from lightning_comm.ondevice.pruning import Moment
+from lightning_comm.ondevice.pruning import PruningContext
 
 torch.set_num_threads(1)
 
@@ -149,7 +149,7 @@ def net(function=torch.sin):
 def masks(module, loss=None):
     generator = torch.Generator().manual_seed(1)
     batch = torch.randn(12, 6, generator=generator), torch.randint(4, (12,), generator=generator)
-    return GraSPPruning(0.5, loss=loss).masks(module, Moment(samples=lambda count: [(batch, 12)]))
+    return GraSPPruning(0.5, loss=loss).masks(module, PruningContext(samples=lambda count: [(batch, 12)]))
 
 
 def speech(module, batch):

@@ -12,7 +12,7 @@ from lightning_comm.ondevice.pruning import (
     MagnitudePruning,
     MaskFunction,
     ModulePruning,
-    Moment,
+    PruningContext,
     checked_masks,
     keep_largest,
 )
@@ -76,7 +76,7 @@ def test_what_a_weight_is_only_computed_from_is_left_whole_and_named(kind, pruni
     net = with_layer(layer(kind))
     net(torch.randn(2, 4))
     with pytest.warns(UserWarning, match=r"not pruned: .*'0\..*since '0.weight' is computed from it") as said:
-        masks = pruning.masks(net, Moment(samples=samples))
+        masks = pruning.masks(net, PruningContext(samples=samples))
     assert set(masks) == {"2.weight"}
     assert len(said) == 1
     trained = [name for name, parameter in net[0].named_parameters() if parameter.dim() > 1]
@@ -180,7 +180,7 @@ def test_what_starts_at_one_value_is_left_whole_and_named_and_judged_at_a_later_
     with torch.no_grad():
         net.up.normal_()
         net.scale.normal_()
-    later = pruning.masks(net, Moment(kept))
+    later = pruning.masks(net, PruningContext(kept))
     assert set(later) == {"base.weight", "down", "up", "scale"}
     assert not any(bool((later[name] & ~mask).any()) for name, mask in kept.items())
 
@@ -190,7 +190,7 @@ def test_what_has_a_mask_keeps_it_where_there_is_nothing_to_choose_by():
     mask = torch.eye(4).bool()
     with torch.no_grad():
         net["a"].weight.zero_()
-    frozen = Moment({"a.weight": mask})
+    frozen = PruningContext({"a.weight": mask})
     assert not bool((MagnitudePruning(0.5).masks(net, frozen)["a.weight"] & ~mask).any())
     net["a"].weight.requires_grad_(False)
     assert torch.equal(MagnitudePruning(0.5).masks(net, frozen)["a.weight"], mask)
@@ -207,7 +207,7 @@ def test_flow_leaves_whole_what_the_loss_does_not_depend_on():
     net = nn.Sequential(nn.Linear(4, 5))
     net.register_parameter("extra", nn.Parameter(torch.randn(3, 3)))
     with pytest.warns(UserWarning, match="GraSPPruning: not pruned: 'extra'"):
-        assert set(GraSPPruning(0.5, temperature=1.0).masks(net, Moment(samples=samples))) == {"0.weight"}
+        assert set(GraSPPruning(0.5, temperature=1.0).masks(net, PruningContext(samples=samples))) == {"0.weight"}
 
 
 def test_a_parameter_that_keeps_next_to_nothing_is_named_and_others_are_not():
@@ -239,7 +239,7 @@ def test_neither_inputs_that_are_always_zero_nor_plain_tensors_beside_a_paramete
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert set(MagnitudePruning(0.5).masks(net)) == {"0.weight", "0.we_proj"}
-        GraSPPruning(0.2, temperature=1.0, skip=["0.we_proj"]).masks(net, Moment(samples=sparse))
+        GraSPPruning(0.2, temperature=1.0, skip=["0.we_proj"]).masks(net, PruningContext(samples=sparse))
 
 
 @pytest.mark.parametrize("way", [0, 1])

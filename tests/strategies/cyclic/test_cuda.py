@@ -106,7 +106,7 @@ def _both(rank, world_size, optimizer, settings, nccl):
 def test_a_fit_on_a_device_is_that_of_the_host_and_backward_never_waits(world_size, optimizer, settings, nccl):
     for waits in start_ranks(_both, world_size, optimizer, settings, nccl, world_size=world_size, timeout_s=90):
         assert [each for each in waits if each.in_backward] == []
-        # of the ring, compute waits for notes: after a step for those of two steps before, and at each flush for two
+        # of the ring, compute waits for the status: after a step for that of two steps before, and in a flush for two
         ring = Counter(each.where.split(":")[0].split("/")[-1] for each in waits if each.thread == "MainThread")
         assert ring["messages.py"] == (STEPS - 2) + 2 * STEPS // VALIDATED_EVERY
         assert ring["ring.py"] == 1

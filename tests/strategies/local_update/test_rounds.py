@@ -24,7 +24,7 @@ from lightning_comm.transport.members import Members
 from lightning_comm.transport.model_average import ModelAverage
 from lightning_comm.transport.overlapped_average import OverlappedAverage
 from lightning_comm.transport.recording import Recorder
-from lightning_comm.transport.stop_protocol import Agreement, Position, default_store
+from lightning_comm.transport.stop_protocol import Agreement, RankPosition, default_store
 
 # ---- what it knows ---------------------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ class Alone:
 
     @property
     def position(self):
-        return Position(self.clock.steps_done, 0, 0.0)
+        return RankPosition(self.clock.steps_done, 0, 0.0)
 
     def learning_rate(self):
         return 0.1
@@ -117,7 +117,7 @@ def engine(members, module, averaging, counts, steps=STEPS):
     device_clock = DeviceClock(torch.device("cpu"))
     if counts:
         samples.begin()
-    tensors = ModelTensors(module, differences=averaging.differences)
+    tensors = ModelTensors(module, differences=averaging.difference_scope)
     agreement = Agreement(default_store(), members.rank, members.size, "rounds")
     ends = EpochEnds(default_store(), members.rank, members.size, "rounds", "Rounds", agreement, lambda: None, 30.0)
     training, model, ended = Alone(clock), ModelAverage(tensors, recorder, averaging), []

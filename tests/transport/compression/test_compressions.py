@@ -15,7 +15,7 @@ from lightning_comm.transport.compression.base import Compression, Context, Layo
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.full import Full
 from lightning_comm.transport.compression.int8 import Int8
-from lightning_comm.transport.compression.names import WORDS, compression_of
+from lightning_comm.transport.compression.names import BY_NAME, compression_of
 from lightning_comm.transport.compression.no_sync import NoSync
 from lightning_comm.transport.compression.power_sgd import PowerSGD
 from lightning_comm.transport.compression.rounding import round_stochastically
@@ -86,7 +86,7 @@ def test_all_ranks_get_the_mean_of_what_they_sent(compression, world_size):
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("compression", WHOLE, ids=name_of)
 def test_payload_is_what_the_formula_says(compression, world_size):
-    word = next((word for word, make in WORDS.items() if type(make()) is type(compression)), "full")
+    word = next((word for word, make in BY_NAME.items() if type(make()) is type(compression)), "full")
     # tests/core/compression/test_payload.py counts these by hand
     shapes, settings = list(SHAPES.values()), {"ratio": 0.1, "rank": 2}
     formula = sum(part.payload_bytes for part in parts(word, shapes, world_size, **settings))
@@ -363,7 +363,7 @@ def test_ternary_refuses_more_ranks_than_8_bits_can_sum(run_ranks):
 
 
 def test_words_stand_for_compressions():
-    assert {word: type(compression_of(word, "here")).__name__ for word in WORDS} == {
+    assert {word: type(compression_of(word, "here")).__name__ for word in BY_NAME} == {
         "bf16": "Cast",
         "fp16": "Cast",
         "int8": "Int8",
@@ -374,7 +374,7 @@ def test_words_stand_for_compressions():
         "no_sync": "NoSync",
     }
     assert compression_of(TopK(0.5), "here") == TopK(0.5)
-    assert all(isinstance(compression_of(word, "here"), Compression) for word in WORDS)
+    assert all(isinstance(compression_of(word, "here"), Compression) for word in BY_NAME)
 
 
 @pytest.mark.parametrize(

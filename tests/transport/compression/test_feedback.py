@@ -5,7 +5,7 @@ import torch
 from support.mock_cuda import mock_cuda
 from transport.compression.test_compressions import LAYOUT, SHAPES, codec_of, cut, entries
 
-from lightning_comm.transport.compression.base import Codec, Context, Layout, Message, Slot, run_alone
+from lightning_comm.transport.compression.base import Codec, Context, Layout, Slot, StartedMessage, run_alone
 from lightning_comm.transport.compression.cast import Cast
 from lightning_comm.transport.compression.feedback import Feedback
 from lightning_comm.transport.compression.int8 import Int8
@@ -173,7 +173,7 @@ class Leaves(Codec):
         sent.copy_(values.mul_(0.5))
         if self.context.recorder.rank == 1:
             layout.split(sent)[1][0] = -torch.inf
-        yield Message(self.context.recorder.all_reduce(values.mul_(0.5), "gradients"))
+        yield StartedMessage(self.context.recorder.all_reduce(values.mul_(0.5), "gradients"))
 
 
 def _left_on(rank, device):

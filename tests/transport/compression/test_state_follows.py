@@ -147,7 +147,7 @@ def test_references_are_where_the_parameters_are_and_in_the_width_of_their_sums(
 
 
 def _hook_state(rank):
-    """The state of a hook, saved from one and taken up by another, whose loss scale has become another."""
+    """The state of a hook, saved from one and restored by another, whose loss scale has become another."""
     with mock_cuda():
         parameters = model(torch.float32, CUDA)
         sync, other = (

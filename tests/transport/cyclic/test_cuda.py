@@ -19,7 +19,7 @@ from lightning_comm.core.cyclic.schedule import CyclicSchedule
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.ondevice.cyclic import CyclicEngine, simulate_delay
 from lightning_comm.ondevice.cyclic.update import Clipping, clip_, squared_norm, whole_norm
-from lightning_comm.transport.cyclic.messages import NOTES, Mark, Message, Numbers, StageLayout
+from lightning_comm.transport.cyclic.messages import STATUS_NUMBERS, Mark, Numbers, StageLayout, StageMessage
 from lightning_comm.transport.cyclic.requests import Requests
 from lightning_comm.transport.cyclic.ring import CyclicRing
 from lightning_comm.transport.cyclic.untrained import UntrainedParameters
@@ -36,7 +36,7 @@ def gradient(rank, stage, step):
 
 
 def _ring(rank, world_size, stages, device):
-    """Return the versions that this rank took up, its notes, and what it has sent."""
+    """Return the versions that this rank has used, its status, and what it has sent."""
     schedule, ledger = CyclicSchedule(world_size, stages), CommLedger()
 
     def update(step, stage, message):
@@ -50,15 +50,15 @@ def _ring(rank, world_size, stages, device):
     for step in range(STEPS):
         ring.begin_step(step)
         for stage in schedule.order():
-            notes = torch.full((NOTES,), float(rank + 1), dtype=torch.float64, device=device)
-            ring.hand_over(stage, [gradients[step][stage] * 2], notes)
+            status = torch.full((STATUS_NUMBERS,), float(rank + 1), dtype=torch.float64, device=device)
+            ring.hand_over(stage, [gradients[step][stage] * 2], status)
         for stage in range(stages):
             message = ring.take(stage, step + 1, lambda: None)
             taken.append(message.parts[0].clone())
             ring.release(stage, step + 1)
         if step >= 2:
-            rows.append(ring.notes(step - 1, range(stages), lambda: None))
-    on_device = ring.notes_on_device(STEPS, range(stages), lambda: None)
+            rows.append(ring.status(step - 1, range(stages), lambda: None))
+    on_device = ring.status_on_device(STEPS, range(stages), lambda: None)
     ring.close()
     lanes[0].write_held()
     sent = {purpose: ledger.payload_bytes(purpose) for purpose in ("gradients", "parameters", "control")}
@@ -76,7 +76,7 @@ def _on_a_device(rank, world_size, stages):
     with mock_cuda() as device, keeping(kept):
         there = _ring(rank, world_size, stages, CUDA)
     assert there == on_host  # bit for bit, and the same bytes
-    # gradients and notes of each stage and step, for the gradient lane, and the notes that are read on the device
+    # gradients and status of each stage and step, for the gradient lane, and the status that is read on the device
     assert len(kept) == 2 * STEPS * stages + stages
     assert device.hazards == []
     by_compute = [each for each in device.waits if each.own and each.thread == threading.main_thread().name]
@@ -86,7 +86,7 @@ def _on_a_device(rank, world_size, stages):
 @pytest.mark.parametrize(("world_size", "stages"), [(2, 4), (3, 6)])
 def test_a_ring_on_a_device_does_what_it_does_on_the_host_and_only_lanes_wait(world_size, stages):
     for by_compute, lanes in start_ranks(_on_a_device, world_size, stages, world_size=world_size, timeout_s=80):
-        # notes, two steps late, and the end: nothing of what backward calls
+        # status, two steps late, and the end: nothing of what backward calls
         functions = {(each.kind, each.where.split(":")[0]) for each in by_compute}
         assert functions <= {
             ("Event.synchronize", "lightning_comm/transport/cyclic/messages.py"),
@@ -110,7 +110,7 @@ def on_the_mock(test):
 
 
 def message_through_host():
-    return Message(StageLayout([torch.zeros(3)]), CUDA, through_host=True)
+    return StageMessage(StageLayout([torch.zeros(3)]), CUDA, through_host=True)
 
 
 def is_done(device, stream):
@@ -147,7 +147,7 @@ def test_what_was_received_has_left_the_host_before_the_network_may_write_there_
 
 @on_the_mock
 def test_memory_is_written_again_when_compute_has_read_it_and_the_host_does_not_wait(device):
-    message, compute, lane = Message(StageLayout([torch.zeros(3)]), CUDA), torch.cuda.Stream(), torch.cuda.Stream()
+    message, compute, lane = StageMessage(StageLayout([torch.zeros(3)]), CUDA), torch.cuda.Stream(), torch.cuda.Stream()
     with torch.cuda.stream(compute):
         message.memory.clone()
         message.read = Mark(CUDA)
@@ -159,17 +159,17 @@ def test_memory_is_written_again_when_compute_has_read_it_and_the_host_does_not_
 
 @on_the_mock
 def test_notes_wait_where_they_are_read_and_are_those_of_when_they_were_taken(device):
-    message = Message(StageLayout([torch.zeros(3)]), CUDA)
-    message.notes.fill_(3)
+    message = StageMessage(StageLayout([torch.zeros(3)]), CUDA)
+    message.status.fill_(3)
     with device.counting() as waits:
-        numbers = Numbers(message.notes)
-        message.notes.fill_(4)
+        numbers = Numbers(message.status)
+        message.status.fill_(4)
         there = numbers.on_device()
     assert waits == []
     with device.counting() as waits:
-        assert numbers.tolist() == [3] * NOTES
+        assert numbers.tolist() == [3] * STATUS_NUMBERS
     assert [each.kind for each in waits] == ["Event.synchronize"]
-    assert there.tolist() == [3] * NOTES
+    assert there.tolist() == [3] * STATUS_NUMBERS
 
 
 class NoStore:
@@ -179,16 +179,16 @@ class NoStore:
 
 @on_the_mock
 def test_a_ranks_notes_are_made_without_a_wait_and_say_what_they_say_on_the_host(device):
-    def notes(where, bad):
+    def status(where, bad):
         requests = Requests(NoStore(), 3, "run")
         requests.ask("terminate", "because")
-        return requests.notes(4, bad, where, asking=True, batch=5, rate=0.5)
+        return requests.status(4, bad, where, asking=True, batch=5, rate=0.5)
 
     bad = torch.ones((), dtype=torch.float64, device=CUDA)
     with device.counting() as waits:
-        there = notes(CUDA, bad)
+        there = status(CUDA, bad)
     assert waits == []
-    assert there.tolist() == notes(torch.device("cpu"), torch.ones((), dtype=torch.float64)).tolist()
+    assert there.tolist() == status(torch.device("cpu"), torch.ones((), dtype=torch.float64)).tolist()
 
 
 @pytest.mark.parametrize(

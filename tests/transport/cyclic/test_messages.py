@@ -1,8 +1,8 @@
-"""A stage's tensors and its notes lie in one piece of memory, without gaps, and come out as they went in."""
+"""A stage's tensors and its status lie in one piece of memory, without gaps, and come out as they went in."""
 
 import torch
 
-from lightning_comm.transport.cyclic.messages import NOTES, NOTES_BYTES, Message, StageLayout
+from lightning_comm.transport.cyclic.messages import STATUS_BYTES, STATUS_NUMBERS, StageLayout, StageMessage
 
 
 def tensors():
@@ -13,18 +13,18 @@ def tensors():
 
 def test_parts_keep_their_order_shapes_and_types_and_fill_the_message():
     layout = StageLayout(tensors())
-    message = Message(layout, torch.device("cpu"))
+    message = StageMessage(layout, torch.device("cpu"))
     assert layout.payload_bytes == sum(each.nbytes for each in tensors())
-    assert message.memory.nbytes == layout.message_bytes == NOTES_BYTES + layout.payload_bytes
-    assert message.notes.shape == (NOTES,)
-    message.notes.fill_(7)
+    assert message.memory.nbytes == layout.message_bytes == STATUS_BYTES + layout.payload_bytes
+    assert message.status.shape == (STATUS_NUMBERS,)
+    message.status.fill_(7)
     for part, tensor in zip(message.parts, tensors(), strict=True):
         assert (part.shape, part.dtype) == (tensor.shape, tensor.dtype)
         part.copy_(tensor)
-    other = Message(layout, torch.device("cpu"))
+    other = StageMessage(layout, torch.device("cpu"))
     other.memory.copy_(message.memory)  # what the wire does
     assert all(torch.equal(part, tensor) for part, tensor in zip(other.parts, tensors(), strict=True))
-    assert other.notes.tolist() == [7] * NOTES
+    assert other.status.tolist() == [7] * STATUS_NUMBERS
 
 
 def test_a_message_waits_once_for_what_it_was_sent_with():
@@ -34,7 +34,7 @@ def test_a_message_waits_once_for_what_it_was_sent_with():
         def wait(self):
             self.waited += 1
 
-    message, work = Message(StageLayout(tensors()), torch.device("cpu")), Work()
+    message, work = StageMessage(StageLayout(tensors()), torch.device("cpu")), Work()
     message.sent()
     message.sending = work
     message.sent()

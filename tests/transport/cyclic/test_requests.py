@@ -1,4 +1,4 @@
-"""What ranks ask for travels in the sum of their notes: each kind is heard, however many ask, and carried out once."""
+"""What ranks ask for travels in the sum of their status: each kind is heard, however many ask, and carried out once."""
 
 import itertools
 from typing import get_args
@@ -33,11 +33,11 @@ def test_every_set_of_kinds_is_heard_by_all_whoever_and_however_many_ask(asked):
         for number, kind in enumerate(asked):
             everyone[number % 3].ask(kind, "because")
             everyone[-1].ask(kind, "too")
-        notes = sum(rank.notes(4, None, CPU, asking=True, batch=5, rate=0.5) for rank in everyone) * repeats
-        assert notes[BATCH] == 15 * repeats
-        assert notes[RATE] == 1.5 * repeats
+        status = sum(rank.status(4, None, CPU, asking=True, batch=5, rate=0.5) for rank in everyone) * repeats
+        assert status[BATCH] == 15 * repeats
+        assert status[RATE] == 1.5 * repeats
         for rank in everyone:
-            assert [decision.kind for decision in rank.decided(4, notes.tolist(), 6)] == list(asked)
+            assert [decision.kind for decision in rank.decided(4, status.tolist(), 6)] == list(asked)
 
 
 def test_what_is_asked_for_again_before_it_is_done_is_done_with_it():
@@ -48,8 +48,8 @@ def test_what_is_asked_for_again_before_it_is_done_is_done_with_it():
             one.ask("checkpoint", "by the clock")
         if step in (3, 4):
             other.ask("checkpoint", "by the clock")
-        history.append(sum(rank.notes(step, None, CPU, asking=True) for rank in (one, other)).tolist())
-        if step >= 2:  # notes are back two steps later
+        history.append(sum(rank.status(step, None, CPU, asking=True) for rank in (one, other)).tolist())
+        if step >= 2:  # the status is back two steps later
             answers = [rank.decided(step - 2, history[step - 2], step + 1) for rank in (one, other)]
             assert answers[0] == answers[1]
             done += [(step, decision.kind) for decision in answers[0]]

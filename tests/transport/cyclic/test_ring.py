@@ -15,7 +15,7 @@ from lightning_comm.core.cyclic.schedule import CyclicSchedule
 from lightning_comm.core.cyclic.send_window import SendWindow
 from lightning_comm.core.ledger import CommLedger
 from lightning_comm.transport.cyclic import send_queue
-from lightning_comm.transport.cyclic.messages import NOTES, StageLayout
+from lightning_comm.transport.cyclic.messages import STATUS_NUMBERS, StageLayout
 from lightning_comm.transport.cyclic.ring import CyclicRing
 from lightning_comm.transport.recording import Recorder, another_group
 
@@ -53,15 +53,15 @@ def _ring(rank, world_size, stages, in_any_order, late, fault=False):
         for stage in schedule.order():
             if rank == late:
                 time.sleep(0.01)
-            notes = torch.zeros(NOTES, dtype=torch.float64)
-            notes[:2] = torch.tensor([1.0, rank])
-            ring.hand_over(stage, [gradient(rank, stage, step)], notes)
+            status = torch.zeros(STATUS_NUMBERS, dtype=torch.float64)
+            status[:2] = torch.tensor([1.0, rank])
+            ring.hand_over(stage, [gradient(rank, stage, step)], status)
         for stage in range(stages):
             message = ring.take(stage, step + 1, lambda: None)
             assert torch.equal(message.parts[0], version(schedule, stage, step)), (rank, stage, step)
             ring.release(stage, step + 1)
         ring.flushed(step + 1)
-        rows = ring.notes(step + 1, range(stages), lambda: None)
+        rows = ring.status(step + 1, range(stages), lambda: None)
         assert all(row[:2] == [world_size, sum(range(world_size))] for row in rows)
     ring.close()
     for lane in lanes:
@@ -116,7 +116,7 @@ def _asked_for(rank):
     for stage in schedule.order():
         time.sleep(0.2)  # what is asked for too early is asked for meanwhile
         counts.append(len(asked))
-        ring.hand_over(stage, [gradient(rank, stage, 0)], torch.zeros(NOTES, dtype=torch.float64))
+        ring.hand_over(stage, [gradient(rank, stage, 0)], torch.zeros(STATUS_NUMBERS, dtype=torch.float64))
         dist.barrier()
     for stage in range(4):
         ring.take(stage, 1, lambda: None)
@@ -160,7 +160,7 @@ def _slow_link_at_a_flush(rank, world_size):
     for step in range(2):
         ring.begin_step(step)
         for stage in schedule.order():
-            ring.hand_over(stage, [large], torch.zeros(NOTES, dtype=torch.float64))
+            ring.hand_over(stage, [large], torch.zeros(STATUS_NUMBERS, dtype=torch.float64))
         if step == 1 and rank == 1:
             released.append(True)
             assert len(held) == 2, "without a link that is full this shows nothing"

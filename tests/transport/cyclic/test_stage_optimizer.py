@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_comm.ondevice.cyclic.update import Clipping
-from lightning_comm.transport.cyclic.messages import Message, StageLayout
+from lightning_comm.transport.cyclic.messages import StageLayout, StageMessage
 from lightning_comm.transport.cyclic.stage_optimizer import SQUARED_NORM, StageOptimizer
 
 
@@ -23,7 +23,7 @@ def grouped(net):
 
 def message_of(module, step):
     parameters = list(module.parameters())
-    message = Message(StageLayout(parameters), torch.device("cpu"))
+    message = StageMessage(StageLayout(parameters), torch.device("cpu"))
     generator = torch.Generator().manual_seed(step)
     for part in message.parts:
         part.copy_(torch.randn(part.shape, generator=generator, dtype=part.dtype))
@@ -102,12 +102,12 @@ def test_restored_state_is_shared_out_and_goes_on():
 def test_clipping_scales_by_the_norm_that_was_named_and_bounds_entries(clipping, previous, expected):
     net = network()
     part = stage_optimizer(net, torch.optim.SGD(net.parameters(), 1.0), (2,), lambda step: previous)
-    message = Message(StageLayout(list(net[2].parameters())), torch.device("cpu"))
+    message = StageMessage(StageLayout(list(net[2].parameters())), torch.device("cpu"))
     message.parts[0].copy_(torch.tensor([[3.0, 4.0]]))
     message.parts[1].zero_()
     part.note_settings(0, clipping)
     with torch.no_grad():
         part.update(0, 2, message)
-    assert message.notes[SQUARED_NORM] == 25  # before clipping
+    assert message.status[SQUARED_NORM] == 25  # before clipping
     moved = net[2].weight.detach() - message.parts[0]
     torch.testing.assert_close(moved, torch.tensor([expected], dtype=torch.float64))

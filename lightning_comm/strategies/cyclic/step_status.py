@@ -1,4 +1,4 @@
-"""The notes of ranks on each optimizer step, and what all read two steps later in the sum of all notes."""
+"""The status of each rank at an optimizer step, and the sum over the ranks, which all read two steps later."""
 
 import math
 
@@ -15,13 +15,13 @@ from lightning_comm.transport.cyclic.stage_optimizer import SQUARED_NORM
 from lightning_comm.transport.epoch_ends import EpochEnds
 from lightning_comm.transport.stop_protocol import Decision
 
-_READ = 0  # the stage whose notes all ranks read
+_READ = 0  # the stage whose status all ranks read
 
 
-class StepNotes:
-    """The notes of this rank on a step (its batch, learning rates and losses), and those of all ranks.
+class StepStatus:
+    """The status of this rank at a step (its batch, learning rates and losses), and the sum over all ranks.
 
-    Notes travel with the gradients and return with the new versions, so ranks compare themselves, and agree on
+    It travels with the gradients and returns with the new versions, so ranks compare themselves, and agree on
     requests, without a message of their own.
 
     Args:
@@ -32,7 +32,7 @@ class StepNotes:
     Attributes:
         batch: The number of the batch of this ``fit``.
         saved_norm: The norm of the whole gradient of the step before the first one; ``None`` where it is not known.
-        ring: Receives the notes of others; set once the model is cut.
+        ring: Receives the status of others; set once the model is cut.
 
     """
 
@@ -68,10 +68,10 @@ class StepNotes:
         self._rate_of[self._progress.steps_done] = rate
 
     def of_stage(self, stage: int) -> Tensor:
-        """Return this rank's notes of the step under way, to travel with the gradients of a stage."""
+        """Return this rank's status of the step under way, to travel with the gradients of a stage."""
         step = self._progress.steps_done
         self._batch_of[step] = self.batch
-        return self._requests.notes(
+        return self._requests.status(
             step,
             self._non_finite,
             self._fit.module.device,
@@ -90,21 +90,21 @@ class StepNotes:
         """Read what ranks have noted two steps ago, once after each step."""
         version = self._progress.steps_done - 2  # the newest that every rank has, whichever version it uses
         if version > self._progress.began_at:
-            step, notes = version - 1, self._notes_of(version)
-            self._check_finite(step, notes)
-            self._check_batch(step, notes)
-            self._compare_rates(step, notes)
+            step, status = version - 1, self._status_of(version)
+            self._check_finite(step, status)
+            self._check_batch(step, status)
+            self._compare_rates(step, status)
             del self._batch_of[step]
-            self._decided += self._requests.decided(step, notes, self._progress.steps_done)
+            self._decided += self._requests.decided(step, status, self._progress.steps_done)
 
     def newest(self) -> dict[int, list[float]]:
-        """Return the notes of the last two steps, which have not been read yet, by step; in a flush."""
+        """Return the summed status of the last two steps, which has not been read yet, by step; in a flush."""
         done = self._progress.steps_done
-        return {step: self._notes_of(step + 1) for step in (done - 2, done - 1) if step >= self._progress.began_at}
+        return {step: self._status_of(step + 1) for step in (done - 2, done - 1) if step >= self._progress.began_at}
 
-    def check(self, notes: dict[int, list[float]]) -> None:
+    def check(self, status: dict[int, list[float]]) -> None:
         """Raise an error if a loss was not finite, or ranks have taken a step in different batches."""
-        for step, each in notes.items():
+        for step, each in status.items():
             self._check_finite(step, each)  # each rank raises its own error, not that of the first to find it
             self._check_batch(step, each)
 
@@ -114,8 +114,8 @@ class StepNotes:
         step = self._progress.steps_done
         self._batch_of[step] = 0
         with self._fit.agreement.first_error_shown():
-            notes = self.ring.leave_out(step, self._fit.agreement.poll_failures)
-        self._check_batch(step, notes[_READ])
+            status = self.ring.leave_out(step, self._fit.agreement.poll_failures)
+        self._check_batch(step, status[_READ])
 
     def take_decided(self) -> list[Decision]:
         """Return what ranks have agreed on since the last call."""
@@ -129,32 +129,32 @@ class StepNotes:
         # called in a lane, which need not learn of failures: the computing thread does
         stages = range(self.ring.stages)
         if self._fit.module.device.type == "cuda":
-            return whole_norm(list(self.ring.notes_on_device(step, stages, lambda: None)[:, SQUARED_NORM]))
-        return whole_norm([row[SQUARED_NORM] for row in self.ring.notes(step, stages, lambda: None)])
+            return whole_norm(list(self.ring.status_on_device(step, stages, lambda: None)[:, SQUARED_NORM]))
+        return whole_norm([row[SQUARED_NORM] for row in self.ring.status(step, stages, lambda: None)])
 
-    def _notes_of(self, version: int) -> list[float]:
+    def _status_of(self, version: int) -> list[float]:
         assert self.ring is not None
-        return self.ring.notes(version, [_READ], self._fit.agreement.poll_failures)[0]
+        return self.ring.status(version, [_READ], self._fit.agreement.poll_failures)[0]
 
-    def _check_finite(self, step: int, notes: list[float]) -> None:
+    def _check_finite(self, step: int, status: list[float]) -> None:
         try:
-            check_finite(step, notes, WHERE)
+            check_finite(step, status, WHERE)
         except RuntimeError:
             self._fit.meet()  # a rank that left at once would close connections on which others wait
             raise
 
-    def _check_batch(self, step: int, notes: list[float]) -> None:
+    def _check_batch(self, step: int, status: list[float]) -> None:
         """Refuse ranks that take a step in different batches, since one of them has skipped a step."""
         own, workers = self._batch_of[step], self._fit.recorder.world_size
-        others = notes[BATCH] - own
+        others = status[BATCH] - own
         if others != own * (workers - 1):
             raise self._ends.publish_failure(step_errors.different_batches(step, own, others, workers))
 
-    def _compare_rates(self, step: int, notes: list[float]) -> None:
+    def _compare_rates(self, step: int, status: list[float]) -> None:
         """Warn if learning rates differ between ranks, since each uses its own for the stages that it owns."""
         workers = self._fit.recorder.world_size
         own = float(self._rate_of.pop(step))
-        others = (notes[RATE] - own) / max(1, workers - 1)
+        others = (status[RATE] - own) / max(1, workers - 1)
         differ = workers > 1 and not math.isclose(own, others, rel_tol=1e-9)
         if differ and not self._warned_of_rates:
             self._warned_of_rates = True
