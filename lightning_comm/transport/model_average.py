@@ -164,9 +164,7 @@ class ModelAverage:
         self._average_others(groups, None, weight, moderate)
         self.tensors.frozen.note()
         if self._background is not None:
-            self._background.step = (
-                self._recorder.step
-            )  # what its thread sends belongs to the round that ends here
+            self._background.step = self._recorder.step  # what its thread sends belongs to the round that ends here
         return self._compressed.depart(compressed, weight, moderate="parameters" in moderate)
 
     def average_for(
