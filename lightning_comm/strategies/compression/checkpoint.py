@@ -41,7 +41,7 @@ class Saved(NamedTuple):
     fitted: LightningModule | None
 
 
-class Resume(NamedTuple):
+class CompressionResume(NamedTuple):
     """The state from a checkpoint that this rank resumes from.
 
     Args:
@@ -155,7 +155,7 @@ def load_own(
     checkpoint: dict[str, Any],
     filepath: _PATH,
     ledger: CommLedger,
-) -> Resume:
+) -> CompressionResume:
     """Return the state that this rank resumes from.
 
     Without usable rank files, masks are restored from the main file.
@@ -174,14 +174,14 @@ def load_own(
     found = compare(strategy, recorder, WHERE, written_under, saved, compression)
     mask_checkpoint.warn_of_uncompared(WHERE, filepath, found)
     if shared is not None and found.compression is None and shared["sync"] is not None:
-        return Resume(dict(shared["sync"]), sums)
+        return CompressionResume(dict(shared["sync"]), sums)
     mask_checkpoint.warn_of_dense(WHERE, filepath, saved, compression)
     if not compression.keeps_state:
-        return Resume(None, sums)
+        return CompressionResume(None, sums)
     fresh = GradientSync(compression.codec(Context(Recorder(CommLedger()), "gradients")), Recorder(CommLedger()), ())
     masks_kept = mask_checkpoint.restore_masks(fresh.codec, saved, found)
     if masks_kept and not fresh.codec.is_local:
-        return Resume(fresh.state_dict(), sums)  # there is no state but the masks
+        return CompressionResume(fresh.state_dict(), sums)  # there is no state but the masks
 
     def why_not(entry: dict[str, Any]) -> str | None:
         if found.compression is not None:
@@ -190,7 +190,7 @@ def load_own(
 
     own, reason = ENTRY.read_own(strategy, recorder, checkpoint, filepath, why_not)
     if own is not None:
-        return Resume(dict(own["sync"]), own.get("ledger", sums))
+        return CompressionResume(dict(own["sync"]), own.get("ledger", sums))
     if masks_kept:
         left = "weights, optimizer state and masks in the file, with nothing else kept"
     elif saved is not None:
@@ -202,4 +202,4 @@ def load_own(
         f"{reason}. Training goes on from the {left}. For an exact continuation resume with the same compression and "
         f"number of ranks, and keep the folder {removal.folder(filepath)!r} with the file."
     )
-    return Resume(fresh.state_dict() if masks_kept else None, sums)
+    return CompressionResume(fresh.state_dict() if masks_kept else None, sums)

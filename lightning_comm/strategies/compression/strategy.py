@@ -31,7 +31,7 @@ from lightning_comm.strategies.common.run_length import restore_accumulation
 from lightning_comm.strategies.common.support import RunSupport
 from lightning_comm.strategies.compression import checks
 from lightning_comm.strategies.compression.applied_steps import AppliedSteps, may_throw_away
-from lightning_comm.strategies.compression.checkpoint import Resume, Saved, load_own, save
+from lightning_comm.strategies.compression.checkpoint import CompressionResume, Saved, load_own, save
 from lightning_comm.strategies.compression.checks import WHERE
 from lightning_comm.strategies.compression.loss_scale_cache import KnownScale
 from lightning_comm.strategies.compression.run import CompressionRun, Unread
@@ -118,7 +118,7 @@ class CompressedDDPStrategy(DDPStrategy):
         self._pruned: PrunedWeights | None = None
         self._steps: AppliedSteps | None = None
         self._recorder: Recorder | None = None
-        self._resume: Resume | None = None
+        self._resume: CompressionResume | None = None
         self._warned = False
 
     # ---- for users and callbacks (:mod:`lightning_comm.contract`) ----------------------------------------------------
