@@ -129,7 +129,7 @@ def _averaged(rank, saved_in, goes_on_in):
             averager.average_(weights)
             fresh = CompressedAverage(Recorder(CommLedger()), compression, 2**20)
             weights = {name: tensor.to(goes_on_in) for name, tensor in weights.items()}
-            fresh.load_state_dict(through_a_file(averager.state_dict()), weights)
+            fresh.load_state_dict(through_a_file(averager.state_dict()), weights, same=True)
             for tensor in weights.values():
                 tensor.add_(0.1)
             fresh.average_(weights)
