@@ -95,6 +95,7 @@ def test_wire_bytes_are_those_that_the_interfaces_counted(answers, strategy, mes
 def test_a_shaped_link_is_seen_as_the_bottleneck_that_it_is(answers):
     ddp, local = answers[0]
     assert 0.3 < ddp["bandwidth"] / (500e6 / 8) < 1.05
-    assert ddp["exposed_s"] > 2 * local["exposed_s"]
+    # a quarter of the bytes, and a wait for the slowest of three ranks on what may be two processors
+    assert ddp["exposed_s"] > 1.2 * local["exposed_s"]
     assert ddp["clock_error_s"] < 0.1
     assert len(set(ddp["hosts"])) == 3, "hosts of one name are told apart by their node"
