@@ -279,7 +279,9 @@ def test_an_end_of_unknown_length_is_weighted_too(overlap):
 @pytest.mark.parametrize("averaging", [Averaging(1e-4), Averaging(1e-4, "bf16", 2)], ids=["open", "bf16-overlap"])
 def test_a_weight_costs_8_bytes_in_a_meeting_and_a_row_before_a_checkpoint(averaging, tmp_path):
     def sent(rank):
-        folders = {weighted: str(tmp_path / str(weighted)) for weighted in (False, True)}
+        folders = {
+            weighted: str(tmp_path / str(int(weighted))) for weighted in (False, True)
+        }  # as long, as paths are sent
         return [_fit(rank, 2, folders[weighted], averaging, {}, {}, weighted)[-1] for weighted in (False, True)]
 
     for without, weighted in launch(sent, world_size=2):
@@ -465,8 +467,11 @@ def test_every_fit_is_asked_anew():
 
 
 def test_weights_are_shares_of_the_samples_and_where_there_are_none_those_of_before():
-    def members(rank):
-        return SimpleNamespace(share=lambda counts=None: Share.of([1] * 3 if counts is None else counts, rank))
+    def members(rank, of=(0, 1, 2)):
+        def share(counts=None):
+            return Share.of([1] * len(of) if counts is None else counts, rank)
+
+        return SimpleNamespace(share=share, ranks=of)
 
     weights_of = SampleWeights()
     rows = [RankStatus(samples=3.0), RankStatus(samples=0.0), RankStatus(samples=5.0)]
@@ -478,6 +483,7 @@ def test_weights_are_shares_of_the_samples_and_where_there_are_none_those_of_bef
     assert shares == [0.375, 0.0, 0.625]
     weights_of.begin_round(shares[0])
     assert weights_of.weight_of(members(0), none) == 0.375
+    assert weights_of.weight_of(members(0, of=(0, 2)), none[:2]) == 1 / 2  # that weight was among others
 
 
 def test_samples_count_once_their_batch_is_over_and_not_where_gradients_were_averaged():
