@@ -291,7 +291,11 @@ def _is_users(module: str | None) -> bool:
     if module.partition(".")[0] in sys.builtin_module_names:
         return False
     file = getattr(sys.modules.get(module), "__file__", None)
-    return file is None or not str(Path(file).resolve()).startswith(_installed())
+    if file is None:
+        return True
+    path = Path(file).resolve()
+    # the folders of this Python, and those that another one has lent by a `.pth` file or PYTHONPATH
+    return not (str(path).startswith(_installed()) or {"site-packages", "dist-packages"} & set(path.parts))
 
 
 def name_of(kind: type | Callable[..., Any]) -> str:

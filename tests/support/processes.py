@@ -106,7 +106,7 @@ def outcomes(
             except Empty:
                 missing = sorted(set(range(world_size)) - set(answers))
                 pytest.fail(f"no answer from ranks {missing} within {timeout_s} s; others: {answers}")
-            answers[rank] = answer, error
+            answers.setdefault(rank, (answer, error))  # what follows an answer is a group that another rank has left
     finally:
         for process in processes:
             process.join(ends_within_s)
