@@ -91,7 +91,7 @@ def test_without_rank_0_the_others_say_where_they_looked_for_it():
 def test_a_port_that_is_taken_is_named():
     with socket.socket() as other:
         other.bind(("0.0.0.0", 0))
-        other.poll_failures()
+        other.listen()
         port = other.getsockname()[1]
         with (
             pytest.raises(ConnectionError, match=rf"fit: rank 0 must host .*127.0.0.1:{port}.*MASTER_PORT"),
