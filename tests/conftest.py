@@ -20,7 +20,7 @@ TIMING = [HERE / line for line in (HERE / "timing.txt").read_text().splitlines()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--exhaustive", action="store_true", help="run the tests marked so too, by themselves 20 minutes")
+    parser.addoption("--exhaustive", action="store_true", help="run the tests marked so too")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -191,9 +191,8 @@ class Agreement:
             return None
         self._next_poll_s = now + self._poll_interval_s / 4
         state = self._guarded(self._open_state)
-        if (
-            state is not None and _kind_of(state) not in cannot
-        ):  # no patience is needed here: this rank stands still, so its position holds
+        # no patience is needed here: this rank stands still, so its position holds
+        if state is not None and _kind_of(state) not in cannot:
             self._guarded(lambda: self._publish(position))
             self._guarded(lambda: self._try_to_decide(state))
         return self.decision

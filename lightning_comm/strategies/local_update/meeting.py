@@ -192,7 +192,7 @@ class Meeting:
         return decision is not None and decision.at_step is None
 
     def poll_failures(self) -> bool:
-        """Hear of failures while this rank waits; return False, since no request is answered."""
+        """Learn of failures while this rank waits; return False, since no request is answered."""
         self._agreement.poll_failures()
         return False
 

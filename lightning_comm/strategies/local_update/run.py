@@ -250,9 +250,8 @@ class LocalUpdateRun:
         self._note_end(self.steps.count)
         with self.agreement.first_error_shown():
             self.ends.wait(partial(self._meeting.answer, () if in_batch else AFTER_A_BATCH))
-        if (
-            in_batch and not self.rounds.stopped_apart
-        ):  # all ranks are here, after the same step, and have posted what they ask for
+        # all ranks are here, after the same step, and have posted what they ask for
+        if in_batch and not self.rounds.stopped_apart:
             self.agreement.poll(self._training.position, force=True)
         self.agreement.move_on()
         self._carry_out_if_due(self.agreement.decision)
