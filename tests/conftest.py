@@ -73,6 +73,15 @@ def nothing_is_left_to_later_tests():
     assert _shared_by_all_tests() == before
 
 
+@pytest.fixture(autouse=True, scope="module")
+def ranks_end_with_their_file():
+    """Ranks that stay know the functions of the file for which they were forked."""
+    yield
+    from support.processes import end_idle_ranks
+
+    end_idle_ranks()
+
+
 @pytest.fixture
 def run_ranks():
     """Run ``fn(rank, *args)`` in ``world_size`` processes joined by gloo; return the answers in order of rank."""

@@ -1,6 +1,7 @@
 """What a device that is not there knows: labels of memory, the order of streams, and what the host has waited for."""
 
 import sys
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,12 +151,11 @@ def wait_of_now(kind: str) -> Wait:
 class Stream:
     """A stream of the device, as far as order goes: what of other streams its work follows."""
 
-    _made = 0
+    _numbers = itertools.count(1)
     device, priority = CUDA, 0
 
     def __init__(self, device: Any = None, priority: int = 0, **ignored: Any) -> None:
-        Stream._made += 1
-        self.stream_id = self.cuda_stream = Stream._made
+        self.stream_id = self.cuda_stream = next(self._numbers)
         self.seen: dict[int, int] = {}  # of each stream, up to which work this one follows; its own number too
         self.host_as_of: tuple[Any, int] = (None, 0)  # which waits of the host its work follows: a device, their number
 
