@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from support.ports import free_port
-from support.process_state import ProcessState, RandomStates, process_state
+from support.process_state import ProcessState, RandomStates
 
 Outcome = tuple[Any, str | None]
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -53,7 +53,7 @@ class RankProcesses:
         self._ranks: list[tuple[Any, Connection]] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, first, theirs, os.getpid()))
+            process = context.Process(target=_serve, args=(rank, world_size, port, first, theirs, parent, os.getpid()))
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
@@ -122,12 +122,11 @@ class RankProcesses:
             process.join()
 
 
-def _serve(rank: int, world_size: int, port: int, job: Job, pipe: Connection, parent: int) -> None:
+def _serve(rank: int, world_size: int, port: int, job: Job, pipe: Connection, began: ProcessState, parent: int) -> None:
     """Run functions until one fails or leaves something behind, or the process of the tests has no more."""
     gc.freeze()  # what the parent has loaded is no garbage; to look at half a million objects copies their memory
     torch.set_num_threads(1)
-    began, randomness = process_state(), RandomStates()
-    environment, folder = dict(os.environ), os.getcwd()
+    randomness, environment, folder = RandomStates(), dict(os.environ), os.getcwd()
     while True:
         _become(rank, world_size, port, environment, folder)
         randomness.restore()
