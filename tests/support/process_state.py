@@ -7,6 +7,7 @@ switches. Ranks are told the environment and the folder with each call, so these
 import logging
 import os
 import random
+import resource
 import signal
 import sys
 import warnings
@@ -86,7 +87,8 @@ def _settings() -> dict[str, Any]:
         "process group": dist.is_initialized(),
         "signals": [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
         "streams": [os.fstat(number)[:3] for number in (1, 2)],
-        "levels of loggers": [logging.getLogger(name).level for name in _LOGGERS],
+        "loggers": [(logger.level, list(logger.handlers)) for logger in map(logging.getLogger, _LOGGERS)],
+        "limits": [resource.getrlimit(limit) for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)],
         "logging disabled up to": logging.root.manager.disable,
         "who shows warnings": warnings.showwarning,
         "torch": (
