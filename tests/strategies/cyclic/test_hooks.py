@@ -1,6 +1,7 @@
 """Hooks of parameters and modules, and learning-rate finders, do under Cyclic Data Parallelism what DDP lets them."""
 
 import numpy as np
+import pytest
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.tuner import Tuner
@@ -49,14 +50,15 @@ class Hooked(Regression):
 
 
 KINDS = [
-    ("register_hook", "init"), ("register_hook", "later"), ("register_full_backward_hook", "init"),
-    ("register_full_backward_hook", "later"), ("after", "init"), ("after", "start"), ("none", "init"),
+    ("none", "init"), ("register_hook", "init"), ("register_full_backward_hook", "later"), ("after", "init"),
+    ("after", "start"),
 ]  # fmt: skip
+MORE_KINDS = [("none", "init"), ("register_hook", "later"), ("register_full_backward_hook", "init")]
 
 
-def _hooked(rank, world_size):
+def _hooked(rank, world_size, kinds):
     answers = {}
-    for each in KINDS:
+    for each in kinds:
         pair = []
         for strategy in (DDPStrategy(), cyclic(warmup_sync_steps=10**9)):
             module = Hooked(*each)
@@ -66,8 +68,9 @@ def _hooked(rank, world_size):
     return answers
 
 
-def test_hooks_of_parameters_and_modules_act_on_each_ranks_own_gradients_as_under_ddp():
-    answers = launch(_hooked, 2, world_size=2)[0]
+@pytest.mark.parametrize("kinds", [KINDS, pytest.param(MORE_KINDS, marks=pytest.mark.exhaustive)], ids=["", "more"])
+def test_hooks_of_parameters_and_modules_act_on_each_ranks_own_gradients_as_under_ddp(kinds):
+    answers = launch(_hooked, 2, kinds, world_size=2)[0]
     plain = answers["none", "init"][0]
     for name, (ddp, ours) in answers.items():
         for one, other in zip(ddp, ours, strict=True):
