@@ -158,7 +158,7 @@ class StopInFlight(Callback):
 def _balanced(rank, path, resume, options):
     partition = AdaptivePartition(**{"window_steps": 6, "warmup_steps": 2, **options})
     model = Fit(speed=[SLOW, 3 * SLOW][rank])
-    loader = loader_of(32 * 16, batch=32, num_workers=2)
+    loader = loader_of(32 * 24, batch=32, num_workers=2)
     stop = [] if resume else [StopInFlight(partition, path)]
     fit(ddp(), 2, model, loader, partition, stop, ckpt_path=path if resume else None, min_epochs=0)
     journal = partition.journal.to_dict()

@@ -118,7 +118,7 @@ def test_modes_of_training_leave_the_gradient_exact(of_two, mode):
 
 
 MOVES = {"no": {}, "one": {2: (3, 9)}, "three": {1: (11, 1), 8: (6, 6), 15: (1, 11)}}
-STEPS = 9  # of an epoch
+STEPS = 11  # of an epoch
 MOVED = (STEPS - 1) * BATCH + 5
 MOVED_HOW = [(moved, workers) for moved in MOVES for workers in (0, 2)]
 MOVED_OFTEN = [("no", 0), ("one", 0), ("three", 2)]

@@ -198,7 +198,9 @@ def test_every_way_to_step_by_hand_trains_as_under_ddp(kinds):
 class SavesWithin(Manual):
     """Two steps a batch; saves between them in batch 3, and after batch 3."""
 
-    folder = None
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
 
     def train_on(self, batch, batch_idx, optimizer, scheduler):
         for k in range(2):
@@ -206,7 +208,7 @@ class SavesWithin(Manual):
             loss = self.loss(batch)
             self.manual_backward(loss)
             optimizer.step()
-            if self.folder is not None and k == 0 and batch_idx == 3:
+            if k == 0 and batch_idx == 3:
                 self.trainer.save_checkpoint(f"{self.folder}/within.ckpt")
         scheduler.step()
         return loss.detach()
@@ -218,10 +220,9 @@ def _resumed(rank, world_size, folder):
         module = kind()
         trainer(cyclic(), world_size).fit(module, loader(STEPS, rank))
         same.append(state(module))
-    SavesWithin.folder = folder
     ends = []
     for stops, path in ((False, None), (True, None), (False, f"{folder}/batch.ckpt")):
-        module = SavesWithin()
+        module = SavesWithin(folder)
         save = Stop(8, f"{folder}/batch.ckpt", goes_on=not stops)
         data = ResumableLoader(Samples(4 * STEPS, rank), 4, shuffle=False, num_replicas=1, rank=0)
         runner = trainer(cyclic(), world_size, max_epochs=2, callbacks=[] if path else [save])
