@@ -207,10 +207,8 @@ OTHER_PLANS = {2: PLANS["extreme"], 3: {"mode": "fixed", "shares": [3, 2, 1]}, 1
 STOPS = [(stop_at, workers, False) for stop_at in (1, 4, 6, 8, 12) for workers in (0, 2)]
 STOPS += [(4, 0, True), (8, 2, True)]
 RESUMED = [(*stop, ranks) for stop in STOPS for ranks in OTHER_PLANS]
-# in an epoch and between two of them, and each number of ranks both ways
-RESUMED_OFTEN = [
-    (1, 0, False, 3), (4, 0, True, 1), (4, 2, False, 3), (6, 0, False, 2), (8, 2, True, 2), (12, 0, False, 1),
-]  # fmt: skip
+# in an epoch and between two of them, on fewer, as many and more ranks
+RESUMED_OFTEN = [(1, 0, False, 3), (4, 0, True, 1), (6, 0, False, 2), (8, 2, True, 2)]
 
 
 @pytest.fixture(scope="module")
