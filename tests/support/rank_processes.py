@@ -127,7 +127,7 @@ def _serve(rank: int, world_size: int, port: int, job: Job, pipe: Connection, pa
     began, randomness = process_state(), RandomStates()
     environment, folder = dict(os.environ), os.getcwd()
     while True:
-        become(rank, world_size, port, environment, folder)
+        _become(rank, world_size, port, environment, folder)
         randomness.restore()
         fn, args = job
         try:
@@ -161,7 +161,7 @@ def _serve(rank: int, world_size: int, port: int, job: Job, pipe: Connection, pa
             return
 
 
-def become(rank: int, world_size: int, port: int, environment: dict[str, str], folder: str) -> None:
+def _become(rank: int, world_size: int, port: int, environment: dict[str, str], folder: str) -> None:
     """Give this process the environment of a rank."""
     os.chdir(folder)
     os.environ.clear()

@@ -17,7 +17,6 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from support.cyclic import adamw, cyclic, deep, fit, momentum, state
 from support.processes import free_port, launch, outcomes
-from support.rank_processes import become
 from support.training import Regression, loader, trainer
 
 
@@ -171,7 +170,8 @@ def _to_its_end(rank, port, path, what, who):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), 2)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background begins without it
-    become(rank, 2, port, dict(os.environ), os.getcwd())
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     status = 0
     try:
         trainer(cyclic(), 2).fit(EndsEarly(what, who), loader(400, 0))
