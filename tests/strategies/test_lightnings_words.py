@@ -96,6 +96,7 @@ def _listening(said, case):
     except (SIGTERMException, SystemExit):
         pass  # how such a run ends under `ddp` too
     finally:
+        logging.captureWarnings(False)
         for each in (*loggers, logging.getLogger("py.warnings")):
             each.removeHandler(keep)
         said[case] = set(keep.lines)

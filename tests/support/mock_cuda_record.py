@@ -1,7 +1,7 @@
 """What a device that is not there knows: labels of memory, the order of streams, and what the host has waited for."""
 
-import sys
 import itertools
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager

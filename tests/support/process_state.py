@@ -1,6 +1,7 @@
 """What code can change of its process so that later code notices, as far as that can be looked up.
 
-Functions put in the place of others, whatever is assigned in the package and the tests, signals, streams, and torch's switches. The environment and the folder are not among them, which ranks are told with each call.
+Functions put in the place of others, whatever is assigned in the package and the tests, signals, streams, and torch's
+switches. Ranks are told the environment and the folder with each call, so these are not among them.
 """
 
 import logging
@@ -8,7 +9,6 @@ import os
 import random
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +41,8 @@ class ProcessState(NamedTuple):
         for space, before in self.spaces:
             now = vars(space)
             for name, value in before.items():
-                if (other := now.get(name, _NOTHING)) is not value and not hasattr(other, "hooked"):  # by torch itself
+                other = now.get(name, _NOTHING)
+                if other is not value and not hasattr(other, "hooked"):  # as torch marks an optimizer's `step`
                     yield f"{getattr(space, '__qualname__', space.__name__)}.{name}"
         now = _settings()
         yield from (name for name, value in self.settings.items() if now[name] != value)
@@ -58,7 +59,7 @@ def process_state() -> ProcessState:
             continue
         spaces.append((module, {key: value for key, value in vars(module).items() if keeps(key, value)}))
         for cls in list(vars(module).values()):
-            if issubclass(type(cls), type) and cls.__module__ == name:  # not what stands for a class, and warns
+            if issubclass(type(cls), type) and cls.__module__ == name:  # `isinstance` makes deprecated names warn
                 spaces.append((cls, {key: value for key, value in vars(cls).items() if keeps(key, value)}))
     return ProcessState(spaces, _settings())
 
@@ -87,6 +88,7 @@ def _settings() -> dict[str, Any]:
         "streams": [os.fstat(number)[:3] for number in (1, 2)],
         "levels of loggers": [logging.getLogger(name).level for name in _LOGGERS],
         "logging disabled up to": logging.root.manager.disable,
+        "who shows warnings": warnings.showwarning,
         "torch": (
             torch.get_num_threads(),
             torch.get_default_dtype(),

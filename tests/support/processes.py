@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from support.ports import free_port
-from support.process_state import process_state
+from support.process_state import ProcessState, process_state
 from support.rank_processes import NoAnswer, Outcome, RankProcesses
 
 __all__ = ["Outcome", "end_idle_ranks", "free_port", "launch", "one_launch", "outcomes", "run_cases", "start_ranks"]
@@ -29,6 +29,7 @@ if hasattr(dist.distributed_c10d.Backend, "_ensure_backend_registered"):
     )
     dist.distributed_c10d.Backend._ensure_backend_registered("gloo")  # here, so that forked ranks have it
 
+_LAST_STATE: list[ProcessState] = []
 _IDLE: dict[int, RankProcesses] = {}  # by number of ranks; of this process, and not of those that it forks
 _TIDY_WITHIN_S = 10.0
 _TAKING = threading.Lock()  # launches run side by side in threads
@@ -91,7 +92,7 @@ def run_cases(
         ranks.end()
         ranks = None
     if ranks is None:
-        ranks = RankProcesses(world_size, process_state(), (fn, args))
+        ranks = RankProcesses(world_size, _state_now(), (fn, args))
     else:
         ranks.begin(job)
     try:
@@ -109,6 +110,13 @@ def run_cases(
     if other is not None:
         other.end()
     return answers
+
+
+def _state_now() -> ProcessState:
+    """The state of this process, looked up only if something of it has changed."""
+    if not (_LAST_STATE and _LAST_STATE[0].holds()):
+        _LAST_STATE[:] = [process_state()]
+    return _LAST_STATE[0]
 
 
 def end_idle_ranks() -> None:

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from support.ports import free_port
-from support.process_state import ProcessState, RandomStates, process_state
+from support.process_state import ProcessState, RandomStates
 
 Outcome = tuple[Any, str | None]
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -52,7 +53,7 @@ class RankProcesses:
         self._ranks: list[tuple[Any, Connection]] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, first, theirs, os.getpid()))
+            process = context.Process(target=_serve, args=(rank, world_size, port, first, theirs, parent, os.getpid()))
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
@@ -112,7 +113,7 @@ class RankProcesses:
 
     def end(self, within_s: float = 0.0) -> None:
         """End them; those that have failed end by themselves, if that is waited for."""
-        for process, pipe in self._ranks:
+        for _, pipe in self._ranks:
             pipe.close()
         for process, _ in self._ranks:
             process.join(within_s)
@@ -121,34 +122,23 @@ class RankProcesses:
             process.join()
 
 
-def _serve(rank: int, world_size: int, port: int, job: Job, pipe: Connection, parent: int) -> None:
+def _serve(rank: int, world_size: int, port: int, job: Job, pipe: Connection, began: ProcessState, parent: int) -> None:
+    """Run functions until one fails or leaves something behind, or the process of the tests has no more."""
     gc.freeze()  # what the parent has loaded is no garbage; to look at half a million objects copies their memory
     torch.set_num_threads(1)
-    began, randomness = process_state(), RandomStates()
-    environment, folder = dict(os.environ), os.getcwd()
+    randomness, environment, folder = RandomStates(), dict(os.environ), os.getcwd()
     while True:
         _become(rank, world_size, port, environment, folder)
         randomness.restore()
-        fn, args = job
-        try:
-            answer = fn(rank, *args)
-            pipe.send((answer, None))
-        except BaseException:
-            # the end of this process is what others notice that wait for it in a collective
-            pipe.send((None, traceback.format_exc()))
+        if not _answer(rank, *job, pipe):
             return
-        del fn, args, job, answer
+        del job
         # the others may still need the store that rank 0 hosts
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
         gc.collect()
-        changes = list(began.changes())
-        changes += [thread.name for thread in threading.enumerate()[1:]]
-        changes += [str(child) for child in multiprocessing.active_children()]
-        if changes and (path := os.environ.get("RANK_CHANGES")):
-            with open(path, "a") as f:
-                print(os.environ.get("PYTEST_CURRENT_TEST"), changes[:20], file=f)
+        changes = _changes(began)
         pipe.send(not changes)
         if changes:
             return
@@ -159,6 +149,29 @@ def _serve(rank: int, world_size: int, port: int, job: Job, pipe: Connection, pa
             job, port, environment, folder = cloudpickle.loads(pipe.recv_bytes())
         except EOFError:
             return
+
+
+def _answer(rank: int, fn: Callable[..., Any], args: tuple[Any, ...], pipe: Connection) -> bool:
+    """Send what the function returns, or its traceback; return whether this process can go on."""
+    try:
+        with warnings.catch_warnings():  # which also forgets what was warned of before, and so not again
+            answer = fn(rank, *args)
+        pipe.send((answer, None))
+    except BaseException:
+        # the end of this process is what others notice that wait for it in a collective
+        pipe.send((None, traceback.format_exc()))
+        return False
+    return True
+
+
+def _changes(began: ProcessState) -> list[str]:
+    """What a function has left behind; ``RANK_CHANGES`` names a file that says by which test."""
+    changes = [*began.changes(), *(f"thread {thread.name}" for thread in threading.enumerate()[1:])]
+    changes += [f"process {child.name}" for child in multiprocessing.active_children()]
+    if changes and "RANK_CHANGES" in os.environ:
+        with open(os.environ["RANK_CHANGES"], "a") as file:
+            print(os.environ.get("PYTEST_CURRENT_TEST"), changes, file=file)
+    return changes
 
 
 def _become(rank: int, world_size: int, port: int, environment: dict[str, str], folder: str) -> None:
