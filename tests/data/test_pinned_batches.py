@@ -53,7 +53,7 @@ def _passes(loader, passes=2):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_batches_of_an_own_type_are_handed_out_as_they_are_and_pinned_once_where_there_is_a_gpu(
     kind, workers, monkeypatch
 ):

@@ -22,13 +22,13 @@ SAMPLES = 11
     [
         pytest.param({"max_epochs": 3}, marks=pytest.mark.exhaustive),
         pytest.param({"max_epochs": 3, "validate": False}, marks=pytest.mark.exhaustive),
-        {"max_epochs": 3, "val_check_interval": 2},
+        {"max_epochs": 2, "val_check_interval": 2},
         pytest.param({"max_epochs": 3, "check_val_every_n_epoch": 2}, marks=pytest.mark.exhaustive),
-        {"max_epochs": 3, "check_val_every_n_epoch": None, "val_check_interval": 4},
-        {"max_epochs": 3, "limit_train_batches": 4},
-        {"max_epochs": 3, "accumulate_grad_batches": 2},
+        {"max_epochs": 2, "check_val_every_n_epoch": None, "val_check_interval": 4},
+        {"max_epochs": 2, "limit_train_batches": 4},
+        {"max_epochs": 2, "accumulate_grad_batches": 2},
         pytest.param({"max_steps": 15}, marks=pytest.mark.exhaustive),
-        {"max_steps": 15, "validate": False},
+        {"max_steps": 9, "validate": False},
     ],
     ids=str,
 )
@@ -44,8 +44,13 @@ def test_a_run_resumed_from_any_checkpoint_sees_the_samples_of_the_run_that_was_
         assert rest == whole[batches_done(checkpoint) :], checkpoint.name
 
 
-@pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize(("rank", "num_replicas"), [(0, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("rank", "num_replicas", "drop_last"),
+    [
+        *((0, 1, True), (1, 2, False), (2, 3, True)),
+        *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in ((0, 1, False), (1, 2, True), (2, 3, False))),
+    ],
+)
 def test_every_rank_resumes_at_every_step(rank, num_replicas, drop_last, tmp_path):
     new = functools.partial(
         ResumableLoader, range(13), 2, num_replicas=num_replicas, rank=rank, drop_last=drop_last, seed=1
@@ -63,11 +68,11 @@ def test_workers_that_load_ahead_move_no_sample(persistent_workers, tmp_path):
     in_process = train(new(), max_epochs=2, limit_train_batches=4)
     with_workers = functools.partial(new, num_workers=2, persistent_workers=persistent_workers)
     assert train(with_workers(), tmp_path, max_epochs=2, limit_train_batches=4) == in_process
-    checkpoints = list(tmp_path.glob("*.ckpt"))
-    assert len(checkpoints) > len(in_process)
-    for checkpoint in checkpoints:
-        rest = train(with_workers(), ckpt_path=checkpoint, max_epochs=2, limit_train_batches=4)
-        assert rest == in_process[batches_done(checkpoint) :], checkpoint.name
+    assert len(list(tmp_path.glob("*.ckpt"))) > len(in_process)
+    for done in (1, 4, 6):  # in an epoch, between two, and in the last one
+        for checkpoint in tmp_path.glob(f"*-{done}.ckpt"):
+            rest = train(with_workers(), ckpt_path=checkpoint, max_epochs=2, limit_train_batches=4)
+            assert rest == in_process[done:], checkpoint.name
 
 
 def test_a_run_that_is_stopped_again_and_again_sees_what_one_run_sees(tmp_path):
@@ -100,7 +105,7 @@ class Ranks(Recorder):
         torch.save((self.trainer.world_size, self.seen), self.folder / f"rank-{self.global_rank}.pt")
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_real_ranks_share_each_epoch_and_resume_together(ranks, tmp_path):
     def fit(name, ckpt_path=None):
         folder = tmp_path / name

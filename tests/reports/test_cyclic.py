@@ -67,9 +67,8 @@ def test_a_sum_travels_after_the_backwards_it_holds_and_parameters_are_there_whe
     assert late  # the hops of the figure are the longest that keep the workers at work
 
 
-@pytest.mark.slow
 def test_a_wide_schedule_is_drawn_without_numbers():
-    schedule = CyclicSchedule(8, 24)
+    schedule = CyclicSchedule(1, 24)
     assert "<!-- 23 -->" not in schedule_figure(schedule)
     assert "<!-- 23 -->" in schedule_figure(schedule, slots=60)
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -237,18 +238,19 @@ class Ear:
     """Hears what is said to the user: warnings, and what the package logs."""
 
     def __enter__(self):
-        self.heard = []
+        self.logged = []
         self.handler = logging.Handler()
-        self.handler.emit = lambda record: self.heard.append(record.getMessage())
+        self.handler.emit = lambda record: self.logged.append(record.getMessage())
         logging.getLogger("lightning_comm").addHandler(self.handler)
         self.warnings = warnings.catch_warnings(record=True)
         self.caught = self.warnings.__enter__()
         warnings.simplefilter("always")
+        return self
 
     def __exit__(self, *error):
         self.warnings.__exit__(*error)
         logging.getLogger("lightning_comm").removeHandler(self.handler)
-        self.heard += [str(each.message) for each in self.caught]
+        self.heard = self.logged + [str(each.message) for each in self.caught]
 
 
 def _break(profiler, hook, runner, module):
@@ -503,13 +505,17 @@ def test_of_two_profilers_the_first_measures_and_the_second_says_that_it_does_no
     assert "Remove one of the two" in said[0][0]
 
 
+@contextmanager
+def files_no_larger_than(size_bytes):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes or before[0], before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def _alone(rank, folder, steps, sizes):
-    if sizes:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (sizes, sizes))
-    records = []
-    handler = logging.Handler()
-    handler.emit = records.append
-    logging.getLogger("lightning_comm").addHandler(handler)
 
     class Ends(Callback):
         def on_train_batch_end(self, runner, *args):
@@ -518,8 +524,9 @@ def _alone(rank, folder, steps, sizes):
 
     profiler = CommProfiler(folder, warmup_steps=0)
     runner = trainer("auto", 1, callbacks=[profiler, Ends()])
-    runner.fit(Regression(), loader(60, rank))
-    return profiler.figures, runner.global_step, [record.getMessage() for record in records]
+    with files_no_larger_than(sizes), Ear() as ear:
+        runner.fit(Regression(), loader(60, rank))
+    return profiler.figures, runner.global_step, ear.logged
 
 
 def test_a_full_disk_ends_the_profile_and_not_the_training(tmp_path):

@@ -85,10 +85,11 @@ class Workers:
 
     def carry_out(self):
         """Return whether all is done when nothing can happen any more."""
-        urge = {lane: self.dice.random() for lane in self.lanes}  # some are always faster than others
+        self.dice.shuffle(self.lanes)  # some are always faster than others: those that are looked at first
         waits = {lane: next(lane) for lane in self.lanes}
-        while able := [lane for lane, condition in waits.items() if condition()]:
-            lane = self.dice.choice(able) if self.dice.random() < 0.1 else max(able, key=urge.get)
+        while (lane := next(able := (lane for lane, condition in waits.items() if condition()), None)) is not None:
+            if self.dice.random() < 0.1:
+                lane = self.dice.choice([lane, *able])
             waits[lane] = next(lane, None)
             if waits[lane] is None:
                 del waits[lane]

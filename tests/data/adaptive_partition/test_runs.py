@@ -30,12 +30,12 @@ new = functools.partial(PartitionedLoader, range(SAMPLES), GLOBAL_BATCH, seed=3)
     [
         pytest.param({"max_epochs": 3}, marks=pytest.mark.exhaustive),
         pytest.param({"max_epochs": 3, "validate": False}, marks=pytest.mark.exhaustive),
-        {"max_epochs": 3, "val_check_interval": 2},
+        {"max_epochs": 2, "val_check_interval": 2},
         pytest.param({"max_epochs": 3, "check_val_every_n_epoch": 2}, marks=pytest.mark.exhaustive),
-        {"max_epochs": 3, "check_val_every_n_epoch": None, "val_check_interval": 4},
-        {"max_epochs": 3, "limit_train_batches": 4},
-        {"max_epochs": 3, "accumulate_grad_batches": 2},
-        {"max_steps": 15},
+        {"max_epochs": 2, "check_val_every_n_epoch": None, "val_check_interval": 4},
+        {"max_epochs": 2, "limit_train_batches": 4},
+        {"max_epochs": 2, "accumulate_grad_batches": 2},
+        {"max_steps": 9},
     ],
     ids=str,
 )
@@ -55,9 +55,10 @@ def test_workers_that_load_ahead_move_no_sample(persistent_workers, tmp_path):
     in_process = train(new(), max_epochs=2, limit_train_batches=4)
     workers = {"num_workers": 2, "persistent_workers": persistent_workers}
     assert train(new(**workers), tmp_path, max_epochs=2, limit_train_batches=4) == in_process
-    for checkpoint in tmp_path.glob("*.ckpt"):
-        rest = train(new(**workers), ckpt_path=checkpoint, max_epochs=2, limit_train_batches=4)
-        assert rest == in_process[batches_done(checkpoint) :], checkpoint.name
+    for done in (1, 4, 6):  # in an epoch, between two, and in the last one
+        for checkpoint in tmp_path.glob(f"*-{done}.ckpt"):
+            rest = train(new(**workers), ckpt_path=checkpoint, max_epochs=2, limit_train_batches=4)
+            assert rest == in_process[done:], checkpoint.name
 
 
 class Pairs(Recorder):
@@ -201,11 +202,19 @@ def fit_ranks(folder, sizes, workers, ckpt_path=None, **trainer_args) -> list[li
     return [[sample for part in parts for sample in part] for parts in zip(*seen, strict=True)]
 
 
-def test_real_ranks_share_every_step_of_one_rank_while_shares_move_and_any_number_resumes(tmp_path):
+@pytest.mark.parametrize(
+    "resumed",
+    [
+        [(6, (1, 2, 1), (0, 0, 0)), (7, (3, 1), (0, 1))],  # between two epochs, and in the second
+        pytest.param([(1, (2, 2), (2, 0))], marks=pytest.mark.exhaustive),
+    ],
+    ids=["late", "early"],
+)
+def test_real_ranks_share_every_step_of_one_rank_while_shares_move_and_any_number_resumes(resumed, tmp_path):
     whole = train(new(), max_epochs=2)
     assert fit_ranks(tmp_path / "injected", (1, 3), (0, 2), use_distributed_sampler=True) == whole
     assert fit_ranks(tmp_path / "alone", (1, 1, 2), (1, 0, 0), use_distributed_sampler=False) == whole
-    for done, sizes, workers in ((1, (2, 2), (2, 0)), (6, (1, 2, 1), (0, 0, 0)), (7, (3, 1), (0, 1))):
+    for done, sizes, workers in resumed:
         (checkpoint,) = (tmp_path / "alone").glob(f"batch-*-{done}.ckpt")
         assert fit_ranks(tmp_path / f"after-{done}", sizes, workers, checkpoint) == whole[done:]
 

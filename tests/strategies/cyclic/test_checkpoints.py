@@ -61,11 +61,17 @@ def fit(
     return module, runner
 
 
+def _saves(folder, steps):
+    return [Save(step, f"{folder}/{step}.ckpt") for step in steps]
+
+
 def _resume_everywhere(rank, world_size, folder, make, settings, options, steps=(1, 3, 5, 8), trusted=None):
+    whole, _ = fit(rank, world_size, make, settings, callbacks=_saves(folder, steps), **options)
     for step in steps:
-        path = f"{folder}/{step}.ckpt"
-        whole, _ = fit(rank, world_size, make, settings, callbacks=[Save(step, path)], **options)
-        resumed, _ = fit(rank, world_size, make, settings, ckpt_path=path, seed=9, trusted=trusted, **options)
+        path, saves = f"{folder}/{step}.ckpt", _saves(f"{folder}/after {step}", [each for each in steps if each > step])
+        resumed, _ = fit(
+            rank, world_size, make, settings, ckpt_path=path, seed=9, trusted=trusted, callbacks=saves, **options
+        )
         assert resumed.losses == whole.losses[len(whole.losses) - len(resumed.losses) :], step
         assert len(resumed.losses) == len(whole.losses) * (EPOCHS * PER_EPOCH - step) // (EPOCHS * PER_EPOCH)
         for mine, theirs in zip(state(resumed), state(whole), strict=True):
@@ -103,9 +109,16 @@ def _save(rank, world_size, path, step=4, **kwargs):
     return strategy.stage_names
 
 
-def test_the_file_holds_one_version_and_the_whole_optimizer_state(tmp_path):
-    names = launch(_save, 2, str(tmp_path / "a.ckpt"), world_size=2)[0]
-    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A file that two ranks have written at step 4 of 6, and the parameters of each of their stages."""
+    path = str(tmp_path_factory.mktemp("saved") / "a.ckpt")
+    return path, launch(_save, 2, path, world_size=2)[0]
+
+
+def test_the_file_holds_one_version_and_the_whole_optimizer_state(saved):
+    path, names = saved
+    content = torch.load(path, weights_only=True)
     expected = Regression(deep(8), adamw)
     optimizer = reference(expected, 2, 4, names)
     for name, tensor in expected.state_dict().items():
@@ -128,10 +141,8 @@ def _go_on(rank, world_size, path, strategy):
 
 
 @pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("auto", 1)])
-def test_other_strategies_go_on_from_the_file(tmp_path, strategy, world_size):
-    path = str(tmp_path / "a.ckpt")
-    launch(_save, 2, path, world_size=2)
-    answers = launch(_go_on, world_size, path, strategy, world_size=world_size)
+def test_other_strategies_go_on_from_the_file(saved, strategy, world_size):
+    answers = launch(_go_on, world_size, saved[0], strategy, world_size=world_size)
     assert [answer[0] for answer in answers] == [6] * world_size
     assert answers[0][2] == [3] * 16  # both moments and the number of steps of each tensor
 
@@ -140,13 +151,18 @@ def _save_plainly(rank, world_size, path):
     trainer("ddp", world_size, callbacks=[Save(4, path)]).fit(Regression(deep(8), adamw), loader(6, rank))
 
 
-@pytest.mark.parametrize(
-    ("save", "world_size", "must_say"),
-    [(_save_plainly, 2, "another strategy wrote it"), (_save, 3, "written by 2 ranks, and there are 3 now")],
-)
-def test_files_of_others_are_taken_up_with_a_warning(tmp_path, save, world_size, must_say):
+@pytest.fixture
+def saved_plainly(tmp_path):
     path = str(tmp_path / "a.ckpt")
-    launch(save, 2, path, world_size=2)
+    return path, launch(_save_plainly, 2, path, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("file", "world_size", "must_say"),
+    [("saved_plainly", 2, "another strategy wrote it"), ("saved", 3, "written by 2 ranks, and there are 3 now")],
+)
+def test_files_of_others_are_taken_up_with_a_warning(request, file, world_size, must_say):
+    path, _ = request.getfixturevalue(file)
     answers = launch(_go_on, world_size, path, None, world_size=world_size)
     for steps, weights, _, _ in answers:
         assert steps == 6
@@ -204,13 +220,15 @@ def test_a_checkpoint_on_an_exception_of_one_rank_lets_nobody_hang(tmp_path):
     assert "has no optimizer state" in said
 
 
-def _two_fits(rank, strategy, path):
+def _two_fits(rank, strategy, path=None):
     """A second fit of the same Trainer, saved in its middle; and the run that resumes it."""
     module = Regression(deep(6), momentum)
-    runner = trainer(strategy(), 2, callbacks=[Save(PER_EPOCH + 2, path)])
+    runner = trainer(strategy(), 2, callbacks=[Save(PER_EPOCH + 2, path)] if path else [])
     runner.fit(module, loader(PER_EPOCH, rank))
     runner.fit_loop.max_epochs = 2
     runner.fit(module, loader(PER_EPOCH, rank))
+    if path is None:
+        return state(module)
     resumed = Regression(deep(6), momentum)
     data = ResumableLoader(Samples(PER_EPOCH * 4, rank), 4, shuffle=False, num_replicas=1, rank=0)
     data.load_state_dict({**data.state_dict(), "epoch": 1, "batches_done": 2})
@@ -223,8 +241,8 @@ def test_the_synchronous_start_counts_from_the_beginning_of_each_run_and_of_the_
         return cyclic(warmup_sync_steps=PER_EPOCH)
 
     answers = launch(_two_fits, in_step, str(tmp_path / "cyclic.ckpt"), world_size=2)
-    (expected, *_), _ = launch(_two_fits, lambda: "ddp", str(tmp_path / "ddp.ckpt"), world_size=2)
-    (delayed, *_), _ = launch(_two_fits, cyclic, str(tmp_path / "delayed.ckpt"), world_size=2)
+    expected, _ = launch(_two_fits, lambda: "ddp", world_size=2)
+    delayed, _ = launch(_two_fits, cyclic, world_size=2)
     for whole, resumed, steps in answers:
         assert steps == 2 * PER_EPOCH
         for mine, again, theirs, other in zip(whole, resumed, expected, delayed, strict=True):

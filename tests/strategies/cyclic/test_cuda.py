@@ -100,7 +100,11 @@ def _both(rank, world_size, optimizer, settings, nccl):
         ),
         (2, adamw, {"clip_norm": 0.5, "clip_by": "previous_norm"}, False),
         pytest.param(*(3, adamw, {"clip_norm": 0.5, "clip_by": "previous_norm"}, False), marks=pytest.mark.exhaustive),
-        (3, momentum, {"clip_norm": 0.5, "clip_by": "previous_norm", "rule": "v1"}, True),
+        (2, momentum, {"clip_norm": 0.5, "clip_by": "previous_norm", "rule": "v1"}, True),
+        pytest.param(
+            *(3, momentum, {"clip_norm": 0.5, "clip_by": "previous_norm", "rule": "v1"}, True),
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_a_fit_on_a_device_is_that_of_the_host_and_backward_never_waits(world_size, optimizer, settings, nccl):

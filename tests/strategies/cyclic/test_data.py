@@ -94,7 +94,7 @@ def _pairs(rank, names):
     often = {"limit_val_batches": 1, "val_check_interval": 3}
     forever = {"max_epochs": -1}
     by_step = {**often, "check_val_every_n_epoch": None}
-    reload = {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1, "limit_val_batches": 1}
+    reload = {"max_epochs": 2, "reload_dataloaders_every_n_epochs": 1, "limit_val_batches": 1}
     pairs = {
         "a stream": lambda: (_fit(rank, stream(5, rank), max_epochs=2), _fit(rank, loader(5, rank), max_epochs=2)),
         "accumulated": lambda: (
@@ -139,10 +139,10 @@ def _pairs(rank, names):
 
 
 OFTEN = (
-    "accumulated", "limit_train_batches", "every 3 batches", "every 3 batches over epochs", "several loaders",
-    "the shortest of several", "an iterator", "loaders made anew",
+    "accumulated", "limit_train_batches", "every 3 batches over epochs", "the shortest of several", "an iterator",
+    "loaders made anew",
 )  # fmt: skip
-SELDOM = ("a stream", "max_steps", "the longest of several")
+SELDOM = ("a stream", "max_steps", "every 3 batches", "several loaders", "the longest of several")
 
 
 @pytest.mark.parametrize("names", [OFTEN, pytest.param(SELDOM, marks=pytest.mark.exhaustive)], ids=["", "more"])

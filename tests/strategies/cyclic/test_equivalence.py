@@ -1,6 +1,8 @@
 """Weights after a fit equal those of the sequential reference bit for bit, whatever ranks do to each other's timing."""
 
+import copy
 import functools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ STEPS = 6
 GRID = [(n, k * n, rule) for n in (2, 3, 4) for k in (1, 2, 3) for rule in ("v1", "v2")]
 GRID += [(6, 6, "v1"), (6, 6, "v2"), (6, 12, "v2")]
 # each number of ranks, stages a rank, and rule; the rest of the grid is left to exhaustive runs
-OFTEN = [(2, 2, "v1"), (2, 4, "v2"), (2, 6, "v1"), (3, 3, "v2"), (3, 6, "v1"), (3, 9, "v2"), (4, 8, "v1"), (6, 6, "v2")]
+OFTEN = [(2, 2, "v1"), (2, 4, "v2"), (3, 3, "v2"), (3, 9, "v1"), (4, 8, "v1")]
 
 
 def compared(rank, world_size, make, settings=None, simulated=None, options=None, dtype=torch.float64, steps=STEPS):
@@ -59,23 +61,21 @@ def run_cases(world_size, cases):
 
 @pytest.mark.parametrize(
     ("world_size", "grid"),
-    [*((n, OFTEN) for n in (2, 3, 4, 6)), *(pytest.param(n, GRID, marks=pytest.mark.exhaustive) for n in (2, 3, 4, 6))],
-    ids=[*"2346", *(f"{n}, the whole grid" for n in (2, 3, 4, 6))],
+    [*((n, OFTEN) for n in (2, 3, 4)), *(pytest.param(n, GRID, marks=pytest.mark.exhaustive) for n in (2, 3, 4, 6))],
+    ids=[*"234", *(f"{n}, the whole grid" for n in (2, 3, 4, 6))],
 )
 def test_rules_stages_and_optimizers_agree_with_the_reference(world_size, grid):
     cases = {}
     for k, (n, stages, rule) in enumerate(each for each in grid if each[0] == world_size):
         make = functools.partial(Regression, deep(stages + k % 2), (momentum, adamw)[(k + k // 2) % 2])
         cases[f"{n} {stages} {rule}"] = (_fresh(make), {"rule": rule, "stages": stages})
-    if world_size in (2, 3) or grid is GRID:
+    if world_size == 3 or grid is GRID:
         cases["lag"] = (_fresh(functools.partial(Regression, deep(world_size), adamw)), {"lag": 1})
     run_cases(world_size, cases)
 
 
 def _fresh(make):
     """Each module with a net of its own, though they are made from one."""
-    import copy
-
     return lambda: Regression(copy.deepcopy(make.args[0]), *make.args[1:])
 
 
@@ -140,6 +140,28 @@ class Checkpointed(nn.Module):
         return self.net[12:](checkpoint(self.net[6:12], x, use_reentrant=False))
 
 
+class Together(nn.Module):
+    """What is odd about the models of this file, in one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.twice = nn.Linear(5, 8), nn.Linear(8, 8)
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.kept = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+        self.frozen, self.tied, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+        self.frozen.requires_grad_(False)
+        self.kept[0].bias.requires_grad_(False)
+        self.tied.weight = self.kept[2].weight
+        self.double()
+
+    def forward(self, x):
+        tokens = self.twice(torch.tanh(self.first(x))).view(-1, 2, 4)
+        x = self.attend(tokens, tokens, tokens, need_weights=False)[0].reshape(-1, 8)
+        x = checkpoint(self.kept, torch.tanh(self.twice(x)), use_reentrant=False)
+        return self.last(torch.tanh(self.tied(self.frozen(x))))
+
+
 class Counting(torch.optim.SGD):
     """Counts its steps in a group, as timm's Lamb does, and takes ever smaller ones."""
 
@@ -196,38 +218,53 @@ MODELS = {
     "twice": (lambda: Regression(Twice(), momentum), {}),
     "attention": (lambda: Regression(Attention(), adamw), {}),
     "checkpointing": (lambda: Regression(Checkpointed(), momentum), {"rule": "v1"}),
+    "frozen, tied, twice, attention and checkpointing": (lambda: Regression(Together(), trained_only), {}),
 }  # fmt: skip
 
 
 # with three ranks what depends on who is whose neighbour: with two, the one before is the one behind
-OF_THREE = ("sleeps", "groups and schedule", "accumulation", "clip by previous", "tied")
-MORE_OF_THREE = ("flushes", "batch norm", "twice")
+OF_THREE = (
+    *("sleeps", "groups and schedule", "clip by previous"), "frozen, tied, twice, attention and checkpointing"
+)  # fmt: skip
+# what each of these shows is a part of another case, here or in a test below
+MORE_OF_TWO = (
+    *OF_THREE,
+    *("sleeps, v1", "flushes", "schedule", "frozen", "tied", "twice", "attention", "checkpointing"),
+)  # fmt: skip
+OF_TWO = tuple(name for name in MODELS if name not in MORE_OF_TWO)
+MORE_OF_THREE = ("flushes", "batch norm", "twice", "tied", "accumulation")
 
 
 @pytest.mark.parametrize(
     ("world_size", "names"),
-    [(2, tuple(MODELS)), (3, OF_THREE), pytest.param(3, MORE_OF_THREE, marks=pytest.mark.exhaustive)],
-    ids=["2", "3", "3, more"],
+    [
+        *((2, OF_TWO), (3, OF_THREE)),
+        *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in ((2, MORE_OF_TWO), (3, MORE_OF_THREE))),
+    ],
+    ids=["2", "3", "2, more", "3, more"],
 )
 def test_models_and_settings_agree_with_the_reference(world_size, names):
     run_cases(world_size, {name: MODELS[name] for name in names})
 
 
+IN_ORDER = {"in_any_order": False}
+
+
 def _in_order(rank, world_size, cases):
     ring = cut_model.CyclicRing
-    cut_model.CyclicRing = lambda *args, **kwargs: ring(*args, **{**kwargs, "in_any_order": False})
-    return _cases(rank, world_size, cases)
+    with mock.patch.object(cut_model, "CyclicRing", lambda *args, **kwargs: ring(*args, **{**kwargs, **IN_ORDER})):
+        return _cases(rank, world_size, cases)
 
 
 def _one_at_a_time(rank, world_size, cases):
-    send_queue.SendWindow = functools.partial(SendWindow, messages=1, small_bytes=0)
-    return _cases(rank, world_size, cases)
+    with mock.patch.object(send_queue, "SendWindow", functools.partial(SendWindow, messages=1, small_bytes=0)):
+        return _cases(rank, world_size, cases)
 
 
 @pytest.mark.parametrize(
     ("way", "world_size", "names"),
     [
-        (_in_order, 2, ("sleeps, v1", "clip by previous")),
+        (_in_order, 2, ("sleeps, v1",)),
         (_in_order, 3, ("sleeps",)),
         (_one_at_a_time, 3, ("sleeps, v1", "clip by previous")),
         *(
@@ -330,7 +367,10 @@ def _counted(rank, world_size, stages):
     return sent, strategy.optimizer_state_bytes, sum(stage_bytes), state_bytes, 2 * sum(owned)
 
 
-@pytest.mark.parametrize(("world_size", "stages"), [(2, 2), (3, 6), pytest.param(4, 12, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("world_size", "stages"),
+    [(3, 6), *(pytest.param(*more, marks=pytest.mark.exhaustive) for more in ((2, 2), (4, 12)))],
+)
 def test_payload_and_optimizer_state_are_shared_exactly(world_size, stages):
     answers = launch(_counted, world_size, stages, world_size=world_size)
     model, whole = answers[0][2:4]

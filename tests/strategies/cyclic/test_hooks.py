@@ -1,6 +1,7 @@
 """Hooks of parameters and modules, and learning-rate finders, do under Cyclic Data Parallelism what DDP lets them."""
 
 import numpy as np
+import pytest
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.tuner import Tuner
@@ -49,14 +50,15 @@ class Hooked(Regression):
 
 
 KINDS = [
-    ("register_hook", "init"), ("register_hook", "later"), ("register_full_backward_hook", "init"),
-    ("register_full_backward_hook", "later"), ("after", "init"), ("after", "start"), ("none", "init"),
+    ("none", "init"), ("register_hook", "init"), ("register_full_backward_hook", "later"), ("after", "init"),
+    ("after", "start"),
 ]  # fmt: skip
+MORE_KINDS = [("none", "init"), ("register_hook", "later"), ("register_full_backward_hook", "init")]
 
 
-def _hooked(rank, world_size):
+def _hooked(rank, world_size, kinds):
     answers = {}
-    for each in KINDS:
+    for each in kinds:
         pair = []
         for strategy in (DDPStrategy(), cyclic(warmup_sync_steps=10**9)):
             module = Hooked(*each)
@@ -66,8 +68,9 @@ def _hooked(rank, world_size):
     return answers
 
 
-def test_hooks_of_parameters_and_modules_act_on_each_ranks_own_gradients_as_under_ddp():
-    answers = launch(_hooked, 2, world_size=2)[0]
+@pytest.mark.parametrize("kinds", [KINDS, pytest.param(MORE_KINDS, marks=pytest.mark.exhaustive)], ids=["", "more"])
+def test_hooks_of_parameters_and_modules_act_on_each_ranks_own_gradients_as_under_ddp(kinds):
+    answers = launch(_hooked, 2, kinds, world_size=2)[0]
     plain = answers["none", "init"][0]
     for name, (ddp, ours) in answers.items():
         for one, other in zip(ddp, ours, strict=True):
@@ -93,13 +96,13 @@ class InAnEpoch(LearningRateFinder):
 
 
 def _find(rank, world_size, folder, strategy, tuner):
-    module, options = Rated(), {"num_training": 18, "max_lr": 0.1, "early_stop_threshold": None}
+    module, options = Rated(), {"num_training": 14, "max_lr": 0.1, "early_stop_threshold": None}
     callbacks = []
     if not tuner:
         options["num_training_steps"] = options.pop("num_training")
         callbacks = [LearningRateFinder(**options)]
     runner = trainer(strategy, world_size, callbacks=callbacks, default_root_dir=folder)
-    data = loader(20, rank)
+    data = loader(14, rank)
     if tuner:
         Tuner(runner).lr_find(module, data, **options)
     runner.fit(module, data)
@@ -109,7 +112,7 @@ def _find(rank, world_size, folder, strategy, tuner):
 def _found(rank, world_size, folder):
     found = [_find(rank, world_size, folder, cyclic(), tuner) for tuner in (True, False)]
     plain = Rated(found[0][0])
-    trainer(cyclic(), world_size).fit(plain, loader(20, rank))
+    trainer(cyclic(), world_size).fit(plain, loader(14, rank))
     return found, state(plain)
 
 
@@ -117,7 +120,7 @@ def test_a_learning_rate_finder_finds_a_rate_and_the_run_begins_where_it_began(t
     for found, plain in launch(_found, 2, str(tmp_path), world_size=2):
         for rate, weights, steps in found:
             assert 1e-4 < rate == found[0][0] < 0.1
-            assert steps == 20
+            assert steps == 14
             for one, other in zip(weights, plain, strict=True):
                 np.testing.assert_array_equal(one, other)
 

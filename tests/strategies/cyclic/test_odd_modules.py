@@ -132,10 +132,11 @@ class Steep(Regression):
 
 def _steep(rank, world_size):
     net = nn.Sequential(nn.Linear(FEATURES, 2), nn.Linear(2, 1)).bfloat16()
-    before = [each.detach().clone() for each in net.parameters()]
+    for each in net.parameters():
+        nn.init.zeros_(each)  # what was drawn could add up to a loss that is infinite
     module = Steep(net, lambda parameters: torch.optim.SGD(parameters, 1e-38))
     trainer(cyclic(), world_size).fit(module, loader(1, rank, dtype=torch.bfloat16))
-    return [(after.detach() - a).float().numpy() for after, a in zip(net.parameters(), before, strict=True)]
+    return [each.detach().float().numpy() for each in net.parameters()]
 
 
 def test_the_ring_divides_before_it_adds():
@@ -192,35 +193,30 @@ class Save(Callback):
             self.weights.append(state(module))
 
 
-def _whole_and_resumed(rank, world_size, path):
-    found = {}
-    for rule in ("v2", "v1"):
-        for ckpt_path in (None, f"{path}/3.ckpt"):
-            module, save = Teacher(), Save(path, [3, 6])
-            still = copy.deepcopy(module.still.state_dict())
-            data = ResumableLoader(Samples(32, rank), 4, seed=3, num_replicas=1, rank=0)
-            trainer(cyclic(rule=rule), world_size, callbacks=[save]).fit(module, data, ckpt_path=ckpt_path)
-            assert all(torch.equal(still[name], each) for name, each in module.still.state_dict().items())
-            found[rule, ckpt_path is None] = [*save.weights, state(module)]
+def _whole_and_resumed(rank, world_size, path, rule):
+    found = []
+    for ckpt_path in (None, f"{path}/3.ckpt"):
+        module, save = Teacher(), Save(path, [3, 6])
+        still = copy.deepcopy(module.still.state_dict())
+        data = ResumableLoader(Samples(32, rank), 4, seed=3, num_replicas=1, rank=0)
+        trainer(cyclic(rule=rule), world_size, callbacks=[save]).fit(module, data, ckpt_path=ckpt_path)
+        assert all(torch.equal(still[name], each) for name, each in module.still.state_dict().items())
+        found.append([*save.weights, state(module)])
     return found
 
 
-def test_what_the_module_changes_itself_is_equal_after_each_flush_and_resumes_exactly(tmp_path):
-    first, second = launch(_whole_and_resumed, 2, str(tmp_path), world_size=2)
-    for run, flushes in first.items():
-        assert len(flushes) == (3 if run[1] else 2), "at 3, 6 and the end"
-        for one, other in zip(flushes, second[run], strict=True):
-            assert all((a == b).all() for a, b in zip(one, other, strict=True))
-    names = list(Teacher().state_dict())
-    for rule in ("v2", "v1"):
-        for whole, resumed in zip(first[rule, True][1:], first[rule, False], strict=True):
-            assert all((a == b).all() for a, b in zip(whole, resumed, strict=True))
-        at_3 = dict(zip(names, first[rule, True][0], strict=True))
-        assert at_3["counts"].tolist() == [3, 3, 3], "whole numbers are those of rank 0"
-        assert at_3["by_hand"].tolist() == [1.5, 1.5], "others are averaged"
-        for number, dtype in enumerate(KINDS):
-            expected = torch.full((3,), 2 + 0.5 * (dtype.is_floating_point or dtype.is_complex)).to(dtype).tolist()
-            assert at_3[f"buffer_{number}"].tolist() == at_3[f"kept_{number}"].tolist() == expected
+@pytest.mark.parametrize("rule", ["v2", pytest.param("v1", marks=pytest.mark.exhaustive)])
+def test_what_the_module_changes_itself_is_equal_after_each_flush_and_resumes_exactly(rule, tmp_path):
+    (whole, resumed), second = launch(_whole_and_resumed, 2, str(tmp_path), rule, world_size=2)
+    assert (len(whole), len(resumed)) == (3, 2), "at 3, 6 and the end"
+    for one, other in zip([*whole, *resumed, *whole[1:]], [*second[0], *second[1], *resumed], strict=True):
+        assert all((a == b).all() for a, b in zip(one, other, strict=True))
+    at_3 = dict(zip(Teacher().state_dict(), whole[0], strict=True))
+    assert at_3["counts"].tolist() == [3, 3, 3], "whole numbers are those of rank 0"
+    assert at_3["by_hand"].tolist() == [1.5, 1.5], "others are averaged"
+    for number, dtype in enumerate(KINDS):
+        expected = torch.full((3,), 2 + 0.5 * (dtype.is_floating_point or dtype.is_complex)).to(dtype).tolist()
+        assert at_3[f"buffer_{number}"].tolist() == at_3[f"kept_{number}"].tolist() == expected
 
 
 def scripted():
@@ -253,6 +249,8 @@ def _compiled(rank, world_size):
 
 
 def test_a_compiled_model_is_cut_and_trains_as_the_sequential_reference():
+    # what torch loads with the first model that it compiles, ranks have from this process
+    torch.compile(nn.Linear(1, 1), backend="eager")(torch.ones(1))
     for answers in launch(_compiled, 2, world_size=2):
         for name, (ours, expected, stages) in answers.items():
             assert stages == 6, name
