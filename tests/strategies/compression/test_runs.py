@@ -249,7 +249,7 @@ def test_without_synchronisation_ranks_drift_apart_and_it_says_so(runs):
 
 def _profiled(rank, folder):
     strategy = compressed(Int8())
-    profiler = CommProfiler(folder, warmup_steps=0)
+    profiler = CommProfiler(folder, warmup_steps=0, page=False)
     trainer(strategy, 2, callbacks=[profiler]).fit(module(), data(8, rank))
     return (
         profiler.figures.total_wire_bytes["gradients"],

@@ -5,6 +5,7 @@ import tempfile
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from support.processes import launch
 from support.shared_ranks import SharedRanks
 from support.training import Regression, Stop, loader, own_file, trainer, weights
 from torch import nn
+from tqdm.std import tqdm
 
 from lightning_comm import (
     Cast,
@@ -176,6 +178,7 @@ def test_masks_left_by_torch_are_taken_up(runs):
 TRIED = [None, Int8(), Ternary()]
 
 
+@patch.object(tqdm, "monitor_interval", 0)  # no thread that watches bars
 def _after_a_trial(rank, finds, then):
     model = Stepwise()
     callbacks = [LearningRateFinder(num_training_steps=4, update_attr=False)] if finds else []
