@@ -35,6 +35,20 @@ def _gate(rank, make_module, kwargs):
     return weights(module), [done.step for done in strategy.history], runner.global_step
 
 
+def also(case):
+    """A case whose parts other cases here, or those of the list that every strategy passes, have too."""
+    return pytest.param(case, marks=pytest.mark.exhaustive)
+
+
+ALSO = {("clipped by", "value"), "64-true", ("Frozen", "average"), ("Norm", "average")}
+
+
+@pytest.fixture(scope="module")
+def runs(request):
+    asked_for = {name: case for name, case in CASES.items() if name not in ALSO}
+    return SharedRanks(CASES if request.config.getoption("exhaustive") else asked_for, world_size=2)
+
+
 def equal(answers):
     """Return what rank 0 ended with, once it is what rank 1 did."""
     for mine, theirs in zip(answers[0][0], answers[1][0], strict=True):
@@ -112,16 +126,16 @@ class Norm(Regression):
         return self.net(x)
 
 
-def test_gradient_accumulation_counts_optimizer_steps_and_an_incomplete_last_window():
-    _, ends, steps = equal(RUNS["accumulated"])
+def test_gradient_accumulation_counts_optimizer_steps_and_an_incomplete_last_window(runs):
+    _, ends, steps = equal(runs["accumulated"])
     assert steps == 5  # 18 batches are 4 windows and a half
     assert ends == [2, 4, 5]
 
 
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_gradient_clipping_runs_on_each_ranks_own_gradients(algorithm):
-    clipped, *_ = equal(RUNS["clipped by", algorithm])
-    free, *_ = equal(RUNS["free"])
+@pytest.mark.parametrize("algorithm", ["norm", also("value")])
+def test_gradient_clipping_runs_on_each_ranks_own_gradients(runs, algorithm):
+    clipped, *_ = equal(runs["clipped by", algorithm])
+    free, *_ = equal(runs["free"])
     assert any((a != b).any() for a, b in zip(clipped, free, strict=True))
     bound = 18 * 0.05 * 0.01  # by the sum of all steps of a rank, and so by the mean of the ranks'
     moved = [a - b.detach().numpy() for a, b in zip(clipped, network().parameters(), strict=True)]
@@ -142,22 +156,22 @@ def _true_precision(rank, precision, dtype):
     return [[parameter.detach().double().numpy() for parameter in module.parameters()]]
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
-def test_other_precisions_end_equal(precision):
-    equal(RUNS[precision])
+@pytest.mark.parametrize("precision", ["bf16-true", also("64-true")])
+def test_other_precisions_end_equal(runs, precision):
+    equal(runs[precision])
 
 
-def test_what_is_averaged_may_change_with_time():
-    equal(RUNS["Unfreezing", "local"])
+def test_what_is_averaged_may_change_with_time(runs):
+    equal(runs["Unfreezing", "local"])
 
 
-@pytest.mark.parametrize("make_module", [Tied, Frozen, Unfreezing, Norm], ids=lambda cls: cls.__name__)
-def test_special_parameters_end_equal_with_averaged_momenta(make_module):
-    equal(RUNS[make_module.__name__, "average"])
+@pytest.mark.parametrize("kind", ["Tied", also("Frozen"), "Unfreezing", also("Norm")])
+def test_special_parameters_end_equal_with_averaged_momenta(runs, kind):
+    equal(runs[kind, "average"])
 
 
-def test_momenta_that_only_one_rank_has_are_refused_on_all_ranks():
-    for _, error in RUNS.outcomes("momenta of one rank"):
+def test_momenta_that_only_one_rank_has_are_refused_on_all_ranks(runs):
+    for _, error in runs.outcomes("momenta of one rank"):
         assert "ranks would average different tensors" in error
         assert "optimizer state" in error
 
@@ -167,15 +181,15 @@ def _sent(rank):
     return strategy.ledger.payload_bytes("parameters"), len(strategy.history)
 
 
-def test_frozen_parameters_are_not_sent():
+def test_frozen_parameters_are_not_sent(runs):
     trained = sum(8 * p.numel() for p in network()[2].parameters())
-    for payload, synchronisations in RUNS["sent"]:
+    for payload, synchronisations in runs["sent"]:
         assert payload == synchronisations * trained
 
 
-def test_the_counted_optimizer_decides_and_all_parameters_are_averaged():
+def test_the_counted_optimizer_decides_and_all_parameters_are_averaged(runs):
     for counted, ends in ((0, [4, 8, 12, 16, 18]), (1, [4, 8, 9])):
-        _, got, steps = equal(RUNS["counted", counted])
+        _, got, steps = equal(runs["counted", counted])
         assert got == ends
         assert steps == 18 + 9
 
@@ -194,8 +208,8 @@ def _buffers(rank, buffers):
     return [buffer.numpy() for buffer in module.buffers()]
 
 
-def test_buffers_are_averaged_and_counters_taken_from_rank_0():
-    averaged, kept = RUNS["buffers", "average"], RUNS["buffers", "keep"]
+def test_buffers_are_averaged_and_counters_taken_from_rank_0(runs):
+    averaged, kept = runs["buffers", "average"], runs["buffers", "keep"]
     for mine, theirs, of_0, of_1 in zip(*averaged, *kept, strict=True):
         np.testing.assert_array_equal(mine, theirs)
         assert (of_0 != of_1).any()
@@ -227,8 +241,8 @@ def _scaler(rank):
     return weights(module), [done.step for done in strategy.history], seen, runner.global_step
 
 
-def test_a_scaler_that_skips_on_one_rank_keeps_counts_and_agrees_on_its_scale():
-    one, two = RUNS["scaler"]
+def test_a_scaler_that_skips_on_one_rank_keeps_counts_and_agrees_on_its_scale(runs):
+    one, two = runs["scaler"]
     assert one[1] == two[1] == [4, 8, 12, 16, 18]
     assert one[3] == two[3] == 18
     assert (one[2][5], two[2][5]) == (2.0**10, 2.0**9)  # apart within the round
@@ -249,8 +263,8 @@ def _compiled(rank):
     return weights(module), [done.step for done in strategy.history]
 
 
-def test_a_compiled_model_ends_equal():
-    one, two = RUNS["compiled"]
+def test_a_compiled_model_ends_equal(runs):
+    one, two = runs["compiled"]
     assert one[1] == [7, 11, 12]
     for mine, theirs in zip(one[0], two[0], strict=True):
         np.testing.assert_array_equal(mine, theirs)
@@ -283,9 +297,9 @@ def _reestimate(rank, with_callback):
     return seen, weights(module)
 
 
-def test_batchnorm_is_reestimated_with_the_averaged_weights_and_weights_go_their_way():
-    answers = RUNS["reestimated", True]
-    plain = RUNS["reestimated", False]
+def test_batchnorm_is_reestimated_with_the_averaged_weights_and_weights_go_their_way(runs):
+    answers = runs["reestimated", True]
+    plain = runs["reestimated", False]
     for rank in range(2):
         for mine, without in zip(answers[rank][1], plain[rank][1], strict=True):
             np.testing.assert_array_equal(mine, without)
@@ -320,8 +334,8 @@ def _two_runs(rank):
     return sums, strategy.ledger.payload_bytes("parameters"), again, runner.global_step, loss, len(first.callbacks)
 
 
-def test_a_strategy_serves_several_runs_and_leaves_nothing_behind():
-    answers = RUNS["two runs"]
+def test_a_strategy_serves_several_runs_and_leaves_nothing_behind(runs):
+    answers = runs["two runs"]
     for sums, later, again, plain_steps, loss, callbacks in answers:
         assert again == [22, 26, 30, 34, 36]
         assert later == sums  # the ledger is that of the second run
@@ -350,9 +364,9 @@ def _evaluate(rank, evaluate_weights):
     return seen
 
 
-def test_validation_sees_the_average_of_all_ranks_or_each_its_own():
-    average = RUNS["evaluated", "average"]
-    local = RUNS["evaluated", "local"]
+def test_validation_sees_the_average_of_all_ranks_or_each_its_own(runs):
+    average = runs["evaluated", "average"]
+    local = runs["evaluated", "local"]
     assert [step for step, _ in average[0]] == [3, 6, 9, 12]
     for k in range(4):
         for mean, other, a, b in zip(average[0][k][1], average[1][k][1], local[0][k][1], local[1][k][1], strict=True):
@@ -381,8 +395,8 @@ def _logged(rank):
     return lines, [(done.step, done.period_steps, done.lr, done.drift) for done in strategy.history]
 
 
-def test_every_synchronisation_is_logged_on_rank_0():
-    (lines, history), (silent, _) = RUNS["logged"]
+def test_every_synchronisation_is_logged_on_rank_0(runs):
+    (lines, history), (silent, _) = runs["logged"]
     assert silent == []
     assert [step for step, _ in lines] == [step - 1 for step, *_ in history]  # with the last batch of each round
     assert [line["local_update/period_steps"] for _, line in lines] == [period for _, period, *_ in history]
@@ -400,31 +414,25 @@ def adam_net():
 
 
 CLIPPED = {"gradient_clip_val": 0.01}
-RUNS = SharedRanks(
-    {
-        "accumulated": (_gate, adam_net, {"accumulate_grad_batches": 4, "steps": 18, "period": 2}),
-        "free": (_gate, Regression, {}),
-        **{
-            ("clipped by", by): (_gate, Regression, {**CLIPPED, "gradient_clip_algorithm": by})
-            for by in ("norm", "value")
-        },
-        "bf16-true": (_true_precision, "bf16-true", torch.bfloat16),
-        "64-true": (_true_precision, "64-true", torch.float64),
-        ("Unfreezing", "local"): (_gate, Unfreezing, {}),
-        **{
-            (kind.__name__, "average"): (_gate, kind, {"optimizer_state": "average"})
-            for kind in (Tied, Frozen, Unfreezing, Norm)
-        },
-        "sent": (_sent,),
-        **{("counted", counted): (_gate, Manual, {"counted_optimizer": counted}) for counted in (0, 1)},
-        **{("buffers", kind): (_buffers, kind) for kind in ("average", "keep")},
-        "scaler": (_scaler,),
-        "compiled": (_compiled,),
-        **{("reestimated", whether): (_reestimate, whether) for whether in (True, False)},
-        "two runs": (_two_runs,),
-        **{("evaluated", kind): (_evaluate, kind) for kind in ("average", "local")},
-        "logged": (_logged,),
-        "momenta of one rank": (_gate, Unused, {"optimizer_state": "average"}),
+CASES = {
+    "accumulated": (_gate, adam_net, {"accumulate_grad_batches": 4, "steps": 18, "period": 2}),
+    "free": (_gate, Regression, {}),
+    **{("clipped by", by): (_gate, Regression, {**CLIPPED, "gradient_clip_algorithm": by}) for by in ("norm", "value")},
+    "bf16-true": (_true_precision, "bf16-true", torch.bfloat16),
+    "64-true": (_true_precision, "64-true", torch.float64),
+    ("Unfreezing", "local"): (_gate, Unfreezing, {}),
+    **{
+        (kind.__name__, "average"): (_gate, kind, {"optimizer_state": "average"})
+        for kind in (Tied, Frozen, Unfreezing, Norm)
     },
-    world_size=2,
-)
+    "sent": (_sent,),
+    **{("counted", counted): (_gate, Manual, {"counted_optimizer": counted}) for counted in (0, 1)},
+    **{("buffers", kind): (_buffers, kind) for kind in ("average", "keep")},
+    "scaler": (_scaler,),
+    "compiled": (_compiled,),
+    **{("reestimated", whether): (_reestimate, whether) for whether in (True, False)},
+    "two runs": (_two_runs,),
+    **{("evaluated", kind): (_evaluate, kind) for kind in ("average", "local")},
+    "logged": (_logged,),
+    "momenta of one rank": (_gate, Unused, {"optimizer_state": "average"}),
+}

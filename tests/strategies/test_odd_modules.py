@@ -25,7 +25,7 @@ from lightning_comm import (
     TopK,
 )
 
-STEPS, SAVED_AT, PERIOD = 10, 5, 4  # saved in mid-round, and while an average is in flight
+STEPS, SAVED_AT, PERIOD = 7, 5, 4  # saved in mid-round, and while an average is in flight
 LIMIT = timedelta(seconds=40)
 
 

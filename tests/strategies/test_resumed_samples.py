@@ -37,6 +37,7 @@ OURS = {
     "cyclic": lambda: CyclicStrategy(**WAIT),
 }
 THOROUGHLY = ("pactrain", "local_sgd", "cyclic")  # one of each family
+ALSO = ("ddp_bf16", "ddp_powersgd")  # whose family has one already
 RECORDS, BATCH, RANKS = 24, 4, 2
 EPOCH = RECORDS // BATCH // RANKS  # batches
 
@@ -145,11 +146,12 @@ def fit(strategy, loader, saves=None, ckpt_path=None, **trainer_args):
     return module.seen, [str(each.message) for each in caught if "Loader:" in str(each.message)]
 
 
-def ours(rank, folder):
+def ours(rank, folder, names):
     """Whole runs of each strategy, and resumed ones: in an epoch, with its last batch, at its end, and again."""
     answers = {}
     places = [("batch", EPOCH + 2), ("batch", EPOCH), ("epoch", EPOCH)]
-    for name, strategy in OURS.items():
+    for name in names:
+        strategy = OURS[name]
         where = folder / name
         whole, _ = fit(strategy(), resumable(rank), (where, places))
         answers[name, "whole"] = whole
@@ -172,11 +174,14 @@ def ours(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
-    return launch(ours, tmp_path_factory.mktemp("ours"), world_size=RANKS)
+def resumed(request, tmp_path_factory):
+    names = [each for each in OURS if each not in ALSO or request.config.getoption("exhaustive")]
+    return launch(ours, tmp_path_factory.mktemp("ours"), names, world_size=RANKS)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] if name in ALSO else []) for name in OURS]
+)
 def test_a_resumed_run_is_given_the_records_of_the_run_that_was_never_stopped(name, resumed):
     for answers in resumed:
         assert len(answers[name, "whole"]) == 3 * EPOCH
@@ -219,10 +224,13 @@ PLAIN = {  # a loader, the hook in which a run is saved in the middle of an epoc
 }
 
 
+SAVED_AT_THE_END = ("ResumableLoader", "PartitionedLoader")  # of an epoch too: each kind of loader
+
+
 def plain(rank, folder):
     answers = {}
     for name, (new, saved_in, options) in PLAIN.items():
-        places = [(saved_in, 2), ("epoch", EPOCH)]
+        places = [(saved_in, 2), *([("epoch", EPOCH)] if name in SAVED_AT_THE_END else [])]
         whole, said = fit(DDPStrategy(**WAIT), new(rank), (folder / name, places), **options)
         answers[name, "fresh"] = whole, whole, said
         for hook, done in places:
@@ -247,7 +255,7 @@ def test_under_ddp_the_loader_warns_where_batches_come_twice_and_only_there(tmp_
         assert [("after 2 batches of epoch 0" in each, "another kind of loader" in each) for each in said] == (
             [(True, True)] if rank == 0 else []
         )
-        assert len(cases) == 3 * len(PLAIN)
+        assert len(cases) == 2 * len(PLAIN) + len(SAVED_AT_THE_END)
         for (name, case), (rest, expected, said) in cases.items():
             assert (rest != expected) == (case == "middle"), (name, case)
             number = 0 if rank or case != "middle" else 2 if name == "several" else 1

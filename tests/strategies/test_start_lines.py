@@ -1,5 +1,7 @@
 """What a strategy says at its start is what the run then does, and what its ledger counts."""
 
+from datetime import timedelta
+
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from support.cyclic import cyclic, deep, momentum
@@ -20,7 +22,7 @@ from lightning_comm import (
 )
 from lightning_comm.strategies.local_update import start_line as local_update_line
 
-STEPS = 20
+STEPS = 10
 COUNTED = ("parameters", "buffers", "weight_averages", "gradients", "evaluation", "checkpoint")
 
 
@@ -50,7 +52,7 @@ CASES = {
     "a fixed period": ({"period": FixedPeriod(6)}, {}),
     "validations in mid-round and at its end": (
         {"period": FixedPeriod(4)},
-        {"limit_val_batches": 1, "val_check_interval": 7, "num_sanity_val_steps": 0},
+        {"limit_val_batches": 1, "val_check_interval": 6, "num_sanity_val_steps": 0},
     ),
     "each rank validates its own weights": (
         {"period": FixedPeriod(4), "evaluate_weights": "local"},
@@ -124,14 +126,14 @@ def test_what_local_updates_say_at_their_start_is_what_they_do_and_send(tmp_path
     assert len(lines) == len(CASES)
     assert "of the" in lines[0]
     assert "under DDP" in lines[0]
-    assert lines[0].startswith("LocalUpdateStrategy: 40 optimizer steps on 2 ranks: 7 synchronisations, 0 averages")
-    assert "13 that average gradients, as under DDP, then 7 synchronisations" in "".join(lines)
+    assert lines[0].startswith("LocalUpdateStrategy: 20 optimizer steps on 2 ranks: 4 synchronisations, 0 averages")
+    assert "13 that average gradients, as under DDP, then 2 synchronisations" in "".join(lines)
     assert "moving averages of the weights included" in "".join(lines)
 
 
 def rates_unknown(rank, world_size):
     said, done = listening(), []
-    for make, limits in ((plateau, {}), (cosine, {"max_epochs": -1, "max_time": "00:00:00:01"})):
+    for make, limits in ((plateau, {}), (cosine, {"max_epochs": -1, "max_time": timedelta(seconds=0.1)})):
         strategy = local_update(QuadraticPeriod(alpha=0.1, h_base=4, h_max=8))
         module = Scheduled(make)
         trainer(strategy, world_size, **limits).fit(module, loader(STEPS, rank))
@@ -145,8 +147,8 @@ def test_where_rates_or_length_are_not_known_the_line_says_what_is():
     by_plateau, endless, single = (
         line for line in said if line.startswith("LocalUpdateStrategy: ") and "agreed" not in line
     )
-    assert "20 optimizer steps on 2 ranks: at most 5 synchronisations" in by_plateau
-    assert done[0] <= 5
+    assert "10 optimizer steps on 2 ranks: at most 3 synchronisations" in by_plateau
+    assert done[0] <= 3
     assert "the length of the run is not known before. A synchronisation, every 4 steps or more, sends" in endless
     assert "LocalUpdateStrategy: 1 optimizer step on 2 ranks: 1 synchronisation, 0 averages for validations" in single
 

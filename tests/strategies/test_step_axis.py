@@ -3,6 +3,8 @@
 The oracle is what Lightning itself hands the same logger, in the order of the calls.
 """
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -14,6 +16,7 @@ from support.training import Regression, Stop, loader, local_update, trainer
 from torch import nn
 
 from lightning_comm import AdaptivePartition, Averaging, CommProfiler, FixedPeriod
+from lightning_comm.callbacks.adaptive_partition import files
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("in_own_folder")
@@ -74,9 +77,9 @@ class TalkingFit(Fit):
         return loss
 
 
-def _fit(strategy, rank, module, calls, *, resume=False, period=3, callbacks=(), validate=True, **kwargs):
-    """Fit for 10 batches an epoch, with all that logs beside: first in the callbacks, as those of users are."""
-    around = [LearningRateMonitor(), DeviceStatsMonitor(), CommProfiler(page=False), *callbacks]
+def _fit(strategy, rank, module, calls, *, resume=False, callbacks=(), validate=True, **kwargs):
+    """Fit for 10 batches an epoch, with what logs beside: first in the callbacks, as those of users are."""
+    around = [LearningRateMonitor(), CommProfiler(page=False), *callbacks]
     options = {"max_epochs": 2, "log_every_n_steps": 1, "limit_val_batches": 1 if validate else 0, **kwargs}
     runner = trainer(strategy, 2, logger=calls, callbacks=around, val_check_interval=5 if validate else None, **options)
     runner.fit(module, loader(10, rank), loader(1, rank), ckpt_path="stopped.ckpt" if resume else None)
@@ -90,7 +93,8 @@ def _scenarios(rank):
         return found.setdefault(name, Calls())
 
     scheduled = {"schedule": lambda step: 0.99**step}
-    runner = _fit(local_update(FixedPeriod(3)), rank, Talks(**scheduled), calls("a batch a step, fitted twice"))
+    twice = calls("a batch a step, fitted twice")
+    runner = _fit(local_update(FixedPeriod(3)), rank, Talks(**scheduled), twice, callbacks=[DeviceStatsMonitor()])
     runner.fit_loop.max_epochs = 3
     runner.fit(runner.lightning_module, loader(10, rank), loader(1, rank))
     by_hand = {"validate": False, "max_epochs": 3}
@@ -114,7 +118,8 @@ def _scenarios(rank):
     _fit(local_update(FixedPeriod(3)), rank, own, calls("an own step"), validate=False)
     partition = AdaptivePartition(window_steps=2, warmup_steps=1)
     options = {"max_epochs": 2, "log_every_n_steps": 3, "logger": calls("partitioned")}
-    trainer(ddp(), 2, callbacks=[partition, LearningRateMonitor()], **options).fit(TalkingFit(), loader_of(12 * 12))
+    with patch.object(files, "partition_page", lambda journal: "not looked at"):
+        trainer(ddp(), 2, callbacks=[partition, LearningRateMonitor()], **options).fit(TalkingFit(), loader_of(12 * 12))
     return {name: each.calls for name, each in found.items()}
 
 

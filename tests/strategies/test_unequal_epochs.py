@@ -1,6 +1,7 @@
 """Epochs whose length nobody knows before: unequal ones are refused on all ranks at once, equal ones train on."""
 
 import time
+from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
@@ -45,8 +46,8 @@ STRATEGIES = {
 SAVES_AT_5 = {"callbacks": [ModelCheckpoint("never", every_n_train_steps=5)], "enable_checkpointing": True}
 
 
+@patch.object(peers, "_LEAVE_S", 0.3)  # who refuses does not wait long for others in a collective
 def _fit(rank, strategy, lengths, kind=Stream, **options):
-    peers._LEAVE_S = 0.3  # of this process alone: who refuses does not wait long for others in a collective
     started = time.monotonic()
     runner = trainer(STRATEGIES[strategy](), len(lengths), **{"max_epochs": 2, **options})
     try:

@@ -12,11 +12,14 @@ _BYTES = {"Float": 4, "Double": 8, "Long": 8, "Int": 4, "Byte": 1, "BFloat16": 2
 
 
 @contextmanager
-def recording_flights() -> Iterator[None]:
-    """Let processes that are forked in here write down what they send. torch reads this when a group is made."""
+def recording_flights(entries: int = 2000) -> Iterator[None]:
+    """Let processes that are forked in here write down what they send, as many entries of it as are looked at at once.
+
+    torch reads this when a group is made.
+    """
     if not hasattr(torch._C._distributed_c10d, "_dump_fr_trace_json"):
         pytest.skip(f"torch {torch.__version__} writes down nothing of gloo, so there is nothing to compare with")
-    os.environ["TORCH_FR_BUFFER_SIZE"] = "2000"
+    os.environ["TORCH_FR_BUFFER_SIZE"] = str(entries)
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count, product
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.optim import lr_scheduler
 from lightning_comm import Averaging, FixedPeriod, Int8, QuadraticPeriod
 from lightning_comm.core.local_update import PeriodRule, RoundClock, ends_of_equal_rounds, ends_to_come
 from lightning_comm.strategies.common import run_length
+from lightning_comm.strategies.local_update import calendar
 from lightning_comm.strategies.local_update import period_setup as auto_period
 
 STEPS = 6
@@ -244,6 +246,7 @@ LINES = {
 }
 
 
+@patch.object(calendar, "_MOST_EVENTS", 1000)  # all that is looked at of a run that is too long
 def reserved(rank, world_size):
     said, sent = listening(), []
     for make, ours, given, _ in LINES.values():

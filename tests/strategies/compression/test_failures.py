@@ -59,7 +59,7 @@ def _fails(rank, world_size, folder, hook, who, step):
         ("setup", 1, 0, 2),
         pytest.param("on_train_start", 0, 0, 2, marks=pytest.mark.exhaustive),
         pytest.param("on_train_batch_start", 1, 3, 2, marks=pytest.mark.exhaustive),
-        ("on_before_zero_grad", 0, 3, 2),
+        pytest.param("on_before_zero_grad", 0, 3, 2, marks=pytest.mark.exhaustive),
         ("on_after_backward", 2, 3, 3),
         pytest.param("on_before_optimizer_step", 1, 3, 2, marks=pytest.mark.exhaustive),
         pytest.param("on_train_batch_end", 0, 3, 2, marks=pytest.mark.exhaustive),
@@ -105,7 +105,7 @@ def _one_fails(rank, folder, name):
     return str(first.value), str(second.value)
 
 
-@pytest.mark.parametrize("name", ["compressed", "local"])
+@pytest.mark.parametrize("name", ["compressed", pytest.param("local", marks=pytest.mark.exhaustive)])
 def test_after_a_failure_of_one_rank_a_later_run_in_the_same_processes_is_refused(tmp_path, name):
     for first, second in launch(_one_fails, str(tmp_path), name, world_size=2):
         assert first.endswith("database connection closed")
@@ -139,7 +139,7 @@ def _sigterm_in_validate(rank, folder, name):
     return "ended", ""
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", ["compressed", "cyclic", pytest.param("local", marks=pytest.mark.exhaustive)])
 def test_sigterm_to_one_rank_ends_a_validation_on_all(tmp_path, name):
     one, other = outcomes(_sigterm_in_validate, str(tmp_path), name, world_size=2)
     assert other[0][0] == "SIGTERMException"

@@ -5,11 +5,11 @@ import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support.processes import launch
 from support.shared_ranks import SharedRanks
 from support.training import Regression, loader, network, own_file, trainer, weights
 
@@ -26,13 +26,14 @@ from lightning_comm import (
     SparseMask,
 )
 
+SAVED = "step=6.ckpt"
 FIRST, SECOND = torch.arange(35).view(7, 5) % 3 == 0, torch.arange(35).view(7, 5) % 3 == 1
 SAME = {
-    "then bf16": lambda: SparseMask(chosen(), Cast("bf16")),
-    "then int8": lambda: SparseMask(chosen(), Int8()),
-    "dense_above": lambda: SparseMask(chosen(), dense_above=0.5),
-    "schedule": lambda: SparseMask(chosen(), schedule=PruningSchedule(start_step=2)),
-    "later": lambda: SparseMask(chosen(), schedule=PruningSchedule(start_step=7)),
+    "then bf16": lambda rank: SparseMask(chosen(), Cast("bf16")),
+    "then int8": lambda rank: SparseMask(chosen(), Int8()),
+    "dense_above": lambda rank: SparseMask(chosen(), dense_above=0.5),
+    "schedule": lambda rank: SparseMask(chosen(), schedule=PruningSchedule(start_step=2)),
+    "later": lambda rank: SparseMask(chosen(), schedule=PruningSchedule(start_step=7)),
 }
 
 
@@ -66,31 +67,50 @@ def fit(kind, compression, ranks, rank, steps, **kwargs):
     return module.net[0].weight.detach() != 0, weights(module), said
 
 
-def _again(rank, kind, folder, first, second, damaged=False, change=None):
-    before, *_ = fit(kind, first(), 2, rank, 8, save=folder)
-    torch.distributed.barrier()
-    path = Path(folder) / "step=6.ckpt"
-    if damaged and rank == 1:
-        own_file(path, 1).write_bytes(b"no checkpoint")
-    if change is not None and rank == 0:
-        content = torch.load(path, weights_only=True)
-        change(content)
-        torch.save(content, path)
-    torch.distributed.barrier()
-    after, final, said = fit(kind, second(), 2, rank, 12, ckpt_path=str(path))
-    return torch.equal(before, FIRST), torch.equal(after, FIRST), int(after.sum()), final, said
+def _write(rank, kind, folder, first):
+    """Train with a checkpoint, from which all cases go on that begin so; return whether the mask is as chosen."""
+    return torch.equal(fit(kind, first(rank), 2, rank, 8, save=folder)[0], FIRST)
 
 
-def first_mask():
+class Resumed(NamedTuple):
+    """What a rank has after it has gone on: which of the masks, how many entries that are not zero, warnings."""
+
+    first: bool
+    second: bool
+    entries: int
+    final: list
+    said: list
+
+
+def _change(rank, written, folder, change):
+    """Leave a copy of what was written that is not as it was."""
+    if rank == 0:
+        shutil.copytree(written, folder)
+        change(Path(folder) / SAVED)
+
+
+def _again(rank, kind, written, second):
+    """Go on with another setting."""
+    mask, final, said = fit(kind, second(rank), 2, rank, 9, ckpt_path=str(Path(written) / SAVED))
+    return Resumed(torch.equal(mask, FIRST), torch.equal(mask, SECOND), int(mask.sum()), final, said)
+
+
+def _end_equal(answers):
+    return all((a == b).all() for a, b in zip(answers[0].final, answers[1].final, strict=True))
+
+
+# what runs are begun, and gone on, with; each is called with the rank
+
+
+def first_mask(rank):
     return SparseMask(chosen())
 
 
-def first_int8():
+def first_int8(rank):
     return SparseMask(chosen(), Int8())
 
 
-def second_int8():
-    return SparseMask(chosen(), Int8())
+second_int8 = first_int8
 
 
 GRID = [(kind, first, other) for other in SAME for kind in ("ddp", "local") for first in (first_mask, first_int8)]
@@ -115,26 +135,25 @@ def also(chosen, case):
     ids=lambda each: getattr(each, "__name__", each),
 )
 def test_masks_outlast_other_settings_of_the_same_pruning(of_two, kind, other, first):
-    answers = of_two[kind, first.__name__, other]
-    for before, kept, _, final, _ in answers:
-        assert before
-        assert kept
-        assert all((a == b).all() for a, b in zip(final, answers[0][3], strict=True))
+    assert of_two["written", kind, first] == [True] * 2
+    answers = of_two[kind, first, other]
+    assert [answer.first for answer in answers] == [True] * 2
+    assert _end_equal(answers)
+
+
+def damage_rank_1(path):
+    own_file(path, 1).write_bytes(b"no checkpoint")
 
 
 @pytest.mark.parametrize("kind", ["ddp", "local"])
 def test_masks_outlast_a_damaged_rank_file_and_the_warning_says_so(of_two, kind):
     answers = of_two[kind, "damaged"]
-    assert [answer[:2] for answer in answers] == [(True, True)] * 2
-    assert any("masks" in text and "rank1.pt cannot be read" in text for text in answers[0][4])
-
-
-def _write(rank, kind, folder):
-    return bool(torch.equal(fit(kind, first_int8(), 2, rank, 8, save=folder)[0], FIRST))
+    assert [answer.first for answer in answers] == [True] * 2
+    assert any("masks" in text and "rank1.pt cannot be read" in text for text in answers[0].said)
 
 
 def _read(rank, kind, folder):
-    kept, final, _ = fit(kind, second_int8(), 3, rank, 12, ckpt_path=str(Path(folder) / "step=6.ckpt"))
+    kept, final, _ = fit(kind, second_int8(rank), 3, rank, 9, ckpt_path=str(Path(folder) / SAVED))
     return torch.equal(kept, FIRST), final
 
 
@@ -145,23 +164,23 @@ ACROSS = [("ddp", "local"), ("local", "ddp")]
     ("wrote", "reads"), [also(ACROSS, case) for case in [("ddp", "ddp"), ("local", "local"), *ACROSS]]
 )
 def test_masks_outlast_another_number_of_ranks_and_the_other_strategy(of_two, of_three, wrote, reads):
-    assert of_two[wrote, "written"] == [True] * 2
+    assert of_two["written", wrote, first_int8] == [True] * 2
     answers = of_three[wrote, reads]
     for kept, final in answers:
         assert kept
         assert all((a == b).all() for a, b in zip(final, answers[0][1], strict=True))
 
 
-def magnitude():
+def magnitude(rank):
     return SparseMask(MagnitudePruning(0.5))
 
 
 @pytest.mark.parametrize("kind", ["ddp", "local"])
 def test_another_pruning_chooses_anew_and_says_so(of_two, kind):
     answers = of_two[kind, "magnitude"]
-    assert not any(answer[1] for answer in answers)
-    assert any("MaskFunction" in text for text in answers[0][4])
-    assert answers[1][4] == []
+    assert not any(answer.first for answer in answers)
+    assert any("MaskFunction" in text for text in answers[0].said)
+    assert answers[1].said == []
 
 
 def function_of(remainder):
@@ -172,50 +191,52 @@ def function_of(remainder):
     return SparseMask(MaskFunction(names["choose"]))
 
 
-def first_function():
+def first_function(rank=0):
     return function_of(0)
 
 
-def second_function():
+def second_function(rank=0):
     return function_of(1)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "local"])
-def test_a_function_with_another_body_chooses_anew_and_the_warning_names_it(tmp_path, kind):
-    answers = launch(_again, kind, str(tmp_path), first_function, second_function, world_size=2)
-    assert [answer[:2] for answer in answers] == [(True, False)] * 2
+def test_a_function_with_another_body_chooses_anew_and_the_warning_names_it(of_two, kind):
+    assert of_two["written", kind, first_function] == [True] * 2
+    answers = of_two[kind, "another body"]
+    assert [(answer.first, answer.second) for answer in answers] == [(False, True)] * 2
     words = ("`ckpt_path`" if kind == "ddp" else "`pruning`", "script.choose", "whose code is another one now")
-    assert [word for word in words if not any(word in text for text in answers[0][4])] == [], answers[0][4]
+    assert [word for word in words if not any(word in text for text in answers[0].said)] == [], answers[0].said
 
 
-def as_an_earlier_version_wrote(content):
+def as_an_earlier_version_wrote(path):
+    content = torch.load(path, weights_only=True)
     for key in ("lightning_comm.compression", "lightning_comm.local_update"):
         entry = content.get(key, {})
         if "compression" in entry:
             entry["compression"] = repr(first_function())
         if entry:
             entry["masks"]["pruning"] = repr(first_function().pruning)
+    torch.save(content, path)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "local"])
-def test_masks_of_an_earlier_version_are_kept_and_what_cannot_be_compared_is_said(tmp_path, kind):
-    args = (str(tmp_path), first_function, second_function, False, as_an_earlier_version_wrote)
-    answers = launch(_again, kind, *args, world_size=2)
-    assert [answer[:2] for answer in answers] == [(True, True)] * 2
+def test_masks_of_an_earlier_version_are_kept_and_what_cannot_be_compared_is_said(of_two, kind):
+    answers = of_two[kind, "earlier version"]
+    assert [answer.first for answer in answers] == [True] * 2
     words = ("cannot be told", "earlier version", "script.choose", "another setting")
-    assert sum(all(word in text for word in words) for text in answers[0][4]) == 1
-    assert answers[1][4] == []
+    assert sum(all(word in text for word in words) for text in answers[0].said) == 1
+    assert answers[1].said == []
 
 
-def bf16():
+def bf16(rank):
     return Cast("bf16")
 
 
-def int8():
+def int8(rank):
     return Int8()
 
 
-def nothing():
+def nothing(rank):
     return None
 
 
@@ -227,48 +248,59 @@ DENSE_CHOSEN = [("ddp", int8), ("local", nothing)]
     ("kind", "second"), [also(DENSE_CHOSEN, case) for case in DENSE], ids=lambda each: getattr(each, "__name__", each)
 )
 def test_a_pruned_model_does_not_become_dense_without_a_word(of_two, kind, second):
-    answers = of_two[kind, second.__name__]
-    assert {answer[2] for answer in answers} == {35}
-    assert sum("becomes dense" in text and "MaskFunction(" in text for text in answers[0][4]) == 1
-    assert answers[1][4] == []
+    answers = of_two[kind, second]
+    assert {answer.entries for answer in answers} == {35}
+    assert sum("becomes dense" in text and "MaskFunction(" in text for text in answers[0].said) == 1
+    assert answers[1].said == []
 
 
 def given(owner, module):
     return {"net.0.weight": module.given}
 
 
-def _with_owners(rank, kind, folder, then, second_owner, files):
-    """Resume with a setting that names something of its own on each rank, though rank 0 alone calls the function."""
+class Owned(NamedTuple):
+    """Settings that name something of their own on each rank, though rank 0 alone calls the function."""
 
-    def mask(owner):
-        return SparseMask(MaskFunction(partial(given, owner)), then)
+    then: str | None
+    owner: str
 
-    fit(kind, mask(f"rank {rank}"), 2, rank, 8, save=folder)
-    torch.distributed.barrier()
-    path = Path(folder) / "step=6.ckpt"
-    if files == "gone on one rank" and rank == 1:
-        shutil.rmtree(f"{path}.ranks", ignore_errors=True)
-    torch.distributed.barrier()
-    owner = second_owner.format(rank=rank)
-    after, final, said = fit(kind, mask(owner), 2, rank, 12, ckpt_path=str(path))
-    return torch.equal(after, FIRST), torch.equal(after, SECOND), final, said
+    def __call__(self, rank):
+        return SparseMask(MaskFunction(partial(given, self.owner.format(rank=rank))), self.then)
+
+
+def remove_rank_files(path):
+    shutil.rmtree(f"{path}.ranks")
 
 
 OWNERS = {"each its own": "rank {rank}", "rank 0 its own": "rank 0", "rank 1 its own": "rank 1"}
-WITH_OWNERS = [  # rank files or none; alike on rank 0, on rank 1, or on both
+OWNER_GRID = [  # rank files or none; alike on rank 0, on rank 1, or on both
     *((kind, then, owners, "there") for kind in ("ddp", "local") for then in (None, "int8") for owners in OWNERS),
-    *((kind, "int8", "each its own", "gone on one rank") for kind in ("ddp", "local")),
+    *((kind, "int8", "each its own", "gone") for kind in ("ddp", "local")),
+]
+OWNERS_CHOSEN = [  # all owners under both strategies, and each owner with and without a method
+    ("ddp", None, "each its own", "there"),
+    ("local", "int8", "each its own", "there"),
+    ("ddp", "int8", "rank 0 its own", "there"),
+    ("local", None, "rank 0 its own", "there"),
+    ("ddp", None, "rank 1 its own", "there"),
+    ("local", "int8", "rank 1 its own", "there"),
+    *(case for case in OWNER_GRID if case[-1] != "there"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "then", "owners", "files"), WITH_OWNERS)
+@pytest.mark.parametrize(("kind", "then", "owners", "files"), [also(OWNERS_CHOSEN, case) for case in OWNER_GRID])
 def test_rank_0_tells_all_ranks_whether_masks_are_kept(of_two, kind, then, owners, files):
     answers = of_two[kind, then, owners, files]
     kept = owners != "rank 1 its own"
-    assert [answer[:2] for answer in answers] == [(kept, not kept)] * 2
-    assert all((a == b).all() for a, b in zip(answers[1][2], answers[0][2], strict=True))
-    assert bool(answers[0][3]) == (not kept or files != "there")
-    assert answers[1][3] == []
+    assert [(answer.first, answer.second) for answer in answers] == [(kept, not kept)] * 2
+    assert _end_equal(answers)
+    assert bool(answers[0].said) == (not kept or files != "there")
+    assert answers[1].said == []
+
+
+def _place(kind, first):
+    """The folder with the checkpoint of a run, by what it began with."""
+    return f"{kind} {getattr(first, '__name__', getattr(first, 'then', None))}"
 
 
 @pytest.fixture(scope="module")
@@ -278,29 +310,37 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def of_two(request, folder):
+    """What was written, and how runs went on from it: for each case with what they began, go on, and what was done."""
     everything = request.config.getoption("exhaustive")
     again = {
-        **{
-            (kind, first.__name__, other): (first, SAME[other])
-            for kind, first, other in (GRID if everything else CHOSEN)
-        },
-        **{(kind, "magnitude"): (first_mask, magnitude) for kind in ("ddp", "local")},
-        **{(kind, second.__name__): (first_mask, second) for kind, second in (DENSE if everything else DENSE_CHOSEN)},
-        **{(kind, "damaged"): (first_int8, second_int8, True) for kind in ("ddp", "local")},
+        **{(kind, first, other): (first, SAME[other]) for kind, first, other in (GRID if everything else CHOSEN)},
+        **{(kind, second): (first_mask, second) for kind, second in (DENSE if everything else DENSE_CHOSEN)},
     }
-    cases = {
-        (kind, *name): (_again, kind, str(folder / f"{kind} {name}"), *how) for (kind, *name), how in again.items()
-    }
-    for number, case in enumerate(WITH_OWNERS):
-        kind, then, owners, files = case
-        cases[case] = (_with_owners, kind, str(folder / f"owners {number}"), then, OWNERS[owners], files)
-    written = {(kind, "written"): (_write, kind, str(folder / kind)) for kind in ("ddp", "local")}
-    return SharedRanks({**cases, **written}, world_size=2)
+    for kind in ("ddp", "local"):
+        again[kind, "magnitude"] = first_mask, magnitude
+        again[kind, "damaged"] = first_int8, second_int8, damage_rank_1
+        again[kind, "another body"] = first_function, second_function
+        again[kind, "earlier version"] = first_function, second_function, as_an_earlier_version_wrote
+    for case in OWNER_GRID if everything else OWNERS_CHOSEN:
+        _, then, owners, files = case
+        change = () if files == "there" else (remove_rank_files,)
+        again[case] = Owned(then, OWNERS["each its own"]), Owned(then, OWNERS[owners]), *change
+    written, went_on = {}, {}
+    for number, (case, (first, second, *change)) in enumerate(again.items()):
+        kind = case[0]
+        place = str(folder / _place(kind, first))
+        written["written", kind, first] = _write, kind, place, first
+        if change:
+            place, of_all = str(folder / f"changed {number}"), place
+            went_on[("changed", *case)] = _change, of_all, place, *change
+        went_on[case] = _again, kind, place, second
+    return SharedRanks({**written, **went_on}, world_size=2)
 
 
 @pytest.fixture(scope="module")
-def of_three(request, folder):
+def of_three(request, folder, of_two):
     same = [("ddp", "ddp"), ("local", "local")] if request.config.getoption("exhaustive") else []
     return SharedRanks(
-        {(wrote, reads): (_read, reads, str(folder / wrote)) for wrote, reads in [*same, *ACROSS]}, world_size=3
+        {(wrote, reads): (_read, reads, str(folder / _place(wrote, first_int8))) for wrote, reads in [*same, *ACROSS]},
+        world_size=3,
     )

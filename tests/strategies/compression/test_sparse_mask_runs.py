@@ -5,6 +5,7 @@ import tempfile
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from support.processes import launch
 from support.shared_ranks import SharedRanks
 from support.training import Regression, Stop, loader, own_file, trainer, weights
 from torch import nn
+from tqdm.std import tqdm
 
 from lightning_comm import (
     Cast,
@@ -102,10 +104,8 @@ def test_optimizers_that_mix_what_is_pruned_are_refused_before_training(runs, na
 
 
 def _resumed(rank, then, path):
-    whole = Stepwise()
-    trainer(masked(then), 2).fit(whole, data(10, rank))
-    trainer(masked(then), 2, callbacks=[Stop(5, path)]).fit(Stepwise(), data(10, rank))
-    model = Stepwise()
+    whole, model = Stepwise(), Stepwise()
+    trainer(masked(then), 2, callbacks=[Stop(5, path, goes_on=True)]).fit(whole, data(10, rank))
     trainer(masked(then), 2).fit(model, data(10, rank), ckpt_path=path)
     return weights(whole), weights(model), zeros(model)
 
@@ -118,8 +118,7 @@ def test_a_resumed_run_keeps_its_masks_and_ends_bit_for_bit_as_one_that_was_neve
 
 
 def _resumed_with_another_mask(rank, path):
-    trainer(masked(Int8()), 2, callbacks=[Stop(5, path)]).fit(Stepwise(), data(10, rank))
-    if rank == 1:
+    if rank == 1:  # which alone reads this file
         own = torch.load(own_file(path, 1), weights_only=True)
         own["sync"]["codec"]["masks"]["net.2.weight"][1][3] ^= 0b11  # two bits turned
         torch.save(own, own_file(path, 1))
@@ -129,8 +128,8 @@ def _resumed_with_another_mask(rank, path):
     return str(caught.value), runner.global_step
 
 
-def test_masks_that_differ_after_a_resume_are_an_error_on_all_ranks_before_training(tmp_path):
-    for said, steps in launch(_resumed_with_another_mask, str(tmp_path / "at5.ckpt"), world_size=2):
+def test_masks_that_differ_after_a_resume_are_an_error_on_all_ranks_before_training(runs):
+    for said, steps in runs["another mask"]:
         assert "rank 1 has others than rank 0" in said
         assert steps == 5
 
@@ -176,6 +175,10 @@ def test_masks_left_by_torch_are_taken_up(runs):
     assert runs["by torch"] == [(72, 4 * 4 * (60 + 72 + 12))] * 2
 
 
+TRIED = [None, Int8(), Ternary()]
+
+
+@patch.object(tqdm, "monitor_interval", 0)  # no thread that watches bars
 def _after_a_trial(rank, finds, then):
     model = Stepwise()
     callbacks = [LearningRateFinder(num_training_steps=4, update_attr=False)] if finds else []
@@ -183,7 +186,11 @@ def _after_a_trial(rank, finds, then):
     return weights(model), zeros(model)
 
 
-@pytest.mark.parametrize("then", [None, Int8(), Ternary()], ids=repr)
+@pytest.mark.parametrize(
+    "then",
+    [None, Int8(), pytest.param(Ternary(), marks=pytest.mark.exhaustive)],
+    ids=repr,  # both keep what they leave
+)
 def test_the_trial_run_of_a_learning_rate_finder_leaves_no_trace(runs, then):
     alone, after = runs["alone", repr(then)], runs["after a trial", repr(then)]
     for (expected, _), (got, count) in zip(alone, after, strict=True):
@@ -251,25 +258,24 @@ def test_names_stand_for_masks(name, compression):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(request, tmp_path_factory):
     def path(name):
         return str(tmp_path_factory.mktemp(name) / "a.ckpt")
 
+    saved = {then: path("resumed") for then in (None, Cast("bf16"), Int8(), Ternary())}
     return SharedRanks(
         {
             **{("under", name): (_under, name) for name in sorted(set(OPTIMIZERS) - REFUSED)},
             **{("refused", name): (_refused, name) for name in sorted(REFUSED)},
-            **{
-                ("resumed", repr(then)): (_resumed, then, path("resumed"))
-                for then in (None, Cast("bf16"), Int8(), Ternary())
-            },
+            **{("resumed", repr(then)): (_resumed, then, at) for then, at in saved.items()},
+            "another mask": (_resumed_with_another_mask, saved[Int8()]),
             "after a dense run": (_pruned_after_a_dense_run, path("dense")),
             "averaged": (_averaged,),
             "by torch": (_by_torch,),
             **{
                 (name, repr(then)): (_after_a_trial, name != "alone", then)
                 for name in ("alone", "after a trial")
-                for then in (None, Int8(), Ternary())
+                for then in (TRIED if request.config.getoption("exhaustive") else TRIED[:2])
             },
             "twice": (_twice,),
         },

@@ -119,9 +119,13 @@ def _ends(rank, folder, names):
 
 
 @pytest.fixture(scope="module")
-def ends(request, tmp_path_factory):
-    names = asked_for(request, ENDS, ENDS_ALSO)
-    return launch(_ends, str(tmp_path_factory.mktemp("ends")), names, world_size=2)
+def folder(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("ends"))
+
+
+@pytest.fixture(scope="module")
+def ends(request, folder):
+    return launch(_ends, folder, asked_for(request, ENDS, ENDS_ALSO), world_size=2)
 
 
 @pytest.mark.parametrize("name", each(ENDS, ENDS_ALSO))
@@ -144,11 +148,8 @@ def _resumed(rank, folder, names):
     _, _, whole, _ = fit(rank, 2)
     ends = {}
     for name in names:
-        hook, step, action, who, at, _ = ENDS[name]
-        within = f"{folder}/{name}"
-        stopped = [Once(hook, step, action, who, rank), ModelCheckpoint(within, every_n_train_steps=5)]
-        fit(rank, 2, stopped, enable_checkpointing=True, val_check_interval=4)
-        runner, _, final, outcome = fit(rank, 2, path=f"{within}/last-terminated-step={at}.ckpt", val_check_interval=4)
+        path = f"{folder}/{name}/last-terminated-step={ENDS[name][-2]}.ckpt"
+        runner, _, final, outcome = fit(rank, 2, path=path, val_check_interval=4)
         same = all((a == b).all() for a, b in zip(final, whole, strict=True))
         ends[name] = outcome, runner.global_step, runner.current_epoch, same
     return ends
@@ -157,10 +158,10 @@ def _resumed(rank, folder, names):
 @pytest.mark.parametrize(
     "names", [pytest.param(CHOSEN, id="chosen"), pytest.param(RESUMED, id="all", marks=pytest.mark.exhaustive)]
 )
-def test_a_run_that_sigterm_ended_goes_on_as_if_it_had_not(tmp_path, names):
-    for ends in launch(_resumed, str(tmp_path), names, world_size=2):
-        assert list(ends) == names
-        assert {name: end for name, end in ends.items() if end != ("ended", EPOCHS * STEPS, EPOCHS, True)} == {}
+def test_a_run_that_sigterm_ended_goes_on_as_if_it_had_not(ends, folder, names):
+    for went_on in launch(_resumed, folder, names, world_size=2):
+        assert list(went_on) == names
+        assert {name: end for name, end in went_on.items() if end != ("ended", EPOCHS * STEPS, EPOCHS, True)} == {}
 
 
 def _by_the_clock(rank, folder):
