@@ -26,6 +26,7 @@ from lightning_comm.transport.recording import Recorder
 
 TYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 COUNTS = {2: [7, 3], 3: [5, 0, 11]}
+BUCKET_BYTES = 200  # fewer than the 50 entries of a tensor in float64, and as many as in float32
 
 
 def tensors(rank):
@@ -42,10 +43,10 @@ def averages(rank, world_size, *, moderate):
     plain = COUNTS[world_size][rank] / sum(COUNTS[world_size])
     for weight in (None, Share.of(COUNTS[world_size], rank), plain):
         ledger, full = CommLedger(), tensors(rank)
-        drift = FullAverage(Recorder(ledger), 64).average_(named(full), weight, moderate=moderate).read()
+        drift = FullAverage(Recorder(ledger), BUCKET_BYTES).average_(named(full), weight, moderate=moderate).read()
         yield [*full, torch.tensor(drift), torch.tensor([record.payload_bytes for record in ledger.records])]
         for compression, background in itertools.product((Full(), Cast("fp16"), Int8(), TopK(0.5)), (False, True)):
-            averager = Background(Recorder(CommLedger()), compression, 64)
+            averager = Background(Recorder(CommLedger()), compression, BUCKET_BYTES)
             weights = named(tensors(7))
             averager.references.restart(weights)
             for own, moved in zip(weights.values(), tensors(rank), strict=True):
@@ -102,12 +103,12 @@ class Kernels(TorchDispatchMode):
 def _weighted_on_a_device(rank):
     answers = []
     for weight in (None, Share.of(COUNTS[3], rank)):
-        here, averager = tensors(rank), FullAverage(Recorder(CommLedger()), 64)
+        here, averager = tensors(rank), FullAverage(Recorder(CommLedger()), BUCKET_BYTES)
         drift = averager.average_(named(here), weight).read()
         with mock_cuda() as device:
             there = [each.to("cuda") for each in tensors(rank)]
             with device.counting() as waits:
-                found = FullAverage(Recorder(CommLedger()), 64).average_(named(there), weight, moderate=True)
+                found = FullAverage(Recorder(CommLedger()), BUCKET_BYTES).average_(named(there), weight, moderate=True)
             same = all(torch.equal(one.cpu(), other) for one, other in zip(there, here, strict=True))
             answers.append((same, found.read() == drift, len(waits), device.hazards))
     return answers

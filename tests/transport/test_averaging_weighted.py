@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.differences import BY_HAND, SHAPES, in_memory_order, moved, named, start
 from support.model_averages import Background, Model
-from support.processes import one_launch
+from support.processes import one_launch, start_ranks
 from torch import nn
 
 from lightning_comm.core.ledger import CommLedger
@@ -105,6 +105,7 @@ def test_narrow_types_are_scaled_and_summed_in_float32(run_ranks):
 
 
 COMPRESSIONS = [Full(), TopK(0.1), PowerSGD(1), Cast("bf16"), Int8()]
+COMPRESSED_OR_NOT = [Full(), TopK(0.1), Int8()]
 
 
 def doubles(tensors):
@@ -116,10 +117,9 @@ def references(averager):
     return {name: row.double().numpy() for name, row in averager.state_dict()["reference"].items()}
 
 
-def _rounds(rank, compression, weights, bucket_bytes, background):
+def _rounds(rank, group, compression, weights, bucket_bytes):
     """Rounds in which ranks count for other shares than in the one before: what was there before, after, and known."""
-    ledger = CommLedger()
-    group = another_group(timedelta(seconds=30)) if background else None
+    ledger, background = CommLedger(), group is not None
     recorder = Recorder(ledger, group, beside_compute=background, hold=background)
     averager = Background(recorder, compression, bucket_bytes)
     own = start()
@@ -145,14 +145,22 @@ def _rounds(rank, compression, weights, bucket_bytes, background):
     return history, [record.payload_bytes for record in ledger.records]
 
 
+def _all_rounds(rank, background, cases):
+    group = another_group(timedelta(seconds=30)) if background else None
+    return [_rounds(rank, group, *case) for case in cases]
+
+
 @cache
 def rounds(world_size, background):
-    """All cases of this file that go one way, in one launch: by compression, weights and bytes of a bucket."""
-    every = [shares[world_size] for shares in (SHARES, NOBODYS, UNEVEN, EQUAL, UNWEIGHTED)]
-    cases = [(each, weights, 300) for each in COMPRESSIONS for weights in every]
-    cases += [(Full(), weights, size) for weights in every[:3] for size in (8, 10**6)]
-    answers = one_launch(_rounds, [(*case, background) for case in cases], world_size=world_size)
-    return {case[:3]: each for case, each in answers.items()}
+    """What the tests ask for of one way, in one launch: by compression, weights and bytes of a bucket."""
+    powers_of_two, a_rank_without, uneven, equal, unweighted = (
+        shares[world_size] for shares in (SHARES, NOBODYS, UNEVEN, EQUAL, UNWEIGHTED)
+    )
+    cases = [(each, weights, 300) for each in COMPRESSIONS for weights in (a_rank_without, uneven)]
+    cases += [(each, weights, 300) for each in COMPRESSED_OR_NOT for weights in (powers_of_two, equal, unweighted)]
+    cases += [(Full(), weights, size) for weights in (powers_of_two, a_rank_without, uneven) for size in (8, 10**6)]
+    answers = start_ranks(_all_rounds, background, cases, world_size=world_size, timeout_s=150)
+    return {case: [of_rank[number] for of_rank in answers] for number, case in enumerate(cases)}
 
 
 # `make test` has three ranks with a blocking average and two with one in the background
@@ -232,7 +240,7 @@ def test_a_rank_without_samples_takes_up_the_reference(compression, world_size, 
 
 
 @IN_THE_OPEN
-@pytest.mark.parametrize("compression", [Full(), TopK(0.1), Int8()], ids=repr)
+@pytest.mark.parametrize("compression", COMPRESSED_OR_NOT, ids=repr)
 def test_ranks_do_what_one_process_does_for_all(compression, world_size):
     weights = SHARES[world_size]
     answers = rounds(world_size, False)[compression, weights, 300]
@@ -251,7 +259,7 @@ def test_ranks_do_what_one_process_does_for_all(compression, world_size):
 
 
 @WAYS
-@pytest.mark.parametrize("compression", [Full(), Int8(), TopK(0.1)], ids=repr)
+@pytest.mark.parametrize("compression", COMPRESSED_OR_NOT, ids=repr)
 def test_equal_weights_are_what_no_weights_are_to_the_bit(compression, world_size, background):
     runs = rounds(world_size, background)
     plain, equal, uneven = (runs[compression, shares[world_size], 300] for shares in (UNWEIGHTED, EQUAL, UNEVEN))

@@ -136,6 +136,8 @@ CASES = {
     "post-local": {"gradient_steps": 3},
     "weighed": {"weighed": True},
     "averaged-optimizer": {"optimizer_state": "average"},
+    "late-file-weighed": {"checkpoint_io": Late, "weighed": True},
+    "post-local-averaged-optimizer": {"gradient_steps": 3, "optimizer_state": "average"},
     "cyclic": {"strategy": CyclicStrategy},
     "compressed-ddp": {"strategy": lambda: CompressedDDPStrategy("bf16")},
 }
@@ -160,7 +162,9 @@ def fit(rank, case, folder, ckpt_path=None):
 
 def mean_of(ranks, case):
     """The average of what ranks held, by hand; rank 0's own where there is none."""
-    counts = {"weighed": [COUNTS[0], COUNTS[1]], "compressed-ddp": [1, 0]}.get(case, [1, 1])  # DDP: rank 0's buffers
+    counts = [1, 0] if case == "compressed-ddp" else [1, 1]  # DDP: rank 0's buffers
+    if "weighed" in case:
+        counts = [COUNTS[0], COUNTS[1]]
     mean = {}
     for name, value in ranks[0].items():
         rows = [held[name] for held in ranks]
@@ -187,7 +191,7 @@ def check_file(path, ranks, case):
             pairs[name] = state["halved"][name], value / 2
         elif name != "net.seen":  # in no state dict
             pairs[name] = state[f"renamed/{name}"], value
-    if case == "averaged-optimizer" and "optimizer_states" in saved:
+    if "averaged-optimizer" in case and "optimizer_states" in saved:
         for k, moments in saved["optimizer_states"][0]["state"].items():
             pairs[f"momentum {k}"] = moments["exp_avg"], sum(own["state"][k]["exp_avg"] for _, own in ranks) / 2
     for what, (got, wanted) in pairs.items():
@@ -196,8 +200,9 @@ def check_file(path, ranks, case):
     return not torch.equal(one["net.last.weight"], two["net.last.weight"])
 
 
-# an average in flight is in one of the others too, compressed
-MOST = tuple(case for case in CASES if case != "in-flight")
+# each setting of the other cases is in one of these as well
+MOST = ("late-file-weighed", "int8-in-flight", "post-local-averaged-optimizer", "cyclic", "compressed-ddp")
+ALONE = tuple(case for case in CASES if case not in MOST)
 
 
 def _every_case(rank, folder, cases):
@@ -224,7 +229,7 @@ def assert_same(states, expected, what):
 
 
 @pytest.mark.parametrize(
-    "cases", [pytest.param(MOST, id="most"), pytest.param(("in-flight",), id="in flight", marks=pytest.mark.exhaustive)]
+    "cases", [pytest.param(MOST, id="most"), pytest.param(ALONE, id="alone", marks=pytest.mark.exhaustive)]
 )
 def test_files_in_mid_round_hold_averages_whatever_a_module_makes_of_its_weights_and_a_resume_is_exact(tmp_path, cases):
     for apart in launch(_every_case, str(tmp_path), cases, world_size=2, timeout_s=120):

@@ -44,9 +44,11 @@ def files_in(folder):
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if not path.is_dir()}
 
 
-def saves_elsewhere(folder, steps):
-    """What lets a run save at the same steps: the cyclic schedule is flushed for a save."""
-    return ModelCheckpoint(f"{folder} elsewhere", filename="{step}", every_n_train_steps=steps, save_top_k=1)
+def saves_elsewhere(make, folder, steps):
+    """What lets a run save at the same steps where that makes a difference: the cyclic schedule is flushed for it."""
+    if make is not cyclic:
+        return []
+    return [ModelCheckpoint(f"{folder} elsewhere", filename="{step}", every_n_train_steps=steps, save_top_k=1)]
 
 
 def resumes_exactly(rank, make, path, whole, *callbacks):
@@ -92,8 +94,9 @@ def _in_background(rank, folder):
     for name, make in (("local", local), ("compressed", lambda **kw: CompressedDDPStrategy(TopK(0.2), **kw))):
         place = Path(folder) / name
         save = ModelCheckpoint(place, filename="{step}", every_n_train_steps=1, save_top_k=1, save_last="link")
+        every = ModelCheckpoint(place / "every", filename="{step}", every_n_train_steps=3, save_top_k=-1)
         sets = WholeSets(place)
-        whole, _ = fit(rank, make(checkpoint_io=AsyncCheckpointIO(Slow())), sets, save)
+        whole, _ = fit(rank, make(checkpoint_io=AsyncCheckpointIO(Slow())), sets, save, every)
         torch.distributed.barrier()
         first = sets.seen.index(True)
         assert all(sets.seen[first:]), "at some step no whole set was there"
@@ -101,10 +104,8 @@ def _in_background(rank, folder):
         ids = {path.name for path in (place / "step=8.ckpt.ranks").iterdir()}
         assert len(ids) == 1
         expected = {f"step=8.ckpt.ranks/{each}/rank{r}.pt" for each in ids for r in range(2)}
-        assert files_in(place) == expected | {"step=8.ckpt", "last.ckpt"}
-        every = ModelCheckpoint(place / "every", filename="{step}", every_n_train_steps=3, save_top_k=-1)
-        fit(rank, make(checkpoint_io=AsyncCheckpointIO()), every)
-        torch.distributed.barrier()
+        left = {name for name in files_in(place) if not name.startswith("every/")}
+        assert left == expected | {"step=8.ckpt", "last.ckpt"}
         resumes_exactly(rank, make, place / "every" / "step=3.ckpt", whole)
 
 
@@ -131,16 +132,26 @@ class FullDisk(Callback):
         self.replace(source, target)
 
 
-def _full_disk(rank, folder):
-    for name, make, full_rank, end in (
-        ("own file, local", local, 1, "rank1.pt"),
-        ("main file, local", local, 0, ".ckpt"),
-        ("own file, compressed", lambda: CompressedDDPStrategy(TopK(0.2)), 1, "rank1.pt"),
-        ("main file, compressed", lambda: CompressedDDPStrategy(TopK(0.2)), 0, ".ckpt"),
-        ("main file, cyclic", cyclic, 0, ".ckpt"),
-    ):
+def compressed():
+    return CompressedDDPStrategy(TopK(0.2))
+
+
+FULL = {
+    "own file, local": (local, 1, "rank1.pt"),
+    "main file, local": (local, 0, ".ckpt"),
+    "own file, compressed": (compressed, 1, "rank1.pt"),
+    "main file, compressed": (compressed, 0, ".ckpt"),
+    "main file, cyclic": (cyclic, 0, ".ckpt"),
+}
+SOME_FULL = ("own file, local", "main file, compressed", "main file, cyclic")  # each strategy and each kind of file
+
+
+def _full_disk(rank, folder, names):
+    makes = dict.fromkeys(FULL[name][0] for name in names)  # in one order on all ranks
+    wholes = {make: fit(rank, make(), *saves_elsewhere(make, folder, 3))[0] for make in makes}
+    for name in names:
+        make, full_rank, end = FULL[name]
         place = Path(folder) / name
-        whole, _ = fit(rank, make(), saves_elsewhere(place, 3))
         full = FullDisk(5, full_rank, end)
         save = ModelCheckpoint(place, filename="a", every_n_train_steps=3, save_top_k=1, enable_version_counter=False)
         with pytest.raises(OSError, match=rf"a\.ckpt.*rank {full_rank}: OSError: .*No space left.*{end}.*folder"):
@@ -150,13 +161,20 @@ def _full_disk(rank, folder):
         saves = {path.parent.name for path in place.rglob("rank*.pt")}
         assert len(saves) == (0 if "cyclic" in name else 1), f"{name}: {saves}"
         assert len(files_in(place)) == (1 if "cyclic" in name else 3), f"{name}: {files_in(place)}"
-        resumes_exactly(rank, make, place / "a.ckpt", whole, saves_elsewhere(place, 3))
+        resumes_exactly(rank, make, place / "a.ckpt", wholes[make], *saves_elsewhere(make, place, 3))
     if rank == 0:
         raise RuntimeError("all was as it should be")  # and the process ends, as it does after a failure
 
 
-def test_a_full_disk_of_one_rank_is_named_on_all_and_leaves_the_checkpoint_that_was_there(tmp_path):
-    for _, error in outcomes(_full_disk, str(tmp_path), world_size=2, ends_within_s=0.2):
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(SOME_FULL, id="some"),
+        pytest.param(tuple(FULL), id="each", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_full_disk_of_one_rank_is_named_on_all_and_leaves_the_checkpoint_that_was_there(tmp_path, names):
+    for _, error in outcomes(_full_disk, str(tmp_path), names, world_size=2, ends_within_s=0.2):
         assert error is None or "all was as it should be" in error, error
 
 
@@ -181,9 +199,9 @@ def _failing(rank, folder, make):
 
 
 def _after_a_failure(rank, folder, make):
-    complete, _ = fit(rank, make(), saves_elsewhere(folder, 4))
+    complete, _ = fit(rank, make(), *saves_elsewhere(make, folder, 4))
     for name in ("a.ckpt", "last-step=4.ckpt"):
-        resumes_exactly(rank, make, f"{folder}/{name}", complete, saves_elsewhere(folder, 4))
+        resumes_exactly(rank, make, f"{folder}/{name}", complete, *saves_elsewhere(make, folder, 4))
     return fit(rank, make(), ckpt_path=f"{folder}/a.ckpt.incomplete")[1]
 
 
@@ -279,7 +297,7 @@ def test_a_damaged_checkpoint_is_refused_on_all_ranks_by_name_and_reason(tmp_pat
 
 
 def _older_files(rank, folder):
-    for name, make in (("local", local), ("compressed", lambda: CompressedDDPStrategy(TopK(0.2)))):
+    for name, make in (("local", local), ("compressed", compressed)):
         place = Path(folder) / name
         whole, _ = fit(rank, make(), ModelCheckpoint(place, filename="a", every_n_train_steps=3, save_top_k=1))
         torch.distributed.barrier()

@@ -163,10 +163,10 @@ def test_a_plateau_may_watch_a_metric_whether_it_is_synchronised_or_not(on):
     def run(rank):
         rates = []
         for sync in (False, True):
-            runner = trainer(local_update(FixedPeriod(4)), 2, max_epochs=3, limit_val_batches=2)
-            runner.fit(Plateau(sync, on), loader(6, rank), loader(2, rank))
+            runner = trainer(local_update(FixedPeriod(4)), 2, max_epochs=3, limit_val_batches=1)
+            runner.fit(Plateau(sync, on), loader(3, rank), loader(1, rank))
             rates.append(runner.optimizers[0].param_groups[0]["lr"])
-            assert runner.global_step == 18
+            assert runner.global_step == 9
         return rates
 
     one, other = launch(run, world_size=2)
@@ -360,7 +360,7 @@ def test_a_twin_module_is_refused_and_both_imports_are_named():
 def test_a_rate_that_is_not_a_number_ends_all_ranks_with_the_reason():
     def run(rank):
         module = Regression(schedule=lambda step: float("nan") if step > 5 else 1.0)
-        trainer(local_update(QuadraticPeriod(alpha=0.1, h_base=2)), 2).fit(module, loader(20, rank))
+        trainer(local_update(QuadraticPeriod(alpha=0.1, h_base=2)), 2).fit(module, loader(10, rank))
 
     (_, first), (_, second) = outcomes(run, world_size=2)
     says(first, ["learning rate must be finite", "nan", "scheduler"])

@@ -196,7 +196,7 @@ def test_a_run_may_be_resumed_under_another_compression(first, second, tmp_path)
 
 def _moving_average(rank):
     ema = EMAWeightAveraging(decay=0.8)
-    trace, final, *_ = _fit(rank, "int8", 2, {"callbacks": [ema], "max_epochs": 2})
+    trace, final, *_ = _fit(rank, "int8", 2, {"callbacks": [ema]})
     return trace.apart[-1], final, weights(ema._average_model.module)
 
 

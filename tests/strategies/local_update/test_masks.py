@@ -1,6 +1,7 @@
 """Local updates of a pruned model: only live weights are averaged, and pruned ones stay zero."""
 
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from lightning_comm import Averaging, FixedPeriod, MagnitudePruning, PruningSche
 from lightning_comm.transport.departed_average import DepartedAverage
 
 STEPS, PERIOD, BATCH = 14, 4, 4
+BUCKET_MIB = 2e-4  # 209 bytes, of which the first layer alone has 280
 PRUNING = MagnitudePruning(sparsity=0.5)
 MASK = SparseMask(PRUNING)
 
@@ -29,7 +31,7 @@ class Trace(Callback):
 def _fit(rank, compression, overlap, optimizer=None, kw=None):
     trace, module = Trace(), Regression(optimizer=optimizer)
     callbacks = [trace, *(kw or {}).pop("callbacks", [])]
-    strategy = local_update(FixedPeriod(PERIOD), averaging=Averaging(1e-4, compression, overlap))
+    strategy = local_update(FixedPeriod(PERIOD), averaging=Averaging(BUCKET_MIB, compression, overlap))
     trainer(strategy, 2, callbacks=callbacks, **(kw or {})).fit(module, loader(STEPS, rank))
     return trace.weights, weights(module), strategy.ledger.payload_bytes("parameters")
 
@@ -87,9 +89,9 @@ def _with_late_threads(rank):
             time.sleep(0.2 if rank == late else 0)
             travel(self, *args)
 
-        DepartedAverage.travel = later
         gradual = SparseMask(PRUNING, schedule=PruningSchedule(start_step=4, end_step=12, every_steps=4))
-        finals.append(_fit(rank, gradual, 2)[1])
+        with mock.patch.object(DepartedAverage, "travel", later):
+            finals.append(_fit(rank, gradual, 2)[1])
     return finals
 
 
@@ -181,7 +183,7 @@ def _zeros(rank, period, overlap, steps):
     ema = EMAWeightAveraging(decay=0.8)
     watch, module = ZerosOfAverage(ema), Watching()
     later = SparseMask(PRUNING, schedule=PruningSchedule(3, 11, 3))
-    strategy = local_update(FixedPeriod(period), averaging=Averaging(1e-4, later, overlap))
+    strategy = local_update(FixedPeriod(period), averaging=Averaging(BUCKET_MIB, later, overlap))
     trainer(strategy, 2, callbacks=[ema, watch], max_steps=steps).fit(module, loader(STEPS, rank))
     return module.zeros, watch.zeros, pruned(weights(module))
 

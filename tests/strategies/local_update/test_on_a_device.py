@@ -2,8 +2,10 @@
 
 import os
 import threading
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ from lightning_comm.transport import backends, recording
 from lightning_comm.transport.model_average import ModelAverage
 from lightning_comm.transport.recording import Recorder
 
-STEPS, PERIOD = 12, 4
+STEPS, PERIOD = 9, 3
 
 
 class Partly(Regression):
@@ -80,17 +82,35 @@ def _on_processor(rank, averaging, large, callbacks):
     return fit(rank, averaging, False, Partly(large), callbacks)[1]
 
 
+@contextmanager
+def around(owner, name, wrapped):
+    """Let calls of a method go through ``wrapped(method, *args, **kwargs)`` within the block."""
+    plain = getattr(owner, name)
+
+    def instead(*args, **kwargs):
+        return wrapped(plain, *args, **kwargs)
+
+    with mock.patch.object(owner, name, instead):
+        yield
+
+
 def _on_device(rank, averaging, large, callbacks):
-    plain, waits, look, looks = Rounds.synchronise, [], ModelTensors.look, []
-    ModelTensors.look = lambda *args, **kwargs: looks.append(1) or look(*args, **kwargs)
-    with mock_cuda() as device:
+    waits, looks = [], []
 
-        def synchronise(rounds, **kwargs):
-            with device.counting() as found:
-                plain(rounds, **kwargs)
-            waits.append([wait.where for wait in found])
+    def synchronise(plain, rounds, **kwargs):
+        with device.counting() as found:
+            plain(rounds, **kwargs)
+        waits.append([wait.where for wait in found])
 
-        Rounds.synchronise = synchronise
+    def look(plain, *args, **kwargs):
+        looks.append(1)
+        return plain(*args, **kwargs)
+
+    with (
+        mock_cuda() as device,
+        around(Rounds, "synchronise", synchronise),
+        around(ModelTensors, "look", look),
+    ):
         strategy, got = fit(rank, averaging, True, Partly(large), callbacks)
         dist.destroy_process_group()  # here, since a barrier would ask a driver
         in_threads = [wait for wait in device.waits if "background" in wait.thread]
@@ -146,11 +166,11 @@ def _rows(rank):
     found = {"moved": torch.tensor(rank == 1), "parameters": False, "buffers": rank == 0, "weight_averages": False}
     row = RankStatus(next_steps=7, urgent=rank == 0, layout=2.0**48 - 1, samples=3.0 + rank)
     scale = torch.tensor(2.0**16 * (rank + 1))
-    dist.get_backend_config = lambda group=None: "cpu:nccl"
-    model = ModelAverage(ModelTensors(nn.Linear(1, 1)), Recorder(recording.CommLedger()), Averaging())
-    assert model._bucket_bytes == 25 * 2**20
-    return rank_status.exchange(row, Recorder(recording.CommLedger()), torch.device("cpu"), lambda p: p.wait(),
-                            loss_scale=scale, found=found)  # fmt: skip
+    with mock.patch.object(dist, "get_backend_config", return_value="cpu:nccl"):
+        model = ModelAverage(ModelTensors(nn.Linear(1, 1)), Recorder(recording.CommLedger()), Averaging())
+        assert model._bucket_bytes == 25 * 2**20
+        return rank_status.exchange(row, Recorder(recording.CommLedger()), torch.device("cpu"), lambda p: p.wait(),
+                                loss_scale=scale, found=found)  # fmt: skip
 
 
 def test_rows_bring_what_ranks_have_seen_and_everything_else_as_it_was(run_ranks):
@@ -173,7 +193,7 @@ class AtTheEndOfARound(Callback):
     """Resumes where a round is over and its average has not been taken, with another loss scale on each rank."""
 
     def on_train_batch_start(self, runner, module, batch, batch_idx):
-        if batch_idx != 3:
+        if batch_idx != 2:
             return
         clock = runner.strategy._run.clock
         clock.round_ends_at = clock.steps_done
@@ -199,7 +219,7 @@ def _resume_in_fp16(rank, folder):
         runner.fit(Regression(net), loader(STEPS, rank, dtype=torch.float32), **kwargs)
         return strategy
 
-    run(STEPS, [Stop(3, f"{folder}/mid.ckpt")])
+    run(STEPS, [Stop(2, f"{folder}/mid.ckpt")])
     first = First()
     strategy = run(STEPS, [AtTheEndOfARound(), first], ckpt_path=f"{folder}/mid.ckpt")
     return first.scales[1], [done.step for done in strategy.history]
@@ -208,7 +228,7 @@ def _resume_in_fp16(rank, folder):
 def test_a_scaler_that_has_not_been_used_takes_the_smallest_scale_of_all_ranks(tmp_path):
     for scale, ends in launch(_resume_in_fp16, str(tmp_path), world_size=2):
         assert scale == 2.0**7
-        assert ends[0] == 3
+        assert ends[0] == 2
 
 
 def test_a_scale_is_changed_only_where_another_rank_has_a_smaller_one():
@@ -235,17 +255,16 @@ class LowersItsScale(Callback):
 
 
 def _fit_in_fp16(rank):
-    scales, waits, plain = [], [], Rounds.synchronise
-    with mock_cuda() as device:
+    scales, waits = [], []
 
-        def synchronise(rounds, **kwargs):
-            before = scaler.get_scale()
-            with device.counting() as found:
-                plain(rounds, **kwargs)
-            waits.append([wait.where for wait in found])
-            scales.append((before, scaler.get_scale()))
+    def synchronise(plain, rounds, **kwargs):
+        before = scaler.get_scale()
+        with device.counting() as found:
+            plain(rounds, **kwargs)
+        waits.append([wait.where for wait in found])
+        scales.append((before, scaler.get_scale()))
 
-        Rounds.synchronise = synchronise
+    with mock_cuda() as device, around(Rounds, "synchronise", synchronise):
         scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8)
         plugin = MixedPrecision("16-mixed", "cuda", scaler)
         fit(rank, Averaging(1e-4), True, callbacks=[LowersItsScale()], plugins=[plugin])
@@ -318,38 +337,31 @@ def test_an_evaluation_while_an_average_is_in_flight_waits_twice_at_most_where_n
 
 
 def _beside(rank, on_device):
-    beside, plain = [], Recorder._issue
-    strategies = []
+    beside, strategies = [], []
 
     class Note(Reducing):
         def on_train_batch_end(self, runner, module, *_):
             strategies[:] = [runner.strategy]
-            reduce = dist.all_reduce
 
-            def noting(*args, **kwargs):
+            def noting(reduce, *args, **kwargs):
                 if threading.current_thread() is threading.main_thread():  # and not the average itself
                     beside.append(("reduce", runner.strategy._run.overlapped.is_sending))
                 return reduce(*args, **kwargs)
 
-            dist.all_reduce = noting
-            super().on_train_batch_end(runner, module)
-            dist.all_reduce = reduce
+            with around(dist, "all_reduce", noting):
+                super().on_train_batch_end(runner, module)
 
-    def issue(recorder, kind, purpose, *args):
+    def issue(plain, recorder, kind, purpose, *args):
         run = strategies[0]._run if strategies else None
         if recorder._group is None and run is not None:
             beside.append((purpose, run.overlapped.is_sending))
         return plain(recorder, kind, purpose, *args)
 
-    Recorder._issue = issue
-    averaging = Averaging(1e-4, overlap_steps=3)
-    kwargs = {"val_check_interval": 5, "callbacks": [Note()]}
-    if on_device:
-        with mock_cuda():
-            strategy, _ = fit(rank, averaging, True, **kwargs)
+    kwargs = {"val_check_interval": 4, "callbacks": [Note()]}
+    with mock_cuda() if on_device else nullcontext(), around(Recorder, "_issue", issue):
+        strategy, _ = fit(rank, Averaging(1e-4, overlap_steps=2), on_device, **kwargs)
+        if on_device:
             dist.destroy_process_group()
-    else:
-        strategy, _ = fit(rank, averaging, False, **kwargs)
     return beside, len(strategy.history)
 
 
@@ -371,12 +383,12 @@ def test_on_a_processor_logging_does_not_wait_for_the_background():
 
 def _served_by(rank, config, optimizer_state):
     os.environ["LOCAL_RANK"] = str(rank)
-    dist.get_backend_config = lambda group=None: config
     runner = trainer(local_update(FixedPeriod(PERIOD), optimizer_state=optimizer_state), 2)
-    try:
-        runner.fit(Regression(), loader(STEPS, rank))
-    except RefusedSetUp as error:
-        return str(error), runner.global_step
+    with mock.patch.object(dist, "get_backend_config", return_value=config):
+        try:
+            runner.fit(Regression(), loader(STEPS, rank))
+        except RefusedSetUp as error:
+            return str(error), runner.global_step
     return "", runner.global_step
 
 

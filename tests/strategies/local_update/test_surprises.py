@@ -3,6 +3,7 @@
 import copy
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,15 +13,21 @@ from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, 
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.processes import launch, outcomes
-from support.training import Regression, Samples, loader, local_update, network, trainer, weights
+from support.training import Regression, Samples, Stop, loader, local_update, network, trainer, weights
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
 
 from lightning_comm import Averaging, FixedPeriod, QuadraticPeriod
 
 
 def adamw(parameters):
     return torch.optim.AdamW(parameters, lr=0.01)
+
+
+def no_monitor_of_progress():
+    """Without the thread of tqdm, which never ends and has nothing to do with trial runs."""
+    return mock.patch.object(tqdm, "monitor_interval", 0)
 
 
 def _finder(rank, folder, gradient_steps):
@@ -36,7 +43,8 @@ def _finder(rank, folder, gradient_steps):
     finder = LearningRateFinder(num_training_steps=12, early_stop_threshold=None)
     runner = trainer(strategy, 2, callbacks=[finder], default_root_dir=folder, max_steps=20, max_epochs=-1)
     module = Tunable()
-    runner.fit(module, loader(40, rank))
+    with no_monitor_of_progress():
+        runner.fit(module, loader(20, rank))
     ledger = strategy.ledger
     return [done.step for done in strategy.history], runner.global_step, weights(module), ledger.messages("gradients")
 
@@ -61,7 +69,8 @@ def _found_rate(rank, folder):
     strategy = local_update(QuadraticPeriod())
     finder = LearningRateFinder(num_training_steps=30, early_stop_threshold=None)
     module = Tunable()
-    trainer(strategy, 2, callbacks=[finder], default_root_dir=folder).fit(module, loader(40, rank))
+    with no_monitor_of_progress():
+        trainer(strategy, 2, callbacks=[finder], default_root_dir=folder).fit(module, loader(30, rank))
     return module.lr, strategy._run.settings.period.alpha
 
 
@@ -205,12 +214,13 @@ def test_pruning_within_the_run_is_refused():
 
 def _longer_gradient_phase(rank, folder, step):
     def fit(gradient_steps, **kwargs):
-        module = Regression(network(), adamw)
-        save = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=step, save_top_k=-1)
+        module, watch = Regression(network(), adamw), Watch()
         strategy = local_update(FixedPeriod(4), gradient_steps=gradient_steps)
-        runner = trainer(strategy, 2, callbacks=[save, Watch()], enable_checkpointing=True, max_epochs=2)
-        runner.fit(module, loader(9, rank), **kwargs)
-        return runner.callbacks
+        runner = trainer(strategy, 2, callbacks=[watch, Stop(step, path, goes_on=True)], max_epochs=2)
+        runner.fit(module, loader(8, rank), **kwargs)
+        return watch
+
+    path = f"{folder}/{step}.ckpt"
 
     class Watch(Callback):
         def __init__(self):
@@ -222,8 +232,7 @@ def _longer_gradient_phase(rank, folder, step):
     fit(2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        callbacks = fit(12, ckpt_path=f"{folder}/step={step}.ckpt")
-    (watch,) = (callback for callback in callbacks if type(callback).__name__ == "Watch")
+        watch = fit(12, ckpt_path=path)
     return watch.seen, [str(w.message) for w in caught if "gradient_steps" in str(w.message)]
 
 
@@ -287,25 +296,25 @@ class Finetuned(Regression):
         self.backbone = self.net[0]
 
 
-def _finetuning(rank, folder, resume):
+def _finetuning(rank, path, resume):
     runner = trainer(
         local_update(FixedPeriod(4)),
         2,
         callbacks=[
             BackboneFinetuning(1, backbone_initial_lr=0.01, verbose=False),
-            ModelCheckpoint(folder, filename="{step}", every_n_train_steps=10, save_top_k=-1),
+            Stop(10, path, goes_on=True),
         ],
-        enable_checkpointing=True,
         max_epochs=3,
     )
     module = Finetuned()
-    runner.fit(module, loader(6, rank), ckpt_path=f"{folder}/step=10.ckpt" if resume else None)
+    runner.fit(module, loader(6, rank), ckpt_path=path if resume else None)
     return runner.global_step, weights(module)
 
 
 def test_a_run_with_a_backbone_unfrozen_on_the_way_resumes_in_mid_round(tmp_path):
-    launch(_finetuning, str(tmp_path), False, world_size=2)
-    one, two = launch(_finetuning, str(tmp_path), True, world_size=2)
+    path = str(tmp_path / "a.ckpt")
+    launch(_finetuning, path, False, world_size=2)
+    one, two = launch(_finetuning, path, True, world_size=2)
     assert one[0] == two[0] == 18
     for mine, theirs in zip(one[1], two[1], strict=True):
         np.testing.assert_array_equal(mine, theirs)

@@ -167,22 +167,26 @@ def test_gradient_and_residual_are_what_is_sent_and_the_new_residual(run_ranks, 
         assert worst < 4e-6
 
 
-def _mean_over_steps(rank, compression, steps):
+def _mean_over_steps(rank, compression, steps, copies):
+    """The mean over steps of parameters that are there several times in one bucket, and over those."""
     codec, _ = codec_of(compression, feedback=False)
+    slots = [Slot(f"{slot.name} {copy}", slot.numel, slot.shape) for copy in range(copies) for slot in LAYOUT.slots]
+    layout, own = Layout(tuple(slots)), entries(rank).repeat(copies)
     total = torch.zeros(LAYOUT.numel, dtype=torch.float64)
     for _ in range(steps):
-        values = entries(rank)
+        values = own.clone()
         codec.begin_step()
-        run_alone(codec.mean(values, LAYOUT))
+        run_alone(codec.mean(values, layout))
         codec.end_step()
-        total += values
-    return (total / steps).numpy()
+        total += values.view(copies, -1).double().sum(0)
+    return (total / (steps * copies)).numpy()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compression", UNBIASED, ids=name_of)
 def test_the_expectation_of_an_unbiased_method_is_the_mean(run_ranks, compression):
-    steps, ranks = 200, 2
+    steps, copies, ranks = 25, 8, 2
+    draws = ranks * steps * copies
     exact = torch.stack([entries(rank).double() for rank in range(ranks)]).mean(0)
     # one draw lies within a step of the entry: scale for Ternary, scale / 127 and once more that for Int8. Its
     # standard deviation is at most half the step. The mean of all draws lies beyond 6.5 of its own in fewer than 2 of
@@ -191,8 +195,8 @@ def test_the_expectation_of_an_unbiased_method_is_the_mean(run_ranks, compressio
     largest = torch.stack([row.abs().max() for rank in range(ranks) for row in LAYOUT.split(entries(rank))])
     scale = float(largest.max())
     step = scale if compression == Ternary() else 2 * scale / 127
-    bound = 6.5 * 0.5 * step / (ranks * steps) ** 0.5 * (1 if compression == Ternary() else 2**0.5)
-    for mean in run_ranks(_mean_over_steps, compression, steps, world_size=ranks):
+    bound = 6.5 * 0.5 * step / draws**0.5 * (1 if compression == Ternary() else 2**0.5)
+    for mean in run_ranks(_mean_over_steps, compression, steps, copies, world_size=ranks):
         assert float((torch.from_numpy(mean) - exact).abs().max()) < bound
 
 

@@ -13,7 +13,8 @@ from lightning_comm.transport.compression.power_sgd import PowerSGD, orthonormal
 
 SHAPES = {"a": (9, 7), "b": (12, 5), "vector": (6,)}
 LAYOUT = Layout(tuple(Slot(name, torch.Size(shape).numel(), shape) for name, shape in SHAPES.items()))
-DECADES = [1e-30, *(10.0**exponent for exponent in range(-9, 1)), 1e30]
+SOME_SCALES = (1e-30, 1e-9, 1e-4, 1.0, 1e30)
+DECADES = (1e-30, *(10.0**exponent for exponent in range(-9, 1)), 1e30)
 STEPS = 3
 
 
@@ -28,10 +29,10 @@ def synchronise(codec, values, layout=LAYOUT):
     return values
 
 
-def _scaled(rank):
+def _scaled(rank, scales):
     """Return the means of some steps at each scale, over the scale, and the spans of the bases that begin them."""
     means = []
-    for scale in DECADES:
+    for scale in scales:
         codec, _ = codec_of(PowerSGD(2))
         steps = [synchronise(codec, scale * gradient(rank, step)).double() / scale for step in range(STEPS)]
         means.append(torch.stack(steps).numpy())
@@ -71,11 +72,15 @@ def by_hand(starts, ranks):
     return torch.stack(means)
 
 
-def test_at_any_scale_it_is_the_power_iteration_of_the_paper_in_float64(run_ranks):
-    answers = run_ranks(_scaled, world_size=3)
+@pytest.mark.parametrize(
+    "scales",
+    [pytest.param(SOME_SCALES, id="some"), pytest.param(DECADES, id="each", marks=pytest.mark.exhaustive)],
+)
+def test_at_any_scale_it_is_the_power_iteration_of_the_paper_in_float64(run_ranks, scales):
+    answers = run_ranks(_scaled, scales, world_size=3)
     expected = by_hand(answers[0][1], 3)
     for means, _ in answers:
-        for scale, got in zip(DECADES, means, strict=True):
+        for scale, got in zip(scales, means, strict=True):
             torch.testing.assert_close(torch.from_numpy(got), expected, rtol=0, atol=2e-5, msg=f"scale {scale}")
 
 
@@ -102,7 +107,6 @@ class OneBucket:
 
 def _beside_torch(rank, scale, feedback):
     """The same five steps by torch's hook and by ours, from the same start."""
-    logging.disable(logging.CRITICAL)
     layout = Layout((Slot("w", 12 * 8, (12, 8)), Slot("v", 5, (5,))))
     state = powerSGD_hook.PowerSGDState(
         None, matrix_approximation_rank=2, start_powerSGD_iter=2, use_error_feedback=feedback, random_seed=3
@@ -123,7 +127,11 @@ def _beside_torch(rank, scale, feedback):
 
 
 def _all_beside_torch(rank):
-    return [_beside_torch(rank, scale, feedback) for scale in (1.0, 1e-7) for feedback in (True, False)]
+    logging.disable(logging.CRITICAL)
+    try:
+        return [_beside_torch(rank, scale, feedback) for scale in (1.0, 1e-7) for feedback in (True, False)]
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def test_it_sends_what_torchs_hook_sends_in_one_bucket(run_ranks):
@@ -160,7 +168,7 @@ def _few_directions(rank):
 def _new_directions(rank):
     """The residual after gradients whose rows change: of rank 1 all the time, each orthogonal to those before."""
     layout, kept = Layout((Slot("w", 120, (12, 10)),)), []
-    for asked in (1, 2, 4):
+    for asked in (1, 4):
         codec, _ = codec_of(PowerSGD(asked))
         for step in range(60):
             outer = torch.zeros(12, 10)
@@ -212,7 +220,7 @@ def _trained(rank):
     draw = torch.Generator().manual_seed(rank)
     inputs, targets = torch.randn(20, 6, generator=draw), torch.randn(20, 8, generator=draw)
     losses = []
-    for factor in (1.0, 1e-3, 1e-6, 1e-9):
+    for factor in (1.0, 1e-4, 1e-9):
         codec, _ = codec_of(PowerSGD(1))
         weights = torch.zeros(8, 6)
         for _ in range(40):
@@ -226,7 +234,7 @@ def _trained(rank):
 
 def test_a_loss_times_a_factor_at_the_rate_over_it_trains_the_same(run_ranks):
     for losses in run_ranks(_trained, world_size=2):
-        assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)
+        assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
 
 
 def test_directions_that_only_rounding_would_choose_are_zeros():

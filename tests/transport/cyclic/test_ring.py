@@ -4,6 +4,7 @@ import functools
 import itertools
 import time
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -84,8 +85,8 @@ def test_every_version_is_the_owners_update_of_the_mean(world_size, stages, late
 
 
 def _one_at_a_time(rank, world_size, stages, at_once, late):
-    send_queue.SendWindow = functools.partial(SendWindow, at_once, small_bytes=0)
-    _ring(rank, world_size, stages, True, late)
+    with mock.patch.object(send_queue, "SendWindow", functools.partial(SendWindow, at_once, small_bytes=0)):
+        _ring(rank, world_size, stages, True, late)
 
 
 WINDOWED = [(3, 3, 0), (3, 9, 1), (4, 8, 2), (4, 2, -1), (5, 15, 4)]
@@ -152,7 +153,12 @@ def _slow_link_at_a_flush(rank, world_size):
         else:
             arrived(window, number)
 
-    SendWindow.arrived = arrived_late
+    with mock.patch.object(SendWindow, "arrived", arrived_late):
+        _two_steps(rank, schedule, held, released, arrived)
+
+
+def _two_steps(rank, schedule, held, released, arrived):
+    """Let the messages go that a slow link has held once the second step is under way; wait for everything."""
     ledger = CommLedger()
     lanes = [Recorder(ledger, another_group(timedelta(seconds=20)), hold=True) for _ in range(2)]
     large = torch.ones(2**15)
