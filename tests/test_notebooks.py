@@ -5,14 +5,12 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import ipykernel.kernelapp  # noqa: F401  # as all that is not used here: what a new kernel loads in seconds
+import matplotlib_inline.backend_inline  # noqa: F401
 import nbformat
 import pytest
 from nbclient import NotebookClient
 from support.forked_python import forked
-
-# what every kernel that is forked needs, and a new one loads in seconds
-import ipykernel.kernelapp  # noqa: F401
-import matplotlib_inline.backend_inline  # noqa: F401
 
 import lightning_comm.examples  # noqa: F401
 

@@ -22,7 +22,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 COMMAND = Path(sys.executable).parent / "lightning-comm"
 # More batches than the learning rate rises for, than a round lasts, and than are logged together.
 FEW_BATCHES = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=10", "--trainer.limit_val_batches=1"]
-SHORT = [*FEW_BATCHES, "--model.init_args.warmup_steps=2"]
+SHORT = [*FEW_BATCHES, "--model.init_args.warmup_steps=2", "--model.init_args.model_args.depth=2"]
 # What a config needs to come to all that it does: the first delayed step, average that was on its way, comparison.
 MORE = {
     "cyclic": ["--trainer.strategy.init_args.warmup_sync_steps=2"],
