@@ -3,16 +3,19 @@
 import json
 import sys
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 
-import ipykernel.kernelapp  # noqa: F401  # as all that is not used here: what a new kernel loads in seconds
-import matplotlib_inline.backend_inline  # noqa: F401
 import nbformat
 import pytest
 from nbclient import NotebookClient
 from support.forked_python import forked
 
+# what every kernel that is forked needs, and a new one loads in seconds
 import lightning_comm.examples  # noqa: F401
+
+for name in ("ipykernel.kernelapp", "matplotlib_inline.backend_inline"):
+    import_module(name)  # behind what Lightning loads: progress bars look for widgets where a kernel is loaded first
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 IN_A_NEW_PYTHON = "measure"
@@ -24,7 +27,7 @@ FEW_STEPS += [
     (r"CommProfiler(f\"profile/{name}\")", r"CommProfiler(f\"profile/{name}\", page=False)"),
 ]
 SHORTER = {
-    # so many that devices are compared, and shares are changed
+    # so many that its figures have times to show
     "adaptive_partition": [("max_epochs=3", FEW_BATCHES.format(36)), ("step_s=0.06", "step_s=0.03")],
     "compression": FEW_STEPS,
     "cyclic": [("epochs=10", "epochs=1"), ("[0.005, 0.01, 0.02, 0.05, 0.1]", "[0.01, 0.1]")],
