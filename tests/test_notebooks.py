@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 
 import nbformat
@@ -10,25 +11,30 @@ import pytest
 from nbclient import NotebookClient
 from support.forked_python import forked
 
-# what every kernel that is forked needs, and a new one loads in two seconds
+# what every kernel that is forked needs, and a new one loads in seconds
 import lightning_comm.examples  # noqa: F401
+
+for name in ("ipykernel.kernelapp", "matplotlib_inline.backend_inline"):
+    import_module(name)  # behind what Lightning loads: progress bars look for widgets where a kernel is loaded first
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 IN_A_NEW_PYTHON = "measure"
 # What takes long and shows nothing that a shorter run does not: written in the notebook, and here.
-LARGE_BATCHES = [
-    ("batch_size=16", "batch_size=64"),
-    ("warmup_steps=20", "warmup_steps=2"),
+FEW_BATCHES = "max_epochs=1, limit_train_batches={}, limit_val_batches=2"
+FEW_STEPS = [("max_epochs=epochs", FEW_BATCHES.format(8)), ("warmup_steps=20", "warmup_steps=2")]
+FEW_STEPS += [
     (r"depth\": 4", r"depth\": 2"),
+    (r"CommProfiler(f\"profile/{name}\")", r"CommProfiler(f\"profile/{name}\", page=False)"),
 ]
 SHORTER = {
-    "adaptive_partition": [("max_epochs=3", "max_epochs=1"), ("step_s=0.06", "step_s=0.03")],
-    "compression": [("epochs=6", "epochs=1"), *LARGE_BATCHES],
+    # so many that its figures have times to show
+    "adaptive_partition": [("max_epochs=3", FEW_BATCHES.format(36)), ("step_s=0.06", "step_s=0.03")],
+    "compression": FEW_STEPS,
     "cyclic": [("epochs=10", "epochs=1"), ("[0.005, 0.01, 0.02, 0.05, 0.1]", "[0.01, 0.1]")],
-    "local_update": [("total_steps = 800", "total_steps = 100"), ("max_epochs=2", "max_epochs=1")],
+    "local_update": [("total_steps = 800", "total_steps = 60"), ("max_epochs=2", FEW_BATCHES.format(12))],
     "measure": [("max_steps=84", "max_steps=20"), ("step_s=0.04", "step_s=0.02")],
     "sparse_mask": [
-        *(("epochs=12", "epochs=1"), ("epochs=4", "epochs=1"), *LARGE_BATCHES, ("(50, 80, 90, 95)", "(50, 90)")),
+        *(*FEW_STEPS, ("(50, 80, 90, 95)", "(50, 90)")),
         (
             "PruningSchedule(start_step=20, end_step=100, every_steps=20)",
             "PruningSchedule(start_step=2, end_step=8, every_steps=2)",

@@ -1,5 +1,6 @@
 """Some runs in which something is hurt, and the judge of such runs, which must be able to say each bad class."""
 
+import gc
 import multiprocessing
 import signal
 import sys
@@ -39,7 +40,12 @@ def hurt_runs(tmp_path_factory, request):
     if sys.platform != "linux":
         pytest.skip("ranks are stopped, and looked at, as Linux does it")
     seeds = SEEDS if request.config.getoption("exhaustive") else FEW
-    workshop = Workshop(tmp_path_factory.mktemp("faults"), slack=5, compares=False, zygote=Zygote.forked())
+    gc.freeze()  # ranks end as the interpreter does, which would look at all that pytest has, and copy its memory
+    try:
+        zygote = Zygote.forked()
+    finally:
+        gc.unfreeze()
+    workshop = Workshop(tmp_path_factory.mktemp("faults"), slack=5, compares=False, zygote=zygote)
     try:
         records = faults.run_all([draw(seed) for seed in seeds], workshop, 3, lambda _: None)
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from support import own_classes
 from support.command_lines import only_fit_is_parsed
 from support.forked_python import forked
 
@@ -19,8 +21,8 @@ import lightning_comm.examples  # noqa: F401  # so that forked ranks need not lo
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 COMMAND = Path(sys.executable).parent / "lightning-comm"
 # More batches than the learning rate rises for, than a round lasts, and than are logged together.
-SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=10", "--trainer.limit_val_batches=1"]
-SHORT += ["--model.init_args.warmup_steps=2"]
+FEW_BATCHES = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=10", "--trainer.limit_val_batches=1"]
+SHORT = [*FEW_BATCHES, "--model.init_args.warmup_steps=2", "--model.init_args.model_args.depth=2"]
 # What a config needs to come to all that it does: the first delayed step, average that was on its way, comparison.
 MORE = {
     "cyclic": ["--trainer.strategy.init_args.warmup_sync_steps=2"],
@@ -130,7 +132,7 @@ def test_a_config_says_how_to_run_it(config):
     assert f"#   lightning-comm fit --config configs/{config.name}\n" in config.read_text()
 
 
-def test_the_installed_command_trains_by_grasp_and_own_data_in_a_config_and_uses_what_it_trained(tmp_path):
+def test_the_installed_command_trains_by_grasp_and_own_classes_in_a_config_and_uses_what_it_trained(tmp_path):
     """Real starts: `fit` with a rank that it starts itself, and what else Lightning's command line has."""
     content = yaml.safe_load((CONFIGS[0].parent / "pactrain.yaml").read_text())
     mask = content["trainer"]["strategy"]["init_args"]["compression"][0]["init_args"]
@@ -139,10 +141,10 @@ def test_the_installed_command_trains_by_grasp_and_own_data_in_a_config_and_uses
         "init_args": {"sparsity": 0.7, "samples": 32, "scope": "layer"},
     }
     mask["schedule"] = {"start_step": 2, "end_step": 6, "every_steps": 2}
-    content["data"]["class_path"] = "own_digits.OwnDigits"  # a module beside the config, for every rank
-    (tmp_path / "own_digits.py").write_text("from lightning_comm.examples import DigitsData as OwnDigits\n")
+    shutil.copy(own_classes.__file__, tmp_path / "own.py")  # a module beside the config, for every rank
+    content |= {"model": {"class_path": "own.OwnModel"}, "data": {"class_path": "own.OwnData"}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))  # where Lightning writes, without a logger
-    text = run(["fit", "--config=config.yaml", *SHORT], tmp_path, real=True)
+    text = run(["fit", "--config=config.yaml", *FEW_BATCHES], tmp_path, real=True)
     assert "Starting with 2 processes" in text
     assert "`max_epochs=1` reached" in text
     saved = yaml.safe_load(next(tmp_path.glob("lightning_logs/version_0/config.yaml")).read_text())

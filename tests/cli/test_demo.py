@@ -18,6 +18,7 @@ from support.forked_python import forked, run_forked
 import lightning_comm.examples  # noqa: F401  # so that forked ranks need not load timm themselves
 from lightning_comm.cli.demo import command as demo
 from lightning_comm.cli.demo import pilot as demo_pilot
+from lightning_comm.cli.demo import run as demo_run
 from lightning_comm.cli.demo.run import RunSettings
 from lightning_comm.core.quantities import megabytes, percent
 from lightning_comm.planning.pilot.costs import Trial, costs
@@ -30,13 +31,17 @@ SMALL = ["demo", "--devices", "2", "--epochs", "1"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One run of the command, with the fewest processes and epochs, in large batches, and with a short pilot."""
+    """One run of the command, with the fewest processes and epochs, in large batches, and with a short pilot.
+
+    Its model is as large as ever, so that its bytes take their time, but looks at a quarter of the patches.
+    """
     out = tmp_path_factory.mktemp("demo")
     command = [COMMAND, *SMALL, "--batch-size", "32", "--pilot-repeats", "1"]
     with (
         only_fit_is_parsed(),
+        mock.patch.dict(demo_run.MODEL_ARGS, patch_size=4),
         mock.patch.object(demo_pilot, "_STEPS", 16),
-        mock.patch.object(demo_pilot, "_DEVICE_MS", 60),
+        mock.patch.object(demo_pilot, "_DEVICE_MS", 40),
     ):
         done = run_forked([*command, "--out", str(out)], capture_output=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -4,11 +4,13 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support import own_classes
 from support.command_lines import only_fit_is_parsed
 from support.forked_python import forked, run_forked
 from support.processes import launch
@@ -27,9 +29,9 @@ pytestmark = pytest.mark.timeout(360)  # more than it needs, where others are bu
 CONFIG = Path(__file__).parents[2] / "configs" / "qsr.yaml"
 COMMAND = Path(sys.executable).parent / "lightning-comm"
 SMALL = ["--model.init_args.model_args.depth=1", "--model.init_args.model_args.embed_dim=32"]
-RUN = [*SMALL, "--trainer.max_epochs=4", "--trainer.limit_train_batches=20", "--model.init_args.lr=0.004"]
+RUN = [*SMALL, "--trainer.max_epochs=4", "--trainer.limit_train_batches=12", "--model.init_args.lr=0.004"]
 SHORT_SCHEDULE = "--model.init_args.warmup_steps=2"
-STEPS, WARMUP, REPEATS = 24, 5, 2  # more steps than an epoch has
+STEPS, WARMUP, REPEATS = 16, 5, 2  # more steps than an epoch has
 STRATEGIES = ("ddp", "local_sgd", "post_local_sgd", "config")
 
 
@@ -72,16 +74,16 @@ def test_all_trials_take_the_same_steps_on_two_ranks_over_more_than_an_epoch(fin
     _, results, _ = finished
     assert {(len(t["step_s"]), *map(len, t["step_s"])) for t in results["trials"]} == {(2, STEPS, STEPS)}
     assert {sum(t["samples"]) for t in results["trials"]} == {STEPS * 2 * 16}
-    assert results["job"]["total_steps"] == 80
+    assert results["job"]["total_steps"] == 48
 
 
 def test_strategies_synchronise_where_they_do_in_a_real_run(finished):
     _, results, _ = finished
     found = by_strategy(results)
     for trial in found["local_sgd"]:
-        assert trial["sync_steps"] == [8, 16, 24]
+        assert trial["sync_steps"] == [8, 16]
     for trial in found["post_local_sgd"]:  # its gradient phase is shortened to half of the pilot
-        assert (trial["gradient_steps"], trial["sync_steps"]) == (12, [20])
+        assert (trial["gradient_steps"], trial["sync_steps"]) == (8, [16])
     for name in ("ddp", "limit"):
         assert {tuple(trial["sync_steps"]) for trial in found[name]} == {()}
 
@@ -98,12 +100,12 @@ def test_the_projection_has_the_rounds_of_a_whole_run(finished):
         return [done.step for done in line.trainer.strategy.history]
 
     ends, other = launch(train, world_size=2)
-    assert results["plans"]["config"] == {"total_steps": 80, "gradient_steps": 0, "round_ends": ends}
+    assert results["plans"]["config"] == {"total_steps": 48, "gradient_steps": 0, "round_ends": ends}
     assert ends == other
     assert len({b - a for a, b in itertools.pairwise(ends)}) > 1  # the period grew
-    assert results["plans"]["ddp"] == {"total_steps": 80, "gradient_steps": 80, "round_ends": []}
-    assert results["plans"]["post_local_sgd"]["gradient_steps"] == 40
-    assert results["plans"]["post_local_sgd"]["round_ends"] == [48, 56, 64, 72, 80]
+    assert results["plans"]["ddp"] == {"total_steps": 48, "gradient_steps": 48, "round_ends": []}
+    assert results["plans"]["post_local_sgd"]["gradient_steps"] == 24
+    assert results["plans"]["post_local_sgd"]["round_ends"] == [32, 40, 48]
     assert results["plans"]["limit"]["round_ends"] == []
 
 
@@ -159,8 +161,14 @@ def test_nothing_of_a_real_run_is_left_on_the_disk(finished):
 
 
 def test_a_pilot_of_the_installed_command_that_is_ended_leaves_no_rank_behind(tmp_path):
-    words = [f"--config={CONFIG}", *SMALL, "--steps=16", "--warmup-steps=2", "--repeats=50", "--out", str(tmp_path)]
-    process = subprocess.Popen([COMMAND, "pilot", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    shutil.copy(own_classes.__file__, tmp_path / "own.py")  # a module beside the config, for every rank
+    config = {"model": {"class_path": "own.OwnModel"}, "data": {"class_path": "own.OwnData"}}
+    config["trainer"] = {"accelerator": "cpu", "devices": 2, "max_epochs": 2}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))  # which is YAML as well
+    words = ["pilot", "--config=config.yaml", "--steps=8", "--warmup-steps=0", "--repeats=50", "--out=pilots"]
+    process = subprocess.Popen(
+        [COMMAND, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     for line in process.stdout:
         if line.startswith("[1/"):
             break
@@ -171,7 +179,7 @@ def test_a_pilot_of_the_installed_command_that_is_ended_leaves_no_rank_behind(tm
     assert "What was measured is in" in rest
     assert len(ranks) == 2
     assert [rank for rank in ranks if Path(f"/proc/{rank}").exists()] == []
-    (folder,) = tmp_path.iterdir()
+    (folder,) = (tmp_path / "pilots").iterdir()
     assert json.loads((folder / "pilot.json").read_text())["trials"]
 
 
