@@ -63,9 +63,14 @@ def _share_map(journal: PartitionJournal, edges: Sequence[float], sizes: Sequenc
 
 
 def busy_and_waiting(journal: PartitionJournal) -> bytes:
-    """Return how long ranks were busy and how long they waited, over the run."""
+    """Return how long ranks were busy and how long they waited, over the run.
+
+    Raises:
+        ValueError: If the journal has no window, so that nothing is known of times.
+
+    """
+    groups = _groups("busy_and_waiting", journal.windows)
     figure, (above, below) = _two_panels(4.6)
-    groups = _groups(journal.windows)
     span = (_begin(journal), _end(journal))
     if journal.ranks <= MOST_LINES:
         for rank, (busy, wait) in enumerate(zip(_lines(groups, _busy), _lines(groups, _wait), strict=True)):
@@ -125,9 +130,14 @@ def _bands(axes: "Axes", journal: PartitionJournal, groups: Sequence[Sequence[Wi
 
 
 def step_time(journal: PartitionJournal) -> bytes:
-    """Return the time of a step over the run, and what the best shares would make of it."""
+    """Return the time of a step over the run, and what the best shares would make of it.
+
+    Raises:
+        ValueError: If the journal has no window, so that nothing is known of times.
+
+    """
+    groups = _groups("step_time", journal.windows)
     figure, axes = new_figure(2.6)
-    groups = _groups(journal.windows)
     measured = [_median([window.step_s for window in group]) for group in groups]
     best = [_median([_best_s(window) for window in group]) for group in groups]
     _line(axes, journal, groups, measured, "#1f6fb4", "a step, measured")
@@ -176,7 +186,12 @@ def _end(journal: PartitionJournal) -> float:
     return float(_at(journal, last.epoch, last.batch) + 1)
 
 
-def _groups(windows: Sequence[Window]) -> list[Sequence[Window]]:
+def _groups(where: str, windows: Sequence[Window]) -> list[Sequence[Window]]:
+    if not windows:
+        raise ValueError(
+            f"{where}: journal.windows is empty, so there are no times to draw: the run ended within its first window. "
+            "Train for more steps, or give AdaptivePartition fewer `window_steps` or `warmup_steps`."
+        )
     count = math.ceil(len(windows) / _MOST_POINTS)
     return [windows[begin : begin + count] for begin in range(0, len(windows), count)]
 

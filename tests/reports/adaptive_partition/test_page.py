@@ -86,6 +86,13 @@ def test_without_windows_there_is_nothing_to_draw_but_shares_that_change():
     assert [title for title, _ in figures(partition_page(replayed))] == TITLES[:1]
 
 
+@pytest.mark.parametrize("name", ["busy_and_waiting", "step_time"])
+def test_a_figure_of_times_says_of_a_journal_without_windows_what_to_do(name):
+    nothing = PartitionJournal(run_of(2), "observe", (Change(0, 0, (32, 32), "start"),))
+    with pytest.raises(ValueError, match=f"{name}: journal.windows is empty.*fewer `window_steps`"):
+        getattr(partition_figures, name)(nothing)
+
+
 def test_one_rank_has_a_figure_of_its_steps_alone():
     page = partition_page(journal([1.0], windows=3))
     assert [title for title, _ in figures(page)] == TITLES[2:]
