@@ -75,7 +75,8 @@ def _kept_of(name: str, module: Any) -> Callable[[str, Any], bool] | None:
 
 
 def _is_assigned(key: str, value: Any) -> bool:
-    return not key.startswith(("__", "@", "_abc_"))
+    made_anew_by_a_fork = type(value).__module__ == "_thread"  # a lock
+    return not key.startswith(("__", "@", "_abc_")) and not made_anew_by_a_fork
 
 
 def _is_function(key: str, value: Any) -> bool:
