@@ -60,6 +60,7 @@ def test_a_run_started_in_this_way_ends_equal(tmp_path, monkeypatch, name, reall
     script.write_text(textwrap.dedent(SCRIPT))
     own = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {key: value for key, value in os.environ.items() if key not in own} | {"OMP_NUM_THREADS": "1"}
+    env["MASTER_PORT"] = str(free_port())  # one that Lightning finds, the kernel may give away before rank 0 has it
     command = [sys.executable, str(script), name]
     if name == "torchrun":
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
