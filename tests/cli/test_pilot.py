@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support import own_classes
-from support.command_lines import only_fit_is_parsed
+from support.command_lines import only_fit_is_parsed, with_fewer_packages
 from support.forked_python import forked, run_forked
 from support.processes import launch
 
@@ -165,9 +165,15 @@ def test_a_pilot_of_the_installed_command_that_is_ended_leaves_no_rank_behind(tm
     config = {"model": {"class_path": "own.OwnModel"}, "data": {"class_path": "own.OwnData"}}
     config["trainer"] = {"accelerator": "cpu", "devices": 2, "max_epochs": 2}
     (tmp_path / "config.yaml").write_text(json.dumps(config))  # which is YAML as well
-    words = ["pilot", "--config=config.yaml", "--steps=8", "--warmup-steps=0", "--repeats=50", "--out=pilots"]
+    words = ["pilot", "--config=config.yaml", "--strategies=ddp", "--steps=4", "--warmup-steps=0"]
+    words += ["--repeats=500", "--out=pilots"]
     process = subprocess.Popen(
-        [COMMAND, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [COMMAND, *words],
+        cwd=tmp_path,
+        env={**os.environ, **with_fewer_packages()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     for line in process.stdout:
         if line.startswith("[1/"):

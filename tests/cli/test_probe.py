@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from support.command_lines import with_fewer_packages
 from support.forked_python import forked
 from support.processes import free_port, launch
 
@@ -46,7 +47,7 @@ def run(command, cwd, **env: str) -> subprocess.CompletedProcess:
 
 
 def test_the_installed_command_started_alone_starts_the_processes_that_it_is_told_to(tmp_path):
-    done = run([*PROBE, "--devices=2"], tmp_path)
+    done = run([*PROBE, "--devices=2"], tmp_path, **with_fewer_packages())
     assert done.returncode == 0, done.stderr[-3000:]
     profile = LinkProfile.load(tmp_path / "probe.json")
     assert (profile.world_size, profile.backend) == (2, "gloo")
