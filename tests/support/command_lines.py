@@ -8,7 +8,6 @@ from unittest import mock
 
 from lightning.pytorch.cli import LightningCLI
 
-
 _ALL = LightningCLI.subcommands()
 
 

@@ -155,12 +155,13 @@ class StopInFlight(Callback):
             runner.should_stop = True
 
 
-def _balanced(rank, path, resume, options):
+def _balanced(rank, path, resume, options, max_steps=-1):
     partition = AdaptivePartition(**{"window_steps": 6, "warmup_steps": 2, **options})
     model = Fit(speed=[SLOW, 3 * SLOW][rank])
-    loader = loader_of(32 * 24, batch=32, num_workers=2)
+    loader = loader_of(32 * 24, batch=32, num_workers=1, prefetch_factor=4)
     stop = [] if resume else [StopInFlight(partition, path)]
-    fit(ddp(), 2, model, loader, partition, stop, ckpt_path=path if resume else None, min_epochs=0)
+    ends = {"min_epochs": 0, "max_steps": max_steps}
+    fit(ddp(), 2, model, loader, partition, stop, ckpt_path=path if resume else None, **ends)
     journal = partition.journal.to_dict()
     windows = [{**window, "seconds": 0.0} for window in journal["windows"]]  # which each rank counts by itself
     return [len(batch) for batch in model.seen], journal["changes"], windows
@@ -173,7 +174,7 @@ def in_flight(tmp_path_factory):
     cases = {
         "stopped": (_balanced, path, False, {}),
         "resumed": (_balanced, path, True, {"mode": "observe"}),
-        "bounded": (_balanced, path, True, {"mode": "observe", "min_per_rank": [14, 14]}),
+        "bounded": (_balanced, path, True, {"mode": "observe", "min_per_rank": [14, 14]}, 16),
     }
     return SharedRanks(cases, world_size=2)
 
@@ -188,7 +189,7 @@ def test_a_change_that_was_announced_before_the_stop_holds_from_the_same_batch_a
         sizes = [change["sizes"] for change in changes]
         own = 0 if seen_after[-1] == sizes[1][0] else 1
         moved = changes[1]["batch"] - len(seen)
-        assert moved == 4  # workers were that far ahead
+        assert moved == 4  # the worker was that far ahead
         assert seen_after[: moved + 1] == [sizes[0][own]] * moved + [sizes[1][own]]
 
 
@@ -239,13 +240,13 @@ def _messages(rank, options):
     seen = []
     end = recording.observe(lambda record: seen.append((record.kind, record.purpose, record.payload_bytes)))
     partition = AdaptivePartition(**{"window_steps": 5, "warmup_steps": 0, "min_gain": 0.9, **options})
-    fit(ddp(), 2, Fit(), loader_of(23 * BATCH), partition, [CommProfiler(page=False)])
+    fit(ddp(), 2, Fit(), loader_of(13 * BATCH), partition, [CommProfiler(page=False)])
     end()
     kept = {purpose: partition.ledger.messages(purpose) for purpose in partition.ledger.purposes}
     return [each for each in seen if each[1] not in ("set_up", "instruments")], kept
 
 
-MESSAGES = {"balance": ({}, 4), "observe": ({"mode": "observe"}, 4), "fixed": (UNEVEN, 0)}
+MESSAGES = {"balance": ({}, 2), "observe": ({"mode": "observe"}, 2), "fixed": (UNEVEN, 0)}
 
 
 @pytest.mark.parametrize("mode", MESSAGES)
