@@ -165,8 +165,7 @@ def test_a_pilot_of_the_installed_command_that_is_ended_leaves_no_rank_behind(tm
     config = {"model": {"class_path": "own.OwnModel"}, "data": {"class_path": "own.OwnData"}}
     config["trainer"] = {"accelerator": "cpu", "devices": 2, "max_epochs": 2}
     (tmp_path / "config.yaml").write_text(json.dumps(config))  # which is YAML as well
-    words = ["pilot", "--config=config.yaml", "--strategies=ddp", "--steps=4", "--warmup-steps=0"]
-    words += ["--repeats=500", "--out=pilots"]
+    words = ["pilot", "--config=config.yaml", "--steps=8", "--warmup-steps=0", "--repeats=50", "--out=pilots"]
     process = subprocess.Popen(
         [COMMAND, *words],
         cwd=tmp_path,
