@@ -71,8 +71,11 @@ LOCAL = {
     "gradients for half the run": (local(gradient_steps=0.3, find_unused_parameters=True), None),
 }
 STRATEGIES = DDP | LOCAL
-# whose parts others show too: the compression under the other strategy, or behind a mask or an overlap
+# whose parts others show too: the compression under the other strategy, behind a mask or an overlap, or with all the
+# odd parameters of `test_odd_parameters_runs`
 ALSO = {
+    "topk",
+    "ternary",
     "bf16",
     "int8",
     "pactrain",

@@ -36,7 +36,7 @@ OURS = {
     "post_local_sgd": lambda: LocalUpdateStrategy(FixedPeriod(4), gradient_steps=0.5, **WAIT),
     "cyclic": lambda: CyclicStrategy(**WAIT),
 }
-THOROUGHLY = ("pactrain", "local_sgd", "cyclic")  # one of each family
+THOROUGHLY = ("local_sgd", "cyclic")  # one that is flushed for a save, and one that is not
 ALSO = ("ddp_bf16", "ddp_powersgd")  # whose family has one already
 RECORDS, BATCH, RANKS = 24, 4, 2
 EPOCH = RECORDS // BATCH // RANKS  # batches
@@ -199,7 +199,7 @@ def other_loaders(rank, folder):
     for name, new in {"several": several, "partitioned": partitioned, "rewound": Rewound}.items():
         strategy = OURS["ddp_bf16"]
         whole, _ = fit(strategy(), new(rank), (folder / name, [("batch", 2), ("batch", 3)]))
-        for done in (2, 3):
+        for done in (2,) if name == "several" else (2, 3):  # as the loaders that it is of: at the end of an epoch
             rest, said = fit(strategy(), new(rank), ckpt_path=folder / name / f"batch-{done}.ckpt")
             answers[name, done] = rest, whole[done:], said
     return answers
@@ -207,7 +207,7 @@ def other_loaders(rank, folder):
 
 def test_so_is_it_with_several_loaders_with_shares_and_with_a_stateful_loader_of_somebody_else(tmp_path):
     for answers in launch(other_loaders, tmp_path, world_size=RANKS):
-        assert len(answers) == 6
+        assert len(answers) == 5
         for case, (rest, expected, said) in answers.items():
             assert rest == expected, case
             assert len(rest) > 4

@@ -93,7 +93,8 @@ ENDS = {
 }
 
 
-ENDS_ALSO = {"SIGTERM to rank 0", "should_stop after a validation"}  # one rank, and that hook, are in other cases
+# one rank, and these hooks, are in other cases
+ENDS_ALSO = {"SIGTERM to rank 0", "should_stop after a validation", "should_stop at the end of an epoch"}
 
 
 def asked_for(request, names, also):
