@@ -84,6 +84,7 @@ ALSO = {
     "local, bf16",
     "local, int8",
     "local, powersgd",
+    "local, mask",
 }
 DDP_ALONE = {name for name in DDP if "cyclic" not in name}  # whose checkpoints are rank 0's
 

@@ -60,7 +60,7 @@ class Paced(Regression):
 
 
 RUNS = {
-    "endless": {"max_steps": 30, "max_epochs": -1, "val_check_interval": timedelta(seconds=INTERVAL_S)},
+    "endless": {"max_steps": 24, "max_epochs": -1, "val_check_interval": timedelta(seconds=INTERVAL_S)},
     "epochs": {"max_epochs": 2, "val_check_interval": {"seconds": INTERVAL_S}, "accumulate_grad_batches": 2},
 }
 
@@ -74,7 +74,7 @@ def _timed(rank, world_size, cases):
     for name, kind in cases:
         module = Paced(rank, early=kind == "endless")
         runner = trainer(STRATEGIES[name](), world_size, limit_val_batches=1, num_sanity_val_steps=0, **RUNS[kind])
-        data = DataLoader(Endless(rank), 4) if kind == "endless" else loader(21, rank)
+        data = DataLoader(Endless(rank), 4) if kind == "endless" else loader(17, rank)
         began = time.monotonic()
         runner.fit(module, data, loader(1, 90 + rank))
         steps = [step for step, _ in module.validated]

@@ -18,7 +18,7 @@ STRATEGIES = {
     "gradients": lambda: local_update(FixedPeriod(4), gradient_steps=100),
     "compressed": lambda: CompressedDDPStrategy("bf16"),
 }
-EPOCHS, STEPS = 3, 3
+EPOCHS, STEPS = 3, 4
 FREQUENCIES = {"epoch": 1, "step": 3}
 VALUES = {  # by epoch and rank
     "apart": [(1.0, 4.0, 1.0), (2.0, 3.0, 1.5), (5.0, 1.0, 0.0)],
