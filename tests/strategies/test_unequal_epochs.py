@@ -148,14 +148,21 @@ def test_epochs_without_data_on_any_rank_are_passed_over():
         assert set(steps.values()) == {(5, 3)}, steps
 
 
-def _equal(rank, world_size):
-    steps = {}
-    for strategy in STRATEGIES:
-        for kind in (Stream, Announced):
-            steps[strategy, kind.__name__] = _fit(rank, strategy, (5,) * world_size, kind, limit_val_batches=1)[0]
-    return steps
+EQUAL = [(strategy, kind) for strategy in STRATEGIES for kind in (Stream, Announced)]
+EQUAL_ALSO = {("one long round", Announced), ("overlap", Announced)}  # as `rounds`
 
 
-def test_epochs_of_equal_length_that_was_not_known_train_on():
-    for steps in launch(_equal, 2, world_size=2):
-        assert set(steps.values()) == {10}, steps
+def _equal(rank, world_size, cases):
+    return [_fit(rank, strategy, (5,) * world_size, kind, limit_val_batches=1)[0] for strategy, kind in cases]
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param([case for case in EQUAL if case not in EQUAL_ALSO], id="most"),
+        pytest.param(EQUAL, id="all", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_epochs_of_equal_length_that_was_not_known_train_on(cases):
+    for steps in launch(_equal, 2, cases, world_size=2):
+        assert steps == [10] * len(cases)
