@@ -264,7 +264,6 @@ def _one_at_a_time(rank, world_size, cases):
 @pytest.mark.parametrize(
     ("way", "world_size", "names"),
     [
-        (_in_order, 2, ("sleeps, v1",)),
         (_in_order, 3, ("sleeps",)),
         (_one_at_a_time, 3, ("sleeps, v1", "clip by previous")),
         *(
