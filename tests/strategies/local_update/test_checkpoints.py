@@ -108,8 +108,8 @@ def _resume_everywhere(rank, world_size, folder, period, schedule, kw, stops):
     save, validated = SavesAt(folder, stops or range(100)), {**kw, **VALIDATED}
     whole, *_, strategy = fit(rank, world_size, period, schedule=schedule, callbacks=[save], **validated)
     ends = [done.step for done in strategy.history]
-    for step in stops or each_place(ends, len(whole), kw.get("gradient_steps", 0)):
-        path, settings = Path(folder) / f"step={step}.ckpt", validated if step in stops[1:] else kw
+    for number, step in enumerate(stops or each_place(ends, len(whole), kw.get("gradient_steps", 0))):
+        path, settings = Path(folder) / f"step={step}.ckpt", validated if number else kw
         resumed, *_, again = fit(rank, world_size, period, ckpt_path=path, seed=9, schedule=schedule, **settings)
         assert_equal(resumed, whole, after=step)
         synchronised = [done.step for done in again.history]
