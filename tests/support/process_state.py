@@ -21,9 +21,13 @@ import torch.distributed as dist
 
 _OURS = ("lightning_comm", "support")
 _WHERE_FUNCTIONS_ARE_REPLACED = ("lightning.pytorch", "torch.distributed", "torch.cuda")
+_CLASSES_TOO = (
+    *("torch._tensor", "torch.nn.modules.module", "torch.optim.optimizer", "torch.nn.parallel.distributed"),
+    *("torch.distributed.distributed_c10d", "torch.utils.data.dataloader"),
+)
 _ALONE = (
-    *("torch", "torch._tensor", "torch.accelerator", "torch.nn.modules.module", "torch.optim.optimizer"),
-    *("torch.nn.parallel.distributed", "torch.utils.data.dataloader", "torch.serialization"),
+    *_CLASSES_TOO,
+    *("torch", "torch.accelerator", "torch.serialization"),
     *("os", "time", "random", "threading", "subprocess", "socket", "shutil", "numpy"),
 )
 _TESTS = str(Path(__file__).parents[1])
@@ -59,6 +63,8 @@ def process_state() -> ProcessState:
         if module is None or not (keeps := _kept_of(name, module)):
             continue
         spaces.append((module, {key: value for key, value in vars(module).items() if keeps(key, value)}))
+        if name.startswith("torch") and name not in _CLASSES_TOO:
+            continue
         for cls in list(vars(module).values()):
             if issubclass(type(cls), type) and cls.__module__ == name:  # `isinstance` makes deprecated names warn
                 spaces.append((cls, {key: value for key, value in vars(cls).items() if keeps(key, value)}))

@@ -166,7 +166,10 @@ def _answer(rank: int, fn: Callable[..., Any], args: tuple[Any, ...], pipe: Conn
 
 def _changes(began: ProcessState) -> list[str]:
     """What a function has left behind; ``RANK_CHANGES`` names a file that says by which test."""
-    changes = [*began.changes(), *(f"thread {thread.name}" for thread in threading.enumerate()[1:])]
+    changes = [
+        *([] if began.holds() else began.changes()),
+        *(f"thread {thread.name}" for thread in threading.enumerate()[1:]),
+    ]
     changes += [f"process {child.name}" for child in multiprocessing.active_children()]
     if changes and "RANK_CHANGES" in os.environ:
         with open(os.environ["RANK_CHANGES"], "a") as file:
