@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from support.cyclic import cyclic, deep, fit, momentum, reference, state
-from support.processes import end_idle_ranks, launch
+from support.processes import launch
 from support.training import FEATURES, Regression, Samples, loader, trainer
 from torch import nn
 
@@ -251,7 +251,6 @@ def _compiled(rank, world_size):
 def test_a_compiled_model_is_cut_and_trains_as_the_sequential_reference():
     # what torch loads with the first model that it compiles, ranks have from this process
     torch.compile(nn.Linear(1, 1), backend="eager")(torch.ones(1))
-    end_idle_ranks()  # which were forked before
     for answers in launch(_compiled, 2, world_size=2):
         for name, (ours, expected, stages) in answers.items():
             assert stages == 6, name
