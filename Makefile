@@ -9,7 +9,7 @@ DEVICE ?= cuda
 # Empty: tests that pytest has rewritten, and what other interpreters import, are compiled once and not in each process.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test exhaustive quick lint types wheel-env tests benchmark benchmark-tools benchmark-compression benchmark-partition benchmark-cyclic benchmark-faults benchmark-gpu docs clean
+.PHONY: help setup demo test exhaustive quick lint types wheel-env tests tests-shared tests-alone benchmark benchmark-tools benchmark-compression benchmark-partition benchmark-cyclic benchmark-faults benchmark-gpu docs clean
 
 help:
 	@echo "make demo       set up, then train DDP, local SGD and QSR on real digits, and compare accuracy, bytes and times"
@@ -38,7 +38,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/lightning-comm demo
 
-test: lint types tests
+# mypy takes less than the tests that share the cores do, and nothing else runs beside those that are judged by seconds.
+test: lint wheel-env
+	failed=0; \
+	  $(MAKE) --no-print-directory types & types=$$!; \
+	  $(MAKE) --no-print-directory tests-shared || failed=1; \
+	  wait $$types || failed=1; \
+	  $(MAKE) --no-print-directory tests-alone || failed=1; \
+	  exit $$failed
 
 exhaustive:
 	$(MAKE) test PYTEST_ARGS="--exhaustive $(PYTEST_ARGS)"
@@ -61,16 +68,23 @@ wheel-env: setup
 	$(BIN)/python -c 'import pathlib, sysconfig; site = next(pathlib.Path("$(WHEEL)").glob("lib/python*/site-packages")); (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")'
 	$(BIN)/python -m pip --python $(WHEEL)/bin/python install --quiet --disable-pip-version-check --no-deps build/dist/*.whl
 
-# What is judged by seconds (timing.txt) comes first and alone; all else is dealt to two workers, file by file, since the
-# tests of a file share their references. Exit code 5 is pytest's for `no test`, as where PYTEST_ARGS selects none here.
+# What is judged by seconds (timing.txt) runs alone; all else is dealt to workers, file by file, since the tests of a file
+# share their references. Exit code 5 is pytest's for `no test`, as where PYTEST_ARGS selects none here.
 PYTEST := -m pytest -c ../pyproject.toml --durations=25
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder
+IN_WHEEL := cd tests && LIGHTNING_COMM_WHEEL=1 ../$(WHEEL)/bin/python $(PYTEST)
 
 tests: wheel-env
-	cd tests && export LIGHTNING_COMM_WHEEL=1 && failed=0 && \
-	  { ../$(WHEEL)/bin/python $(PYTEST) -m timing @timing.txt $(PYTEST_ARGS) || test $$? -eq 5 || failed=1; } && \
-	  { ../$(WHEEL)/bin/python $(PYTEST) $(SHARED) -m "not timing" --doctest-modules --pyargs lightning_comm . $(PYTEST_ARGS) || failed=1; } && \
+	failed=0; \
+	  $(MAKE) --no-print-directory tests-shared || failed=1; \
+	  $(MAKE) --no-print-directory tests-alone || failed=1; \
 	  exit $$failed
+
+tests-shared:
+	$(IN_WHEEL) $(SHARED) -m "not timing" --doctest-modules --pyargs lightning_comm . $(PYTEST_ARGS)
+
+tests-alone:
+	$(IN_WHEEL) -m timing @timing.txt $(PYTEST_ARGS) || test $$? -eq 5
 
 quick: setup
 	$(BIN)/ruff check .

@@ -37,10 +37,13 @@ STRATEGIES = {"ddp": ddp, **OURS}
 SAID = {  # the heads of lines without which a test of sets would prove nothing
     "time": ["Time limit reached. Elapsed time is #. Signaling Trainer to stop."],
     "quiet time": [],
-    "early": ["[rank: #] Metric val_loss improved", "[rank: #] Monitored metric val_loss did not improve in the last"],
-    "too early": ["Trainer was signaled to stop but the required `min_epochs=#` or `min_steps=None` has not been met."],
+    "early": [
+        "[rank: #] Metric val_loss improved",
+        "[rank: #] Monitored metric val_loss did not improve in the last",
+        "Trainer was signaled to stop but the required `min_epochs=#` or `min_steps=None` has not been met.",
+        "Epoch #, global step #: 'val_loss' reached # (best #), saving model to",
+    ],
     "steps": ["`Trainer.fit` stopped: `max_steps=#` reached."],
-    "saved": ["Epoch #, global step #: 'val_loss' reached # (best #), saving model to"],
     "rate": ["Restoring states from the checkpoint path"],
     "resumed": ["Restored all states from the checkpoint", "You're resuming from a checkpoint that ended before the"],
     "terminated evaluation": ["[rank: #] Received SIGTERM: #"],
@@ -121,14 +124,11 @@ def _runs(rank, name):
     soon = timedelta(seconds=0.1)
     fit("time", Obeys(pause_s=0.02), callbacks=[Timer(soon)], **forever)
     fit("quiet time", Obeys(pause_s=0.02), callbacks=[Timer(soon, verbose=False)], **forever)
-    fit("early", callbacks=[EarlyStopping(**never_better)], max_epochs=5)
-    fit("too early", callbacks=[EarlyStopping(**never_better)], max_epochs=5, min_epochs=3)
-    fit("steps", max_steps=3, max_epochs=-1)
     best = ModelCheckpoint(f"saved {name}", monitor="val_loss", verbose=True, filename="best")
-    fit("saved", callbacks=[best], enable_checkpointing=True)
-    fit("rate", callbacks=[LearningRateFinder(max_lr=0.01, num_training_steps=20, early_stop_threshold=None)])
+    fit("early", callbacks=[EarlyStopping(**never_better), best], enable_checkpointing=True, max_epochs=5, min_epochs=3)
+    fit("rate", callbacks=[LearningRateFinder(max_lr=0.01, num_training_steps=8, early_stop_threshold=None)])
     middle = ModelCheckpoint(f"middle {name}", every_n_train_steps=3, filename="middle")
-    fit("before", callbacks=[middle], enable_checkpointing=True, max_steps=3)
+    fit("steps", callbacks=[middle], enable_checkpointing=True, max_steps=3, max_epochs=-1)
     fit("resumed", ckpt_path=f"middle {name}/middle.ckpt")
     with _listening(said, "terminated evaluation"):
         runner().validate(TerminatedEvaluation(), loader(1, rank))

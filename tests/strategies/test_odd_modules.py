@@ -69,10 +69,17 @@ LOCAL = {
     "local, mask": (averaged(SparseMask(MagnitudePruning(0.5))), None),
     "local, momenta too": (local(optimizer_state="average"), None),
     "gradients for half the run": (local(gradient_steps=0.3, find_unused_parameters=True), None),
+    "gradients, then momenta too": (
+        local(gradient_steps=0.3, find_unused_parameters=True, optimizer_state="average"),
+        None,
+    ),
 }
 STRATEGIES = DDP | LOCAL
-# whose parts others show too: the compression under the other strategy, or behind a mask or an overlap
+# whose parts others show too: the compression under the other strategy, behind a mask or an overlap, or with all the
+# odd parameters of `test_odd_parameters_runs`
 ALSO = {
+    "topk",
+    "ternary",
     "bf16",
     "int8",
     "pactrain",
@@ -81,6 +88,9 @@ ALSO = {
     "local, bf16",
     "local, int8",
     "local, powersgd",
+    "local, mask",
+    "local, momenta too",
+    "gradients for half the run",
 }
 DDP_ALONE = {name for name in DDP if "cyclic" not in name}  # whose checkpoints are rank 0's
 

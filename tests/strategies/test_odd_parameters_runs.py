@@ -130,8 +130,8 @@ def _all(rank, folder, names):
     return answers
 
 
-# whose parts others have too
-ALSO = {"fp16", "topk", "sparse_mask, most kept", "mask, topk of all", "mask, ternary"}
+# whose parts others have too, as does a mask with `Int8` in `test_odd_modules`
+ALSO = {"fp16", "topk", "sparse_mask, most kept", "mask, int8", "mask, topk of all", "mask, ternary"}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from datetime import timedelta
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support.cyclic import cyclic, deep
@@ -59,30 +60,38 @@ class Paced(Regression):
 
 
 RUNS = {
-    "endless": {"max_steps": 30, "max_epochs": -1, "val_check_interval": timedelta(seconds=INTERVAL_S)},
+    "endless": {"max_steps": 24, "max_epochs": -1, "val_check_interval": timedelta(seconds=INTERVAL_S)},
     "epochs": {"max_epochs": 2, "val_check_interval": {"seconds": INTERVAL_S}, "accumulate_grad_batches": 2},
 }
 
 
-def _timed(rank, world_size):
+ALL = [*((name, "endless") for name in STRATEGIES), *((name, "epochs") for name in ("cyclic", "rounds"))]
+ALSO = {("rounds", "endless"), ("overlap", "endless")}  # the strategy with epochs, and others without, are below
+
+
+def _timed(rank, world_size, cases):
     answers = {}
-    for name, strategy in STRATEGIES.items():
-        for kind, options in RUNS.items():
-            if kind == "epochs" and name not in ("cyclic", "rounds"):
-                continue
-            module = Paced(rank, early=kind == "endless")
-            runner = trainer(strategy(), world_size, limit_val_batches=1, num_sanity_val_steps=0, **options)
-            data = DataLoader(Endless(rank), 4) if kind == "endless" else loader(21, rank)
-            began = time.monotonic()
-            runner.fit(module, data, loader(1, 90 + rank))
-            steps = [step for step, _ in module.validated]
-            answers[name, kind] = steps, [at - began for _, at in module.validated], weights(module)
+    for name, kind in cases:
+        module = Paced(rank, early=kind == "endless")
+        runner = trainer(STRATEGIES[name](), world_size, limit_val_batches=1, num_sanity_val_steps=0, **RUNS[kind])
+        data = DataLoader(Endless(rank), 4) if kind == "endless" else loader(17, rank)
+        began = time.monotonic()
+        runner.fit(module, data, loader(1, 90 + rank))
+        steps = [step for step, _ in module.validated]
+        answers[name, kind] = steps, [at - began for _, at in module.validated], weights(module)
     return answers
 
 
-def test_all_ranks_validate_after_the_same_batch_whatever_their_clocks_say():
-    one, other = launch(_timed, 2, world_size=2, timeout_s=120)
-    assert len(one) == 7
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param([case for case in ALL if case not in ALSO], id="most"),
+        pytest.param(ALL, id="all", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_all_ranks_validate_after_the_same_batch_whatever_their_clocks_say(cases):
+    one, other = launch(_timed, 2, cases, world_size=2, timeout_s=120)
+    assert list(one) == cases
     for name, (steps, times, final) in one.items():
         assert len(steps) >= 1, name
         assert (np.diff([0.0, *times]) >= INTERVAL_S).all(), (name, times)  # on the clock of rank 0

@@ -67,7 +67,7 @@ def averages(world_size):
     return one_launch(_average, cases, world_size=world_size)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
 @pytest.mark.parametrize("shares", [SHARES, NOBODYS, UNEVEN], ids=["powers-of-two", "a-rank-without", "uneven"])
 @pytest.mark.parametrize("bucket_bytes", BUCKETS.values(), ids=BUCKETS)
 def test_every_tensor_becomes_the_weighted_mean_whatever_the_bucket(bucket_bytes, shares, world_size):

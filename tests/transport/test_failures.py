@@ -46,7 +46,7 @@ def all_ask(ranks, error):
 
 
 def test_all_ranks_name_the_one_that_does_not_answer(ranks, monkeypatch):
-    monkeypatch.setattr(peers_module, "_GRACE_S", 2.0)
+    monkeypatch.setattr(peers_module, "_GRACE_S", 1.0)
     one, two = all_ask(ranks(0, 2), LOST)
     assert one == two
     assert one.startswith("Rank 1 does not answer.")

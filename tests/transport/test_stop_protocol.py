@@ -99,19 +99,19 @@ def test_ranks_that_a_collective_of_the_users_keeps_in_step_agree_too():
 
 
 def test_a_rank_waiting_in_a_collective_for_a_slower_one_does_not_block_the_agreement_for_ever():
-    """The fast rank sits in a barrier at step 60 when the slow one, at step 20, is asked to stop."""
+    """The fast rank sits in a barrier at step 30 when the slow one, at step 20, is asked to stop."""
     barrier = threading.Barrier(2)
     store = dist.HashStore()
 
-    def meet_at_60(rank, step):
-        if step == 60:
+    def meet_at_30(rank, step):
+        if step == 30:
             barrier.wait(25)
 
-    fast = Rank(store, 0, 2, 0.001, before_step=meet_at_60, patience_s=0.3)
-    slow = Rank(store, 1, 2, 0.02, before_step=meet_at_60, requests={20: ("stop", "x")}, patience_s=0.3)
+    fast = Rank(store, 0, 2, 0.001, before_step=meet_at_30, patience_s=0.3)
+    slow = Rank(store, 1, 2, 0.02, before_step=meet_at_30, requests={20: ("stop", "x")}, patience_s=0.3)
     finish([fast, slow])
     assert fast.step == slow.step == fast.decision.at_step
-    assert fast.step >= 60
+    assert fast.step >= 30
 
 
 def test_a_rank_blocked_in_a_synchronisation_counts_as_being_at_its_end():

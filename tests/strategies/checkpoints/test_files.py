@@ -139,16 +139,17 @@ def slow_in_background():
     return AsyncCheckpointIO(Slow())
 
 
-# Where a thread writes too, every third operation: which one that is differs from run to run anyhow. Over old files
-# every second one, since what goes before its time is gone for two at least: the main file is opened, and renamed.
+# Where a thread writes too, every third operation: which one that is differs from run to run anyhow. Where files of old
+# go, every second one, since what goes before its time is gone for two at least: the main file is opened, and renamed.
 @pytest.mark.parametrize(
     ("change", "make_io", "before", "stride"),
     [
         pytest.param(overwrite, WholeFileIO, "now", 1, id="overwritten"),
         pytest.param(overwrite, WholeFileIO, "of old", 2, id="old files overwritten"),
-        pytest.param(replace, WholeFileIO, "now", 1, id="replaced"),
+        pytest.param(replace, WholeFileIO, "now", 2, id="replaced"),
         pytest.param(replace_in_background, slow_in_background, "now", 3, id="replaced in background"),
         pytest.param(overwrite, WholeFileIO, "of old", 1, id="each over old files", marks=pytest.mark.exhaustive),
+        pytest.param(replace, WholeFileIO, "now", 1, id="each replaced", marks=pytest.mark.exhaustive),
         pytest.param(
             replace_in_background, slow_in_background, "now", 1, id="each in background", marks=pytest.mark.exhaustive
         ),

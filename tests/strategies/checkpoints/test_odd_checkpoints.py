@@ -16,7 +16,7 @@ from lightning_comm import Averaging, CompressedDDPStrategy, CyclicStrategy, Fix
 from lightning_comm.data.resumable import ResumableLoader
 from lightning_comm.strategies.local_update.strategy import LocalUpdateStrategy
 
-STEPS, SAVED = 10, (5, 7)
+STEPS, SAVED = 8, (5, 7)
 COUNTS = {0: 6, 1: 2}  # samples of a batch, where averages are weighted by them
 
 

@@ -40,6 +40,13 @@ def local(**kwargs):
     return local_update(FixedPeriod(5), **kwargs)
 
 
+def compressed(**kwargs):
+    return CompressedDDPStrategy(TopK(0.2), **kwargs)
+
+
+TWO = {"local": local, "compressed": compressed}  # which write and read files in one way
+
+
 def files_in(folder):
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if not path.is_dir()}
 
@@ -90,9 +97,9 @@ def _is_whole(path):
     return all((path.parent / f"{path.name}.ranks/{token}/rank{rank}.pt").exists() for rank in range(2))
 
 
-def _in_background(rank, folder):
-    for name, make in (("local", local), ("compressed", lambda **kw: CompressedDDPStrategy(TopK(0.2), **kw))):
-        place = Path(folder) / name
+def _in_background(rank, folder, names):
+    for name in names:
+        place, make = Path(folder) / name, TWO[name]
         save = ModelCheckpoint(place, filename="{step}", every_n_train_steps=1, save_top_k=1, save_last="link")
         every = ModelCheckpoint(place / "every", filename="{step}", every_n_train_steps=3, save_top_k=-1)
         sets = WholeSets(place)
@@ -109,8 +116,11 @@ def _in_background(rank, folder):
         resumes_exactly(rank, make, place / "every" / "step=3.ckpt", whole)
 
 
-def test_checkpoints_written_in_the_background_are_whole_at_every_step_and_resume_exactly(tmp_path):
-    launch(_in_background, str(tmp_path), world_size=2)
+@pytest.mark.parametrize(
+    "names", [pytest.param(("local",), id="local"), pytest.param(tuple(TWO), id="each", marks=pytest.mark.exhaustive)]
+)
+def test_checkpoints_written_in_the_background_are_whole_at_every_step_and_resume_exactly(tmp_path, names):
+    launch(_in_background, str(tmp_path), names, world_size=2)
 
 
 # ---- a disk that is full -----------------------------------------------------------------------------------------
@@ -130,10 +140,6 @@ class FullDisk(Callback):
         if str(target).endswith(self.end):
             raise OSError(28, "No space left on device")
         self.replace(source, target)
-
-
-def compressed():
-    return CompressedDDPStrategy(TopK(0.2))
 
 
 FULL = {
@@ -296,9 +302,9 @@ def test_a_damaged_checkpoint_is_refused_on_all_ranks_by_name_and_reason(tmp_pat
 # ---- files from before saves had ids ------------------------------------------------------------------------------
 
 
-def _older_files(rank, folder):
-    for name, make in (("local", local), ("compressed", compressed)):
-        place = Path(folder) / name
+def _older_files(rank, folder, names):
+    for name in names:
+        place, make = Path(folder) / name, TWO[name]
         whole, _ = fit(rank, make(), ModelCheckpoint(place, filename="a", every_n_train_steps=3, save_top_k=1))
         torch.distributed.barrier()
         (own,) = place.glob(f"a.ckpt.ranks/*/rank{rank}.pt")
@@ -312,5 +318,12 @@ def _older_files(rank, folder):
         resumes_exactly(rank, make, place / "a.ckpt", whole)
 
 
-def test_files_of_ranks_without_an_id_in_their_path_are_read_as_ever(tmp_path):
-    launch(_older_files, str(tmp_path), world_size=2)
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("compressed",), id="compressed"),
+        pytest.param(tuple(TWO), id="each", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_files_of_ranks_without_an_id_in_their_path_are_read_as_ever(tmp_path, names):
+    launch(_older_files, str(tmp_path), names, world_size=2)

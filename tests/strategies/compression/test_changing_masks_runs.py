@@ -147,7 +147,8 @@ PLACES = (2, 3, 4, 5, 6)
 @pytest.mark.parametrize(
     ("grows", "places"),
     [
-        pytest.param(True, PLACES, id="grows"),
+        pytest.param(True, (3, 4, 5), id="grows, stopped right after it, once it is seen and after the dense step"),
+        pytest.param(True, PLACES, id="grows", marks=pytest.mark.exhaustive),
         pytest.param(False, (3, 4), id="shrinks, stopped right after it and once it is seen"),
         pytest.param(False, PLACES, id="shrinks", marks=pytest.mark.exhaustive),
     ],

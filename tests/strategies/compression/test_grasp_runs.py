@@ -70,20 +70,27 @@ def test_rank_0_alone_looks_at_samples_and_random_numbers_and_the_loader_go_on_a
     assert [drawn for *_, drawn in masked] == [drawn for *_, drawn in dense]
 
 
-def _resumed(rank, folder):
+def _resumed(rank, folder, places):
     schedule = PruningSchedule(0, 6, 2)
     whole = Stepwise()
     trainer(strategy(schedule), 2, callbacks=[SaveAlways(folder)]).fit(whole, data(8, rank))
     same = []
-    for step in range(1, 8):
+    for step in places:
         model = Stepwise()
         trainer(strategy(schedule), 2).fit(model, data(8, rank), ckpt_path=f"{folder}/at{step}.ckpt")
         same.append(all((a == b).all() for a, b in zip(weights(whole), weights(model), strict=True)))
     return same, zeros(whole)
 
 
-def test_a_run_pruned_bit_by_bit_goes_on_bit_for_bit_after_a_stop_at_any_step(tmp_path):
-    assert launch(_resumed, str(tmp_path), world_size=2) == [([True] * 7, PRUNED)] * 2
+@pytest.mark.parametrize(
+    "places",
+    [
+        pytest.param((3, 4, 7), id="between two prunings, at one, and behind the last"),
+        pytest.param(range(1, 8), id="any", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_run_pruned_bit_by_bit_goes_on_bit_for_bit_after_a_stop_at_any_step(tmp_path, places):
+    assert launch(_resumed, str(tmp_path), places, world_size=2) == [([True] * len(places), PRUNED)] * 2
 
 
 class Stream(IterableDataset):

@@ -133,9 +133,9 @@ ALSO = pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("schedule", "then", "places"),
     [
-        pytest.param(GRADUAL, Int8(), (3, 4, 5, 8), id="gradual-Int8(), around a pruning and at the last"),
+        pytest.param(GRADUAL, Int8(), (3, 4, 8), id="gradual-Int8(), before a pruning, at it and at the last"),
         pytest.param(GRADUAL, Int8(), EVERY, id="gradual-Int8()", marks=ALSO),
-        pytest.param(PruningSchedule(5), None, (4, 5), id="at once-None, before the pruning and at it"),
+        pytest.param(PruningSchedule(5), None, (5,), id="at once-None, at the pruning"),
         pytest.param(PruningSchedule(5), None, EVERY, id="at once-None", marks=ALSO),
         pytest.param(PruningSchedule(5), Int8(), EVERY, id="at once-Int8()", marks=ALSO),
         pytest.param(GRADUAL, None, EVERY, id="gradual-None", marks=ALSO),

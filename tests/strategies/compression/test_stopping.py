@@ -93,7 +93,8 @@ ENDS = {
 }
 
 
-ENDS_ALSO = {"SIGTERM to rank 0", "should_stop after a validation"}  # one rank, and that hook, are in other cases
+# one rank, and these hooks, are in other cases
+ENDS_ALSO = {"SIGTERM to rank 0", "should_stop after a validation", "should_stop at the end of an epoch"}
 
 
 def asked_for(request, names, also):
@@ -165,7 +166,7 @@ def test_a_run_that_sigterm_ended_goes_on_as_if_it_had_not(ends, folder, names):
 
 
 def _by_the_clock(rank, folder):
-    runner, *_ = fit(rank, 2, max_time=timedelta(seconds=0.3 if rank else 3600), max_epochs=-1, limit_val_batches=0)
+    runner, *_ = fit(rank, 2, max_time=timedelta(seconds=0.1 if rank else 3600), max_epochs=-1, limit_val_batches=0)
     saves = ModelCheckpoint(folder, filename="{step}", train_time_interval=timedelta(seconds=0), save_top_k=-1)
     saves.on_train_batch_end = saves.on_train_batch_end if rank else lambda *args, **kwargs: None
     if not rank:  # its clock never says that it is time

@@ -88,6 +88,9 @@ def _both(rank, world_size, optimizer, settings, nccl):
     return [each for each in device.waits if each.own]
 
 
+exhaustive = pytest.mark.exhaustive
+
+
 @pytest.mark.parametrize(
     ("world_size", "optimizer", "settings", "nccl"),
     [
@@ -98,12 +101,11 @@ def _both(rank, world_size, optimizer, settings, nccl):
                 reason="torch 2.6 rounds a rate that is a tensor otherwise on a device, by 4e-18",
             ),
         ),
-        (2, adamw, {"clip_norm": 0.5, "clip_by": "previous_norm"}, False),
-        pytest.param(*(3, adamw, {"clip_norm": 0.5, "clip_by": "previous_norm"}, False), marks=pytest.mark.exhaustive),
-        (2, momentum, {"clip_norm": 0.5, "clip_by": "previous_norm", "rule": "v1"}, True),
-        pytest.param(
-            *(3, momentum, {"clip_norm": 0.5, "clip_by": "previous_norm", "rule": "v1"}, True),
-            marks=pytest.mark.exhaustive,
+        (2, adamw, {"clip_norm": 0.5, "clip_by": "previous_norm", "rule": "v1"}, True),
+        *(
+            pytest.param(n, optimizer, {"clip_norm": 0.5, "clip_by": "previous_norm", **rule}, nccl, marks=exhaustive)
+            for optimizer, rule, nccl in ((adamw, {}, False), (momentum, {"rule": "v1"}, True))
+            for n in (2, 3)
         ),
     ],
 )

@@ -219,6 +219,13 @@ MODELS = {
     "attention": (lambda: Regression(Attention(), adamw), {}),
     "checkpointing": (lambda: Regression(Checkpointed(), momentum), {"rule": "v1"}),
     "frozen, tied, twice, attention and checkpointing": (lambda: Regression(Together(), trained_only), {}),
+    "warm-up, clip by stage and counter in a group": (
+        lambda: Regression(deep(8), Counting), {"warmup_sync_steps": 3, "rule": "v1", "clip_norm": 0.1},
+    ),
+    "accumulation and the Trainer's limit by value": (
+        lambda: scheduled(adamw), {"rule": "v1"}, {"clip_value": 0.02, "accumulate": 2},
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"},
+    ),
 }  # fmt: skip
 
 
@@ -230,6 +237,7 @@ OF_THREE = (
 MORE_OF_TWO = (
     *OF_THREE,
     *("sleeps, v1", "flushes", "schedule", "frozen", "tied", "twice", "attention", "checkpointing"),
+    *("warm-up", "clip by stage", "counter in a group", "accumulation", "the Trainer's limit by value"),
 )  # fmt: skip
 OF_TWO = tuple(name for name in MODELS if name not in MORE_OF_TWO)
 MORE_OF_THREE = ("flushes", "batch norm", "twice", "tied", "accumulation")
@@ -264,7 +272,6 @@ def _one_at_a_time(rank, world_size, cases):
 @pytest.mark.parametrize(
     ("way", "world_size", "names"),
     [
-        (_in_order, 2, ("sleeps, v1",)),
         (_in_order, 3, ("sleeps",)),
         (_one_at_a_time, 3, ("sleeps, v1", "clip by previous")),
         *(

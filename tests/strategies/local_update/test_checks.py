@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
@@ -314,18 +315,29 @@ AUTO = {
 }
 
 
-def _auto_alpha(rank, optimizer, h_base):
-    said = []
-    handler = logging.Handler()
+@contextmanager
+def what_is_logged():
+    """Yield a list of what Lightning logs within the block."""
+    said, handler = [], logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities"):
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).setLevel(logging.INFO)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    yield said
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _auto_alpha(rank, optimizer, h_base):
     # a warm-up: the optimizer's rate starts at a third of its peak
     make = getattr(torch.optim, optimizer)
     module = Regression(network(), lambda p: make(p, lr=0.3), lambda step: min(1.0, (step + 1) / 3))
     strategy = local_update(QuadraticPeriod(h_base=h_base))
-    trainer(strategy, 1).fit(module, loader(4, rank))
+    with what_is_logged() as said:
+        trainer(strategy, 1).fit(module, loader(4, rank))
     return strategy._run.settings.period.alpha, [text for text in said if "alpha" in text]
 
 

@@ -40,10 +40,15 @@ def _fit(rank, world_size, strategy, settings, steps, dtype):
     return weights(module)
 
 
-# each kind of SGD on two ranks in both types, and on three in one of them; each kind, type and number always
-OF_SGD = [(2, torch.float32, "plain"), (2, torch.float64, "nesterov"), (3, torch.float64, "momentum and weight decay")]
+# Each kind of SGD on two ranks in both types, and on three in one of them. Always either type and number, without
+# state and with Nesterov's, which has momentum and weight decay as well.
+OF_SGD = [(2, torch.float32, "plain"), (3, torch.float64, "nesterov")]
 MORE_OF_SGD = [(2, dtype, sgd) for dtype in (torch.float64, torch.float32) for sgd in SGDS]
-MORE_OF_SGD += [(3, torch.float64, "plain"), (3, torch.float32, "nesterov")]
+MORE_OF_SGD += [
+    (3, torch.float64, "momentum and weight decay"),
+    (3, torch.float64, "plain"),
+    (3, torch.float32, "nesterov"),
+]
 MORE_OF_SGD = [case for case in MORE_OF_SGD if case not in OF_SGD]
 
 
@@ -115,9 +120,8 @@ PERIODS = {
 BUCKETS = {"one-bucket": 8.0, "tiny-buckets": 104 / 2**20}  # the first layer alone has 280 bytes
 
 
-# each period, each size of buckets on either number of ranks
-OF_PERIODS = [(2, "4", "tiny-buckets"), (2, "qsr", "one-bucket"), (3, "qsr", "tiny-buckets")]
-OF_PERIODS += [(3, "beyond the run", "one-bucket")]
+# each period, each size of buckets, either number of ranks
+OF_PERIODS = [(2, "4", "tiny-buckets"), (3, "qsr", "tiny-buckets"), (3, "beyond the run", "one-bucket")]
 MORE_OF_PERIODS = [(world_size, *each) for world_size in (2, 3) for each in product(PERIODS, BUCKETS)]
 MORE_OF_PERIODS = [case for case in MORE_OF_PERIODS if case not in OF_PERIODS]
 

@@ -83,7 +83,7 @@ def test_two_ranks_do_what_one_process_does_for_both_and_send_live_weights_alone
 
 def _with_late_threads(rank):
     travel, finals = DepartedAverage.travel, []
-    for late in (None, 0, 1):
+    for late in range(2):
 
         def later(self, *args, late=late):
             time.sleep(0.2 if rank == late else 0)
@@ -115,9 +115,9 @@ def pruned(state):
 
 
 COMPRESSIONS = {"mask": MASK, "bf16": [MASK, "bf16"], "int8": [MASK, "int8"]}
-# either optimizer, each compression
-PRUNED = [("mask", adamw), ("bf16", momentum), ("int8", adamw)]
-MORE_PRUNED = [("mask", momentum), ("bf16", adamw), ("int8", momentum)]
+# either optimizer, and each codec behind the mask; of the mask alone, each weight is compared above
+PRUNED = [("bf16", momentum), ("int8", adamw)]
+MORE_PRUNED = [("mask", adamw), ("mask", momentum), ("bf16", adamw), ("int8", momentum)]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,8 @@ def _zeros(rank, period, overlap, steps):
 @pytest.mark.parametrize(
     ("period", "overlap", "steps"),
     [
-        *((1, 1, 14), (4, 2, 13), (4, 3, 14)),
+        *((1, 1, 14), (4, 3, 14)),
+        pytest.param(4, 2, 13, marks=pytest.mark.exhaustive),
         pytest.param(1, 2, 14, marks=pytest.mark.exhaustive),
         pytest.param(4, 0, 13, marks=pytest.mark.exhaustive),
     ],

@@ -55,7 +55,7 @@ class Reducing(Callback):
         runner.strategy.reduce(torch.ones(2, device=module.device))
 
 
-def fit(rank, averaging, on_device, module=None, callbacks=(), **kwargs):
+def fit(rank, averaging, on_device, module=None, callbacks=(), steps=STEPS, **kwargs):
     states = {} if averaging.overlap_steps else {"optimizer_state": "average"}
     strategy = LocalUpdateStrategy(
         FixedPeriod(PERIOD), averaging=averaging, timeout=timedelta(seconds=40), process_group_backend="gloo", **states
@@ -71,7 +71,7 @@ def fit(rank, averaging, on_device, module=None, callbacks=(), **kwargs):
         enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, callbacks=list(callbacks),
         **where, **kwargs,
     )  # fmt: skip
-    runner.fit(module, loader(STEPS, rank), loader(1, rank) if "val_check_interval" in kwargs else None)
+    runner.fit(module, loader(steps, rank), loader(1, rank) if "val_check_interval" in kwargs else None)
     return strategy, weights(module.cpu())
 
 
@@ -267,7 +267,7 @@ def _fit_in_fp16(rank):
     with mock_cuda() as device, around(Rounds, "synchronise", synchronise):
         scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8)
         plugin = MixedPrecision("16-mixed", "cuda", scaler)
-        fit(rank, Averaging(1e-4), True, callbacks=[LowersItsScale()], plugins=[plugin])
+        fit(rank, Averaging(1e-4), True, callbacks=[LowersItsScale()], steps=2 * PERIOD, plugins=[plugin])
         dist.destroy_process_group()
     return scales, waits
 
@@ -275,7 +275,7 @@ def _fit_in_fp16(rank):
 def test_ranks_with_unequal_scales_take_the_smallest_and_wait_no_longer_for_it():
     for rank, (scales, waits) in enumerate(launch(_fit_in_fp16, world_size=2)):
         assert scales[0] == (2.0 ** (8 + rank), 2.0**8)
-        assert len(waits) == STEPS // PERIOD
+        assert len(waits) == 2
         assert all(len(each) <= 2 for each in waits), waits
 
 
@@ -357,7 +357,7 @@ def _beside(rank, on_device):
             beside.append((purpose, run.overlapped.is_sending))
         return plain(recorder, kind, purpose, *args)
 
-    kwargs = {"val_check_interval": 4, "callbacks": [Note()]}
+    kwargs = {"val_check_interval": PERIOD + 1, "callbacks": [Note()], "steps": 2 * PERIOD}
     with mock_cuda() if on_device else nullcontext(), around(Recorder, "_issue", issue):
         strategy, _ = fit(rank, Averaging(1e-4, overlap_steps=2), on_device, **kwargs)
         if on_device:
@@ -367,7 +367,7 @@ def _beside(rank, on_device):
 
 def test_on_a_device_nothing_is_sent_while_an_average_is_on_its_way_in_the_background():
     for beside, rounds in launch(_beside, True, world_size=2):
-        assert rounds == STEPS // PERIOD
+        assert rounds == 2
         assert {"reduce", "control", "evaluation"} <= {purpose for purpose, _ in beside}
         assert not {purpose for purpose, sending in beside if sending}
 

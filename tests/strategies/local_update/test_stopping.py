@@ -127,8 +127,8 @@ def _lockstep(rank, world_size, step_time_s, phase):
 PACES_S, PHASES = (0.0, 0.02, 0.05), ("gradient phase", "own collective")
 
 
-# each phase and each pace
-IN_STEP = [("gradient phase", 0.0), ("own collective", 0.02), ("gradient phase", 0.05)]
+# each phase, and a pace at which a request is seen after a few steps, and after more
+IN_STEP = [("gradient phase", 0.05), ("own collective", 0.02)]
 MORE_IN_STEP = [(phase, pace_s) for phase in PHASES for pace_s in PACES_S if (phase, pace_s) not in IN_STEP]
 
 
@@ -174,7 +174,8 @@ class StopInHook(Callback):
             trainer.should_stop = True
 
 
-HOOKS = ["on_validation_end", "on_train_epoch_end", "on_train_epoch_start", "on_train_start"]
+HOOKS = ["on_validation_end", "on_train_epoch_end", "on_train_start"]  # between steps, and in front of the first
+MORE_HOOKS = ["on_train_epoch_start"]
 
 
 def _in_hook(rank, hook):
@@ -182,7 +183,7 @@ def _in_hook(rank, hook):
     return run(rank, 2, (0.02, 0.01), -1, callbacks=[StopInHook(hook)], **settings)
 
 
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("hook", [*HOOKS, *(pytest.param(each, marks=pytest.mark.exhaustive) for each in MORE_HOOKS)])
 def test_should_stop_on_one_rank_in_any_hook_stops_all(hook):
     answers = answers_of("in", hook)
     for steps, _, final, _ in answers:
@@ -331,16 +332,15 @@ def _failing(rank, world_size, who, period, folder):
 MID_ROUND, BEFORE_SYNCHRONISING, OTHERS_WAIT = 100_000, 20, 21
 
 
-# either rank at each place, and a save on either, at each place once; the same without a save where there is one
+# each place, on either rank and with a save on either; all others of them are exhaustive
+FAILING = [(1, MID_ROUND, False), (0, MID_ROUND, True), (1, BEFORE_SYNCHRONISING, True), (0, OTHERS_WAIT, False)]
+MORE_FAILING = [(0, BEFORE_SYNCHRONISING, False), (1, OTHERS_WAIT, True), (0, MID_ROUND, False)]
+MORE_FAILING += [(1, BEFORE_SYNCHRONISING, False), (1, OTHERS_WAIT, False)]
+
+
 @pytest.mark.parametrize(
     ("who", "period", "save"),
-    [
-        *((1, MID_ROUND, False), (0, BEFORE_SYNCHRONISING, False), (0, OTHERS_WAIT, False)),
-        *((0, MID_ROUND, True), (1, BEFORE_SYNCHRONISING, True), (1, OTHERS_WAIT, True)),
-        pytest.param(0, MID_ROUND, False, marks=pytest.mark.exhaustive),
-        pytest.param(1, BEFORE_SYNCHRONISING, False, marks=pytest.mark.exhaustive),
-        pytest.param(1, OTHERS_WAIT, False, marks=pytest.mark.exhaustive),
-    ],
+    [*FAILING, *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in MORE_FAILING)],
 )
 def test_an_exception_on_one_rank_ends_all_with_the_first_error_shown(tmp_path, who, period, save):
     folder = str(tmp_path) if save else ""
@@ -403,14 +403,14 @@ def _requeue(rank, world_size):
         trainer._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)
 
     with mock.patch.object(_SignalConnector, "_slurm_sigusr_handler_fn", handle):
-        steps, *_ = run(rank, world_size, (0.03, 0.04), 8, action=usr1, max_steps=100)
+        steps, *_ = run(rank, world_size, (0.03, 0.04), 8, action=usr1, max_steps=70)
     return calls, steps
 
 
 def test_a_requeue_signal_is_handled_between_steps_on_all_ranks_at_once():
     answers = answers_of("requeue")
     for calls, steps in answers:
-        assert steps == 100
+        assert steps == 70
         assert len(calls) == 1
         assert calls[0][:2] == answers[0][0][0][:2]
         assert calls[0][0] == signal.SIGUSR1
@@ -490,7 +490,7 @@ def _without_limit(rank):
 
 
 def _with_limit(rank):
-    return run(rank, 2, (0.01, 0.03), -1, steps=10, max_time=timedelta(seconds=1.5), max_epochs=-1)
+    return run(rank, 2, (0.01, 0.03), -1, steps=10, max_time=timedelta(seconds=1), max_epochs=-1)
 
 
 def _launches(*cases, world_size=2):
@@ -506,6 +506,10 @@ def _in_step(case):
     return {case: (_lockstep, 2, case[1], case[0])}
 
 
+def _in_hooks(hooks):
+    return {("in", hook): (_in_hook, hook) for hook in hooks}
+
+
 def _failing_as(who):
     return {("failing in the gradient phase", who): (_failing_in_gradient_phase, 2, who)}
 
@@ -516,7 +520,7 @@ SIDE_BY_SIDE = [
         *map(_in_step, IN_STEP),
         {
             **_should_stop(STEP_TIMES),
-            **{("in", hook): (_in_hook, hook) for hook in HOOKS},
+            **_in_hooks(HOOKS),
         },
         {
             ("without a time limit",): (_without_limit,),
@@ -529,7 +533,7 @@ SIDE_BY_SIDE = [
     ),
     *_launches({("three ranks",): (run, 3, (0.01, 0.02, 0.04), 30)}, world_size=3),
 ]
-OTHERS = _launches(*map(_in_step, MORE_IN_STEP), _should_stop(MORE_STEP_TIMES))
+OTHERS = _launches(*map(_in_step, MORE_IN_STEP), _should_stop(MORE_STEP_TIMES), _in_hooks(MORE_HOOKS))
 
 
 @functools.cache

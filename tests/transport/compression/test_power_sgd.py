@@ -170,7 +170,7 @@ def _new_directions(rank):
     layout, kept = Layout((Slot("w", 120, (12, 10)),)), []
     for asked in (1, 4):
         codec, _ = codec_of(PowerSGD(asked))
-        for step in range(60):
+        for step in range(36):
             outer = torch.zeros(12, 10)
             outer[step % 12, step // 12] = 1.0  # the same on both ranks
             synchronise(codec, outer.reshape(-1), layout)
@@ -223,7 +223,7 @@ def _trained(rank):
     for factor in (1.0, 1e-4, 1e-9):
         codec, _ = codec_of(PowerSGD(1))
         weights = torch.zeros(8, 6)
-        for _ in range(40):
+        for _ in range(20):
             wrong = inputs @ weights.T - targets
             weights -= (0.1 / factor) * synchronise(codec, (factor / 20 * wrong.T @ inputs).reshape(-1), layout).view(
                 8, 6

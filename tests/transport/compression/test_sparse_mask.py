@@ -37,7 +37,7 @@ MODES = {
 }
 
 
-def _masked(rank, mode, dense_above, steps=9):
+def _masked(rank, mode, dense_above, steps=6):
     """Train under masks: by hand where `dense_above` is `None`."""
     torch.manual_seed(0)
     model = Net()
