@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from support import own_classes
-from support.command_lines import only_fit_is_parsed, only_this_is_parsed, with_fewer_packages
+from support.command_lines import only_fit_is_parsed, with_fewer_packages
 from support.forked_python import forked
 
 import lightning_comm.examples  # noqa: F401  # so that forked ranks need not load timm themselves
@@ -133,7 +133,7 @@ def test_a_config_says_how_to_run_it(config):
 
 
 def test_the_installed_command_trains_by_grasp_and_own_classes_in_a_config_and_uses_what_it_trained(tmp_path):
-    """Real starts: `fit` with a rank that it starts itself, and one of what else Lightning's command line has."""
+    """Real starts: `fit` with a rank that it starts itself, and one of each other command that is Lightning's."""
     content = yaml.safe_load((CONFIGS[0].parent / "pactrain.yaml").read_text())
     mask = content["trainer"]["strategy"]["init_args"]["compression"][0]["init_args"]
     mask["pruning"] = {
@@ -158,10 +158,7 @@ def test_the_installed_command_trains_by_grasp_and_own_classes_in_a_config_and_u
     alone = ["--config=config.yaml", f"--ckpt_path={checkpoint}", "--trainer.strategy=auto", "--trainer.devices=1"]
     alone += ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
     alone += [f"--trainer.limit_{part}_batches=1" for part in ("val", "test", "predict")]
-    users = {"validate": started(["validate", *alone], tmp_path, real=True)}
-    for use in ("test", "predict"):
-        with only_this_is_parsed(use):
-            users[use] = started([use, *alone], tmp_path)
+    users = {use: started([use, *alone], tmp_path, real=True) for use in ("validate", "test", "predict")}
     said = {use: said_by(process) for use, process in users.items()}
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == content  # no command has written over it
     assert [

@@ -8,8 +8,6 @@ from unittest import mock
 
 from lightning.pytorch.cli import LightningCLI
 
-_ALL = LightningCLI.subcommands()
-
 
 @contextmanager
 def only_fit_is_parsed() -> Iterator[None]:
@@ -18,15 +16,8 @@ def only_fit_is_parsed() -> Iterator[None]:
     Lightning builds the parsers of all four before it reads a word, though all four are alike: half of what reading a
     config takes, for each rank. Real starts of the installed command build them all.
     """
-    with only_this_is_parsed("fit"):
-        yield
-
-
-@contextmanager
-def only_this_is_parsed(subcommand: str) -> Iterator[None]:
-    """Do the same for another subcommand."""
-    known = {subcommand: _ALL[subcommand]}
-    with mock.patch.object(LightningCLI, "subcommands", staticmethod(lambda: known)):
+    fit = {"fit": LightningCLI.subcommands()["fit"]}
+    with mock.patch.object(LightningCLI, "subcommands", staticmethod(lambda: fit)):
         yield
 
 
