@@ -336,6 +336,14 @@ def test_too_few_micro_batches_for_a_step_are_refused_by_step_and_counted_by_run
     assert (run.steps, run.flushes, run.left_over) == (2, (2,), 2)
 
 
+def test_another_run_of_an_engine_counts_its_steps_and_flushes_from_its_own_beginning():
+    model = stages(3)
+    engine = CyclicEngine(model, momentum(model.parameters()))
+    engine.run(micro_batches(6), error)
+    again = engine.run(micro_batches(9), error, flush_after=(1,))
+    assert (again.steps, again.flushes, again.left_over) == (3, (1, 3), 0)
+
+
 def test_autocast_around_the_engine_keeps_no_older_versions_and_does_what_it_does_within_stages():
     def losses(engine, batches):
         return engine.run(batches, lambda output, batch: nn.functional.mse_loss(output.float(), batch[1])).losses
