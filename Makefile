@@ -88,7 +88,7 @@ tests-alone:
 
 quick: setup
 	$(BIN)/ruff check .
-	cd tests && PYTHONPATH=.. ../$(BIN)/python $(PYTEST) $(SHARED) -m "not slow and not timing" . $(PYTEST_ARGS)
+	cd tests && PYTHONPATH=$(CURDIR) ../$(BIN)/python $(PYTEST) $(SHARED) -m "not slow and not timing" . $(PYTEST_ARGS)
 
 benchmark: setup
 	$(BIN)/python -m benchmarks.instruments.lab

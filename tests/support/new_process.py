@@ -56,7 +56,7 @@ def as_new(environment: dict[str, str], files: Sequence[int], search_path: Seque
     os.environ.clear()
     os.environ.update(environment)
     own = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
-    sys.path[:] = [*own, *search_path]
+    sys.path[:] = [*own, *(each for each in search_path if each not in own)]  # as `site` adds no folder twice
     installed = (*filter(None, search_path), *_OURS)
     for name, module in list(sys.modules.items()):
         if (file := getattr(module, "__file__", None)) and not file.startswith(installed):
