@@ -15,7 +15,7 @@ help:
 	@echo "make demo       set up, then train DDP, local SGD and QSR on real digits, and compare accuracy, bytes and times"
 	@echo "make test       set up, then run every check that CI runs"
 	@echo "make exhaustive  the same with every case of every grid of tests, as before a release"
-	@echo "make quick      the same without what is slow, against the source folder (under three minutes)"
+	@echo "make quick      the same without what is slow, against the source folder"
 	@echo "make setup      only the set-up: a virtual environment in $(VENV)"
 	@echo "make benchmark  the speed of the lab's links, of the averages, and what strategy and profiler cost, on this machine"
 	@echo "make benchmark-tools  step times of other tools and ours on emulated hosts (half an hour)"
