@@ -19,7 +19,17 @@ from support.ports import free_port
 from support.process_state import ProcessState, process_state
 from support.rank_processes import NoAnswer, Outcome, RankProcesses
 
-__all__ = ["Outcome", "end_idle_ranks", "free_port", "launch", "one_launch", "outcomes", "run_cases", "start_ranks"]
+__all__ = [
+    "NoAnswer",
+    "Outcome",
+    "end_idle_ranks",
+    "free_port",
+    "launch",
+    "one_launch",
+    "outcomes",
+    "run_cases",
+    "start_ranks",
+]
 
 # Making its first process group, torch 2.15 looks through the entry points of all installed packages, which takes
 # longer than all the rest of it. What is installed does not change while tests run.
